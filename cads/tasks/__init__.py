@@ -1,0 +1,1 @@
+"""Ready-made tasks, found through the entry-point group `cads.tasks`."""
