@@ -1,0 +1,208 @@
+"""What may be spent, and what was: budgets in FLOPs, and the ledger of every FLOP."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from cads.errors import BudgetError
+
+if TYPE_CHECKING:
+    from cads.task import Task
+
+UNITS = {
+    "": "FLOPs",
+    "flop": "FLOPs",
+    "flops": "FLOPs",
+    "usage": "usages",
+    "usages": "usages",
+    "epoch": "epochs",
+    "epochs": "epochs",
+    "pass": "epochs",
+    "passes": "epochs",
+    "token": "tokens",
+    "tokens": "tokens",
+}
+SELECT, TRAIN, EVALUATE = "select", "train", "evaluate"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Compute allowed for training the final model.
+
+    FLOPs are the currency. A usage is one forward+backward of one example, with its share of the optimizer
+    step; an epoch is one usage of each pool example; tokens are those the model computes on.
+
+    Attributes:
+        amount: how much, in `unit`; positive and finite.
+        unit: "FLOPs", "usages", "epochs" or "tokens".
+        count_selection: whether the budget must cover selection too.
+    """
+
+    amount: float
+    unit: str = "FLOPs"
+    count_selection: bool = False
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS.values():
+            raise BudgetError(f"budget unit {self.unit!r} is unknown: use one of {sorted(set(UNITS.values()))}")
+        if not (math.isfinite(self.amount) and self.amount > 0):
+            raise BudgetError(f"the budget must be a positive, finite number of {self.unit}, not {self.amount}")
+
+    @classmethod
+    def parse(cls, text: str | float, *, count_selection: bool = False) -> Budget:
+        """Read `2e15`, `2e15 FLOPs`, `225000 usages`, `5 epochs` or `3e6 tokens`.
+
+        Raises:
+            BudgetError: if the text is no number and unit, or the number is not positive.
+        """
+        match = re.fullmatch(r"\s*([-+]?[0-9][0-9_]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+        if match is None or match[2].lower() not in UNITS:
+            raise BudgetError(
+                f"budget {text!r} does not parse: write a number and FLOPs (or nothing), usages, epochs or "
+                "tokens, such as '2e15' or '5 epochs'"
+            )
+        return cls(float(match[1].replace("_", "")), UNITS[match[2].lower()], count_selection)
+
+    def flops(self, task: Task) -> float:
+        """The budget in FLOPs, converted through the task's costs."""
+        if self.unit == "FLOPs":
+            return self.amount
+        per_usage = task.costs.per_usage(task.pool, task.recipe.batch_size)
+        if self.unit == "usages":
+            return self.amount * per_usage
+        if self.unit == "epochs":
+            return self.amount * per_usage * len(task.pool)
+        return self.amount * per_usage / task.costs.tokens_per_example(task.pool)
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.unit}"
+
+
+@dataclass
+class Entry:
+    """What one stage of one phase has spent: FLOPs, seconds, usages, executed tokens, answer tokens."""
+
+    flops: float = 0.0
+    usages: int = 0
+    tokens: int = 0
+    answer_tokens: int = 0
+    seconds: float = 0.0
+
+
+class Ledger:
+    """The account of every FLOP, by phase ("select", "train", "evaluate") and stage.
+
+    Args:
+        limit: the most that phases other than "evaluate" may spend together, or None. A charge that would
+            go beyond it is refused, so whoever spends must ask `left` first.
+    """
+
+    def __init__(self, limit: float | None = None) -> None:
+        self.limit = limit
+        self.entries: dict[tuple[str, str], Entry] = {}
+
+    def charge(
+        self,
+        phase: str,
+        stage: str,
+        flops: float,
+        *,
+        usages: int = 0,
+        tokens: int = 0,
+        answer_tokens: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        """Add to the account of `phase`/`stage`.
+
+        Raises:
+            BudgetError: if a charge is negative or not finite, or beyond the limit.
+        """
+        if not (math.isfinite(flops) and flops >= 0):
+            raise BudgetError(f"{phase}/{stage} charges {flops} FLOPs: a charge is a finite number >= 0")
+        if self.limit is not None and phase != EVALUATE and flops > self.left * (1 + 1e-9):
+            raise BudgetError(
+                f"{phase}/{stage} would spend {flops:.4g} FLOPs where {self.left:.4g} of {self.limit:.4g} are left"
+            )
+        entry = self.entries.setdefault((phase, stage), Entry())
+        entry.flops += flops
+        entry.usages += usages
+        entry.tokens += tokens
+        entry.answer_tokens += answer_tokens
+        entry.seconds += seconds
+
+    @contextmanager
+    def timed(self, phase: str, stage: str) -> Iterator[None]:
+        """Add the wall-clock seconds of the block to `phase`/`stage`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.charge(phase, stage, 0.0, seconds=time.perf_counter() - start)
+
+    @property
+    def left(self) -> float:
+        """FLOPs left of the limit; infinite without one."""
+        spent = sum(e.flops for (phase, _), e in self.entries.items() if phase != EVALUATE)
+        return math.inf if self.limit is None else max(0.0, self.limit - spent)
+
+    def total(self, phase: str | None = None) -> Entry:
+        """The sum over all stages, or over those of one phase."""
+        chosen = [e for (p, _), e in self.entries.items() if phase in (None, p)]
+        return Entry(**{f.name: sum(getattr(e, f.name) for e in chosen) for f in fields(Entry)})
+
+    def merge(self, other: Ledger) -> None:
+        """Add all of another ledger's entries to this one."""
+        for (phase, stage), entry in other.entries.items():
+            self.charge(phase, stage, **asdict(entry))
+
+    def table(self) -> Table:
+        """The account as a table for the terminal."""
+        table = Table(title="FLOPs by stage", title_justify="left")
+        table.add_column("phase")
+        table.add_column("stage")
+        for column in ("FLOPs", "share", "usages", "tokens", "answer tokens", "seconds"):
+            table.add_column(column, justify="right")
+        whole = self.total().flops or 1.0
+        rows: list[tuple[str, str, Entry]] = [(p, s, e) for (p, s), e in self.entries.items()]
+        for phase, stage, e in [*rows, ("total", "", self.total())]:
+            table.add_row(
+                phase,
+                stage,
+                f"{e.flops:.4g}",
+                f"{e.flops / whole:.1%}",
+                f"{e.usages:,}",
+                f"{e.tokens:,}",
+                f"{e.answer_tokens:,}",
+                f"{e.seconds:.1f}",
+            )
+        return table
+
+    def to_json(self, *, seconds: bool = True) -> list[dict[str, Any]]:
+        """One record a stage; without `seconds`, two runs of the same seed give the same records."""
+        records = [{"phase": p, "stage": s, **asdict(e)} for (p, s), e in self.entries.items()]
+        if not seconds:
+            for record in records:
+                del record["seconds"]
+        return records
+
+    @classmethod
+    def from_json(cls, records: list[dict[str, Any]]) -> Ledger:
+        """The ledger that `to_json` wrote."""
+        ledger = cls()
+        for record in records:
+            ledger.charge(**record)
+        return ledger
+
+    def save(self, path: Path | str) -> None:
+        """Write the account as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n")

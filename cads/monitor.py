@@ -1,0 +1,152 @@
+"""What is seen while it runs: a progress bar with the budget spent, and TensorBoard event files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+if TYPE_CHECKING:
+    from cads.budget import Ledger
+    from cads.task import Pool
+
+CURVE_POINTS = 200
+"""Points that one training run leaves in TensorBoard, whatever its length."""
+PANEL_SIZE = 16
+"""Examples in each of the panels of most and least probable examples."""
+
+Advance = Callable[[float, float, float], None]
+
+
+class Monitor:
+    """Shows nothing and records nothing, unless told to.
+
+    Args:
+        folder: where TensorBoard's event files go, or None for none.
+        console: where the progress bar goes, or None for none.
+    """
+
+    def __init__(self, folder: Path | str | None = None, console: Console | None = None) -> None:
+        self._writer = None if folder is None else SummaryWriter(str(folder))
+        self._bar = None if console is None else _bar(console)
+        self._steps: dict[str, int] = {}
+        self._prefix = ""
+
+    def __enter__(self) -> Monitor:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+    @contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """Put `name` in front of the stage in the progress bar while the block runs."""
+        before, self._prefix = self._prefix, f"{name} "
+        try:
+            yield
+        finally:
+            self._prefix = before
+
+    @contextmanager
+    def progress(self, stage: str, flops: float) -> Iterator[Advance]:
+        """Follow one training run of at most `flops`.
+
+        Yields:
+            a function of (FLOPs spent so far, loss in nats, learning rate), to be called at every step.
+        """
+        bar = None if self._bar is None else self._bar.add_task(f"{self._prefix}{stage}", total=flops, loss="")
+        start = self._steps.get(stage, 0)
+        written = 0
+
+        def advance(spent: float, loss: float, rate: float) -> None:
+            nonlocal written
+            if spent * CURVE_POINTS < flops * (written + 1):
+                return
+            written += 1
+            if self._bar is not None and bar is not None:
+                self._bar.update(bar, completed=spent, loss=f"loss {loss:.3f}")
+            self.scalar(f"{stage}/training_loss", loss, start + written)
+            self.scalar(f"{stage}/learning_rate", rate, start + written)
+
+        try:
+            yield advance
+        finally:
+            self._steps[stage] = start + written
+            if self._bar is not None and bar is not None:
+                self._bar.remove_task(bar)
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """One point of a curve."""
+        if self._writer is not None:
+            self._writer.add_scalar(tag, value, step)
+
+    def histogram(self, tag: str, values: np.ndarray, step: int) -> None:
+        """The distribution of `values`, of any shape."""
+        if self._writer is not None:
+            self._writer.add_histogram(tag, values, step)
+
+    def probabilities(self, names: tuple[str, ...], values: np.ndarray, step: int) -> None:
+        """The probability of each source over time (values: shape (S,))."""
+        for name, value in zip(names, values, strict=True):
+            self.scalar(f"source_probability/{name}", float(value), step)
+
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """Markdown text."""
+        if self._writer is not None:
+            self._writer.add_text(tag, text, step)
+
+    def ledger(self, ledger: Ledger) -> None:
+        """FLOPs by stage, one bar of a curve each."""
+        for (phase, stage), entry in ledger.entries.items():
+            self.scalar(f"flops/{phase}/{stage}", entry.flops, 0)
+
+    def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """The settings of a run beside what came out, for TensorBoard's table of runs."""
+        if self._writer is not None:
+            plain = {k: v if isinstance(v, int | float | bool | str) else str(v) for k, v in settings.items()}
+            self._writer.add_hparams(plain, {f"result/{k}": v for k, v in metrics.items()}, run_name="hparams")
+
+    def panels(self, pool: Pool, probabilities: np.ndarray, step: int) -> None:
+        """The most and the least probable examples of an image pool, as two grids with their labels."""
+        if self._writer is None:
+            return
+        order = np.argsort(-probabilities, kind="stable")
+        for tag, positions in (("most", order[:PANEL_SIZE]), ("least", order[-PANEL_SIZE:])):
+            batch = pool.batch(positions)
+            images = batch.inputs.get("images")
+            if images is None:
+                return
+            self._writer.add_images(f"examples/{tag}_probable", images, step)
+            rows = [
+                f"{identity}: label {label}, p = {p:.3f}"
+                for identity, label, p in zip(
+                    pool.ids.take(positions).to_pylist(),
+                    batch.labels.tolist(),
+                    probabilities[positions],
+                    strict=True,
+                )
+            ]
+            self.text(f"examples/{tag}_probable", "\n\n".join(rows), step)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.3g}/{task.total:.3g} FLOPs"),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )

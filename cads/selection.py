@@ -1,0 +1,341 @@
+"""Selection: the result that every selector returns. Scores travel with ids; it loads without any model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from torch.utils.data import Sampler
+
+from cads.budget import Budget, Ledger
+from cads.draws import Epochs, Stream, Weighted
+from cads.errors import CadsError, SelectionError
+from cads.task import Pool
+
+SCHEMA_VERSION = 1
+JSON_LIMIT = 64 * 2**20
+"""Largest selection.json, in bytes, that is read; a real one has a few kilobytes."""
+LIBRARIES = ("cads-select", "torch", "numpy", "accelerate")
+COLUMNS = {
+    "id": pa.string(),
+    "source": pa.string(),
+    "score": pa.float64(),
+    "probability": pa.float64(),
+    "rank": pa.int64(),
+    "selected": pa.bool_(),
+}
+
+
+@dataclass
+class Selection:
+    """Which examples of a pool to train on.
+
+    Attributes:
+        ids: one a pool example, in the order of the pool it was made from.
+        score: higher is better, shape (N,).
+        probability: of being selected, shape (N,).
+        selected: bool, shape (N,); may be empty only if `target_fraction` is 1.
+        sources: the name of each example's source, or None.
+        source_probability: probability of each source, for selectors that choose sources.
+        target_fraction: share of each training batch drawn from the target (0: pool only).
+        method, config, seed, budget, ledger: how it was made.
+        pool_hash: content hash of the pool it was made from.
+        notes: what the selector has to say, such as the guard's verdict.
+    """
+
+    ids: pa.Array
+    score: np.ndarray
+    probability: np.ndarray
+    selected: np.ndarray
+    method: str
+    seed: int
+    budget: Budget
+    ledger: Ledger
+    pool_hash: str
+    sources: list[str] | None = None
+    source_probability: dict[str, float] = field(default_factory=dict)
+    target_fraction: float = 0.0
+    config: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.ids)
+        for name in ("score", "probability", "selected"):
+            values = getattr(self, name)
+            if values.shape != (n,):
+                raise SelectionError(f"{name} has shape {values.shape} for {n} ids")
+            if not np.isfinite(values).all():
+                raise SelectionError(f"{name} has NaN or infinite values: a selector must score every example")
+        if ((self.probability < 0) | (self.probability > 1)).any():
+            raise SelectionError("probabilities must lie between 0 and 1")
+        if not 0 <= self.target_fraction <= 1:
+            raise SelectionError(f"target_fraction = {self.target_fraction}: it must lie between 0 and 1")
+        if not self.selected.any() and self.target_fraction < 1:
+            raise SelectionError(f"{self.method} selected no example: lower its threshold or raise the budget")
+        self.versions = self.versions or _versions()
+
+    @classmethod
+    def of(
+        cls,
+        pool: Pool,
+        *,
+        selected: np.ndarray,
+        method: str,
+        seed: int,
+        budget: Budget,
+        ledger: Ledger,
+        score: np.ndarray | None = None,
+        probability: np.ndarray | None = None,
+        **more: Any,
+    ) -> Selection:
+        """A Selection from `pool`; score and probability default to `selected` as 0 and 1."""
+        plain = np.asarray(selected, dtype=np.float64)
+        names = None
+        if pool.sources is not None:
+            names = [pool.source_names[code] for code in pool.sources]
+        return cls(
+            ids=pool.ids,
+            score=plain if score is None else np.asarray(score, dtype=np.float64),
+            probability=plain if probability is None else np.asarray(probability, dtype=np.float64),
+            selected=np.asarray(selected, dtype=bool),
+            method=method,
+            seed=seed,
+            budget=budget,
+            ledger=ledger,
+            pool_hash=pool.content_hash,
+            sources=names,
+            **more,
+        )
+
+    @property
+    def rank(self) -> np.ndarray:
+        """Place of each example by falling score, 0 is best, ties by id; shape (N,)."""
+        by_id = np.argsort(np.array(self.ids.to_pylist()), kind="stable")
+        order = by_id[np.argsort(-self.score[by_id], kind="stable")]
+        rank = np.empty(len(order), dtype=np.int64)
+        rank[order] = np.arange(len(order))
+        return rank
+
+    def positions(self, pool: Pool) -> np.ndarray:
+        """Where the selected examples stand in `pool`, which may be reordered, int64.
+
+        Raises:
+            SelectionError: if a selected id is not in the pool.
+        """
+        wanted = self.ids.filter(pa.array(self.selected))
+        found = pc.index_in(wanted, value_set=pool.ids)
+        if found.null_count:
+            missing = wanted.filter(pc.is_null(found))
+            raise SelectionError(
+                f"{found.null_count} selected ids are not in the {pool.name}, such as {missing[:3].to_pylist()}: "
+                "use the pool that the selection was made from"
+            )
+        return np.sort(found.to_numpy(zero_copy_only=False).astype(np.int64))
+
+    def stream(self, pool: Pool, seed: int) -> Stream:
+        """An endless, seeded sequence of positions in `pool` to train on: epochs over the selected examples."""
+        return Epochs(self.positions(pool), seed)
+
+    def apply(self, dataset: Any, id_column: str = "id") -> Any:
+        """The selected rows of a `datasets.Dataset`, matched by its id column.
+
+        Raises:
+            SelectionError: if the column is missing, or a selected id is not in it.
+        """
+        if id_column not in dataset.column_names:
+            raise SelectionError(f"the dataset has no column {id_column!r}: it has {dataset.column_names}")
+        ids = pa.array([str(i) for i in dataset[id_column]], pa.string())
+        wanted = self.ids.filter(pa.array(self.selected))
+        found = pc.index_in(wanted, value_set=ids)
+        if found.null_count:
+            missing = wanted.filter(pc.is_null(found))
+            raise SelectionError(
+                f"{found.null_count} selected ids are not in column {id_column!r}, such as "
+                f"{missing[:3].to_pylist()}: use the data that the selection was made from"
+            )
+        return dataset.select(np.sort(found.to_numpy(zero_copy_only=False)))
+
+    def sampler(self, seed: int = 0, *, by_probability: bool = False) -> SelectionSampler:
+        """A `torch.utils.data.Sampler` over positions of the pool the selection was made from."""
+        return SelectionSampler(self, seed, by_probability=by_probability)
+
+    def mixture(self) -> dict[str, float]:
+        """The share of each source among the selected examples, for `datasets.interleave_datasets`.
+
+        Raises:
+            SelectionError: if the pool had no sources, or nothing of it is selected.
+        """
+        if self.sources is None:
+            raise SelectionError("the pool of this selection had no sources, so there is no mixture")
+        names, codes = np.unique(np.array(self.sources), return_inverse=True)
+        counts = np.bincount(codes[self.selected], minlength=len(names))
+        if not counts.sum():
+            raise SelectionError(f"{self.method} selected nothing of the pool, so there is no mixture")
+        return dict(zip(names.tolist(), (counts / counts.sum()).tolist(), strict=True))
+
+    def save(self, folder: Path | str) -> Path:
+        """Write `selection.json`, `scores.parquet` and `timings.json` to a new folder, whole or not at all.
+
+        The first two are the same, byte for byte, for two runs of one seed.
+
+        Raises:
+            SelectionError: if the folder already exists with something else in it.
+        """
+        folder = Path(folder)
+        if folder.exists() and not (folder / "selection.json").exists() and any(folder.iterdir()):
+            raise SelectionError(f"{folder} exists and holds no selection: choose another folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        pq.write_table(self.table(), partial / "scores.parquet")
+        (partial / "selection.json").write_text(json.dumps(self._header(), indent=2, sort_keys=True) + "\n")
+        self.ledger.save(partial / "timings.json")
+        partial.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+        return folder
+
+    def table(self) -> pa.Table:
+        """One row an example: id, source, score, probability, rank, selected."""
+        return pa.table(
+            {
+                "id": self.ids,
+                "source": pa.nulls(len(self.ids), pa.string()) if self.sources is None else self.sources,
+                "score": self.score,
+                "probability": self.probability,
+                "rank": self.rank,
+                "selected": self.selected,
+            },
+            schema=pa.schema(list(COLUMNS.items())),
+        )
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "method": self.method,
+            "config": self.config,
+            "seed": self.seed,
+            "versions": self.versions,
+            "budget": {
+                "amount": self.budget.amount,
+                "unit": self.budget.unit,
+                "count_selection": self.budget.count_selection,
+            },
+            "ledger": self.ledger.to_json(seconds=False),
+            "counts": {"pool": len(self.ids), "selected": int(self.selected.sum())},
+            "pool_hash": self.pool_hash,
+            "source_probability": self.source_probability,
+            "target_fraction": self.target_fraction,
+            "notes": self.notes,
+        }
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Selection:
+        """Read a Selection: JSON and Parquet alone, nothing is executed.
+
+        Raises:
+            SelectionError: if it is missing, corrupt, of another version, or its parts disagree.
+        """
+        folder = Path(folder)
+        if (folder / "selection" / "selection.json").exists():
+            folder = folder / "selection"
+        header_file, scores_file = folder / "selection.json", folder / "scores.parquet"
+        for file in (header_file, scores_file):
+            if not file.is_file():
+                raise SelectionError(f"{file} does not exist: give the folder that `cads select` wrote")
+        if header_file.stat().st_size > JSON_LIMIT:
+            raise SelectionError(f"{header_file} has {header_file.stat().st_size} bytes: this is no selection")
+        try:
+            header = json.loads(header_file.read_text())
+            table = pq.read_table(scores_file)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise SelectionError(f"{folder} cannot be read: {error}") from error
+        found = header.get("schema_version") if isinstance(header, dict) else None
+        if found != SCHEMA_VERSION:
+            raise SelectionError(f"{header_file} has schema version {found}; this library reads {SCHEMA_VERSION}")
+        if table.schema.names != list(COLUMNS) or table.schema.types != list(COLUMNS.values()):
+            raise SelectionError(f"{scores_file} has columns {table.schema.names}, expected {list(COLUMNS)}")
+        try:
+            return cls._build(header, table)
+        except (KeyError, TypeError, ValueError, AttributeError, CadsError) as error:
+            raise SelectionError(f"{folder} is corrupt: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _build(cls, header: dict[str, Any], table: pa.Table) -> Selection:
+        if header["counts"]["pool"] != len(table):
+            raise SelectionError(f"{len(table)} scores where the header says {header['counts']['pool']}")
+        if not (math.isfinite(header["target_fraction"]) and isinstance(header["seed"], int)):
+            raise SelectionError("seed or target_fraction is no number")
+        sources = table["source"].combine_chunks()
+        return cls(
+            ids=table["id"].combine_chunks(),
+            score=table["score"].to_numpy(),
+            probability=table["probability"].to_numpy(),
+            selected=table["selected"].to_numpy().astype(bool),
+            sources=None if sources.null_count else sources.to_pylist(),
+            budget=Budget(**header["budget"]),
+            ledger=Ledger.from_json(header["ledger"]),
+            **{
+                name: header[name]
+                for name in (
+                    "method",
+                    "config",
+                    "seed",
+                    "versions",
+                    "pool_hash",
+                    "source_probability",
+                    "target_fraction",
+                    "notes",
+                )
+            },
+        )
+
+
+class SelectionSampler(Sampler[int]):
+    """One epoch of positions in the pool: the selected ones shuffled, or draws by probability.
+
+    Call `set_epoch` before each epoch, as with `DistributedSampler`.
+    """
+
+    def __init__(self, selection: Selection, seed: int, *, by_probability: bool = False) -> None:
+        self._count = int(selection.selected.sum())
+        self._stream: Stream
+        if by_probability:
+            self._stream = Weighted(selection.probability, seed)
+        else:
+            self._stream = Epochs(np.flatnonzero(selection.selected), seed)
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._stream.take(self._epoch * self._count, self._count).tolist()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

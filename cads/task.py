@@ -1,0 +1,299 @@
+"""The only door between data and models on one side and the selection algorithms on the other.
+
+A `Task` is a pool, a target, a test set, a way to build the model, the loss of one example, and the recipe
+by which the final model will be trained. Everything else in cads is written against these classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor, nn
+
+from cads.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from cads.flops import Costs
+    from cads.trainer import TrainConfig
+
+log = logging.getLogger(__name__)
+
+Shape = tuple[tuple[str, tuple[int, ...]], ...]
+"""The shape of one example: its inputs by name, without the batch dimension. Equal shapes cost the same."""
+
+LEAK_TOLERANCE = 0.01
+"""Share of the target that may have exact copies in the pool or the test set before it is called a leak."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B collated examples.
+
+    Attributes:
+        inputs: what the model reads, by name; each of shape (B, ...).
+        labels: what it should answer, shape (B,) or (B, T).
+        positions: where the examples stand in their pool, shape (B,), int64.
+        tokens: positions the model computes on, padding included (images: one per example).
+        answer_tokens: positions that are learned from (images: one per example).
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    positions: Tensor
+    tokens: int
+    answer_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of one of its examples."""
+        return tuple((name, tuple(x.shape[1:])) for name, x in sorted(self.inputs.items()))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with `function` applied to inputs and labels (to move, cast or pin them)."""
+        inputs = {name: function(x) for name, x in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=function(self.labels))
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on `device`; the copy from pinned memory does not block."""
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory (called by `torch.utils.data.DataLoader`)."""
+        return self.map(Tensor.pin_memory)
+
+    def split(self, parts: int) -> list[Batch]:
+        """At most `parts` consecutive pieces of nearly equal length, for gradient accumulation."""
+        if parts == 1:
+            return [self]
+        pieces = [p for p in np.array_split(np.arange(len(self)), parts) if len(p)]
+        return [
+            Batch(
+                inputs={name: x[piece[0] : piece[-1] + 1] for name, x in self.inputs.items()},
+                labels=self.labels[piece[0] : piece[-1] + 1],
+                positions=self.positions[piece[0] : piece[-1] + 1],
+                tokens=round(self.tokens * len(piece) / len(self)),
+                answer_tokens=round(self.answer_tokens * len(piece) / len(self)),
+            )
+            for piece in pieces
+        ]
+
+
+class Examples(Protocol):
+    """The payload of a pool: N examples that can be collated, in memory or behind a file."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        """Collate the examples at `positions` (int64, shape (B,))."""
+        ...
+
+    def shapes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which examples cost the same.
+
+        Returns:
+            representatives, shape (U,): one position for each distinct shape;
+            codes, shape (N,): the index into representatives of each example.
+        """
+        ...
+
+    def digests(self) -> list[bytes]:
+        """A content hash of what the model reads of each example, in order."""
+        ...
+
+
+class Pool:
+    """N examples: stable ids, an optional source each, and the payload.
+
+    Args:
+        ids: one string an example, unique.
+        examples: the payload, of the same length.
+        sources: one integer code an example (shape (N,)), or None if the pool has no sources.
+        source_names: the name behind each code; every source must have at least one example.
+        name: what error messages call this pool.
+
+    Raises:
+        DataError: if it is empty, has duplicate ids, lengths that differ, or a source with no example.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[str] | pa.Array | pa.ChunkedArray,
+        examples: Examples,
+        sources: np.ndarray | None = None,
+        source_names: Sequence[str] = (),
+        *,
+        name: str = "pool",
+    ) -> None:
+        ids = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.string())
+        self.ids: pa.Array = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+        self.examples = examples
+        self.sources = None if sources is None else np.asarray(sources, dtype=np.int32)
+        self.source_names = tuple(source_names)
+        self.name = name
+        self._check()
+
+    def _check(self) -> None:
+        if len(self.ids) == 0:
+            raise DataError(f"the {self.name} is empty: it needs at least one example")
+        if len(self.examples) != len(self.ids):
+            raise DataError(
+                f"the {self.name} has {len(self.ids)} ids for {len(self.examples)} examples: "
+                "give one id to each example"
+            )
+        if self.ids.null_count:
+            raise DataError(f"the {self.name} has {self.ids.null_count} missing ids: every example needs one")
+        if pc.count_distinct(self.ids).as_py() != len(self.ids):
+            counts = pc.value_counts(self.ids)
+            twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+            raise DataError(
+                f"the {self.name} has duplicate ids, {len(twice)} in all, such as {twice[:3].to_pylist()}: "
+                "ids must be unique"
+            )
+        if self.sources is None:
+            return
+        if len(self.sources) != len(self.ids):
+            raise DataError(f"the {self.name} has {len(self.sources)} sources for {len(self.ids)} examples")
+        if self.sources.min() < 0 or self.sources.max() >= len(self.source_names):
+            raise DataError(
+                f"the {self.name} has source codes outside 0..{len(self.source_names) - 1}: "
+                "each code indexes source_names"
+            )
+        empty = [s for s, n in zip(self.source_names, self.source_sizes, strict=True) if n == 0]
+        if empty:
+            raise DataError(f"sources of the {self.name} with no example: {empty}; remove them or give data")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def source_sizes(self) -> np.ndarray:
+        """Examples in each source, shape (S,).
+
+        Raises:
+            DataError: if the pool has no sources.
+        """
+        if self.sources is None:
+            raise DataError(f"the {self.name} has no sources: name a source column, or select per example")
+        return np.bincount(self.sources, minlength=len(self.source_names))
+
+    def batch(self, positions: np.ndarray | Sequence[int]) -> Batch:
+        """Collate the examples at `positions`."""
+        return self.examples.batch(np.asarray(positions, dtype=np.int64))
+
+    def batches(self, size: int, positions: np.ndarray | None = None) -> Iterator[Batch]:
+        """All examples (or those at `positions`) once, in order, in batches of at most `size`."""
+        positions = np.arange(len(self)) if positions is None else positions
+        for start in range(0, len(positions), size):
+            yield self.batch(positions[start : start + size])
+
+    def in_sources(self, mask: np.ndarray) -> np.ndarray:
+        """Positions of all examples whose source is chosen by `mask` (bool, shape (S,))."""
+        if self.sources is None:
+            raise DataError(f"the {self.name} has no sources: name a source column, or select per example")
+        return np.flatnonzero(np.asarray(mask, dtype=bool)[self.sources])
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Hash of ids, sources and contents: two pools with the same hash give the same results."""
+        digest = hashlib.sha256()
+        for identity, content in zip(self.ids.to_pylist(), self.examples.digests(), strict=True):
+            digest.update(f"{identity}\0".encode())
+            digest.update(content)
+        if self.sources is not None:
+            digest.update(self.sources.tobytes())
+            digest.update("\0".join(self.source_names).encode())
+        return digest.hexdigest()
+
+
+Metrics = dict[str, float]
+Objective = Callable[["Task", nn.Module, Pool], float]
+"""Any metric of a trained model on a pool, lower is better: (task, model, target) -> value."""
+
+
+class Task(ABC):
+    """What is to be learned, from what, and how the final model is trained.
+
+    Attributes:
+        pool: the candidates. target: what selection optimises for. test: held out, seen by no selector.
+        recipe: how the model is trained: batch size, optimizer, learning rate, precision.
+        outer: the metric of `metrics` (lower is better) that selection minimises on the target.
+    """
+
+    name: str = "task"
+    outer: str = "loss"
+    pool: Pool
+    target: Pool
+    test: Pool
+    recipe: TrainConfig
+
+    @abstractmethod
+    def model(self, seed: int) -> nn.Module:
+        """A fresh model on the CPU; the same seed gives the same weights."""
+
+    @abstractmethod
+    def losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """The loss of each example, in nats, shape (B,)."""
+
+    @abstractmethod
+    def metrics(self, model: nn.Module, pool: Pool) -> Metrics:
+        """Metrics of `model` on all of `pool`, among them "loss" (nats per example) and `outer`.
+
+        It is one forward pass over the pool; the caller charges it.
+        """
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What one example costs, counted once per shape."""
+        from cads.flops import Costs
+
+        return Costs(self)
+
+    def objective(self, model: nn.Module, outer: str | Objective | None = None) -> float:
+        """The outer objective of `model` on the target: a metric by name, or any callable. Lower is better.
+
+        Raises:
+            ConfigError: if `outer` names no metric of this task.
+        """
+        outer = self.outer if outer is None else outer
+        if callable(outer):
+            return float(outer(self, model, self.target))
+        metrics = self.metrics(model, self.target)
+        if outer not in metrics:
+            raise ConfigError(f"outer = {outer!r} is no metric of {self.name}: choose from {sorted(metrics)}")
+        return metrics[outer]
+
+    def check(self) -> None:
+        """Refuse a target that leaks into the pool or the test set, by id or by content.
+
+        Raises:
+            DataError: naming the first examples that stand on both sides.
+        """
+        target_content = dict(zip(self.target.examples.digests(), self.target.ids.to_pylist(), strict=True))
+        for other in (self.pool, self.test):
+            shared = self.target.ids.filter(pc.is_in(self.target.ids, value_set=other.ids))
+            if len(shared):
+                raise DataError(
+                    f"{len(shared)} ids of the target are also in the {other.name}, such as "
+                    f"{shared[:3].to_pylist()}: the target must be held out from both pool and test"
+                )
+            copies = [target_content[c] for c in set(other.examples.digests()) if c in target_content]
+            if len(copies) > LEAK_TOLERANCE * len(self.target):
+                raise DataError(
+                    f"{len(copies)} of {len(self.target)} target examples have exact copies in the "
+                    f"{other.name}, such as {sorted(copies)[:3]}: remove them from one side"
+                )
+            if copies:
+                log.warning("%d target examples have exact copies in the %s", len(copies), other.name)
