@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 from scipy.special import entr, erf, ndtr, ndtri
 
-from cads.errors import CheckpointError, ConfigError
+from cads.errors import CadsError, CheckpointError, ConfigError
 
 Floats = NDArray[np.float64]
 Masks = NDArray[np.bool_]
@@ -49,10 +49,10 @@ class Policy(ABC):
     _settings: ClassVar[tuple[str, ...]]
 
     def __init__(self, parameters: ArrayLike) -> None:
-        values = _vector(self._parameter, parameters).copy()
+        values = finite_array(self._parameter, parameters).copy()
         if values.min() < 0 or values.max() > 1:
             raise ConfigError(
-                f"{self._parameter} must be in [0, 1], got [{values.min()}, {values.max()}]: clip or project them"
+                f"{self._parameter} must be in [0, 1], got {values.min()} to {values.max()}: project them"
             )
         self._values: Floats = values
 
@@ -87,14 +87,14 @@ class Policy(ABC):
         Raises:
             ConfigError: if the gradient is not finite or not of shape (n,), or `size` is negative.
         """
-        direction = _vector("gradient", gradient)
+        direction = finite_array("gradient", gradient)
         if direction.shape != (self.n,):
             raise ConfigError(f"gradient has shape {direction.shape}, the policy has {self.n} parameters")
         if not (np.isfinite(size) and size >= 0):
             raise ConfigError(f"step size must be finite and >= 0, got {size}")
         with np.errstate(over="ignore"):
             moved = self._values - size * direction
-        self._values = self._project(_vector("the parameters after the step", moved))
+        self._values = self._project(finite_array("the parameters after the step", moved))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy to one safetensors file, whole or not at all.
@@ -130,32 +130,30 @@ class Policy(ABC):
         """
         try:
             with safe_open(os.fspath(path), framework="numpy") as stored:
-                metadata = stored.metadata() or {}
-                names = set(stored.keys())
-                header = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
-                if not isinstance(header, dict):
-                    raise CheckpointError(f"{path} was not written by a cads policy: check the path")
-                if header.get("class") != cls.__name__:
-                    raise CheckpointError(
-                        f"{path} holds a {header.get('class')}, not a {cls.__name__}: load it with that class"
-                    )
-                if header.get("schema") != SCHEMA:
-                    raise CheckpointError(
-                        f"{path} has schema {header.get('schema')}, this version reads {SCHEMA}: save it again"
-                    )
-                settings = header.get("settings")
-                if (
-                    names != {cls._parameter}
-                    or not isinstance(settings, dict)
-                    or set(settings) != set(cls._settings)
-                ):
-                    raise CheckpointError(f"{path} lacks parts of a {cls.__name__}: restore it or start anew")
-                values = stored.get_tensor(cls._parameter)
-            if values.dtype != np.float64:
-                raise CheckpointError(f"{path} holds {values.dtype}, not float64: restore it or start anew")
-            return cls(values, **settings)
-        except (OSError, SafetensorError, ValueError, TypeError, ConfigError) as error:
-            raise CheckpointError(f"cannot read policy {path}: {error}") from error
+                settings = cls._stored_settings(stored.metadata() or {})
+                if set(stored.keys()) != {cls._parameter}:
+                    raise CheckpointError(f"it holds {sorted(stored.keys())}, expected {cls._parameter}")
+                dtype = stored.get_slice(cls._parameter).get_dtype()
+                if dtype != "F64":
+                    raise CheckpointError(f"{cls._parameter} are {dtype}, expected F64")
+                return cls(stored.get_tensor(cls._parameter), **settings)
+        except (OSError, SafetensorError, ValueError, TypeError, RecursionError, CadsError) as error:
+            raise CheckpointError(f"cannot load {cls.__name__} from {path}: {error}") from error
+
+    @classmethod
+    def _stored_settings(cls, metadata: dict[str, str]) -> dict[str, Any]:
+        """Return the constructor's settings, once the file is known to hold this class."""
+        header = json.loads(metadata.get(METADATA_KEY, "null"))
+        if not isinstance(header, dict):
+            raise CheckpointError("it was not written by a cads policy: check the path")
+        if header.get("class") != cls.__name__:
+            raise CheckpointError(f"it holds a {header.get('class')}: load it with that class")
+        if header.get("schema") != SCHEMA:
+            raise CheckpointError(f"it has schema {header.get('schema')}, this version reads {SCHEMA}")
+        settings = header.get("settings")
+        if not isinstance(settings, dict) or set(settings) != set(cls._settings):
+            raise CheckpointError(f"its settings are {settings}, expected {', '.join(cls._settings)}")
+        return settings
 
     def _checked(self, draws: NDArray[Any]) -> NDArray[Any]:
         if draws.ndim != 2 or draws.shape[1] != self.n:
@@ -203,7 +201,6 @@ class BernoulliPolicy(Policy):
         The uniforms are float32, one row at a time: probabilities are honoured to 2^-24, exactly at 0 and 1.
         """
         masks = np.empty((_check_count(count), self.n), dtype=np.bool_)
-        # Rounded up, since a float32 below s could not tell s from the next smaller multiple of 2^-24.
         for row in masks:
             np.less(rng.random(self.n, dtype=np.float32), self._values, out=row)
         return masks
@@ -212,9 +209,7 @@ class BernoulliPolicy(Policy):
         """log p(m; s) = sum_i m_i log s_i + (1 - m_i) log(1 - s_i), masks (K, n) -> (K,) nats."""
         with np.errstate(divide="ignore"):
             selected, rejected = np.log(self._values), np.log1p(-self._values)
-        return np.array(
-            [np.where(row, selected, rejected).sum() for row in self._checked(draws)], dtype=float
-        )
+        return np.array([np.where(row, selected, rejected).sum() for row in self._checked(draws)], dtype=float)
 
     def score(self, draws: Masks) -> Floats:
         """Score d log p / d s_i = (m_i - s_i) / (c_i (1 - c_i)), c = clip(s, floor, 1 - floor), masks (K, n).
@@ -272,11 +267,15 @@ class MixturePolicy(Policy):
         return self._values.copy()
 
     def sample(self, count: int, rng: np.random.Generator) -> Floats:
-        """Draw r = mu + sigma Phi^-1( Phi(a) + u Z ), u uniform on [0, 1): float64 (count, n)."""
-        a, _, mass = self._truncation()
-        uniforms = rng.random((_check_count(count), self.n))
-        # Phi(a) + u Z can round to 1, whose quantile is infinite, or to just outside the interval.
-        return np.clip(self._values + self.sigma * ndtri(ndtr(a) + uniforms * mass), 0.0, 1.0)
+        """Draw r = mu + sigma Phi^-1( Phi(a) + u Z ), u uniform on (0, 1): float64 (count, n)."""
+        a, b, mass = self._truncation()
+        # A uniform of exactly 0 would have an infinite quantile.
+        uniforms = np.maximum(rng.random((_check_count(count), self.n)), 2.0**-54)
+        # Each quantile from its nearer tail: a probability near 1 has lost the digits it needs.
+        lower = ndtr(a) + uniforms * mass
+        upper = ndtr(-b) + (1 - uniforms) * mass
+        quantiles = np.where(lower <= upper, ndtri(lower), -ndtri(upper))
+        return np.clip(self._values + self.sigma * quantiles, 0.0, 1.0)
 
     def ratios(self, draws: NDArray[Any]) -> Floats:
         """Divide each draw by its sum, (K, n) -> (K, n): rows are mixtures.
@@ -305,7 +304,7 @@ class MixturePolicy(Policy):
         return (self._checked(draws) - self._values) / self.sigma**2 - fall / (self.sigma * mass)
 
     def entropy(self) -> float:
-        """Differential entropy sum_j log(sqrt(2 pi e) sigma Z_j) + (a_j phi(a_j) - b_j phi(b_j)) / (2 Z_j)."""
+        """Entropy sum_j [ log(sqrt(2 pi e) sigma Z_j) + (a_j phi(a_j) - b_j phi(b_j)) / (2 Z_j) ] in nats."""
         a, b, mass = self._truncation()
         edge = (a * np.exp(-(a**2) / 2) - b * np.exp(-(b**2) / 2)) / np.sqrt(2 * np.pi)
         return float((np.log(np.sqrt(2 * np.pi * np.e) * self.sigma * mass) + edge / (2 * mass)).sum())
@@ -316,7 +315,7 @@ class MixturePolicy(Policy):
         return project_capped_simplex(values - values.max() + 1.0, 1.0)
 
     def _truncation(self) -> tuple[Floats, Floats, Floats]:
-        """Return a, b and Z, each (n,). As a <= 0 <= b, Z is a sum of two non-negative terms: no cancellation."""
+        """Return a, b and Z, each (n,); as a <= 0 <= b, Z is a sum of two terms >= 0: no cancellation."""
         a = -self._values / self.sigma
         b = (1 - self._values) / self.sigma
         return a, b, (erf(b / np.sqrt(2)) + erf(-a / np.sqrt(2))) / 2
@@ -335,7 +334,7 @@ def project_capped_simplex(s: ArrayLike, k: float) -> Floats:
     Raises:
         ConfigError: if s is empty, not finite or not one-dimensional, or k is not a number >= 0.
     """
-    point = _vector("s", s)
+    point = finite_array("s", s)
     _check_cap(k)
     clipped = np.clip(point, 0.0, 1.0)
     if k == 0:
@@ -344,10 +343,13 @@ def project_capped_simplex(s: ArrayLike, k: float) -> Floats:
         return clipped
     # tau >= 0, so negative entries end at 0 wherever they start.
     shifted = np.maximum(point, 0.0)
-    # tau cannot be finer than a unit in its own last place. Subtracting it is exact for the entries near it, so
-    # a second solve, on numbers of order one, makes the sum exact.
-    for _ in range(2):
-        shifted -= _threshold(shifted, k)
+    # A large tau is coarser than the sum must be. Subtracting it is exact for the entries near it, so each
+    # solve starts 52 bits finer than the last: two for entries of ordinary size, 20 for the largest float64.
+    for _ in range(20):
+        tau = _threshold(shifted, k)
+        if tau == 0:
+            break
+        shifted -= tau
     return np.clip(shifted, 0.0, 1.0, out=shifted)
 
 
@@ -359,7 +361,7 @@ def _threshold(s: Floats, k: float) -> float:
     """
     low, high = float(s.min()) - 1.0, float(s.max())
     tau = float(np.clip(0.0, low, high))
-    rounding = 4 * np.finfo(float).eps * max(1.0, k)
+    rounding = 4 * np.finfo(float).eps * (k + s.size)
     x = np.empty_like(s)
     iteration = 0
     while True:
@@ -377,16 +379,21 @@ def _threshold(s: Floats, k: float) -> float:
         tau = following
 
 
-def _vector(name: str, values: ArrayLike) -> Floats:
+def finite_array(name: str, values: ArrayLike, dimensions: int = 1) -> Floats:
+    """`values` as non-empty float64 with that many dimensions.
+
+    Raises:
+        ConfigError: naming `name`, if they are not numbers, not finite, empty or of another shape.
+    """
     try:
-        vector = np.asarray(values, dtype=np.float64)
+        array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} must be numbers: {error}") from error
-    if vector.ndim != 1 or vector.size == 0:
-        raise ConfigError(f"{name} must be a non-empty vector, got shape {vector.shape}")
-    if not np.isfinite(vector).all():
-        raise ConfigError(f"{name} must be finite: entry {int(np.argmin(np.isfinite(vector)))} is not")
-    return vector
+    if array.ndim != dimensions or array.size == 0:
+        raise ConfigError(f"{name} must be non-empty with {dimensions} dimension(s), got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise ConfigError(f"{name} must be finite, but entry {int(np.argmin(np.isfinite(array)))} is not")
+    return array
 
 
 def _check_cap(k: float) -> None:

@@ -51,6 +51,8 @@ class Selection:
         sources: the name of each example's source, or None.
         source_probability: probability of each source, for selectors that choose sources.
         target_fraction: share of each training batch drawn from the target (0: pool only).
+        weighted: whether training draws examples in proportion to their probability, with replacement, instead
+            of going through the selected ones epoch by epoch.
         method, config, seed, budget, ledger: how it was made.
         pool_hash: content hash of the pool it was made from.
         notes: what the selector has to say, such as the guard's verdict.
@@ -68,6 +70,7 @@ class Selection:
     sources: list[str] | None = None
     source_probability: dict[str, float] = field(default_factory=dict)
     target_fraction: float = 0.0
+    weighted: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -147,8 +150,17 @@ class Selection:
         return np.sort(found.to_numpy(zero_copy_only=False).astype(np.int64))
 
     def stream(self, pool: Pool, seed: int) -> Stream:
-        """An endless, seeded sequence of positions in `pool` to train on: epochs over the selected examples."""
-        return Epochs(self.positions(pool), seed)
+        """An endless, seeded sequence of positions in `pool` to train on.
+
+        Raises:
+            SelectionError: if a selected id is not in the pool.
+        """
+        positions = self.positions(pool)
+        if not self.weighted:
+            return Epochs(positions, seed)
+        weights = np.zeros(len(pool))
+        weights[positions] = self.probability[pc.index_in(pool.ids.take(positions), value_set=self.ids).to_numpy()]
+        return Weighted(weights, seed)
 
     def apply(self, dataset: Any, id_column: str = "id") -> Any:
         """The selected rows of a `datasets.Dataset`, matched by its id column.
@@ -169,23 +181,37 @@ class Selection:
             )
         return dataset.select(np.sort(found.to_numpy(zero_copy_only=False)))
 
-    def sampler(self, seed: int = 0, *, by_probability: bool = False) -> SelectionSampler:
-        """A `torch.utils.data.Sampler` over positions of the pool the selection was made from."""
-        return SelectionSampler(self, seed, by_probability=by_probability)
+    def sampler(self, pool: Pool, seed: int = 0) -> SelectionSampler:
+        """A `torch.utils.data.Sampler` over positions of `pool`, in which the selected ids must be."""
+        return SelectionSampler(self.stream(pool, seed), int(self.selected.sum()))
+
+    def by_source(self) -> list[tuple[str, int, int, float]]:
+        """For each source (or the whole pool): name, examples, selected examples, mean probability."""
+        names, codes = np.unique(np.array(self.sources or ["(all)"] * len(self.ids)), return_inverse=True)
+        examples = np.bincount(codes)
+        selected = np.bincount(codes[self.selected], minlength=len(names))
+        probability = np.bincount(codes, weights=self.probability) / examples
+        return [
+            (str(n), int(e), int(s), float(p))
+            for n, e, s, p in zip(names, examples, selected, probability, strict=True)
+        ]
 
     def mixture(self) -> dict[str, float]:
-        """The share of each source among the selected examples, for `datasets.interleave_datasets`.
+        """The share of each source among what is trained on, for `datasets.interleave_datasets`.
 
         Raises:
             SelectionError: if the pool had no sources, or nothing of it is selected.
         """
         if self.sources is None:
             raise SelectionError("the pool of this selection had no sources, so there is no mixture")
-        names, codes = np.unique(np.array(self.sources), return_inverse=True)
-        counts = np.bincount(codes[self.selected], minlength=len(names))
-        if not counts.sum():
+        if not self.selected.any():
             raise SelectionError(f"{self.method} selected nothing of the pool, so there is no mixture")
-        return dict(zip(names.tolist(), (counts / counts.sum()).tolist(), strict=True))
+        amounts = {
+            name: examples * probability if self.weighted else float(selected)
+            for name, examples, selected, probability in self.by_source()
+        }
+        total = sum(amounts.values())
+        return {name: amount / total for name, amount in amounts.items()}
 
     def save(self, folder: Path | str) -> Path:
         """Write `selection.json`, `scores.parquet` and `timings.json` to a new folder, whole or not at all.
@@ -240,6 +266,7 @@ class Selection:
             "pool_hash": self.pool_hash,
             "source_probability": self.source_probability,
             "target_fraction": self.target_fraction,
+            "weighted": self.weighted,
             "notes": self.notes,
         }
 
@@ -299,6 +326,7 @@ class Selection:
                     "pool_hash",
                     "source_probability",
                     "target_fraction",
+                    "weighted",
                     "notes",
                 )
             },
@@ -306,18 +334,14 @@ class Selection:
 
 
 class SelectionSampler(Sampler[int]):
-    """One epoch of positions in the pool: the selected ones shuffled, or draws by probability.
+    """One epoch of positions in a pool, as many as are selected.
 
     Call `set_epoch` before each epoch, as with `DistributedSampler`.
     """
 
-    def __init__(self, selection: Selection, seed: int, *, by_probability: bool = False) -> None:
-        self._count = int(selection.selected.sum())
-        self._stream: Stream
-        if by_probability:
-            self._stream = Weighted(selection.probability, seed)
-        else:
-            self._stream = Epochs(np.flatnonzero(selection.selected), seed)
+    def __init__(self, stream: Stream, count: int) -> None:
+        self._stream = stream
+        self._count = count
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -113,6 +113,10 @@ class Examples(Protocol):
         """A content hash of what the model reads of each example, in order."""
         ...
 
+    def label_digest(self) -> bytes:
+        """A content hash of all labels, in order."""
+        ...
+
 
 class Pool:
     """N examples: stable ids, an optional source each, and the payload.
@@ -207,11 +211,12 @@ class Pool:
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of ids, sources and contents: two pools with the same hash give the same results."""
+        """Hash of ids, contents, labels and sources: two pools with the same hash give the same results."""
         digest = hashlib.sha256()
         for identity, content in zip(self.ids.to_pylist(), self.examples.digests(), strict=True):
             digest.update(f"{identity}\0".encode())
             digest.update(content)
+        digest.update(self.examples.label_digest())
         if self.sources is not None:
             digest.update(self.sources.tobytes())
             digest.update("\0".join(self.source_names).encode())

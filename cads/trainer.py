@@ -21,6 +21,7 @@ from cads.draws import Draws
 from cads.errors import BudgetError, ConfigError, NonFiniteError
 from cads.monitor import Monitor
 from cads.replicas import Learner, Single, Stacked, can_stack
+from cads.seeds import derive
 from cads.task import Batch, Task
 
 TAIL = 0.1
@@ -118,9 +119,7 @@ class Trainer:
         self.monitor = monitor or Monitor()
         self.accelerator = _accelerator(task.recipe.precision)
 
-    def fit(
-        self, model: nn.Module, draws: Draws, flops: float, *, seed: int, phase: str, stage: str
-    ) -> Fit:
+    def fit(self, model: nn.Module, draws: Draws, flops: float, *, seed: int, phase: str, stage: str) -> Fit:
         """Train `model` in place on `draws` for at most `flops`.
 
         Raises:
@@ -150,9 +149,7 @@ class Trainer:
                 fits.append(None)
         return _gather(list(models), fits)
 
-    def _run(
-        self, learner: Learner, draws: Draws, flops: float, *, seed: int, phase: str, stage: str
-    ) -> Fit:
+    def _run(self, learner: Learner, draws: Draws, flops: float, *, seed: int, phase: str, stage: str) -> Fit:
         recipe, replicas = self.task.recipe, draws.replicas
         parameters = [p for p in learner.parameters() if p.requires_grad]
         if not parameters:
@@ -170,7 +167,7 @@ class Trainer:
                 cost = self._cost(pieces) / replicas + self.task.costs.optimizer_step
                 if total + cost > flops:
                     break
-                torch.manual_seed(_mix(seed, step))
+                self._seed(derive(seed, step))
                 rate = recipe.rate((total + cost / 2) / flops)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -191,7 +188,13 @@ class Trainer:
                 progress(total, float(np.nanmean(loss)), rate)
         seconds = time.perf_counter() - started
         self.ledger.charge(
-            phase, stage, total * replicas, usages=usages, tokens=tokens, answer_tokens=answers, seconds=seconds
+            phase,
+            stage,
+            total * replicas,
+            usages=usages,
+            tokens=tokens,
+            answer_tokens=answers,
+            seconds=seconds,
         )
         if not losses:
             raise BudgetError(
@@ -199,6 +202,12 @@ class Trainer:
                 f"which costs {cost:.4g}: raise the budget or lower batch_size"
             )
         return Fit(learner.trained(), np.stack(losses), np.array(spent), diverged, seconds)
+
+    def _seed(self, seed: int) -> None:
+        """Seed the global generators that dropout draws from (`torch.manual_seed` is slow without a GPU)."""
+        torch.default_generator.manual_seed(seed)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _load(self, draws: Draws) -> Iterator[list[Batch]]:
         loader = DataLoader(
@@ -265,11 +274,6 @@ def _identity(pieces: list[Batch]) -> list[Batch]:
     return pieces
 
 
-def _mix(seed: int, step: int) -> int:
-    """One 63-bit seed for the global generator (dropout) from (seed, step)."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
-
-
 def _optimizer(recipe: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     rate, decay = recipe.learning_rate, recipe.weight_decay
     if recipe.optimizer == "adamw":
@@ -294,5 +298,3 @@ def _gather(models: list[nn.Module], fits: list[Fit | None]) -> Fit:
     missing = np.full(len(sound[0].losses), np.nan)
     losses = np.stack([missing if f is None else f.losses[:, 0] for f in fits], axis=1)
     return Fit(models, losses, sound[0].flops, diverged, sum(f.seconds for f in sound))
-
-

@@ -1,0 +1,22 @@
+"""Full: train on the whole pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cads.budget import Budget, Ledger
+from cads.monitor import Monitor
+from cads.optimizer import uniform
+from cads.selection import Selection
+from cads.task import Task
+
+
+@dataclass
+class Full:
+    """The whole pool: no selection, no cost."""
+
+    def select(
+        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
+    ) -> Selection:
+        """Select everything; see `cads.optimizer.Selector`."""
+        return uniform(task, budget, method="full", seed=seed, ledger=ledger, notes={})

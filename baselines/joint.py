@@ -1,0 +1,31 @@
+"""Joint: train on the whole pool and the target together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+from cads.budget import Budget, Ledger
+from cads.errors import ConfigError
+from cads.monitor import Monitor
+from cads.optimizer import uniform
+from cads.selection import Selection
+from cads.task import Task
+
+
+@dataclass
+class Joint:
+    """The whole pool, with a share of each batch from the target: it costs nothing to select."""
+
+    target_fraction: float = 0.3
+    """Share of each batch that is drawn from the target."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_fraction < 1:
+            raise ConfigError(f"target_fraction = {self.target_fraction}: it must lie between 0 and 1")
+
+    def select(
+        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
+    ) -> Selection:
+        """Select everything, target included; see `cads.optimizer.Selector`."""
+        everything = uniform(task, budget, method="joint", seed=seed, ledger=ledger, notes={})
+        return replace(everything, target_fraction=self.target_fraction, config=asdict(self))

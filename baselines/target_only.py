@@ -1,0 +1,31 @@
+"""Target-only: train on the target alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cads.budget import Budget, Ledger
+from cads.monitor import Monitor
+from cads.selection import Selection
+from cads.task import Task
+
+
+@dataclass
+class TargetOnly:
+    """Nothing of the pool: the target is all that is trained on. Best, or close to it, at the smallest budgets."""
+
+    def select(
+        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
+    ) -> Selection:
+        """Select nothing of the pool; see `cads.optimizer.Selector`."""
+        return Selection.of(
+            task.pool,
+            selected=np.zeros(len(task.pool), dtype=bool),
+            method="target-only",
+            seed=seed,
+            budget=budget,
+            ledger=ledger,
+            target_fraction=1.0,
+        )

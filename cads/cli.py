@@ -1,0 +1,219 @@
+"""The command line: `cads select`, `cads train`. One YAML file and flags fill the same dataclasses."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from cads.budget import Budget, Ledger
+from cads.errors import CadsError, ConfigError
+from cads.monitor import Monitor
+from cads.outcome import train_on
+from cads.registry import SELECTORS, TASKS, build_selector, names, selector_class, task_config_class
+from cads.selection import Selection
+from cads.task import Task
+from cads.trainer import TrainConfig
+
+DEFAULT_KIND, DEFAULT_METHOD = "vision", "cads-s"
+USAGE = """usage: cads COMMAND [CONFIG] [flags]
+
+What should I train on, given a pool, a validation set, a model and a compute budget in FLOPs?
+
+commands:
+  select   choose what to train on, and write a Selection
+  train    train the final model on a Selection within the budget, and test it
+
+`cads COMMAND --help` explains every field; `cads COMMAND --print_config` writes the whole configuration."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 done, 1 refused with a reason, 2 bad usage)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], None]] = {"select": select, "train": train}
+    console = Console(stderr=True)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] not in commands:
+        console.print(f"cads: command {argv[0]!r} is unknown: use one of {', '.join(commands)}", style="red")
+        return 2
+    try:
+        commands[argv[0]](argv[1:])
+    except CadsError as error:
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        return 1
+    return 0
+
+
+def select(argv: list[str]) -> None:
+    """Choose what to train on, and write a Selection."""
+    config, parser = _read("select", argv)
+    objects = parser.instantiate(config)
+    out = Path(config.out or f"runs/{config.method}")
+    task: Task = objects.task.build(objects.train)
+    task.check()
+    budget = Budget.parse(config.budget, count_selection=config.count_selection)
+    ledger = Ledger()
+    console = Console()
+    with _monitor(config, out, "select") as monitor:
+        chosen = objects.options.select(task, budget, seed=config.seed, ledger=ledger, monitor=monitor)
+        monitor.ledger(ledger)
+        share = float(chosen.selected.mean())
+        monitor.hparams(
+            {"method": config.method, "budget": str(budget), "seed": config.seed},
+            {"selected_share": share, "selection_flops": ledger.total().flops},
+        )
+    chosen.save(out / "selection")
+    _write_config(parser, config, out)
+    console.print(summary(chosen))
+    console.print(ledger.table())
+    console.print(f"Selection: {out / 'selection'}")
+    if config.tensorboard:
+        console.print(f"TensorBoard: tensorboard --logdir {out}", soft_wrap=True)
+
+
+def train(argv: list[str]) -> None:
+    """Train the final model on a Selection within the budget, and test it."""
+    config, parser = _read("train", argv)
+    if config.selection is None:
+        raise ConfigError("--selection is missing: give the folder that `cads select` wrote")
+    objects = parser.instantiate(config)
+    chosen = Selection.load(config.selection)
+    out = Path(config.out or Path(config.selection) / "train")
+    task: Task = objects.task.build(objects.train)
+    task.check()
+    budget = Budget.parse(config.budget, count_selection=config.count_selection)
+    with _monitor(config, out, "train") as monitor:
+        outcome = train_on(task, chosen, budget, seed=config.seed, monitor=monitor)
+        monitor.hparams(
+            {"method": chosen.method, "budget": str(budget), "seed": config.seed},
+            {**outcome.metrics, "total_flops": outcome.ledger.total().flops},
+        )
+    outcome.save(out)
+    _write_config(parser, config, out)
+    console = Console()
+    console.print(outcome.ledger.table())
+    table = Table(title="test set", title_justify="left")
+    for name in outcome.metrics:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{value:.4f}" for value in outcome.metrics.values()))
+    console.print(table)
+    console.print(f"Model and results: {out}")
+
+
+def summary(selection: Selection) -> Table:
+    """What was selected, by source if there are sources."""
+    title = f"{selection.method}: {int(selection.selected.sum()):,} of {len(selection.selected):,} examples"
+    if "guard" in selection.notes:
+        title += f" ({selection.notes['guard']})"
+    table = Table(title=title, title_justify="left")
+    table.add_column("source")
+    for column in ("examples", "selected", "share of selection", "probability"):
+        table.add_column(column, justify="right")
+    for name, examples, selected, probability in selection.by_source():
+        share = selected / max(1, int(selection.selected.sum()))
+        table.add_row(name, f"{examples:,}", f"{selected:,}", f"{share:.1%}", f"{probability:.3f}")
+    return table
+
+
+def _read(command: str, argv: list[str]) -> tuple[Namespace, ArgumentParser]:
+    """The configuration of a command, from its file (the first argument, or --config) and its flags."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
+    given: dict[str, Any] = {}
+    flags = []
+    words = iter(argv)
+    for word in words:
+        if word.split("=")[0] == "--config":
+            path = word.split("=", 1)[1] if "=" in word else next(words, "")
+            given.update(_load_yaml(path))
+        else:
+            flags.append(word)
+    kind = _flag(flags, "--kind") or given.get("kind", DEFAULT_KIND)
+    method = _flag(flags, "--method") or given.get("method", DEFAULT_METHOD)
+    selectors = given.pop("selectors", None) or {}
+    if not isinstance(selectors, dict):
+        raise ConfigError(f"selectors = {selectors!r}: it must map names of methods to their options")
+    for name, options in selectors.items():
+        build_selector(name, options)
+    own = {
+        **selectors.get(method, {}),
+        **(given.get("options") or {} if given.get("method") == method else {}),
+    }
+    given = {**given, "kind": kind, "method": method, "options": own}
+    parser = _parser(command, kind, method)
+    file = [] if set(given) == {"kind", "method", "options"} and not own else ["--config", yaml.safe_dump(given)]
+    return parser.parse_args([*file, *flags]), parser
+
+
+def _parser(command: str, kind: str, method: str) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    about = {"select": select, "train": train}[command].__doc__
+    parser = ArgumentParser(prog=f"cads {command}", usage=f"cads {command} [CONFIG] [flags]", description=about)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; flags after it win")
+    parser.add_argument("--kind", default=kind, help=f"kind of task: {', '.join(names(TASKS))}")
+    parser.add_argument("--method", default=method, help=f"selector: {', '.join(names(SELECTORS))}")
+    parser.add_argument(
+        "--budget",
+        type=str,
+        default="5 epochs",
+        help="'2e15' FLOPs, '225000 usages', '5 epochs', '3e6 tokens'",
+    )
+    parser.add_argument("--count_selection", type=bool, default=False, help="the budget covers selection too")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    parser.add_argument("--out", type=str | None, default=None, help="folder of the run")
+    parser.add_argument("--tensorboard", type=bool, default=True, help="write TensorBoard event files")
+    parser.add_argument("--progress", type=bool, default=True, help="show a progress bar")
+    if command == "train":
+        parser.add_argument("--selection", type=str | None, default=None, help="folder that `cads select` wrote")
+    parser.add_class_arguments(task_config_class(kind), "task")
+    parser.add_class_arguments(TrainConfig, "train")
+    parser.add_class_arguments(selector_class(method), "options")
+    return parser
+
+
+def _load_yaml(path: str) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"configuration {path!r} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path!r} is no YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"configuration {path!r} must map names to values, not {type(loaded).__name__}")
+    return loaded
+
+
+def _flag(flags: list[str], name: str) -> str | None:
+    for i, word in enumerate(flags):
+        if word == name and i + 1 < len(flags):
+            return flags[i + 1]
+        if word.startswith(f"{name}="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _monitor(config: Namespace, out: Path, command: str) -> Monitor:
+    folder = out / "tensorboard" / command if config.tensorboard else None
+    return Monitor(folder, Console(stderr=True) if config.progress and sys.stderr.isatty() else None)
+
+
+def _write_config(parser: ArgumentParser, config: Namespace, out: Path) -> None:
+    """Write the whole configuration, which replays the run."""
+    text = parser.dump(config, skip_none=False)
+    partial = out / ".config.yaml.partial"
+    partial.write_text(text)
+    os.replace(partial, out / "config.yaml")

@@ -1,0 +1,81 @@
+"""The control variate h(m) of the corrected estimator: the penalty, and what the runs so far say beyond it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from cads.estimator import fit_control
+
+RIDGES = np.logspace(-3, 3, 13)
+"""Strengths of shrinkage among which leave-one-out chooses, relative to the summed weight of the runs."""
+
+Function = Callable[[np.ndarray], np.ndarray]
+
+
+class Control:
+    """h(m) = c1 R(m) - c2 l*(m) + w . phi(m), fitted to measured objectives.
+
+    c1, c2 >= 0 are fitted first (`estimator.fit_control`); a ridge regression on phi, with the strength chosen
+    by leave-one-out, takes what they leave. Where the penalty is blind c1 and c2 vanish; where it is sharp the
+    rest does.
+
+    Args:
+        draws: what was run, shape (K, S).
+        values: the measured objective F, shape (K,); not finite ones are left out.
+        weights: trust in each value, shape (K,), > 0.
+        features: phi, maps draws (M, S) to (M, P).
+        risk: R, maps draws to nats (M,).
+        reach: l*, maps draws to nats (M,).
+    """
+
+    def __init__(
+        self,
+        draws: np.ndarray,
+        values: np.ndarray,
+        weights: np.ndarray,
+        *,
+        features: Function,
+        risk: Function,
+        reach: Function,
+    ) -> None:
+        sound = np.isfinite(values)
+        draws, values, weights = draws[sound], values[sound], weights[sound]
+        self._features, self._risk, self._reach = features, risk, reach
+        self.c1, self.c2 = fit_control(values, risk(draws), reach(draws))
+        x, y = features(draws), values - self._penalty(draws)
+        total = weights.sum()
+        self._x_mean, self._y_mean = weights @ x / total, float(weights @ y / total)
+        x = x - self._x_mean
+        self._x_scale = np.sqrt(weights @ x**2 / total)
+        self._x_scale[self._x_scale < 1e-9] = np.inf
+        root = np.sqrt(weights)[:, None]
+        self._coefficients, self.loo_error = _ridge(root * (x / self._x_scale), root[:, 0] * (y - self._y_mean))
+
+    def __call__(self, draws: np.ndarray) -> np.ndarray:
+        """h of each row of draws (M, S), shape (M,)."""
+        x = (self._features(draws) - self._x_mean) / self._x_scale
+        return np.asarray(self._penalty(draws) + self._y_mean + x @ self._coefficients)
+
+    def _penalty(self, draws: np.ndarray) -> np.ndarray:
+        return self.c1 * self._risk(draws) - self.c2 * self._reach(draws)
+
+
+def _ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
+    """Coefficients of the ridge regression with the least leave-one-out error, and that error (root mean square).
+
+    With the singular values the hat matrix costs nothing more for each strength; its diagonal gives the
+    left-out residuals in closed form.
+    """
+    u, d, vt = np.linalg.svd(x, full_matrices=False)
+    best, coefficients = np.inf, np.zeros(x.shape[1])
+    projected = u.T @ y
+    for strength in RIDGES * len(y):
+        shrink = d**2 / (d**2 + strength)
+        leverage = np.minimum((u**2 * shrink).sum(axis=1) + 1 / len(y), 1 - 1e-6)
+        error = float(np.sqrt(np.mean(((y - u @ (shrink * projected)) / (1 - leverage)) ** 2)))
+        if error < best:
+            best = error
+            coefficients = vt.T @ (d / (d**2 + strength) * projected)
+    return coefficients, best

@@ -1,0 +1,112 @@
+"""Short runs for the outer loop: train replicas on parts of the pool and measure them on the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from cads.budget import SELECT, Ledger
+from cads.draws import Draws, Epochs, Stream
+from cads.errors import DataError
+from cads.monitor import Monitor
+from cads.task import Objective, Task
+from cads.trainer import Trainer
+
+SCORING_BATCH = 1024
+"""Examples in one forward pass when a pool is scored."""
+
+
+@dataclass
+class Runs:
+    """K inner runs.
+
+    Attributes:
+        objective: outer objective of each on the target, shape (K,); NaN where the run diverged.
+        losses: training losses of each step, nats, shape (steps, K).
+        flops: compute of one run after each step, shape (steps,).
+        reached: training loss over the last steps, nats, shape (K,).
+        models: the trained models.
+    """
+
+    objective: np.ndarray
+    losses: np.ndarray
+    flops: np.ndarray
+    reached: np.ndarray
+    models: list[nn.Module]
+
+
+class Inner:
+    """Trains from the task's initial weights and measures on the target; all of it is charged to "select".
+
+    Args:
+        task: what is trained.
+        ledger: charged for training and for measuring.
+        monitor: shows progress.
+        outer: the objective, by name or callable; None for the task's own.
+    """
+
+    def __init__(self, task: Task, ledger: Ledger, monitor: Monitor, outer: str | Objective | None = None) -> None:
+        self.task = task
+        self.ledger = ledger
+        self.monitor = monitor
+        self._outer = outer
+        self.trainer = Trainer(task, ledger, monitor)
+
+    @property
+    def step_flops(self) -> float:
+        """One mean training step on the pool."""
+        batch_size = self.task.recipe.batch_size
+        return self.task.costs.per_usage(self.task.pool, batch_size) * batch_size
+
+    @property
+    def measuring_flops(self) -> float:
+        """Measuring one model on the target."""
+        return self.task.costs.forward_pool(self.task.target)
+
+    def run(self, streams: Sequence[Stream], flops: float, *, seed: int, stage: str) -> Runs:
+        """Train one replica a stream for `flops` each, all from the same initial weights, and measure them.
+
+        Equal seeds give equal initial weights and dropout, so that differences between replicas come from
+        their data alone.
+        """
+        models = [self.task.model(seed) for _ in streams]
+        draws = Draws(self.task.pool, streams, self.task.recipe.batch_size)
+        fit = self.trainer.fit_replicas(models, draws, flops, seed=seed, phase=SELECT, stage=stage)
+        objective = np.full(len(models), np.nan)
+        with self.ledger.timed(SELECT, f"{stage}, measuring"):
+            for k, model in enumerate(fit.models):
+                if not fit.diverged[k]:
+                    objective[k] = self.measure(model, f"{stage}, measuring")
+        return Runs(objective, fit.losses, fit.flops, fit.training_loss, fit.models)
+
+    def measure(self, model: nn.Module, stage: str) -> float:
+        """The outer objective of one model on the target."""
+        target = self.task.target
+        self.ledger.charge(SELECT, stage, self.measuring_flops, usages=0)
+        return self.task.objective(model.to(self.trainer.accelerator.device), self._outer) if len(target) else 0.0
+
+    def losses(self, model: nn.Module, positions: np.ndarray, *, stage: str) -> np.ndarray:
+        """The loss of each pool example at `positions` (shape (n,)), nats, shape (n,); one forward pass."""
+        device = self.trainer.accelerator.device
+        model.to(device).eval()
+        found = []
+        with self.ledger.timed(SELECT, stage), torch.inference_mode():
+            for batch in self.task.pool.batches(SCORING_BATCH, positions):
+                found.append(self.task.losses(model, batch.to(device)).double().cpu().numpy())
+                self.ledger.charge(SELECT, stage, self.task.costs.forward(batch), tokens=batch.tokens)
+        losses = np.concatenate(found)
+        if not np.isfinite(losses).all():
+            bad = self.task.pool.ids.take(positions[~np.isfinite(losses)][:5]).to_pylist()
+            raise DataError(f"{stage}: the loss of examples such as {bad} is not finite: look at these examples")
+        return losses
+
+    def fit_target(self, flops: float, *, seed: int, stage: str) -> nn.Module:
+        """theta: a model trained on the target alone for `flops`."""
+        stream = Epochs(np.arange(len(self.task.target)), seed)
+        draws = Draws(self.task.target, [stream], self.task.recipe.batch_size)
+        fit = self.trainer.fit(self.task.model(seed), draws, flops, seed=seed, phase=SELECT, stage=stage)
+        return fit.models[0]

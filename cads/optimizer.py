@@ -1,0 +1,152 @@
+"""What CADS-S and CADS-E share: dividing the compute, the ladder of short runs, and the guard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from cads.budget import Budget, Ledger
+from cads.errors import BudgetError, ConfigError
+from cads.monitor import Monitor
+from cads.selection import Selection
+from cads.task import Pool, Task
+
+COUNTED_ALLOWANCE = 1 / 3
+"""Selection's share, in units of what is left for training, if the budget must cover both."""
+FIDELITIES = (1 / 16, 1 / 8, 1 / 4)
+"""Shares of the budget (and of each source) of the short runs, smallest first."""
+MIN_STEPS = 40
+"""Steps of the shortest run that tells anything: below it validation losses are noise."""
+
+
+class Selector(Protocol):
+    """Anything that chooses what to train on; found through the entry-point group `cads.selectors`."""
+
+    def select(
+        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
+    ) -> Selection:
+        """Choose from `task.pool` for training within `budget`, charging `ledger` for what is spent."""
+        ...
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a budget is divided.
+
+    Attributes:
+        training: FLOPs for training the final model.
+        selection: the most that selection may spend.
+    """
+
+    training: float
+    selection: float
+
+
+def divide(task: Task, budget: Budget, allowance: float | None, default: float) -> Division:
+    """Divide `budget` between selection and training.
+
+    Args:
+        allowance: selection FLOPs in units of the training FLOPs; None for `default`, or for
+            `COUNTED_ALLOWANCE` if the budget must cover selection.
+
+    Raises:
+        ConfigError: if the allowance is negative. BudgetError: if the budget does not buy one step.
+    """
+    total = budget.flops(task)
+    if allowance is None:
+        allowance = COUNTED_ALLOWANCE if budget.count_selection else default
+    if allowance < 0:
+        raise ConfigError(f"allowance = {allowance}: it must be >= 0, in units of the training FLOPs")
+    check_step(task, total)
+    training = total / (1 + allowance) if budget.count_selection else total
+    return Division(training, allowance * training)
+
+
+def check_step(task: Task, flops: float) -> None:
+    """Refuse a budget that does not buy one training step.
+
+    Raises:
+        BudgetError: with the cost of a step.
+    """
+    batch_size = task.recipe.batch_size
+    step = task.costs.per_usage(task.pool, batch_size) * batch_size
+    if flops < step * (1 - 1e-9):
+        raise BudgetError(
+            f"a budget of {flops:.4g} FLOPs does not buy one step of {batch_size} examples, which costs "
+            f"{step:.4g}: raise the budget or lower batch_size"
+        )
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One height of the ladder of short runs: `runs` of `flops` each, on a share `fidelity` of each source."""
+
+    fidelity: float
+    flops: float
+    runs: int
+
+
+def ladder(training: float, allowance: float, step: float, per_run: float) -> list[Rung]:
+    """Short runs that spend `allowance` in equal parts at each fidelity.
+
+    The smallest run follows from the budget: at least `MIN_STEPS` steps, at most the whole training. Rungs
+    that would hold fewer than two runs (one is always the full pool) are left out, the highest first.
+
+    Args:
+        training: C, FLOPs of the final training. allowance: FLOPs for all runs. step: FLOPs of one step.
+        per_run: FLOPs on top of each run, for measuring it.
+    """
+    fidelities = sorted({min(1.0, max(f, MIN_STEPS * step / training)) for f in FIDELITIES})
+    while fidelities:
+        share = allowance / len(fidelities)
+        rungs = [Rung(f, f * training, int(share / (f * training + per_run))) for f in fidelities]
+        if all(r.runs >= 2 for r in rungs):
+            return rungs
+        fidelities.pop()
+    return []
+
+
+def strata(pool: Pool) -> np.ndarray:
+    """The source of each example, or 0 for all if the pool has no sources; shape (N,)."""
+    return np.zeros(len(pool), dtype=np.int32) if pool.sources is None else pool.sources
+
+
+def subsample(pool: Pool, fidelity: float, seed: int) -> np.ndarray:
+    """A random share of each source, at least one example each; nested over fidelities for one seed.
+
+    Returns:
+        positions, sorted, int64.
+    """
+    sources = strata(pool)
+    order = np.random.default_rng(seed).permutation(len(pool))
+    kept = []
+    for source in range(int(sources.max()) + 1):
+        members = order[sources[order] == source]
+        kept.append(members[: max(1, round(fidelity * len(members)))])
+    return np.sort(np.concatenate(kept))
+
+
+def uniform(
+    task: Task, budget: Budget, *, method: str, seed: int, ledger: Ledger, notes: dict[str, object]
+) -> Selection:
+    """The full pool: what a selector returns when nothing better was found, or nothing could be tried."""
+    return Selection.of(
+        task.pool,
+        selected=np.ones(len(task.pool), dtype=bool),
+        method=method,
+        seed=seed,
+        budget=budget,
+        ledger=ledger,
+        notes=notes,
+    )
+
+
+def distinct(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """The rows without repetitions, in order of first appearance, shape (M, S)."""
+    seen: dict[bytes, np.ndarray] = {}
+    for row in rows:
+        seen.setdefault(np.ascontiguousarray(row).tobytes(), row)
+    return np.array(list(seen.values()))

@@ -1,0 +1,79 @@
+"""Selectors and tasks by name, through entry points, so that anyone's package can add one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol
+
+from cads.errors import ConfigError
+from cads.optimizer import Selector
+from cads.task import Task
+from cads.trainer import TrainConfig
+
+SELECTORS, TASKS = "cads.selectors", "cads.tasks"
+
+
+class TaskConfig(Protocol):
+    """A dataclass that describes a task and builds it."""
+
+    def build(self, recipe: TrainConfig) -> Task:
+        """Load the data and make the task."""
+        ...
+
+
+@cache
+def names(group: str) -> tuple[str, ...]:
+    """The names that are installed in an entry-point group, sorted."""
+    return tuple(sorted({e.name for e in entry_points(group=group)}))
+
+
+def _load(group: str, kind: str, name: str) -> Any:
+    found: list[EntryPoint] = list(entry_points(group=group, name=name))
+    if not found:
+        close = difflib.get_close_matches(name, names(group), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{kind} {name!r} is unknown{hint} Installed: {', '.join(names(group))}")
+    return found[0].load()
+
+
+def selector_class(name: str) -> type[Selector]:
+    """The selector class called `name`.
+
+    Raises:
+        ConfigError: if none is installed under this name.
+    """
+    loaded: type[Selector] = _load(SELECTORS, "method", name)
+    return loaded
+
+
+def task_config_class(name: str) -> type[TaskConfig]:
+    """The configuration class of the kind of task called `name`.
+
+    Raises:
+        ConfigError: if none is installed under this name.
+    """
+    loaded: type[TaskConfig] = _load(TASKS, "kind of task", name)
+    return loaded
+
+
+def build_selector(name: str, options: Mapping[str, Any] | None = None) -> Selector:
+    """The selector called `name` with `options`.
+
+    Raises:
+        ConfigError: if the name or an option is unknown, an option is missing, or its value is refused.
+    """
+    found: Any = selector_class(name)
+    known = {f.name for f in fields(found)}
+    options = dict(options or {})
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ConfigError(f"options {unknown} of method {name!r} are unknown: it has {sorted(known)}")
+    try:
+        built: Selector = found(**options)
+    except TypeError as error:
+        raise ConfigError(f"method {name!r} cannot be made: {error}") from error
+    return built

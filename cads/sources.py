@@ -1,0 +1,384 @@
+"""CADS-S: which sources to train on. A policy over masks (or mixtures) of sources, learned from short runs.
+
+The outer gradient is the corrected estimator: the score-function estimator of the true bilevel objective,
+with the penalty of CADS (arXiv 2510.16806), and a regression on the runs so far, as its control variate.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from cads.budget import Budget, Ledger
+from cads.control import Control
+from cads.draws import Epochs, Stream, Weighted
+from cads.errors import ConfigError
+from cads.estimator import corrected, direct, enumerate_masks, expected_gradient
+from cads.inner import Inner, Runs
+from cads.monitor import Monitor
+from cads.optimizer import Rung, distinct, divide, ladder, subsample, uniform
+from cads.penalty import FittedReach, effective_size, extrapolate, mean_over_sources
+from cads.policy import BernoulliPolicy, MixturePolicy, Policy
+from cads.seeds import derive
+from cads.selection import Selection
+from cads.task import Pool, Task
+
+ALLOWANCE = 2.75
+"""Selection FLOPs in units of the training budget, if the budget need not cover selection."""
+THETA_SHARE, THETA_PASSES = 0.1, 20
+"""theta is fitted to the target for this share of C, but for no more passes over it than this."""
+PROBE_EXAMPLES = 256
+"""Examples of each source on which R is measured."""
+POLICY_STEPS, POLICY_STEP = 60, 0.05
+"""Steps of the policy after each rung, and their length in the largest probability."""
+EXPLORED = 0.1
+"""Probabilities stay this far from 0 and 1 while masks are being tried."""
+ENUMERATED = 10
+"""Up to this many sources the gradient of E[h] is exact; above, it is sampled."""
+SAMPLED = 2048
+"""Draws for that sample, and for candidates of the next rung."""
+LARGEST_RATIO = 5.0
+"""Importance ratios above it are cut off, when a policy has moved away from where its masks were drawn."""
+SIGMA = 0.15
+"""Standard deviation of the ratios of the mixture policy."""
+
+
+class Space(ABC):
+    """What a policy over sources draws, and what a draw means for training.
+
+    Args:
+        pool: with sources.
+        sizes: examples in each source, shape (S,).
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.sizes = pool.source_sizes.astype(np.float64)
+
+    @property
+    @abstractmethod
+    def full(self) -> np.ndarray:
+        """The draw that means the whole pool, shape (S,)."""
+
+    @abstractmethod
+    def policy(self) -> Policy:
+        """Where the search starts."""
+
+    @abstractmethod
+    def explore(self, policy: Policy) -> Policy:
+        """The policy kept away from certainty, to draw what is tried next."""
+
+    @abstractmethod
+    def weights(self, draws: np.ndarray) -> np.ndarray:
+        """The weight of one example of each source, (K, S) -> (K, S)."""
+
+    @abstractmethod
+    def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
+        """What to train on for one draw (S,), among `positions` of the pool."""
+
+    def features(self, draws: np.ndarray) -> np.ndarray:
+        """phi for the regression: each source, each pair, and the log of the effective size; (K, P)."""
+        x = np.asarray(draws, dtype=np.float64)
+        i, j = np.triu_indices(x.shape[1], k=1)
+        size = np.log(effective_size(self.weights(draws), self.sizes))[:, None]
+        return np.hstack([x, x[:, i] * x[:, j], size])
+
+
+class Masks(Space):
+    """Subsets of sources, by a Bernoulli policy."""
+
+    @property
+    def full(self) -> np.ndarray:
+        """All sources."""
+        return np.ones(len(self.sizes), dtype=bool)
+
+    def policy(self) -> Policy:
+        """Each source with probability 1/2."""
+        return BernoulliPolicy(np.full(len(self.sizes), 0.5))
+
+    def explore(self, policy: Policy) -> Policy:
+        """Probabilities clipped."""
+        assert isinstance(policy, BernoulliPolicy)
+        return BernoulliPolicy(np.clip(policy.probabilities, EXPLORED, 1 - EXPLORED))
+
+    def weights(self, draws: np.ndarray) -> np.ndarray:
+        """0 or 1."""
+        return np.asarray(draws, dtype=np.float64)
+
+    def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
+        """Epochs over the examples of the chosen sources."""
+        assert self.pool.sources is not None
+        return Epochs(positions[draw[self.pool.sources[positions]]], seed)
+
+
+class Mixtures(Space):
+    """Ratios of sources, by truncated Gaussians."""
+
+    @property
+    def full(self) -> np.ndarray:
+        """Ratios in proportion to the sizes."""
+        return self.sizes / self.sizes.sum()
+
+    def policy(self) -> Policy:
+        """Around the proportional mixture."""
+        return MixturePolicy(self.full, SIGMA)
+
+    def explore(self, policy: Policy) -> Policy:
+        """As it is: its width does not shrink."""
+        return policy
+
+    def weights(self, draws: np.ndarray) -> np.ndarray:
+        """Ratio over size."""
+        return np.asarray(draws / draws.sum(axis=1, keepdims=True) / self.sizes)
+
+    def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
+        """Draws with replacement in proportion to the weights."""
+        weights = np.zeros(len(self.pool))
+        assert self.pool.sources is not None
+        weights[positions] = self.weights(draw[None])[0][self.pool.sources[positions]]
+        return Weighted(weights, seed)
+
+
+@dataclass
+class Trials:
+    """All short runs so far: draws (n, S), objective relative to the full pool's at the same fidelity (n,),
+    fidelity (n,), and training loss reached relative to the full pool's (n,)."""
+
+    draws: np.ndarray
+    gains: np.ndarray
+    fidelity: np.ndarray
+    reached: np.ndarray
+
+    def extended(self, draws: np.ndarray, runs: Runs, reached: np.ndarray, fidelity: float) -> Trials:
+        """With another rung, whose first run is the full pool."""
+        return Trials(
+            np.concatenate([self.draws, draws]),
+            np.concatenate([self.gains, runs.objective - runs.objective[0]]),
+            np.concatenate([self.fidelity, np.full(len(draws), fidelity)]),
+            np.concatenate([self.reached, reached]),
+        )
+
+
+@dataclass
+class CadsSources:
+    """CADS-S, corrected estimator: a policy over sources, learned on a ladder of short runs.
+
+    Each rung trains a few draws of the policy, and always the full pool, on a share of each source (passes
+    kept), measures the outer objective relative to the full pool, refits the control variate, and moves the
+    policy along the corrected gradient. The best of the last rung is returned, if it beats the full pool.
+    """
+
+    policy: Literal["bernoulli", "mixture"] = "bernoulli"
+    """Subsets of sources, or mixture ratios."""
+    reach: Literal["fitted", "extrapolated"] = "fitted"
+    """l*: fitted over masks to the losses the short runs reached, or to those extrapolated to the budget."""
+    allowance: float | None = None
+    """Selection FLOPs at most, in units of the training FLOPs; null: 2.75, or 1/3 if the budget counts selection."""
+    outer: str | None = None
+    """The metric to minimise on the target; null for the task's own."""
+    guard: bool = True
+    """Return the full pool unless the choice beat it on the target."""
+
+    def select(
+        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
+    ) -> Selection:
+        """Choose sources; see `Selector`."""
+        monitor = monitor or Monitor()
+        division = divide(task, budget, self.allowance, ALLOWANCE)
+        spent = Ledger(limit=division.selection)
+        inner = Inner(task, spent, monitor, self.outer)
+        space: Space = Masks(task.pool) if self.policy == "bernoulli" else Mixtures(task.pool)
+        try:
+            return self._search(inner, space, budget, division.training, seed, ledger)
+        finally:
+            ledger.merge(spent)
+
+    def _search(
+        self, inner: Inner, space: Space, budget: Budget, training: float, seed: int, ledger: Ledger
+    ) -> Selection:
+        task, monitor = inner.task, inner.monitor
+        risk = source_risks(inner, space, training, seed)
+        rungs = ladder(training, inner.ledger.left, inner.step_flops, inner.measuring_flops)
+        if not rungs:
+            notes: dict[str, object] = {"guard": "the allowance buys no short runs: the full pool is returned"}
+            return uniform(task, budget, method="cads-s", seed=seed, ledger=ledger, notes=notes)
+        policy = space.policy()
+        n = len(space.sizes)
+        trials = Trials(np.empty((0, n), space.full.dtype), *(np.empty(0) for _ in range(3)))
+        control: Control | None = None
+        for height, rung in enumerate(rungs):
+            draws = self._choose(space, policy, control, trials, rung.runs, derive(seed, "draws", height))
+            runs = run_rung(inner, space, draws, rung, seed, height)
+            reached = runs.reached
+            if self.reach == "extrapolated":
+                reached = extrapolate(runs.flops, runs.losses, training)
+            trials = trials.extended(draws, runs, reached, rung.fidelity)
+            control = self._control(space, trials, risk, rung)
+            policy = improve(space, policy, control, draws, runs.objective - runs.objective[0], seed)
+            self._watch(monitor, space, policy, control, trials, height)
+        assert control is not None
+        return self._conclude(inner, space, policy, control, trials, rungs[-1], budget, seed, ledger)
+
+    def _choose(
+        self, space: Space, policy: Policy, control: Control | None, trials: Trials, count: int, seed: int
+    ) -> np.ndarray:
+        """The draws of a rung: the full pool first, then what the policy proposes, best by h if h is known."""
+        rng = np.random.default_rng(seed)
+        proposed = distinct([space.full, *nonempty(space.explore(policy).sample(SAMPLED, rng)), *trials.draws])
+        if control is not None:
+            others = proposed[1:]
+            proposed[1:] = others[np.argsort(control(others), kind="stable")]
+        return proposed[:count]
+
+    def _control(self, space: Space, trials: Trials, risk: np.ndarray, rung: Rung) -> Control:
+        latest = trials.fidelity == rung.fidelity
+        reach = FittedReach(space.weights(trials.draws[latest]), trials.reached[latest], space.sizes)
+        return Control(
+            trials.draws,
+            trials.gains,
+            trials.fidelity,
+            features=space.features,
+            risk=lambda draws: mean_over_sources(space.weights(draws), space.sizes, risk),
+            reach=lambda draws: reach(space.weights(draws)),
+        )
+
+    def _watch(
+        self, monitor: Monitor, space: Space, policy: Policy, control: Control, trials: Trials, height: int
+    ) -> None:
+        monitor.scalar("outer/best_gain", float(np.nanmin(trials.gains)), height)
+        monitor.scalar("outer/entropy", policy.entropy(), height)
+        monitor.scalar("control/c1", control.c1, height)
+        monitor.scalar("control/c2", control.c2, height)
+        monitor.scalar("control/leave_one_out_error", control.loo_error, height)
+        monitor.scalar("outer/reached_training_loss", float(np.nanmean(trials.reached)), height)
+        marginals = space.weights(source_marginals(policy)[None])[0]
+        monitor.probabilities(space.pool.source_names, source_marginals(policy), height)
+        monitor.histogram("outer/probabilities", marginals[space.pool.sources], height)
+
+    def _conclude(
+        self,
+        inner: Inner,
+        space: Space,
+        policy: Policy,
+        control: Control,
+        trials: Trials,
+        rung: Rung,
+        budget: Budget,
+        seed: int,
+        ledger: Ledger,
+    ) -> Selection:
+        """The best of the last rung by the mean of what was measured and what the regression says."""
+        last = (trials.fidelity == rung.fidelity) & np.isfinite(trials.gains)
+        draws, gains = trials.draws[last], trials.gains[last]
+        predicted = control(draws)
+        value = (gains + predicted - predicted[0]) / 2
+        best = int(np.argmin(value))
+        if self.guard and value[best] >= 0:
+            best = 0
+        verdict = "the full pool was not beaten" if best == 0 else "better than the full pool on the target"
+        return source_selection(
+            inner.task,
+            space,
+            draws[best],
+            policy,
+            budget=budget,
+            method="cads-s",
+            seed=seed,
+            ledger=ledger,
+            config=asdict(self),
+            notes={"guard": verdict, "gain": -float(value[best]), "runs": len(trials.gains)},
+        )
+
+
+def nonempty(draws: np.ndarray) -> np.ndarray:
+    """The draws that select something: the policy is used conditioned on that."""
+    return draws[draws.any(axis=1)]
+
+
+def source_marginals(policy: Policy) -> np.ndarray:
+    """The probability, or mean ratio, of each source, shape (S,)."""
+    if isinstance(policy, BernoulliPolicy):
+        return policy.probabilities
+    if isinstance(policy, MixturePolicy):
+        return policy.means
+    raise ConfigError(f"{type(policy).__name__} is no policy over sources")
+
+
+def source_risks(inner: Inner, space: Space, training: float, seed: int) -> np.ndarray:
+    """Mean loss in each source of theta, a model fitted to the target.
+
+    Returns:
+        nats, shape (S,); all 0 if the budget does not buy theta.
+    """
+    task, ledger = inner.task, inner.ledger
+    target_pass = task.costs.per_usage(task.target, task.recipe.batch_size) * len(task.target)
+    flops = min(THETA_SHARE * training, THETA_PASSES * target_pass)
+    probes = [np.flatnonzero(task.pool.sources == source)[:PROBE_EXAMPLES] for source in range(len(space.sizes))]
+    probing = task.costs.forward_pool(task.pool) / len(task.pool) * sum(len(p) for p in probes)
+    if flops < inner.step_flops or flops + probing > ledger.left:
+        return np.zeros(len(space.sizes))
+    theta = inner.fit_target(flops, seed=derive(seed, "theta"), stage="theta")
+    return np.array([inner.losses(theta, p, stage="R").mean() for p in probes])
+
+
+def run_rung(inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: int, height: int) -> Runs:
+    """Train each draw on the rung's share of the pool, all from the same weights and in the same order."""
+    positions = subsample(inner.task.pool, rung.fidelity, derive(seed, "subsample"))
+    order = derive(seed, "rung", height)
+    streams = [space.stream(draw, positions, order) for draw in draws]
+    return inner.run(streams, rung.flops, seed=order, stage=f"short runs, C/{1 / rung.fidelity:.3g}")
+
+
+def source_selection(task: Task, space: Space, draw: np.ndarray, policy: Policy, **about: Any) -> Selection:
+    """The Selection that trains on `draw`; the score of an example is the probability of its source."""
+    pool = task.pool
+    assert pool.sources is not None
+    marginals = source_marginals(policy)
+    weights = space.weights(draw[None])[0]
+    return Selection.of(
+        pool,
+        selected=(weights > 0)[pool.sources],
+        score=marginals[pool.sources],
+        probability=(weights / weights.max())[pool.sources],
+        weighted=isinstance(policy, MixturePolicy),
+        source_probability=dict(zip(pool.source_names, marginals.tolist(), strict=True)),
+        **about,
+    )
+
+
+def improve(space: Space, policy: Policy, control: Control, draws: np.ndarray, gains: np.ndarray, seed: int) -> Policy:
+    """Move the policy along the corrected gradient, on the latest runs, weighted as it moves away from them.
+
+    The first draw is the full pool, which the policy did not propose: it is no sample. With fewer than two
+    samples the control variate is all there is.
+    """
+    sound = np.isfinite(gains)
+    sound[0] = False
+    draws, gains = draws[sound], gains[sound]
+    held = control(draws)
+    start = space.explore(policy).log_prob(draws)
+    masks = None
+    if isinstance(policy, BernoulliPolicy) and policy.n <= ENUMERATED:
+        masks = enumerate_masks(policy.n)
+        values = np.empty(len(masks))
+        values[1:] = control(masks[1:])
+        values[0] = values[1:].max()
+    for step in range(POLICY_STEPS):
+        here = space.explore(policy)
+        ratio = np.minimum(np.exp(here.log_prob(draws) - start), LARGEST_RATIO)
+        if masks is not None:
+            slope = expected_gradient(values, source_marginals(here))
+        else:
+            drawn = nonempty(here.sample(SAMPLED, np.random.default_rng(derive(seed, "control", step))))
+            slope = direct(control(drawn), here.score(drawn))
+        gradient = slope
+        if len(draws) >= 2:
+            gradient = corrected(gains, held, slope, ratio[:, None] * here.score(draws))
+        largest = float(np.abs(gradient).max())
+        if largest == 0:
+            break
+        policy.step(gradient / largest, POLICY_STEP * (1 - step / POLICY_STEPS))
+    return policy

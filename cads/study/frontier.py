@@ -1,0 +1,397 @@
+"""Which selection method pays at which budget: the analysis of Compute-Constrained Data Selection.
+
+Source: Yin and Rush, "Compute-Constrained Data Selection" (CCDS), ICLR 2025, arXiv 2410.16208. Its letters:
+`C` total FLOPs, `C_select` those of choosing, `C_train` those of training, `C(D)` those of training on all of
+the pool. All costs are FLOPs; scores are in the metric's unit and higher is better.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq, least_squares
+
+from cads.errors import BudgetError, CadsError, ConfigError, DataError
+
+Floats = NDArray[np.float64]
+Interval = tuple[float, float]
+Piece = tuple[str, float, float]  # method, from, to
+Form = Literal["shifted", "published"]
+
+MIN_BUDGETS = 3  # two budgets would be met exactly by two parameters, whatever the truth
+REFERENCE_FLOPS = 1e17  # where a frontier line states its height
+N_GRID_RATIOS = 200
+
+
+def _column(values: ArrayLike, name: str, n_expected: int | None = None) -> Floats:
+    try:
+        column = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} must be one row of numbers ({error}): repair the table") from error
+    if column.ndim != 1 or not np.isfinite(column).all():
+        raise DataError(f"{name} must be one row of finite numbers, got {values!r}: drop the bad points")
+    if n_expected is not None and column.size != n_expected:
+        raise DataError(f"{name} has {column.size} values for {n_expected} costs: give one for each")
+    return column
+
+
+def affordable_prefix(example_flops: ArrayLike, budget: float, *, c_select: float = 0.0) -> int:
+    """Length of the longest prefix with `C_train(S) + C_select(D) <= C`, the cost-aware utility of CCDS.
+
+    `example_flops` (n,) are the training FLOPs of each example, best-ranked first; `budget` is `C`.
+    """
+    flops = _column(example_flops, "example_flops")
+    if (flops < 0).any():
+        raise DataError(f"example_flops has a negative cost, {flops.min():g}: costs are FLOPs >= 0")
+    if not (0 < budget < math.inf and 0 <= c_select <= budget):
+        raise BudgetError(f"budget {budget:.4g}, selection {c_select:.4g} FLOPs: raise it or select cheaply")
+    spent = np.cumsum(np.concatenate([[c_select], flops]))
+    return int(np.searchsorted(spent, budget, side="right")) - 1
+
+
+@dataclass(frozen=True)
+class PerformanceCurve:
+    """`P(C) = P0 + (Pbar - P0) * (1 - exp(-lambda * x / C(D)))`, the parametric model of CCDS.
+
+    `x` is `C - C_select` (`form="shifted"`) or `C` (`form="published"`). `p0` is the score before training,
+    `p_bar` that of training on the whole pool, `lam` (`lambda` >= 0) how fast the method gets there, `c_full`
+    is `C(D)` and `c_select` is `C_select`, paid before the first training step.
+    """
+
+    method: str
+    p0: float
+    p_bar: float
+    lam: float
+    c_full: float
+    c_select: float = 0.0
+    form: Form = "shifted"
+
+    def __post_init__(self) -> None:
+        numbers = (self.p0, self.p_bar, self.lam, self.c_full, self.c_select)
+        if not all(map(math.isfinite, numbers)) or self.lam < 0 or self.c_full <= 0 or self.c_select < 0:
+            rule = "all finite, lam and c_select >= 0, c_full > 0"
+            raise DataError(f"{self.method!r}: p0, p_bar, lam, c_full, c_select are {numbers}: need {rule}")
+        if self.form not in get_args(Form):
+            raise ConfigError(f"{self.method!r}: form {self.form!r} is unknown: use one of {get_args(Form)}")
+
+    @property
+    def span(self) -> float:
+        """`Pbar - P0`."""
+        return self.p_bar - self.p0
+
+    @property
+    def shift(self) -> float:
+        """Total FLOPs at which the exponent is zero."""
+        return self.c_select if self.form == "shifted" else 0.0
+
+    @property
+    def decay(self) -> float:
+        """`lambda / C(D)`, per FLOP."""
+        return self.lam / self.c_full
+
+    def predict(self, flops: ArrayLike) -> Floats:
+        """Scores at total FLOPs, in the same shape; NaN where the selection is not affordable."""
+        c = np.asarray(flops, dtype=np.float64)
+        x = np.where(c >= self.c_select, c - self.shift, np.nan)
+        return np.asarray(self.p_bar - self.span * np.exp(-self.decay * x))
+
+    def flops_to_reach(self, score: float) -> float:
+        """Fewest total FLOPs with that score, the inverse of `predict`; infinite if never reached."""
+        start = self.p_bar - self.span * math.exp(-self.decay * (self.c_select - self.shift))
+        if score <= start:
+            return self.c_select
+        if score >= self.p_bar or self.decay == 0:
+            return math.inf
+        return self.shift + math.log(self.span / (self.p_bar - score)) / self.decay
+
+
+@dataclass(frozen=True)
+class PerformanceFit(PerformanceCurve):
+    """A curve with the points it was fitted to, in order of cost; residuals are observed minus predicted."""
+
+    flops: tuple[float, ...] = ()
+    scores: tuple[float, ...] = ()
+    residuals: tuple[float, ...] = ()
+    p0_bounds: Interval = (0.0, math.inf)
+
+    @property
+    def degenerate(self) -> bool:
+        """Whether the data did not determine the curve: `P0` on its bound, or no gain at all."""
+        tolerance = 1e-6 * abs(self.p_bar)
+        return self.lam < 1e-9 or any(abs(self.p0 - bound) <= tolerance for bound in self.p0_bounds)
+
+
+def fit_performance(
+    method: str,
+    flops: ArrayLike,
+    scores: ArrayLike,
+    *,
+    p_bar: float,
+    c_full: float,
+    c_select: float = 0.0,
+    form: Form = "shifted",
+    p0_bounds: Interval = (0.0, math.inf),
+) -> PerformanceFit:
+    """Fit `P0` and `lambda` by bounded least squares (trust-region reflective), from [first score, 1].
+
+    `form="published"` puts the cost of selection into the exponent as CCDS does, which leaves `P0`
+    undetermined for methods whose every budget is mostly selection; see `PerformanceFit.degenerate`.
+
+    `flops` (n,) are totals, each with `c_select` included, of at least 3 distinct budgets; `p_bar` is the
+    score of full-data training, which costs `c_full`. Widen `p0_bounds` for metrics below zero.
+    """
+    c = _column(flops, f"flops of {method!r}")
+    y = _column(scores, f"scores of {method!r}", c.size)
+    n_budgets = np.unique(c).size
+    if n_budgets < MIN_BUDGETS:
+        raise DataError(f"{method!r} has {n_budgets} budgets, a fit needs {MIN_BUDGETS}: run more budgets")
+    if not p0_bounds[0] < p0_bounds[1]:
+        raise ConfigError(f"p0_bounds {p0_bounds} of {method!r}: give (low, high)")
+    if c.min() <= 0 or c.min() < c_select:
+        raise DataError(f"{method!r}: {c.min():.4g} FLOPs must be above 0 and include c_select {c_select:.4g}")
+    order = np.lexsort((y, c))
+    points = tuple(c[order].tolist()), tuple(y[order].tolist())
+    start = points[1][0], p_bar, 1.0
+    return _refit(PerformanceFit(method, *start, c_full, c_select, form, *points, (), p0_bounds))
+
+
+def _refit(start: PerformanceFit) -> PerformanceFit:
+    """The least-squares curve through the points of `start`, searched from its `p0` and `lam`."""
+    p_bar, (low, high) = start.p_bar, start.p0_bounds
+    x, y = (np.asarray(start.flops) - start.shift) / start.c_full, np.asarray(start.scores)
+
+    def misfit(parameters: Floats) -> Floats:
+        p0, lam = parameters
+        return np.asarray(p_bar - (p_bar - p0) * np.exp(-lam * x) - y)
+
+    first, bounds = [min(max(start.p0, low), high), start.lam], ([low, 0.0], [high, np.inf])
+    solution = least_squares(misfit, first, bounds=bounds, method="trf", max_nfev=2000)
+    if not solution.success:
+        raise CadsError(f"the fit of {start.method!r} did not converge, {solution.message}: check its points")
+    p0, lam = solution.x.tolist()
+    return replace(start, p0=p0, lam=lam, residuals=tuple((-solution.fun).tolist()))
+
+
+def bootstrap_fits(fit: PerformanceFit, rng: Generator, n_resamples: int = 500) -> list[PerformanceFit]:
+    """Refits to the fitted curve plus resampled residuals, centred and widened by `sqrt(n / (n - 2))`."""
+    # Residuals, not points: a few budgets drawn with replacement are often fewer than 3 distinct ones.
+    residuals = np.asarray(fit.residuals)
+    noise = (residuals - residuals.mean()) * math.sqrt(residuals.size / (residuals.size - 2))
+    scores = fit.predict(fit.flops) + rng.choice(noise, size=(n_resamples, noise.size))
+    return [_refit(replace(fit, scores=tuple(row))) for row in scores.tolist()]
+
+
+def bootstrap_intervals(refits: Sequence[PerformanceFit], confidence: float = 0.95) -> dict[str, Interval]:
+    """Percentile intervals (low, high) of `p0` and `lam` over `bootstrap_fits`."""
+    if not 0 < confidence < 1 or not refits:
+        raise ConfigError(f"confidence {confidence} over {len(refits)} refits: use (0, 1) and at least one")
+    samples = [(refit.p0, refit.lam) for refit in refits]
+    low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0).tolist()
+    return {"p0": (low[0], high[0]), "lam": (low[1], high[1])}
+
+
+def non_dominated(costs: ArrayLike, scores: ArrayLike) -> NDArray[np.int64]:
+    """Indices, cheapest first, of the points no other one dominates; of equal points the first stays."""
+    c = _column(costs, "costs")
+    y = _column(scores, "scores", c.size)
+    order = np.lexsort((np.arange(c.size), -y, c))
+    best_before = np.concatenate([[-np.inf], np.maximum.accumulate(y[order])])[:-1]
+    return order[y[order] > best_before]
+
+
+@dataclass(frozen=True)
+class FrontierLine:
+    """`score = score_at_reference + slope_per_decade * log10(C / 1e17)`."""
+
+    slope_per_decade: float
+    score_at_reference: float
+
+    def predict(self, flops: ArrayLike) -> Floats:
+        """Heights of the line at total FLOPs."""
+        decades = np.log10(np.asarray(flops, dtype=np.float64) / REFERENCE_FLOPS)
+        return np.asarray(self.score_at_reference + self.slope_per_decade * decades)
+
+    def flops_to_reach(self, score: float) -> float:
+        """Total FLOPs at which a rising line has that score."""
+        if self.slope_per_decade <= 0:
+            raise DataError(f"the line falls by {-self.slope_per_decade:g} a decade: fit it to a frontier")
+        return REFERENCE_FLOPS * 10 ** ((score - self.score_at_reference) / self.slope_per_decade)
+
+
+def log_linear_frontier(costs: ArrayLike, scores: ArrayLike) -> FrontierLine:
+    """Least-squares line of score on log10(FLOPs); CCDS's dashed line if given its `non_dominated` points."""
+    c = _column(costs, "costs")
+    y = _column(scores, "scores", c.size)
+    if np.unique(c).size < 2 or c.min() <= 0:
+        raise DataError(f"a frontier line needs 2 different costs above 0, got {c.tolist()}: add budgets")
+    return FrontierLine(*np.polyfit(np.log10(c / REFERENCE_FLOPS), y, 1).tolist())
+
+
+def amortised_flops(c_select: float, c_train: float, n_tasks: float) -> float:
+    """`C_select / T + C_train`: FLOPs a task when T tasks share one selection (T may be infinite)."""
+    if not n_tasks >= 1:
+        raise ConfigError(f"n_tasks {n_tasks}: at least one task must pay for the selection")
+    return c_select / n_tasks + c_train
+
+
+def break_even_tasks(c_select: float, c_train: float, c_rival: float) -> float:
+    """The real T >= 1 from which `C_select / T + C_train <= c_rival`, the rival's cost of the same score."""
+    if c_train + c_select <= c_rival:
+        return 1.0
+    return c_select / (c_rival - c_train) if c_rival > c_train else math.inf
+
+
+def _lead(a: PerformanceCurve, b: PerformanceCurve, c: float) -> float:
+    """`P_a - P_b` at c, summed so that small gaps below one common `Pbar` are not rounded away."""
+    z_a, z_b = a.decay * (c - a.shift), b.decay * (c - b.shift)
+    return (a.p_bar - b.p_bar) + (b.span * math.exp(-z_b) - a.span * math.exp(-z_a))
+
+
+def _turning_point(a: PerformanceCurve, b: PerformanceCurve) -> float:
+    """The one `C` at which `P_a - P_b` has slope zero; NaN if there is none."""
+    slope_a, slope_b = a.span * a.decay, b.span * b.decay
+    if a.decay == b.decay or slope_a * slope_b <= 0:
+        return math.nan
+    return (math.log(slope_a / slope_b) + a.decay * a.shift - b.decay * b.shift) / (a.decay - b.decay)
+
+
+def crossovers(a: PerformanceCurve, b: PerformanceCurve, low: float, high: float) -> tuple[float, ...]:
+    """Every total cost in (low, high) at which the two curves change places, in rising order.
+
+    Only costs at which both selections are affordable count. The difference of two exponentials turns at most
+    once, so brackets on both sides of that point (Brent's method in log FLOPs) find all of at most two.
+    """
+    if not 0 < low < high < math.inf:
+        raise ConfigError(f"range ({low}, {high}): give 0 < low < high in FLOPs")
+    low = max(low, a.c_select, b.c_select)
+    if low >= high:
+        return ()
+    turn = _turning_point(a, b)
+    nodes = [low, turn, high] if low < turn < high else [low, high]
+    found = []
+
+    def lead(u: float) -> float:  # u = log(C / low) is exact at low, where curves may start together
+        return _lead(a, b, low * math.exp(u))
+
+    for left, right in itertools.pairwise(math.log(node / low) for node in nodes):
+        if min(lead(left), lead(right)) < 0 < max(lead(left), lead(right)):
+            found.append(low * math.exp(brentq(lead, left, right, xtol=1e-14)))
+    return tuple(found)
+
+
+def compute_optimal_method(curves: Iterable[PerformanceCurve], budget: float) -> str | None:
+    """The best method that can train at all; of equals the cheaper selection, then the first by name."""
+    best: PerformanceCurve | None = None
+    for curve in sorted(curves, key=lambda curve: (curve.c_select, curve.method)):
+        if curve.c_select < budget and (best is None or _lead(curve, best, budget) > 0):
+            best = curve
+    return best.method if best else None
+
+
+def compute_optimal(curves: Sequence[PerformanceCurve], low: float, high: float) -> list[Piece]:
+    """Who wins where in [low, high] total FLOPs, cheapest first."""
+    names = [curve.method for curve in curves]
+    if len(set(names)) != len(names):
+        raise DataError(f"curves of {names}: every method may appear once")
+    cuts = {low, high, *(curve.c_select for curve in curves if low < curve.c_select < high)}
+    for a, b in itertools.combinations(sorted(curves, key=lambda curve: curve.method), 2):
+        cuts.update(crossovers(a, b, low, high))
+    pieces: list[Piece] = []
+    for left, right in itertools.pairwise(sorted(cuts)):
+        # No curve overtakes another inside a piece, so one look at its middle settles the piece.
+        winner = compute_optimal_method(curves, math.sqrt(left) * math.sqrt(right))
+        if pieces and pieces[-1][0] == winner:
+            pieces[-1] = (winner, pieces[-1][1], right)
+        elif winner is not None:
+            pieces.append((winner, left, right))
+    return pieces
+
+
+def smallest_optimal_ratio(
+    method: str, curves: Sequence[PerformanceCurve], *, margin: float = 0.0, max_ratio: float = 1000.0
+) -> float:
+    """Smallest train-to-selector size ratio >= 1 at which a method is compute-optimal; infinite if none.
+
+    The curves are those of ratio 1. With the selector held and the trained model growing, `C(D)` scales with
+    the ratio; `P0`, `Pbar`, `lambda` stay. Optimal means ahead by `margin` (at 0 any digit counts) at a
+    cost below `C(D)`, from where training on everything is affordable.
+    """
+    own = next((curve for curve in curves if curve.method == method), None)
+    if own is None:
+        raise DataError(f"{method!r} is not among {[curve.method for curve in curves]}: add its fit")
+    lowered = replace(own, p0=own.p0 - margin, p_bar=own.p_bar - margin)
+    contest = [lowered if curve is own else curve for curve in curves]
+
+    def optimal_somewhere(ratio: float) -> bool:
+        scaled = [replace(curve, c_full=curve.c_full * ratio) for curve in contest]
+        high = max(curve.c_full for curve in scaled)
+        return any(name == method for name, _, _ in compute_optimal(scaled, high * 1e-6, high))
+
+    grid = np.geomspace(1.0, max_ratio, N_GRID_RATIOS).tolist()
+    yes = next((ratio for ratio in grid if optimal_somewhere(ratio)), math.inf)
+    no = max((ratio for ratio in grid if ratio < yes), default=yes)
+    while math.isfinite(yes) and yes / no > 1 + 1e-9:
+        middle = math.sqrt(no * yes)
+        no, yes = (no, middle) if optimal_somewhere(middle) else (middle, yes)
+    return float(yes)
+
+
+def jaccard(a: Iterable[object], b: Iterable[object]) -> float:
+    """`|A & B| / |A | B|` of two selections of ids."""
+    ids_a, ids_b = list(a), list(b)
+    set_a, set_b = set(ids_a), set(ids_b)
+    if len(set_a) != len(ids_a) or len(set_b) != len(ids_b) or not set_a | set_b:
+        raise DataError("the overlap of selections needs unique ids, and at least one: remove the duplicates")
+    return len(set_a & set_b) / len(set_a | set_b)
+
+
+def expected_jaccard(fraction: float) -> float:
+    """`p / (2 - p)`, the overlap of two independent random selections of a fraction p of a large pool."""
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"fraction {fraction}: a share of the pool lies in (0, 1]")
+    return fraction / (2 - fraction)
+
+
+def _short(flops: float) -> str:
+    mantissa, exponent = f"{flops:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def advice(curves: Sequence[PerformanceCurve], budget: float, *, horizon: float | None = None) -> str:
+    """The answer in a sentence: "at 3e17 FLOPs: embedding; LESS pays from 2e18".
+
+    Looks up to `horizon`, by default the largest `C(D)`, from where training on everything is affordable.
+    Methods that charge for selection and win nowhere up to there are named too.
+    """
+    if not curves or not 0 < budget < math.inf:
+        raise BudgetError(f"advice on {len(curves)} curves at {budget} FLOPs: give fits and a budget above 0")
+    now = compute_optimal_method(curves, budget)
+    end = max(curve.c_full for curve in curves) if horizon is None else horizon
+    clauses = [f"at {_short(budget)} FLOPs: {now or 'no selection is affordable'}"]
+    if budget >= end:
+        return clauses[0] + (f"; training on everything costs {_short(end)}" if horizon is None else "")
+    pays = {method: low for method, low, _ in reversed(compute_optimal(curves, budget, end))}
+    later = sorted((low, method) for method, low in pays.items() if method != now)
+    clauses += [f"{method} pays from {_short(low)}" for low, method in later]
+    never = [c.method for c in curves if c.c_select > 0 and c.method != now and c.method not in pays]
+    clauses += [f"{method} does not pay up to {_short(end)}" for method in never]
+    return "; ".join(clauses)
+
+
+def simulate_figure1(n_parameters: float) -> tuple[PerformanceCurve, ...]:
+    """The four curves of CCDS figure 1 (`P0 = 0`, `Pbar = 100`); its panels are N = 7.5e9, 7.5e10 and 1.5e12.
+
+    `C(D) = 6 N |D|`, |D| = 1e8 tokens. On a selector of 7.5e9 parameters perplexity costs a forward pass over
+    the pool (`2 N |D|` = 1.5e18), gradients a training pass (4.5e18).
+    """
+    c_full, forward = 6 * n_parameters * 1e8, 2 * 7.5e9 * 1e8
+    # Lambdas read off the figure; gradient's is "about 77", and 76.5 to 76.9 meet perplexity at its 7.8e18.
+    methods = [("random", 5, 0), ("bm25", 10, 0), ("ppl", 40, forward), ("gradient", 76.7, 3 * forward)]
+    return tuple(PerformanceCurve(name, 0.0, 100.0, lam, c_full, c_select) for name, lam, c_select in methods)

@@ -1,0 +1,291 @@
+"""Loaders of the usual image data sets. None of them uses the network unless it is asked to."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cads.errors import ConfigError, DataError
+from cads.tasks.images import ImageData, ImageFiles, ImageTensors
+
+SYSTEM_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where the Debian package dataset-fashion-mnist puts its files."""
+
+IDX_UINT8 = 0x08
+"""Type code of unsigned bytes, third byte of the magic number of an idx file; the fourth is the rank."""
+
+FASHION_CLASSES = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+
+
+def cache_folder() -> Path:
+    """Where downloads go unless a path is given: $XDG_CACHE_HOME/cads."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cads"
+
+
+def load_digits() -> ImageData:
+    """The digits of scikit-learn: 1,797 images 8x8, 10 classes, one set; grey levels 0..16 become 0..255.
+
+    Raises:
+        DataError: if scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits as load
+    except ImportError as error:
+        raise DataError(
+            "the digits come with scikit-learn, which is not installed: pip install 'cads-select[demo]'"
+        ) from error
+    digits = load()
+    images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
+    train = ImageTensors(images, torch.from_numpy(digits.target))
+    return ImageData(train, None, tuple(str(name) for name in digits.target_names))
+
+
+def load_fashion_mnist(root: str | Path | None = None, download: bool = False) -> ImageData:
+    """Fashion-MNIST: 60,000 + 10,000 images 28x28, 10 classes, from its idx files, plain or .gz.
+
+    Args:
+        root: folder of the files, or of torchvision's layout (root/FashionMNIST/raw); None: the folder of
+            the Debian package, then the cache of cads.
+        download: allow torchvision to fetch what is missing, into `root` or the cache.
+
+    Raises:
+        DataError: if files are missing, damaged or do not fit together.
+    """
+    home = Path(root) if root is not None else cache_folder()
+    folders = [home, home / "FashionMNIST" / "raw"]
+    if root is None:
+        folders.insert(0, SYSTEM_FASHION_MNIST)
+    folder = next((f for f in folders if _idx_file(f, "train-images-idx3-ubyte")), None)
+    if folder is None:
+        if not download:
+            looked = ", ".join(str(f) for f in folders)
+            raise DataError(
+                f"Fashion-MNIST is not in {looked}: apt install dataset-fashion-mnist, name the folder of "
+                "its idx files (--task.path), or allow the download (--task.download true)"
+            )
+        _torchvision("FashionMNIST", home, train=True, download=True)
+        folder = home / "FashionMNIST" / "raw"
+    train, test = _idx_split(folder, "train"), _idx_split(folder, "t10k")
+    return ImageData(train, test, FASHION_CLASSES)
+
+
+def _idx_file(folder: Path, name: str) -> Path | None:
+    candidates = (folder / name, folder / f"{name}.gz")
+    return next((f for f in candidates if f.is_file()), None)
+
+
+def _idx_split(folder: Path, split: str) -> ImageTensors:
+    images, labels = (
+        _read_idx(folder, f"{split}-{kind}-ubyte", rank) for kind, rank in (("images-idx3", 3), ("labels-idx1", 1))
+    )
+    if len(images) != len(labels):
+        raise DataError(f"{folder}: {len(images)} images and {len(labels)} labels in {split}-*; fetch the files again")
+    return ImageTensors(torch.from_numpy(images)[:, None], torch.from_numpy(labels.astype(np.int64)))
+
+
+def _read_idx(folder: Path, name: str, rank: int) -> np.ndarray:
+    """One idx file: magic number (0, 0, type, rank), `rank` big-endian sizes, then the bytes."""
+    path = _idx_file(folder, name)
+    if path is None:
+        raise DataError(f"{folder / name}(.gz) is missing: fetch the file again")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}; fetch the file again") from error
+    start = 4 + 4 * rank
+    if len(raw) < start or raw[:4] != bytes((0, 0, IDX_UINT8, rank)):
+        raise DataError(f"{path} is no idx file of {rank} dimensions of bytes: fetch the file again")
+    sizes = np.frombuffer(raw, ">u4", rank, offset=4).astype(np.int64)
+    if len(raw) - start != sizes.prod():
+        raise DataError(
+            f"{path} promises {' x '.join(map(str, sizes))} bytes and holds {len(raw) - start}: fetch the file again"
+        )
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(sizes).copy()
+
+
+def load_cifar(name: str, root: str | Path | None = None, download: bool = False) -> ImageData:
+    """CIFAR-10 or CIFAR-100: 50,000 + 10,000 images 32x32 in colour.
+
+    Args:
+        name: "cifar10" or "cifar100".
+        root: the folder that holds cifar-10-batches-py or cifar-100-python; None: the cache of cads.
+        download: allow torchvision to fetch what is missing into it.
+
+    Raises:
+        ConfigError: if there is no such data set.
+        DataError: if its files are missing or damaged.
+    """
+    if name not in ("cifar10", "cifar100"):
+        raise ConfigError(f"dataset = {name!r}: choose cifar10 or cifar100")
+    home = Path(root) if root is not None else cache_folder()
+    train, test = (_torchvision(name.upper(), home, train=t, download=download) for t in (True, False))
+
+    def payload(split: Any) -> ImageTensors:
+        return ImageTensors(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets))
+
+    return ImageData(payload(train), payload(test), tuple(train.classes))
+
+
+def _torchvision(name: str, home: Path, *, train: bool, download: bool) -> Any:
+    import torchvision
+
+    try:
+        return getattr(torchvision.datasets, name)(str(home), train=train, download=download)
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"{name} is not in {home}, or damaged ({error}): name the folder that holds it (--task.path), "
+            "or allow the download (--task.download true)"
+        ) from error
+
+
+def load_image_folder(root: str | Path, size: int | None = None) -> ImageData:
+    """A tree of image files: class/file, or source/class/file; under train/ and test/ if there is a train/.
+
+    Args:
+        root: its folder.
+        size: as for `ImageFiles`.
+
+    Raises:
+        DataError: if there is no such folder, no image, or the levels are mixed.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder: name the folder of the images (--task.path)")
+    split = (root / "train").is_dir()
+    files = _image_paths(root / "train" if split else root)
+    classes = tuple(sorted({f.parent.name for f in files}))
+    train = _folder_payload(files, classes, size)
+    test = None
+    if split and (root / "test").is_dir():
+        test = _folder_payload(_image_paths(root / "test"), classes, size).reshaped(train.shape)
+    if len(files[0].relative_to(root).parts) - split == 2:
+        return ImageData(train, test, classes)
+    names, sources = np.unique([f.parent.parent.name for f in files], return_inverse=True)
+    return ImageData(train, test, classes, sources, tuple(names.tolist()))
+
+
+def _image_paths(root: Path) -> list[Path]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    files = sorted(
+        Path(folder) / name
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS)
+    )
+    if not files:
+        raise DataError(f"{root} holds no image: name a folder of class/file or source/class/file")
+    by_depth = {len(f.relative_to(root).parts): f for f in files}
+    if len(by_depth) > 1 or not by_depth.keys() <= {2, 3}:
+        found = ", ".join(str(f.relative_to(root)) for f in by_depth.values())
+        raise DataError(f"{root} must hold class/file or source/class/file throughout, and has {found}")
+    return files
+
+
+def _folder_payload(files: list[Path], classes: tuple[str, ...], size: int | None) -> ImageFiles:
+    codes = {name: code for code, name in enumerate(classes)}
+    unknown = next((f for f in files if f.parent.name not in codes), None)
+    if unknown is not None:
+        raise DataError(f"{unknown}: the class {unknown.parent.name!r} is not among the training images")
+    return ImageFiles([(f,) for f in files], 0, [codes[f.parent.name] for f in files], size)
+
+
+def load_hub(
+    name: str,
+    image_column: str = "image",
+    label_column: str = "label",
+    source_column: str | None = None,
+    size: int | None = None,
+) -> ImageData:
+    """Any image data set that `datasets` can load: split "train", and "test" if there is one.
+
+    Args:
+        name: a name on the Hugging Face hub, a local folder, or a folder written by `save_to_disk`.
+        image_column: holds the images (feature `datasets.Image`).
+        label_column: class names, class labels, or integers from 0.
+        source_column: of the training split: where each image comes from; None: no sources.
+        size: as for `ImageFiles`.
+
+    Raises:
+        ConfigError: if a column is missing or of the wrong kind.
+        DataError: if the data set cannot be loaded, has no training split, or lacks values.
+    """
+    import datasets
+
+    saved = any((Path(name) / state).is_file() for state in ("state.json", "dataset_dict.json"))
+    # The library raises whatever its many back ends raise; all of it means that the data is not there.
+    try:
+        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    except Exception as error:
+        raise DataError(
+            f"the data set {name!r} cannot be loaded ({error}): give a local folder (--task.path), or a name "
+            "on the hub that can be reached from here"
+        ) from error
+    splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
+    if "train" not in splits:
+        raise DataError(f"the data set {name!r} has the splits {sorted(splits)}: it needs one named train")
+    labels, classes = _codes(splits["train"], label_column, "label_column")
+    train = _hub_payload(splits["train"], image_column, labels, size)
+    test = None
+    if "test" in splits:
+        labels, _ = _codes(splits["test"], label_column, "label_column", classes)
+        test = _hub_payload(splits["test"], image_column, labels, size).reshaped(train.shape)
+    if source_column is None:
+        return ImageData(train, test, classes)
+    sources, names = _codes(splits["train"], source_column, "source_column")
+    return ImageData(train, test, classes, sources, names)
+
+
+def _hub_payload(split: Any, column: str, labels: np.ndarray, size: int | None) -> ImageFiles:
+    import datasets
+
+    if not isinstance(_feature(split, column, "image_column"), datasets.Image):
+        raise ConfigError(f"image_column = {column!r} holds {split.features[column]}: name a column of images")
+    return ImageFiles(split.select_columns([column]), column, labels, size)
+
+
+def _feature(split: Any, column: str, setting: str) -> Any:
+    if column not in split.features:
+        raise ConfigError(f"{setting} = {column!r} is no column: choose from {sorted(split.features)}")
+    return split.features[column]
+
+
+def _codes(
+    split: Any, column: str, setting: str, names: tuple[str, ...] | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The values of a column as codes, and their names: integers stand for themselves."""
+    import datasets
+
+    feature = _feature(split, column, setting)
+    values = split.select_columns([column])[:][column]
+    if any(value is None for value in values):
+        raise DataError(f"{setting} = {column!r} has {sum(v is None for v in values)} missing values: fill them")
+    if isinstance(feature, datasets.ClassLabel):
+        return np.array(values, dtype=np.int64), tuple(feature.names)
+    if all(isinstance(value, int) for value in values):
+        return np.array(values, dtype=np.int64), names or tuple(str(i) for i in range(max(values) + 1))
+    if not all(isinstance(value, str) for value in values):
+        raise ConfigError(f"{setting} = {column!r} holds {feature}: it must hold names or whole numbers")
+    names = names or tuple(sorted(set(values)))
+    codes = {name: code for code, name in enumerate(names)}
+    unknown = sorted(set(values) - codes.keys())
+    if unknown:
+        raise DataError(f"{setting} = {column!r} has values that the training split lacks: {unknown[:3]}")
+    return np.array([codes[value] for value in values], dtype=np.int64), names

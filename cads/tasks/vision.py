@@ -1,0 +1,323 @@
+"""The vision task: image classification with a small network, or any classifier of torchvision."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cads.errors import ConfigError, DataError
+from cads.task import Batch, Metrics, Pool, Task
+from cads.tasks.calibration import calibrated_nll
+from cads.tasks.image_sets import load_cifar, load_digits, load_fashion_mnist, load_hub, load_image_folder
+from cads.tasks.images import CHUNK, ImageData, Images, ImageTensors
+from cads.tasks.networks import Network
+from cads.tasks.sources import SourcedImages, SourceSpec, make_sources
+
+if TYPE_CHECKING:
+    from cads.trainer import TrainConfig
+
+log = logging.getLogger(__name__)
+
+Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder", "hub"]
+
+CHUNK_VALUES = 2**24
+"""Most input values in a forward pass of `metrics`: 64 MB as float32."""
+
+MOMENTS_FROM = 10_000
+"""Images, evenly spaced over the pool, from which mean and standard deviation are computed."""
+
+SPLIT, TEST = 3, 4
+"""First words of the seeds by which the training split is divided, and the test set drawn."""
+
+
+@dataclass
+class VisionConfig:
+    """Image classification: which images, in which sources, and which network."""
+
+    dataset: Dataset = "digits"
+    """digits (scikit-learn), fashion-mnist, cifar10, cifar100, folder (image files), or hub (`datasets`)."""
+    path: str | None = None
+    """Folder of the data, or name of a hub data set; null: where it is usually installed or downloaded."""
+    download: bool = False
+    """Allow torchvision to fetch data and pretrained weights that are missing."""
+    image_column: str = "image"
+    """hub: the column of images."""
+    label_column: str = "label"
+    """hub: the column of labels."""
+    source_column: str | None = None
+    """hub: the column that says where an example comes from; null: no given sources."""
+    image_size: int | None = None
+    """Scale images to this many pixels square; null: as they are (files: all as the first one)."""
+    model: str = "mlp"
+    """mlp (one hidden layer), cnn (two convolutions), or any classifier of torchvision, such as resnet18."""
+    hidden: int = 128
+    """mlp: hidden units."""
+    channels: int = 16
+    """cnn: channels of the first convolution; the second has twice as many."""
+    pretrained: bool = False
+    """torchvision: start from its pretrained weights; a head of another size starts fresh."""
+    n_target: int | None = None
+    """Clean examples of the training split that selection optimises for; null: a tenth of it."""
+    n_test: int | None = None
+    """Clean test examples; null: the data set's test split, where there is none a fifth of all."""
+    n_pool: int | None = None
+    """Examples of the training split for the pool, or to make its sources from; null: all the rest."""
+    sources: list[SourceSpec] = field(default_factory=list)
+    """Sources to make from the pool; empty: those that the data has, if any."""
+    data_seed: int = 0
+    """Of what goes into target, test, pool and sources, and of the label noise."""
+
+    def __post_init__(self) -> None:
+        if self.dataset not in get_args(Dataset):
+            raise ConfigError(f"dataset = {self.dataset!r}: choose from {list(get_args(Dataset))}")
+        if self.dataset in ("folder", "hub") and not self.path:
+            raise ConfigError(f"dataset = {self.dataset!r} needs a path: the folder, or the name on the hub")
+        for name in ("image_size", "n_target", "n_test", "n_pool"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value}: it must be at least 1")
+        if self.data_seed < 0:
+            raise ConfigError(f"data_seed = {self.data_seed}: it must be >= 0")
+        names = [spec.name for spec in self.sources]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"sources {names}: each needs its own name")
+        self._network()
+
+    def build(self, recipe: TrainConfig) -> VisionTask:
+        """Load the data, divide it, make the sources.
+
+        Raises:
+            DataError: if the data is missing, damaged or too small.
+        """
+        data = self._load()
+        positions, ids, target, test = self._divide(data)
+        n_classes = len(data.classes)
+        truth: SourcedImages | None = None
+        if self.sources:
+            clean = data.train.take(positions)
+            _check_labels(clean, n_classes, ids.tolist(), "pool")
+            truth = make_sources(clean, self.sources, n_classes, self.data_seed)
+            pool = _sourced_pool(truth, ids)
+        else:
+            pool = _given_pool(data, positions, ids)
+        return VisionTask(
+            pool,
+            target=target,
+            test=test,
+            classes=data.classes,
+            build_model=partial(self._network().build, data.train.shape, n_classes),
+            recipe=recipe,
+            truth=truth,
+            name=f"vision/{self.dataset}",
+        )
+
+    def _network(self) -> Network:
+        return Network(self.model, self.hidden, self.channels, self.pretrained, self.download)
+
+    def _load(self) -> ImageData:
+        if self.dataset == "folder":
+            return load_image_folder(str(self.path), self.image_size)
+        if self.dataset == "hub":
+            columns = (self.image_column, self.label_column, self.source_column)
+            return load_hub(str(self.path), *columns, size=self.image_size)
+        if self.dataset == "digits":
+            data = load_digits()
+        elif self.dataset == "fashion-mnist":
+            data = load_fashion_mnist(self.path, self.download)
+        else:
+            data = load_cifar(self.dataset, self.path, self.download)
+        return data if self.image_size is None else _resized(data, self.image_size)
+
+    def _divide(self, data: ImageData) -> tuple[np.ndarray, np.ndarray, Pool, Pool]:
+        """Positions of the candidates in the training split and their ids; target; test. All disjoint."""
+        ids = _ids("train", len(data.train))
+        order = np.random.default_rng((SPLIT, self.data_seed)).permutation(len(data.train))
+        if data.test is None:
+            n_test = len(order) // 5 if self.n_test is None else self.n_test
+            where, order = np.sort(order[:n_test]), order[n_test:]
+            test = Pool(ids[where].tolist(), data.train.take(where), name="test set")
+        else:
+            n_test = 0
+            test = self._own_test(data.test)
+        n_target = max(1, len(order) // 10) if self.n_target is None else self.n_target
+        n_pool = max(1, len(order) - n_target) if self.n_pool is None else self.n_pool
+        if n_target + n_pool > len(order):
+            raise DataError(
+                f"n_target = {n_target} and n_pool = {n_pool} are more than the {len(order)} examples there "
+                f"are ({len(ids)} for training, less {n_test} for the test set): ask for fewer"
+            )
+        where = np.sort(order[:n_target])
+        target = Pool(ids[where].tolist(), data.train.take(where), name="target")
+        where = np.sort(order[n_target : n_target + n_pool])
+        return where, ids[where], target, test
+
+    def _own_test(self, images: Images) -> Pool:
+        where = np.arange(len(images))
+        if self.n_test is not None:
+            if self.n_test > len(images):
+                raise DataError(f"n_test = {self.n_test}: the test split has {len(images)} examples; ask for fewer")
+            rng = np.random.default_rng((TEST, self.data_seed))
+            where = np.sort(rng.permutation(len(images))[: self.n_test])
+        return Pool(_ids("test", len(images))[where].tolist(), images.take(where), name="test set")
+
+
+class VisionTask(Task):
+    """Image classification by cross entropy.
+
+    Images are normalised by the mean and standard deviation of the pool, channel by channel.
+
+    Args:
+        pool, target, test: pools of `Images`.
+        classes: the name of each label.
+        build_model: makes a fresh network on the CPU, from torch's global generator; its input has shape
+            (B, C, H, W), its output (B, len(classes)).
+        recipe: how the final model is trained.
+        truth: of a pool with made sources: which labels were spoilt, and the true ones.
+        name: what tables call the task.
+
+    Raises:
+        DataError: if labels are not in 0..len(classes)-1.
+    """
+
+    outer = "calibrated_loss"
+
+    def __init__(
+        self,
+        pool: Pool,
+        target: Pool,
+        test: Pool,
+        *,
+        classes: Sequence[str],
+        build_model: Callable[[], nn.Module],
+        recipe: TrainConfig,
+        truth: SourcedImages | None = None,
+        name: str = "vision",
+    ) -> None:
+        self.pool, self.target, self.test = pool, target, test
+        self.classes = tuple(classes)
+        self.recipe = recipe
+        self.truth = truth
+        self.name = name
+        self._build_model = build_model
+        for part in (pool, target, test):
+            _check_labels(_images(part), len(self.classes), part.ids.to_pylist(), part.name)
+        self.mean, self.std = channel_moments(_images(pool))
+
+    def model(self, seed: int) -> nn.Module:
+        """A fresh network on the CPU."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self._build_model()
+
+    def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """Scores of the classes, shape (B, n_classes)."""
+        images = batch.inputs["images"].float()
+        mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (self.mean, self.std))
+        output = model((images - mean) / std)
+        # While they train, GoogLeNet and Inception return the scores of their side branches too.
+        return output if isinstance(output, Tensor) else output.logits
+
+    def losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """Cross entropy of each example, in nats, shape (B,)."""
+        return functional.cross_entropy(self.logits(model, batch), batch.labels, reduction="none")
+
+    def metrics(self, model: nn.Module, pool: Pool) -> Metrics:
+        """Loss and calibrated loss (nats per example), error and accuracy (0 to 1), in evaluation mode."""
+        device = next(model.parameters()).device
+        labels, size = _images(pool).labels, _chunk_size(_images(pool))
+        with _evaluating(model):
+            pieces = [self.logits(model, batch.to(device)).cpu() for batch in pool.batches(size)]
+        logits = torch.cat(pieces).double()
+        calibrated, _ = calibrated_nll(logits, labels)
+        error = float((logits.argmax(dim=1) != labels).double().mean())
+        return {
+            "loss": float(functional.cross_entropy(logits, labels)),
+            "calibrated_loss": calibrated,
+            "error": error,
+            "accuracy": 1 - error,
+        }
+
+
+def _chunk_size(images: Images) -> int:
+    return max(1, min(CHUNK, CHUNK_VALUES // math.prod(images.shape)))
+
+
+def channel_moments(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel in grey levels, from exact sums: the order is no matter."""
+    n = min(len(images), MOMENTS_FROM)
+    positions = np.arange(n) * len(images) // n
+    total = torch.zeros(2, images.shape[0], dtype=torch.int64)
+    for chunk in np.array_split(positions, -(-n // _chunk_size(images))):
+        x = images.pixels(chunk).long()
+        total += torch.stack([x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3))])
+    mean, square = (total.double() / (n * images.shape[1] * images.shape[2])).unbind()
+    # A channel that is constant up to rounding carries nothing: it is centred, not blown up.
+    std = (square - mean.square()).clamp(min=1.0).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _images(pool: Pool) -> Images:
+    if not isinstance(pool.examples, Images):
+        raise DataError(f"the {pool.name} holds {type(pool.examples).__name__}: a vision task needs Images")
+    return pool.examples
+
+
+def _check_labels(images: Images, n_classes: int, ids: Sequence[str], name: str) -> None:
+    wrong = torch.nonzero((images.labels < 0) | (images.labels >= n_classes)).flatten().tolist()
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} labels of the {name} are not in 0..{n_classes - 1}, such as those of "
+            f"{[ids[i] for i in wrong[:3]]}: correct or remove them"
+        )
+
+
+def _ids(split: str, n: int) -> np.ndarray:
+    width = max(5, len(str(n - 1)))
+    return np.array([f"{split}-{i:0{width}d}" for i in range(n)], dtype=object)
+
+
+def _sourced_pool(truth: SourcedImages, ids: np.ndarray) -> Pool:
+    named = zip(ids[truth.origins], truth.copies, strict=True)
+    unique = [f"{identity}#{copy}" if copy else identity for identity, copy in named]
+    return Pool(unique, truth.images, truth.sources, truth.names)
+
+
+def _given_pool(data: ImageData, positions: np.ndarray, ids: np.ndarray) -> Pool:
+    images = data.train.take(positions)
+    if data.sources is None:
+        return Pool(ids.tolist(), images)
+    present, codes = np.unique(data.sources[positions], return_inverse=True)
+    if len(present) < len(data.source_names):
+        absent = [s for i, s in enumerate(data.source_names) if i not in present]
+        log.warning("no example of the sources %s was drawn into the pool: they are left out", absent)
+    return Pool(ids.tolist(), images, codes, [data.source_names[i] for i in present])
+
+
+def _resized(data: ImageData, size: int) -> ImageData:
+    def resized(images: Images) -> Images:
+        return images.resize(size) if isinstance(images, ImageTensors) else images
+
+    test = None if data.test is None else resized(data.test)
+    return replace(data, train=resized(data.train), test=test)

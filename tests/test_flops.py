@@ -1,0 +1,253 @@
+"""Costs: measured and analytic accounting agree, CPU attention is counted, and CCDS's figures come out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from torch import nn
+from torch.utils.flop_counter import flop_registry
+from transformers import BertConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from cads import flops
+from cads.analytic import Frozen, Full, Lora, lora_parameters, module_flops, transformer_flops
+from cads.architecture import from_config, read_config
+from cads.errors import ConfigError
+from cads.flops import attention_self_test, count_flops, measure
+from cads.paper import CCDS_TOKENS, ccds_parameters, forward_flops, selection_flops, training_flops
+from cads.tasks.networks import Network
+
+MODELS = Path(__file__).parents[1] / "experiments" / "configs" / "models"
+SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 80}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=90),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=3, vocab_size=90, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16, vocab_size=90),
+    "gpt2": GPT2Config(n_embd=48, n_layer=2, n_head=6, vocab_size=90, n_positions=2048),
+    "gpt2-no-dropout": GPT2Config(n_embd=48, n_layer=2, n_head=6, vocab_size=90, resid_pdrop=0.0),
+    "bert": BertConfig(**SMALL, vocab_size=90),
+}
+LORAS = {
+    "llama": [
+        Lora(4, ("q_proj", "v_proj")),
+        Lora(4, ("v_proj",)),
+        Lora(4, ("layers.1.mlp.down_proj",), ("lm_head",)),
+    ],
+    "gpt2": [Lora(4, ("c_attn",)), Lora(4, ("c_proj",)), Lora(4, ("attn.c_proj", "c_fc"))],
+    "bert": [Lora(4, ("query", "value")), Lora(4, ("dense",))],
+}
+LORAS["qwen2"] = LORAS["qwen3"] = LORAS["llama"][:1]
+LORAS["gpt2-no-dropout"] = LORAS["gpt2"]
+
+
+@pytest.mark.parametrize("checkpointing", [None, "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_closed_form_equals_what_is_executed(name, checkpointing):
+    config = CONFIGS[name]
+    everything = (Full(), Frozen(), *LORAS[name], Lora(4, "all-linear"))
+    for trainable in everything if checkpointing is None else (Full(), *LORAS[name][-1:]):
+        measured = measure(config, (2, 24), trainable=trainable, checkpointing=checkpointing)
+        analytic = transformer_flops(from_config(config), 24, batch=2, trainable=trainable, checkpointing=checkpointing)
+        assert analytic == pytest.approx(measured, rel=0.01), trainable
+
+
+@pytest.mark.parametrize("length", [64, 2048])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_closed_form_holds_for_short_and_long_sequences(name, length):
+    lora = LORAS[name][0]
+    measured = measure(CONFIGS[name], (1, length), trainable=lora)
+    assert transformer_flops(from_config(CONFIGS[name]), length, trainable=lora) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("llama", "classifier"),
+        ("qwen3", "none"),
+        ("gpt2", "classifier"),
+        ("bert", "classifier"),
+        ("bert", "none"),
+    ],
+)
+def test_every_head_is_counted(name, head):
+    measured = measure(CONFIGS[name], (2, 16), head=head)
+    assert transformer_flops(from_config(CONFIGS[name], head), 16, batch=2) == pytest.approx(measured, rel=0.01)
+
+
+def test_a_head_on_answer_positions_only_costs_less():
+    config = CONFIGS["llama"]
+    architecture = from_config(config)
+    analytic = transformer_flops(architecture, 32, head_positions=5)
+    assert analytic == pytest.approx(measure(config, (1, 32), head_positions=5), rel=0.01)
+    assert analytic.usage < transformer_flops(architecture, 32).usage
+
+
+def test_llama_7b_needs_no_weights():
+    config = read_config(MODELS / "llama-2-7b.json")
+    config.num_hidden_layers = 4
+    lora = Lora(128, ("q_proj", "k_proj", "v_proj", "o_proj"))
+    measured = measure(config, (1, 2048), trainable=lora)
+    assert transformer_flops(from_config(config), 2048, trainable=lora) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_all_accounted_for(name):
+    config = CONFIGS[name]
+    builder = transformers.AutoModelForMaskedLM if name == "bert" else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        model = builder.from_config(config)
+    assert sum(from_config(config).n_parameters.values()) == sum(p.numel() for p in model.parameters())
+
+
+@given(length=st.integers(1, 300), batch=st.integers(1, 5), r=st.integers(1, 64))
+@settings(deadline=None, max_examples=50)
+def test_laws_of_cost(length, batch, r):
+    architecture = from_config(CONFIGS["qwen3"])
+    full = transformer_flops(architecture, length, batch=batch)
+    frozen = transformer_flops(architecture, length, batch=batch, trainable=Frozen())
+    lora = transformer_flops(architecture, length, batch=batch, trainable=Lora(r, ("q_proj", "v_proj")))
+    plain, spare, whole = (
+        transformer_flops(architecture, length, batch=batch, checkpointing=c).usage
+        for c in (None, "non-reentrant", "reentrant")
+    )
+    assert full.usage == 3 * full.forward
+    assert frozen.usage == frozen.forward == full.forward
+    assert lora.forward > full.forward
+    assert plain < spare < whole <= plain + full.forward
+    assert full.usage == batch * transformer_flops(architecture, length).usage
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("resnet18", (3, 64, 64)),
+        ("efficientnet_b0", (3, 64, 64)),
+        ("mlp", (1, 28, 28)),
+        ("cnn", (3, 32, 32)),
+    ],
+)
+def test_networks_for_images(name, shape):
+    def build() -> nn.Module:
+        return Network(name).build(shape, 10)
+
+    def last() -> nn.Module:
+        model = build().requires_grad_(False)
+        list(model.modules())[-1].requires_grad_(True)
+        return model
+
+    images = torch.zeros(2, *shape)
+    for factory in (build, last):
+        measured = measure(factory, (2, *shape))
+        assert module_flops(factory(), images) == pytest.approx(measured, rel=0.01)
+    assert module_flops(build().requires_grad_(False), images).usage == measured.forward
+
+
+def test_walking_a_model_leaves_it_as_it_was():
+    model = Network("resnet18").build((3, 32, 32), 10)
+    before = {n: x.clone() for n, x in model.state_dict().items()}
+    module_flops(model, torch.zeros(2, 3, 32, 32))
+    assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_backward_of_a_grouped_convolution_costs_twice_its_forward(groups):
+    convolution = nn.Conv2d(6, 12, 3, groups=groups)
+    x = torch.zeros(2, 6, 9, 9, requires_grad=True)
+    forward = count_flops(lambda: convolution(x))
+    assert count_flops(lambda: convolution(x).sum().backward()) == 3 * forward
+
+
+def test_attention_on_the_cpu_is_counted():
+    b, h, t, d = 2, 3, 16, 8
+    q, k, v = (torch.randn(b, h, t, d, requires_grad=True) for _ in range(3))
+
+    def attend() -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    assert count_flops(attend) == 2 * (2 * b * h * t * t * d)
+    assert count_flops(lambda: attend().sum().backward()) == 7 * (2 * b * h * t * t * d)
+
+
+def test_a_transformer_on_the_cpu_executes_its_closed_form():
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"], attn_implementation="sdpa")
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    counted = count_flops(lambda: model(input_ids=tokens).logits.sum().backward())
+    analytic = transformer_flops(from_config(CONFIGS["llama"]), 16, batch=2, fused_attention=True)
+    assert counted == pytest.approx(analytic.usage, rel=0.01)
+
+
+def test_self_test_of_attention(monkeypatch):
+    assert attention_self_test() == []
+    kernel, formula = next(iter(flops.cpu_attention_mapping().items()))
+    with monkeypatch.context() as patch:
+        patch.setitem(flop_registry, kernel, lambda *args, **kwargs: 7)
+        changes = attention_self_test()
+        assert "now has a formula" in changes[0]
+        assert "counts 7 FLOPs" in changes[1]
+    monkeypatch.setattr(flops, "cpu_attention_mapping", lambda: {kernel: formula})
+    assert "runs other kernels" in attention_self_test()[0]
+
+
+def test_figures_of_the_paper():
+    published = {"llama-2-7b": 4.593e18, "llama-2-13b": 8.638e18, "llama-2-70b": 4.926e19}
+    n = {name: ccds_parameters(from_config(read_config(MODELS / f"{name}.json"))) for name in published}
+    for name, figure in published.items():
+        assert training_flops(n[name], CCDS_TOKENS) == pytest.approx(figure, rel=5e-4)
+    scorer = n["llama-2-7b"]
+    assert selection_flops("ppl", scorer, CCDS_TOKENS) == pytest.approx(1.531e18, rel=5e-4)
+    assert selection_flops("ppl", scorer, CCDS_TOKENS) == pytest.approx(forward_flops(scorer, CCDS_TOKENS))
+    assert selection_flops("less", scorer, CCDS_TOKENS) == pytest.approx(8.269e18, rel=5e-4)
+    assert selection_flops("bm25", scorer, CCDS_TOKENS) == selection_flops("embedding", scorer, 1) == 0
+
+
+def test_parameters_of_llama_2():
+    counts = {"7b": 6_738_415_616, "13b": 13_015_864_320, "70b": 68_976_648_192}
+    for size, count in counts.items():
+        architecture = from_config(read_config(MODELS / f"llama-2-{size}.json"))
+        assert sum(architecture.n_parameters.values()) == count
+    lora = Lora(128, ("q_proj", "k_proj", "v_proj", "o_proj"))
+    assert lora_parameters(from_config(read_config(MODELS / "llama-2-7b.json")), lora) == 134_217_728
+
+
+@pytest.mark.parametrize(
+    ("attempt", "message"),
+    [
+        (lambda: from_config(MistralConfig()), "falls back to `measured`"),
+        (lambda: from_config(CONFIGS["bert"], "lm"), "masked-lm"),
+        (lambda: from_config(CONFIGS["gpt2"], "masked-lm"), "gpt2"),
+        (lambda: Lora(0, ("q_proj",)), "rank"),
+        (lambda: Lora(4, ()), "targets"),
+        (lambda: Lora(4, "q_proj"), "targets"),
+        (
+            lambda: transformer_flops(from_config(CONFIGS["llama"]), 8, trainable=Lora(4, ("c_attn",))),
+            "c_attn",
+        ),
+        (lambda: transformer_flops(from_config(CONFIGS["llama"]), 0), "positive"),
+        (lambda: transformer_flops(from_config(CONFIGS["gpt2"]), 2049), "learned positions"),
+        (lambda: transformer_flops(from_config(CONFIGS["llama"]), 8, head_positions=9), "head_positions"),
+        (lambda: measure(CONFIGS["gpt2"], (1, 2049)), "learned positions"),
+        (lambda: measure(CONFIGS["llama"], (4,)), "cannot run"),
+        (lambda: measure(CONFIGS["llama"], (1, 8), trainable=Lora(4, ("c_attn",))), "c_attn"),
+        (lambda: measure(lambda: nn.Linear(3, 4), (2, 5)), "cannot run"),
+        (lambda: measure(lambda: nn.Linear(3, 4), (2, 3), checkpointing="reentrant"), "transformers configs"),
+        (lambda: module_flops(nn.Linear(3, 4), torch.zeros(2, 5)), "cannot run"),
+        (lambda: module_flops(nn.LSTM(3, 4), torch.zeros(2, 5, 3)), "`measured`"),
+        (lambda: read_config(MODELS / "missing.json"), "missing.json"),
+        (lambda: read_config(__file__), "JSON"),
+        (lambda: training_flops(0, 1e6), "n_parameters"),
+        (lambda: selection_flops("magic", 7e9, 1e8), "magic"),
+    ],
+)
+def test_bad_input(attempt, message):
+    with pytest.raises(ConfigError, match=message):
+        attempt()
+
+
+def test_an_unknown_architecture_is_measured():
+    config = MistralConfig(**SMALL, num_key_value_heads=2, vocab_size=90)
+    assert measure(config, (1, 16)) == measure(CONFIGS["llama"], (1, 16))
