@@ -8,6 +8,7 @@ Measured: `FlopCounterMode` on the meta device, eager attention. Analytic: close
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -298,7 +299,7 @@ def main(arguments: list[str] | None = None, show: Callable[[str], None] = print
     transformers.logging.set_verbosity_error()
     try:
         rows = [*transformer_rows(tuple(options.lengths), not options.no_large), *image_rows()]
-        command = f"python -m experiments.flops --out {options.out}"
+        command = shlex.join(["python", "-m", "experiments.flops", *(arguments or sys.argv[1:])])
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(report(rows, command))
     except (CadsError, OSError) as error:

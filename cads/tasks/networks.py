@@ -21,6 +21,7 @@ class Network:
         name: "mlp", "cnn", or a classifier of torchvision.
         hidden: units of the mlp.
         channels: of the first convolution of the cnn; the second has twice as many.
+        stride: of the first convolution of the cnn.
         pretrained: start from torchvision's weights, except where the number of classes differs.
         download: allow torchvision to fetch weights that are not cached.
 
@@ -31,11 +32,12 @@ class Network:
     name: str
     hidden: int = 128
     channels: int = 16
+    stride: int = 2
     pretrained: bool = False
     download: bool = False
 
     def __post_init__(self) -> None:
-        for setting in ("hidden", "channels"):
+        for setting in ("hidden", "channels", "stride"):
             if getattr(self, setting) < 1:
                 raise ConfigError(f"{setting} = {getattr(self, setting)}: it must be at least 1")
         if self.name in ("mlp", "cnn"):
@@ -72,10 +74,11 @@ class Network:
 
     def _cnn(self, shape: tuple[int, int, int], n_classes: int) -> nn.Module:
         colours, height, width = shape
-        # Each convolution halves the sides, rounding up.
-        positions = -(-height // 4) * -(-width // 4)
+        # Each convolution divides the sides by its stride, rounding up.
+        shrunk = 2 * self.stride
+        positions = -(-height // shrunk) * -(-width // shrunk)
         return nn.Sequential(
-            nn.Conv2d(colours, self.channels, 5, stride=2, padding=2),
+            nn.Conv2d(colours, self.channels, 5, stride=self.stride, padding=2),
             nn.ReLU(),
             nn.Conv2d(self.channels, 2 * self.channels, 3, stride=2, padding=1),
             nn.ReLU(),

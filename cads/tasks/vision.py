@@ -64,6 +64,8 @@ class VisionConfig:
     """mlp: hidden units."""
     channels: int = 16
     """cnn: channels of the first convolution; the second has twice as many."""
+    stride: int = 2
+    """cnn: stride of the first convolution; 4 is several times faster on 28x28 images, and a little worse."""
     pretrained: bool = False
     """torchvision: start from its pretrained weights; a head of another size starts fresh."""
     n_target: int | None = None
@@ -122,7 +124,7 @@ class VisionConfig:
         )
 
     def _network(self) -> Network:
-        return Network(self.model, self.hidden, self.channels, self.pretrained, self.download)
+        return Network(self.model, self.hidden, self.channels, self.stride, self.pretrained, self.download)
 
     def _load(self) -> ImageData:
         if self.dataset == "folder":
