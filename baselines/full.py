@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cads.budget import Budget, Ledger
 from cads.monitor import Monitor
-from cads.optimizer import uniform
+from cads.optimizer import check_step, uniform
 from cads.selection import Selection
 from cads.task import Task
 
@@ -19,4 +19,5 @@ class Full:
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
         """Select everything; see `cads.optimizer.Selector`."""
+        check_step(task, budget.flops(task))
         return uniform(task, budget, method="full", seed=seed, ledger=ledger, notes={})

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from cads.budget import Budget, Ledger
 from cads.errors import ConfigError
 from cads.monitor import Monitor
-from cads.optimizer import uniform
+from cads.optimizer import check_step, uniform
 from cads.selection import Selection
 from cads.task import Task
 
@@ -27,5 +27,6 @@ class Joint:
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
         """Select everything, target included; see `cads.optimizer.Selector`."""
+        check_step(task, budget.flops(task))
         everything = uniform(task, budget, method="joint", seed=seed, ledger=ledger, notes={})
         return replace(everything, target_fraction=self.target_fraction, config=asdict(self))

@@ -9,6 +9,7 @@ import numpy as np
 from cads.budget import Budget, Ledger
 from cads.errors import ConfigError
 from cads.monitor import Monitor
+from cads.optimizer import check_step
 from cads.seeds import derive
 from cads.selection import Selection
 from cads.task import Pool, Task
@@ -38,6 +39,7 @@ class Random:
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
         """Choose at random; see `cads.optimizer.Selector`."""
+        check_step(task, budget.flops(task))
         pool = task.pool
         score = random_scores(pool, seed)
         if self.fraction is not None:

@@ -9,6 +9,7 @@ import numpy as np
 from cads.budget import Budget, Ledger
 from cads.errors import ConfigError
 from cads.monitor import Monitor
+from cads.optimizer import check_step
 from cads.selection import Selection
 from cads.task import Task
 
@@ -24,6 +25,7 @@ class Source:
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
         """Select all of the source; see `cads.optimizer.Selector`."""
+        check_step(task, budget.flops(task))
         names = task.pool.source_names
         if self.name not in names:
             raise ConfigError(f"name = {self.name!r} is no source of the pool: choose from {list(names)}")

@@ -8,6 +8,7 @@ import numpy as np
 
 from cads.budget import Budget, Ledger
 from cads.monitor import Monitor
+from cads.optimizer import check_step
 from cads.selection import Selection
 from cads.task import Task
 
@@ -20,6 +21,7 @@ class TargetOnly:
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
         """Select nothing of the pool; see `cads.optimizer.Selector`."""
+        check_step(task, budget.flops(task))
         return Selection.of(
             task.pool,
             selected=np.zeros(len(task.pool), dtype=bool),

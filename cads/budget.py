@@ -77,15 +77,18 @@ class Budget:
         """The budget in FLOPs, converted through the task's costs."""
         if self.unit == "FLOPs":
             return self.amount
-        per_usage = task.costs.per_usage(task.pool, task.recipe.batch_size)
-        if self.unit == "usages":
-            return self.amount * per_usage
+        usages = self.amount
         if self.unit == "epochs":
-            return self.amount * per_usage * len(task.pool)
-        return self.amount * per_usage / task.costs.tokens_per_example(task.pool)
+            usages *= len(task.pool)
+        elif self.unit == "tokens":
+            usages /= task.costs.tokens_per_example(task.pool)
+        flops = usages * task.costs.per_usage(task.pool, task.recipe.batch_size)
+        # FLOPs are whole numbers: what rounding has lost would cost the last step of an exact budget.
+        return float(math.ceil(flops)) if math.isfinite(flops) else flops
 
     def __str__(self) -> str:
-        return f"{self.amount:g} {self.unit}"
+        short = f"{self.amount:g}"
+        return f"{short if float(short) == self.amount else repr(float(self.amount))} {self.unit}"
 
 
 @dataclass

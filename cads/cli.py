@@ -20,11 +20,13 @@ from cads.errors import CadsError, ConfigError
 from cads.monitor import Monitor
 from cads.outcome import train_on
 from cads.registry import SELECTORS, TASKS, build_selector, names, selector_class, task_config_class
-from cads.selection import Selection
+from cads.selection import Selection, check_folder
 from cads.task import Task
 from cads.trainer import TrainConfig
 
 DEFAULT_KIND, DEFAULT_METHOD = "vision", "cads-s"
+SECTIONS = ("task", "train", "options", "selectors")
+"""The parts of a configuration file that map names to values themselves."""
 USAGE = """usage: cads COMMAND [CONFIG] [flags]
 
 What should I train on, given a pool, a validation set, a model and a compute budget in FLOPs?
@@ -55,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CadsError as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
         return 1
+    except OSError as error:
+        where = f"{error.filename!r}: " if error.filename else ""
+        console.print(f"cads: {where}{error.strerror or error}", style="red", markup=False, highlight=False)
+        return 1
     return 0
 
 
@@ -63,6 +69,7 @@ def select(argv: list[str]) -> None:
     config, parser = _read("select", argv)
     objects = parser.instantiate(config)
     out = Path(config.out or f"runs/{config.method}")
+    check_folder(out / "selection")
     task: Task = objects.task.build(objects.train)
     task.check()
     budget = Budget.parse(config.budget, count_selection=config.count_selection)
@@ -92,7 +99,8 @@ def train(argv: list[str]) -> None:
         raise ConfigError("--selection is missing: give the folder that `cads select` wrote")
     objects = parser.instantiate(config)
     chosen = Selection.load(config.selection)
-    out = Path(config.out or Path(config.selection) / "train")
+    given = Path(config.selection)
+    out = Path(config.out or (given.parent if given.name == "selection" else given) / "train")
     task: Task = objects.task.build(objects.train)
     task.check()
     budget = Budget.parse(config.budget, count_selection=config.count_selection)
@@ -144,31 +152,33 @@ def _read(command: str, argv: list[str]) -> tuple[Namespace, ArgumentParser]:
             flags.append(word)
     kind = _flag(flags, "--kind") or given.get("kind", DEFAULT_KIND)
     method = _flag(flags, "--method") or given.get("method", DEFAULT_METHOD)
-    selectors = given.pop("selectors", None) or {}
-    if not isinstance(selectors, dict):
-        raise ConfigError(f"selectors = {selectors!r}: it must map names of methods to their options")
+    selector_class(method)
+    selectors = given.pop("selectors", {})
     for name, options in selectors.items():
         build_selector(name, options)
-    own = {
-        **selectors.get(method, {}),
-        **(given.get("options") or {} if given.get("method") == method else {}),
-    }
+    own = dict(selectors.get(method) or {})
+    if given.get("method", method) == method:
+        own.update(given.get("options", {}))
     given = {**given, "kind": kind, "method": method, "options": own}
     parser = _parser(command, kind, method)
     file = [] if set(given) == {"kind", "method", "options"} and not own else ["--config", yaml.safe_dump(given)]
-    return parser.parse_args([*file, *flags]), parser
+    config = parser.parse_args([*file, *flags])
+    if config.seed < 0:
+        raise ConfigError(f"seed = {config.seed}: it must be >= 0")
+    return config, parser
 
 
 def _parser(command: str, kind: str, method: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     about = {"select": select, "train": train}[command].__doc__
-    parser = ArgumentParser(prog=f"cads {command}", usage=f"cads {command} [CONFIG] [flags]", description=about)
+    usage = f"cads {command} [CONFIG] [flags]"
+    parser = ArgumentParser(prog=f"cads {command}", usage=usage, description=about, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; flags after it win")
     parser.add_argument("--kind", default=kind, help=f"kind of task: {', '.join(names(TASKS))}")
     parser.add_argument("--method", default=method, help=f"selector: {', '.join(names(SELECTORS))}")
     parser.add_argument(
         "--budget",
-        type=str,
+        type=float | str,
         default="5 epochs",
         help="'2e15' FLOPs, '225000 usages', '5 epochs', '3e6 tokens'",
     )
@@ -190,20 +200,26 @@ def _load_yaml(path: str) -> dict[str, Any]:
         loaded = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"configuration {path!r} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"configuration {path!r} is no YAML: {error}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"configuration {path!r} must map names to values, not {type(loaded).__name__}")
+    loaded = {name: value for name, value in loaded.items() if name not in SECTIONS or value is not None}
+    for name in SECTIONS:
+        if not isinstance(loaded.get(name, {}), dict):
+            raise ConfigError(f"configuration {path!r}: {name} = {loaded[name]!r}: it must map names to values")
     return loaded
 
 
 def _flag(flags: list[str], name: str) -> str | None:
-    for i, word in enumerate(flags):
-        if word == name and i + 1 < len(flags):
-            return flags[i + 1]
-        if word.startswith(f"{name}="):
-            return word.split("=", 1)[1]
-    return None
+    """The value of a flag, the last one where it is repeated."""
+    value = None
+    for word, after in zip(flags, [*flags[1:], ""], strict=True):
+        if word == name and after and not after.startswith("-"):
+            value = after
+        elif word.startswith(f"{name}="):
+            value = word.split("=", 1)[1]
+    return value
 
 
 def _monitor(config: Namespace, out: Path, command: str) -> Monitor:
@@ -213,7 +229,7 @@ def _monitor(config: Namespace, out: Path, command: str) -> Monitor:
 
 def _write_config(parser: ArgumentParser, config: Namespace, out: Path) -> None:
     """Write the whole configuration, which replays the run."""
-    text = parser.dump(config, skip_none=False)
+    text = parser.dump(config, skip_unset=False)
     partial = out / ".config.yaml.partial"
     partial.write_text(text)
     os.replace(partial, out / "config.yaml")

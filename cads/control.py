@@ -28,6 +28,10 @@ class Control:
         features: phi, maps draws (M, S) to (M, P).
         risk: R, maps draws to nats (M,).
         reach: l*, maps draws to nats (M,).
+
+    Attributes:
+        c1, c2: the weights of the penalty.
+        loo_error: root mean square of the left-out residuals of the regression, in the unit of the values.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class Control:
     ) -> None:
         sound = np.isfinite(values)
         draws, values, weights = draws[sound], values[sound], weights[sound]
-        self._features, self._risk, self._reach = features, risk, reach
+        self._features, self.risk, self.reach = features, risk, reach
         self.c1, self.c2 = fit_control(values, risk(draws), reach(draws))
         x, y = features(draws), values - self._penalty(draws)
         total = weights.sum()
@@ -59,7 +63,7 @@ class Control:
         return np.asarray(self._penalty(draws) + self._y_mean + x @ self._coefficients)
 
     def _penalty(self, draws: np.ndarray) -> np.ndarray:
-        return self.c1 * self._risk(draws) - self.c2 * self._reach(draws)
+        return self.c1 * self.risk(draws) - self.c2 * self.reach(draws)
 
 
 def _ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:

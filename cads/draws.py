@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from cads.errors import DataError
+from cads.errors import ConfigError, DataError
 from cads.task import Batch, Pool
 
 
@@ -82,6 +82,9 @@ class Draws:
         target: the pool of target examples, needed if `target_fraction` > 0.
         target_fraction: share of each batch drawn from the target (joint training), 0 to 1.
         seed: of the order in which the target is visited.
+
+    Raises:
+        ConfigError: if `target_fraction` is no share, or there is no target for it.
     """
 
     def __init__(
@@ -94,6 +97,10 @@ class Draws:
         target_fraction: float = 0.0,
         seed: int = 0,
     ) -> None:
+        if not 0 <= target_fraction <= 1:
+            raise ConfigError(f"target_fraction = {target_fraction}: a share of each batch, between 0 and 1")
+        if target_fraction > 0 and target is None:
+            raise ConfigError(f"target_fraction = {target_fraction} needs the target to draw from")
         self.pool = pool
         self.streams = list(streams)
         self.batch_size = batch_size

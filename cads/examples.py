@@ -17,7 +17,7 @@ from cads.budget import Budget, Ledger
 from cads.draws import Epochs
 from cads.inner import Inner
 from cads.monitor import Monitor
-from cads.optimizer import Rung, divide, ladder, strata, subsample, uniform
+from cads.optimizer import Rung, divide, strata, subsample, uniform
 from cads.seeds import derive
 from cads.selection import Selection
 from cads.task import Pool, Task
@@ -86,7 +86,7 @@ class CadsExamples:
     def _search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
         task, monitor = inner.task, inner.monitor
         signals = example_losses(inner, training, seed)
-        rungs = ladder(training, inner.ledger.left, inner.step_flops, inner.measuring_flops)
+        rungs = inner.ladder(training)
         if signals is None or not rungs:
             notes: dict[str, object] = {"guard": "the allowance buys no scores: the full pool is returned"}
             return uniform(task, budget, method="cads-e", seed=seed, ledger=ledger, notes=notes)
@@ -99,14 +99,15 @@ class CadsExamples:
             order = [0, *(1 + np.argsort(np.nan_to_num(gains[1:], nan=np.inf), kind="stable"))]
             field, gains = [field[i] for i in order], gains[order]
             best = field[1] if len(field) > 1 and gains[1] < 0 else everything
-            monitor.scalar("outer/best_gain", float(gains.min()), height)
+            watch_penalty(monitor, best, signals, height)
+            watch_sources(monitor, task.pool, best.probability, height)
+            monitor.scalar("outer/best_gain", float(np.nanmin(gains)), height)
             monitor.scalar("outer/entropy", entropy(best.probability), height)
             monitor.scalar("control/c2_over_c1", best.reach_weight, height)
             monitor.histogram("outer/probabilities", best.probability, height)
         if not self.guard and len(field) > 1:
             best = field[1]
         monitor.panels(task.pool, best.probability, len(rungs))
-        watch_sources(monitor, task.pool, best.probability, len(rungs))
         verdict = "the full pool was not beaten" if best is everything else "better than the full pool on the target"
         return Selection.of(
             task.pool,
@@ -170,7 +171,7 @@ def candidates(from_theta: np.ndarray, from_u: np.ndarray | None) -> list[Candid
 
 def compare(inner: Inner, field: Sequence[Candidate], rung: Rung, seed: int, height: int) -> np.ndarray:
     """The objective of each candidate less that of the first (the full pool), after a short run; shape (K,)."""
-    positions = subsample(inner.task.pool, rung.fidelity, derive(seed, "subsample"))
+    positions = subsample(inner.task.pool, rung.data, derive(seed, "subsample"))
     order = derive(seed, "rung", height)
     streams = []
     for candidate in field:
@@ -184,6 +185,18 @@ def entropy(probability: np.ndarray) -> float:
     """Mean entropy of one example's selection, nats."""
     p = np.clip(probability, 1e-12, 1 - 1e-12)
     return float(-(p * np.log(p) + (1 - p) * np.log1p(-p)).mean())
+
+
+def watch_penalty(
+    monitor: Monitor, candidate: Candidate, signals: tuple[np.ndarray, np.ndarray | None], step: int
+) -> None:
+    """Record R, l* and the gap in expectation over the candidate's policy."""
+    from_theta, from_u = signals
+    monitor.scalar("outer/R", float(np.average(from_theta, weights=candidate.probability)), step)
+    if from_u is not None:
+        monitor.scalar("outer/l*", float(np.average(from_u, weights=candidate.probability)), step)
+        gap = float(np.average(from_theta - from_u, weights=candidate.probability))
+        monitor.scalar("outer/gap", gap, step)
 
 
 def watch_sources(monitor: Monitor, pool: Pool, probability: np.ndarray, step: int) -> None:

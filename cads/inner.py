@@ -13,6 +13,7 @@ from cads.budget import SELECT, Ledger
 from cads.draws import Draws, Epochs, Stream
 from cads.errors import DataError
 from cads.monitor import Monitor
+from cads.optimizer import Rung, ladder
 from cads.task import Objective, Task
 from cads.trainer import Trainer
 
@@ -66,6 +67,11 @@ class Inner:
     def measuring_flops(self) -> float:
         """Measuring one model on the target."""
         return self.task.costs.forward_pool(self.task.target)
+
+    def ladder(self, training: float) -> list[Rung]:
+        """The short runs that what is left of the ledger buys, for a final training of `training` FLOPs."""
+        passes = training * self.task.recipe.batch_size / (self.step_flops * len(self.task.pool))
+        return ladder(training, self.ledger.left, self.step_flops, self.measuring_flops, passes)
 
     def run(self, streams: Sequence[Stream], flops: float, *, seed: int, stage: str) -> Runs:
         """Train one replica a stream for `flops` each, all from the same initial weights, and measure them.

@@ -18,6 +18,10 @@ COUNTED_ALLOWANCE = 1 / 3
 """Selection's share, in units of what is left for training, if the budget must cover both."""
 FIDELITIES = (1 / 16, 1 / 8, 1 / 4)
 """Shares of the budget (and of each source) of the short runs, smallest first."""
+KEPT_PASSES = 16
+"""Short runs see as many passes as the full one, up to this many; above it they see more of the data instead. What
+is worth training on changes with the number of passes and with the amount of data; by 16 passes noise is learned
+by heart, and more passes change the ranking less than less data does."""
 MIN_STEPS = 40
 """Steps of the shortest run that tells anything: below it validation losses are noise."""
 
@@ -82,14 +86,16 @@ def check_step(task: Task, flops: float) -> None:
 
 @dataclass(frozen=True)
 class Rung:
-    """One height of the ladder of short runs: `runs` of `flops` each, on a share `fidelity` of each source."""
+    """One height of the ladder of short runs: `runs` of `flops` each, a share `fidelity` of the final training's,
+    on a share `data` of each source."""
 
     fidelity: float
     flops: float
+    data: float
     runs: int
 
 
-def ladder(training: float, allowance: float, step: float, per_run: float) -> list[Rung]:
+def ladder(training: float, allowance: float, step: float, per_run: float, passes: float) -> list[Rung]:
     """Short runs that spend `allowance` in equal parts at each fidelity.
 
     The smallest run follows from the budget: at least `MIN_STEPS` steps, at most the whole training. Rungs
@@ -97,12 +103,15 @@ def ladder(training: float, allowance: float, step: float, per_run: float) -> li
 
     Args:
         training: C, FLOPs of the final training. allowance: FLOPs for all runs. step: FLOPs of one step.
-        per_run: FLOPs on top of each run, for measuring it.
+        per_run: FLOPs on top of each run, for measuring it. passes: over the pool, that `training` buys.
     """
     fidelities = sorted({min(1.0, max(f, MIN_STEPS * step / training)) for f in FIDELITIES})
+    thinner = max(1.0, passes / KEPT_PASSES)
     while fidelities:
         share = allowance / len(fidelities)
-        rungs = [Rung(f, f * training, int(share / (f * training + per_run))) for f in fidelities]
+        rungs = [
+            Rung(f, f * training, min(1.0, f * thinner), int(share / (f * training + per_run))) for f in fidelities
+        ]
         if all(r.runs >= 2 for r in rungs):
             return rungs
         fidelities.pop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from cads.seeds import derive
 from cads.selection import Selection
 from cads.task import Metrics, Task
 from cads.trainer import Fit, Trainer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -80,11 +83,18 @@ def train_on(task: Task, selection: Selection, budget: Budget, *, seed: int, mon
     """Train a fresh model on `selection` within `budget` and measure it on the test set.
 
     Raises:
-        SelectionError: if the selection was made from another pool.
+        SelectionError: if a selected id is not in the pool. A pool with the same ids and other contents is
+            used, with a warning: scores may well come from another model's view of the same examples.
         BudgetError: if the budget does not buy one step.
     """
     monitor = monitor or Monitor()
     flops = training_flops(task, budget, selection)
+    if selection.pool_hash != task.pool.content_hash:
+        log.warning(
+            "the contents or the order of the %s are not those that the selection was made from: make sure that "
+            "its ids mean the same examples",
+            task.pool.name,
+        )
     ledger = Ledger()
     ledger.merge(selection.ledger)
     streams: list[Stream] = []

@@ -32,10 +32,12 @@ def names(group: str) -> tuple[str, ...]:
 
 
 def _load(group: str, kind: str, name: str) -> Any:
+    if not isinstance(name, str):
+        raise ConfigError(f"{kind} = {name!r}: it must be a name. Installed: {', '.join(names(group))}")
     found: list[EntryPoint] = list(entry_points(group=group, name=name))
     if not found:
         close = difflib.get_close_matches(name, names(group), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ConfigError(f"{kind} {name!r} is unknown{hint} Installed: {', '.join(names(group))}")
     return found[0].load()
 
@@ -68,8 +70,10 @@ def build_selector(name: str, options: Mapping[str, Any] | None = None) -> Selec
     """
     found: Any = selector_class(name)
     known = {f.name for f in fields(found)}
+    if not isinstance(options, Mapping | None):
+        raise ConfigError(f"options {options!r} of method {name!r} must map names to values")
     options = dict(options or {})
-    unknown = sorted(set(options) - known)
+    unknown = sorted(map(str, set(options) - known))
     if unknown:
         raise ConfigError(f"options {unknown} of method {name!r} are unknown: it has {sorted(known)}")
     try:

@@ -32,7 +32,7 @@ STACKABLE = (
 
 def can_stack(model: nn.Module) -> bool:
     """Whether replicas of `model` train faster as one batched model than one by one."""
-    return all(isinstance(m, STACKABLE) for m in model.modules())
+    return next(model.buffers(), None) is None and all(isinstance(m, STACKABLE) for m in model.modules())
 
 
 class Learner(nn.Module):
@@ -88,7 +88,7 @@ class Stacked(Learner):
         self._skeleton = (copy.deepcopy(models[0]).to("meta"),)
         self._names = [name for name, _ in models[0].named_parameters()]
         columns = zip(*(m.parameters() for m in models), strict=True)
-        self.stacked = nn.ParameterList(nn.Parameter(torch.stack([p.detach() for p in c])) for c in columns)
+        self.stacked = nn.ParameterList(_stacked(column) for column in columns)
 
     def forward(self, batch: Batch) -> Tensor:
         """Losses of the batch, which holds B examples for each replica in turn; shape (K, B)."""
@@ -103,7 +103,8 @@ class Stacked(Learner):
             return self._task.losses(model, part)
 
         self._skeleton[0].train(self.training)
-        return vmap(one, randomness="different")(parameters, split.inputs, split.labels)
+        # One dropout mask for all, as each would draw from the same seed alone.
+        return vmap(one, randomness="same")(parameters, split.inputs, split.labels)
 
     def clip(self, largest: float | None) -> np.ndarray:
         """Clip each replica by its own norm, as `torch.nn.utils.clip_grad_norm_` would."""
@@ -123,3 +124,8 @@ class Stacked(Learner):
                 for parameter, stacked in zip(model.parameters(), self.stacked, strict=True):
                     parameter.copy_(stacked[k])
         return list(self._models)
+
+
+def _stacked(column: Sequence[nn.Parameter]) -> nn.Parameter:
+    """One parameter of K models, shape (K, ...); frozen if it is frozen in them."""
+    return nn.Parameter(torch.stack([p.detach() for p in column]), requires_grad=column[0].requires_grad)

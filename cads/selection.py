@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import shutil
@@ -28,6 +27,7 @@ from cads.task import Pool
 SCHEMA_VERSION = 1
 JSON_LIMIT = 64 * 2**20
 """Largest selection.json, in bytes, that is read; a real one has a few kilobytes."""
+FILES = ("selection.json", "scores.parquet", "timings.json")
 LIBRARIES = ("cads-select", "torch", "numpy", "accelerate")
 COLUMNS = {
     "id": pa.string(),
@@ -37,6 +37,20 @@ COLUMNS = {
     "rank": pa.int64(),
     "selected": pa.bool_(),
 }
+
+
+HEADER: dict[str, type | tuple[type, ...]] = {
+    "method": str,
+    "config": dict,
+    "seed": int,
+    "versions": dict,
+    "pool_hash": str,
+    "source_probability": dict,
+    "target_fraction": (int, float),
+    "weighted": bool,
+    "notes": dict,
+}
+"""Fields of selection.json that a Selection takes over as they are, and their types."""
 
 
 @dataclass
@@ -219,20 +233,23 @@ class Selection:
         The first two are the same, byte for byte, for two runs of one seed.
 
         Raises:
-            SelectionError: if the folder already exists with something else in it.
+            SelectionError: if the folder already exists with something else in it (`check_folder`).
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / "selection.json").exists() and any(folder.iterdir()):
-            raise SelectionError(f"{folder} exists and holds no selection: choose another folder")
+        check_folder(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        pq.write_table(self.table(), partial / "scores.parquet")
-        (partial / "selection.json").write_text(json.dumps(self._header(), indent=2, sort_keys=True) + "\n")
-        self.ledger.save(partial / "timings.json")
-        partial.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
+        try:
+            pq.write_table(self.table(), partial / "scores.parquet")
+            (partial / "selection.json").write_text(json.dumps(self._header(), indent=2, sort_keys=True) + "\n")
+            self.ledger.save(partial / "timings.json")
+            partial.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         return folder
 
     def table(self) -> pa.Table:
@@ -288,8 +305,9 @@ class Selection:
             raise SelectionError(f"{header_file} has {header_file.stat().st_size} bytes: this is no selection")
         try:
             header = json.loads(header_file.read_text())
-            table = pq.read_table(scores_file)
-        except (OSError, ValueError, pa.ArrowException) as error:
+            # Not read_table: it makes columns of folders in the path that are called `name=value`.
+            table = pq.ParquetFile(scores_file).read()
+        except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
             raise SelectionError(f"{folder} cannot be read: {error}") from error
         found = header.get("schema_version") if isinstance(header, dict) else None
         if found != SCHEMA_VERSION:
@@ -298,15 +316,22 @@ class Selection:
             raise SelectionError(f"{scores_file} has columns {table.schema.names}, expected {list(COLUMNS)}")
         try:
             return cls._build(header, table)
-        except (KeyError, TypeError, ValueError, AttributeError, CadsError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, CadsError) as error:
             raise SelectionError(f"{folder} is corrupt: {type(error).__name__}: {error}") from error
 
     @classmethod
     def _build(cls, header: dict[str, Any], table: pa.Table) -> Selection:
-        if header["counts"]["pool"] != len(table):
-            raise SelectionError(f"{len(table)} scores where the header says {header['counts']['pool']}")
-        if not (math.isfinite(header["target_fraction"]) and isinstance(header["seed"], int)):
-            raise SelectionError("seed or target_fraction is no number")
+        for name, kind in HEADER.items():
+            if not isinstance(header[name], kind) or (kind is not bool and isinstance(header[name], bool)):
+                raise SelectionError(f"{name} = {header[name]!r} has the wrong type")
+        missing = [n for n in ("id", "score", "probability", "selected") if table[n].null_count]
+        if missing:
+            raise SelectionError(f"the columns {missing} of the scores have missing values")
+        if pc.count_distinct(table["id"]).as_py() != len(table):
+            raise SelectionError("ids of the scores are not unique")
+        counts = {"pool": len(table), "selected": pc.sum(table["selected"]).as_py() or 0}
+        if header["counts"] != counts:
+            raise SelectionError(f"the scores have counts {counts} where the header says {header['counts']}")
         sources = table["source"].combine_chunks()
         return cls(
             ids=table["id"].combine_chunks(),
@@ -316,21 +341,24 @@ class Selection:
             sources=None if sources.null_count else sources.to_pylist(),
             budget=Budget(**header["budget"]),
             ledger=Ledger.from_json(header["ledger"]),
-            **{
-                name: header[name]
-                for name in (
-                    "method",
-                    "config",
-                    "seed",
-                    "versions",
-                    "pool_hash",
-                    "source_probability",
-                    "target_fraction",
-                    "weighted",
-                    "notes",
-                )
-            },
+            **{name: header[name] for name in HEADER},
         )
+
+
+def check_folder(folder: Path | str) -> None:
+    """Refuse to save where something else would be overwritten: an earlier Selection alone may stand there.
+
+    Raises:
+        SelectionError: if `folder` is a file, or holds anything but an earlier Selection.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise SelectionError(f"{folder} is no folder: choose another name")
+    foreign = sorted(f.name for f in folder.iterdir() if f.name not in FILES)
+    if foreign:
+        raise SelectionError(f"{folder} exists and holds {foreign[:3]}: choose another folder")
 
 
 class SelectionSampler(Sampler[int]):

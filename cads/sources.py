@@ -19,7 +19,7 @@ from cads.errors import ConfigError
 from cads.estimator import corrected, direct, enumerate_masks, expected_gradient
 from cads.inner import Inner, Runs
 from cads.monitor import Monitor
-from cads.optimizer import Rung, distinct, divide, ladder, subsample, uniform
+from cads.optimizer import Rung, distinct, divide, subsample, uniform
 from cads.penalty import FittedReach, effective_size, extrapolate, mean_over_sources
 from cads.policy import BernoulliPolicy, MixturePolicy, Policy
 from cads.seeds import derive
@@ -201,7 +201,7 @@ class CadsSources:
     ) -> Selection:
         task, monitor = inner.task, inner.monitor
         risk = source_risks(inner, space, training, seed)
-        rungs = ladder(training, inner.ledger.left, inner.step_flops, inner.measuring_flops)
+        rungs = inner.ladder(training)
         if not rungs:
             notes: dict[str, object] = {"guard": "the allowance buys no short runs: the full pool is returned"}
             return uniform(task, budget, method="cads-s", seed=seed, ledger=ledger, notes=notes)
@@ -248,15 +248,21 @@ class CadsSources:
     def _watch(
         self, monitor: Monitor, space: Space, policy: Policy, control: Control, trials: Trials, height: int
     ) -> None:
+        marginals = source_marginals(policy)
+        weights = space.weights(marginals[None])
+        risk, reach = float(control.risk(marginals[None])[0]), float(control.reach(marginals[None])[0])
         monitor.scalar("outer/best_gain", float(np.nanmin(trials.gains)), height)
+        monitor.scalar("outer/objective", float(control(marginals[None])[0]), height)
+        monitor.scalar("outer/R", risk, height)
+        monitor.scalar("outer/l*", reach, height)
+        monitor.scalar("outer/gap", risk - reach, height)
         monitor.scalar("outer/entropy", policy.entropy(), height)
         monitor.scalar("control/c1", control.c1, height)
         monitor.scalar("control/c2", control.c2, height)
         monitor.scalar("control/leave_one_out_error", control.loo_error, height)
-        monitor.scalar("outer/reached_training_loss", float(np.nanmean(trials.reached)), height)
-        marginals = space.weights(source_marginals(policy)[None])[0]
-        monitor.probabilities(space.pool.source_names, source_marginals(policy), height)
+        monitor.probabilities(space.pool.source_names, marginals, height)
         monitor.histogram("outer/probabilities", marginals[space.pool.sources], height)
+        monitor.panels(space.pool, weights[0][space.pool.sources], height)
 
     def _conclude(
         self,
@@ -326,7 +332,7 @@ def source_risks(inner: Inner, space: Space, training: float, seed: int) -> np.n
 
 def run_rung(inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: int, height: int) -> Runs:
     """Train each draw on the rung's share of the pool, all from the same weights and in the same order."""
-    positions = subsample(inner.task.pool, rung.fidelity, derive(seed, "subsample"))
+    positions = subsample(inner.task.pool, rung.data, derive(seed, "subsample"))
     order = derive(seed, "rung", height)
     streams = [space.stream(draw, positions, order) for draw in draws]
     return inner.run(streams, rung.flops, seed=order, stage=f"short runs, C/{1 / rung.fidelity:.3g}")

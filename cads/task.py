@@ -74,16 +74,20 @@ class Batch:
         """The batch in page-locked memory (called by `torch.utils.data.DataLoader`)."""
         return self.map(Tensor.pin_memory)
 
-    def split(self, parts: int) -> list[Batch]:
-        """At most `parts` consecutive pieces of nearly equal length, for gradient accumulation."""
+    def split(self, parts: int, replicas: int = 1) -> list[Batch]:
+        """At most `parts` pieces of nearly equal length, for gradient accumulation.
+
+        Each piece holds its share of every replica, replica by replica as the whole does.
+        """
         if parts == 1:
             return [self]
-        pieces = [p for p in np.array_split(np.arange(len(self)), parts) if len(p)]
+        rows = torch.arange(len(self)).view(replicas, -1)
+        pieces = [rows[:, p].flatten() for p in np.array_split(np.arange(rows.shape[1]), parts) if len(p)]
         return [
             Batch(
-                inputs={name: x[piece[0] : piece[-1] + 1] for name, x in self.inputs.items()},
-                labels=self.labels[piece[0] : piece[-1] + 1],
-                positions=self.positions[piece[0] : piece[-1] + 1],
+                inputs={name: x[piece] for name, x in self.inputs.items()},
+                labels=self.labels[piece],
+                positions=self.positions[piece],
                 tokens=round(self.tokens * len(piece) / len(self)),
                 answer_tokens=round(self.answer_tokens * len(piece) / len(self)),
             )
@@ -141,7 +145,10 @@ class Pool:
         *,
         name: str = "pool",
     ) -> None:
-        ids = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.string())
+        try:
+            ids = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.string())
+        except (pa.ArrowException, TypeError) as error:
+            raise DataError(f"the {name} has ids that are not strings ({error}): give one string an example") from error
         self.ids: pa.Array = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
         self.examples = examples
         self.sources = None if sources is None else np.asarray(sources, dtype=np.int32)
@@ -286,7 +293,7 @@ class Task(ABC):
         Raises:
             DataError: naming the first examples that stand on both sides.
         """
-        target_content = dict(zip(self.target.examples.digests(), self.target.ids.to_pylist(), strict=True))
+        target_content = list(zip(self.target.examples.digests(), self.target.ids.to_pylist(), strict=True))
         for other in (self.pool, self.test):
             shared = self.target.ids.filter(pc.is_in(self.target.ids, value_set=other.ids))
             if len(shared):
@@ -294,7 +301,8 @@ class Task(ABC):
                     f"{len(shared)} ids of the target are also in the {other.name}, such as "
                     f"{shared[:3].to_pylist()}: the target must be held out from both pool and test"
                 )
-            copies = [target_content[c] for c in set(other.examples.digests()) if c in target_content]
+            contents = set(other.examples.digests())
+            copies = [identity for content, identity in target_content if content in contents]
             if len(copies) > LEAK_TOLERANCE * len(self.target):
                 raise DataError(
                     f"{len(copies)} of {len(self.target)} target examples have exact copies in the "

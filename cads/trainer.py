@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -56,6 +56,9 @@ class TrainConfig:
     """How the inner runs of a selector train: as one batched model where it is dense, or one by one."""
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(TrainConfig).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: choose from {list(get_args(hint))}")
         for name in ("batch_size", "accumulate", "learning_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -120,7 +123,7 @@ class Trainer:
         self.accelerator = _accelerator(task.recipe.precision)
 
     def fit(self, model: nn.Module, draws: Draws, flops: float, *, seed: int, phase: str, stage: str) -> Fit:
-        """Train `model` in place on `draws` for at most `flops`.
+        """Train `model` in place on `draws` for at most `flops`, and at most what the ledger has left.
 
         Raises:
             BudgetError: if not even one step is affordable.
@@ -136,6 +139,7 @@ class Trainer:
         Dense models train as one batched model (`torch.func`), others one after another; both give the same
         losses to 1e-5. A replica that diverges is marked, and does not disturb the others.
         """
+        flops = min(flops, self.ledger.left / len(models))
         way = self.task.recipe.replicas
         if way == "batched" or (way == "auto" and len(models) > 1 and can_stack(models[0])):
             learner = Stacked(self.task, models)
@@ -154,6 +158,9 @@ class Trainer:
         parameters = [p for p in learner.parameters() if p.requires_grad]
         if not parameters:
             raise ConfigError(f"the model of {self.task.name} has no trainable parameter")
+        flops = min(flops, self.ledger.left / replicas)
+        if not math.isfinite(flops):
+            raise BudgetError(f"{phase}/{stage}: a run needs a finite budget, not {flops} FLOPs")
         plain = _optimizer(recipe, parameters)
         prepared, wrapped = self.accelerator.prepare(learner, plain)
         # accelerate's wrapper adds 0.4 ms a step (it searches for packages) and is needed for loss scaling alone.
@@ -165,40 +172,49 @@ class Trainer:
         diverged = np.zeros(replicas, dtype=bool)
         started = time.perf_counter()
         total = 0.0
-        with self.monitor.progress(stage, flops) as progress, torch.random.fork_rng():
-            for step, pieces in enumerate(self._load(draws)):
-                cost = self._cost(pieces) / replicas + self.task.costs.optimizer_step
-                if total + cost > flops:
-                    break
-                self._seed(derive(seed, step))
-                rate = recipe.rate((total + cost / 2) / flops)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                loss = self._backward(prepared, pieces, replicas)
-                norm = learner.clip(recipe.clip_norm)
-                bad = ~(np.isfinite(loss) & np.isfinite(norm))
-                if bad.any() and replicas == 1:
-                    raise self._non_finite(draws, pieces, loss, norm, step, rate)
-                diverged |= bad
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                total += cost
-                losses.append(loss)
-                spent.append(total)
-                usages += sum(len(p) for p in pieces)
-                tokens += sum(p.tokens for p in pieces)
-                answers += sum(p.answer_tokens for p in pieces)
-                progress(total, float(np.nanmean(loss)), rate)
-        seconds = time.perf_counter() - started
-        self.ledger.charge(
-            phase,
-            stage,
-            total * replicas,
-            usages=usages,
-            tokens=tokens,
-            answer_tokens=answers,
-            seconds=seconds,
-        )
+        try:
+            with self.monitor.progress(stage, flops) as progress, torch.random.fork_rng():
+                for step, pieces in enumerate(self._load(draws)):
+                    cost = self._cost(pieces) / replicas + self.task.costs.optimizer_step
+                    if total + cost > flops:
+                        break
+                    self._seed(derive(seed, step))
+                    rate = recipe.rate((total + cost / 2) / flops)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    total += cost
+                    usages += sum(len(p) for p in pieces)
+                    tokens += sum(p.tokens for p in pieces)
+                    answers += sum(p.answer_tokens for p in pieces)
+                    loss = self._backward(prepared, pieces, replicas)
+                    scaler = self.accelerator.scaler
+                    if scaler is not None:
+                        scaler.unscale_(plain)
+                    norm = learner.clip(recipe.clip_norm)
+                    # A scaler expects gradients that overflow: it skips the step and lowers its scale.
+                    bad = ~(np.isfinite(loss) & (np.isfinite(norm) | (scaler is not None)))
+                    if bad.any() and isinstance(learner, Single):
+                        raise self._non_finite(draws, pieces, loss, norm, step, rate)
+                    diverged |= bad
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    losses.append(loss)
+                    spent.append(total)
+                    progress(total, math.nan if diverged.all() else float(loss[~diverged].mean()), rate)
+        finally:
+            # accelerate keeps whatever it has prepared; a run that failed has cost what it has cost.
+            self.accelerator._models.clear()
+            self.accelerator._optimizers.clear()
+            seconds = time.perf_counter() - started
+            self.ledger.charge(
+                phase,
+                stage,
+                total * replicas,
+                usages=usages,
+                tokens=tokens,
+                answer_tokens=answers,
+                seconds=seconds,
+            )
         if not losses:
             raise BudgetError(
                 f"{phase}/{stage}: {flops:.4g} FLOPs do not buy one step of {recipe.batch_size} examples, "
@@ -228,7 +244,7 @@ class Trainer:
 
     def _backward(self, learner: nn.Module, pieces: list[Batch], replicas: int) -> np.ndarray:
         """Accumulate the gradient of the mean loss of each replica; returns those means, shape (K,)."""
-        micro = [m for piece in pieces for m in piece.split(self.task.recipe.accumulate)]
+        micro = [m for piece in pieces for m in piece.split(self.task.recipe.accumulate, replicas)]
         whole = sum(len(m) for m in micro) / replicas
         loss = np.zeros(replicas)
         for i, batch in enumerate(micro):
@@ -289,7 +305,11 @@ def _accelerator(precision: str) -> Accelerator:
     state = AcceleratorState._shared_state
     if state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision)
+    try:
+        return Accelerator(mixed_precision=precision)
+    except ValueError as error:
+        AcceleratorState._reset_state()
+        raise ConfigError(f"precision = {precision!r} does not run here ({error}): use 'no' or 'bf16'") from error
 
 
 def _gather(models: list[nn.Module], fits: list[Fit | None]) -> Fit:
@@ -298,6 +318,9 @@ def _gather(models: list[nn.Module], fits: list[Fit | None]) -> Fit:
     diverged = np.array([f is None for f in fits])
     if not sound:
         return Fit(models, np.full((1, len(models)), np.nan), np.array([np.nan]), diverged, 0.0)
-    missing = np.full(len(sound[0].losses), np.nan)
-    losses = np.stack([missing if f is None else f.losses[:, 0] for f in fits], axis=1)
-    return Fit(models, losses, sound[0].flops, diverged, sum(f.seconds for f in sound))
+    # Where examples differ in cost so do the numbers of steps: the ends of the courses are put side by side.
+    steps = min(len(f.losses) for f in sound)
+    missing = np.full(steps, np.nan)
+    losses = np.stack([missing if f is None else f.losses[-steps:, 0] for f in fits], axis=1)
+    flops = np.mean([f.flops[-steps:] for f in sound], axis=0)
+    return Fit(models, losses, flops, diverged, sum(f.seconds for f in sound))

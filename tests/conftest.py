@@ -1,0 +1,178 @@
+"""What the tests share: one thread, no network, and tiny tasks that train in milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cads.task import Batch, Metrics, Pool, Task
+from cads.tasks.images import ImageTensors
+from cads.tasks.networks import Network
+from cads.tasks.vision import VisionTask
+from cads.trainer import TrainConfig
+
+torch.set_num_threads(1)
+
+N_FEATURES, N_CLASSES, N_WORDS = 6, 3, 12
+WIDTH = 4
+"""Features of a word."""
+
+
+class Rows:
+    """Examples that are rows of one array and an answer each; rows may be padded with -1 at their ends.
+
+    A batch is as wide as its longest row.
+    """
+
+    def __init__(self, rows: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> None:
+        self.rows, self.labels, self.lengths = rows, labels, lengths
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        longest = int(self.lengths[positions].max())
+        return Batch(
+            inputs={"x": torch.from_numpy(self.rows[positions, :longest])},
+            labels=torch.from_numpy(self.labels[positions]),
+            positions=torch.from_numpy(positions),
+            tokens=longest * len(positions),
+            answer_tokens=len(positions),
+        )
+
+    def shapes(self) -> tuple[np.ndarray, np.ndarray]:
+        _, representatives, codes = np.unique(self.lengths, return_index=True, return_inverse=True)
+        return representatives, codes
+
+    def digests(self) -> list[bytes]:
+        return [hashlib.sha256(row.tobytes()).digest() for row in self.rows]
+
+    def label_digest(self) -> bytes:
+        return hashlib.sha256(self.labels.tobytes()).digest()
+
+
+class Words(nn.Module):
+    """Scores of the classes from the mean over the words of a sentence; it trains one by one, not batched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(N_WORDS, WIDTH)
+        self.inner = nn.Linear(WIDTH, 5)
+        self.head = nn.Linear(5, N_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        present = (x >= 0).unsqueeze(-1)
+        hidden = torch.relu(self.inner(self.table(x.clamp(min=0)))) * present
+        return self.head(hidden.sum(dim=1) / present.sum(dim=1))
+
+
+class TinyTask(Task):
+    """Classification of rows: features (an MLP reads them) or sentences (of 3, 5 or 8 words). No images."""
+
+    outer = "loss"
+
+    def __init__(self, pools: Sequence[Pool], recipe: TrainConfig, build: Callable[[], nn.Module]) -> None:
+        self.pool, self.target, self.test = pools
+        self.recipe = recipe
+        self.name = "tiny"
+        self._build = build
+
+    def model(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self._build()
+
+    def losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        return functional.cross_entropy(model(batch.inputs["x"]), batch.labels, reduction="none")
+
+    def metrics(self, model: nn.Module, pool: Pool) -> Metrics:
+        model.eval()
+        with torch.inference_mode():
+            losses = torch.cat([self.losses(model, batch) for batch in pool.batches(100)])
+        return {"loss": float(losses.mean())}
+
+
+def feature_pool(name: str, n: int, sources: int = 0) -> Pool:
+    """Clusters, one a class; the labels of the later sources are wrong more often."""
+    rng = np.random.default_rng(sum(map(ord, name)))
+    labels = rng.integers(0, N_CLASSES, n)
+    rows = (rng.normal(size=(n, N_FEATURES)) + 2 * np.eye(N_CLASSES, N_FEATURES)[labels]).astype(np.float32)
+    codes = np.arange(n) * sources // n if sources else None
+    if codes is not None:
+        wrong = rng.random(n) < 0.9 * codes / sources
+        labels = np.where(wrong, rng.integers(0, N_CLASSES, n), labels)
+    names = [f"source {s}" for s in range(sources)]
+    return Pool([f"{name}-{i}" for i in range(n)], Rows(rows, labels, np.full(n, N_FEATURES)), codes, names, name=name)
+
+
+def sentence_pool(name: str, n: int) -> Pool:
+    rng = np.random.default_rng(sum(map(ord, name)))
+    lengths = rng.choice([3, 5, 8], n)
+    rows = rng.integers(0, N_WORDS, (n, 8))
+    rows[np.arange(8) >= lengths[:, None]] = -1
+    return Pool([f"{name}-{i}" for i in range(n)], Rows(rows, rows[:, 0] % N_CLASSES, lengths), name=name)
+
+
+def image_pool(name: str, n: int) -> Pool:
+    rng = np.random.default_rng(sum(map(ord, name)))
+    labels = rng.integers(0, N_CLASSES, n)
+    centres = np.random.default_rng(0).integers(60, 196, (N_CLASSES, 1, 5, 5))
+    pixels = (centres[labels] + 20 * rng.normal(size=(n, 1, 5, 5))).clip(0, 255).astype(np.uint8)
+    images = ImageTensors(torch.from_numpy(pixels), torch.from_numpy(labels))
+    return Pool([f"{name}-{i}" for i in range(n)], images, name=name)
+
+
+def mlp(hidden: int, dropout: float) -> nn.Module:
+    layers = [nn.Linear(N_FEATURES, hidden), nn.ReLU(), nn.Linear(hidden, N_CLASSES)]
+    return nn.Sequential(*layers[:2], nn.Dropout(dropout), layers[2]) if dropout else nn.Sequential(*layers)
+
+
+@pytest.fixture(scope="session")
+def features() -> Callable[..., TinyTask]:
+    """Makes a task on rows of features with an MLP: `features(hidden=8, dropout=0.0, n=200, **recipe)`."""
+
+    def make(*, hidden: int = 8, dropout: float = 0.0, n: int = 200, sources: int = 4, **recipe: Any) -> TinyTask:
+        pools = feature_pool("pool", n, sources), feature_pool("target", 60), feature_pool("test", 60)
+        return TinyTask(pools, TrainConfig(**recipe), partial(mlp, hidden, dropout))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sentences() -> Callable[..., TinyTask]:
+    """Makes a task on sentences of 3, 5 or 8 words, whose costs differ: `sentences(**recipe)`."""
+
+    def make(**recipe: Any) -> TinyTask:
+        pools = sentence_pool("pool", 150), sentence_pool("target", 40), sentence_pool("test", 40)
+        return TinyTask(pools, TrainConfig(**recipe), Words)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def images() -> Callable[..., VisionTask]:
+    """Makes a vision task on 5x5 grey images: `images(model="mlp", **recipe)`."""
+
+    def make(*, model: str = "mlp", **recipe: Any) -> VisionTask:
+        network = Network(model, hidden=8, channels=2)
+        return VisionTask(
+            image_pool("pool", 200),
+            target=image_pool("target", 60),
+            test=image_pool("test", 60),
+            classes="abc",
+            build_model=partial(network.build, (1, 5, 5), N_CLASSES),
+            recipe=TrainConfig(**recipe),
+        )
+
+    return make

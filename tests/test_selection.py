@@ -1,0 +1,425 @@
+"""Selection: scores travel with ids, what is written is read back, and what is corrupt is refused."""
+
+import json
+import shutil
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cads.budget import SELECT, Budget, Ledger
+from cads.errors import CadsError, SelectionError
+from cads.outcome import train_on
+from cads.selection import COLUMNS, JSON_LIMIT, Selection
+from cads.task import Pool
+from cads.tasks.sources import SourceSpec
+from cads.tasks.vision import VisionConfig
+from cads.trainer import TrainConfig
+
+SOURCES = [SourceSpec("clean"), SourceSpec("noisy", label_noise=0.9)]
+ANYWHERE = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module")
+def task():
+    config = VisionConfig(hidden=16, n_pool=80, n_target=30, n_test=30, sources=SOURCES)
+    return config.build(TrainConfig(batch_size=8))
+
+
+def chosen(pool, **more):
+    """Every third example, with made-up scores and a ledger."""
+    rng = np.random.default_rng(0)
+    ledger = Ledger()
+    ledger.charge(SELECT, "made up", 123.0, usages=4, tokens=4, seconds=0.25)
+    about = {
+        "selected": np.arange(len(pool)) % 3 == 0,
+        "score": rng.normal(size=len(pool)).round(1),
+        "probability": rng.uniform(0.1, 1.0, len(pool)),
+        "method": "made-up",
+        "seed": 3,
+        "budget": Budget(5, "epochs", count_selection=True),
+        "ledger": ledger,
+        "config": {"a": 1},
+        "notes": {"guard": "none"},
+        "source_probability": {"clean": 0.75, "noisy": 0.25},
+    }
+    return Selection.of(pool, **{**about, **more})
+
+
+def permuted(pool, seed=1):
+    order = np.random.default_rng(seed).permutation(len(pool))
+    return Pool(pool.ids.take(order), pool.examples.take(order), pool.sources[order], pool.source_names)
+
+
+@pytest.fixture
+def saved(task, tmp_path):
+    return chosen(task.pool).save(tmp_path / "run" / "selection")
+
+
+class TestRoundTrip:
+    def test_everything_comes_back(self, task, saved):
+        before, after = chosen(task.pool), Selection.load(saved)
+        assert after.table().equals(before.table())
+        assert after._header() == before._header()
+        assert after.ledger.total(SELECT).flops == 123.0
+        assert after.budget == before.budget
+
+    def test_loads_from_the_run_folder_too(self, saved):
+        assert Selection.load(saved.parent).method == "made-up"
+
+    @pytest.mark.parametrize("name", ["seed=0", "a b", "selection.json", "π"])
+    def test_any_folder_name(self, task, tmp_path, name):
+        folder = tmp_path / name / "selection"
+        chosen(task.pool).save(folder)
+        assert Selection.load(folder).table().equals(chosen(task.pool).table())
+
+    def test_writes_the_documented_files_and_columns(self, saved):
+        assert sorted(f.name for f in saved.iterdir()) == ["scores.parquet", "selection.json", "timings.json"]
+        assert [f.name for f in saved.parent.iterdir()] == ["selection"]
+        assert pq.read_schema(saved / "scores.parquet").names == list(COLUMNS)
+        assert "seconds" not in (saved / "selection.json").read_text()
+        assert json.loads((saved / "timings.json").read_text())[0]["seconds"] == 0.25
+
+    def test_without_sources(self, task, tmp_path):
+        pool = Pool(task.pool.ids, task.pool.examples)
+        loaded = Selection.load(chosen(pool).save(tmp_path / "s"))
+        assert loaded.sources is None
+        assert [row[0] for row in loaded.by_source()] == ["(all)"]
+
+    def test_a_failed_save_leaves_nothing(self, task, tmp_path):
+        with pytest.raises(TypeError):
+            chosen(task.pool, notes={"not json": object()}).save(tmp_path / "s")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestSavingOver:
+    def test_an_earlier_selection_is_replaced(self, task, saved):
+        chosen(task.pool, seed=4).save(saved)
+        assert Selection.load(saved).seed == 4
+        assert [f.name for f in saved.parent.iterdir()] == ["selection"]
+
+    def test_an_empty_folder_is_used(self, task, tmp_path):
+        assert Selection.load(chosen(task.pool).save(tmp_path)).seed == 3
+
+    @pytest.mark.parametrize("with_selection", [False, True])
+    def test_a_foreign_folder_is_refused(self, task, tmp_path, with_selection):
+        folder = tmp_path / "mine"
+        if with_selection:
+            chosen(task.pool).save(folder)
+        folder.mkdir(exist_ok=True)
+        (folder / "thesis.tex").write_text("years of work")
+        with pytest.raises(SelectionError, match=r"thesis\.tex.*choose another"):
+            chosen(task.pool).save(folder)
+        assert (folder / "thesis.tex").read_text() == "years of work"
+
+    def test_a_file_is_refused(self, task, tmp_path):
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(SelectionError, match="no folder"):
+            chosen(task.pool).save(tmp_path / "file")
+
+
+class TestIds:
+    def test_positions_follow_the_ids(self, task):
+        selection, other = chosen(task.pool), permuted(task.pool)
+        wanted = {i for i, s in zip(task.pool.ids.to_pylist(), selection.selected, strict=True) if s}
+        for pool in (task.pool, other):
+            positions = selection.positions(pool)
+            assert (np.diff(positions) > 0).all()
+            assert set(pool.ids.take(positions).to_pylist()) == wanted
+
+    def test_a_larger_pool_will_do(self, task):
+        part = np.arange(0, 80, 2)
+        small = Pool(task.pool.ids.take(part), task.pool.examples.take(part))
+        selection = chosen(small)
+        expected = small.ids.filter(pa.array(selection.selected)).to_pylist()
+        assert task.pool.ids.take(selection.positions(task.pool)).to_pylist() == expected
+
+    def test_stream_is_epochs_over_the_selected(self, task):
+        selection, other = chosen(task.pool), permuted(task.pool)
+        n = int(selection.selected.sum())
+        for pool in (task.pool, other):
+            taken = selection.stream(pool, seed=7).take(0, 2 * n)
+            for epoch in (taken[:n], taken[n:]):
+                assert sorted(epoch) == selection.positions(pool).tolist()
+
+    def test_weighted_stream_draws_by_the_probability_of_the_id(self, task):
+        selection = chosen(task.pool, weighted=True)
+        expected = dict(zip(selection.ids.to_pylist(), selection.probability * selection.selected, strict=True))
+        whole = sum(expected.values())
+        for pool in (task.pool, permuted(task.pool)):
+            counts = np.bincount(selection.stream(pool, seed=7).take(0, 200_000), minlength=len(pool))
+            for identity, count in zip(pool.ids.to_pylist(), counts, strict=True):
+                share = expected[identity] / whole
+                assert abs(count / 200_000 - share) <= 5 * np.sqrt(share / 200_000)
+
+    def test_apply_to_a_dataset_in_another_order(self, task):
+        selection = chosen(task.pool)
+        ids = permuted(task.pool).ids.to_pylist() + ["one more"]
+        dataset = datasets.Dataset.from_dict({"id": ids, "payload": [f"of {i}" for i in ids]})
+        kept = selection.apply(dataset)
+        wanted = set(selection.ids.filter(pa.array(selection.selected)).to_pylist())
+        assert kept["id"] == [i for i in ids if i in wanted]
+        assert kept["payload"] == [f"of {i}" for i in kept["id"]]
+
+    def test_apply_reads_numbers_as_ids(self, task):
+        pool = Pool([str(i) for i in range(80)], task.pool.examples)
+        kept = chosen(pool).apply(datasets.Dataset.from_dict({"key": list(range(80))}), id_column="key")
+        assert kept["key"] == list(range(0, 80, 3))
+
+    def test_apply_says_what_is_missing(self, task):
+        selection = chosen(task.pool)
+        with pytest.raises(SelectionError, match="no column 'id'.*'name'"):
+            selection.apply(datasets.Dataset.from_dict({"name": ["a"]}))
+        with pytest.raises(SelectionError, match="27 selected ids are not in column 'id'"):
+            selection.apply(datasets.Dataset.from_dict({"id": ["a"]}))
+
+    def test_another_pool_is_refused(self, task):
+        other = Pool([f"other-{i}" for i in range(80)], task.pool.examples)
+        selection = chosen(task.pool)
+        for use in (selection.positions, lambda p: selection.stream(p, 0), selection.sampler):
+            with pytest.raises(SelectionError, match="27 selected ids are not in the pool.*use the pool"):
+                use(other)
+
+    def test_training_warns_if_ids_hold_and_contents_do_not(self, task, caplog):
+        other = VisionConfig(hidden=16, n_pool=80, n_target=30, n_test=30, sources=[SOURCES[0], SourceSpec("noisy")])
+        changed = other.build(TrainConfig(batch_size=8))
+        selection = chosen(task.pool, ledger=Ledger(), budget=Budget(1, "epochs"))
+        train_on(task, selection, selection.budget, seed=0)
+        assert not caplog.records
+        train_on(changed, selection, selection.budget, seed=0)
+        assert "not those that the selection was made from" in caplog.text
+
+    def test_ties_in_rank_break_by_id(self, task):
+        score = np.repeat([1.0, 2.0], 40)
+        selection = chosen(task.pool, score=score)
+        ids = np.array(selection.ids.to_pylist())
+        assert ids[np.argsort(selection.rank)].tolist() == sorted(ids[40:]) + sorted(ids[:40])
+        order = np.random.default_rng(2).permutation(80)
+        pool = Pool(task.pool.ids.take(order), task.pool.examples.take(order))
+        assert (chosen(pool, score=score[order]).rank == selection.rank[order]).all()
+
+
+class TestSampler:
+    def test_an_epoch_is_every_selected_example_once(self, task):
+        selection = chosen(task.pool)
+        sampler = selection.sampler(task.pool, seed=5)
+        first = list(sampler)
+        assert len(sampler) == len(first) == 27
+        assert sorted(first) == selection.positions(task.pool).tolist()
+        sampler.set_epoch(1)
+        second = list(sampler)
+        assert sorted(second) == sorted(first)
+        assert second != first
+        sampler.set_epoch(0)
+        assert list(sampler) == first
+
+    def test_in_a_data_loader(self, task):
+        loader = torch.utils.data.DataLoader(range(80), batch_size=10, sampler=chosen(task.pool).sampler(task.pool))
+        assert sorted(torch.cat(list(loader)).tolist()) == list(range(0, 80, 3))
+
+
+class TestMixture:
+    def test_shares_of_what_is_selected(self, task):
+        selection = chosen(task.pool)
+        clean = np.array(selection.sources) == "clean"
+        share = (selection.selected & clean).sum() / selection.selected.sum()
+        assert selection.mixture() == pytest.approx({"clean": share, "noisy": 1 - share})
+
+    def test_shares_of_the_probability_if_weighted(self, task):
+        probability = np.where(np.array(task.pool.sources) == 0, 1.0, 0.25)
+        everything = np.ones(80, dtype=bool)
+        selection = chosen(task.pool, selected=everything, probability=probability, weighted=True)
+        assert selection.mixture() == pytest.approx({"clean": 0.8, "noisy": 0.2})
+
+    def test_interleaves_datasets(self, task):
+        mixture = chosen(task.pool).mixture()
+        parts = [datasets.Dataset.from_dict({"source": [name] * 500}) for name in mixture]
+        mixed = datasets.interleave_datasets(parts, probabilities=list(mixture.values()), seed=0)
+        assert mixed["source"].count("clean") / len(mixed) == pytest.approx(mixture["clean"], abs=0.1)
+
+    def test_refused_without_sources_or_selected_examples(self, task):
+        with pytest.raises(SelectionError, match="no sources"):
+            chosen(Pool(task.pool.ids, task.pool.examples)).mixture()
+        with pytest.raises(SelectionError, match="selected nothing"):
+            chosen(task.pool, selected=np.zeros(80, dtype=bool), target_fraction=1.0).mixture()
+
+
+class TestMaking:
+    def test_nothing_selected_is_refused(self, task):
+        with pytest.raises(SelectionError, match="made-up selected no example"):
+            chosen(task.pool, selected=np.zeros(80, dtype=bool), target_fraction=0.5)
+
+    @pytest.mark.parametrize(
+        ("name", "values", "match"),
+        [
+            ("score", np.full(80, np.nan), "score has NaN"),
+            ("score", np.full(80, -np.inf), "score has NaN or infinite"),
+            ("score", np.zeros(79), "shape"),
+            ("probability", np.full(80, 1.5), "between 0 and 1"),
+            ("probability", np.full(80, -0.5), "between 0 and 1"),
+            ("target_fraction", 2.0, "target_fraction = 2.0"),
+            ("target_fraction", float("nan"), "target_fraction"),
+        ],
+    )
+    def test_bad_values_are_refused(self, task, name, values, match):
+        with pytest.raises(SelectionError, match=match):
+            chosen(task.pool, **{name: values})
+
+
+def rewrite(folder, change):
+    """Change selection.json as a dict, or replace it by what `change` returns."""
+    file = folder / "selection.json"
+    header = json.loads(file.read_text())
+    file.write_text(json.dumps(change(header) or header))
+
+
+def rewrite_scores(folder, change):
+    file = folder / "scores.parquet"
+    pq.write_table(change(pq.ParquetFile(file).read()), file)
+
+
+COLUMN_FIELDS = {name: pa.field(name, kind) for name, kind in COLUMNS.items()}
+
+
+def with_first(name, value):
+    """Scores with the first value of a column replaced."""
+
+    def change(table):
+        values = [value, *table[name].to_pylist()[1:]]
+        i = table.schema.get_field_index(name)
+        return table.set_column(i, COLUMN_FIELDS[name], pa.array(values, COLUMNS[name]))
+
+    return change
+
+
+def huge(folder):
+    with (folder / "selection.json").open("ab") as file:
+        file.truncate(JSON_LIMIT + 1)
+
+
+CORRUPTIONS = {
+    "no folder": shutil.rmtree,
+    "no scores": lambda f: (f / "scores.parquet").unlink(),
+    "no header": lambda f: (f / "selection.json").unlink(),
+    "scores are a folder": lambda f: ((f / "scores.parquet").unlink(), (f / "scores.parquet").mkdir()),
+    "scores are empty": lambda f: (f / "scores.parquet").write_bytes(b""),
+    "scores are text": lambda f: (f / "scores.parquet").write_text("id,score\n"),
+    "header is huge": huge,
+    "header is empty": lambda f: (f / "selection.json").write_text(""),
+    "header is no JSON": lambda f: (f / "selection.json").write_text("{"),
+    "header is no text": lambda f: (f / "selection.json").write_bytes(b"\xff\xfe\x00"),
+    "header is nested too deep": lambda f: (f / "selection.json").write_text("[" * 200_000),
+    "header is a list": lambda f: (f / "selection.json").write_text("[1]"),
+    "header is null": lambda f: (f / "selection.json").write_text("null"),
+    "other version": lambda f: rewrite(f, lambda h: h.update(schema_version=99)),
+    "no version": lambda f: rewrite(f, lambda h: h.pop("schema_version") and None),
+    "column missing": lambda f: rewrite_scores(f, lambda t: t.drop_columns(["rank"])),
+    "column added": lambda f: rewrite_scores(f, lambda t: t.append_column("x", pa.array(range(len(t))))),
+    "columns renamed": lambda f: rewrite_scores(f, lambda t: t.rename_columns(list("abcdef"))),
+    "column of another type": lambda f: rewrite_scores(
+        f, lambda t: t.set_column(2, "score", pc.cast(t["score"], pa.string()))
+    ),
+    "row missing": lambda f: rewrite_scores(f, lambda t: t.slice(1)),
+    "no rows": lambda f: rewrite_scores(f, lambda t: t.slice(0, 0)),
+    "NaN score": lambda f: rewrite_scores(f, with_first("score", float("nan"))),
+    "infinite score": lambda f: rewrite_scores(f, with_first("score", float("inf"))),
+    "score missing": lambda f: rewrite_scores(f, with_first("score", None)),
+    "probability of 2": lambda f: rewrite_scores(f, with_first("probability", 2.0)),
+    "id missing": lambda f: rewrite_scores(f, with_first("id", None)),
+    "selected missing": lambda f: rewrite_scores(f, with_first("selected", None)),
+    "selected changed": lambda f: rewrite_scores(f, with_first("selected", False)),
+    "id twice": lambda f: rewrite_scores(f, lambda t: with_first("id", t["id"][1].as_py())(t)),
+}
+
+
+@pytest.mark.parametrize("how", CORRUPTIONS)
+def test_corrupt_is_refused(saved, how):
+    CORRUPTIONS[how](saved)
+    with pytest.raises(SelectionError):
+        Selection.load(saved)
+
+
+def test_nothing_selected_is_refused_on_disk(saved):
+    rewrite_scores(saved, lambda t: t.set_column(5, "selected", pa.array([False] * len(t))))
+    rewrite(saved, lambda h: h["counts"].update(selected=0))
+    with pytest.raises(SelectionError, match="selected no example"):
+        Selection.load(saved)
+
+
+RIGHT_TYPES = {
+    "method": str,
+    "pool_hash": str,
+    "weighted": bool,
+    "config": dict,
+    "versions": dict,
+    "source_probability": dict,
+    "notes": dict,
+    "seed": int,
+    "budget": (),
+    "ledger": (),
+    "counts": (),
+}
+VALUES = [None, 1.5, True, "text", [1], {"x": [None]}, 10**400]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (name, value)
+        for name, right in RIGHT_TYPES.items()
+        for value in VALUES
+        if not isinstance(value, right) or (value is True and right is int)
+    ],
+)
+def test_wrong_types_in_the_header_are_refused(saved, name, value):
+    rewrite(saved, lambda h: h.update({name: value}))
+    with pytest.raises(SelectionError):
+        Selection.load(saved)
+
+
+@pytest.mark.parametrize("name", RIGHT_TYPES)
+def test_a_header_without_a_field_is_refused(saved, name):
+    rewrite(saved, lambda h: h.pop(name) and None)
+    with pytest.raises(SelectionError):
+        Selection.load(saved)
+
+
+@pytest.mark.parametrize("value", [None, True, "0.5", [0.5], -0.1, 1.1, float("nan"), float("inf"), 10**400])
+def test_wrong_target_fraction_is_refused(saved, value):
+    rewrite(saved, lambda h: h.update(target_fraction=value))
+    with pytest.raises(SelectionError):
+        Selection.load(saved)
+
+
+@ANYWHERE
+@given(data=st.data())
+def test_truncated_or_flipped_bytes_never_end_in_a_foreign_error(task, tmp_path, data):
+    folder = chosen(task.pool).save(tmp_path / "s")
+    file = folder / data.draw(st.sampled_from(["selection.json", "scores.parquet"]))
+    content = bytearray(file.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content = content[:place]
+    else:
+        content[place] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(content)
+    try:
+        Selection.load(folder)
+    except CadsError as error:
+        assert isinstance(error, SelectionError)
+
+
+@ANYWHERE
+@given(where=st.floats(0, 0.999))
+def test_truncated_scores_are_refused(task, tmp_path, where):
+    folder = chosen(task.pool).save(tmp_path / "s")
+    content = (folder / "scores.parquet").read_bytes()
+    (folder / "scores.parquet").write_bytes(content[: int(where * len(content))])
+    with pytest.raises(SelectionError):
+        Selection.load(folder)
