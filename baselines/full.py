@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cads.budget import Budget, Ledger
+from cads.budget import Budget, Ledger, PlannedLedger
 from cads.monitor import Monitor
-from cads.optimizer import check_step, uniform
+from cads.optimizer import check_step, free, uniform
 from cads.selection import Selection
 from cads.task import Task
 
@@ -21,3 +21,7 @@ class Full:
         """Select everything; see `cads.optimizer.Selector`."""
         check_step(task, budget.flops(task))
         return uniform(task, budget, method="full", seed=seed, ledger=ledger, notes={})
+
+    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
+        """Nothing is spent; see `cads.optimizer.Selector`."""
+        return free(task, budget)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from cads.budget import Budget, Ledger
+from cads.budget import Budget, Ledger, PlannedLedger
 from cads.errors import ConfigError
 from cads.monitor import Monitor
-from cads.optimizer import check_step, uniform
+from cads.optimizer import check_step, free, uniform
 from cads.selection import Selection
 from cads.task import Task
 
@@ -30,3 +30,7 @@ class Joint:
         check_step(task, budget.flops(task))
         everything = uniform(task, budget, method="joint", seed=seed, ledger=ledger, notes={})
         return replace(everything, target_fraction=self.target_fraction, config=asdict(self))
+
+    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
+        """Nothing is spent; see `cads.optimizer.Selector`."""
+        return free(task, budget)

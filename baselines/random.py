@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from cads.budget import Budget, Ledger
+from cads.budget import Budget, Ledger, PlannedLedger
 from cads.errors import ConfigError
 from cads.monitor import Monitor
-from cads.optimizer import check_step
+from cads.optimizer import check_step, free
 from cads.seeds import derive
 from cads.selection import Selection
 from cads.task import Pool, Task
@@ -61,6 +61,10 @@ class Random:
             ledger=ledger,
             config=asdict(self),
         )
+
+    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
+        """Nothing is spent; see `cads.optimizer.Selector`."""
+        return free(task, budget)
 
 
 def random_scores(pool: Pool, seed: int) -> np.ndarray:

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from cads.budget import Budget, Ledger
+from cads.budget import Budget, Ledger, PlannedLedger
 from cads.errors import ConfigError
 from cads.monitor import Monitor
-from cads.optimizer import check_step
+from cads.optimizer import check_step, free
 from cads.selection import Selection
 from cads.task import Task
 
@@ -42,3 +42,7 @@ class Source:
             source_probability=dict(zip(names, mask.astype(float).tolist(), strict=True)),
             config=asdict(self),
         )
+
+    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
+        """Nothing is spent; see `cads.optimizer.Selector`."""
+        return free(task, budget)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cads.budget import Budget, Ledger
+from cads.budget import Budget, Ledger, PlannedLedger
 from cads.monitor import Monitor
-from cads.optimizer import check_step
+from cads.optimizer import check_step, free
 from cads.selection import Selection
 from cads.task import Task
 
@@ -31,3 +31,7 @@ class TargetOnly:
             ledger=ledger,
             target_fraction=1.0,
         )
+
+    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
+        """Nothing is spent; see `cads.optimizer.Selector`."""
+        return free(task, budget)

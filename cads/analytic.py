@@ -9,6 +9,7 @@ not counted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -267,9 +268,6 @@ COSTLESS = (
 def module_flops(model: nn.Module, *inputs: Tensor) -> Flops:
     """FLOPs of a batch on a model whose products are all in `nn.Linear` and `nn.Conv1d` to `nn.Conv3d`.
 
-    Shapes, and whether the input of a layer asks for a gradient, come from a forward pass on the meta device;
-    the model is not touched. A convolution costs `2 B n_out prod(kernel) (n_in / groups) prod(output size)`.
-
     Args:
         model: with `requires_grad` set as it will be trained.
         inputs: of shapes (B, ...), on any device; only their shapes and types are used.
@@ -277,7 +275,23 @@ def module_flops(model: nn.Module, *inputs: Tensor) -> Flops:
     Raises:
         ConfigError: for a layer with parameters that has no closed form, or inputs that cannot run.
     """
-    _check_layers(model)
+    check_layers(model)
+    return product_flops(model, lambda function: function(*(_to_meta(x) for x in inputs)))
+
+
+def product_flops(model: nn.Module, run: Callable[[Callable[..., Any]], Any]) -> Flops:
+    """FLOPs of all linears and convolutions while `run` calls the model on the meta device.
+
+    Shapes, and whether the input of a layer asks for a gradient, come from that pass; the model is not touched.
+    A convolution costs `2 B n_out prod(kernel) (n_in / groups) prod(output size)`.
+
+    Args:
+        model: with `requires_grad` set as it will be trained.
+        run: given a function that stands for the model, calls it with inputs on the meta device.
+
+    Raises:
+        ConfigError: if that cannot run.
+    """
     forward = backward = 0
 
     def charge(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -287,6 +301,9 @@ def module_flops(model: nn.Module, *inputs: Tensor) -> Flops:
         forward += product
         backward += product * (weight.requires_grad + args[0].requires_grad)
 
+    def function(*args: Any, **options: Any) -> Any:
+        return torch.func.functional_call(model, state, args, options)
+
     names = {m: f"{n}.weight" if n else "weight" for n, m in model.named_modules() if _has_product(m)}
     state = {n: _to_meta(x) for n, x in (*model.named_parameters(), *model.named_buffers())}
     # A weight shared by two modules is listed under the first name only.
@@ -294,10 +311,9 @@ def module_flops(model: nn.Module, *inputs: Tensor) -> Flops:
     handles = [m.register_forward_hook(charge) for m in names]
     try:
         with torch.enable_grad():
-            torch.func.functional_call(model, state, tuple(_to_meta(x) for x in inputs))
+            run(function)
     except (RuntimeError, IndexError, ValueError) as error:
-        shapes = [tuple(x.shape) for x in inputs]
-        raise ConfigError(f"inputs of shapes {shapes} cannot run through the model: {error}") from error
+        raise ConfigError(f"these inputs cannot run through the model: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -317,7 +333,12 @@ def _first_name(model: nn.Module, module: nn.Module) -> str:
     return next(n for n, p in model.named_parameters() if p is weight)
 
 
-def _check_layers(model: nn.Module) -> None:
+def check_layers(model: nn.Module) -> None:
+    """Refuse a model with parameters in layers that have no closed form.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
     for name, module in model.named_modules():
         own = any(True for _ in module.parameters(recurse=False))
         if own and not (_has_product(module) or isinstance(module, COSTLESS)):

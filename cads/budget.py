@@ -209,3 +209,19 @@ class Ledger:
     def save(self, path: Path | str) -> None:
         """Write the account as JSON."""
         Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n")
+
+
+class PlannedLedger(Ledger):
+    """What a selector will charge.
+
+    Attributes:
+        trained: each task whose model is trained, with the number of models at once.
+        scored: each task whose model reads examples without being trained.
+        note: what the selector will do if the budget does not buy its search.
+    """
+
+    def __init__(self, limit: float | None = None, note: str = "") -> None:
+        super().__init__(limit)
+        self.trained: list[tuple[Task, int]] = []
+        self.scored: list[Task] = []
+        self.note = note

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -160,6 +161,7 @@ def _read(command: str, argv: list[str]) -> tuple[Namespace, ArgumentParser]:
     if given.get("method", method) == method:
         own.update(given.get("options", {}))
     given = {**given, "kind": kind, "method": method, "options": own}
+    _drop_overridden(given, flags)
     parser = _parser(command, kind, method)
     file = [] if set(given) == {"kind", "method", "options"} and not own else ["--config", yaml.safe_dump(given)]
     config = parser.parse_args([*file, *flags])
@@ -211,10 +213,18 @@ def _load_yaml(path: str) -> dict[str, Any]:
     return loaded
 
 
+def _drop_overridden(given: dict[str, Any], flags: list[str]) -> None:
+    """Take out of the file what a flag sets: jsonargparse would fill a list of sources from its old items."""
+    for word in flags:
+        section, _, name = word.split("=")[0].removeprefix("--").partition(".")
+        if section in SECTIONS and word.startswith("--") and isinstance(given.get(section), dict):
+            given[section].pop(name, None)
+
+
 def _flag(flags: list[str], name: str) -> str | None:
     """The value of a flag, the last one where it is repeated."""
     value = None
-    for word, after in zip(flags, [*flags[1:], ""], strict=True):
+    for word, after in itertools.zip_longest(flags, flags[1:], fillvalue=""):
         if word == name and after and not after.startswith("-"):
             value = after
         elif word.startswith(f"{name}="):

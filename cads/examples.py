@@ -7,20 +7,24 @@ counts, and how far to move, follow from the budget: both are chosen by short ru
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy.special import expit
 
-from cads.budget import Budget, Ledger
+from cads.budget import Budget, Ledger, PlannedLedger
 from cads.draws import Epochs
-from cads.inner import Inner
+from cads.inner import Inner, Planned, Purse
 from cads.monitor import Monitor
+from cads.operations import candidates_flops
 from cads.optimizer import Rung, divide, strata, subsample, uniform
 from cads.seeds import derive
 from cads.selection import Selection
 from cads.task import Pool, Task
+
+log = logging.getLogger(__name__)
 
 ALLOWANCE = 2.75
 """Selection FLOPs in units of the training budget, if the budget need not cover selection."""
@@ -38,6 +42,7 @@ STEPS = (
 the step, and the weight c2/c1 of l*, which must come from the data (at small budgets l* carries no signal)."""
 SHARPNESS = 3.0
 """Slope of the probabilities in the standardised signal."""
+NOTHING = "the allowance buys no scores, or no short runs: the full pool is returned"
 
 
 @dataclass
@@ -75,6 +80,9 @@ class CadsExamples:
     ) -> Selection:
         """Choose examples; see `Selector`."""
         monitor = monitor or Monitor()
+        if note := self.plan(task, budget).note:
+            log.warning("cads-e: %s", note)
+            return uniform(task, budget, method="cads-e", seed=seed, ledger=ledger, notes={"guard": note})
         division = divide(task, budget, self.allowance, ALLOWANCE)
         spent = Ledger(limit=division.selection)
         inner = Inner(task, spent, monitor, self.outer)
@@ -83,15 +91,36 @@ class CadsExamples:
         finally:
             ledger.merge(spent)
 
+    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
+        """What `select` would charge; see `Selector`."""
+        division = divide(task, budget, self.allowance, ALLOWANCE)
+        purse, n = Planned(task, division.selection), len(task.pool)
+        theta, u = score_flops(purse, division.training)
+        nothing = PlannedLedger(purse.ledger.limit, NOTHING)
+        if not theta:
+            return nothing
+        purse.fit_target(theta, stage="theta")
+        purse.losses(n, stage="R")
+        if u:
+            purse.run(1, u, stage="u")
+            purse.losses(n, stage="l*")
+        steps = affordable_steps(with_reach=u > 0)
+        purse.learn(candidates_flops(n, len(steps)))
+        rungs = purse.ladder(division.training)
+        for rung in rungs:
+            purse.run(min(rung.runs, 1 + len(steps)), rung.flops, stage=rung.stage)
+        return purse.ledger if rungs else nothing
+
     def _search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
         task, monitor = inner.task, inner.monitor
         signals = example_losses(inner, training, seed)
+        policies = candidates(*signals)
+        inner.learn(candidates_flops(len(task.pool), len(policies)))
         rungs = inner.ladder(training)
-        if signals is None or not rungs:
-            notes: dict[str, object] = {"guard": "the allowance buys no scores: the full pool is returned"}
-            return uniform(task, budget, method="cads-e", seed=seed, ledger=ledger, notes=notes)
+        if not rungs:
+            return uniform(task, budget, method="cads-e", seed=seed, ledger=ledger, notes={"guard": NOTHING})
         everything = Candidate(np.ones(len(task.pool)), 0.0, 1.0)
-        field = [everything, *candidates(*signals)]
+        field = [everything, *policies]
         gains = np.zeros(len(field))
         for height, rung in enumerate(rungs):
             field = field[: rung.runs]
@@ -128,28 +157,40 @@ class CadsExamples:
         )
 
 
-def example_losses(inner: Inner, training: float, seed: int) -> tuple[np.ndarray, np.ndarray | None] | None:
+def score_flops(purse: Purse, training: float) -> tuple[float, float]:
+    """What theta and u are trained for; 0 for what the ledger does not buy, with its pass over the pool."""
+    theta = purse.target_flops(THETA_SHARE, THETA_PASSES, training)
+    n = len(purse.task.pool)
+    scoring, updating = purse.scoring_flops(n), candidates_flops(n, len(STEPS))
+    most = MOST_FOR_SCORES * purse.ledger.left
+    if theta < purse.step_flops or theta + scoring + updating > most:
+        return 0.0, 0.0
+    u = REFERENCE_SHARE * training
+    if u < purse.step_flops or theta + u + 2 * scoring + purse.measuring_flops + updating > most:
+        return theta, 0.0
+    return theta, u
+
+
+def example_losses(inner: Inner, training: float, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
     """The losses of every example under theta and under u, nats, shape (N,) each.
 
     Returns:
-        None if the allowance does not buy theta, (l(theta), None) if it does not buy u.
+        (l(theta), None) if the allowance does not buy u.
     """
-    task, ledger = inner.task, inner.ledger
-    target_pass = task.costs.per_usage(task.target, task.recipe.batch_size) * len(task.target)
-    theta_flops = min(THETA_SHARE * training, THETA_PASSES * target_pass)
-    scoring = task.costs.forward_pool(task.pool)
-    most = MOST_FOR_SCORES * ledger.left
-    if theta_flops < inner.step_flops or theta_flops + scoring > most:
-        return None
-    everything = np.arange(len(task.pool))
+    theta_flops, reference_flops = score_flops(inner, training)
+    everything = np.arange(len(inner.task.pool))
     theta = inner.fit_target(theta_flops, seed=derive(seed, "theta"), stage="theta")
     from_theta = inner.losses(theta, everything, stage="R")
-    reference_flops = REFERENCE_SHARE * training
-    if theta_flops + 2 * scoring + reference_flops > most or reference_flops < inner.step_flops:
+    if not reference_flops:
         return from_theta, None
     order = derive(seed, "reference")
     u = inner.run([Epochs(everything, order)], reference_flops, seed=order, stage="u").models[0]
     return from_theta, inner.losses(u, everything, stage="l*")
+
+
+def affordable_steps(*, with_reach: bool) -> list[tuple[float, float]]:
+    """Those of `STEPS` that can be taken: without l*, the ones that give it no weight."""
+    return [(kept, weight) for kept, weight in STEPS if with_reach or not weight]
 
 
 def candidates(from_theta: np.ndarray, from_u: np.ndarray | None) -> list[Candidate]:
@@ -160,9 +201,7 @@ def candidates(from_theta: np.ndarray, from_u: np.ndarray | None) -> list[Candid
     the share of the pool with s_i > 1/2, so q is that quantile of z.
     """
     found = []
-    for kept, weight in STEPS:
-        if weight and from_u is None:
-            continue
+    for kept, weight in affordable_steps(with_reach=from_u is not None):
         signal = from_theta if from_u is None else from_theta - weight * from_u
         z = (signal - signal.mean()) / max(float(signal.std()), 1e-12)
         found.append(Candidate(expit(SHARPNESS * (np.quantile(z, kept) - z)), weight, kept))
@@ -177,7 +216,7 @@ def compare(inner: Inner, field: Sequence[Candidate], rung: Rung, seed: int, hei
     for candidate in field:
         chosen = positions[candidate.selected[positions]]
         streams.append(Epochs(chosen if len(chosen) else positions, order))
-    runs = inner.run(streams, rung.flops, seed=order, stage=f"short runs, C/{1 / rung.fidelity:.3g}")
+    runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage)
     return np.asarray(runs.objective - runs.objective[0])
 
 

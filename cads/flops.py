@@ -1,42 +1,44 @@
-"""What one usage costs: FLOPs of forward and of forward+backward, counted once per shape and cached.
+"""What one usage costs, in FLOPs of forward and of forward+backward: one interface, three accountings.
 
-`Costs` counts the examples of a task on its own model; `measure` counts any model, or a transformers config,
-without weights; `attention_self_test` watches whether PyTorch still counts as this module expects.
+`measured` runs each shape of example once under `FlopCounterMode`; `analytic` adds up closed forms; `paper` is
+2ND and 6ND. Each shape is worked out once and cached, so that counting is a look-up while a model trains.
 """
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable
+import logging
+from abc import ABC, abstractmethod
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from cads.analytic import (
-    FUSED_BACKWARD_PRODUCTS,
     Checkpointing,
-    Flops,
     Frozen,
     Full,
     Lora,
     Trainable,
-    check_shape,
+    check_layers,
+    lora_parameters,
+    product_flops,
+    transformer_flops,
 )
-from cads.architecture import READERS, Head, from_config, head_kind
+from cads.architecture import Architecture, from_config
+from cads.counting import count_flops
 from cads.errors import ConfigError, DataError
+from cads.paper import forward_flops, training_flops
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from cads.task import Batch, Pool, Shape, Task
+
+log = logging.getLogger(__name__)
+
+AccountingName = Literal["measured", "analytic", "paper"]
 
 PROBE_SIZE = 2
 """Examples in the batch that is counted: batch normalisation refuses to train on one."""
@@ -50,259 +52,65 @@ CLIP_FLOPS = 3
 """Per parameter: square, sum, scale."""
 
 
-def _attention_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Scaled dot-product attention on the CPU: both matrix products, full square (shapes B, H, T, D)."""
-    b, h, t, d = q
-    return int(2 * b * h * t * k[-2] * (d + v[-1]))
+class Price(NamedTuple):
+    """Of one example: FLOPs of forward and of forward+backward, and the tokens they are for."""
+
+    forward: float
+    usage: float
+    tokens: float
 
 
-def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    """Its backward: recomputed scores and four products, as PyTorch counts flash attention elsewhere."""
-    b, h, t, d = q
-    return int(2 * b * h * t * k[-2] * (3 * d + 2 * v[-1]))
-
-
-def cpu_attention_mapping() -> dict[Any, Callable[..., int]]:
-    """Formulas for the CPU attention kernels, for which PyTorch (2.13, 2.14) has none and counts 0."""
-    aten = torch.ops.aten
-    return {
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    }
-
-
-def _convolution_backward_flops(
-    grad: Any,
-    x: Any,
-    weight: Any,
-    _bias: Any,
-    _stride: Any,
-    _padding: Any,
-    _dilation: Any,
-    transposed: bool,
-    _output_padding: Any,
-    _groups: int,
-    output_mask: Any,
-    **kwargs: Any,
-) -> int:
-    """Backward of a convolution: the gradients of input and weight cost as much each as the forward."""
-    positions = x if transposed else grad
-    return int(2 * positions[0] * prod(positions[2:]) * prod(weight) * sum(output_mask[:2]))
-
-
-def convolution_mapping() -> dict[Any, Callable[..., int]]:
-    """Formula for grouped convolutions: PyTorch (2.14) counts their weight gradient `groups` times."""
-    return {torch.ops.aten.convolution_backward: _convolution_backward_flops}
-
-
-def _counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping={**cpu_attention_mapping(), **convolution_mapping()})
-
-
-def count_flops(function: Callable[[], Any]) -> int:
-    """FLOPs (multiplications and additions of matrix products and convolutions) executed by `function`."""
-    with _counter() as counter:
-        function()
-    return int(counter.get_total_flops())
-
-
-def attention_self_test() -> list[str]:
-    """What has changed in how PyTorch counts attention on the CPU; empty if our formulas still hold.
-
-    A small attention is run forward and backward, counted by PyTorch alone (0 is expected, the kernels have
-    no formula) and by `count_flops` (the closed form is expected).
-    """
-    b, h, t, d = 2, 3, 16, 8
-    product = 2 * b * h * t * t * d
-    expected = product * (2 + FUSED_BACKWARD_PRODUCTS)
-    q, k, v = (torch.zeros(b, h, t, d, requires_grad=True) for _ in range(3))
-
-    def attend() -> None:
-        scaled_dot_product_attention(q, k, v).sum().backward()
-
-    changes = []
-    for kernel in cpu_attention_mapping():
-        if kernel in flop_registry:
-            changes.append(f"PyTorch {torch.__version__} now has a formula for {kernel}: ours replaces it")
-    with FlopCounterMode(display=False) as counter:
-        attend()
-    if alone := int(counter.get_total_flops()):
-        changes.append(
-            f"PyTorch {torch.__version__} counts {alone} FLOPs of CPU attention where it counted 0: "
-            "remove cpu_attention_mapping if that is right"
-        )
-    if (ours := count_flops(attend)) != expected:
-        changes.append(
-            f"CPU attention counts {ours} FLOPs where {expected} are executed: PyTorch {torch.__version__} "
-            "runs other kernels, map them in cpu_attention_mapping"
-        )
-    return changes
-
-
-def measure(
-    model: Callable[[], nn.Module] | PretrainedConfig,
-    shape: tuple[int, ...],
-    *,
-    trainable: Trainable | None = None,
-    checkpointing: Checkpointing | None = None,
-    head: Head | None = None,
-    head_positions: int | None = None,
-    device: str = "meta",
-) -> Flops:
-    """FLOPs of a batch, counted while it runs; on the meta device without weights, memory or time.
-
-    A transformers config runs with eager attention and an explicit mask, since building a mask looks at data.
+class Accounting(ABC):
+    """A way to say what an example costs on the model of a task.
 
     Args:
-        model: what makes the model, or a transformers config.
-        shape: of the whole batch: (B, T) tokens for a config, (B, ...) floats for a factory.
-        trainable: what is trained; everything by default. A factory decides itself unless it is `Frozen`.
-        checkpointing: how the layers of a transformer are recomputed.
-        head: what stands on top of a config's model; by default what `config.architectures` says.
-        head_positions: positions of each sequence that a causal language-model head computes on.
-        device: where it runs.
+        task: whose model, losses and recipe are used.
 
     Raises:
-        ConfigError: for a shape that cannot run, or an option that the model does not have.
-    """
-    trainable = trainable or Full()
-    try:
-        with torch.device(device), torch.random.fork_rng(devices=[]):
-            if not hasattr(model, "model_type"):
-                if checkpointing or head or head_positions or isinstance(trainable, Lora):
-                    raise ConfigError(
-                        "LoRA, checkpointing and heads are for transformers configs: a factory builds its own"
-                    )
-                return _run(model(), trainable, torch.zeros(shape))
-            head = head or head_kind(model)
-            batch, length = shape
-            if model.model_type in READERS:  # the meta device lets an index beyond a table pass
-                check_shape(from_config(model, head), batch, length, head_positions)
-            transformer = _transformer(model, trainable, checkpointing, head)
-            return _run(transformer, trainable, **_tokens(batch, length, head_positions))
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        raise ConfigError(f"a batch of shape {shape} cannot run through the model: {error}") from error
-
-
-def _run(model: nn.Module, trainable: Trainable, *args: Tensor, **options: Any) -> Flops:
-    if isinstance(trainable, Frozen):
-        model.requires_grad_(False)
-    model.train()
-    with _counter() as counter:
-        output = model(*args, **options)
-        output = output if isinstance(output, Tensor) else output[0]
-        forward = int(counter.get_total_flops())
-        if output.requires_grad:
-            output.sum().backward()
-        return Flops(forward, int(counter.get_total_flops()))
-
-
-def _tokens(batch: int, length: int, head_positions: int | None) -> dict[str, Any]:
-    inputs: dict[str, Any] = {
-        "input_ids": torch.zeros(batch, length, dtype=torch.long),
-        "attention_mask": torch.ones(batch, 1, length, length, dtype=torch.bool),
-    }
-    return inputs if head_positions is None else {**inputs, "logits_to_keep": head_positions}
-
-
-def _transformer(
-    config: PretrainedConfig, trainable: Trainable, checkpointing: Checkpointing | None, head: Head
-) -> nn.Module:
-    """The model of a config on the current device, with its adapters, ready to be counted."""
-    import peft
-    import transformers
-
-    builders = {
-        "lm": transformers.AutoModelForCausalLM,
-        "masked-lm": transformers.AutoModelForMaskedLM,
-        "classifier": transformers.AutoModelForSequenceClassification,
-        "none": transformers.AutoModel,
-    }
-    config = copy.deepcopy(config)
-    config.use_cache = False
-    config.pad_token_id = config.pad_token_id or 0
-    with warnings.catch_warnings():
-        # Older names serve every release we allow; advice on training is not for a model to be counted.
-        warnings.simplefilter("ignore")
-        model: Any = builders[head].from_config(config, attn_implementation="eager")
-        if checkpointing is not None and not isinstance(trainable, Frozen):
-            model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
-        if isinstance(trainable, Lora):
-            targets = trainable.targets if isinstance(trainable.targets, str) else list(trainable.targets)
-            saved = list(trainable.modules_to_save) or None
-            adapters = peft.LoraConfig(r=trainable.r, target_modules=targets, modules_to_save=saved)
-            model = peft.get_peft_model(model, adapters)
-    return cast(nn.Module, model)
-
-
-class Costs:
-    """What the examples of a task cost on its model, in FLOPs, with `FlopCounterMode` once per shape.
-
-    Args:
-        task: whose model and losses are counted.
+        ConfigError: if the task cannot be accounted for in this way.
     """
 
-    accounting = "measured"
+    name: AccountingName
 
     def __init__(self, task: Task) -> None:
-        self._task = task
-        self._cache: dict[Shape, tuple[float, float]] = {}
-        self._pools: WeakKeyDictionary[Pool, tuple[float, float]] = WeakKeyDictionary()
-
-    def forward(self, batch: Batch) -> float:
-        """One forward pass of all of `batch`."""
-        return self._example(batch)[0] * len(batch)
-
-    def usage(self, batch: Batch) -> float:
-        """One forward and backward pass of all of `batch`."""
-        return self._example(batch)[1] * len(batch)
+        self.task = task
 
     @cached_property
+    def model(self) -> nn.Module:
+        """A model of the task, trainable as it will be trained; its weights are not used."""
+        return self.task.model(0)
+
+    @abstractmethod
+    def price(self, batch: Batch) -> Price:
+        """Of one example of the shape of `batch`."""
+
+    @property
     def optimizer_step(self) -> float:
         """One update of the trainable parameters, with clipping if the recipe asks for it."""
-        recipe = self._task.recipe
-        trainable = sum(prod(p.shape) for p in self._model.parameters() if p.requires_grad)
+        recipe = self.task.recipe
         per_parameter = ADAMW_FLOPS if recipe.optimizer == "adamw" else SGD_FLOPS
-        return float(trainable * (per_parameter + (CLIP_FLOPS if recipe.clip_norm else 0)))
+        return float(trainable_size(self.model) * (per_parameter + (CLIP_FLOPS if recipe.clip_norm else 0)))
 
-    def per_usage(self, pool: Pool, batch_size: int) -> float:
-        """Mean cost of using one example of `pool` in training, with its share of the optimizer step."""
-        return self._pool_mean(pool)[1] + self.optimizer_step / batch_size
+    def _probe(self, batch: Batch) -> Batch:
+        return batch.map(lambda x: x[:1].repeat_interleave(PROBE_SIZE, dim=0))
 
-    def forward_pool(self, pool: Pool) -> float:
-        """One forward pass over all of `pool`, without padding."""
-        return self._pool_mean(pool)[0] * len(pool)
 
-    def tokens_per_example(self, pool: Pool) -> float:
-        """Mean number of tokens that the model computes on, without padding."""
-        representatives, codes = pool.examples.shapes()
-        tokens = np.array([pool.batch([r]).tokens for r in representatives])
-        return float(tokens @ np.bincount(codes, minlength=len(tokens)) / len(pool))
+class Measured(Accounting):
+    """What is executed, counted by running it."""
 
-    @cached_property
-    def _model(self) -> torch.nn.Module:
-        return self._task.model(0)
+    name = "measured"
 
-    def _pool_mean(self, pool: Pool) -> tuple[float, float]:
-        if pool not in self._pools:
-            representatives, codes = pool.examples.shapes()
-            costs = np.array([self._example(pool.batch([r])) for r in representatives])
-            mean = np.bincount(codes, minlength=len(costs)) @ costs / len(pool)
-            self._pools[pool] = (float(mean[0]), float(mean[1]))
-        return self._pools[pool]
+    def price(self, batch: Batch) -> Price:
+        """Runs one batch.
 
-    def _example(self, batch: Batch) -> tuple[float, float]:
-        """FLOPs of (forward, forward+backward) of one example of the batch's shape."""
-        if batch.shape not in self._cache:
-            self._cache[batch.shape] = self._measure(batch)
-        return self._cache[batch.shape]
+        Raises:
+            DataError: if it cannot run.
+        """
+        probe = self._probe(batch)
+        model = self.model.train()
 
-    def _measure(self, batch: Batch) -> tuple[float, float]:
-        probe = batch.map(lambda x: x[:1].repeat_interleave(PROBE_SIZE, dim=0))
-        model = self._model.train()
-
-        def forward() -> torch.Tensor:
-            return self._task.losses(model, probe).mean()
+        def forward() -> Tensor:
+            return self.task.losses(model, probe).mean()
 
         with torch.random.fork_rng():
             try:
@@ -312,4 +120,195 @@ class Costs:
             except (RuntimeError, IndexError, ValueError) as error:
                 raise DataError(f"an example of shape {batch.shape} cannot run through the model: {error}") from error
         model.zero_grad(set_to_none=True)
-        return once / PROBE_SIZE, usage / PROBE_SIZE
+        return Price(once / PROBE_SIZE, usage / PROBE_SIZE, batch.tokens / len(batch))
+
+
+class Analytic(Accounting):
+    """Closed forms: of a transformer by its config, of other models by their linears and convolutions."""
+
+    name = "analytic"
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self._transformer = read_transformer(self.model)
+        if self._transformer is None:
+            check_layers(self.model)
+        elif "input_ids" not in task.pool.batch(np.zeros(1, dtype=np.int64)).inputs:
+            raise ConfigError("a transformer has a closed form for `input_ids` alone, and this task has other inputs")
+
+    def price(self, batch: Batch) -> Price:
+        """Adds up one example.
+
+        Raises:
+            DataError: if it cannot run.
+        """
+        tokens = batch.tokens / len(batch)
+        try:
+            if self._transformer is not None:
+                once, usage = self._transformer.flops(batch.inputs["input_ids"].shape[-1])
+                return Price(once, usage, tokens)
+            probe = self._probe(batch).to("meta")
+            found = product_flops(self.model.train(), lambda model: self.task.losses(model, probe))
+        except ConfigError as error:
+            raise DataError(f"an example of shape {batch.shape} cannot run through the model: {error}") from error
+        return Price(found.forward / PROBE_SIZE, found.usage / PROBE_SIZE, tokens)
+
+
+class Paper(Accounting):
+    """2ND and 6ND, with the N and D that the task states; the optimizer is free."""
+
+    name = "paper"
+    optimizer_step = 0.0
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.price(task.pool.batch(np.zeros(1, dtype=np.int64)))
+
+    def price(self, batch: Batch) -> Price:
+        """From the size of the model and the number of tokens."""
+        n, d = self.task.nominal(self.model, batch)
+        d /= len(batch)
+        return Price(forward_flops(n, d), training_flops(n, d), d)
+
+
+ACCOUNTINGS: dict[str, type[Accounting]] = {x.name: x for x in (Measured, Analytic, Paper)}
+
+
+class Costs:
+    """What the examples of a task cost on its model, in FLOPs.
+
+    Args:
+        task: whose model and losses are counted.
+        accounting: `measured`, `analytic` or `paper`. A model without a closed form is measured, with a warning.
+
+    Attributes:
+        accounting: the one that is used.
+
+    Raises:
+        ConfigError: if there is no such accounting, or the task does not support it.
+    """
+
+    def __init__(self, task: Task, accounting: str = "measured") -> None:
+        if accounting not in ACCOUNTINGS:
+            raise ConfigError(f"accounting = {accounting!r}: choose from {list(ACCOUNTINGS)}")
+        self._accounting: Accounting
+        try:
+            self._accounting = ACCOUNTINGS[accounting](task)
+        except ConfigError as error:
+            if accounting != Analytic.name:
+                raise
+            log.warning("the cost of %s falls back to `measured` accounting: %s", task.name, error)
+            self._accounting = Measured(task)
+        self.accounting = self._accounting.name
+        self._cache: dict[Shape, Price] = {}
+        self._pools: WeakKeyDictionary[Pool, Price] = WeakKeyDictionary()
+
+    def forward(self, batch: Batch) -> float:
+        """One forward pass of all of `batch`."""
+        return self._price(batch).forward * len(batch)
+
+    def usage(self, batch: Batch) -> float:
+        """One forward and backward pass of all of `batch`."""
+        return self._price(batch).usage * len(batch)
+
+    @cached_property
+    def optimizer_step(self) -> float:
+        """One update of the trainable parameters, with clipping if the recipe asks for it."""
+        return self._accounting.optimizer_step
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is accounted for; its weights mean nothing."""
+        return self._accounting.model
+
+    def per_usage(self, pool: Pool, batch_size: int) -> float:
+        """Mean cost of using one example of `pool` in training, with its share of the optimizer step."""
+        return self._mean(pool).usage + self.optimizer_step / batch_size
+
+    def forward_pool(self, pool: Pool) -> float:
+        """One forward pass over all of `pool`, without padding."""
+        return self._mean(pool).forward * len(pool)
+
+    def tokens_per_example(self, pool: Pool) -> float:
+        """Mean number of tokens that the model computes on, without padding."""
+        return self._mean(pool).tokens
+
+    def _mean(self, pool: Pool) -> Price:
+        if pool not in self._pools:
+            representatives, codes = pool.examples.shapes()
+            prices = np.array([self._price(pool.batch([r])) for r in representatives])
+            mean = np.bincount(codes, minlength=len(prices)) @ prices / len(pool)
+            self._pools[pool] = Price(*mean.tolist())
+        return self._pools[pool]
+
+    def _price(self, batch: Batch) -> Price:
+        shape = batch.shape
+        if shape not in self._cache:
+            self._cache[shape] = self._accounting.price(batch)
+        return self._cache[shape]
+
+
+def trainable_size(model: nn.Module) -> int:
+    """The number of trainable parameters."""
+    return sum(prod(p.shape) for p in model.parameters() if p.requires_grad)
+
+
+class Transformer(NamedTuple):
+    """A transformer as it will be trained: its architecture, what is trained, and how it is executed."""
+
+    architecture: Architecture
+    trainable: Trainable
+    checkpointing: Checkpointing | None
+    fused: bool
+
+    def flops(self, length: int) -> tuple[int, int]:
+        """Of forward, and of forward and backward, of one sequence."""
+        return transformer_flops(
+            self.architecture,
+            length,
+            trainable=self.trainable,
+            checkpointing=self.checkpointing,
+            fused_attention=self.fused,
+        )
+
+
+def read_transformer(model: nn.Module) -> Transformer | None:
+    """What a transformers or PEFT model is, or None for other models.
+
+    Raises:
+        ConfigError: if no closed form is known for it, or for the choice of what is trained.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "model_type"):
+        return None
+    architecture = from_config(config)
+    trained, adapters = trainable_size(model), getattr(model, "peft_config", None)
+    trainable: Trainable = Full() if trained else Frozen()
+    expected = trained and sum(architecture.n_parameters.values())
+    if adapters:
+        adapter = next(iter(adapters.values()))
+        targets = adapter.target_modules
+        trainable = Lora(
+            adapter.r,
+            targets if isinstance(targets, str) else tuple(sorted(targets)),
+            tuple(adapter.modules_to_save or ()),
+        )
+        expected = lora_parameters(architecture, trainable)
+    if trained != expected:
+        raise ConfigError(
+            f"{trained:,} parameters are trained where a {architecture.family} with {trainable} trains {expected:,}"
+        )
+    on_meta = next(model.parameters()).device.type == "meta"
+    # On the meta device attention is decomposed, and nothing is recomputed.
+    return Transformer(
+        architecture, trainable, _checkpointing(model), config._attn_implementation == "sdpa" and not on_meta
+    )
+
+
+def _checkpointing(model: nn.Module) -> Checkpointing | None:
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            chosen = getattr(module, "_gradient_checkpointing_func", None)
+            reentrant = getattr(chosen, "keywords", {}).get("use_reentrant", False)
+            return "reentrant" if reentrant else "non-reentrant"
+    return None

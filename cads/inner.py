@@ -1,4 +1,4 @@
-"""Short runs for the outer loop: train replicas on parts of the pool and measure them on the target."""
+"""Short runs for the outer loop: what they cost, and training and measuring them on the target."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from cads.budget import SELECT, Ledger
+from cads.budget import SELECT, Ledger, PlannedLedger
 from cads.draws import Draws, Epochs, Stream
 from cads.errors import DataError
 from cads.monitor import Monitor
 from cads.optimizer import Rung, ladder
-from cads.task import Objective, Task
+from cads.task import Objective, Pool, Task
 from cads.trainer import Trainer
 
 SCORING_BATCH = 1024
@@ -40,7 +40,84 @@ class Runs:
     models: list[nn.Module]
 
 
-class Inner:
+class Purse:
+    """What inner runs of a task cost, and the ledger that pays for them.
+
+    Args:
+        task: what is trained.
+        ledger: charged for training and for measuring.
+    """
+
+    def __init__(self, task: Task, ledger: Ledger) -> None:
+        self.task = task
+        self.ledger = ledger
+
+    @property
+    def step_flops(self) -> float:
+        """One mean training step on the pool."""
+        return self._step(self.task.pool)
+
+    @property
+    def measuring_flops(self) -> float:
+        """Measuring one model on the target."""
+        return self.task.costs.forward_pool(self.task.target)
+
+    def scoring_flops(self, count: int) -> float:
+        """One forward pass over `count` examples of the pool."""
+        return self.task.costs.forward_pool(self.task.pool) / len(self.task.pool) * count
+
+    def target_flops(self, share: float, passes: float, training: float) -> float:
+        """For theta: a share of the final training, but no more passes over the target than `passes`."""
+        batch_size = self.task.recipe.batch_size
+        return min(share * training, passes * self._step(self.task.target) / batch_size * len(self.task.target))
+
+    def ladder(self, training: float, per_rung: float = 0.0) -> list[Rung]:
+        """The short runs that what is left of the ledger buys, for a final training of `training` FLOPs."""
+        passes = training * self.task.recipe.batch_size / (self.step_flops * len(self.task.pool))
+        return ladder(training, self.ledger.left, self.step_flops, self.measuring_flops, passes, per_rung)
+
+    def learn(self, flops: float) -> None:
+        """Pay for moving a policy."""
+        self.ledger.charge(SELECT, "policy", flops)
+
+    def _step(self, pool: Pool) -> float:
+        batch_size = self.task.recipe.batch_size
+        return self.task.costs.per_usage(pool, batch_size) * batch_size
+
+
+class Planned(Purse):
+    """Charges for runs as `Inner` would, and runs nothing."""
+
+    ledger: PlannedLedger
+
+    def __init__(self, task: Task, limit: float) -> None:
+        super().__init__(task, PlannedLedger(limit))
+
+    def run(self, runs: int, flops: float, *, stage: str) -> None:
+        """Train `runs` models on the pool, and measure them."""
+        self._train(self.task.pool, runs, flops, stage)
+        self.ledger.charge(SELECT, f"{stage}, measuring", runs * self.measuring_flops)
+
+    def losses(self, count: int, *, stage: str) -> None:
+        """Score `count` examples of the pool."""
+        tokens = round(count * self.task.costs.tokens_per_example(self.task.pool))
+        self.ledger.charge(SELECT, stage, self.scoring_flops(count), tokens=tokens)
+        self.ledger.scored.append(self.task)
+
+    def fit_target(self, flops: float, *, stage: str) -> None:
+        """Train theta on the target."""
+        self._train(self.task.target, 1, flops, stage)
+
+    def _train(self, pool: Pool, runs: int, flops: float, stage: str) -> None:
+        step = self._step(pool)
+        steps = int(min(flops, self.ledger.left / runs) / step * (1 + 1e-12))
+        usages = runs * steps * self.task.recipe.batch_size
+        tokens = round(usages * self.task.costs.tokens_per_example(pool))
+        self.ledger.charge(SELECT, stage, runs * steps * step, usages=usages, tokens=tokens)
+        self.ledger.trained.append((self.task, runs))
+
+
+class Inner(Purse):
     """Trains from the task's initial weights and measures on the target; all of it is charged to "select".
 
     Args:
@@ -51,27 +128,10 @@ class Inner:
     """
 
     def __init__(self, task: Task, ledger: Ledger, monitor: Monitor, outer: str | Objective | None = None) -> None:
-        self.task = task
-        self.ledger = ledger
+        super().__init__(task, ledger)
         self.monitor = monitor
         self._outer = outer
         self.trainer = Trainer(task, ledger, monitor)
-
-    @property
-    def step_flops(self) -> float:
-        """One mean training step on the pool."""
-        batch_size = self.task.recipe.batch_size
-        return self.task.costs.per_usage(self.task.pool, batch_size) * batch_size
-
-    @property
-    def measuring_flops(self) -> float:
-        """Measuring one model on the target."""
-        return self.task.costs.forward_pool(self.task.target)
-
-    def ladder(self, training: float) -> list[Rung]:
-        """The short runs that what is left of the ledger buys, for a final training of `training` FLOPs."""
-        passes = training * self.task.recipe.batch_size / (self.step_flops * len(self.task.pool))
-        return ladder(training, self.ledger.left, self.step_flops, self.measuring_flops, passes)
 
     def run(self, streams: Sequence[Stream], flops: float, *, seed: int, stage: str) -> Runs:
         """Train one replica a stream for `flops` each, all from the same initial weights, and measure them.

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cads.budget import Budget, Ledger
+from cads.budget import Budget, Ledger, PlannedLedger
 from cads.errors import BudgetError, ConfigError
 from cads.monitor import Monitor
 from cads.selection import Selection
@@ -33,6 +33,10 @@ class Selector(Protocol):
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
         """Choose from `task.pool` for training within `budget`, charging `ledger` for what is spent."""
+        ...
+
+    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
+        """What `select` would charge, by stage; nothing is trained and no example is read."""
         ...
 
 
@@ -94,8 +98,15 @@ class Rung:
     data: float
     runs: int
 
+    @property
+    def stage(self) -> str:
+        """What the ledger calls it."""
+        return f"short runs, C/{1 / self.fidelity:.3g}"
 
-def ladder(training: float, allowance: float, step: float, per_run: float, passes: float) -> list[Rung]:
+
+def ladder(
+    training: float, allowance: float, step: float, per_run: float, passes: float, per_rung: float = 0.0
+) -> list[Rung]:
     """Short runs that spend `allowance` in equal parts at each fidelity.
 
     The smallest run follows from the budget: at least `MIN_STEPS` steps, at most the whole training. Rungs
@@ -104,11 +115,12 @@ def ladder(training: float, allowance: float, step: float, per_run: float, passe
     Args:
         training: C, FLOPs of the final training. allowance: FLOPs for all runs. step: FLOPs of one step.
         per_run: FLOPs on top of each run, for measuring it. passes: over the pool, that `training` buys.
+        per_rung: FLOPs on top of each rung, for learning from it.
     """
     fidelities = sorted({min(1.0, max(f, MIN_STEPS * step / training)) for f in FIDELITIES})
     thinner = max(1.0, passes / KEPT_PASSES)
     while fidelities:
-        share = allowance / len(fidelities)
+        share = max(0.0, allowance / len(fidelities) - per_rung)
         rungs = [
             Rung(f, f * training, min(1.0, f * thinner), int(share / (f * training + per_run))) for f in fidelities
         ]
@@ -116,6 +128,16 @@ def ladder(training: float, allowance: float, step: float, per_run: float, passe
             return rungs
         fidelities.pop()
     return []
+
+
+def free(task: Task, budget: Budget) -> PlannedLedger:
+    """The plan of a selector that spends nothing.
+
+    Raises:
+        BudgetError: if the budget does not buy one step.
+    """
+    check_step(task, budget.flops(task))
+    return PlannedLedger()
 
 
 def strata(pool: Pool) -> np.ndarray:

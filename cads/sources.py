@@ -6,25 +6,28 @@ with the penalty of CADS (arXiv 2510.16806), and a regression on the runs so far
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from cads.budget import Budget, Ledger
+from cads.budget import Budget, Ledger, PlannedLedger
 from cads.control import Control
-from cads.draws import Epochs, Stream, Weighted
 from cads.errors import ConfigError
 from cads.estimator import corrected, direct, enumerate_masks, expected_gradient
-from cads.inner import Inner, Runs
+from cads.inner import Inner, Planned, Purse, Runs
 from cads.monitor import Monitor
+from cads.operations import source_policy_flops
 from cads.optimizer import Rung, distinct, divide, subsample, uniform
-from cads.penalty import FittedReach, effective_size, extrapolate, mean_over_sources
+from cads.penalty import FittedReach, extrapolate, mean_over_sources
 from cads.policy import BernoulliPolicy, MixturePolicy, Policy
 from cads.seeds import derive
 from cads.selection import Selection
-from cads.task import Pool, Task
+from cads.space import Masks, Mixtures, Space
+from cads.task import Task
+
+log = logging.getLogger(__name__)
 
 ALLOWANCE = 2.75
 """Selection FLOPs in units of the training budget, if the budget need not cover selection."""
@@ -34,112 +37,13 @@ PROBE_EXAMPLES = 256
 """Examples of each source on which R is measured."""
 POLICY_STEPS, POLICY_STEP = 60, 0.05
 """Steps of the policy after each rung, and their length in the largest probability."""
-EXPLORED = 0.1
-"""Probabilities stay this far from 0 and 1 while masks are being tried."""
 ENUMERATED = 10
 """Up to this many sources the gradient of E[h] is exact; above, it is sampled."""
 SAMPLED = 2048
 """Draws for that sample, and for candidates of the next rung."""
 LARGEST_RATIO = 5.0
 """Importance ratios above it are cut off, when a policy has moved away from where its masks were drawn."""
-SIGMA = 0.15
-"""Standard deviation of the ratios of the mixture policy."""
-
-
-class Space(ABC):
-    """What a policy over sources draws, and what a draw means for training.
-
-    Args:
-        pool: with sources.
-        sizes: examples in each source, shape (S,).
-    """
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-        self.sizes = pool.source_sizes.astype(np.float64)
-
-    @property
-    @abstractmethod
-    def full(self) -> np.ndarray:
-        """The draw that means the whole pool, shape (S,)."""
-
-    @abstractmethod
-    def policy(self) -> Policy:
-        """Where the search starts."""
-
-    @abstractmethod
-    def explore(self, policy: Policy) -> Policy:
-        """The policy kept away from certainty, to draw what is tried next."""
-
-    @abstractmethod
-    def weights(self, draws: np.ndarray) -> np.ndarray:
-        """The weight of one example of each source, (K, S) -> (K, S)."""
-
-    @abstractmethod
-    def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
-        """What to train on for one draw (S,), among `positions` of the pool."""
-
-    def features(self, draws: np.ndarray) -> np.ndarray:
-        """phi for the regression: each source, each pair, and the log of the effective size; (K, P)."""
-        x = np.asarray(draws, dtype=np.float64)
-        i, j = np.triu_indices(x.shape[1], k=1)
-        size = np.log(effective_size(self.weights(draws), self.sizes))[:, None]
-        return np.hstack([x, x[:, i] * x[:, j], size])
-
-
-class Masks(Space):
-    """Subsets of sources, by a Bernoulli policy."""
-
-    @property
-    def full(self) -> np.ndarray:
-        """All sources."""
-        return np.ones(len(self.sizes), dtype=bool)
-
-    def policy(self) -> Policy:
-        """Each source with probability 1/2."""
-        return BernoulliPolicy(np.full(len(self.sizes), 0.5))
-
-    def explore(self, policy: Policy) -> Policy:
-        """Probabilities clipped."""
-        assert isinstance(policy, BernoulliPolicy)
-        return BernoulliPolicy(np.clip(policy.probabilities, EXPLORED, 1 - EXPLORED))
-
-    def weights(self, draws: np.ndarray) -> np.ndarray:
-        """0 or 1."""
-        return np.asarray(draws, dtype=np.float64)
-
-    def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
-        """Epochs over the examples of the chosen sources."""
-        assert self.pool.sources is not None
-        return Epochs(positions[draw[self.pool.sources[positions]]], seed)
-
-
-class Mixtures(Space):
-    """Ratios of sources, by truncated Gaussians."""
-
-    @property
-    def full(self) -> np.ndarray:
-        """Ratios in proportion to the sizes."""
-        return self.sizes / self.sizes.sum()
-
-    def policy(self) -> Policy:
-        """Around the proportional mixture."""
-        return MixturePolicy(self.full, SIGMA)
-
-    def explore(self, policy: Policy) -> Policy:
-        """As it is: its width does not shrink."""
-        return policy
-
-    def weights(self, draws: np.ndarray) -> np.ndarray:
-        """Ratio over size."""
-        return np.asarray(draws / draws.sum(axis=1, keepdims=True) / self.sizes)
-
-    def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
-        """Draws with replacement in proportion to the weights."""
-        weights = np.zeros(len(self.pool))
-        assert self.pool.sources is not None
-        weights[positions] = self.weights(draw[None])[0][self.pool.sources[positions]]
-        return Weighted(weights, seed)
+NOTHING = "the allowance buys no short runs: the full pool is returned"
 
 
 @dataclass
@@ -187,24 +91,46 @@ class CadsSources:
     ) -> Selection:
         """Choose sources; see `Selector`."""
         monitor = monitor or Monitor()
+        if note := self.plan(task, budget).note:
+            log.warning("cads-s: %s", note)
+            return uniform(task, budget, method="cads-s", seed=seed, ledger=ledger, notes={"guard": note})
         division = divide(task, budget, self.allowance, ALLOWANCE)
         spent = Ledger(limit=division.selection)
         inner = Inner(task, spent, monitor, self.outer)
-        space: Space = Masks(task.pool) if self.policy == "bernoulli" else Mixtures(task.pool)
         try:
-            return self._search(inner, space, budget, division.training, seed, ledger)
+            return self._search(inner, self._space(task), budget, division.training, seed, ledger)
         finally:
             ledger.merge(spent)
+
+    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
+        """What `select` would charge; see `Selector`."""
+        division = divide(task, budget, self.allowance, ALLOWANCE)
+        purse, space = Planned(task, division.selection), self._space(task)
+        if flops := theta_flops(purse, space, division.training):
+            purse.fit_target(flops, stage="theta")
+            purse.losses(sum(len(p) for p in probes(space)), stage="R")
+        rungs = affordable(purse, space, division.training)
+        if not rungs:
+            return PlannedLedger(purse.ledger.limit, NOTHING)
+        done = 0
+        for rung in rungs:
+            runs = rung.runs if space.count is None else min(rung.runs, space.count)
+            purse.run(runs, rung.flops, stage=rung.stage)
+            done += runs
+            purse.learn(update_flops(space, done))
+        return purse.ledger
+
+    def _space(self, task: Task) -> Space:
+        return Masks(task.pool) if self.policy == "bernoulli" else Mixtures(task.pool)
 
     def _search(
         self, inner: Inner, space: Space, budget: Budget, training: float, seed: int, ledger: Ledger
     ) -> Selection:
         task, monitor = inner.task, inner.monitor
         risk = source_risks(inner, space, training, seed)
-        rungs = inner.ladder(training)
+        rungs = affordable(inner, space, training)
         if not rungs:
-            notes: dict[str, object] = {"guard": "the allowance buys no short runs: the full pool is returned"}
-            return uniform(task, budget, method="cads-s", seed=seed, ledger=ledger, notes=notes)
+            return uniform(task, budget, method="cads-s", seed=seed, ledger=ledger, notes={"guard": NOTHING})
         policy = space.policy()
         n = len(space.sizes)
         trials = Trials(np.empty((0, n), space.full.dtype), *(np.empty(0) for _ in range(3)))
@@ -218,6 +144,7 @@ class CadsSources:
             trials = trials.extended(draws, runs, reached, rung.fidelity)
             control = self._control(space, trials, risk, rung)
             policy = improve(space, policy, control, draws, runs.objective - runs.objective[0], seed)
+            inner.learn(update_flops(space, len(trials.gains)))
             self._watch(monitor, space, policy, control, trials, height)
         assert control is not None
         return self._conclude(inner, space, policy, control, trials, rungs[-1], budget, seed, ledger)
@@ -313,21 +240,41 @@ def source_marginals(policy: Policy) -> np.ndarray:
     raise ConfigError(f"{type(policy).__name__} is no policy over sources")
 
 
+def probes(space: Space) -> list[np.ndarray]:
+    """Positions of the examples of each source on which R is measured."""
+    return [np.flatnonzero(space.pool.sources == source)[:PROBE_EXAMPLES] for source in range(len(space.sizes))]
+
+
+def theta_flops(purse: Purse, space: Space, training: float) -> float:
+    """What theta is trained for; 0 if the ledger does not buy it and its losses."""
+    flops = purse.target_flops(THETA_SHARE, THETA_PASSES, training)
+    probing = purse.scoring_flops(sum(len(p) for p in probes(space)))
+    return 0.0 if flops < purse.step_flops or flops + probing > purse.ledger.left else flops
+
+
+def update_flops(space: Space, runs: int) -> float:
+    """Learning from a rung: the regression on `runs` short runs, and the steps of the policy."""
+    drawn = SAMPLED if space.count is None or len(space.sizes) > ENUMERATED else space.count
+    return source_policy_flops(len(space.sizes), space.n_features, drawn, runs, POLICY_STEPS)
+
+
+def affordable(purse: Purse, space: Space, training: float) -> list[Rung]:
+    """The ladder that what is left of the ledger buys, with an update of the policy after each rung."""
+    most = sum(rung.runs for rung in purse.ladder(training))
+    return purse.ladder(training, update_flops(space, most))
+
+
 def source_risks(inner: Inner, space: Space, training: float, seed: int) -> np.ndarray:
     """Mean loss in each source of theta, a model fitted to the target.
 
     Returns:
         nats, shape (S,); all 0 if the budget does not buy theta.
     """
-    task, ledger = inner.task, inner.ledger
-    target_pass = task.costs.per_usage(task.target, task.recipe.batch_size) * len(task.target)
-    flops = min(THETA_SHARE * training, THETA_PASSES * target_pass)
-    probes = [np.flatnonzero(task.pool.sources == source)[:PROBE_EXAMPLES] for source in range(len(space.sizes))]
-    probing = task.costs.forward_pool(task.pool) / len(task.pool) * sum(len(p) for p in probes)
-    if flops < inner.step_flops or flops + probing > ledger.left:
+    flops = theta_flops(inner, space, training)
+    if not flops:
         return np.zeros(len(space.sizes))
     theta = inner.fit_target(flops, seed=derive(seed, "theta"), stage="theta")
-    return np.array([inner.losses(theta, p, stage="R").mean() for p in probes])
+    return np.array([inner.losses(theta, p, stage="R").mean() for p in probes(space)])
 
 
 def run_rung(inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: int, height: int) -> Runs:
@@ -335,7 +282,7 @@ def run_rung(inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: in
     positions = subsample(inner.task.pool, rung.data, derive(seed, "subsample"))
     order = derive(seed, "rung", height)
     streams = [space.stream(draw, positions, order) for draw in draws]
-    return inner.run(streams, rung.flops, seed=order, stage=f"short runs, C/{1 / rung.fidelity:.3g}")
+    return inner.run(streams, rung.flops, seed=order, stage=rung.stage)
 
 
 def source_selection(task: Task, space: Space, draw: np.ndarray, policy: Policy, **about: Any) -> Selection:

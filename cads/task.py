@@ -242,10 +242,12 @@ class Task(ABC):
         pool: the candidates. target: what selection optimises for. test: held out, seen by no selector.
         recipe: how the model is trained: batch size, optimizer, learning rate, precision.
         outer: the metric of `metrics` (lower is better) that selection minimises on the target.
+        accounting: how FLOPs are counted: `measured`, `analytic` or `paper`.
     """
 
     name: str = "task"
     outer: str = "loss"
+    accounting: str = "measured"
     pool: Pool
     target: Pool
     test: Pool
@@ -271,7 +273,15 @@ class Task(ABC):
         """What one example costs, counted once per shape."""
         from cads.flops import Costs
 
-        return Costs(self)
+        return Costs(self, self.accounting)
+
+    def nominal(self, model: nn.Module, batch: Batch) -> tuple[float, float]:
+        """(N, D) of `paper` accounting: the parameters of `model`, and the tokens of `batch`.
+
+        Raises:
+            ConfigError: if this task has no such numbers.
+        """
+        return float(sum(p.numel() for p in model.parameters())), float(batch.tokens)
 
     def objective(self, model: nn.Module, outer: str | Objective | None = None) -> float:
         """The outer objective of `model` on the target: a metric by name, or any callable. Lower is better.

@@ -161,17 +161,16 @@ class Trainer:
         flops = min(flops, self.ledger.left / replicas)
         if not math.isfinite(flops):
             raise BudgetError(f"{phase}/{stage}: a run needs a finite budget, not {flops} FLOPs")
-        plain = _optimizer(recipe, parameters)
+        plain = _optimizer(recipe, parameters, scaled=self.accelerator.scaler is not None)
         prepared, wrapped = self.accelerator.prepare(learner, plain)
         # accelerate's wrapper adds 0.4 ms a step (it searches for packages) and is needed for loss scaling alone.
         optimizer = plain if self.accelerator.scaler is None else wrapped
         learner.train()
         losses: list[np.ndarray] = []
         spent: list[float] = []
-        usages = tokens = answers = 0
+        total, usages, tokens, answers = 0.0, 0, 0, 0
         diverged = np.zeros(replicas, dtype=bool)
         started = time.perf_counter()
-        total = 0.0
         try:
             with self.monitor.progress(stage, flops) as progress, torch.random.fork_rng():
                 for step, pieces in enumerate(self._load(draws)):
@@ -180,8 +179,7 @@ class Trainer:
                         break
                     self._seed(derive(seed, step))
                     rate = recipe.rate((total + cost / 2) / flops)
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
+                    _set_rate(optimizer, rate)
                     total += cost
                     usages += sum(len(p) for p in pieces)
                     tokens += sum(p.tokens for p in pieces)
@@ -293,11 +291,17 @@ def _identity(pieces: list[Batch]) -> list[Batch]:
     return pieces
 
 
-def _optimizer(recipe: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(recipe: TrainConfig, parameters: list[nn.Parameter], *, scaled: bool) -> torch.optim.Optimizer:
     rate, decay = recipe.learning_rate, recipe.weight_decay
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
-    return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=0.9, nesterov=True, fused=True)
+    # Where loss scaling skips the first step, fused SGD (PyTorch 2.14) goes on with momentum it has never written.
+    return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=0.9, nesterov=True, fused=not scaled)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def _accelerator(precision: str) -> Accelerator:
@@ -305,11 +309,10 @@ def _accelerator(precision: str) -> Accelerator:
     state = AcceleratorState._shared_state
     if state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
-    try:
-        return Accelerator(mixed_precision=precision)
-    except ValueError as error:
-        AcceleratorState._reset_state()
-        raise ConfigError(f"precision = {precision!r} does not run here ({error}): use 'no' or 'bf16'") from error
+    accelerator = Accelerator(mixed_precision=precision)
+    if precision != "no" and not accelerator.native_amp:
+        raise ConfigError(f"precision = {precision!r} does not run on {accelerator.device}: use 'no' or 'bf16'")
+    return accelerator
 
 
 def _gather(models: list[nn.Module], fits: list[Fit | None]) -> Fit:

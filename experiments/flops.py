@@ -34,7 +34,7 @@ from cads.analytic import (
 )
 from cads.architecture import from_config, read_config
 from cads.errors import CadsError
-from cads.flops import attention_self_test, count_flops, measure
+from cads.counting import attention_self_test, count_flops, measure
 from cads.paper import (
     CCDS_TOKENS,
     ccds_parameters,
@@ -254,7 +254,7 @@ def report(rows: list[Row], command: str) -> str:
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, transformers "
         f"{transformers.__version__}. Batch of one sequence; LoRA of rank {LORA_RANK} on query, key, value "
         "and output projections. Measured: `FlopCounterMode` on the meta device, eager attention, with the "
-        "formula of `cads.flops` for the backward of grouped convolutions, which PyTorch overcounts.",
+        "formula of `cads.counting` for the backward of grouped convolutions, which PyTorch overcounts.",
         "",
         f"{len(rows)} comparisons; the largest relative difference is {worst.difference:.2e} "
         f"({worst.model}, {worst.mode}, {worst.shape}); {TOLERANCE:.0%} is allowed.",

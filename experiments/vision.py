@@ -39,20 +39,25 @@ from cads.trainer import TrainConfig
 mpl.use("Agg")
 
 CONFIDENCE = 0.95
+NOTE = (
+    "FLOPs of selection and of training; * marks the best of each budget. The budget is that of the training, and "
+    "selection comes on top; for methods marked 'all in' it covers both."
+)
 
 
 @dataclass
 class Entry:
-    """One row of the grid: a method and its options."""
+    """One row of the grid: a method, its options, and whether the budget covers its selection too."""
 
     method: str
     label: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    count_selection: bool = False
 
     @property
     def name(self) -> str:
         """How the row is called in tables and figures."""
-        return self.label or self.method
+        return self.label or (f"{self.method}, all in" if self.count_selection else self.method)
 
 
 @dataclass
@@ -62,7 +67,6 @@ class Grid:
     methods: list[Entry]
     budgets: list[str]
     seeds: int = 3
-    count_selection: bool = False
     task: VisionConfig = field(default_factory=VisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -101,7 +105,7 @@ def read_grid(path: Path) -> Grid:
 def run_cell(grid: Grid, task: Task, entry: Entry, budget: str, seed: int, out: Path, console: Console) -> Cell:
     """Select, train and test once; leaves the Selection and TensorBoard's files in `out`."""
     started = time.perf_counter()
-    allowed = Budget.parse(budget, count_selection=grid.count_selection)
+    allowed = Budget.parse(budget, count_selection=entry.count_selection)
     ledger = Ledger()
     selector = build_selector(entry.method, entry.options)
     bar = console if sys.stderr.isatty() else None
@@ -155,7 +159,7 @@ def run_grid(grid: Grid, out: Path, console: Console) -> list[Cell]:
 
 def _key(grid: Grid, entry: Entry, budget: str) -> str:
     """What a cell's result depends on, besides the seed."""
-    settings = [asdict(entry), budget, grid.count_selection, asdict(grid.task), asdict(grid.train)]
+    settings = [asdict(entry), budget, asdict(grid.task), asdict(grid.train)]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return f"{entry.name}-{budget}-{digest[:8]}".replace(" ", "-").replace("%", "").replace("/", "-")
 
@@ -171,7 +175,6 @@ class Row:
     accuracy: float
     half_width: float
     selected: float
-    seconds: float
 
 
 def summarise(cells: Iterable[Cell]) -> list[Row]:
@@ -195,25 +198,22 @@ def summarise(cells: Iterable[Cell]) -> list[Row]:
                 float(accuracy.mean()),
                 width,
                 float(np.mean([c.selected for c in group])),
-                float(np.mean([c.seconds for c in group])),
             )
         )
     return rows
 
 
-COLUMNS = ("budget", "method", "selection FLOPs", "training FLOPs", "test accuracy, %", "selected", "seconds")
+COLUMNS = ("budget", "method", "selection", "training", "accuracy, %", "selected")
 
 
 def _texts(row: Row, best: float) -> list[str]:
-    mark = " *" if row.accuracy == best else ""
     return [
         row.budget,
         row.method,
         f"{row.selection_flops:.3g}",
         f"{row.training_flops:.3g}",
-        f"{100 * row.accuracy:.2f} ± {100 * row.half_width:.2f}{mark}",
+        f"{'*' if row.accuracy == best else ''}{100 * row.accuracy:.2f} ± {100 * row.half_width:.2f}",
         f"{row.selected:.0%}",
-        f"{row.seconds:.1f}",
     ]
 
 
@@ -291,9 +291,9 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
         return 1
     rows = summarise(cells)
-    covered = "total" if grid.count_selection else "training"
-    title = f"{given.config.stem}: {grid.seeds} seeds, {CONFIDENCE:.0%} t-intervals, budget = {covered} FLOPs"
+    title = f"{given.config.stem}: {grid.seeds} seeds, {CONFIDENCE:.0%} t-intervals"
     console.print(terminal_table(rows, title))
+    console.print(NOTE, soft_wrap=True)
     figure = out / "accuracy.png"
     draw(rows, figure, title)
     (out / "cells.json").write_text(json.dumps([asdict(c) for c in cells], indent=1) + "\n")
@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
         given.results.parent.mkdir(parents=True, exist_ok=True)
         draw(rows, given.results.with_suffix(".png"), title)
         command = f"python -m experiments.vision {given.config} --results {given.results}"
-        given.results.write_text(f"# {title}\n\n    {command}\n\n{markdown_table(rows)}")
+        given.results.write_text(f"# {title}\n\n    {command}\n\n{NOTE}\n\n{markdown_table(rows)}")
     console.print(f"figure       {figure}")
     console.print(f"selections   {out}/cells/*/selection")
     console.print(f"TensorBoard  tensorboard --logdir {out}/cells", soft_wrap=True)

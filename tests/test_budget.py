@@ -70,7 +70,7 @@ def test_amounts_that_are_none_are_refused(amount):
 @given(amount=st.floats(0.01, 1e6), batch_size=st.integers(1, 50))
 def test_units_are_consistent(features, amount, batch_size):
     task = features(batch_size=batch_size)
-    usage = Budget(1, "usages").flops(task)
+    usage = task.costs.per_usage(task.pool, batch_size)
     assert Budget(amount).flops(task) == amount
     assert Budget(amount, "usages").flops(task) == pytest.approx(amount * usage, abs=1)
     assert Budget(amount, "epochs").flops(task) == pytest.approx(amount * usage * len(task.pool), abs=1)

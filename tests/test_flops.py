@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.flop_counter import flop_registry
 from transformers import BertConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from cads import flops
+from cads import counting
 from cads.analytic import Frozen, Full, Lora, lora_parameters, module_flops, transformer_flops
 from cads.architecture import from_config, read_config
 from cads.errors import ConfigError
-from cads.flops import attention_self_test, count_flops, measure
+from cads.counting import attention_self_test, count_flops, measure
 from cads.paper import CCDS_TOKENS, ccds_parameters, forward_flops, selection_flops, training_flops
 from cads.tasks.networks import Network
 
@@ -184,13 +184,13 @@ def test_a_transformer_on_the_cpu_executes_its_closed_form():
 
 def test_self_test_of_attention(monkeypatch):
     assert attention_self_test() == []
-    kernel, formula = next(iter(flops.cpu_attention_mapping().items()))
+    kernel, formula = next(iter(counting.cpu_attention_mapping().items()))
     with monkeypatch.context() as patch:
         patch.setitem(flop_registry, kernel, lambda *args, **kwargs: 7)
         changes = attention_self_test()
         assert "now has a formula" in changes[0]
         assert "counts 7 FLOPs" in changes[1]
-    monkeypatch.setattr(flops, "cpu_attention_mapping", lambda: {kernel: formula})
+    monkeypatch.setattr(counting, "cpu_attention_mapping", lambda: {kernel: formula})
     assert "runs other kernels" in attention_self_test()[0]
 
 

@@ -1,5 +1,6 @@
 """Selection: scores travel with ids, what is written is read back, and what is corrupt is refused."""
 
+import contextlib
 import json
 import shutil
 
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cads.budget import SELECT, Budget, Ledger
-from cads.errors import CadsError, SelectionError
+from cads.errors import SelectionError
 from cads.outcome import train_on
 from cads.selection import COLUMNS, JSON_LIMIT, Selection
 from cads.task import Pool
@@ -160,7 +161,7 @@ class TestIds:
 
     def test_apply_to_a_dataset_in_another_order(self, task):
         selection = chosen(task.pool)
-        ids = permuted(task.pool).ids.to_pylist() + ["one more"]
+        ids = [*permuted(task.pool).ids.to_pylist(), "one more"]
         dataset = datasets.Dataset.from_dict({"id": ids, "payload": [f"of {i}" for i in ids]})
         kept = selection.apply(dataset)
         wanted = set(selection.ids.filter(pa.array(selection.selected)).to_pylist())
@@ -174,7 +175,7 @@ class TestIds:
 
     def test_apply_says_what_is_missing(self, task):
         selection = chosen(task.pool)
-        with pytest.raises(SelectionError, match="no column 'id'.*'name'"):
+        with pytest.raises(SelectionError, match=r"no column 'id'.*'name'"):
             selection.apply(datasets.Dataset.from_dict({"name": ["a"]}))
         with pytest.raises(SelectionError, match="27 selected ids are not in column 'id'"):
             selection.apply(datasets.Dataset.from_dict({"id": ["a"]}))
@@ -183,7 +184,7 @@ class TestIds:
         other = Pool([f"other-{i}" for i in range(80)], task.pool.examples)
         selection = chosen(task.pool)
         for use in (selection.positions, lambda p: selection.stream(p, 0), selection.sampler):
-            with pytest.raises(SelectionError, match="27 selected ids are not in the pool.*use the pool"):
+            with pytest.raises(SelectionError, match=r"27 selected ids are not in the pool.*use the pool"):
                 use(other)
 
     def test_training_warns_if_ids_hold_and_contents_do_not(self, task, caplog):
@@ -409,10 +410,8 @@ def test_truncated_or_flipped_bytes_never_end_in_a_foreign_error(task, tmp_path,
     else:
         content[place] ^= data.draw(st.integers(1, 255))
     file.write_bytes(content)
-    try:
+    with contextlib.suppress(SelectionError):
         Selection.load(folder)
-    except CadsError as error:
-        assert isinstance(error, SelectionError)
 
 
 @ANYWHERE

@@ -1,6 +1,7 @@
 """What every selector of the entry-point group owes its caller, one suite for all of them."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_selection_stays_within_its_allowance(task, name, allowance):
 
 
 @every
-@pytest.mark.parametrize("amount", [0.2, 3, 24])
+@pytest.mark.parametrize("amount", [0.2, 1, 16])
 def test_a_budget_that_counts_selection_covers_both(task, name, amount):
     budget = Budget(amount, "epochs", count_selection=True)
     made = choose(task, name, budget)
@@ -202,7 +203,7 @@ class TestNames:
             selector_class(name)
 
     def test_a_missing_option_is_named(self):
-        with pytest.raises(ConfigError, match="'source' cannot be made.*'name'"):
+        with pytest.raises(ConfigError, match=r"'source' cannot be made.*'name'"):
             build_selector("source")
 
 
@@ -214,7 +215,7 @@ class TestRandom:
             [choose(task, "random", fraction=f).selection.selected for f in (0.02, 0.1, 0.3, 0.7, 1.0)],
         ]
         for chain in chains:
-            for smaller, larger in zip(chain, chain[1:], strict=False):
+            for smaller, larger in pairwise(chain):
                 assert smaller.sum() < larger.sum()
                 assert (smaller <= larger).all()
             assert chain[-1].all()

@@ -177,7 +177,7 @@ def test_the_objective_is_a_metric_of_the_target_or_any_callable(features):
         task.objective(model, "speed")
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(
     hidden=st.integers(1, 30),
     optimizer=st.sampled_from(["adamw", "sgd"]),

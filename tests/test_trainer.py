@@ -200,11 +200,11 @@ def test_unequal_examples_are_charged_as_they_are_padded(sentences):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_training_learns(features, images, sentences, optimizer):
     for make in (features, images, sentences):
-        task = make(batch_size=16, optimizer=optimizer, learning_rate=0.02)
+        task = make(batch_size=16, optimizer=optimizer, learning_rate=0.02 if optimizer == "adamw" else 0.2)
         model = task.model(0)
         before = task.objective(model, "loss")
         done = fit(task, 120 * step_cost(task), model=model)
-        assert task.objective(model, "loss") < 0.8 * before
+        assert task.objective(model, "loss") < 0.9 * before
         assert done.training_loss[0] < done.losses[0, 0]
         assert done.models[0] is model
 
@@ -238,7 +238,8 @@ def test_the_rate_stays_between_zero_and_its_peak(schedule, warmup, progress):
 
 @pytest.mark.parametrize("clip_norm", [None, 0.01])
 def test_one_step_of_sgd_moves_by_the_clipped_gradient(features, clip_norm):
-    task = features(batch_size=8, optimizer="sgd", clip_norm=clip_norm, schedule="constant", warmup=0.0, weight_decay=0)
+    recipe = {"schedule": "constant", "warmup": 0.0, "weight_decay": 0.0, "learning_rate": 1.0}
+    task = features(batch_size=8, optimizer="sgd", clip_norm=clip_norm, **recipe)
     model, draws = task.model(0), whole_pool(task)
     batch, before = draws.batches(0)[0], weights(task.model(0))
     gradient = torch.autograd.grad(task.losses(model, batch).mean(), list(model.parameters()))
@@ -247,7 +248,7 @@ def test_one_step_of_sgd_moves_by_the_clipped_gradient(features, clip_norm):
     factor = 1.0 if clip_norm is None else float(min(1.0, clip_norm / norm))
     for old, new, g in zip(before, weights(model), gradient, strict=True):
         # Nesterov's first step is (1 + momentum) times the gradient.
-        torch.testing.assert_close(old - new, 1e-3 * 1.9 * factor * g, rtol=1e-3, atol=1e-8)
+        torch.testing.assert_close(old - new, 1.9 * factor * g, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -328,11 +329,12 @@ def test_fp16_without_a_gpu_is_refused_and_others_still_work(features):
     fit(task, 2 * step_cost(task))
 
 
-def test_loss_scaling_changes_nothing(features):
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_loss_scaling_changes_nothing(features, optimizer):
     """As with fp16 on a GPU: gradients are unscaled before they are clipped, and an overflow skips its step."""
     models = []
     for scale in (None, 2.0**10, 2.0**127):
-        task = features(batch_size=8, optimizer="sgd", clip_norm=0.5, learning_rate=0.01)
+        task = features(batch_size=8, optimizer=optimizer, clip_norm=0.5, learning_rate=0.01)
         trainer = Trainer(task, Ledger())
         trainer.accelerator.scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
         model = task.model(0)
@@ -341,6 +343,7 @@ def test_loss_scaling_changes_nothing(features):
         models.append(model)
     assert_close(models[0], models[1], 1e-4)
     assert all(w.isfinite().all() for w in weights(models[2]))
+    assert not identical(models[2], models[0])
 
 
 # Randomness.
@@ -392,25 +395,24 @@ def test_seeds_for_purposes_are_distinct_and_fixed(seed, other, step):
 # Replicas.
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("dropout", "accumulate"), [(0.0, 1), (0.0, 3), (0.3, 3)])
 def test_batched_and_looped_replicas_agree(features, count, optimizer, dropout, accumulate):
     fits, ledgers = [], []
     for way in ("batched", "loop"):
         recipe = {"batch_size": 16, "optimizer": optimizer, "learning_rate": 0.01, "clip_norm": 0.3}
         task = features(dropout=dropout, replicas=way, accumulate=accumulate, **recipe)
         ledgers.append(Ledger())
-        fits.append(fit_replicas(task, 40, streams_of(task, count), ledger=ledgers[-1]))
+        fits.append(fit_replicas(task, 30, streams_of(task, count), ledger=ledgers[-1]))
     batched, looped = fits
-    assert batched.losses.shape == looped.losses.shape == (40, count)
+    assert batched.losses.shape == looped.losses.shape == (30, count)
     np.testing.assert_allclose(batched.losses, looped.losses, rtol=0, atol=1e-5)
     np.testing.assert_allclose(batched.flops, looped.flops)
     for pair in zip(batched.models, looped.models, strict=True):
         assert_close(*pair, 1e-4)
     assert ledgers[0].total().flops == pytest.approx(ledgers[1].total().flops)
-    assert ledgers[0].total().usages == ledgers[1].total().usages == 40 * 16 * count
+    assert ledgers[0].total().usages == ledgers[1].total().usages == 30 * 16 * count
 
 
 def test_images_train_batched_as_they_do_one_by_one(images):
@@ -570,7 +572,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(features):
     plain = task.losses
     task.losses = lambda model, batch: plain(model, batch) + (0 * next(model.parameters()).sum()).sqrt()
     model = task.model(0)
-    with pytest.raises(NonFiniteError, match="gradient norm (nan|inf) at step 0"):
+    with pytest.raises(NonFiniteError, match=r"gradient norm (nan|inf) at step 0"):
         fit(task, 3e6, model=model)
     assert identical(model, task.model(0))
 

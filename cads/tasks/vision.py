@@ -233,6 +233,14 @@ class VisionTask(Task):
         """Cross entropy of each example, in nats, shape (B,)."""
         return functional.cross_entropy(self.logits(model, batch), batch.labels, reduction="none")
 
+    def nominal(self, model: nn.Module, batch: Batch) -> tuple[float, float]:
+        """None: an image has no tokens, and a convolution uses each of its weights many times.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"`paper` accounting counts tokens, and {self.name} has images: use measured or analytic")
+
     def metrics(self, model: nn.Module, pool: Pool) -> Metrics:
         """Loss and calibrated loss (nats per example), error and accuracy (0 to 1), in evaluation mode."""
         device = next(model.parameters()).device

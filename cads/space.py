@@ -1,0 +1,133 @@
+"""What a policy over sources ranges over: subsets of the sources, or mixtures of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from cads.draws import Epochs, Stream, Weighted
+from cads.penalty import effective_size
+from cads.policy import BernoulliPolicy, MixturePolicy, Policy
+from cads.task import Pool
+
+EXPLORED = 0.1
+"""Probabilities stay this far from 0 and 1 while masks are being tried."""
+SIGMA = 0.15
+"""Standard deviation of the ratios of the mixture policy."""
+
+
+class Space(ABC):
+    """What a policy over sources draws, and what a draw means for training.
+
+    Args:
+        pool: with sources.
+        sizes: examples in each source, shape (S,).
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.sizes = pool.source_sizes.astype(np.float64)
+
+    @property
+    @abstractmethod
+    def full(self) -> np.ndarray:
+        """The draw that means the whole pool, shape (S,)."""
+
+    @property
+    @abstractmethod
+    def count(self) -> int | None:
+        """How many draws there are, or None if they are a continuum."""
+
+    @abstractmethod
+    def policy(self) -> Policy:
+        """Where the search starts."""
+
+    @abstractmethod
+    def explore(self, policy: Policy) -> Policy:
+        """The policy kept away from certainty, to draw what is tried next."""
+
+    @abstractmethod
+    def weights(self, draws: np.ndarray) -> np.ndarray:
+        """The weight of one example of each source, (K, S) -> (K, S)."""
+
+    @abstractmethod
+    def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
+        """What to train on for one draw (S,), among `positions` of the pool."""
+
+    @property
+    def n_features(self) -> int:
+        """P."""
+        n = len(self.sizes)
+        return n + n * (n - 1) // 2 + 1
+
+    def features(self, draws: np.ndarray) -> np.ndarray:
+        """phi for the regression: each source, each pair, and the log of the effective size; (K, P)."""
+        x = np.asarray(draws, dtype=np.float64)
+        i, j = np.triu_indices(x.shape[1], k=1)
+        size = np.log(effective_size(self.weights(draws), self.sizes))[:, None]
+        return np.hstack([x, x[:, i] * x[:, j], size])
+
+
+class Masks(Space):
+    """Subsets of sources, by a Bernoulli policy."""
+
+    @property
+    def full(self) -> np.ndarray:
+        """All sources."""
+        return np.ones(len(self.sizes), dtype=bool)
+
+    @property
+    def count(self) -> int:
+        """Every mask but the empty one."""
+        return 2 ** len(self.sizes) - 1
+
+    def policy(self) -> Policy:
+        """Each source with probability 1/2."""
+        return BernoulliPolicy(np.full(len(self.sizes), 0.5))
+
+    def explore(self, policy: Policy) -> Policy:
+        """Probabilities clipped."""
+        assert isinstance(policy, BernoulliPolicy)
+        return BernoulliPolicy(np.clip(policy.probabilities, EXPLORED, 1 - EXPLORED))
+
+    def weights(self, draws: np.ndarray) -> np.ndarray:
+        """0 or 1."""
+        return np.asarray(draws, dtype=np.float64)
+
+    def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
+        """Epochs over the examples of the chosen sources."""
+        assert self.pool.sources is not None
+        return Epochs(positions[draw[self.pool.sources[positions]]], seed)
+
+
+class Mixtures(Space):
+    """Ratios of sources, by truncated Gaussians."""
+
+    @property
+    def full(self) -> np.ndarray:
+        """Ratios in proportion to the sizes."""
+        return self.sizes / self.sizes.sum()
+
+    @property
+    def count(self) -> None:
+        """A continuum."""
+
+    def policy(self) -> Policy:
+        """Around the proportional mixture."""
+        return MixturePolicy(self.full, SIGMA)
+
+    def explore(self, policy: Policy) -> Policy:
+        """As it is: its width does not shrink."""
+        return policy
+
+    def weights(self, draws: np.ndarray) -> np.ndarray:
+        """Ratio over size."""
+        return np.asarray(draws / draws.sum(axis=1, keepdims=True) / self.sizes)
+
+    def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
+        """Draws with replacement in proportion to the weights."""
+        weights = np.zeros(len(self.pool))
+        assert self.pool.sources is not None
+        weights[positions] = self.weights(draw[None])[0][self.pool.sources[positions]]
+        return Weighted(weights, seed)

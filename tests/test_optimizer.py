@@ -1,0 +1,148 @@
+"""Dividing the compute: nothing is spent twice, and short runs fit into their allowance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cads.budget import Budget
+from cads.errors import BudgetError, ConfigError
+from cads.optimizer import KEPT_PASSES, MIN_STEPS, check_step, distinct, divide, ladder, strata, subsample
+from cads.task import Pool
+
+POSITIVE = st.floats(1e-2, 1e4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    epochs=st.floats(1, 50),
+    allowance=st.one_of(st.none(), st.floats(0, 10)),
+    default=st.floats(0, 10),
+    counted=st.booleans(),
+)
+def test_a_counted_selection_and_training_share_the_budget(features, epochs, allowance, default, counted):
+    task = features()
+    budget = Budget(epochs, "epochs", count_selection=counted)
+    total = budget.flops(task)
+    division = divide(task, budget, allowance, default)
+    assert division.selection >= 0
+    assert 0 < division.training <= total
+    if counted:
+        assert division.training + division.selection == pytest.approx(total)
+    else:
+        assert division.training == total
+    if allowance is not None:
+        assert division.selection == pytest.approx(allowance * division.training)
+    elif not counted:
+        assert division.selection == pytest.approx(default * total)
+    else:
+        assert division == divide(task, budget, None, default + 1)
+
+
+def test_budgets_that_cannot_be_divided_are_refused(features):
+    task = features(batch_size=16)
+    with pytest.raises(ConfigError, match=r"allowance = -0\.5"):
+        divide(task, Budget(5, "epochs"), -0.5, 1.0)
+    with pytest.raises(BudgetError) as caught:
+        divide(task, Budget(15, "usages"), None, 1.0)
+    step = task.costs.usage(task.pool.batch(np.arange(16))) + task.costs.optimizer_step
+    assert f"{Budget(15, 'usages').flops(task):.4g}" in str(caught.value)
+    assert f"{step:.4g}" in str(caught.value)
+    divide(task, Budget(16, "usages"), None, 1.0)
+
+
+def test_a_step_is_affordable_or_refused(features):
+    task = features(batch_size=16)
+    step = task.costs.usage(task.pool.batch(np.arange(16))) + task.costs.optimizer_step
+    check_step(task, step)
+    with pytest.raises(BudgetError):
+        check_step(task, 0.999 * step)
+
+
+@given(
+    steps=st.floats(1, 1e5),
+    allowance=POSITIVE,
+    step=st.floats(1e-3, 1e15),
+    measuring=st.floats(0, 100),
+    passes=st.floats(1e-2, 1e3),
+)
+def test_the_ladder_stays_within_its_allowance(steps, allowance, step, measuring, passes):
+    training, per_run = steps * step, measuring * step
+    rungs = ladder(training, allowance * step, step, per_run, passes)
+    assert sum(r.runs * (r.flops + per_run) for r in rungs) <= allowance * step * (1 + 1e-9)
+    assert all(r.runs >= 2 for r in rungs)
+    assert all(r.flops == pytest.approx(r.fidelity * training) for r in rungs)
+    assert all(r.flops >= min(training, MIN_STEPS * step) * (1 - 1e-9) for r in rungs)
+    assert all(0 < r.fidelity <= r.data <= 1 for r in rungs)
+    for rung in rungs:
+        visits = passes * rung.fidelity / rung.data
+        assert rung.data == 1 or visits == pytest.approx(min(passes, KEPT_PASSES))
+    fidelities = [r.fidelity for r in rungs]
+    assert fidelities == sorted(set(fidelities))
+
+
+@given(steps=st.floats(1, 1e5), allowance=POSITIVE, measuring=st.floats(0, 100), factor=st.floats(1, 10))
+def test_more_allowance_never_buys_a_lower_ladder(steps, allowance, measuring, factor):
+    less, more = (ladder(steps, a, 1.0, measuring, 5.0) for a in (allowance, factor * allowance))
+    assert len(more) >= len(less)
+    spent = [sum(r.runs * (r.flops + measuring) for r in rungs) for rungs in (less, more)]
+    if len(less) == len(more):
+        assert spent[1] >= spent[0]
+
+
+def test_no_allowance_no_ladder():
+    assert ladder(1e6, 0.0, 1.0, 1.0, 5.0) == []
+    assert ladder(1e6, 79.0, 1.0, 1.0, 5.0) == []
+
+
+class Nothing:
+    """Examples that nobody looks at."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+
+def pool_of(sizes, seed):
+    codes = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    names = [f"s{i}" for i in range(len(sizes))]
+    return Pool([str(i) for i in range(len(codes))], Nothing(len(codes)), codes, names)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5),
+    low=st.floats(1e-3, 1),
+    high=st.floats(1e-3, 1),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_samples_are_nested_and_hold_their_share_of_every_source(sizes, low, high, seed):
+    low, high = sorted((low, high))
+    pool = pool_of(sizes, seed % 1000)
+    small, large = subsample(pool, low, seed), subsample(pool, high, seed)
+    assert set(small) <= set(large)
+    for chosen, fidelity in ((small, low), (large, high)):
+        assert (np.diff(chosen) > 0).all()
+        counts = np.bincount(pool.sources[chosen], minlength=len(sizes))
+        assert (counts >= 1).all()
+        share = fidelity * pool.source_sizes
+        assert (np.abs(counts - share) <= np.maximum(0.5, 1 - share)).all()
+    assert np.array_equal(subsample(pool, low, seed), small)
+    assert np.array_equal(subsample(pool, 1.0, seed), np.arange(len(pool)))
+
+
+def test_samples_depend_on_the_seed_alone():
+    pool = pool_of([50, 50], 0)
+    assert not np.array_equal(subsample(pool, 0.5, 0), subsample(pool, 0.5, 1))
+    no_sources = Pool(pool.ids, Nothing(100))
+    assert (strata(no_sources) == 0).all()
+    assert len(subsample(no_sources, 0.3, 0)) == 30
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=20))
+def test_distinct_rows_keep_the_order_of_their_first_appearance(rows):
+    found = [tuple(row) for row in distinct([np.array(row) for row in rows])]
+    assert found == list(dict.fromkeys(tuple(row) for row in rows))
