@@ -1,8 +1,9 @@
-"""The command line: `cads select`, `cads train`. One YAML file and flags fill the same dataclasses."""
+"""The command line: `cads plan`, `cads select`, `cads train`. One YAML file and flags fill the same dataclasses."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 from rich.console import Console
@@ -18,14 +20,20 @@ from rich.table import Table
 
 from cads.budget import Budget, Ledger
 from cads.errors import CadsError, ConfigError
+from cads.flops import ACCOUNTINGS
 from cads.monitor import Monitor
 from cads.outcome import train_on
+from cads.plan import Plannable, make_plan
+from cads.published import PUBLISHED
 from cads.registry import SELECTORS, TASKS, build_selector, names, selector_class, task_config_class
 from cads.selection import Selection, check_folder
+from cads.speed import matmul_flops_per_second
 from cads.task import Task
 from cads.trainer import TrainConfig
 
 DEFAULT_KIND, DEFAULT_METHOD = "vision", "cads-s"
+PLAN_WIDTH = 100
+"""Columns of a plan, where the terminal has fewer."""
 SECTIONS = ("task", "train", "options", "selectors")
 """The parts of a configuration file that map names to values themselves."""
 USAGE = """usage: cads COMMAND [CONFIG] [flags]
@@ -33,6 +41,7 @@ USAGE = """usage: cads COMMAND [CONFIG] [flags]
 What should I train on, given a pool, a validation set, a model and a compute budget in FLOPs?
 
 commands:
+  plan     say what each method would cost and what is left to train with; spends nothing
   select   choose what to train on, and write a Selection
   train    train the final model on a Selection within the budget, and test it
 
@@ -42,7 +51,7 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 1 refused with a reason, 2 bad usage)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], None]] = {"select": select, "train": train}
+    commands: dict[str, Callable[[list[str]], None]] = {"plan": plan, "select": select, "train": train}
     console = Console(stderr=True)
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
@@ -63,6 +72,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"cads: {where}{error.strerror or error}", style="red", markup=False, highlight=False)
         return 1
     return 0
+
+
+def plan(argv: list[str]) -> None:
+    """Say what each method would cost and what is left to train with; nothing is trained, no weights are loaded."""
+    config, parser = _read("plan", argv)
+    objects = parser.instantiate(config)
+    rate, rate_from = config.flops_per_second, "given"
+    if rate is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        rate, rate_from = matmul_flops_per_second(device, objects.train.precision), f"matrix products on this {device}"
+    task: Task = objects.task.sketch(objects.train)
+    task.accounting = config.accounting
+    budget = Budget.parse(config.budget, count_selection=config.count_selection)
+    options = {config.method: objects.options}
+    methods: dict[str, Plannable] = {}
+    unplanned: dict[str, str] = {}
+    for name in config.methods or [*names(SELECTORS), *PUBLISHED]:
+        try:
+            methods[name] = options.get(name) or PUBLISHED.get(name) or build_selector(name, config.selectors.get(name))
+        except ConfigError as error:
+            if config.methods:
+                raise
+            unplanned[name] = str(error)
+    made = make_plan(
+        task, budget, methods, flops_per_second=rate, rate_from=rate_from, strict=config.methods is not None
+    )
+    made.refused.update(unplanned)
+    Console(width=max(PLAN_WIDTH, Console().width)).print(made.table())
+    if config.json is not None:
+        Path(config.json).write_text(json.dumps(made.to_json(), indent=2) + "\n")
 
 
 def select(argv: list[str]) -> None:
@@ -120,6 +159,10 @@ def train(argv: list[str]) -> None:
         table.add_column(name, justify="right")
     table.add_row(*(f"{value:.4f}" for value in outcome.metrics.values()))
     console.print(table)
+    console.print(
+        f"Model FLOP utilisation: {outcome.utilisation:.1%} of this machine's matrix products "
+        f"({outcome.fit.flops_per_second:.3g} FLOP/s)"
+    )
     console.print(f"Model and results: {out}")
 
 
@@ -157,6 +200,8 @@ def _read(command: str, argv: list[str]) -> tuple[Namespace, ArgumentParser]:
     selectors = given.pop("selectors", {})
     for name, options in selectors.items():
         build_selector(name, options)
+    if command == "plan" and selectors:
+        given["selectors"] = selectors
     own = dict(selectors.get(method) or {})
     if given.get("method", method) == method:
         own.update(given.get("options", {}))
@@ -172,7 +217,7 @@ def _read(command: str, argv: list[str]) -> tuple[Namespace, ArgumentParser]:
 
 def _parser(command: str, kind: str, method: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    about = {"select": select, "train": train}[command].__doc__
+    about = {"plan": plan, "select": select, "train": train}[command].__doc__
     usage = f"cads {command} [CONFIG] [flags]"
     parser = ArgumentParser(prog=f"cads {command}", usage=usage, description=about, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; flags after it win")
@@ -189,6 +234,12 @@ def _parser(command: str, kind: str, method: str) -> ArgumentParser:
     parser.add_argument("--out", type=str | None, default=None, help="folder of the run")
     parser.add_argument("--tensorboard", type=bool, default=True, help="write TensorBoard event files")
     parser.add_argument("--progress", type=bool, default=True, help="show a progress bar")
+    if command == "plan":
+        parser.add_argument("--accounting", default="analytic", choices=list(ACCOUNTINGS), help="how FLOPs are counted")
+        parser.add_argument("--json", type=str | None, default=None, help="file for the plan as JSON")
+        parser.add_argument("--flops_per_second", type=float | None, default=None, help="for the times; null: measured")
+        parser.add_argument("--methods", type=list[str] | None, default=None, help="null: all that are known")
+        parser.add_argument("--selectors", type=dict[str, Any], default={}, help="options of other methods, by name")
     if command == "train":
         parser.add_argument("--selection", type=str | None, default=None, help="folder that `cads select` wrote")
     parser.add_class_arguments(task_config_class(kind), "task")

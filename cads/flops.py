@@ -243,9 +243,10 @@ class Costs:
 
     def _price(self, batch: Batch) -> Price:
         shape = batch.shape
-        if shape not in self._cache:
-            self._cache[shape] = self._accounting.price(batch)
-        return self._cache[shape]
+        price = self._cache.get(shape)
+        if price is None:
+            price = self._cache[shape] = self._accounting.price(batch)
+        return price
 
 
 def trainable_size(model: nn.Module) -> int:
@@ -288,11 +289,8 @@ def read_transformer(model: nn.Module) -> Transformer | None:
     if adapters:
         adapter = next(iter(adapters.values()))
         targets = adapter.target_modules
-        trainable = Lora(
-            adapter.r,
-            targets if isinstance(targets, str) else tuple(sorted(targets)),
-            tuple(adapter.modules_to_save or ()),
-        )
+        names: Any = targets if isinstance(targets, str) else tuple(sorted(targets))
+        trainable = Lora(adapter.r, names, tuple(adapter.modules_to_save or ()))
         expected = lora_parameters(architecture, trainable)
     if trained != expected:
         raise ConfigError(

@@ -18,6 +18,7 @@ from cads.errors import BudgetError
 from cads.monitor import Monitor
 from cads.seeds import derive
 from cads.selection import Selection
+from cads.speed import matmul_flops_per_second
 from cads.task import Metrics, Task
 from cads.trainer import Fit, Trainer
 
@@ -33,12 +34,14 @@ class Outcome:
         metrics: on the test set.
         ledger: selection, training and evaluation.
         fit: the course of the training.
+        utilisation: FLOP/s of the training over those of a matrix product on the same device.
     """
 
     model: nn.Module
     metrics: Metrics
     ledger: Ledger
     fit: Fit
+    utilisation: float
 
     def save(self, folder: Path | str) -> Path:
         """Write `model.safetensors` and `results.json`, each whole or not at all."""
@@ -48,7 +51,12 @@ class Outcome:
         partial = _beside(folder / "model.safetensors")
         save_file(weights, partial)
         os.replace(partial, folder / "model.safetensors")
-        results = {"metrics": self.metrics, "steps": len(self.fit.losses), "ledger": self.ledger.to_json()}
+        results = {
+            "metrics": self.metrics,
+            "steps": len(self.fit.losses),
+            "utilisation": self.utilisation,
+            "ledger": self.ledger.to_json(),
+        }
         partial = _beside(folder / "results.json")
         partial.write_text(json.dumps(results, indent=2) + "\n")
         os.replace(partial, folder / "results.json")
@@ -109,13 +117,15 @@ def train_on(task: Task, selection: Selection, budget: Budget, *, seed: int, mon
         seed=derive(seed, "target order"),
     )
     model = task.model(derive(seed, "final model"))
-    fit = Trainer(task, ledger, monitor).fit(
-        model, draws, flops, seed=derive(seed, "training"), phase=TRAIN, stage="final model"
-    )
+    trainer = Trainer(task, ledger, monitor)
+    fit = trainer.fit(model, draws, flops, seed=derive(seed, "training"), phase=TRAIN, stage="final model")
     ledger.charge(EVALUATE, "test", task.costs.forward_pool(task.test))
     with ledger.timed(EVALUATE, "test"):
         metrics = task.metrics(fit.models[0], task.test)
+    limit = matmul_flops_per_second(str(trainer.accelerator.device), task.recipe.precision)
+    utilisation = fit.flops_per_second / limit
+    monitor.scalar("trainer/mfu", utilisation, len(fit.losses))
     monitor.ledger(ledger)
     for name, value in metrics.items():
         monitor.scalar(f"test/{name}", value, 0)
-    return Outcome(fit.models[0], metrics, ledger, fit)
+    return Outcome(fit.models[0], metrics, ledger, fit, utilisation)

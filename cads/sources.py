@@ -56,6 +56,15 @@ class Trials:
     fidelity: np.ndarray
     reached: np.ndarray
 
+    def value(self, draws: np.ndarray, control: Control) -> np.ndarray:
+        """What each draw promises, shape (M,): h, or the mean of h and of its latest measured gain if it has one."""
+        values = control(draws) - control(self.draws[:1])
+        latest = {row.tobytes(): gain for row, gain in zip(self.draws, self.gains, strict=True) if np.isfinite(gain)}
+        for i, row in enumerate(draws):
+            if row.tobytes() in latest:
+                values[i] = (values[i] + latest[row.tobytes()]) / 2
+        return values
+
     def extended(self, draws: np.ndarray, runs: Runs, reached: np.ndarray, fidelity: float) -> Trials:
         """With another rung, whose first run is the full pool."""
         return Trials(
@@ -133,7 +142,7 @@ class CadsSources:
             return uniform(task, budget, method="cads-s", seed=seed, ledger=ledger, notes={"guard": NOTHING})
         policy = space.policy()
         n = len(space.sizes)
-        trials = Trials(np.empty((0, n), space.full.dtype), *(np.empty(0) for _ in range(3)))
+        trials = Trials(np.empty((0, n)), *(np.empty(0) for _ in range(3)))
         control: Control | None = None
         for height, rung in enumerate(rungs):
             draws = self._choose(space, policy, control, trials, rung.runs, derive(seed, "draws", height))
@@ -152,13 +161,18 @@ class CadsSources:
     def _choose(
         self, space: Space, policy: Policy, control: Control | None, trials: Trials, count: int, seed: int
     ) -> np.ndarray:
-        """The draws of a rung: the full pool first, then what the policy proposes, best by h if h is known."""
+        """The draws of a rung, the full pool first: at first what the policy proposes; then what promises most of
+        that and of what was tried, with the neighbours of the very best."""
         rng = np.random.default_rng(seed)
-        proposed = distinct([space.full, *nonempty(space.explore(policy).sample(SAMPLED, rng)), *trials.draws])
-        if control is not None:
-            others = proposed[1:]
-            proposed[1:] = others[np.argsort(control(others), kind="stable")]
-        return proposed[:count]
+        count = count if space.count is None else min(count, space.count)
+        drawn = nonempty(space.explore(policy).sample(SAMPLED, rng)).astype(np.float64)
+        if control is None:
+            return distinct([space.full, *drawn])[:count]
+        proposed = distinct([*drawn, *trials.draws])
+        ranked = proposed[np.argsort(trials.value(proposed, control), kind="stable")]
+        tried = {row.tobytes() for row in trials.draws}
+        near = [n for n in space.neighbours(ranked[0], control) if n.tobytes() not in tried]
+        return distinct([space.full, ranked[0], *near, *ranked[1:]])[:count]
 
     def _control(self, space: Space, trials: Trials, risk: np.ndarray, rung: Rung) -> Control:
         latest = trials.fidelity == rung.fidelity
@@ -204,10 +218,8 @@ class CadsSources:
         ledger: Ledger,
     ) -> Selection:
         """The best of the last rung by the mean of what was measured and what the regression says."""
-        last = (trials.fidelity == rung.fidelity) & np.isfinite(trials.gains)
-        draws, gains = trials.draws[last], trials.gains[last]
-        predicted = control(draws)
-        value = (gains + predicted - predicted[0]) / 2
+        draws = trials.draws[(trials.fidelity == rung.fidelity) & np.isfinite(trials.gains)]
+        value = trials.value(draws, control)
         best = int(np.argmin(value))
         if self.guard and value[best] >= 0:
             best = 0
@@ -296,7 +308,7 @@ def source_selection(task: Task, space: Space, draw: np.ndarray, policy: Policy,
         selected=(weights > 0)[pool.sources],
         score=marginals[pool.sources],
         probability=(weights / weights.max())[pool.sources],
-        weighted=isinstance(policy, MixturePolicy),
+        weighted=not np.isin(weights, (0, weights.max())).all(),
         source_probability=dict(zip(pool.source_names, marginals.tolist(), strict=True)),
         **about,
     )
@@ -310,6 +322,9 @@ def improve(space: Space, policy: Policy, control: Control, draws: np.ndarray, g
     """
     sound = np.isfinite(gains)
     sound[0] = False
+    if isinstance(policy, BernoulliPolicy):
+        sound &= np.isin(draws, (0, 1)).all(axis=1)
+        draws = draws.astype(bool)
     draws, gains = draws[sound], gains[sound]
     held = control(draws)
     start = space.explore(policy).log_prob(draws)

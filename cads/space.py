@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from cads.control import Function
 from cads.draws import Epochs, Stream, Weighted
 from cads.penalty import effective_size
 from cads.policy import BernoulliPolicy, MixturePolicy, Policy
@@ -13,6 +14,8 @@ from cads.task import Pool
 
 EXPLORED = 0.1
 """Probabilities stay this far from 0 and 1 while masks are being tried."""
+SOFTENED = 0.25
+"""Weight at which a doubtful source is tried, between all and nothing."""
 SIGMA = 0.15
 """Standard deviation of the ratios of the mixture policy."""
 
@@ -51,6 +54,10 @@ class Space(ABC):
     def weights(self, draws: np.ndarray) -> np.ndarray:
         """The weight of one example of each source, (K, S) -> (K, S)."""
 
+    def neighbours(self, draw: np.ndarray, value: Function) -> list[np.ndarray]:
+        """Small changes of a draw that no draw of the policy comes to; `value` maps draws to what they promise."""
+        return []
+
     @abstractmethod
     def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
         """What to train on for one draw (S,), among `positions` of the pool."""
@@ -70,12 +77,15 @@ class Space(ABC):
 
 
 class Masks(Space):
-    """Subsets of sources, by a Bernoulli policy."""
+    """Subsets of sources, by a Bernoulli policy. A draw holds the weight of each source: 1 in, 0 out.
+
+    A weight between is what training on many draws of a policy comes to: the source is in some of the time.
+    """
 
     @property
     def full(self) -> np.ndarray:
         """All sources."""
-        return np.ones(len(self.sizes), dtype=bool)
+        return np.ones(len(self.sizes))
 
     @property
     def count(self) -> int:
@@ -95,10 +105,27 @@ class Masks(Space):
         """0 or 1."""
         return np.asarray(draws, dtype=np.float64)
 
+    def neighbours(self, draw: np.ndarray, value: Function) -> list[np.ndarray]:
+        """The draw with the most promising source outside let in by a part, and the least promising inside let
+        out but for a part."""
+        found = []
+        for inside in (0, 1):
+            flipped = [np.where(np.arange(len(draw)) == j, 1 - draw, draw) for j in np.flatnonzero(draw == inside)]
+            flipped = [f for f in flipped if f.any()]
+            if flipped:
+                best = flipped[int(np.argmin(value(np.array(flipped))))]
+                found.append(np.where(best != draw, SOFTENED, draw))
+        return found
+
     def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
-        """Epochs over the examples of the chosen sources."""
+        """Epochs over the examples of the chosen sources; draws by weight where a source is in by a part."""
         assert self.pool.sources is not None
-        return Epochs(positions[draw[self.pool.sources[positions]]], seed)
+        here = draw[self.pool.sources[positions]]
+        if np.isin(draw, (0, 1)).all():
+            return Epochs(positions[here == 1], seed)
+        weights = np.zeros(len(self.pool))
+        weights[positions] = here
+        return Weighted(weights, seed)
 
 
 class Mixtures(Space):

@@ -102,6 +102,11 @@ class Fit:
     seconds: float
 
     @property
+    def flops_per_second(self) -> float:
+        """Achieved by all replicas together."""
+        return float(self.flops[-1]) * len(self.diverged) / self.seconds
+
+    @property
     def training_loss(self) -> np.ndarray:
         """Mean loss over the last steps (nats, shape (K,)): the training loss that the budget reached."""
         return self.losses[-max(1, round(TAIL * len(self.losses))) :].mean(axis=0)

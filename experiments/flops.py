@@ -33,8 +33,8 @@ from cads.analytic import (
     transformer_flops,
 )
 from cads.architecture import from_config, read_config
-from cads.errors import CadsError
 from cads.counting import attention_self_test, count_flops, measure
+from cads.errors import CadsError
 from cads.paper import (
     CCDS_TOKENS,
     ccds_parameters,

@@ -298,7 +298,7 @@ def test_bad_files_are_refused(cads, tmp_path, what):
 
 class TestRefused:
     def test_unknown_command(self, cads):
-        refused(cads("selct"), "command 'selct' is unknown: use one of select, train")
+        refused(cads("selct"), "command 'selct' is unknown: use one of plan, select, train")
 
     def test_train_without_a_selection(self, cads, config, tmp_path):
         refused(cads("train", config), "--selection is missing: give the folder that `cads select` wrote")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,10 +18,29 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, MistralConfig, Qwe
 from cads import counting
 from cads.analytic import Frozen, Full, Lora, lora_parameters, module_flops, transformer_flops
 from cads.architecture import from_config, read_config
-from cads.errors import ConfigError
 from cads.counting import attention_self_test, count_flops, measure
+from cads.errors import ConfigError
+from cads.estimator import enumerate_masks
+from cads.examples import STEPS, candidates
+from cads.flops import ADAMW_FLOPS, CLIP_FLOPS, Costs, read_transformer
+from cads.operations import (
+    adam_direction_flops,
+    bm25_flops,
+    candidates_flops,
+    cluster_flops,
+    normalisation_flops,
+    projection_flops,
+    regression_flops,
+    search_flops,
+    similarity_flops,
+    sketch_flops,
+    source_policy_flops,
+)
 from cads.paper import CCDS_TOKENS, ccds_parameters, forward_flops, selection_flops, training_flops
 from cads.tasks.networks import Network
+from cads.tasks.sketch import LanguageSketch
+from cads.trainer import TrainConfig
+from experiments import flops_overhead
 
 MODELS = Path(__file__).parents[1] / "experiments" / "configs" / "models"
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 80}
@@ -252,3 +273,196 @@ def test_bad_input(attempt, message):
 def test_an_unknown_architecture_is_measured():
     config = MistralConfig(**SMALL, num_key_value_heads=2, vocab_size=90)
     assert measure(config, (1, 16)) == measure(CONFIGS["llama"], (1, 16))
+
+
+@pytest.fixture
+def language(tmp_path):
+    """Makes a language task on the meta device: `language(config, accounting, **settings)`."""
+
+    def make(config, accounting="measured", **settings):
+        path = tmp_path / "config.json"
+        path.write_text(config.to_json_string())
+        settings = {"lora_targets": ["q_proj", "v_proj"], "dtype": "float32", "tokens": 24, "n_pool": 50, **settings}
+        task = LanguageSketch(model=str(path), **settings).sketch(TrainConfig(batch_size=4))
+        task.accounting = accounting
+        return task
+
+    return make
+
+
+def same_costs(one, other, pool):
+    assert other.forward_pool(pool) == pytest.approx(one.forward_pool(pool), rel=0.01)
+    assert other.per_usage(pool, 4) == pytest.approx(one.per_usage(pool, 4), rel=0.01)
+    assert other.optimizer_step == one.optimizer_step
+    assert other.tokens_per_example(pool) == one.tokens_per_example(pool)
+
+
+@pytest.mark.parametrize("kind", ["features", "sentences", "images", "cnn"])
+def test_analytic_and_measured_costs_agree_on_small_networks(request, kind):
+    task = request.getfixturevalue("images")(model="cnn") if kind == "cnn" else request.getfixturevalue(kind)()
+    analytic = Costs(task, "analytic")
+    assert analytic.accounting == "analytic"
+    same_costs(Costs(task), analytic, task.pool)
+    batch = task.pool.batch(np.arange(5))
+    assert analytic.usage(batch) == pytest.approx(task.costs.usage(batch), rel=0.01)
+    assert analytic.forward(batch) == pytest.approx(task.costs.forward(batch), rel=0.01)
+
+
+@pytest.mark.parametrize("lora_rank", [None, 4])
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
+def test_analytic_and_measured_costs_agree_on_transformers(language, lora_rank, checkpointing):
+    task = language(CONFIGS["llama"], lora_rank=lora_rank, checkpointing=checkpointing)
+    analytic = Costs(task, "analytic")
+    assert analytic.accounting == "analytic"
+    same_costs(task.costs, analytic, task.pool)
+
+
+def test_a_real_transformer_is_read_as_it_will_be_executed():
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"], attn_implementation="sdpa")
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    counted = count_flops(lambda: model(input_ids=tokens).logits.sum().backward())
+    assert read_transformer(model).flops(16)[1] == pytest.approx(counted, rel=0.01)
+    frozen = read_transformer(model.requires_grad_(False))
+    assert frozen.flops(16)[1] == frozen.flops(16)[0]
+
+
+@pytest.mark.parametrize("change", ["architecture", "frozen"])
+def test_a_model_without_closed_form_is_measured_and_this_is_said_once(language, caplog, change):
+    if change == "architecture":
+        task = language(MistralConfig(**SMALL, num_key_value_heads=2, vocab_size=90), lora_rank=None)
+    else:
+        task = language(CONFIGS["llama"], lora_rank=None)
+        whole = task.model(0)
+        whole.lm_head.requires_grad_(False)
+        task.model = lambda seed: whole
+    with caplog.at_level(logging.WARNING):
+        costs = Costs(task, "analytic")
+        for _ in range(2):
+            costs.per_usage(task.pool, 4)
+            costs.usage(task.pool.batch([0, 1]))
+    assert costs.accounting == "measured"
+    assert len(caplog.records) == 1
+    assert "falls back to `measured`" in caplog.text
+    assert costs.per_usage(task.pool, 4) == Costs(task).per_usage(task.pool, 4)
+
+
+def test_paper_costs_are_2nd_and_6nd(language, sentences):
+    task = language(CONFIGS["llama"], "paper", pool_tokens=500, lora_rank=4)
+    n = sum(from_config(CONFIGS["llama"]).n_parameters.values())
+    assert task.costs.forward_pool(task.pool) == pytest.approx(2 * n * 500)
+    assert task.costs.per_usage(task.pool, 4) == pytest.approx(6 * n * 10)
+    assert task.costs.tokens_per_example(task.pool) == pytest.approx(10)
+    assert task.costs.optimizer_step == 0
+    task = language(CONFIGS["llama"], "paper", paper_context=7)
+    context = ccds_parameters(from_config(CONFIGS["llama"]), 7)
+    assert task.costs.usage(task.pool.batch([0, 1])) == pytest.approx(6 * context * 2 * 24)
+    task = sentences()
+    batch = task.pool.batch(np.arange(3))
+    n = sum(p.numel() for p in task.model(0).parameters())
+    assert Costs(task, "paper").usage(batch) == pytest.approx(6 * n * batch.tokens)
+
+
+def test_an_accounting_that_is_not_supported_is_refused(images, features):
+    with pytest.raises(ConfigError, match="use measured or analytic"):
+        Costs(images(), "paper")
+    with pytest.raises(ConfigError, match=r"accounting = 'guess'.*measured.*analytic.*paper"):
+        Costs(features(), "guess")
+
+
+def test_adapters_alone_are_updated(language):
+    task = language(CONFIGS["llama"], "analytic", lora_rank=4)
+    parameters = lora_parameters(from_config(CONFIGS["llama"]), Lora(4, ("q_proj", "v_proj")))
+    assert task.costs.optimizer_step == parameters * (ADAMW_FLOPS + CLIP_FLOPS)
+
+
+class Counting(np.ndarray):
+    """An array that counts what is done with it: one FLOP an element, n - 1 for a sum of n."""
+
+    flops = 0
+    FREE = ("isnan", "less", "less_equal", "greater", "greater_equal", "equal", "not_equal", "maximum", "minimum")
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
+        plain = [np.asarray(x) if isinstance(x, Counting) else x for x in inputs]
+        if out is not None:
+            options["out"] = tuple(np.asarray(x) if isinstance(x, Counting) else x for x in out)
+        result = getattr(ufunc, method)(*plain, **options)
+        if ufunc.__name__ not in Counting.FREE:
+            work = {"expit": 4}.get(ufunc.__name__, 1)
+            Counting.flops += work * (np.size(plain[0]) - 1 if method == "reduce" else np.size(result))
+        return result.view(Counting) if isinstance(result, np.ndarray) else result
+
+
+def test_the_policies_of_cads_e_cost_what_they_execute():
+    rng = np.random.default_rng(0)
+    signals = [rng.random(3000).view(Counting) for _ in range(2)]
+    Counting.flops = 0
+    assert len(candidates(*signals)) == len(STEPS)
+    assert candidates_flops(3000, len(STEPS)) == pytest.approx(Counting.flops, rel=0.05)
+
+
+@given(n=st.integers(1, 9), m=st.integers(1, 9), d=st.integers(1, 9), k=st.integers(1, 9))
+@settings(deadline=None, max_examples=30)
+def test_products_around_the_model_cost_what_they_execute(n, m, d, k):
+    x, matrix, queries = torch.ones(n, d), torch.ones(d, k), torch.ones(m, d)
+    assert projection_flops(n, d, k) == count_flops(lambda: x @ matrix)
+    assert similarity_flops(m, n, d) == count_flops(lambda: queries @ x.T)
+    centres = torch.ones(k, d)
+    assert cluster_flops(n, k, d, 3) - 3 * (n + k) * d == count_flops(lambda: [x @ centres.T for _ in range(3)])
+    assert search_flops(m, n, k, k, d) == count_flops(lambda: (queries @ centres.T, queries @ x.T))
+    assert search_flops(m, n, k, 1, d) <= search_flops(m, n, k, k, d)
+
+
+def test_work_on_vectors_costs_what_it_executes():
+    g, m, v = (np.random.default_rng(i).random((4, 6)).view(Counting) for i in range(3))
+    Counting.flops = 0
+    g / np.sqrt((g * g).sum(axis=1, keepdims=True))
+    assert normalisation_flops(4, 6) == pytest.approx(Counting.flops, rel=0.1)
+    Counting.flops = 0
+    (0.9 * m + 0.1 * g) / np.sqrt(0.999 * v + 0.001 * g * g + 1e-8)
+    assert adam_direction_flops(4, 6) == Counting.flops
+    Counting.flops = 0
+    signs = np.ones(6)
+    np.sum(g * signs, axis=0)
+    assert sketch_flops(4, 6) == pytest.approx(Counting.flops, rel=0.05)
+
+
+def test_bm25_costs_what_it_executes():
+    texts = [[0, 1, 1, 2], [1, 3], [2, 2, 2, 3, 4]]
+    queries = [[1, 2], [3, 3]]
+    tf = np.array([[text.count(word) for word in range(5)] for text in texts])
+    rows, words = np.nonzero(tf)
+    length, mean = np.array([len(text) for text in texts]), 11 / 3
+    k1, b = 1.5, 0.75
+    norm = k1 * (1 - b + b * length / mean)
+    idf, f = np.linspace(1, 2, 5), tf[rows, words].astype(float).view(Counting)
+    Counting.flops = 0
+    weights = idf[words] * f * (k1 + 1) / (f + norm[rows])
+    matches = 0
+    scores = np.zeros(3)
+    for query in queries:
+        for word in query:
+            hits = np.flatnonzero(words == word)
+            scores[rows[hits]] += weights[hits] / len(queries)
+            matches += len(hits)
+    exact = Counting.flops + matches
+    assert exact <= bm25_flops(len(f), matches)
+    assert bm25_flops(len(f), matches) == pytest.approx(Counting.flops + 2 * matches, abs=4 * len(f))
+
+
+@given(sources=st.integers(1, 12), runs=st.integers(0, 40), steps=st.integers(0, 60))
+def test_learning_a_policy_over_sources_costs_more_with_more_of_anything(sources, runs, steps):
+    features = sources + sources * (sources - 1) // 2 + 1
+    drawn = len(enumerate_masks(sources)) - 1
+    least = source_policy_flops(sources, features, drawn, runs, steps)
+    assert least >= regression_flops(runs, features) >= 0
+    assert least <= source_policy_flops(sources, features, drawn, runs + 1, steps)
+    assert least <= source_policy_flops(sources, features, drawn, runs, steps + 1)
+    with pytest.raises(ConfigError, match="n_runs"):
+        source_policy_flops(sources, features, drawn, -1, steps)
+
+
+def test_the_overhead_of_counting_is_reported(tmp_path):
+    said = []
+    flops_overhead.main(["--out", str(tmp_path / "overhead.md"), "--steps", "20"], said.append)
+    assert "largest share" in said[0]
+    assert "| CNN | 64 |" in (tmp_path / "overhead.md").read_text()

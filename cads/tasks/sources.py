@@ -148,6 +148,15 @@ def make_sources(images: Images, specs: Sequence[SourceSpec], n_classes: int, se
     )
 
 
+def source_sizes(specs: Sequence[SourceSpec], counts: np.ndarray, n_classes: int) -> np.ndarray:
+    """How many examples each source gets, shape (S,), of `counts` images of each class (shape (n_classes,)).
+
+    Raises:
+        ConfigError: if a class is unknown. DataError: if a source asks for more examples than there are.
+    """
+    return _quotas(specs, counts, n_classes)[1]
+
+
 def _redraw(labels: np.ndarray, spec: SourceSpec, n_classes: int, rng: np.random.Generator) -> np.ndarray:
     """With probability `label_noise` another class, each of the others equally likely."""
     if spec.label_noise > 0 and n_classes < 2:

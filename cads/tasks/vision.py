@@ -93,7 +93,7 @@ class VisionConfig:
         names = [spec.name for spec in self.sources]
         if len(set(names)) < len(names):
             raise ConfigError(f"sources {names}: each needs its own name")
-        self._network()
+        self.network()
 
     def build(self, recipe: TrainConfig) -> VisionTask:
         """Load the data, divide it, make the sources.
@@ -117,13 +117,20 @@ class VisionConfig:
             target=target,
             test=test,
             classes=data.classes,
-            build_model=partial(self._network().build, data.train.shape, n_classes),
+            build_model=partial(self.network().build, data.train.shape, n_classes),
             recipe=recipe,
             truth=truth,
             name=f"vision/{self.dataset}",
         )
 
-    def _network(self) -> Network:
+    def sketch(self, recipe: TrainConfig) -> VisionTask:
+        """The task with shapes in place of images and of weights; see `cads.tasks.vision_sketch`."""
+        from cads.tasks.vision_sketch import sketch
+
+        return sketch(self, recipe)
+
+    def network(self) -> Network:
+        """Which network, but not yet for which images."""
         return Network(self.model, self.hidden, self.channels, self.stride, self.pretrained, self.download)
 
     def _load(self) -> ImageData:
@@ -144,24 +151,32 @@ class VisionConfig:
         """Positions of the candidates in the training split and their ids; target; test. All disjoint."""
         ids = _ids("train", len(data.train))
         order = np.random.default_rng((SPLIT, self.data_seed)).permutation(len(data.train))
+        n_test, n_target, n_pool = self.sizes(len(data.train), None if data.test is None else len(data.test))
         if data.test is None:
-            n_test = len(order) // 5 if self.n_test is None else self.n_test
             where, order = np.sort(order[:n_test]), order[n_test:]
             test = Pool(ids[where].tolist(), data.train.take(where), name="test set")
         else:
-            n_test = 0
             test = self._own_test(data.test)
-        n_target = max(1, len(order) // 10) if self.n_target is None else self.n_target
-        n_pool = max(1, len(order) - n_target) if self.n_pool is None else self.n_pool
-        if n_target + n_pool > len(order):
-            raise DataError(
-                f"n_target = {n_target} and n_pool = {n_pool} are more than the {len(order)} examples there "
-                f"are ({len(ids)} for training, less {n_test} for the test set): ask for fewer"
-            )
         where = np.sort(order[:n_target])
         target = Pool(ids[where].tolist(), data.train.take(where), name="target")
         where = np.sort(order[n_target : n_target + n_pool])
         return where, ids[where], target, test
+
+    def sizes(self, n_train: int, n_own_test: int | None) -> tuple[int, int, int]:
+        """Examples of test set, target and pool; without a test split of its own, the test set is of the training's."""
+        if n_own_test is None:
+            taken = n_test = n_train // 5 if self.n_test is None else self.n_test
+        else:
+            taken, n_test = 0, n_own_test if self.n_test is None else self.n_test
+        left = max(0, n_train - taken)
+        n_target = max(1, left // 10) if self.n_target is None else self.n_target
+        n_pool = max(1, left - n_target) if self.n_pool is None else self.n_pool
+        if n_target + n_pool > left:
+            raise DataError(
+                f"n_target = {n_target} and n_pool = {n_pool} are more than the {left} examples there "
+                f"are ({n_train} for training, less {taken} for the test set): ask for fewer"
+            )
+        return n_test, n_target, n_pool
 
     def _own_test(self, images: Images) -> Pool:
         where = np.arange(len(images))
@@ -212,8 +227,8 @@ class VisionTask(Task):
         self.name = name
         self._build_model = build_model
         for part in (pool, target, test):
-            _check_labels(_images(part), len(self.classes), part.ids.to_pylist(), part.name)
-        self.mean, self.std = channel_moments(_images(pool))
+            _check_labels(images_of(part), len(self.classes), part.ids.to_pylist(), part.name)
+        self.mean, self.std = channel_moments(images_of(pool))
 
     def model(self, seed: int) -> nn.Module:
         """A fresh network on the CPU."""
@@ -244,7 +259,7 @@ class VisionTask(Task):
     def metrics(self, model: nn.Module, pool: Pool) -> Metrics:
         """Loss and calibrated loss (nats per example), error and accuracy (0 to 1), in evaluation mode."""
         device = next(model.parameters()).device
-        labels, size = _images(pool).labels, _chunk_size(_images(pool))
+        labels, size = images_of(pool).labels, _chunk_size(images_of(pool))
         with _evaluating(model):
             pieces = [self.logits(model, batch.to(device)).cpu() for batch in pool.batches(size)]
         logits = torch.cat(pieces).double()
@@ -288,7 +303,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _images(pool: Pool) -> Images:
+def images_of(pool: Pool) -> Images:
+    """The payload of a pool of images.
+
+    Raises:
+        DataError: if it holds something else.
+    """
     if not isinstance(pool.examples, Images):
         raise DataError(f"the {pool.name} holds {type(pool.examples).__name__}: a vision task needs Images")
     return pool.examples

@@ -1,0 +1,31 @@
+"""How fast the machine multiplies matrices: the limit against which training is measured."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import torch
+
+SECONDS = 0.2
+"""Time for which products are repeated; the fastest counts, since others are disturbed."""
+SIZES = {"cpu": 1024, "cuda": 8192}
+"""Rows of the square matrices by type of device: large enough to be limited by arithmetic."""
+TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Data type of each precision of `TrainConfig`."""
+
+
+@cache
+def matmul_flops_per_second(device: str, precision: str = "no") -> float:
+    """FLOP/s of a matrix product, measured once for each device and precision."""
+    n = SIZES.get(torch.device(device).type, SIZES["cuda"])
+    a = torch.ones(n, n, dtype=TYPES[precision], device=device)
+    out = torch.empty_like(a)
+    fastest, started = float("inf"), time.perf_counter()
+    while time.perf_counter() < started + SECONDS:
+        begin = time.perf_counter()
+        torch.mm(a, a, out=out)
+        if out.is_cuda:
+            torch.cuda.synchronize(out.device)
+        fastest = min(fastest, time.perf_counter() - begin)
+    return 2 * n**3 / fastest

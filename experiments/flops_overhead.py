@@ -1,0 +1,140 @@
+"""What counting FLOPs costs: time spent on it in a training step, over the time of the step.
+
+    python -m experiments.flops_overhead --out experiments/results/flops_overhead.md
+
+The calls that a training step makes are timed inside the run itself; each shape is counted once, before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cads.budget import TRAIN, Ledger
+from cads.counting import attention_self_test
+from cads.draws import Draws, Epochs
+from cads.errors import CadsError
+from cads.flops import Costs
+from cads.task import Batch, Task
+from cads.tasks.vision import VisionConfig
+from cads.trainer import TrainConfig, Trainer
+
+ALLOWED = 0.01
+"""Share of a step."""
+WARM_UP = 50
+"""Steps before the clock is read."""
+
+
+class TimedCosts(Costs):
+    """Costs that add up the time spent on counting while a model trains.
+
+    Attributes:
+        seconds: of each call of `usage`.
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.seconds: list[float] = []
+
+    def usage(self, batch: Batch) -> float:
+        """As `Costs.usage`, timed; what reading the clock takes is taken off."""
+        before, begin = time.perf_counter(), time.perf_counter()
+        flops = super().usage(batch)
+        self.seconds.append(time.perf_counter() - begin - (begin - before))
+        return flops
+
+
+@dataclass
+class Row:
+    """One network: seconds of a step, of counting in it, and of counting its shape once."""
+
+    name: str
+    batch_size: int
+    step: float
+    counting: float
+    once: float
+
+    @property
+    def share(self) -> float:
+        """Of counting in a step."""
+        return self.counting / self.step
+
+
+def measure(name: str, batch_size: int, steps: int, **settings: str | int) -> Row:
+    """Train on the digits and time it."""
+    config = VisionConfig(dataset="digits", **settings)  # type: ignore[arg-type]
+    task = config.build(TrainConfig(batch_size=batch_size))
+    costs = TimedCosts(task)
+    task.costs = costs
+    begin = time.perf_counter()
+    step = costs.per_usage(task.pool, batch_size) * batch_size
+    once = time.perf_counter() - begin
+    trainer, stream = Trainer(task, Ledger()), Epochs(np.arange(len(task.pool)), 0)
+    draws, model = Draws(task.pool, [stream], batch_size), task.model(0)
+    trainer.fit(model, draws, WARM_UP * step, seed=0, phase=TRAIN, stage="warm-up")
+    costs.seconds.clear()
+    fit = trainer.fit(model, draws, steps * step, seed=0, phase=TRAIN, stage="timed")
+    # Medians: what else runs on the machine now and then interrupts a call of a microsecond for milliseconds.
+    return Row(name, batch_size, fit.seconds / len(fit.losses), float(np.median(costs.seconds)), once)
+
+
+def report(rows: list[Row], command: str) -> str:
+    """The results file."""
+    worst = max(rows, key=lambda row: row.share)
+    lines = [
+        "# What counting FLOPs costs",
+        "",
+        f"    {command}",
+        "",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads. Digits (8x8 images). Every step of the trainer "
+        "looks up the FLOPs of its batch by shape; the time of that look-up (median) over the mean "
+        "time of a step. Counting a shape for the first time happens once in a run.",
+        "",
+        f"The largest share is {worst.share:.2%} ({worst.name}, batch {worst.batch_size}); {ALLOWED:.0%} is allowed.",
+        "",
+        "| network | batch | step, ms | counting in it, ms | share | counting a shape once, ms |",
+        "|---|---:|---:|---:|---:|---:|",
+        *(
+            f"| {r.name} | {r.batch_size} | {1e3 * r.step:.3f} | {1e3 * r.counting:.4f} | {r.share:.2%} "
+            f"| {1e3 * r.once:.1f} |"
+            for r in rows
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None, show: Callable[[str], None] = print) -> int:
+    """Write the table; returns 1 if a share is beyond what is allowed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument("--steps", type=int, default=500, help="training steps that are timed")
+    options = parser.parse_args(arguments)
+    # Whatever counting loads when it is first used is no part of counting a shape.
+    attention_self_test()
+    try:
+        rows = [
+            measure("MLP, 16 hidden units", 8, options.steps, model="mlp", hidden=16),
+            measure("MLP, 128 hidden units", 64, options.steps, model="mlp", hidden=128),
+            measure("CNN", 64, options.steps, model="cnn"),
+        ]
+        command = shlex.join(["python", "-m", "experiments.flops_overhead", *(arguments or sys.argv[1:])])
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(report(rows, command))
+    except (CadsError, OSError) as error:
+        show(f"error: {error}")
+        return 1
+    worst = max(row.share for row in rows)
+    show(f"largest share {worst:.2%}: {options.out}")
+    return int(worst > ALLOWED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
