@@ -35,11 +35,13 @@ REFERENCE_SHARE = 0.25
 MOST_FOR_SCORES = 0.6
 """Share of the allowance that theta, u and their passes over the pool may take; the rest compares on the target."""
 STEPS = (
-    (0.55, 1.0), (0.7, 0.5), (0.55, 0.0), (0.85, 1.0), (0.4, 1.0), (0.85, 0.0), (0.7, 1.0), (0.4, 0.5),
-    (0.25, 1.0), (0.7, 0.0), (0.85, 0.5), (0.55, 0.5), (0.4, 0.0), (0.25, 0.0),
+    (0.6, 0.0), (0.7, -1.0), (0.85, 0.0), (0.6, 1.0), (0.5, -1.0), (0.85, -1.0), (0.5, 0.0), (0.7, 1.0),
+    (0.4, 1.0), (0.7, 0.0), (0.6, -1.0), (0.85, 1.0), (0.4, 0.0), (0.25, 1.0), (0.25, 0.0),
 )  # fmt: skip
 """Steps that are tried, widest spread first: the expected share of the pool that is kept, which is the length of
-the step, and the weight c2/c1 of l*, which must come from the data (at small budgets l* carries no signal)."""
+the step, and the weight c2/c1 of l*, which must come from the data. Positive, it cancels what u has learned by
+heart, as in the penalty; at few passes u has learned nothing by heart and l* carries no such signal, but u is one
+more opinion on what belongs to the task: there the weight is negative."""
 SHARPNESS = 3.0
 """Slope of the probabilities in the standardised signal."""
 NOTHING = "the allowance buys no scores, or no short runs: the full pool is returned"
@@ -63,9 +65,9 @@ class Candidate:
 class CadsExamples:
     """CADS-E: selection probabilities for single examples; sources are not needed.
 
-    theta is fitted to the target and u to the pool; each candidate policy is one step along the penalty's
-    gradient from the uniform policy, of its own length and weight on l*. A ladder of short runs finds the best
-    one on the target, the full pool among them throughout.
+    theta is fitted to one half of the target and u to the pool; each candidate policy is one step along the
+    penalty's gradient from the uniform policy, of its own length and weight on l*, the same in each class. A ladder
+    of short runs finds the best one on the other half of the target, the full pool among them throughout.
     """
 
     allowance: float | None = None
@@ -85,7 +87,7 @@ class CadsExamples:
             return uniform(task, budget, method="cads-e", seed=seed, ledger=ledger, notes={"guard": note})
         division = divide(task, budget, self.allowance, ALLOWANCE)
         spent = Ledger(limit=division.selection)
-        inner = Inner(task, spent, monitor, self.outer)
+        inner = Inner(task, spent, monitor, self.outer, held_out=True)
         try:
             return self._search(inner, budget, division.training, seed, ledger)
         finally:
@@ -94,7 +96,7 @@ class CadsExamples:
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `Selector`."""
         division = divide(task, budget, self.allowance, ALLOWANCE)
-        purse, n = Planned(task, division.selection), len(task.pool)
+        purse, n = Planned(task, division.selection, held_out=True), len(task.pool)
         theta, u = score_flops(purse, division.training)
         nothing = PlannedLedger(purse.ledger.limit, NOTHING)
         if not theta:
@@ -114,7 +116,7 @@ class CadsExamples:
     def _search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
         task, monitor = inner.task, inner.monitor
         signals = example_losses(inner, training, seed)
-        policies = candidates(*signals)
+        policies = candidates(*signals, task.groups(task.pool))
         inner.learn(candidates_flops(len(task.pool), len(policies)))
         rungs = inner.ladder(training)
         if not rungs:
@@ -193,18 +195,23 @@ def affordable_steps(*, with_reach: bool) -> list[tuple[float, float]]:
     return [(kept, weight) for kept, weight in STEPS if with_reach or not weight]
 
 
-def candidates(from_theta: np.ndarray, from_u: np.ndarray | None) -> list[Candidate]:
+def candidates(from_theta: np.ndarray, from_u: np.ndarray | None, groups: np.ndarray | None = None) -> list[Candidate]:
     """Policies one gradient step away from the uniform one, for each of `STEPS`.
 
     The Rao-Blackwellised gradient in s_i is proportional to `l_i(theta) - (c2/c1) l_i(u)` minus its mean. A
     step in the logits leaves `s_i = sigmoid(k (q - z_i))`, z the standardised signal; its length is given by
-    the share of the pool with s_i > 1/2, so q is that quantile of z.
+    the share of the pool with s_i > 1/2, so q is that quantile of z, in each of `groups` (shape (N,)) if given.
     """
+    members = (
+        [np.arange(len(from_theta))] if groups is None else [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    )
     found = []
     for kept, weight in affordable_steps(with_reach=from_u is not None):
         signal = from_theta if from_u is None else from_theta - weight * from_u
         z = (signal - signal.mean()) / max(float(signal.std()), 1e-12)
-        found.append(Candidate(expit(SHARPNESS * (np.quantile(z, kept) - z)), weight, kept))
+        for group in members:
+            z[group] -= np.quantile(z[group], kept)
+        found.append(Candidate(expit(-SHARPNESS * z), weight, kept))
     return found
 
 

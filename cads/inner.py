@@ -46,11 +46,18 @@ class Purse:
     Args:
         task: what is trained.
         ledger: charged for training and for measuring.
+        held_out: whether theta is fitted to one half of the target and models are measured on the other. Where
+            theta decides on single examples, a measure on what it was fitted to would flatter them.
     """
 
-    def __init__(self, task: Task, ledger: Ledger) -> None:
+    def __init__(self, task: Task, ledger: Ledger, *, held_out: bool = False) -> None:
         self.task = task
         self.ledger = ledger
+        self.fitted = self.measured = task.target
+        if held_out and len(task.target) > 1:
+            order = np.random.default_rng(0).permutation(len(task.target))
+            self.fitted = task.target.part(np.sort(order[::2]), "target, half for theta")
+            self.measured = task.target.part(np.sort(order[1::2]), "target, half to measure on")
 
     @property
     def step_flops(self) -> float:
@@ -60,7 +67,7 @@ class Purse:
     @property
     def measuring_flops(self) -> float:
         """Measuring one model on the target."""
-        return self.task.costs.forward_pool(self.task.target)
+        return self.task.costs.forward_pool(self.measured)
 
     def scoring_flops(self, count: int) -> float:
         """One forward pass over `count` examples of the pool."""
@@ -69,7 +76,7 @@ class Purse:
     def target_flops(self, share: float, passes: float, training: float) -> float:
         """For theta: a share of the final training, but no more passes over the target than `passes`."""
         batch_size = self.task.recipe.batch_size
-        return min(share * training, passes * self._step(self.task.target) / batch_size * len(self.task.target))
+        return min(share * training, passes * self._step(self.fitted) / batch_size * len(self.fitted))
 
     def ladder(self, training: float, per_rung: float = 0.0) -> list[Rung]:
         """The short runs that what is left of the ledger buys, for a final training of `training` FLOPs."""
@@ -90,8 +97,8 @@ class Planned(Purse):
 
     ledger: PlannedLedger
 
-    def __init__(self, task: Task, limit: float) -> None:
-        super().__init__(task, PlannedLedger(limit))
+    def __init__(self, task: Task, limit: float, *, held_out: bool = False) -> None:
+        super().__init__(task, PlannedLedger(limit), held_out=held_out)
 
     def run(self, runs: int, flops: float, *, stage: str) -> None:
         """Train `runs` models on the pool, and measure them."""
@@ -106,7 +113,7 @@ class Planned(Purse):
 
     def fit_target(self, flops: float, *, stage: str) -> None:
         """Train theta on the target."""
-        self._train(self.task.target, 1, flops, stage)
+        self._train(self.fitted, 1, flops, stage)
 
     def _train(self, pool: Pool, runs: int, flops: float, stage: str) -> None:
         step = self._step(pool)
@@ -125,10 +132,19 @@ class Inner(Purse):
         ledger: charged for training and for measuring.
         monitor: shows progress.
         outer: the objective, by name or callable; None for the task's own.
+        held_out: see `Purse`.
     """
 
-    def __init__(self, task: Task, ledger: Ledger, monitor: Monitor, outer: str | Objective | None = None) -> None:
-        super().__init__(task, ledger)
+    def __init__(
+        self,
+        task: Task,
+        ledger: Ledger,
+        monitor: Monitor,
+        outer: str | Objective | None = None,
+        *,
+        held_out: bool = False,
+    ) -> None:
+        super().__init__(task, ledger, held_out=held_out)
         self.monitor = monitor
         self._outer = outer
         self.trainer = Trainer(task, ledger, monitor)
@@ -151,9 +167,8 @@ class Inner(Purse):
 
     def measure(self, model: nn.Module, stage: str) -> float:
         """The outer objective of one model on the target."""
-        target = self.task.target
-        self.ledger.charge(SELECT, stage, self.measuring_flops, usages=0)
-        return self.task.objective(model.to(self.trainer.accelerator.device), self._outer) if len(target) else 0.0
+        self.ledger.charge(SELECT, stage, self.measuring_flops)
+        return self.task.objective(model.to(self.trainer.accelerator.device), self._outer, self.measured)
 
     def losses(self, model: nn.Module, positions: np.ndarray, *, stage: str) -> np.ndarray:
         """The loss of each pool example at `positions` (shape (n,)), nats, shape (n,); one forward pass."""
@@ -171,8 +186,8 @@ class Inner(Purse):
         return losses
 
     def fit_target(self, flops: float, *, seed: int, stage: str) -> nn.Module:
-        """theta: a model trained on the target alone for `flops`."""
-        stream = Epochs(np.arange(len(self.task.target)), seed)
-        draws = Draws(self.task.target, [stream], self.task.recipe.batch_size)
+        """theta: a model trained on the target (or its half) alone for `flops`."""
+        stream = Epochs(np.arange(len(self.fitted)), seed)
+        draws = Draws(self.fitted, [stream], self.task.recipe.batch_size)
         fit = self.trainer.fit(self.task.model(seed), draws, flops, seed=seed, phase=SELECT, stage=stage)
         return fit.models[0]

@@ -105,6 +105,10 @@ class Examples(Protocol):
         """Collate the examples at `positions` (int64, shape (B,))."""
         ...
 
+    def take(self, positions: np.ndarray) -> Examples:
+        """The examples at `positions` alone, in that order."""
+        ...
+
     def shapes(self) -> tuple[np.ndarray, np.ndarray]:
         """Which examples cost the same.
 
@@ -211,6 +215,11 @@ class Pool:
         for start in range(0, len(positions), size):
             yield self.batch(positions[start : start + size])
 
+    def part(self, positions: np.ndarray, name: str) -> Pool:
+        """The pool of the examples at `positions`, without sources."""
+        positions = np.asarray(positions, dtype=np.int64)
+        return Pool(self.ids.take(positions), self.examples.take(positions), name=name)
+
     def in_sources(self, mask: np.ndarray) -> np.ndarray:
         """Positions of all examples whose source is chosen by `mask` (bool, shape (S,))."""
         if self.sources is None:
@@ -269,6 +278,13 @@ class Task(ABC):
         It is one forward pass over the pool; the caller charges it.
         """
 
+    def groups(self, pool: Pool) -> np.ndarray | None:
+        """Groups within which examples compete for selection (for classifiers the labels), int, shape (N,), or None.
+
+        Hard classes have higher losses: without groups a selector by losses would thin them out.
+        """
+        return None
+
     @cached_property
     def costs(self) -> Costs:
         """What one example costs, counted once per shape."""
@@ -284,16 +300,18 @@ class Task(ABC):
         """
         return float(sum(p.numel() for p in model.parameters())), float(batch.tokens)
 
-    def objective(self, model: nn.Module, outer: str | Objective | None = None) -> float:
-        """The outer objective of `model` on the target: a metric by name, or any callable. Lower is better.
+    def objective(self, model: nn.Module, outer: str | Objective | None = None, pool: Pool | None = None) -> float:
+        """The outer objective of `model` on the target, or on `pool`: a metric by name, or any callable.
+
+        Lower is better.
 
         Raises:
             ConfigError: if `outer` names no metric of this task.
         """
         outer = self.outer if outer is None else outer
         if callable(outer):
-            return float(outer(self, model, self.target))
-        metrics = self.metrics(model, self.target)
+            return float(outer(self, model, pool or self.target))
+        metrics = self.metrics(model, pool or self.target)
         if outer not in metrics:
             raise ConfigError(f"outer = {outer!r} is no metric of {self.name}: choose from {sorted(metrics)}")
         return metrics[outer]

@@ -51,6 +51,9 @@ class Rows:
             answer_tokens=len(positions),
         )
 
+    def take(self, positions: np.ndarray) -> Rows:
+        return Rows(self.rows[positions], self.labels[positions], self.lengths[positions])
+
     def shapes(self) -> tuple[np.ndarray, np.ndarray]:
         _, representatives, codes = np.unique(self.lengths, return_index=True, return_inverse=True)
         return representatives, codes

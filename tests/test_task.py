@@ -33,6 +33,9 @@ class Numbers:
         positions = torch.as_tensor(positions)
         return Batch({"x": self.values[positions]}, positions, positions, len(positions), len(positions))
 
+    def take(self, positions):
+        return Numbers(self.values[positions])
+
     def shapes(self):
         return np.zeros(1, dtype=np.int64), np.zeros(len(self), dtype=np.int64)
 

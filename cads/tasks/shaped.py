@@ -48,6 +48,10 @@ class Shaped:
             answer_tokens=n * self._tokens,
         )
 
+    def take(self, positions: np.ndarray) -> Shaped:
+        """As many as there are positions."""
+        return Shaped(len(positions), self._inputs, self._labels, self._tokens)
+
     def shapes(self) -> tuple[np.ndarray, np.ndarray]:
         """One shape for all."""
         return np.zeros(1, dtype=np.int64), np.zeros(self._n, dtype=np.int64)

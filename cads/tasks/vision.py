@@ -236,6 +236,10 @@ class VisionTask(Task):
             torch.default_generator.manual_seed(seed)
             return self._build_model()
 
+    def groups(self, pool: Pool) -> np.ndarray | None:
+        """The labels."""
+        return images.labels.numpy() if isinstance(images := pool.examples, Images) else None
+
     def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Scores of the classes, shape (B, n_classes)."""
         images = batch.inputs["images"].float()
