@@ -171,10 +171,10 @@ class Ledger:
     def table(self) -> Table:
         """The account as a table for the terminal."""
         table = Table(title="FLOPs by stage", title_justify="left")
-        table.add_column("phase")
-        table.add_column("stage")
-        for column in ("FLOPs", "share", "usages", "tokens", "answer tokens", "seconds"):
-            table.add_column(column, justify="right")
+        table.add_column("phase", no_wrap=True)
+        table.add_column("stage", overflow="fold")
+        for column in ("FLOPs", "share", "usages", "tokens", "answers", "seconds"):
+            table.add_column(column, justify="right", no_wrap=True)
         whole = self.total().flops or 1.0
         rows: list[tuple[str, str, Entry]] = [(p, s, e) for (p, s), e in self.entries.items()]
         for phase, stage, e in [*rows, ("total", "", self.total())]:

@@ -55,6 +55,8 @@ class Epochs:
 class Weighted:
     """Draws with replacement, position i in proportion to weights[i] (shape (N,), >= 0, not all 0).
 
+    What stands at a place depends on how the sequence is cut: take the same number at a time.
+
     Raises:
         DataError: if the weights are negative, not finite, or all zero.
     """

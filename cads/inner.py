@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cads.budget import SELECT, Ledger, PlannedLedger
-from cads.draws import Draws, Epochs, Stream
+from cads.draws import Draws, Stream
 from cads.errors import DataError
 from cads.monitor import Monitor
 from cads.optimizer import Rung, ladder
@@ -185,9 +185,30 @@ class Inner(Purse):
             raise DataError(f"{stage}: the loss of examples such as {bad} is not finite: look at these examples")
         return losses
 
-    def fit_target(self, flops: float, *, seed: int, stage: str) -> nn.Module:
-        """theta: a model trained on the target (or its half) alone for `flops`."""
-        stream = Epochs(np.arange(len(self.fitted)), seed)
-        draws = Draws(self.fitted, [stream], self.task.recipe.batch_size)
-        fit = self.trainer.fit(self.task.model(seed), draws, flops, seed=seed, phase=SELECT, stage=stage)
+    def fit_target(
+        self,
+        flops: float,
+        *,
+        seed: int,
+        stage: str,
+        model: nn.Module | None = None,
+        stream: Stream | None = None,
+        target_fraction: float = 1.0,
+    ) -> nn.Module:
+        """theta: a model trained on the target (or its half) for `flops`.
+
+        Args:
+            model: where to go on from; None for fresh weights.
+            stream: of pool examples that fill up each batch beside `target_fraction` of the target.
+        """
+        draws = Draws(
+            self.task.pool,
+            [] if stream is None else [stream],
+            self.task.recipe.batch_size,
+            target=self.fitted,
+            target_fraction=target_fraction,
+            seed=seed,
+        )
+        start = self.task.model(seed) if model is None else model
+        fit = self.trainer.fit(start, draws, flops, seed=seed, phase=SELECT, stage=stage)
         return fit.models[0]

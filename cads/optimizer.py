@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,15 +62,16 @@ def divide(task: Task, budget: Budget, allowance: float | None, default: float) 
             `COUNTED_ALLOWANCE` if the budget must cover selection.
 
     Raises:
-        ConfigError: if the allowance is negative. BudgetError: if the budget does not buy one step.
+        ConfigError: if the allowance is negative or not finite.
+        BudgetError: if what is left for training does not buy one step.
     """
     total = budget.flops(task)
     if allowance is None:
         allowance = COUNTED_ALLOWANCE if budget.count_selection else default
-    if allowance < 0:
-        raise ConfigError(f"allowance = {allowance}: it must be >= 0, in units of the training FLOPs")
-    check_step(task, total)
+    if not (math.isfinite(allowance) and allowance >= 0):
+        raise ConfigError(f"allowance = {allowance}: it must be finite and >= 0, in units of the training FLOPs")
     training = total / (1 + allowance) if budget.count_selection else total
+    check_step(task, training)
     return Division(training, allowance * training)
 
 

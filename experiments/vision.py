@@ -88,15 +88,24 @@ class Cell:
 
 
 def read_grid(path: Path) -> Grid:
-    """The grid in a YAML file; unknown keys are errors."""
+    """The grid in a YAML file.
+
+    Raises:
+        ConfigError: if it cannot be read, or a key, value, method or option is unknown.
+    """
     try:
         given = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    given["methods"] = [{"method": m} if isinstance(m, str) else m for m in given.get("methods", [])]
+    if not isinstance(given, dict) or not isinstance(given.get("methods"), list):
+        raise ConfigError(f"{path} must map names to values, `methods` to a list of methods among them")
+    given["methods"] = [{"method": m} if isinstance(m, str) else m for m in given["methods"]]
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Grid, None)
-    grid = Grid(**vars(parser.instantiate(parser.parse_object(given))))
+    try:
+        grid = Grid(**vars(parser.instantiate(parser.parse_object(given))))
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be used: {error}") from error
     for entry in grid.methods:
         build_selector(entry.method, entry.options)
     return grid

@@ -142,7 +142,7 @@ def permuted(task):
 
 @every
 def test_a_permuted_pool_changes_nothing(task, chosen, name):
-    if name in ("cads-s", "cads-e"):
+    if name.startswith("cads-"):
         pytest.skip("short runs visit the pool in an order drawn by position, so their losses differ slightly")
     before, after = chosen(name).selection, choose(permuted(task), name).selection
 
