@@ -11,11 +11,15 @@ from cads.estimator import fit_control
 RIDGES = np.logspace(-3, 3, 13)
 """Strengths of shrinkage among which leave-one-out chooses, relative to the summed weight of the runs."""
 
+HORIZON = 2.0
+"""h is read off at this multiple of the highest fidelity measured, though at most at the whole budget: trends over
+fidelity go on, but three points do not carry far."""
+
 Function = Callable[[np.ndarray], np.ndarray]
 
 
 class Control:
-    """h(m) = c1 R(m) - c2 l*(m) + w . phi(m), fitted to measured objectives.
+    """h(m; f) = c1 R(m) - c2 l*(m) + (w + v log f) . phi(m), fitted to objectives measured at fidelities f.
 
     c1, c2 >= 0 are fitted first (`estimator.fit_control`); a ridge regression on phi, with the strength chosen
     by leave-one-out, takes what they leave. Where the penalty is blind c1 and c2 vanish; where it is sharp the
@@ -25,12 +29,14 @@ class Control:
         draws: what was run, shape (K, S).
         values: the measured objective F, shape (K,); not finite ones are left out.
         weights: trust in each value, shape (K,), > 0.
+        fidelity: share of the budget that each run had, shape (K,).
         features: phi, maps draws (M, S) to (M, P).
         risk: R, maps draws to nats (M,).
         reach: l*, maps draws to nats (M,).
 
     Attributes:
         c1, c2: the weights of the penalty.
+        horizon: the fidelity at which h is read off.
         loo_error: root mean square of the left-out residuals of the regression, in the unit of the values.
     """
 
@@ -39,6 +45,7 @@ class Control:
         draws: np.ndarray,
         values: np.ndarray,
         weights: np.ndarray,
+        fidelity: np.ndarray,
         *,
         features: Function,
         risk: Function,
@@ -48,19 +55,26 @@ class Control:
         draws, values, weights = draws[sound], values[sound], weights[sound]
         self._features, self.risk, self.reach = features, risk, reach
         self.c1, self.c2 = fit_control(values, risk(draws), reach(draws))
-        x, y = features(draws), values - self._penalty(draws)
+        x, y = self._inputs(draws, fidelity[sound]), values - self._penalty(draws)
         total = weights.sum()
         self._x_mean, self._y_mean = weights @ x / total, float(weights @ y / total)
         x = x - self._x_mean
         self._x_scale = np.sqrt(weights @ x**2 / total)
         self._x_scale[self._x_scale < 1e-9] = np.inf
+        self.horizon = min(1.0, HORIZON * float(fidelity[sound].max()))
         root = np.sqrt(weights)[:, None]
         self._coefficients, self.loo_error = _ridge(root * (x / self._x_scale), root[:, 0] * (y - self._y_mean))
 
-    def __call__(self, draws: np.ndarray) -> np.ndarray:
-        """h of each row of draws (M, S), shape (M,)."""
-        x = (self._features(draws) - self._x_mean) / self._x_scale
+    def __call__(self, draws: np.ndarray, fidelity: float | None = None) -> np.ndarray:
+        """h of each row of draws (M, S) after a run of that fidelity (None: the horizon), shape (M,)."""
+        inputs = self._inputs(draws, np.full(len(draws), self.horizon if fidelity is None else fidelity))
+        x = (inputs - self._x_mean) / self._x_scale
         return np.asarray(self._penalty(draws) + self._y_mean + x @ self._coefficients)
+
+    def _inputs(self, draws: np.ndarray, fidelity: np.ndarray) -> np.ndarray:
+        """phi, and how it changes with the fidelity: phi log f, which vanishes where f = 1."""
+        x = self._features(draws)
+        return np.hstack([x, x * np.log(fidelity)[:, None]])
 
     def _penalty(self, draws: np.ndarray) -> np.ndarray:
         return self.c1 * self.risk(draws) - self.c2 * self.reach(draws)

@@ -20,9 +20,9 @@ COUNTED_ALLOWANCE = 1 / 3
 FIDELITIES = (1 / 16, 1 / 8, 1 / 4)
 """Shares of the budget (and of each source) of the short runs, smallest first."""
 KEPT_PASSES = 16
-"""Short runs see as many passes as the full one, up to this many; above it they see more of the data instead. What
-is worth training on changes with the number of passes and with the amount of data; by 16 passes noise is learned
-by heart, and more passes change the ranking less than less data does."""
+"""Short runs see as many passes as the full one, up to this many; above it they lose passes and examples alike (the
+share of the data is multiplied by the root of the excess). What is worth training on changes with both: fewer
+passes hide what will be learned by heart, fewer examples make quantity look dear."""
 MIN_STEPS = 40
 """Steps of the shortest run that tells anything: below it validation losses are noise."""
 
@@ -120,7 +120,7 @@ def ladder(
         per_rung: FLOPs on top of each rung, for learning from it.
     """
     fidelities = sorted({min(1.0, max(f, MIN_STEPS * step / training)) for f in FIDELITIES})
-    thinner = max(1.0, passes / KEPT_PASSES)
+    thinner = max(1.0, math.sqrt(passes / KEPT_PASSES))
     while fidelities:
         share = max(0.0, allowance / len(fidelities) - per_rung)
         rungs = [

@@ -57,12 +57,15 @@ class Trials:
     reached: np.ndarray
 
     def value(self, draws: np.ndarray, control: Control) -> np.ndarray:
-        """What each draw promises, shape (M,): h, or the mean of h and of its latest measured gain if it has one."""
+        """What each draw promises at full fidelity, shape (M,): h, and half of what h missed in its latest run."""
         values = control(draws) - control(self.draws[:1])
-        latest = {row.tobytes(): gain for row, gain in zip(self.draws, self.gains, strict=True) if np.isfinite(gain)}
+        missed: dict[bytes, float] = {}
+        for row, gain, fidelity in zip(self.draws, self.gains, self.fidelity, strict=True):
+            if np.isfinite(gain):
+                pair = control(np.stack([row, self.draws[0]]), fidelity)
+                missed[row.tobytes()] = gain - float(pair[0] - pair[1])
         for i, row in enumerate(draws):
-            if row.tobytes() in latest:
-                values[i] = (values[i] + latest[row.tobytes()]) / 2
+            values[i] += missed.get(row.tobytes(), 0.0) / 2
         return values
 
     def extended(self, draws: np.ndarray, runs: Runs, reached: np.ndarray, fidelity: float) -> Trials:
@@ -152,7 +155,7 @@ class CadsSources:
                 reached = extrapolate(runs.flops, runs.losses, training)
             trials = trials.extended(draws, runs, reached, rung.fidelity)
             control = self._control(space, trials, risk, rung)
-            policy = improve(space, policy, control, draws, runs.objective - runs.objective[0], seed)
+            policy = improve(space, policy, control, draws, runs.objective - runs.objective[0], rung.fidelity, seed)
             inner.learn(update_flops(space, len(trials.gains)))
             self._watch(monitor, space, policy, control, trials, height)
         assert control is not None
@@ -180,6 +183,7 @@ class CadsSources:
         return Control(
             trials.draws,
             trials.gains,
+            trials.fidelity,
             trials.fidelity,
             features=space.features,
             risk=lambda draws: mean_over_sources(space.weights(draws), space.sizes, risk),
@@ -314,7 +318,15 @@ def source_selection(task: Task, space: Space, draw: np.ndarray, policy: Policy,
     )
 
 
-def improve(space: Space, policy: Policy, control: Control, draws: np.ndarray, gains: np.ndarray, seed: int) -> Policy:
+def improve(
+    space: Space,
+    policy: Policy,
+    control: Control,
+    draws: np.ndarray,
+    gains: np.ndarray,
+    fidelity: float,
+    seed: int,
+) -> Policy:
     """Move the policy along the corrected gradient, on the latest runs, weighted as it moves away from them.
 
     The first draw is the full pool, which the policy did not propose: it is no sample. With fewer than two
@@ -326,7 +338,7 @@ def improve(space: Space, policy: Policy, control: Control, draws: np.ndarray, g
         sound &= np.isin(draws, (0, 1)).all(axis=1)
         draws = draws.astype(bool)
     draws, gains = draws[sound], gains[sound]
-    held = control(draws)
+    held = control(draws, fidelity)
     start = space.explore(policy).log_prob(draws)
     masks = None
     if isinstance(policy, BernoulliPolicy) and policy.n <= ENUMERATED:
