@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
@@ -80,6 +80,9 @@ def build_selector(name: str, options: Mapping[str, Any] | None = None) -> Selec
     unknown = sorted(map(str, set(options) - known))
     if unknown:
         raise ConfigError(f"options {unknown} of method {name!r} are unknown: it has {sorted(known)}")
+    missing = [f.name for f in fields(found) if f.default is f.default_factory is MISSING and f.name not in options]
+    if missing:
+        raise ConfigError(f"method {name!r} cannot be made without options {missing}: give --options.{missing[0]}")
     try:
         built: Selector = found(**options)
     except TypeError as error:

@@ -172,9 +172,10 @@ def reach(draws):
     return 2 - draws[:, 1]
 
 
-def control(draws, values, weights=None):
+def control(draws, values, weights=None, fidelity=None):
     weights = np.ones(len(draws)) if weights is None else weights
-    return Control(draws, values, weights, features=features, risk=risk, reach=reach)
+    fidelity = np.ones(len(draws)) if fidelity is None else fidelity
+    return Control(draws, values, weights, fidelity, features=features, risk=risk, reach=reach)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +237,21 @@ def test_a_constant_and_the_order_of_runs_change_nothing(seed, constant):
     expected = control(CUBE, values, weights)(CUBE)
     np.testing.assert_allclose(control(CUBE[order], values[order], weights[order])(CUBE), expected, atol=1e-7)
     np.testing.assert_allclose(control(CUBE, values + constant, weights)(CUBE), expected + constant, atol=1e-6)
+
+
+def test_the_trend_over_fidelities_goes_on_to_the_horizon():
+    """What is best changes with the budget: item 2 helps in short runs and hurts in long ones."""
+
+    def law(draws, fidelity):
+        return draws[:, 2] * (1 + 0.8 * np.log(fidelity)) - draws[:, 3]
+
+    fidelity = np.repeat([1 / 16, 1 / 8, 1 / 4], len(CUBE))
+    draws = np.tile(CUBE, (3, 1))
+    fitted = control(draws, law(draws, fidelity), fidelity=fidelity)
+    assert fitted.horizon == pytest.approx(1 / 2)
+    short, long = fitted(CUBE, 1 / 16), fitted(CUBE)
+    np.testing.assert_allclose(long - long.mean(), law(CUBE, 1 / 2) - law(CUBE, 1 / 2).mean(), atol=0.15)
+    np.testing.assert_allclose(short - short.mean(), law(CUBE, 1 / 16) - law(CUBE, 1 / 16).mean(), atol=0.15)
 
 
 def test_runs_that_diverged_have_no_say():

@@ -23,13 +23,14 @@ def test_example_runs_as_printed(capsys):
 def test_commands_run_as_printed(tmp_path, monkeypatch):
     if not Path("/usr/share/datasets/fashion-mnist").exists():
         pytest.skip("needs the Debian package dataset-fashion-mnist")
-    commands = re.findall(r"^    (cads (?:select|train) .*)$", README, re.MULTILINE)
-    assert len(commands) == 2
+    commands = re.findall(r"^    (cads (?:plan|select|train) .*)$", README, re.MULTILINE)
+    assert [c.split()[1] for c in commands] == ["plan", "select", "train"]
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
     for command in commands:
         words = [w.strip('"') for w in re.findall(r'"[^"]*"|\S+', command)][1:]
-        assert main([*words, "--task.n_pool", "2000", "--progress", "false"]) == 0
+        quiet = [] if words[0] == "plan" else ["--progress", "false"]
+        assert main([*words, "--task.n_pool", "2000", *quiet]) == 0
     assert (tmp_path / "runs/fm-train/model.safetensors").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 import torch
@@ -108,7 +109,7 @@ class SketchedLanguage(Task):
         if not settings.model:
             raise ConfigError("model is missing: name the JSON file of a transformers config (--task.model)")
         self.settings, self.recipe, self.accounting = settings, recipe, accounting
-        self.name = f"lm-sketch/{settings.model}"
+        self.name = Path(settings.model).stem
         self.config = read_config(settings.model)
         if self.config.model_type in READERS:  # the meta device lets an index beyond a table pass
             check_shape(from_config(self.config), 1, settings.tokens, None)
