@@ -7,9 +7,9 @@ counts, and how far to move, follow from the budget: both are chosen by short ru
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import numpy as np
 from scipy.special import expit
@@ -19,15 +19,12 @@ from cads.draws import Epochs
 from cads.inner import Inner, Planned, Purse
 from cads.monitor import Monitor
 from cads.operations import candidates_flops
-from cads.optimizer import Rung, divide, strata, subsample, uniform
+from cads.optimizer import Rung, strata, subsample
+from cads.search import NOTHING, Search, verdict
 from cads.seeds import derive
 from cads.selection import Selection
 from cads.task import Pool, Task
 
-log = logging.getLogger(__name__)
-
-ALLOWANCE = 2.75
-"""Selection FLOPs in units of the training budget, if the budget need not cover selection."""
 THETA_SHARE, THETA_PASSES = 0.2, 20
 """theta is fitted to the target for this share of C, but for no more passes over it than this."""
 REFERENCE_SHARE = 0.25
@@ -44,7 +41,6 @@ heart, as in the penalty; at few passes u has learned nothing by heart and l* ca
 more opinion on what belongs to the task: there the weight is negative."""
 SHARPNESS = 3.0
 """Slope of the probabilities in the standardised signal."""
-NOTHING = "the allowance buys no scores, or no short runs: the full pool is returned"
 
 
 @dataclass
@@ -62,7 +58,7 @@ class Candidate:
 
 
 @dataclass
-class CadsExamples:
+class CadsExamples(Search):
     """CADS-E: selection probabilities for single examples; sources are not needed.
 
     theta is fitted to one half of the target and u to the pool; each candidate policy is one step along the
@@ -70,32 +66,12 @@ class CadsExamples:
     of short runs finds the best one on the other half of the target, the full pool among them throughout.
     """
 
-    allowance: float | None = None
-    """Selection FLOPs at most, in units of the training FLOPs; null: 2.75, or 1/3 if the budget counts selection."""
-    outer: str | None = None
-    """The metric to minimise on the target; null for the task's own."""
-    guard: bool = True
-    """Return the full pool unless the choice beat it on the target."""
-
-    def select(
-        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
-    ) -> Selection:
-        """Choose examples; see `Selector`."""
-        monitor = monitor or Monitor()
-        if note := self.plan(task, budget).note:
-            log.warning("cads-e: %s", note)
-            return uniform(task, budget, method="cads-e", seed=seed, ledger=ledger, notes={"guard": note})
-        division = divide(task, budget, self.allowance, ALLOWANCE)
-        spent = Ledger(limit=division.selection)
-        inner = Inner(task, spent, monitor, self.outer, held_out=True)
-        try:
-            return self._search(inner, budget, division.training, seed, ledger)
-        finally:
-            ledger.merge(spent)
+    method: ClassVar[str] = "cads-e"
+    held_out: ClassVar[bool] = True
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """What `select` would charge; see `Selector`."""
-        division = divide(task, budget, self.allowance, ALLOWANCE)
+        """What `select` would charge; see `cads.optimizer.Selector`."""
+        division = self.divide(task, budget)
         purse, n = Planned(task, division.selection, held_out=True), len(task.pool)
         theta, u = score_flops(purse, division.training)
         nothing = PlannedLedger(purse.ledger.limit, NOTHING)
@@ -113,14 +89,15 @@ class CadsExamples:
             purse.run(min(rung.runs, 1 + len(steps)), rung.flops, stage=rung.stage)
         return purse.ledger if rungs else nothing
 
-    def _search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
+    def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
+        """theta, u, the candidates, and the ladder; see `Search`."""
         task, monitor = inner.task, inner.monitor
         signals = example_losses(inner, training, seed)
         policies = candidates(*signals, task.groups(task.pool))
         inner.learn(candidates_flops(len(task.pool), len(policies)))
         rungs = inner.ladder(training)
         if not rungs:
-            return uniform(task, budget, method="cads-e", seed=seed, ledger=ledger, notes={"guard": NOTHING})
+            return self.full_pool(task, budget, seed, ledger, NOTHING)
         everything = Candidate(np.ones(len(task.pool)), 0.0, 1.0)
         field = [everything, *policies]
         gains = np.zeros(len(field))
@@ -139,19 +116,18 @@ class CadsExamples:
         if not self.guard and len(field) > 1:
             best = field[1]
         monitor.panels(task.pool, best.probability, len(rungs))
-        verdict = "the full pool was not beaten" if best is everything else "better than the full pool on the target"
         return Selection.of(
             task.pool,
             selected=best.selected,
             score=best.probability,
             probability=best.probability,
-            method="cads-e",
+            method=self.method,
             seed=seed,
             budget=budget,
             ledger=ledger,
             config=asdict(self),
             notes={
-                "guard": verdict,
+                "guard": verdict(best is not everything),
                 "gain": -float(gains.min()),
                 "c2/c1": best.reach_weight,
                 "kept": best.kept,

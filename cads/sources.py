@@ -6,9 +6,8 @@ with the penalty of CADS (arXiv 2510.16806), and a regression on the runs so far
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -19,18 +18,15 @@ from cads.estimator import corrected, direct, enumerate_masks, expected_gradient
 from cads.inner import Inner, Planned, Purse, Runs
 from cads.monitor import Monitor
 from cads.operations import source_policy_flops
-from cads.optimizer import Rung, distinct, divide, subsample, uniform
+from cads.optimizer import Rung, distinct, subsample
 from cads.penalty import FittedReach, extrapolate, mean_over_sources
 from cads.policy import BernoulliPolicy, MixturePolicy, Policy
+from cads.search import NOTHING, Search, verdict
 from cads.seeds import derive
 from cads.selection import Selection
 from cads.space import Masks, Mixtures, Space
 from cads.task import Task
 
-log = logging.getLogger(__name__)
-
-ALLOWANCE = 2.75
-"""Selection FLOPs in units of the training budget, if the budget need not cover selection."""
 THETA_SHARE, THETA_PASSES = 0.1, 20
 """theta is fitted to the target for this share of C, but for no more passes over it than this."""
 PROBE_EXAMPLES = 256
@@ -43,7 +39,6 @@ SAMPLED = 2048
 """Draws for that sample, and for candidates of the next rung."""
 LARGEST_RATIO = 5.0
 """Importance ratios above it are cut off, when a policy has moved away from where its masks were drawn."""
-NOTHING = "the allowance buys no short runs: the full pool is returned"
 
 
 @dataclass
@@ -79,7 +74,7 @@ class Trials:
 
 
 @dataclass
-class CadsSources:
+class CadsSources(Search):
     """CADS-S, corrected estimator: a policy over sources, learned on a ladder of short runs.
 
     Each rung trains a few draws of the policy, and always the full pool, on a share of each source (passes
@@ -91,32 +86,12 @@ class CadsSources:
     """Subsets of sources, or mixture ratios."""
     reach: Literal["fitted", "extrapolated"] = "fitted"
     """l*: fitted over masks to the losses the short runs reached, or to those extrapolated to the budget."""
-    allowance: float | None = None
-    """Selection FLOPs at most, in units of the training FLOPs; null: 2.75, or 1/3 if the budget counts selection."""
-    outer: str | None = None
-    """The metric to minimise on the target; null for the task's own."""
-    guard: bool = True
-    """Return the full pool unless the choice beat it on the target."""
 
-    def select(
-        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
-    ) -> Selection:
-        """Choose sources; see `Selector`."""
-        monitor = monitor or Monitor()
-        if note := self.plan(task, budget).note:
-            log.warning("cads-s: %s", note)
-            return uniform(task, budget, method="cads-s", seed=seed, ledger=ledger, notes={"guard": note})
-        division = divide(task, budget, self.allowance, ALLOWANCE)
-        spent = Ledger(limit=division.selection)
-        inner = Inner(task, spent, monitor, self.outer)
-        try:
-            return self._search(inner, self._space(task), budget, division.training, seed, ledger)
-        finally:
-            ledger.merge(spent)
+    method: ClassVar[str] = "cads-s"
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """What `select` would charge; see `Selector`."""
-        division = divide(task, budget, self.allowance, ALLOWANCE)
+        """What `select` would charge; see `cads.optimizer.Selector`."""
+        division = self.divide(task, budget)
         purse, space = Planned(task, division.selection), self._space(task)
         if flops := theta_flops(purse, space, division.training):
             purse.fit_target(flops, stage="theta")
@@ -135,14 +110,13 @@ class CadsSources:
     def _space(self, task: Task) -> Space:
         return Masks(task.pool) if self.policy == "bernoulli" else Mixtures(task.pool)
 
-    def _search(
-        self, inner: Inner, space: Space, budget: Budget, training: float, seed: int, ledger: Ledger
-    ) -> Selection:
-        task, monitor = inner.task, inner.monitor
+    def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
+        """theta, and rung by rung draws, runs, control variate and policy; see `Search`."""
+        task, monitor, space = inner.task, inner.monitor, self._space(inner.task)
         risk = source_risks(inner, space, training, seed)
         rungs = affordable(inner, space, training)
         if not rungs:
-            return uniform(task, budget, method="cads-s", seed=seed, ledger=ledger, notes={"guard": NOTHING})
+            return self.full_pool(task, budget, seed, ledger, NOTHING)
         policy = space.policy()
         n = len(space.sizes)
         trials = Trials(np.empty((0, n)), *(np.empty(0) for _ in range(3)))
@@ -227,18 +201,17 @@ class CadsSources:
         best = int(np.argmin(value))
         if self.guard and value[best] >= 0:
             best = 0
-        verdict = "the full pool was not beaten" if best == 0 else "better than the full pool on the target"
         return source_selection(
             inner.task,
             space,
             draws[best],
             policy,
             budget=budget,
-            method="cads-s",
+            method=self.method,
             seed=seed,
             ledger=ledger,
             config=asdict(self),
-            notes={"guard": verdict, "gain": -float(value[best]), "runs": len(trials.gains)},
+            notes={"guard": verdict(best > 0), "gain": -float(value[best]), "runs": len(trials.gains)},
         )
 
 
