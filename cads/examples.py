@@ -200,6 +200,7 @@ def compare(inner: Inner, field: Sequence[Candidate], rung: Rung, seed: int, hei
         chosen = positions[candidate.selected[positions]]
         streams.append(Epochs(chosen if len(chosen) else positions, order))
     runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage)
+    inner.monitor.scalar("outer/objective", float(np.nanmin(runs.objective)), height)
     return np.asarray(runs.objective - runs.objective[0])
 
 

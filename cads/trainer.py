@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cads.budget import Ledger
 from cads.draws import Draws
-from cads.errors import BudgetError, ConfigError, NonFiniteError
+from cads.errors import BudgetError, ConfigError, DataError, NonFiniteError
 from cads.monitor import Monitor
 from cads.replicas import Learner, Single, Stacked, can_stack
 from cads.seeds import derive
@@ -132,6 +132,7 @@ class Trainer:
 
         Raises:
             BudgetError: if not even one step is affordable.
+            DataError: if a batch has no answer token.
             NonFiniteError: if the loss or the gradient becomes NaN or infinite, before the update.
         """
         return self._run(Single(self.task, model), draws, flops, seed=seed, phase=phase, stage=stage)
@@ -173,7 +174,7 @@ class Trainer:
         learner.train()
         losses: list[np.ndarray] = []
         spent: list[float] = []
-        total, usages, tokens, answers = 0.0, 0, 0, 0
+        total, counts = 0.0, np.zeros(3, dtype=np.int64)
         diverged = np.zeros(replicas, dtype=bool)
         started = time.perf_counter()
         try:
@@ -182,13 +183,12 @@ class Trainer:
                     cost = self._cost(pieces) / replicas + self.task.costs.optimizer_step
                     if total + cost > flops:
                         break
+                    _check_answers(draws, pieces, step)
                     self._seed(derive(seed, step))
                     rate = recipe.rate((total + cost / 2) / flops)
                     _set_rate(optimizer, rate)
                     total += cost
-                    usages += sum(len(p) for p in pieces)
-                    tokens += sum(p.tokens for p in pieces)
-                    answers += sum(p.answer_tokens for p in pieces)
+                    counts += np.sum([(len(p), p.tokens, p.answer_tokens) for p in pieces], axis=0)
                     loss = self._backward(prepared, pieces, replicas)
                     scaler = self.accelerator.scaler
                     if scaler is not None:
@@ -213,9 +213,9 @@ class Trainer:
                 phase,
                 stage,
                 total * replicas,
-                usages=usages,
-                tokens=tokens,
-                answer_tokens=answers,
+                usages=int(counts[0]),
+                tokens=int(counts[1]),
+                answer_tokens=int(counts[2]),
                 seconds=seconds,
             )
         if not losses:
@@ -269,6 +269,14 @@ class Trainer:
             step=step,
             ids=ids,
             learning_rate=rate,
+        )
+
+
+def _check_answers(draws: Draws, pieces: list[Batch], step: int) -> None:
+    if not sum(p.answer_tokens for p in pieces):
+        raise DataError(
+            f"no answer token in the batch of step {step} (examples {draws.ids(pieces)[:5]}): there is nothing to "
+            "learn from them; remove them, or keep more of them when they are cut"
         )
 
 

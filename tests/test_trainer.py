@@ -6,6 +6,7 @@ import gc
 import math
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 
 from cads.budget import SELECT, TRAIN, Ledger
 from cads.draws import Draws, Epochs, Weighted
-from cads.errors import BudgetError, ConfigError, NonFiniteError
+from cads.errors import BudgetError, ConfigError, DataError, NonFiniteError
 from cads.inner import Inner
 from cads.monitor import Monitor
 from cads.replicas import can_stack
@@ -594,3 +595,13 @@ def test_a_trainer_keeps_no_model_that_it_has_trained(features, way):
     left = run()
     gc.collect()
     assert [r() for r in left] == [None, None]
+
+
+def test_a_batch_without_answers_is_refused_by_id_before_it_costs(sentences, monkeypatch):
+    task, ledger = sentences(), Ledger()
+    batch = task.pool.examples.batch
+    monkeypatch.setattr(task.pool.examples, "batch", lambda positions: replace(batch(positions), answer_tokens=0))
+    draws = Draws(task.pool, [Epochs(np.arange(len(task.pool)), 0)], task.recipe.batch_size)
+    with pytest.raises(DataError, match=r"no answer token .* step 0 .*pool"):
+        Trainer(task, ledger).fit(task.model(0), draws, 1e9, seed=0, phase="train", stage="run")
+    assert ledger.total().flops == 0
