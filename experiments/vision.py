@@ -39,6 +39,8 @@ from cads.trainer import TrainConfig
 mpl.use("Agg")
 
 CONFIDENCE = 0.95
+SHOWN_POINTS = 25
+"""Points of accuracy below the best that the figure shows; what lies lower is in the table."""
 NOTE = (
     "FLOPs of selection and of training; * marks the best of each budget. The budget is that of the training, and "
     "selection comes on top; for methods marked 'all in' it covers both."
@@ -274,6 +276,9 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
             label=method,
         )
     axes.set_xscale("log")
+    best = 100 * max(row.accuracy for row in rows)
+    lowest = min(100 * (row.accuracy - np.nan_to_num(row.half_width)) for row in rows)
+    axes.set_ylim(max(lowest - 1, best - SHOWN_POINTS), best + 2)
     axes.set_xlabel("total FLOPs (selection and training)")
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(title)
