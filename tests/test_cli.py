@@ -211,7 +211,7 @@ BAD_FLAGS = {
     "unknown field": ("--task.colour 3", "unrecognized arguments: --task.colour"),
     "shortened flag": ("--budg 3", "unrecognized arguments: --budg"),
     "unknown method": ("--method cads-z", "'cads-z' is unknown; did you mean 'cads-"),
-    "far method": ("--method qqq", "Installed: cads-e, cads-s, full"),
+    "far method": ("--method qqq", "Installed: cads-e, cads-s, cads-s-penalty, full"),
     "unknown kind": ("--kind visoin", "kind of task 'visoin' is unknown; did you mean 'vision'"),
     "unknown data set": ("--task.dataset digitz", "digits"),
     "unknown model": ("--task.model resnet19", "resnet1"),
