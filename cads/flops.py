@@ -225,6 +225,11 @@ class Costs:
         """Mean cost of using one example of `pool` in training, with its share of the optimizer step."""
         return self._mean(pool).usage + self.optimizer_step / batch_size
 
+    def usages(self, pool: Pool) -> np.ndarray:
+        """One forward and backward pass of each example of `pool` by itself, without padding; shape (N,)."""
+        representatives, codes = pool.examples.shapes()
+        return np.array([self._price(pool.batch([r])).usage for r in representatives])[codes]
+
     def forward_pool(self, pool: Pool) -> float:
         """One forward pass over all of `pool`, without padding."""
         return self._mean(pool).forward * len(pool)

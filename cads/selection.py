@@ -141,11 +141,7 @@ class Selection:
     @property
     def rank(self) -> np.ndarray:
         """Place of each example by falling score, 0 is best, ties by id; shape (N,)."""
-        by_id = np.argsort(np.array(self.ids.to_pylist()), kind="stable")
-        order = by_id[np.argsort(-self.score[by_id], kind="stable")]
-        rank = np.empty(len(order), dtype=np.int64)
-        rank[order] = np.arange(len(order))
-        return rank
+        return rank_by_score(self.ids, self.score)
 
     def positions(self, pool: Pool) -> np.ndarray:
         """Where the selected examples stand in `pool`, which may be reordered, int64.
@@ -343,6 +339,14 @@ class Selection:
             ledger=Ledger.from_json(header["ledger"]),
             **{name: header[name] for name in HEADER},
         )
+
+
+def rank_by_score(ids: pa.Array, score: np.ndarray) -> np.ndarray:
+    """Place of each example by falling score (shape (N,)), 0 is best, ties by id; int64, shape (N,)."""
+    order = pc.sort_indices(pa.table({"id": ids, "score": -score}), [("score", "ascending"), ("id", "ascending")])
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order.to_numpy()] = np.arange(len(order))
+    return rank
 
 
 def check_folder(folder: Path | str) -> None:

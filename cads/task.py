@@ -285,6 +285,29 @@ class Task(ABC):
         """
         return None
 
+    def subtasks(self, pool: Pool) -> np.ndarray | None:
+        """The subtask of each example of the target, int, shape (N,), or None if there is only one.
+
+        A selector that scores by similarity takes the mean within a subtask and then the best subtask.
+        """
+        return None
+
+    def texts(self, pool: Pool) -> list[str]:
+        """What each example asks, as text, never the answer: for selectors that compare words.
+
+        Raises:
+            ConfigError: if the examples are not text.
+        """
+        raise ConfigError(f"{self.name} has no text: choose a selector that does not compare words")
+
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the last layer of `model` reads, one vector an example, shape (B, D): a space to compare examples in.
+
+        Raises:
+            ConfigError: if the model has no such layer.
+        """
+        raise ConfigError(f"{self.name} has no features of its own: name an encoder")
+
     @cached_property
     def costs(self) -> Costs:
         """What one example costs, counted once per shape."""
