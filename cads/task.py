@@ -253,11 +253,14 @@ class Task(ABC):
         recipe: how the model is trained: batch size, optimizer, learning rate, precision.
         outer: the metric of `metrics` (lower is better) that selection minimises on the target.
         accounting: how FLOPs are counted: `measured`, `analytic` or `paper`.
+        proxy: the same data for a smaller model, on which selectors may work in place of the one that is trained;
+            None if they work on that one.
     """
 
     name: str = "task"
     outer: str = "loss"
     accounting: str = "measured"
+    proxy: Task | None = None
     pool: Pool
     target: Pool
     test: Pool
