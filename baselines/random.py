@@ -23,6 +23,7 @@ class Random(Ranker):
     """
 
     method: ClassVar[str] = "random"
+    reads_model: ClassVar[bool] = False
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """A uniform number for each id; see `cads.ranking.Ranker`."""

@@ -1,11 +1,11 @@
-"""The command line: `cads plan`, `cads select`, `cads train`. One YAML file and flags fill the same dataclasses."""
+"""The command line: `cads plan`, `select`, `train`, `compare`, `report`. One YAML file and flags fill dataclasses."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import logging
-import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,23 +19,33 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from cads.budget import Budget, Ledger
+from cads.checkpoint import CheckpointConfig
 from cads.errors import CadsError, ConfigError
 from cads.flops import ACCOUNTINGS
+from cads.folders import whole_file
+from cads.interrupt import Interrupted
 from cads.monitor import Monitor
 from cads.outcome import train_on
 from cads.plan import Plannable, make_plan
 from cads.published import PUBLISHED
 from cads.registry import SELECTORS, TASKS, build_selector, names, selector_class, task_config_class
-from cads.selection import Selection, check_folder
+from cads.running import Run
+from cads.selection import Selection, check_folder, versions
 from cads.speed import matmul_flops_per_second
+from cads.study.commands import compare, report
 from cads.task import Task
+from cads.tasks.sketch import SketchedLanguage
 from cads.trainer import TrainConfig
 
 DEFAULT_KIND, DEFAULT_METHOD = "vision", "cads-s"
 PLAN_WIDTH = 100
 """Columns of a plan, where the terminal has fewer."""
-SECTIONS = ("task", "train", "options", "selectors")
+SECTIONS = ("task", "train", "options", "selectors", "checkpoint")
 """The parts of a configuration file that map names to values themselves."""
+PRODUCTS = {"select": ("selection",), "train": ("model.safetensors", "results.json")}
+"""What is in the folder of a run when a command has finished."""
+WITHOUT_EFFECT = ("out", "overwrite", "tensorboard", "progress", "checkpoint", "selection")
+"""Settings that do not decide on the result: a selection is known by its contents, not by where it is."""
 USAGE = """usage: cads COMMAND [CONFIG] [flags]
 
 What should I train on, given a pool, a validation set, a model and a compute budget in FLOPs?
@@ -44,14 +54,23 @@ commands:
   plan     say what each method would cost and what is left to train with; spends nothing
   select   choose what to train on, and write a Selection
   train    train the final model on a Selection within the budget, and test it
+  compare  run a grid of methods, budgets, seeds, model sizes and tasks
+  report   figures, fits and one page of HTML from the results of a grid
 
 `cads COMMAND --help` explains every field; `cads COMMAND --print_config` writes the whole configuration."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (0 done, 1 refused with a reason, 2 bad usage)."""
+    """Run one command; returns the exit status (0 done, 1 refused with a reason, 2 bad usage,
+    128 + n stopped by signal n)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], None]] = {"plan": plan, "select": select, "train": train}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "plan": plan,
+        "select": select,
+        "train": train,
+        "compare": compare,
+        "report": report,
+    }
     console = Console(stderr=True)
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
@@ -64,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         commands[argv[0]](argv[1:])
+    except Interrupted as stopped:
+        console.print(f"cads: {stopped}", style="yellow", markup=False, highlight=False)
+        return stopped.status
     except CadsError as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
         return 1
@@ -88,9 +110,11 @@ def plan(argv: list[str]) -> None:
     options = {config.method: objects.options}
     methods: dict[str, Plannable] = {}
     unplanned: dict[str, str] = {}
-    for name in config.methods or [*names(SELECTORS), *PUBLISHED]:
+    # Selectors read their examples to say what they cost; where there are none, it is what has been published.
+    published = PUBLISHED if isinstance(task, SketchedLanguage) else {}
+    for name in config.methods or sorted({*names(SELECTORS), *published}):
         try:
-            methods[name] = options.get(name) or PUBLISHED.get(name) or build_selector(name, config.selectors.get(name))
+            methods[name] = options.get(name) or published.get(name) or build_selector(name, config.selectors.get(name))
         except ConfigError as error:
             if config.methods:
                 raise
@@ -110,21 +134,26 @@ def select(argv: list[str]) -> None:
     objects = parser.instantiate(config)
     out = Path(config.out or f"runs/{config.method}")
     check_folder(out / "selection")
-    task: Task = objects.task.build(objects.train)
-    task.check()
-    budget = Budget.parse(config.budget, count_selection=config.count_selection)
-    ledger = Ledger()
     console = Console()
-    with _monitor(config, out, "select") as monitor:
-        chosen = objects.options.select(task, budget, seed=config.seed, ledger=ledger, monitor=monitor)
-        monitor.ledger(ledger)
-        share = float(chosen.selected.mean())
-        monitor.hparams(
-            {"method": config.method, "budget": str(budget), "seed": config.seed},
-            {"selected_share": share, "selection_flops": ledger.total().flops},
-        )
-    chosen.save(out / "selection")
-    _write_config(parser, config, out)
+    ledger = Ledger()
+    with _run("select", parser, config, objects, out) as run:
+        task: Task = objects.task.build(objects.train)
+        task.check()
+        budget = Budget.parse(config.budget, count_selection=config.count_selection)
+        if not run.begin(**task.identity, versions=versions()):
+            console.print(_finished(out / "selection"), soft_wrap=True)
+            return
+        with run.journal(), _monitor(config, out, "select") as monitor:
+            chosen = objects.options.select(task, budget, seed=config.seed, ledger=ledger, monitor=monitor)
+            monitor.ledger(ledger)
+            share = float(chosen.selected.mean())
+            monitor.hparams(
+                {"method": config.method, "budget": str(budget), "seed": config.seed},
+                {"selected_share": share, "selection_flops": ledger.total().flops},
+            )
+            chosen.save(out / "selection")
+        _write_config(parser, config, out)
+        run.finish()
     console.print(summary(chosen))
     console.print(ledger.table())
     console.print(f"Selection: {out / 'selection'}")
@@ -141,18 +170,25 @@ def train(argv: list[str]) -> None:
     chosen = Selection.load(config.selection)
     given = Path(config.selection)
     out = Path(config.out or (given.parent if given.name == "selection" else given) / "train")
-    task: Task = objects.task.build(objects.train)
-    task.check()
-    budget = Budget.parse(config.budget, count_selection=config.count_selection)
-    with _monitor(config, out, "train") as monitor:
-        outcome = train_on(task, chosen, budget, seed=config.seed, monitor=monitor)
-        monitor.hparams(
-            {"method": chosen.method, "budget": str(budget), "seed": config.seed},
-            {**outcome.metrics, "total_flops": outcome.ledger.total().flops},
-        )
-    outcome.save(out)
-    _write_config(parser, config, out)
     console = Console()
+    with _run("train", parser, config, objects, out) as run:
+        task: Task = objects.task.build(objects.train)
+        task.check()
+        task.check_merge(config.merge)
+        budget = Budget.parse(config.budget, count_selection=config.count_selection)
+        if not run.begin(**task.identity, selection=chosen.content_hash, versions=versions()):
+            console.print(_finished(out), soft_wrap=True)
+            return
+        with run.journal(), _monitor(config, out, "train") as monitor:
+            named = [config.eval] if isinstance(config.eval, str) else config.eval or []
+            outcome = train_on(task, chosen, budget, seed=config.seed, monitor=monitor, evaluations=named)
+            monitor.hparams(
+                {"method": chosen.method, "budget": str(budget), "seed": config.seed},
+                {**outcome.metrics, "total_flops": outcome.ledger.total().flops},
+            )
+            outcome.save(out, merge=config.merge)
+        _write_config(parser, config, out)
+        run.finish()
     console.print(outcome.ledger.table())
     table = Table(title="test set", title_justify="left")
     for name in outcome.metrics:
@@ -164,6 +200,17 @@ def train(argv: list[str]) -> None:
         f"({outcome.fit.flops_per_second:.3g} FLOP/s)"
     )
     console.print(f"Model and results: {out}")
+
+
+def _run(command: str, parser: ArgumentParser, config: Namespace, objects: Namespace, out: Path) -> Run:
+    """The run of a command: what decides on its result is its whole configuration but `WITHOUT_EFFECT`."""
+    settings = yaml.safe_load(parser.dump(config, skip_unset=False))
+    settings = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
+    return Run(out, command, settings, PRODUCTS[command], objects.checkpoint, overwrite=config.overwrite)
+
+
+def _finished(what: Path) -> str:
+    return f"{what} has been finished before: nothing to do (--overwrite true begins anew)"
 
 
 def summary(selection: Selection) -> Table:
@@ -232,6 +279,7 @@ def _parser(command: str, kind: str, method: str) -> ArgumentParser:
     parser.add_argument("--count_selection", type=bool, default=False, help="the budget covers selection too")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     parser.add_argument("--out", type=str | None, default=None, help="folder of the run")
+    parser.add_argument("--overwrite", type=bool, default=False, help="begin anew, whatever the folder holds")
     parser.add_argument("--tensorboard", type=bool, default=True, help="write TensorBoard event files")
     parser.add_argument("--progress", type=bool, default=True, help="show a progress bar")
     if command == "plan":
@@ -242,8 +290,12 @@ def _parser(command: str, kind: str, method: str) -> ArgumentParser:
         parser.add_argument("--selectors", type=dict[str, Any], default={}, help="options of other methods, by name")
     if command == "train":
         parser.add_argument("--selection", type=str | None, default=None, help="folder that `cads select` wrote")
+        parser.add_argument("--merge", type=bool, default=False, help="write adapters into the model they stand on")
+        further = "further evaluations of the task, one or a list: choices, exact_match, lm_eval:TASKS"
+        parser.add_argument("--eval", type=list[str] | str | None, default=None, help=further)
     parser.add_class_arguments(task_config_class(kind), "task")
     parser.add_class_arguments(TrainConfig, "train")
+    parser.add_class_arguments(CheckpointConfig, "checkpoint")
     parser.add_class_arguments(selector_class(method), "options")
     return parser
 
@@ -285,12 +337,14 @@ def _flag(flags: list[str], name: str) -> str | None:
 
 def _monitor(config: Namespace, out: Path, command: str) -> Monitor:
     folder = out / "tensorboard" / command if config.tensorboard else None
+    if folder is not None:
+        # A run that is gone on from shows what it has done before once more.
+        shutil.rmtree(folder, ignore_errors=True)
     return Monitor(folder, Console(stderr=True) if config.progress and sys.stderr.isatty() else None)
 
 
 def _write_config(parser: ArgumentParser, config: Namespace, out: Path) -> None:
     """Write the whole configuration, which replays the run."""
-    text = parser.dump(config, skip_unset=False)
-    partial = out / ".config.yaml.partial"
-    partial.write_text(text)
-    os.replace(partial, out / "config.yaml")
+    replayed = config.clone()
+    replayed.overwrite = False
+    whole_file(out / "config.yaml", parser.dump(replayed, skip_unset=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,9 +12,17 @@ import torch
 from cads.errors import ConfigError, DataError
 from cads.task import Batch, Pool
 
+WINDOW = 64
+"""Batches of examples with a length that are drawn together and then sorted, so that hardly anything is padding."""
+
 
 class Stream(Protocol):
     """An endless sequence of positions in a pool."""
+
+    @property
+    def period(self) -> int:
+        """Elements after which positions come again; more of them are never sorted together."""
+        ...
 
     def take(self, start: int, count: int) -> np.ndarray:
         """Elements start .. start+count-1 of the sequence, int64, shape (count,)."""
@@ -34,6 +42,11 @@ class Epochs:
         self._positions = np.asarray(positions, dtype=np.int64)
         self._seed = seed
         self._order: tuple[int, np.ndarray] = (-1, self._positions)
+
+    @property
+    def period(self) -> int:
+        """The length of an epoch."""
+        return len(self._positions)
 
     def take(self, start: int, count: int) -> np.ndarray:
         """Elements start .. start+count-1 of the concatenated epochs."""
@@ -67,6 +80,11 @@ class Weighted:
         self._cumulative = np.cumsum(weights, dtype=np.float64)
         self._seed = seed
 
+    @property
+    def period(self) -> int:
+        """The number of positions that can be drawn."""
+        return int(np.count_nonzero(np.diff(self._cumulative, prepend=0.0)))
+
     def take(self, start: int, count: int) -> np.ndarray:
         """Elements start .. start+count-1; the generator is seeded by (seed, start)."""
         u = np.random.default_rng((self._seed, start)).random(count) * self._cumulative[-1]
@@ -74,8 +92,42 @@ class Weighted:
         return np.minimum(drawn, len(self._cumulative) - 1).astype(np.int64)
 
 
+class Bucketed:
+    """A stream cut into batches of similar length.
+
+    As many batches as `WINDOW` (or as the period of the stream holds) are drawn at once and sorted by length, ties
+    by their place; the batches follow in an order drawn from (seed, window). Each window holds what the stream
+    has there, so that every epoch still sees each example once.
+
+    Args:
+        stream: of positions. lengths: of the examples they stand for, shape (N,).
+        count: examples in a batch. seed: of the order of the batches.
+    """
+
+    def __init__(self, stream: Stream, lengths: np.ndarray, count: int, seed: int) -> None:
+        self._stream, self._lengths, self._count, self._seed = stream, lengths, count, seed
+        self._batches = max(1, min(WINDOW, stream.period // count))
+        self._window: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def batch(self, step: int) -> np.ndarray:
+        """The positions of one step, int64, shape (count,)."""
+        window, place = divmod(step, self._batches)
+        if self._window[0] != window:
+            self._window = (window, self._sorted(window))
+        return self._window[1][place]
+
+    def _sorted(self, window: int) -> np.ndarray:
+        """All batches of a window, shape (batches, count)."""
+        size = self._batches * self._count
+        drawn = self._stream.take(window * size, size)
+        rows = drawn[np.argsort(self._lengths[drawn], kind="stable")].reshape(self._batches, self._count)
+        return np.random.default_rng((self._seed, window)).permutation(rows)
+
+
 class Draws:
     """The training batches of K replicas.
+
+    Where examples have a length (`pool.examples.lengths()`), batches hold examples of similar length; see `Bucketed`.
 
     Args:
         pool: what the streams point into.
@@ -108,18 +160,27 @@ class Draws:
         self.batch_size = batch_size
         self._target = target
         self._from_target = round(target_fraction * batch_size)
+        self._seed = seed
+        self._in_batches = [self._batched(pool, s, batch_size - self._from_target) for s in self.streams]
         if self._from_target and target is not None:
-            self._target_stream = Epochs(np.arange(len(target)), seed)
+            stream = Epochs(np.arange(len(target)), seed)
+            self._target_batches = self._batched(target, stream, self._from_target)
 
     @property
     def replicas(self) -> int:
         """K."""
         return max(1, len(self.streams))
 
+    @property
+    def from_pool(self) -> int:
+        """Examples of a step and replica that come from the pool: they stand before those of the target."""
+        return self.batch_size - self._from_target
+
     def only(self, stream: Stream) -> Draws:
         """The draws of one replica alone."""
         alone = copy.copy(self)
         alone.streams = [stream]
+        alone._in_batches = [self._batched(self.pool, stream, self.batch_size - self._from_target)]
         return alone
 
     def ids(self, pieces: list[Batch]) -> list[str]:
@@ -139,14 +200,21 @@ class Draws:
         pieces = []
         count = self.batch_size - self._from_target
         if count:
-            positions = [s.take(step * count, count) for s in self.streams]
+            positions = [batch(step) for batch in self._in_batches]
             pieces.append(self.pool.batch(np.concatenate(positions)))
         if self._from_target and self._target is not None:
-            positions = [self._target_stream.take(step * self._from_target, self._from_target)]
+            positions = [self._target_batches(step)]
             pieces.append(self._target.batch(np.concatenate(positions * self.replicas)))
         if len(pieces) == 2 and pieces[0].shape == pieces[1].shape:
             return [_interleave(pieces, self.replicas)]
         return pieces
+
+    def _batched(self, pool: Pool, stream: Stream, count: int) -> Callable[[int], np.ndarray]:
+        """What gives the positions of a step (int64, shape (count,))."""
+        lengths = getattr(pool.examples, "lengths", None)
+        if callable(lengths) and count:
+            return Bucketed(stream, lengths(), count, self._seed).batch
+        return lambda step: stream.take(step * count, count)
 
 
 def _interleave(pieces: list[Batch], replicas: int) -> Batch:

@@ -18,6 +18,7 @@ from cads.budget import Budget, Ledger, PlannedLedger
 from cads.draws import Epochs
 from cads.inner import Inner, Planned, Purse
 from cads.monitor import Monitor
+from cads.one_run import OneRun, by_example
 from cads.operations import candidates_flops
 from cads.optimizer import Rung, strata, subsample
 from cads.search import NOTHING, Search, verdict
@@ -66,17 +67,39 @@ class CadsExamples(Search):
     of short runs finds the best one on the other half of the target, the full pool among them throughout.
     """
 
+    one_run: bool = False
+    """Select while the final model trains: the budget is that of the whole run (`cads.one_run`). Nothing is compared on
+    the target, so outer and guard have no part in it."""
+    target_fraction: float = 0.3
+    """one_run: share of each batch that is drawn from the target, at least 0 and below 1."""
+
     method: ClassVar[str] = "cads-e"
     held_out: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        self._one_run()
+
+    def select(
+        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
+    ) -> Selection:
+        """Choose what to train on; see `cads.optimizer.Selector`."""
+        if self.one_run:
+            return self._one_run().select(task, budget, seed=seed, ledger=ledger, monitor=monitor)
+        return super().select(task, budget, seed=seed, ledger=ledger, monitor=monitor)
+
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `cads.optimizer.Selector`."""
-        division = self.divide(task, budget)
-        purse, n = Planned(task, division.selection, held_out=True), len(task.pool)
-        theta, u = score_flops(purse, division.training)
-        nothing = PlannedLedger(purse.ledger.limit, NOTHING)
+        return self._one_run().plan(task, budget) if self.one_run else super().plan(task, budget)
+
+    def _one_run(self) -> OneRun:
+        return OneRun(self.method, by_example, self.target_fraction, self.allowance, asdict(self))
+
+    def spend(self, purse: Planned, training: float) -> bool:
+        """What `search` would do; see `Search`."""
+        n = len(purse.task.pool)
+        theta, u = score_flops(purse, training)
         if not theta:
-            return nothing
+            return False
         purse.fit_target(theta, stage="theta")
         purse.losses(n, stage="R")
         if u:
@@ -84,10 +107,10 @@ class CadsExamples(Search):
             purse.losses(n, stage="l*")
         steps = affordable_steps(with_reach=u > 0)
         purse.learn(candidates_flops(n, len(steps)))
-        rungs = purse.ladder(division.training)
+        rungs = purse.ladder(training)
         for rung in rungs:
             purse.run(min(rung.runs, 1 + len(steps)), rung.flops, stage=rung.stage)
-        return purse.ledger if rungs else nothing
+        return bool(rungs)
 
     def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
         """theta, u, the candidates, and the ladder; see `Search`."""
@@ -115,7 +138,7 @@ class CadsExamples(Search):
             monitor.histogram("outer/probabilities", best.probability, height)
         if not self.guard and len(field) > 1:
             best = field[1]
-        monitor.panels(task.pool, best.probability, len(rungs))
+        monitor.panels(task.pool, best.probability, len(rungs), task.describe)
         return Selection.of(
             task.pool,
             selected=best.selected,

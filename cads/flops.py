@@ -145,7 +145,10 @@ class Analytic(Accounting):
         tokens = batch.tokens / len(batch)
         try:
             if self._transformer is not None:
-                once, usage = self._transformer.flops(batch.inputs["input_ids"].shape[-1])
+                # A task that learns from answers alone says where they are; the head computes nothing else.
+                answers = batch.inputs.get("answers")
+                head_positions = None if answers is None else answers.shape[-1]
+                once, usage = self._transformer.flops(batch.inputs["input_ids"].shape[-1], head_positions)
                 return Price(once, usage, tokens)
             probe = self._probe(batch).to("meta")
             found = product_flops(self.model.train(), lambda model: self.task.losses(model, probe))
@@ -267,13 +270,14 @@ class Transformer(NamedTuple):
     checkpointing: Checkpointing | None
     fused: bool
 
-    def flops(self, length: int) -> tuple[int, int]:
-        """Of forward, and of forward and backward, of one sequence."""
+    def flops(self, length: int, head_positions: int | None = None) -> tuple[int, int]:
+        """Of forward, and of forward and backward, of one sequence; its head computes on all positions by default."""
         return transformer_flops(
             self.architecture,
             length,
             trainable=self.trainable,
             checkpointing=self.checkpointing,
+            head_positions=head_positions,
             fused_attention=self.fused,
         )
 

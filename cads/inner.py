@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
-import torch
 from torch import nn
 
 from cads.budget import SELECT, Ledger, PlannedLedger
+from cads.checkpoint import State
 from cads.draws import Draws, Stream
-from cads.errors import DataError
+from cads.journal import Progress, perform
 from cads.monitor import Monitor
 from cads.optimizer import Rung, ladder
+from cads.scoring import planned_flops, score_pool
 from cads.task import Objective, Pool, Task
 from cads.trainer import Trainer
-
-SCORING_BATCH = 1024
-"""Examples in one forward pass when a pool is scored."""
 
 
 @dataclass
@@ -71,7 +70,11 @@ class Purse:
 
     def scoring_flops(self, count: int) -> float:
         """One forward pass over `count` examples of the pool."""
-        return self.task.costs.forward_pool(self.task.pool) / len(self.task.pool) * count
+        return self._scoring_flops / len(self.task.pool) * count
+
+    @cached_property
+    def _scoring_flops(self) -> float:
+        return planned_flops(self.task.costs.forward, self.task.pool)
 
     def target_flops(self, share: float, passes: float, training: float) -> float:
         """For theta: a share of the final training, but no more passes over the target than `passes`."""
@@ -159,31 +162,35 @@ class Inner(Purse):
         draws = Draws(self.task.pool, streams, self.task.recipe.batch_size)
         fit = self.trainer.fit_replicas(models, draws, flops, seed=seed, phase=SELECT, stage=stage)
         objective = np.full(len(models), np.nan)
-        with self.ledger.timed(SELECT, f"{stage}, measuring"):
-            for k, model in enumerate(fit.models):
-                if not fit.diverged[k]:
-                    objective[k] = self.measure(model, f"{stage}, measuring")
+        for k, model in enumerate(fit.models):
+            if not fit.diverged[k]:
+                objective[k] = self.measure(model, f"{stage}, measuring")
         return Runs(objective, fit.losses, fit.flops, fit.training_loss, fit.models)
 
     def measure(self, model: nn.Module, stage: str) -> float:
         """The outer objective of one model on the target."""
-        self.ledger.charge(SELECT, stage, self.measuring_flops)
-        return self.task.objective(model.to(self.trainer.accelerator.device), self._outer, self.measured)
+        device = self.trainer.accelerator.device
+
+        def compute(_: Progress) -> State:
+            self.ledger.charge(SELECT, stage, self.measuring_flops)
+            with self.ledger.timed(SELECT, stage):
+                return State({"objective": float(self.task.objective(model.to(device), self._outer, self.measured))})
+
+        return perform("measuring", [stage], self.ledger, compute).number("objective")
 
     def losses(self, model: nn.Module, positions: np.ndarray, *, stage: str) -> np.ndarray:
         """The loss of each pool example at `positions` (shape (n,)), nats, shape (n,); one forward pass."""
         device = self.trainer.accelerator.device
         model.to(device).eval()
-        found = []
-        with self.ledger.timed(SELECT, stage), torch.inference_mode():
-            for batch in self.task.pool.batches(SCORING_BATCH, positions):
-                found.append(self.task.losses(model, batch.to(device)).double().cpu().numpy())
-                self.ledger.charge(SELECT, stage, self.task.costs.forward(batch), tokens=batch.tokens)
-        losses = np.concatenate(found)
-        if not np.isfinite(losses).all():
-            bad = self.task.pool.ids.take(positions[~np.isfinite(losses)][:5]).to_pylist()
-            raise DataError(f"{stage}: the loss of examples such as {bad} is not finite: look at these examples")
-        return losses
+        return score_pool(
+            self.task.pool,
+            partial(self.task.losses, model),
+            self.task.costs.forward,
+            ledger=self.ledger,
+            stage=stage,
+            device=device,
+            positions=positions,
+        )
 
     def fit_target(
         self,

@@ -21,7 +21,11 @@ CURVE_POINTS = 200
 PANEL_SIZE = 16
 """Examples in each of the panels of most and least probable examples."""
 
+TEXT_SHOWN = 1000
+"""Characters of an example that a panel shows."""
+
 Advance = Callable[[float, float, float], None]
+Describe = Callable[["Pool", np.ndarray], list[str] | None]
 
 
 class Monitor:
@@ -117,12 +121,20 @@ class Monitor:
             plain = {k: v if isinstance(v, int | float | bool | str) else str(v) for k, v in settings.items()}
             self._writer.add_hparams(plain, {f"result/{k}": v for k, v in metrics.items()}, run_name="hparams")
 
-    def panels(self, pool: Pool, probabilities: np.ndarray, step: int) -> None:
-        """The most and the least probable examples of an image pool, as two grids with their labels."""
+    def panels(self, pool: Pool, probabilities: np.ndarray, step: int, describe: Describe | None = None) -> None:
+        """The most and the least probable examples: images as two grids with their labels, text as text.
+
+        Args:
+            describe: what gives examples as text (`Task.describe`).
+        """
         if self._writer is None:
             return
         order = np.argsort(-probabilities, kind="stable")
         for tag, positions in (("most", order[:PANEL_SIZE]), ("least", order[-PANEL_SIZE:])):
+            texts = None if describe is None else describe(pool, positions)
+            if texts is not None:
+                self.text(f"examples/{tag}_probable", _panel(pool, positions, probabilities, texts), step)
+                continue
             batch = pool.batch(positions)
             images = batch.inputs.get("images")
             if images is None:
@@ -138,6 +150,16 @@ class Monitor:
                 )
             ]
             self.text(f"examples/{tag}_probable", "\n\n".join(rows), step)
+
+
+def _panel(pool: Pool, positions: np.ndarray, probabilities: np.ndarray, texts: list[str]) -> str:
+    """Markdown: id and probability of each example, and what it says, as it is."""
+    rows = []
+    for identity, p, text in zip(pool.ids.take(positions).to_pylist(), probabilities[positions], texts, strict=True):
+        shown = text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}..."
+        # Indented lines are shown as they are: what an example says is never taken for markup.
+        rows.append(f"**{identity}**, p = {p:.3f}\n\n" + "\n".join(f"    {line}" for line in shown.splitlines()))
+    return "\n\n".join(rows)
 
 
 def _bar(console: Console) -> Progress:

@@ -94,6 +94,12 @@ def source_policy_flops(n_sources: int, n_features: int, n_drawn: int, n_runs: f
     return regression_flops(n_runs, p) + control + _count(steps, "steps") * (control + gradient + corrected)
 
 
+def design_flops(n_draws: float, n_columns: float, n_taken: float) -> float:
+    """CADS-S: a D-optimal design of some draws, by rank-one updates of the inverse and of every leverage."""
+    m, p = _count(n_draws, "n_draws"), _count(n_columns, "n_columns")
+    return 2 * m * p + _count(n_taken, "n_taken") * (4 * p**2 + 2 * m * p + 3 * m)
+
+
 def _count(value: float, name: str) -> float:
     if not value >= 0:
         raise ConfigError(f"{name} = {value}: it must be >= 0")

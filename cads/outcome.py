@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import nn
 
 from cads.budget import EVALUATE, SELECT, TRAIN, Budget, Ledger
+from cads.checkpoint import State
+from cads.counting import count_flops
 from cads.draws import Draws, Stream
-from cads.errors import BudgetError
+from cads.errors import BudgetError, CheckpointError
+from cads.folders import whole_file
+from cads.journal import Progress, perform
 from cads.monitor import Monitor
 from cads.seeds import derive
 from cads.selection import Selection
 from cads.speed import matmul_flops_per_second
 from cads.task import Metrics, Task
-from cads.trainer import Fit, Trainer
+from cads.trainer import WHOLE, Fit, Leg, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class Outcome:
         ledger: selection, training and evaluation.
         fit: the course of the training.
         utilisation: FLOP/s of the training over those of a matrix product on the same device.
+        task: what was trained, which knows how its models are written.
     """
 
     model: nn.Module
@@ -42,43 +46,54 @@ class Outcome:
     ledger: Ledger
     fit: Fit
     utilisation: float
+    task: Task
 
-    def save(self, folder: Path | str) -> Path:
-        """Write `model.safetensors` and `results.json`, each whole or not at all."""
+    def save(self, folder: Path | str, *, merge: bool = False) -> Path:
+        """Write the model as its task does, and `results.json` when that is done.
+
+        Args:
+            merge: write an adapter into the weights that it stands on.
+
+        Raises:
+            CheckpointError, OSError: if it cannot be written, for example to a full disk.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: x.detach().cpu().contiguous() for name, x in self.model.state_dict().items()}
-        partial = _beside(folder / "model.safetensors")
-        save_file(weights, partial)
-        os.replace(partial, folder / "model.safetensors")
+        try:
+            self.task.save(self.model, folder, merge=merge)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"the model cannot be written to {folder} ({error}): make room and give the same command again"
+            ) from error
         results = {
             "metrics": self.metrics,
             "steps": len(self.fit.losses),
+            "skipped_batches": self.fit.skipped,
             "utilisation": self.utilisation,
             "ledger": self.ledger.to_json(),
         }
-        partial = _beside(folder / "results.json")
-        partial.write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(partial, folder / "results.json")
+        whole_file(folder / "results.json", json.dumps(results, indent=2) + "\n")
         return folder
-
-
-def _beside(path: Path) -> Path:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    return Path(name)
 
 
 def training_flops(task: Task, budget: Budget, selection: Selection) -> float:
     """What is left for training: the budget, less the cost of selection if the budget must cover it.
 
+    Where selection has begun the run, the budget is that of the run, and covers selection and the part that is done.
+
     Raises:
         BudgetError: if nothing is left.
     """
     total = budget.flops(task)
-    if not budget.count_selection:
+    if not budget.count_selection and selection.start is None:
         return total
     left = total - selection.ledger.total(SELECT).flops
+    if selection.start is not None and selection.start.number("total") > max(0.0, left):
+        raise BudgetError(
+            f"the run that {selection.method} has begun has spent {total - left:.4g} FLOPs on selection and "
+            f"{selection.start.number('total'):.4g} on training, more than the budget of {total:.4g}: give the budget "
+            "that the selection was made for"
+        )
     if left <= 0:
         raise BudgetError(
             f"selection spent {total - left:.4g} of {total:.4g} FLOPs: nothing is left to train with; "
@@ -87,8 +102,21 @@ def training_flops(task: Task, budget: Budget, selection: Selection) -> float:
     return left
 
 
-def train_on(task: Task, selection: Selection, budget: Budget, *, seed: int, monitor: Monitor | None = None) -> Outcome:
+def train_on(
+    task: Task,
+    selection: Selection,
+    budget: Budget,
+    *,
+    seed: int,
+    monitor: Monitor | None = None,
+    evaluations: Sequence[str] = (),
+) -> Outcome:
     """Train a fresh model on `selection` within `budget` and measure it on the test set.
+
+    Where selection has begun the run (`selection.start`) it goes on from there, and the budget is for all of it.
+
+    Args:
+        evaluations: further ones of the task, by name (`Task.evaluate`); each is charged what it executes.
 
     Raises:
         SelectionError: if a selected id is not in the pool. A pool with the same ids and other contents is
@@ -96,6 +124,8 @@ def train_on(task: Task, selection: Selection, budget: Budget, *, seed: int, mon
         BudgetError: if the budget does not buy one step.
     """
     monitor = monitor or Monitor()
+    for name in evaluations:
+        task.check_evaluation(name)
     flops = training_flops(task, budget, selection)
     if selection.pool_hash != task.pool.content_hash:
         log.warning(
@@ -105,6 +135,30 @@ def train_on(task: Task, selection: Selection, budget: Budget, *, seed: int, mon
         )
     ledger = Ledger()
     ledger.merge(selection.ledger)
+    trainer = Trainer(task, ledger, monitor)
+    fit = fit_final(trainer, selection, flops, seed=seed, leg=Leg(start=selection.start))
+
+    def test(_: Progress) -> State:
+        ledger.charge(EVALUATE, "test", task.costs.forward_pool(task.test))
+        with ledger.timed(EVALUATE, "test"):
+            return State(dict(task.metrics(fit.models[0], task.test)))
+
+    tested = perform("test", [], ledger, test)
+    metrics: Metrics = {name: tested.number(name) for name in tested.values}
+    for name in evaluations:
+        metrics |= _evaluated(task, fit.models[0], name, ledger)
+    limit = matmul_flops_per_second(str(trainer.accelerator.device), task.recipe.precision)
+    utilisation = fit.flops_per_second / limit
+    monitor.scalar("trainer/mfu", utilisation, len(fit.losses))
+    monitor.ledger(ledger)
+    for name, value in metrics.items():
+        monitor.scalar(f"test/{name}", value, 0)
+    return Outcome(fit.models[0], metrics, ledger, fit, utilisation, task)
+
+
+def fit_final(trainer: Trainer, selection: Selection, flops: float, *, seed: int, leg: Leg = WHOLE) -> Fit:
+    """Train the final model on `selection` for at most `flops`, which are charged to "train"; see `Trainer.fit`."""
+    task = trainer.task
     streams: list[Stream] = []
     if selection.target_fraction < 1:
         streams.append(selection.stream(task.pool, derive(seed, "order")))
@@ -116,16 +170,19 @@ def train_on(task: Task, selection: Selection, budget: Budget, *, seed: int, mon
         target_fraction=selection.target_fraction,
         seed=derive(seed, "target order"),
     )
-    model = task.model(derive(seed, "final model"))
-    trainer = Trainer(task, ledger, monitor)
-    fit = trainer.fit(model, draws, flops, seed=derive(seed, "training"), phase=TRAIN, stage="final model")
-    ledger.charge(EVALUATE, "test", task.costs.forward_pool(task.test))
-    with ledger.timed(EVALUATE, "test"):
-        metrics = task.metrics(fit.models[0], task.test)
-    limit = matmul_flops_per_second(str(trainer.accelerator.device), task.recipe.precision)
-    utilisation = fit.flops_per_second / limit
-    monitor.scalar("trainer/mfu", utilisation, len(fit.losses))
-    monitor.ledger(ledger)
-    for name, value in metrics.items():
-        monitor.scalar(f"test/{name}", value, 0)
-    return Outcome(fit.models[0], metrics, ledger, fit, utilisation)
+    # What a start does not hold is what was frozen, which a run that goes on has from where it began.
+    first = seed if leg.start is None else selection.seed
+    model = task.model(derive(first, "final model"))
+    return trainer.fit(model, draws, flops, seed=derive(seed, "training"), phase=TRAIN, stage="final model", leg=leg)
+
+
+def _evaluated(task: Task, model: nn.Module, name: str, ledger: Ledger) -> Metrics:
+    def compute(_: Progress) -> State:
+        found: Metrics = {}
+        with ledger.timed(EVALUATE, name):
+            flops = count_flops(lambda: found.update(task.evaluate(model, name)))
+        ledger.charge(EVALUATE, name, flops)
+        return State(dict(found))
+
+    state = perform("evaluation", [name], ledger, compute)
+    return {metric: state.number(metric) for metric in state.values}

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import nn
 
 from cads.budget import SELECT, Budget, Ledger, PlannedLedger
-from cads.errors import BudgetError, ConfigError, DataError
+from cads.errors import BudgetError, CadsError, ConfigError, DataError, SelectionError
+from cads.folders import whole_folder
 from cads.monitor import Monitor
 from cads.optimizer import check_step
-from cads.selection import Selection, rank_by_score
+from cads.scorers import scorer_of
+from cads.selection import Selection, check_folder, rank_by_score
 from cads.task import Pool, Task
+from cads.untrusted import JSON_LIMIT, read_scores
+
+SCHEMA_VERSION = 1
+FILES = ("ranking.json", "scores.parquet")
+COLUMNS = {"id": pa.string(), "score": pa.float64()}
+HEADER: dict[str, type] = {
+    "method": str,
+    "config": dict,
+    "seed": int,
+    "pool_hash": str,
+    "made_from": str,
+    "notes": dict,
+}
+"""Fields of ranking.json that a Ranking takes over as they are, and their types."""
+CUTS = ("fraction", "epochs")
+"""Options that say how a ranking is cut, and change nothing in it."""
 
 
 @dataclass
@@ -26,6 +50,7 @@ class Ranking:
         ids: of the examples. score: higher is better, shape (N,).
         method, config, seed, ledger: how it was made, and what it cost.
         pool_hash: content hash of the pool.
+        made_from: hash of everything that the scores follow from, or "" if nobody asked.
         notes: what the method has to say.
     """
 
@@ -37,6 +62,7 @@ class Ranking:
     pool_hash: str
     config: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    made_from: str = ""
 
     def scores_of(self, pool: Pool) -> np.ndarray:
         """The scores in the order of `pool`, matched by id, shape (N,).
@@ -57,6 +83,57 @@ class Ranking:
             raise DataError(f"{self.method} scores examples such as {bad} with NaN or infinity: look at these examples")
         return score
 
+    def save(self, folder: Path | str) -> Path:
+        """Write `ranking.json` and `scores.parquet` to a folder, whole or not at all.
+
+        Raises:
+            SelectionError: if the folder already exists with something else in it.
+        """
+        folder = Path(folder)
+        check_folder(folder, FILES)
+        header = {name: getattr(self, name) for name in HEADER}
+        header |= {"schema_version": SCHEMA_VERSION, "ledger": self.ledger.to_json(seconds=False)}
+        with whole_folder(folder) as partial:
+            table = pa.table({"id": self.ids, "score": self.score}, schema=pa.schema(list(COLUMNS.items())))
+            pq.write_table(table, partial / "scores.parquet")
+            (partial / "ranking.json").write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Ranking:
+        """Read a Ranking: JSON and Parquet alone, nothing is executed.
+
+        Raises:
+            SelectionError: if it is missing, corrupt, or of another version.
+        """
+        folder = Path(folder)
+        header_file, scores_file = (folder / name for name in FILES)
+        for file in (header_file, scores_file):
+            if not file.is_file():
+                raise SelectionError(f"{file} does not exist: give the folder of a ranking")
+            if file.is_symlink():
+                raise SelectionError(f"{file} is a symbolic link: a ranking has its own files")
+        if header_file.stat().st_size > JSON_LIMIT:
+            raise SelectionError(f"{header_file} has {header_file.stat().st_size} bytes: this is no ranking")
+        try:
+            header = json.loads(header_file.read_text())
+            table = read_scores(scores_file, COLUMNS)
+            if header["schema_version"] != SCHEMA_VERSION:
+                raise SelectionError(f"schema version {header['schema_version']}, expected {SCHEMA_VERSION}")
+            wrong = [name for name, kind in HEADER.items() if not isinstance(header[name], kind)]
+            if wrong or table["id"].null_count or table["score"].null_count:
+                raise SelectionError(f"fields of another type, {wrong}, or missing scores")
+            if pc.count_distinct(table["id"]).as_py() != len(table):
+                raise SelectionError("ids that are not unique")
+            return cls(
+                ids=table["id"].combine_chunks(),
+                score=table["score"].to_numpy(),
+                ledger=Ledger.from_json(header["ledger"]),
+                **{name: header[name] for name in HEADER},
+            )
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException, CadsError) as error:
+            raise SelectionError(f"{folder} is no ranking that can be read: {error}") from error
+
 
 @dataclass
 class Ranker(ABC):
@@ -72,6 +149,8 @@ class Ranker(ABC):
     (Muennighoff et al., 2023, arXiv 2305.16264)."""
 
     method: ClassVar[str]
+    reads_model: ClassVar[bool] = True
+    """Whether the scores follow from the weights of the task's model."""
 
     def __post_init__(self) -> None:
         if self.fraction is not None and not 0 < self.fraction <= 1:
@@ -90,6 +169,43 @@ class Ranker(ABC):
         Raises:
             ConfigError: if the method does not apply to this task.
         """
+
+    def rank_once(
+        self, task: Task, folder: Path | str, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
+    ) -> Ranking:
+        """The ranking in `folder` if it was made from the same things, or else a new one that is left there.
+
+        The ledger is charged what the ranking costs, whenever it was paid.
+
+        Raises:
+            SelectionError: if `folder` holds something that is no ranking.
+        """
+        folder, made_from = Path(folder), self.made_from(task, seed)
+        check_folder(folder, FILES)
+        if (folder / FILES[0]).exists():
+            kept = Ranking.load(folder)
+            if kept.made_from == made_from:
+                ledger.merge(kept.ledger)
+                return kept
+        spent = Ledger()
+        try:
+            ranking = self.rank(task, seed=seed, ledger=spent, monitor=monitor)
+        finally:
+            ledger.merge(spent)
+        ranking.made_from = made_from
+        ranking.save(folder)
+        return ranking
+
+    def made_from(self, task: Task, seed: int) -> str:
+        """A hash of what the scores follow from: method and options, seed, pool, target, recipe and model."""
+        scorer = scorer_of(task)
+        options = {name: value for name, value in asdict(self).items() if name not in CUTS}
+        pools = [part.content_hash for t in (task, scorer) for part in (t.pool, t.target)]
+        settings = [self.method, options, seed, task.name, scorer.name, task.accounting, asdict(scorer.recipe), pools]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        if self.reads_model:
+            _add_weights(digest, scorer.model(seed))
+        return digest.hexdigest()
 
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
@@ -132,9 +248,12 @@ class Ranker(ABC):
             notes=ranking.notes,
         )
 
-    def ranking(self, task: Task, score: np.ndarray, *, seed: int, ledger: Ledger, **notes: Any) -> Ranking:
-        """What `rank` returns for scores in the order of the pool, shape (N,)."""
-        made = Ranking(task.pool.ids, score, self.method, seed, ledger, task.pool.content_hash, asdict(self), notes)
+    def ranking(
+        self, task: Task, score: np.ndarray, *, seed: int, ledger: Ledger, pool: Pool | None = None, **notes: Any
+    ) -> Ranking:
+        """What `rank` returns for scores in the order of `pool` (the task's, or its scorer's), shape (N,)."""
+        ids = (pool or task.pool).ids
+        made = Ranking(ids, score, self.method, seed, ledger, task.pool.content_hash, asdict(self), notes)
         made.scores_of(task.pool)
         return made
 
@@ -160,3 +279,9 @@ class Ranker(ABC):
             )
         check_step(task, left)
         return left
+
+
+def _add_weights(digest: Any, model: nn.Module) -> None:
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

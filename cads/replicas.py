@@ -57,7 +57,7 @@ class Single(Learner):
 
     def forward(self, batch: Batch) -> Tensor:
         """Losses of the batch, shape (1, B)."""
-        return self._task.losses(self.model, batch)[None]
+        return self._task.training_losses(self.model, batch)[None]
 
     def clip(self, largest: float | None) -> np.ndarray:
         """Clip by the global norm."""
@@ -100,7 +100,7 @@ class Stacked(Learner):
                 return functional_call(self._skeleton[0], parameters, args, kwargs)
 
             part = Batch(inputs, labels, batch.positions[: len(labels)], batch.tokens, batch.answer_tokens)
-            return self._task.losses(model, part)
+            return self._task.training_losses(model, part)
 
         self._skeleton[0].train(self.training)
         # One dropout mask for all, as each would draw from the same seed alone.

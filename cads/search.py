@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from cads.budget import Budget, Ledger, PlannedLedger
-from cads.inner import Inner
+from cads.inner import Inner, Planned
 from cads.monitor import Monitor
 from cads.optimizer import Division, divide, uniform
+from cads.scorers import scorer_of
 from cads.selection import Selection
 from cads.task import Task
 
@@ -23,10 +24,14 @@ NOTHING = "the allowance buys no scores, or no short runs: the full pool is retu
 
 @dataclass
 class Search(ABC):
-    """A selector that tries things on a ladder of short runs, and returns the full pool if nothing beats it."""
+    """A selector that tries things on a ladder of short runs, and returns the full pool if nothing beats it.
+
+    Where the task names a proxy the runs are the proxy's, for as many usages, and cost what the proxy costs.
+    """
 
     allowance: float | None = None
-    """Selection FLOPs at most, in units of the training FLOPs; null: 2.75, or 1/3 if the budget counts selection."""
+    """Selection FLOPs at most, in units of the training FLOPs; null: 2.75 times what training the scorer would take,
+    and no more than 1/3 if the budget counts selection."""
     outer: str | None = None
     """The metric to minimise on the target; null for the task's own."""
     guard: bool = True
@@ -34,6 +39,7 @@ class Search(ABC):
 
     method: ClassVar[str]
     held_out: ClassVar[bool] = False
+    default_allowance: ClassVar[float] = ALLOWANCE
 
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
@@ -42,25 +48,43 @@ class Search(ABC):
         if note := self.plan(task, budget).note:
             log.warning("%s: %s", self.method, note)
             return self.full_pool(task, budget, seed, ledger, note)
-        division = self.divide(task, budget)
+        scorer, division = self.setting(task, budget)
         spent = Ledger(limit=division.selection)
-        inner = Inner(task, spent, monitor or Monitor(), self.outer, held_out=self.held_out)
+        inner = Inner(scorer, spent, monitor or Monitor(), self.outer, held_out=self.held_out)
         try:
-            return self.search(inner, budget, division.training, seed, ledger)
+            chosen = self.search(inner, budget, division.training, seed, ledger)
         finally:
             ledger.merge(spent)
+        return replace(chosen, pool_hash=task.pool.content_hash)
 
-    def divide(self, task: Task, budget: Budget) -> Division:
-        """What selection and training may spend."""
-        return divide(task, budget, self.allowance, ALLOWANCE)
+    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
+        """What `select` would charge; see `cads.optimizer.Selector`."""
+        scorer, division = self.setting(task, budget)
+        purse = Planned(scorer, division.selection, held_out=self.held_out)
+        return purse.ledger if self.spend(purse, division.training) else PlannedLedger(division.selection, NOTHING)
+
+    def setting(self, task: Task, budget: Budget) -> tuple[Task, Division]:
+        """The task whose model is trained in short runs, and what they may spend.
+
+        Returns:
+            the scorer; selection's limit, and what the final training would take if it were the scorer's: as many
+            usages, at the scorer's price.
+        """
+        scorer = scorer_of(task)
+        ratio = 1.0
+        if scorer is not task:
+            prices = [t.costs.per_usage(t.pool, t.recipe.batch_size) for t in (scorer, task)]
+            ratio = prices[0] / prices[1]
+        division = divide(task, budget, self.allowance, self.default_allowance * ratio)
+        return scorer, Division(division.training * ratio, division.selection)
 
     def full_pool(self, task: Task, budget: Budget, seed: int, ledger: Ledger, note: str) -> Selection:
         """What is returned when nothing can be tried."""
         return uniform(task, budget, method=self.method, seed=seed, ledger=ledger, notes={"guard": note})
 
     @abstractmethod
-    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """What `select` would charge; see `cads.optimizer.Selector`."""
+    def spend(self, purse: Planned, training: float) -> bool:
+        """Charge `purse` for what `search` would do; False if the allowance does not buy it."""
 
     @abstractmethod
     def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import platform
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,17 @@ import pyarrow.parquet as pq
 from torch.utils.data import Sampler
 
 from cads.budget import Budget, Ledger
+from cads.checkpoint import State
 from cads.draws import Epochs, Stream, Weighted
 from cads.errors import CadsError, SelectionError
+from cads.folders import whole_folder
+from cads.start import START_FILES, read_start, write_start
 from cads.task import Pool
+from cads.untrusted import JSON_LIMIT, read_scores
 
 SCHEMA_VERSION = 1
-JSON_LIMIT = 64 * 2**20
-"""Largest selection.json, in bytes, that is read; a real one has a few kilobytes."""
-FILES = ("selection.json", "scores.parquet", "timings.json")
+FILES = ("selection.json", "scores.parquet", "timings.json", *START_FILES)
+"""What a saved Selection consists of; the last two only where it has a start."""
 LIBRARIES = ("cads-select", "torch", "numpy", "accelerate")
 COLUMNS = {
     "id": pa.string(),
@@ -70,6 +72,8 @@ class Selection:
         method, config, seed, budget, ledger: how it was made.
         pool_hash: content hash of the pool it was made from.
         notes: what the selector has to say, such as the guard's verdict.
+        start: where training goes on from, if the selector has begun the run of the final model (`cads.one_run`):
+            weights, optimizer and step. What it took is in `ledger` under "train".
     """
 
     ids: pa.Array
@@ -88,6 +92,7 @@ class Selection:
     config: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    start: State | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -103,7 +108,7 @@ class Selection:
             raise SelectionError(f"target_fraction = {self.target_fraction}: it must lie between 0 and 1")
         if not self.selected.any() and self.target_fraction < 1:
             raise SelectionError(f"{self.method} selected no example: lower its threshold or raise the budget")
-        self.versions = self.versions or _versions()
+        self.versions = self.versions or versions()
 
     @classmethod
     def of(
@@ -137,6 +142,20 @@ class Selection:
             sources=names,
             **more,
         )
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Of all that is saved but the times: two selections with the same hash are trained on alike."""
+        digest = hashlib.sha256(json.dumps(self._header(), sort_keys=True).encode())
+        for name in ("id", "source"):
+            digest.update("\0".join(str(x) for x in self.table()[name].to_pylist()).encode())
+        for values in (self.score, self.probability, self.selected):
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def _start_digest(self) -> str | None:
+        return None if self.start is None else self.start.digest
 
     @property
     def rank(self) -> np.ndarray:
@@ -224,28 +243,21 @@ class Selection:
         return {name: amount / total for name, amount in amounts.items()}
 
     def save(self, folder: Path | str) -> Path:
-        """Write `selection.json`, `scores.parquet` and `timings.json` to a new folder, whole or not at all.
+        """Write `selection.json`, `scores.parquet`, `timings.json` and the start, if there is one, to a new folder.
 
-        The first two are the same, byte for byte, for two runs of one seed.
+        It is written whole or not at all. All but the times are the same, byte for byte, for two runs of one seed.
 
         Raises:
             SelectionError: if the folder already exists with something else in it (`check_folder`).
         """
         folder = Path(folder)
         check_folder(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
+        with whole_folder(folder) as partial:
             pq.write_table(self.table(), partial / "scores.parquet")
             (partial / "selection.json").write_text(json.dumps(self._header(), indent=2, sort_keys=True) + "\n")
             self.ledger.save(partial / "timings.json")
-            partial.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(partial, folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            if self.start is not None:
+                write_start(self.start, partial)
         return folder
 
     def table(self) -> pa.Table:
@@ -263,7 +275,9 @@ class Selection:
         )
 
     def _header(self) -> dict[str, Any]:
+        begun = {} if self.start is None else {"start": self._start_digest}
         return {
+            **begun,
             "schema_version": SCHEMA_VERSION,
             "method": self.method,
             "config": self.config,
@@ -297,26 +311,27 @@ class Selection:
         for file in (header_file, scores_file):
             if not file.is_file():
                 raise SelectionError(f"{file} does not exist: give the folder that `cads select` wrote")
+            if file.is_symlink():
+                raise SelectionError(f"{file} is a symbolic link: a selection has its own files")
         if header_file.stat().st_size > JSON_LIMIT:
             raise SelectionError(f"{header_file} has {header_file.stat().st_size} bytes: this is no selection")
         try:
             header = json.loads(header_file.read_text())
-            # Not read_table: it makes columns of folders in the path that are called `name=value`.
-            table = pq.ParquetFile(scores_file).read()
-        except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
+            found = header.get("schema_version") if isinstance(header, dict) else None
+            if found != SCHEMA_VERSION:
+                raise SelectionError(f"{header_file} has schema version {found}; this library reads {SCHEMA_VERSION}")
+            table = read_scores(scores_file, COLUMNS)
+            digest = header.pop("start", None)
+            start = None if digest is None else read_start(folder, digest)
+        except (OSError, ValueError, RecursionError, pa.ArrowException, CadsError) as error:
             raise SelectionError(f"{folder} cannot be read: {error}") from error
-        found = header.get("schema_version") if isinstance(header, dict) else None
-        if found != SCHEMA_VERSION:
-            raise SelectionError(f"{header_file} has schema version {found}; this library reads {SCHEMA_VERSION}")
-        if table.schema.names != list(COLUMNS) or table.schema.types != list(COLUMNS.values()):
-            raise SelectionError(f"{scores_file} has columns {table.schema.names}, expected {list(COLUMNS)}")
         try:
-            return cls._build(header, table)
+            return cls._build(header, table, start)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, CadsError) as error:
             raise SelectionError(f"{folder} is corrupt: {type(error).__name__}: {error}") from error
 
     @classmethod
-    def _build(cls, header: dict[str, Any], table: pa.Table) -> Selection:
+    def _build(cls, header: dict[str, Any], table: pa.Table, start: State | None) -> Selection:
         for name, kind in HEADER.items():
             if not isinstance(header[name], kind) or (kind is not bool and isinstance(header[name], bool)):
                 raise SelectionError(f"{name} = {header[name]!r} has the wrong type")
@@ -337,6 +352,7 @@ class Selection:
             sources=None if sources.null_count else sources.to_pylist(),
             budget=Budget(**header["budget"]),
             ledger=Ledger.from_json(header["ledger"]),
+            start=start,
             **{name: header[name] for name in HEADER},
         )
 
@@ -349,8 +365,11 @@ def rank_by_score(ids: pa.Array, score: np.ndarray) -> np.ndarray:
     return rank
 
 
-def check_folder(folder: Path | str) -> None:
+def check_folder(folder: Path | str, files: Sequence[str] = FILES) -> None:
     """Refuse to save where something else would be overwritten: an earlier Selection alone may stand there.
+
+    Args:
+        files: what an earlier Selection consists of.
 
     Raises:
         SelectionError: if `folder` is a file, or holds anything but an earlier Selection.
@@ -360,7 +379,7 @@ def check_folder(folder: Path | str) -> None:
         return
     if not folder.is_dir():
         raise SelectionError(f"{folder} is no folder: choose another name")
-    foreign = sorted(f.name for f in folder.iterdir() if f.name not in FILES)
+    foreign = sorted(f.name for f in folder.iterdir() if f.name not in files)
     if foreign:
         raise SelectionError(f"{folder} exists and holds {foreign[:3]}: choose another folder")
 
@@ -387,7 +406,8 @@ class SelectionSampler(Sampler[int]):
         yield from self._stream.take(self._epoch * self._count, self._count).tolist()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries on which results depend."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:

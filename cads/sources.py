@@ -13,11 +13,11 @@ import numpy as np
 
 from cads.budget import Budget, Ledger, PlannedLedger
 from cads.control import Control
+from cads.design import d_optimal, n_columns
 from cads.errors import ConfigError
 from cads.estimator import corrected, direct, enumerate_masks, expected_gradient
 from cads.inner import Inner, Planned, Purse, Runs
-from cads.monitor import Monitor
-from cads.operations import source_policy_flops
+from cads.operations import design_flops, source_policy_flops
 from cads.optimizer import Rung, distinct, subsample
 from cads.penalty import FittedReach, extrapolate, mean_over_sources
 from cads.policy import BernoulliPolicy, MixturePolicy, Policy
@@ -29,6 +29,8 @@ from cads.task import Task
 
 THETA_SHARE, THETA_PASSES = 0.1, 20
 """theta is fitted to the target for this share of C, but for no more passes over it than this."""
+MOST_FOR_THETA = 0.1
+"""Share of the allowance that theta and R may take: where budgets are small, short runs tell more."""
 PROBE_EXAMPLES = 256
 """Examples of each source on which R is measured."""
 POLICY_STEPS, POLICY_STEP = 60, 0.05
@@ -87,32 +89,53 @@ class CadsSources(Search):
     reach: Literal["fitted", "extrapolated"] = "fitted"
     """l*: fitted over masks to the losses the short runs reached, or to those extrapolated to the budget."""
 
+    one_run: bool = False
+    """Select while the final model trains: the budget is that of the whole run (`cads.one_run`). Nothing is compared on
+    the target, so outer, policy, reach and guard have no part in it."""
+    target_fraction: float = 0.3
+    """one_run: share of each batch that is drawn from the target, at least 0 and below 1."""
+
     method: ClassVar[str] = "cads-s"
+
+    def __post_init__(self) -> None:
+        self._one_run()
+
+    def select(
+        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
+    ) -> Selection:
+        """Choose what to train on; see `cads.optimizer.Selector`."""
+        if self.one_run:
+            names = task.pool.source_names
+            chosen = self._one_run().select(task, budget, seed=seed, ledger=ledger, monitor=monitor)
+        return super().select(task, budget, seed=seed, ledger=ledger, monitor=monitor)
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `cads.optimizer.Selector`."""
-        division = self.divide(task, budget)
-        purse, space = Planned(task, division.selection), self._space(task)
-        if flops := theta_flops(purse, space, division.training):
+        return self._one_run().plan(task, budget) if self.one_run else super().plan(task, budget)
+
+    def _one_run(self) -> OneRun:
+        return OneRun(self.method, by_example, self.target_fraction, self.allowance, asdict(self))
+
+    def spend(self, purse: Planned, training: float) -> bool:
+        """What `search` would do; see `Search`."""
+        space = self._space(purse.task)
+        if flops := theta_flops(purse, space, training):
             purse.fit_target(flops, stage="theta")
             purse.losses(sum(len(p) for p in probes(space)), stage="R")
-        rungs = affordable(purse, space, division.training)
-        if not rungs:
-            return PlannedLedger(purse.ledger.limit, NOTHING)
         done = 0
-        for rung in rungs:
+        for rung in affordable(purse, space, training):
             runs = rung.runs if space.count is None else min(rung.runs, space.count)
             purse.run(runs, rung.flops, stage=rung.stage)
             done += runs
             purse.learn(update_flops(space, done))
-        return purse.ledger
+        return done > 0
 
     def _space(self, task: Task) -> Space:
         return Masks(task.pool) if self.policy == "bernoulli" else Mixtures(task.pool)
 
     def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
         """theta, and rung by rung draws, runs, control variate and policy; see `Search`."""
-        task, monitor, space = inner.task, inner.monitor, self._space(inner.task)
+        task, space = inner.task, self._space(inner.task)
         risk = source_risks(inner, space, training, seed)
         rungs = affordable(inner, space, training)
         if not rungs:
@@ -131,20 +154,21 @@ class CadsSources(Search):
             control = self._control(space, trials, risk, rung)
             policy = improve(space, policy, control, draws, runs.objective - runs.objective[0], rung.fidelity, seed)
             inner.learn(update_flops(space, len(trials.gains)))
-            self._watch(monitor, space, policy, control, trials, height)
+            self._watch(inner, space, policy, control, trials, height)
         assert control is not None
         return self._conclude(inner, space, policy, control, trials, rungs[-1], budget, seed, ledger)
 
     def _choose(
         self, space: Space, policy: Policy, control: Control | None, trials: Trials, count: int, seed: int
     ) -> np.ndarray:
-        """The draws of a rung, the full pool first: at first what the policy proposes; then what promises most of
-        that and of what was tried, with the neighbours of the very best."""
+        """The draws of a rung, the full pool first: at first those that the policy proposes from which most can be
+        learned; then what promises most of that and of what was tried, with the neighbours of the very best."""
         rng = np.random.default_rng(seed)
         count = count if space.count is None else min(count, space.count)
         drawn = nonempty(space.explore(policy).sample(SAMPLED, rng)).astype(np.float64)
         if control is None:
-            return distinct([space.full, *drawn])[:count]
+            proposed = distinct([space.full, *drawn])
+            return proposed[d_optimal(proposed, count)]
         proposed = distinct([*drawn, *trials.draws])
         ranked = proposed[np.argsort(trials.value(proposed, control), kind="stable")]
         tried = {row.tobytes() for row in trials.draws}
@@ -164,9 +188,8 @@ class CadsSources(Search):
             reach=lambda draws: reach(space.weights(draws)),
         )
 
-    def _watch(
-        self, monitor: Monitor, space: Space, policy: Policy, control: Control, trials: Trials, height: int
-    ) -> None:
+    def _watch(self, inner: Inner, space: Space, policy: Policy, control: Control, trials: Trials, height: int) -> None:
+        monitor = inner.monitor
         marginals = source_marginals(policy)
         weights = space.weights(marginals[None])
         risk, reach = float(control.risk(marginals[None])[0]), float(control.reach(marginals[None])[0])
@@ -181,7 +204,7 @@ class CadsSources(Search):
         monitor.scalar("control/leave_one_out_error", control.loo_error, height)
         monitor.probabilities(space.pool.source_names, marginals, height)
         monitor.histogram("outer/probabilities", marginals[space.pool.sources], height)
-        monitor.panels(space.pool, weights[0][space.pool.sources], height)
+        monitor.panels(space.pool, weights[0][space.pool.sources], height, inner.task.describe)
 
     def _conclude(
         self,
@@ -235,16 +258,17 @@ def probes(space: Space) -> list[np.ndarray]:
 
 
 def theta_flops(purse: Purse, space: Space, training: float) -> float:
-    """What theta is trained for; 0 if the ledger does not buy it and its losses."""
+    """What theta is trained for; 0 if it and its losses would take too much of what the ledger has left."""
     flops = purse.target_flops(THETA_SHARE, THETA_PASSES, training)
     probing = purse.scoring_flops(sum(len(p) for p in probes(space)))
-    return 0.0 if flops < purse.step_flops or flops + probing > purse.ledger.left else flops
+    return 0.0 if flops < purse.step_flops or flops + probing > MOST_FOR_THETA * purse.ledger.left else flops
 
 
 def update_flops(space: Space, runs: int) -> float:
     """Learning from a rung: the regression on `runs` short runs, and the steps of the policy."""
     drawn = SAMPLED if space.count is None or len(space.sizes) > ENUMERATED else space.count
-    return source_policy_flops(len(space.sizes), space.n_features, drawn, runs, POLICY_STEPS)
+    designed = design_flops(drawn, n_columns(len(space.sizes)), runs)
+    return designed + source_policy_flops(len(space.sizes), space.n_features, drawn, runs, POLICY_STEPS)
 
 
 def affordable(purse: Purse, space: Space, training: float) -> list[Rung]:

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cads.errors import ConfigError, DataError
@@ -227,6 +231,11 @@ class Pool:
         return np.flatnonzero(np.asarray(mask, dtype=bool)[self.sources])
 
     @cached_property
+    def contents(self) -> np.ndarray:
+        """Which examples are copies of each other: one code a content, whatever the label, int64, shape (N,)."""
+        return pa.array(self.examples.digests(), pa.binary()).dictionary_encode().indices.to_numpy().astype(np.int64)
+
+    @cached_property
     def content_hash(self) -> str:
         """Hash of ids, contents, labels and sources: two pools with the same hash give the same results."""
         digest = hashlib.sha256()
@@ -253,6 +262,7 @@ class Task(ABC):
         recipe: how the model is trained: batch size, optimizer, learning rate, precision.
         outer: the metric of `metrics` (lower is better) that selection minimises on the target.
         accounting: how FLOPs are counted: `measured`, `analytic` or `paper`.
+        mergeable: whether its models have adapters that can be written into the weights they stand on.
         proxy: the same data for a smaller model, on which selectors may work in place of the one that is trained;
             None if they work on that one.
     """
@@ -260,6 +270,7 @@ class Task(ABC):
     name: str = "task"
     outer: str = "loss"
     accounting: str = "measured"
+    mergeable: bool = False
     proxy: Task | None = None
     pool: Pool
     target: Pool
@@ -273,6 +284,10 @@ class Task(ABC):
     @abstractmethod
     def losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """The loss of each example, in nats, shape (B,)."""
+
+    def training_losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """What a training step takes the mean of, shape (B,): the losses, unless examples weigh differently."""
+        return self.losses(model, batch)
 
     @abstractmethod
     def metrics(self, model: nn.Module, pool: Pool) -> Metrics:
@@ -303,6 +318,14 @@ class Task(ABC):
         """
         raise ConfigError(f"{self.name} has no text: choose a selector that does not compare words")
 
+    def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """Scores of the classes of a classifier, shape (B, C); labels are class numbers, shape (B,).
+
+        Raises:
+            ConfigError: if the task is no classification.
+        """
+        raise ConfigError(f"{self.name} has no classes: choose a selector that does not compare class probabilities")
+
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """What the last layer of `model` reads, one vector an example, shape (B, D): a space to compare examples in.
 
@@ -311,12 +334,56 @@ class Task(ABC):
         """
         raise ConfigError(f"{self.name} has no features of its own: name an encoder")
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What data it is: two tasks of one configuration with the same identity give the same results."""
+        return {name: getattr(self, name).content_hash for name in ("pool", "target", "test")}
+
     @cached_property
     def costs(self) -> Costs:
         """What one example costs, counted once per shape."""
         from cads.flops import Costs
 
         return Costs(self, self.accounting)
+
+    def describe(self, pool: Pool, positions: np.ndarray) -> list[str] | None:
+        """The examples at `positions` as text, to look at, or None where they are none."""
+        return None
+
+    def save(self, model: nn.Module, folder: Path, *, merge: bool = False) -> None:
+        """Write a trained model to an existing folder: here `model.safetensors`, whole or not at all.
+
+        Raises:
+            ConfigError: if adapters are to be merged and there are none.
+        """
+        self.check_merge(merge)
+        weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+        handle, partial = tempfile.mkstemp(prefix=".model.", dir=folder)
+        os.close(handle)
+        save_file(weights, partial)
+        os.replace(partial, folder / "model.safetensors")
+
+    def check_merge(self, merge: bool) -> None:
+        """Refuse to merge what cannot be merged.
+
+        Raises:
+            ConfigError: if `merge` is asked for and the models have no adapters.
+        """
+        if merge and not self.mergeable:
+            raise ConfigError(f"merge = true: the models of {self.name} have no adapters to merge")
+
+    def check_evaluation(self, name: str) -> None:
+        """Refuse an evaluation that this task does not have, before anything is trained for it.
+
+        Raises:
+            ConfigError: if there is none of that name, or it lacks something.
+        """
+        raise ConfigError(f"evaluation {name!r} is unknown: {self.name} has none beside its test metrics")
+
+    def evaluate(self, model: nn.Module, name: str) -> Metrics:
+        """A further evaluation of a trained model, by name; see `check_evaluation`."""
+        self.check_evaluation(name)
+        return {}
 
     def nominal(self, model: nn.Module, batch: Batch) -> tuple[float, float]:
         """(N, D) of `paper` accounting: the parameters of `model`, and the tokens of `batch`.

@@ -1,77 +1,135 @@
 """How much faster K replicas of a dense network train as one batched model than one after another.
 
-    python -m experiments.replicas [--out experiments/results/replicas.md]
+    python -m experiments.replicas [--world WORLD.yaml] [--out experiments/results/replicas.md]
 
-Both ways take the same steps; all times are of one run on one machine.
+Both ways take the same steps; all times are of one run on one machine, the best of several.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from cads.budget import Budget, Ledger
 from cads.draws import Draws, Epochs
 from cads.seeds import derive
-from cads.tasks.vision import VisionConfig, VisionTask
-from cads.trainer import TrainConfig, Trainer
+from cads.speed import matmul_flops_per_second
+from cads.tasks.vision import VisionTask
+from cads.trainer import Trainer
+from experiments.truth import REPLICAS
+from experiments.worlds import read_world
 
-PASSES = Budget(8, "epochs")
+PASSES = Budget(1, "epochs")
 REPEATS = 3
-HEADER = ["hidden", "K", "looped, s", "batched, s", "ratio", "batched, FLOP/s", "largest difference of losses"]
+HIDDEN = (64, 256)
+"""Hidden units: those of the worlds, and a network that is bound by its products."""
+COUNTS = (4, REPLICAS, 31)
+PROFILED = 12
+"""Operations that the profile lists."""
+HEADER = (
+    "hidden",
+    "K",
+    "looped, s",
+    "batched, s",
+    "ratio",
+    "batched, FLOP/s",
+    "of a product's",
+    "largest difference of losses",
+)
 
 
-def seconds(task: VisionTask, replicas: int, way: str) -> tuple[float, float, np.ndarray]:
-    """The best time of `REPEATS` for one way of training; its FLOPs, and the losses of all steps."""
+def train(task: VisionTask, replicas: int, way: str) -> tuple[float, float, np.ndarray]:
+    """Train once in one way: seconds, FLOPs, and the losses of all steps (steps, K)."""
     task.recipe.replicas = "batched" if way == "batched" else "loop"
-    best, losses, ledger = float("inf"), np.empty(0), Ledger()
+    ledger = Ledger()
+    streams = [Epochs(np.arange(len(task.pool)), derive(0, k)) for k in range(replicas)]
+    draws = Draws(task.pool, streams, task.recipe.batch_size)
+    models = [task.model(k) for k in range(replicas)]
+    started = time.perf_counter()
+    fit = Trainer(task, ledger).fit_replicas(models, draws, PASSES.flops(task), seed=0, phase="train", stage="replicas")
+    return time.perf_counter() - started, ledger.total().flops, fit.losses
+
+
+def compare(task: VisionTask, hidden: int, replicas: int, limit: float) -> list[str]:
+    """A row of the table; the two ways take turns, so that whatever else the machine does disturbs both.
+
+    Args:
+        limit: FLOP/s of a large matrix product.
+    """
+    times: dict[str, list[float]] = {"loop": [], "batched": []}
+    losses, flops = {}, 0.0
     for _ in range(REPEATS):
-        ledger = Ledger()
-        streams = [Epochs(np.arange(len(task.pool)), derive(0, k)) for k in range(replicas)]
-        draws = Draws(task.pool, streams, task.recipe.batch_size)
-        models = [task.model(k) for k in range(replicas)]
-        started = time.perf_counter()
-        fit = Trainer(task, ledger).fit_replicas(
-            models, draws, PASSES.flops(task), seed=0, phase="train", stage="replicas"
-        )
-        best, losses = min(best, time.perf_counter() - started), fit.losses
-    return best, ledger.total().flops, losses
+        for way, taken in times.items():
+            seconds, flops, losses[way] = train(task, replicas, way)
+            taken.append(seconds)
+    looped, batched = min(times["loop"]), min(times["batched"])
+    rate = flops / batched
+    return [
+        str(hidden),
+        str(replicas),
+        f"{looped:.2f}",
+        f"{batched:.2f}",
+        f"{looped / batched:.1f}",
+        f"{rate:.2g}",
+        f"{rate / limit:.1%}",
+        f"{np.abs(losses['loop'] - losses['batched']).max():.1g}",
+    ]
 
 
-def main(argv: list[str] | None = None) -> int:
+def operations(task: VisionTask) -> list[list[str]]:
+    """Where the time of a batched training goes: operation, share of the CPU time, calls a step."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        _, _, losses = train(task, REPLICAS, "batched")
+    events = sorted(recorded.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(e.self_cpu_time_total for e in events)
+    return [
+        [f"`{e.key.split('#')[0]}`", f"{e.self_cpu_time_total / total:.1%}", f"{e.count / len(losses):.1f}"]
+        for e in events[:PROFILED]
+    ]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and tabulate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the table here")
+    parser.add_argument("--world", type=Path, default=Path("experiments/configs/worlds/noise.yaml"))
+    parser.add_argument("--out", type=Path, help="write the tables here")
     given = parser.parse_args(argv)
-    rows = []
-    for hidden in (64, 256):
-        task = VisionConfig(hidden=hidden).build(TrainConfig())
-        for replicas in (4, 16):
-            looped, _, one = seconds(task, replicas, "loop")
-            batched, flops, other = seconds(task, replicas, "batched")
-            difference = float(np.abs(one - other).max())
-            rows.append(
-                [
-                    str(hidden),
-                    str(replicas),
-                    f"{looped:.2f}",
-                    f"{batched:.2f}",
-                    f"{looped / batched:.1f}",
-                    f"{flops / batched:.2g}",
-                    f"{difference:.1g}",
-                ]
-            )
-            print(" ".join(rows[-1]))
-    lines = ["| " + " | ".join(line) + " |" for line in [HEADER, ["---"] * len(HEADER), *rows]]
+    world = read_world(given.world)
+    limit = matmul_flops_per_second("cpu", world.train.precision)
+    rows, profiled = [], []
+    for hidden in HIDDEN:
+        world.task.hidden = hidden
+        task = world.build()
+        train(task, 2, "batched")
+        for replicas in COUNTS:
+            rows.append(compare(task, hidden, replicas, limit))
+            print(" ".join(rows[-1]), flush=True)
+        if hidden == HIDDEN[0]:
+            profiled = operations(task)
     if given.out:
-        command = f"    python -m experiments.replicas --out {given.out}"
-        about = f"Digits, an MLP, batches of 32, {PASSES}, float32, {torch.get_num_threads()} threads."
+        command = f"python -m experiments.replicas {shlex.join(sys.argv[1:] if argv is None else argv)}"
+        about = (
+            f"World `{world.name}`: an MLP on {len(task.pool)} images, batches of {task.recipe.batch_size}, {PASSES}, "
+            f"float32, {torch.get_num_threads()} threads; a large matrix product runs at {limit:.2g} FLOP/s. The best "
+            f"of {REPEATS} times; the two ways take turns."
+        )
+        where = f"Where the time goes at K = {REPLICAS}, {HIDDEN[0]} hidden units:"
         given.out.write_text(
-            "# Replicas: batched against one by one\n\n" + f"{command}\n\n{about}\n\n" + "\n".join(lines)
+            f"# Replicas: batched against one by one\n\n    {command}\n\n{about}\n\n{_table(HEADER, rows)}\n{where}\n\n"
+            + _table(("operation", "share of CPU time", "calls a step"), profiled)
         )
     return 0
 

@@ -6,11 +6,13 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,13 +20,14 @@ from torch.nn import functional
 
 from cads.task import Batch, Metrics, Pool, Task
 from cads.tasks.images import ImageTensors
+from cads.tasks.language_tokens import IGNORED, Tokens
 from cads.tasks.networks import Network
 from cads.tasks.vision import VisionTask
 from cads.trainer import TrainConfig
 
 torch.set_num_threads(1)
 
-N_FEATURES, N_CLASSES, N_WORDS = 6, 3, 12
+N_FEATURES, N_CLASSES, N_WORDS, N_TOKENS = 6, 3, 12, 60
 WIDTH = 4
 """Features of a word."""
 
@@ -106,6 +109,52 @@ class TinyTask(Task):
         return {"loss": float(losses.mean())}
 
 
+class NextToken(nn.Module):
+    """Scores of the next token from the mean of those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(N_TOKENS, WIDTH)
+        self.inner = nn.Linear(WIDTH, 6)
+        self.head = nn.Linear(6, N_TOKENS)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        steps = torch.arange(1, tokens.shape[1] + 1)[:, None]
+        return torch.relu(self.inner(self.table(tokens).cumsum(dim=1) / steps))
+
+
+class TextTask(TinyTask):
+    """Token sequences of many lengths, each with a question as text and a few answer tokens at its end."""
+
+    def losses(self, model: Any, batch: Batch) -> Tensor:
+        logits = model.head(model.hidden(batch.inputs["input_ids"]))[:, :-1].transpose(1, 2)
+        losses = functional.cross_entropy(logits, batch.labels[:, 1:], ignore_index=IGNORED, reduction="none")
+        return losses.sum(dim=1) / (batch.labels[:, 1:] != IGNORED).sum(dim=1).clamp(min=1)
+
+    def features(self, model: Any, batch: Batch) -> Tensor:
+        present = batch.inputs["attention_mask"][..., None]
+        return (model.hidden(batch.inputs["input_ids"]) * present).sum(dim=1) / present.sum(dim=1)
+
+    def texts(self, pool: Pool) -> list[str]:
+        return pool.examples.texts.to_pylist()
+
+    def subtasks(self, pool: Pool) -> np.ndarray | None:
+        return pool.examples.subtasks
+
+
+def token_pool(name: str, n: int, *, sources: tuple[str, ...] = (), subtasks: int = 0) -> Pool:
+    rng = np.random.default_rng(sum(map(ord, name)))
+    sizes = rng.integers(5, 40, n)
+    ids = np.minimum(rng.geometric(0.1, sizes.sum()), N_TOKENS) - 1
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    learned = np.concatenate([np.arange(size) >= size - 3 for size in sizes])
+    texts = [" ".join(f"Word{i}" for i in ids[a : b - 3]) + "?" for a, b in pairwise(offsets)]
+    groups = rng.permutation(np.arange(n) % subtasks) if subtasks else None
+    tokens = Tokens(ids.astype(np.int32), learned, offsets, pa.array(texts), groups)
+    codes = np.arange(n) * len(sources) // n if sources else None
+    return Pool([f"{name}-{i}" for i in range(n)], tokens, codes, sources, name=name)
+
+
 def feature_pool(name: str, n: int, sources: int = 0) -> Pool:
     """Clusters, one a class; the labels of the later sources are wrong more often."""
     rng = np.random.default_rng(sum(map(ord, name)))
@@ -159,6 +208,21 @@ def sentences() -> Callable[..., TinyTask]:
     def make(**recipe: Any) -> TinyTask:
         pools = sentence_pool("pool", 150), sentence_pool("target", 40), sentence_pool("test", 40)
         return TinyTask(pools, TrainConfig(**recipe), Words)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def texts() -> Callable[..., TextTask]:
+    """Makes a task on questions and answers from two sources: `texts(n=80, subtasks=3, **recipe)`."""
+
+    def make(*, n: int = 80, subtasks: int = 3, **recipe: Any) -> TextTask:
+        pools = (
+            token_pool("pool", n, sources=("clean", "noisy")),
+            token_pool("target", 20, subtasks=subtasks),
+            token_pool("test", 20),
+        )
+        return TextTask(pools, TrainConfig(**recipe), NextToken)
 
     return make
 

@@ -69,7 +69,7 @@ class TestRuns:
         assert selection.method == "random"
         assert selection.seed == 3
         assert f"{int(selection.selected.sum())} of 80 examples" in shown
-        assert sorted(f.name for f in out.iterdir()) == ["config.yaml", "selection", "tensorboard"]
+        assert sorted(f.name for f in out.iterdir()) == ["config.yaml", "select.json", "selection", "tensorboard"]
 
         status, shown, errors = cads("train", config, "--selection", out)
         assert (status, errors) == (0, "")
@@ -211,7 +211,7 @@ BAD_FLAGS = {
     "unknown field": ("--task.colour 3", "unrecognized arguments: --task.colour"),
     "shortened flag": ("--budg 3", "unrecognized arguments: --budg"),
     "unknown method": ("--method cads-z", "'cads-z' is unknown; did you mean 'cads-"),
-    "far method": ("--method qqq", "Installed: cads-e, cads-s, cads-s-penalty, full"),
+    "far method": ("--method qqq", "Installed: best-of, best-source, bilevel"),
     "unknown kind": ("--kind visoin", "kind of task 'visoin' is unknown; did you mean 'vision'"),
     "unknown data set": ("--task.dataset digitz", "digits"),
     "unknown model": ("--task.model resnet19", "resnet1"),

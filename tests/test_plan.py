@@ -22,6 +22,7 @@ from cads.monitor import Monitor
 from cads.outcome import train_on
 from cads.plan import duration, make_plan, size
 from cads.published import PUBLISHED
+from cads.ranking import Ranker
 from cads.registry import SELECTORS, build_selector, names
 from cads.speed import matmul_flops_per_second
 from cads.tasks.sketch import LanguageSketch
@@ -32,6 +33,7 @@ from cads.trainer import TrainConfig, Trainer
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "experiments" / "configs" / "models"
 NEEDED = {"source": {"name": "clean"}}
+TEXT_ONLY = ("bm25",)
 RECIPE = TrainConfig(batch_size=8)
 SOURCES = [SourceSpec("clean"), SourceSpec("noisy", label_noise=0.9), SourceSpec("small", size=20)]
 DIGITS = VisionConfig(hidden=16, n_pool=80, n_target=30, n_test=30, sources=SOURCES)
@@ -79,11 +81,18 @@ BUDGETS = [Budget(16, "epochs"), Budget(24, "epochs", count_selection=True), Bud
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 @pytest.mark.parametrize("name", names(SELECTORS))
-def test_what_is_planned_is_what_is_charged(digits, name, budget):
+def test_what_is_planned_is_what_is_charged(digits, texts, name, budget):
     selector, ledger = build_selector(name, NEEDED.get(name)), Ledger()
-    planned = selector.plan(digits, budget)
-    sketched = selector.plan(DIGITS.sketch(RECIPE), budget)
-    selector.select(digits, budget, seed=0, ledger=ledger)
+    task = texts(batch_size=8) if name in TEXT_ONLY else digits
+    planned = selector.plan(task, budget)
+    # Words are counted, so a pool without contents gives no more than a bound.
+    sketched = planned if name in TEXT_ONLY else selector.plan(DIGITS.sketch(RECIPE), budget)
+    if isinstance(selector, Ranker) and budget.count_selection and planned.total().flops >= budget.flops(task):
+        with pytest.raises(BudgetError, match="nothing is left to train with"):
+            selector.select(task, budget, seed=0, ledger=ledger)
+        assert not ledger.entries
+        return
+    selector.select(task, budget, seed=0, ledger=ledger)
     assert planned.total().flops == pytest.approx(ledger.total().flops, rel=0.01)
     assert sketched.total().flops == pytest.approx(ledger.total().flops, rel=0.01)
     assert stages(planned) == pytest.approx({k: v for k, v in stages(ledger).items() if v}, rel=0.02)
@@ -234,7 +243,7 @@ def test_methods_without_a_plan_say_why(small):
         (["--budget", "1 usages"], "does not buy one step"),
         (["--flops_per_second", "0"], "flops_per_second = 0"),
         (["--accounting", "paper"], "use measured or analytic"),
-        (["--methods", "[bm25]"], "scores texts"),
+        (["--methods", "[bm25]"], "has no text"),
         (["--methods", "[magic]"], "magic"),
         (["--kind", "lm-sketch"], "--task.model"),
         (["--kind", "lm-sketch", "--task.model", "missing.json"], "missing.json"),

@@ -252,6 +252,23 @@ class VisionTask(Task):
         """Cross entropy of each example, in nats, shape (B,)."""
         return functional.cross_entropy(self.logits(model, batch), batch.labels, reduction="none")
 
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the last linear layer of `model` reads, shape (B, D).
+
+        Raises:
+            ConfigError: if the model has no linear layer.
+        """
+        layer = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
+        if layer is None:
+            raise ConfigError(f"the model of {self.name} has no linear layer, so no features: name a backbone")
+        read: list[Tensor] = []
+        hook = layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            self.logits(model, batch)
+        finally:
+            hook.remove()
+        return read[-1].flatten(1)
+
     def nominal(self, model: nn.Module, batch: Batch) -> tuple[float, float]:
         """None: an image has no tokens, and a convolution uses each of its weights many times.
 

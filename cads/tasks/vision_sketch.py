@@ -98,6 +98,10 @@ class SketchedVision(VisionTask):
         with torch.device("meta"):
             return super().model(seed)
 
+    def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """Scores of the classes on the meta device, shape (B, n_classes)."""
+        return super().logits(model, batch.to("meta"))
+
     def losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Cross entropy on the meta device, shape (B,)."""
         return super().losses(model, batch.to("meta"))

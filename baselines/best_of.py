@@ -1,0 +1,45 @@
+"""The best of J random subsets of the sources: what a search without any model of the objective finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from baselines.source_search import RungSearch, best_of_runs, fidelity, random_masks, train_draws
+from cads.errors import ConfigError
+from cads.inner import Inner, Purse
+from cads.optimizer import Rung
+from cads.policy import BernoulliPolicy, Policy
+from cads.seeds import derive
+from cads.space import Space
+
+
+@dataclass
+class BestOf(RungSearch):
+    """As many random masks as the allowance buys, the full pool among them; the best on the target is returned."""
+
+    share: float = 0.25
+    """Share of C for which each is trained; more where that would be fewer than 40 steps."""
+
+    method: ClassVar[str] = "best-of"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share = {self.share}: a share of the budget, above 0 and at most 1")
+
+    def schedule(self, purse: Purse, space: Space, training: float, allowance: float) -> list[Rung]:
+        """One rung of J masks."""
+        share = fidelity(purse, training, self.share)
+        runs = int(allowance / (share * training + purse.measuring_flops))
+        runs = runs if space.count is None else min(runs, space.count)
+        return [Rung(share, share * training, share, runs)] if runs >= 2 else []
+
+    def choose(self, inner: Inner, space: Space, training: float, seed: int) -> tuple[np.ndarray, Policy]:
+        """Train them all and take the best."""
+        (rung,) = self.rungs(inner, space, training)
+        masks = random_masks(space, rung.runs, derive(seed, "masks"), full_first=True)
+        runs = train_draws(inner, space, masks, rung, derive(seed, "runs"), rung.stage)
+        best = masks[best_of_runs(runs.objective)]
+        return best, BernoulliPolicy(best)

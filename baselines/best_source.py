@@ -1,0 +1,47 @@
+"""The best single source, by short runs on each: what a user without a selector would try."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from baselines.source_search import RungSearch, best_of_runs, fidelity, train_draws
+from cads.errors import ConfigError
+from cads.inner import Inner, Purse
+from cads.optimizer import Rung
+from cads.policy import BernoulliPolicy, Policy
+from cads.seeds import derive
+from cads.space import Space
+
+
+@dataclass
+class BestSource(RungSearch):
+    """Each source alone for a share of C; the best on the target is returned."""
+
+    share: float = 0.25
+    """Share of C for which each is trained; less where the allowance asks for it, more to make 40 steps."""
+
+    method: ClassVar[str] = "best-source"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share = {self.share}: a share of the budget, above 0 and at most 1")
+
+    def schedule(self, purse: Purse, space: Space, training: float, allowance: float) -> list[Rung]:
+        """One rung, a run for each source."""
+        n = len(space.sizes)
+        affordable = (allowance / n - purse.measuring_flops) / training
+        share = min(fidelity(purse, training, self.share), affordable)
+        if share * training < purse.step_flops:
+            return []
+        return [Rung(share, share * training, share, n)]
+
+    def choose(self, inner: Inner, space: Space, training: float, seed: int) -> tuple[np.ndarray, Policy]:
+        """Train on each and take the best."""
+        (rung,) = self.rungs(inner, space, training)
+        alone = np.eye(len(space.sizes))
+        runs = train_draws(inner, space, alone, rung, derive(seed, "runs"), rung.stage)
+        best = alone[best_of_runs(runs.objective)]
+        return best, BernoulliPolicy(best)

@@ -1,0 +1,230 @@
+"""BM25: the words that a text shares with the target, by the Okapi formula.
+
+Source: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009, with the floor on
+negative idf of `rank_bm25.BM25Okapi`; as a selector: CCDS (arXiv 2410.16208).
+
+The mean over queries is one product: scores are linear in the counts of query terms, so these are averaged first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from scipy.sparse import csr_array
+
+from baselines.queries import mean_weights, subtask_weights
+from cads.budget import SELECT, Ledger, PlannedLedger
+from cads.errors import ConfigError, DataError
+from cads.monitor import Monitor
+from cads.operations import bm25_flops
+from cads.ranking import Ranker, Ranking
+from cads.task import Pool, Task
+from cads.tasks.shaped import Shaped
+
+log = logging.getLogger(__name__)
+
+K1, B, EPSILON = 1.5, 0.75, 0.25
+"""`rank_bm25`'s defaults: saturation of the term frequency, correction for length, floor of a negative idf."""
+PUNCTUATION = r"[!-/:-@\[-`{-~]"
+"""`string.punctuation` as a class of RE2."""
+CHUNK = 2**16
+"""Texts whose tokens are in memory as strings at once."""
+STAGE = "index and scores"
+
+
+class Okapi:
+    """Documents as rows of term counts, with the formula's weights.
+
+    Args:
+        documents: token lists, chunk by chunk (`pa.ListArray` of strings).
+        k1, b, epsilon: of the formula; idf below 0 becomes `epsilon` times the mean idf.
+
+    Attributes:
+        document_frequency: documents that hold each term, int64, shape (V,).
+        idf: of each term, shape (V,).
+    """
+
+    def __init__(
+        self, documents: Iterable[pa.ListArray], *, k1: float = K1, b: float = B, epsilon: float = EPSILON
+    ) -> None:
+        self._vocabulary, self._counts = _counted(documents)
+        size = np.bincount(_rows(self._counts), self._counts.data, minlength=self._counts.shape[0])
+        self.document_frequency = np.bincount(self._counts.indices, minlength=self._counts.shape[1])
+        n, df = len(size), self.document_frequency
+        idf = np.log(n - df + 0.5) - np.log(df + 0.5)
+        self.idf = np.where(idf < 0, epsilon * (idf.mean() if len(idf) else 0.0), idf)
+        saturation = k1 * (1 - b + b * size / max(float(size.mean()), 1.0 / n))
+        frequency = self._counts.data.astype(np.float64)
+        weight = np.repeat(saturation, np.diff(self._counts.indptr))
+        weight += frequency
+        np.divide(frequency, weight, out=weight)
+        weight *= k1 + 1
+        self._weights = csr_array((weight, self._counts.indices, self._counts.indptr), shape=self._counts.shape)
+
+    @property
+    def n_postings(self) -> int:
+        """Distinct terms of each document, summed over the documents."""
+        return len(self._counts.indices)
+
+    def count(self, queries: pa.ListArray) -> csr_array:
+        """How often each query holds each term of the documents, shape (M, V); unknown terms are left out."""
+        terms = pc.index_in(queries.flatten(), value_set=self._vocabulary)
+        known = terms.is_valid().to_numpy(zero_copy_only=False)
+        rows = np.repeat(np.arange(len(queries)), np.diff(_offsets(queries)))[known]
+        columns = terms.drop_null().to_numpy()
+        shape = len(queries), len(self._vocabulary)
+        return csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
+
+    def scores(self, query: np.ndarray) -> np.ndarray:
+        """The score of each document for the (mean) term counts of a query, shape (V,); float64, shape (N,)."""
+        return np.asarray(self._weights @ (self.idf * query))
+
+    def n_matches(self, query: np.ndarray) -> int:
+        """Postings of the terms of a query (shape (V,))."""
+        return int(self.document_frequency[query != 0].sum())
+
+
+def okapi_scores(documents: Sequence[Sequence[str]], queries: Sequence[Sequence[str]]) -> np.ndarray:
+    """The mean over `queries` of the BM25 score of each document, as `rank_bm25.BM25Okapi` scores, shape (N,).
+
+    Args:
+        documents, queries: lists of tokens. A token that a query repeats counts again.
+
+    Raises:
+        DataError: if there are no documents or no queries, or they are not lists of tokens.
+    """
+    for name, texts in (("documents", documents), ("queries", queries)):
+        if not len(texts):
+            raise DataError(f"{name} is empty: BM25 needs at least one")
+        if any(isinstance(text, str) for text in texts):
+            raise DataError(f"{name} has texts that are strings: split them into tokens")
+    try:
+        lists = pa.array(documents, pa.list_(pa.string()))
+        asked = pa.array(queries, pa.list_(pa.string()))
+    except (pa.ArrowException, TypeError) as error:
+        raise DataError(f"documents and queries must be lists of tokens that are strings: {error}") from error
+    okapi = Okapi([lists])
+    return okapi.scores(np.asarray(okapi.count(asked).mean(axis=0)))
+
+
+def tokenize(texts: Sequence[str]) -> pa.ListArray:
+    """Lower case, without punctuation, split on white space."""
+    plain = pc.replace_substring_regex(pc.utf8_lower(pa.array(texts, pa.large_string())), PUNCTUATION, "")
+    split = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(plain))
+    # An empty text is split into one empty token.
+    empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(plain)), 0)
+    nothing = pa.scalar([], split.type)
+    return pc.if_else(empty, nothing, split).cast(pa.list_(pa.string()))
+
+
+@dataclass
+class Bm25(Ranker):
+    """Okapi BM25 of each text of the pool against the texts of the target: the task's texts, never the answers."""
+
+    k1: float = K1
+    """How slowly repeated words saturate."""
+    b: float = B
+    """How much longer texts are held back: 0 not at all, 1 in proportion."""
+    epsilon: float = EPSILON
+    """A negative idf (a word in more than half of the texts) becomes this share of the mean idf."""
+    aggregate: Literal["subtask", "mean"] = "subtask"
+    """Over the target: the best of its subtasks' means, or the mean of all (CCDS). Without subtasks they agree."""
+
+    method: ClassVar[str] = "bm25"
+    reads_model: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.k1 >= 0:
+            raise ConfigError(f"k1 = {self.k1}: it must be >= 0")
+        if not 0 <= self.b <= 1:
+            raise ConfigError(f"b = {self.b}: it must lie between 0 and 1")
+        if not 0 <= self.epsilon < float("inf"):
+            raise ConfigError(f"epsilon = {self.epsilon}: it must be >= 0")
+        if self.aggregate not in get_args(Literal["subtask", "mean"]):
+            raise ConfigError(f"aggregate = {self.aggregate!r}: choose subtask or mean")
+        self._made: tuple[Task, Okapi, np.ndarray] | None = None
+
+    def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
+        """Index, count, multiply; see `cads.ranking.Ranker`."""
+        with ledger.timed(SELECT, STAGE):
+            okapi, queries = self._indexed(task)
+            ledger.charge(SELECT, STAGE, _flops(okapi, queries))
+            score = okapi.scores(queries[0])
+            for query in queries[1:]:
+                np.maximum(score, okapi.scores(query), out=score)
+        self._made = None
+        return self.ranking(task, score, seed=seed, ledger=ledger)
+
+    def rank_plan(self, task: Task) -> PlannedLedger:
+        """Exact where there are texts, since counting words is free; see `cads.ranking.Ranker`."""
+        ledger = PlannedLedger()
+        if isinstance(task.pool.examples, Shaped):
+            task.texts(task.pool.part(np.zeros(1, dtype=np.int64), "pool"))
+            postings = task.costs.tokens_per_example(task.pool) * len(task.pool)
+            ledger.charge(SELECT, STAGE, bm25_flops(postings, postings))
+        else:
+            ledger.charge(SELECT, STAGE, _flops(*self._indexed(task)))
+        return ledger
+
+    def _indexed(self, task: Task) -> tuple[Okapi, np.ndarray]:
+        """The index of the pool, kept from the plan to the ranking, and the mean query of each subtask, (G, V)."""
+        if self._made is None or self._made[0] is not task:
+            asked = tokenize(task.texts(task.target))
+            okapi = Okapi(_chunks(task, task.pool), k1=self.k1, b=self.b, epsilon=self.epsilon)
+            counts = okapi.count(asked)
+            blank = len(asked) - np.count_nonzero(np.diff(counts.indptr))
+            if blank:
+                what = "all scores are zero" if blank == len(asked) else "they score every text with zero"
+                log.warning("bm25: %d of %d target texts share no word with the pool: %s", blank, len(asked), what)
+            weights = subtask_weights(task) if self.aggregate == "subtask" else mean_weights(task)
+            self._made = task, okapi, np.stack([counts.T @ row for row in weights])
+        return self._made[1:]
+
+
+def _flops(okapi: Okapi, queries: np.ndarray) -> float:
+    return bm25_flops(okapi.n_postings, sum(okapi.n_matches(query) for query in queries))
+
+
+def _chunks(task: Task, pool: Pool) -> Iterator[pa.ListArray]:
+    texts = task.texts(pool)
+    for start in range(0, len(texts), CHUNK):
+        yield tokenize(texts[start : start + CHUNK])
+
+
+def _counted(documents: Iterable[pa.ListArray]) -> tuple[pa.Array, csr_array]:
+    """The distinct terms, and how often each document holds each of them, shape (N, V)."""
+    pieces, sizes = [], []
+    for lists in documents:
+        pieces.append(pc.dictionary_encode(lists.flatten()))
+        sizes.append(np.diff(_offsets(lists)))
+    terms = pa.chunked_array(pieces).unify_dictionaries()
+    # In alphabetical order, sums do not depend on the order of the documents, to the last bit.
+    order = pc.sort_indices(terms.chunk(0).dictionary)
+    vocabulary = terms.chunk(0).dictionary.take(order)
+    place = np.empty(len(vocabulary), dtype=np.int32)
+    place[order.to_numpy()] = np.arange(len(vocabulary), dtype=np.int32)
+    columns = np.concatenate([place[chunk.indices.to_numpy()] for chunk in terms.chunks])
+    ends = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+    index = np.int32 if len(columns) < 2**31 else np.int64
+    # Whole numbers up to 2^24 are exact in float32, at half the memory.
+    counts = csr_array(
+        (np.ones(len(columns), dtype=np.float32), columns.astype(index, copy=False), ends.astype(index)),
+        shape=(len(ends) - 1, len(vocabulary)),
+    )
+    counts.sum_duplicates()
+    return vocabulary, counts
+
+
+def _rows(matrix: csr_array) -> np.ndarray:
+    return np.repeat(np.arange(matrix.shape[0], dtype=np.int32), np.diff(matrix.indptr))
+
+
+def _offsets(lists: pa.ListArray) -> np.ndarray:
+    return np.asarray(lists.offsets.to_numpy(), dtype=np.int64)

@@ -1,0 +1,89 @@
+"""EL2N: how far the class probabilities of a briefly trained classifier are from the label.
+
+Source: Paul et al., "Deep Learning on a Data Diet", NeurIPS 2021, arXiv 2107.07075, definition 2.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from baselines.losses import Order, check_order, in_order, plan_losses
+from cads.budget import Ledger, PlannedLedger
+from cads.errors import ConfigError
+from cads.monitor import Monitor
+from cads.ranking import Ranker, Ranking
+from cads.scorers import check_passes, device_of, on_pool, plan_training, scorer_of
+from cads.scoring import SCORED_TOKENS, score_pool
+from cads.seeds import derive
+from cads.task import Batch, Task
+
+WARM_UP, SCORING = "warm-up", "errors"
+
+
+@dataclass
+class El2n(Ranker):
+    """The L2 norm of softmax(logits) - onehot(label), averaged over a few models early in training."""
+
+    models: int = 3
+    """Models, each with its own initial weights and order of the pool."""
+    warm_up: float = 1.0
+    """Passes of each model over the pool."""
+    order: Order = "high"
+    """Which examples come first: high is what the paper keeps; low where labels are noisy."""
+
+    method: ClassVar[str] = "el2n"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_order(self.order)
+        check_passes(warm_up=self.warm_up)
+        if self.models < 1:
+            raise ConfigError(f"models = {self.models}: it must be at least 1")
+
+    def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
+        """Train the models, and read the pool with each; see `cads.ranking.Ranker`."""
+        scorer = scorer_of(task)
+        _check_classes(scorer)
+        seeds = [derive(seed, "el2n", k) for k in range(self.models)]
+        models = on_pool(scorer, self.warm_up, seeds=seeds, ledger=ledger, monitor=monitor, stage=WARM_UP)
+        errors = np.zeros(len(scorer.pool))
+        for model in models:
+            errors += score_pool(
+                scorer.pool,
+                partial(error_norms, scorer, model.eval()),
+                scorer.costs.forward,
+                ledger=ledger,
+                stage=SCORING,
+                device=device_of(model),
+            )
+        score = in_order(errors / len(models), self.order)
+        return self.ranking(task, score, seed=seed, ledger=ledger, pool=scorer.pool)
+
+    def rank_plan(self, task: Task) -> PlannedLedger:
+        """As many models as there are; see `cads.ranking.Ranker`."""
+        scorer, ledger = scorer_of(task), PlannedLedger()
+        _check_classes(scorer)
+        plan_training(scorer, scorer.pool, self.warm_up, ledger, stage=WARM_UP, models=self.models)
+        plan_losses(scorer, ledger, stage=SCORING, tokens=SCORED_TOKENS, models=self.models)
+        return ledger
+
+
+def error_norms(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    """||softmax(logits) - onehot(label)||_2 of each example, between 0 and sqrt(2), shape (B,)."""
+    logits = task.logits(model, batch).double()
+    return torch.linalg.vector_norm(
+        functional.softmax(logits, dim=1) - functional.one_hot(batch.labels, logits.shape[1]), dim=1
+    )
+
+
+def _check_classes(task: Task) -> None:
+    """Let a task without classes say so before anything is trained."""
+    with torch.no_grad():
+        task.logits(task.costs.model.eval(), task.pool.batch(np.zeros(1, dtype=np.int64)))

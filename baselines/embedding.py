@@ -1,0 +1,178 @@
+"""Embedding: how close an example is to the target, in the space of an encoder or of the task's own features.
+
+Source: CCDS (arXiv 2410.16208), representation-based selection: the mean cosine to the target examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from baselines.queries import mean_weights, subtask_weights
+from baselines.spaces import FeatureSpace, SentenceSpace, Space, backbone_network
+from cads.budget import SELECT, Ledger, PlannedLedger
+from cads.errors import ConfigError
+from cads.journal import in_shards
+from cads.monitor import Monitor
+from cads.operations import normalisation_flops, similarity_flops
+from cads.ranking import Ranker, Ranking
+from cads.scorers import check_passes, on_pool, plan_training, scorer_of
+from cads.scoring import check_finite
+from cads.seeds import derive
+from cads.task import Pool, Task
+
+Aggregate = Literal["subtask", "mean", "max", "top"]
+ENCODED_TOKENS = 1024
+"""Padded tokens of a batch: an encoder is small, and on a core 1.2 times as fast with these as with 512."""
+WARM_UP, ENCODING, COMPARING = "warm-up", "embeddings", "similarities"
+
+
+@dataclass
+class Embedding(Ranker):
+    """Cosine similarity to the target: of sentences, of a backbone's features, or of the task's own features.
+
+    One query a target example. The products are exact, and only one batch of the pool is in memory at a time.
+    """
+
+    encoder: str | None = None
+    """Texts: a sentence-transformers model, by name or folder; null: no sentence encoder."""
+    backbone: str | None = None
+    """Images: a classifier of torchvision whose features are compared; null: the features of the task's own model."""
+    backbone_size: int | None = None
+    """Scale images to this many pixels square for the backbone; null: as they are."""
+    pretrained: bool = True
+    """Give the backbone torchvision's pretrained weights."""
+    download: bool = False
+    """Allow torchvision to fetch weights that are missing."""
+    warm_up: float = 0.0
+    """Train the task's own model for this many passes over the pool first: for models that start from scratch."""
+    aggregate: Aggregate = "subtask"
+    """Over the target: the best mean of a subtask (without subtasks the mean), mean, max, or the mean of `top`."""
+    top: int = 5
+    """aggregate = top: how many of the nearest target examples are averaged."""
+    batch_tokens: int = ENCODED_TOKENS
+    """Padded tokens of a batch."""
+
+    method: ClassVar[str] = "embedding"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_passes(warm_up=self.warm_up)
+        if self.aggregate not in get_args(Aggregate):
+            raise ConfigError(f"aggregate = {self.aggregate!r}: choose from {list(get_args(Aggregate))}")
+        if self.encoder is not None and self.backbone is not None:
+            raise ConfigError(f"encoder = {self.encoder!r} and backbone = {self.backbone!r}: give one of them")
+        if self.warm_up and not self._own:
+            raise ConfigError(f"warm_up = {self.warm_up} trains the task's own model, and another one encodes: give 0")
+        for name in ("top", "batch_tokens", "backbone_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value}: it must be at least 1")
+        self._made: tuple[Task, Space] | None = None
+
+    @property
+    def _own(self) -> bool:
+        return self.encoder is None and self.backbone is None
+
+    def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
+        """Encode the target, then the pool batch by batch; see `cads.ranking.Ranker`."""
+        scorer = scorer_of(task)
+        space = self._space(scorer)
+        self._fill(space, scorer, seed, ledger, monitor)
+        pool = scorer.pool
+        target = torch.empty(len(scorer.target), space.dimension, dtype=torch.float64)
+        found = self._encoded(space, scorer.target, ledger, lambda unit: unit)
+        target[np.concatenate(space.batches(scorer.target))] = torch.from_numpy(found)
+        reference = self._reference(scorer, target)
+        ledger.charge(SELECT, COMPARING, self._products(scorer, space, len(reference)))
+        score = np.empty(len(pool))
+        found = self._encoded(space, pool, ledger, lambda unit: self._aggregated(unit @ reference.T))
+        score[np.concatenate(space.batches(pool))] = found
+        check_finite(score, pool, self.method)
+        self._made = None
+        return self.ranking(task, score, seed=seed, ledger=ledger, pool=pool)
+
+    def rank_plan(self, task: Task) -> PlannedLedger:
+        """Padding included; see `cads.ranking.Ranker`."""
+        scorer, ledger = scorer_of(task), PlannedLedger()
+        space = self._space(scorer)
+        plan_training(scorer, scorer.pool, self.warm_up, ledger, stage=WARM_UP)
+        ledger.charge(SELECT, ENCODING, space.flops(scorer.target) + space.flops(scorer.pool))
+        references = len(self._weights(scorer)) if self.aggregate in ("subtask", "mean") else len(scorer.target)
+        ledger.charge(SELECT, COMPARING, self._products(scorer, space, references))
+        ledger.scored.append(scorer)
+        return ledger
+
+    def _space(self, task: Task) -> Space:
+        """The space, kept from the plan to the ranking; without the weights of the task's own model."""
+        if self._made is None or self._made[0] is not task:
+            space: Space
+            if self.encoder is not None:
+                space = SentenceSpace(task, self.encoder, self.batch_tokens)
+            elif self.backbone is not None:
+                with torch.device("meta"):
+                    counted = backbone_network(
+                        task, self.backbone, self.backbone_size, pretrained=False, download=False
+                    )
+                space = FeatureSpace(task, counted, self.batch_tokens)
+            else:
+                space = FeatureSpace(task, task.costs.model, self.batch_tokens)
+            self._made = task, space
+        return self._made[1]
+
+    def _fill(self, space: Space, task: Task, seed: int, ledger: Ledger, monitor: Monitor | None) -> None:
+        """Give the space its weights."""
+        if not isinstance(space, FeatureSpace):
+            return
+        if self.backbone is None:
+            seeds = [derive(seed, "embedding")] if self.warm_up else [seed]
+            space.model = on_pool(task, self.warm_up, seeds=seeds, ledger=ledger, monitor=monitor, stage=WARM_UP)[0]
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive(seed, "backbone"))
+            space.model = backbone_network(
+                task, self.backbone, self.backbone_size, pretrained=self.pretrained, download=self.download
+            )
+
+    def _encoded(self, space: Space, pool: Pool, ledger: Ledger, use: Callable[[Tensor], Tensor]) -> np.ndarray:
+        """What `use` makes of the unit vectors (float64) of each batch of a pool, batch after batch; charged."""
+        batches = space.batches(pool)
+
+        def shard(i: int) -> np.ndarray:
+            with ledger.timed(SELECT, ENCODING):
+                encoded = space.encode(pool, batches[i])
+                ledger.charge(SELECT, ENCODING, encoded.flops, tokens=encoded.tokens)
+                unit = functional.normalize(encoded.vectors.double().cpu(), dim=1)
+                return np.asarray(use(unit).numpy())
+
+        return in_shards("encoding", [pool.name, len(pool)], ledger, len(batches), shard)
+
+    def _weights(self, task: Task) -> np.ndarray:
+        return subtask_weights(task) if self.aggregate == "subtask" else mean_weights(task)
+
+    def _reference(self, task: Task, target: Tensor) -> Tensor:
+        """What pool examples are multiplied with, shape (G, D): means of unit vectors, or all of them.
+
+        The mean cosine to a set is the product with the mean of its unit vectors.
+        """
+        if self.aggregate in ("max", "top"):
+            return target
+        return torch.from_numpy(self._weights(task)) @ target
+
+    def _aggregated(self, cosines: Tensor) -> Tensor:
+        """One score for each row of cosines (B, G), shape (B,)."""
+        if self.aggregate == "top":
+            return cosines.topk(min(self.top, cosines.shape[1]), dim=1).values.mean(dim=1)
+        return cosines.max(dim=1).values
+
+    def _products(self, task: Task, space: Space, n_references: int) -> float:
+        """FLOPs of unit vectors, of their means, and of the products."""
+        n, m, width = len(task.pool), len(task.target), space.dimension
+        means = 2 * m * width if self.aggregate in ("subtask", "mean") else 0
+        return normalisation_flops(n + m, width) + means + similarity_flops(n_references, n, width)

@@ -1,0 +1,101 @@
+"""Successive halving over masks of sources: the bar that a policy gradient has to earn its place against.
+
+Random masks on a small share of the data and of C, a ridge regression on sources and pairs of them, fewer masks on
+twice as much, again, and the best of the last is returned. The full pool is among them throughout, and everything is
+measured relative to it at the same fidelity (Jamieson and Talwalkar, AISTATS 2016, arXiv 1502.07943, for the halving).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from baselines.regression import Ridge, pairs_flops, with_pairs
+from baselines.source_search import RungSearch, best_of_runs, fidelity, random_masks, train_draws
+from cads.estimator import enumerate_masks
+from cads.inner import Inner, Purse
+from cads.optimizer import Rung, distinct
+from cads.policy import BernoulliPolicy, Policy
+from cads.seeds import derive
+from cads.space import Space
+
+LADDER = ((1 / 16, 16), (1 / 8, 7), (1 / 4, 4))
+"""Shares of C (and of each source), and how many masks are trained for each: 2.875 C in all."""
+ENUMERATED, SAMPLED = 12, 4096
+"""Up to this many sources every mask is predicted; above, this many random ones."""
+
+
+@dataclass
+class Halving(RungSearch):
+    """16 masks at C/16, 7 at C/8, 4 at C/4, or in that proportion what the allowance buys."""
+
+    method: ClassVar[str] = "halving"
+    default_allowance: ClassVar[float] = 3.0
+
+    def schedule(self, purse: Purse, space: Space, training: float, allowance: float) -> list[Rung]:
+        """The rungs, each of at least two masks; the last are left out where the allowance does not buy them.
+
+        Shares that come to the same number of steps, the least there may be, are one rung.
+        """
+        most = _count(space)
+        for height in range(len(LADDER), 0, -1):
+            kept = LADDER[:height]
+            whole = sum(share * count for share, count in kept)
+            parts: dict[float, float] = {}
+            for share, count in kept:
+                f = fidelity(purse, training, share)
+                parts[f] = parts.get(f, 0.0) + allowance * share * count / whole
+            rungs = [
+                Rung(f, f * training, f, min(most, int(part / (f * training + purse.measuring_flops))))
+                for f, part in parts.items()
+            ]
+            if all(rung.runs >= 2 for rung in rungs):
+                return rungs
+        return []
+
+    def learning(self, space: Space, runs: int) -> float:
+        """The regression, and its prediction for all masks."""
+        return pairs_flops(len(space.sizes), runs, _count(space))
+
+    def choose(self, inner: Inner, space: Space, training: float, seed: int) -> tuple[np.ndarray, Policy]:
+        """Rung by rung, the full pool first in each."""
+        everything = _all(space)
+        draws, gains, trust = np.empty((0, len(space.sizes))), np.empty(0), np.empty(0)
+        masks = here = np.empty((0, 0))
+        predicted = np.empty(0)
+        for height, rung in enumerate(self.rungs(inner, space, training)):
+            if height == 0:
+                masks = random_masks(space, rung.runs, derive(seed, "masks"), full_first=True)
+            else:
+                ranked = everything[np.argsort(predicted, kind="stable")]
+                masks = distinct([space.full, *ranked])[: rung.runs]
+            runs = train_draws(inner, space, masks, rung, derive(seed, "rung", height), rung.stage)
+            here = runs.objective - runs.objective[0]
+            draws, gains = np.concatenate([draws, masks]), np.concatenate([gains, here])
+            trust = np.concatenate([trust, np.full(len(masks), rung.fidelity)])
+            if np.isfinite(gains).any():
+                predicted = Ridge(with_pairs(draws), gains, trust)(with_pairs(everything))
+            else:
+                predicted = np.zeros(len(everything))
+            inner.learn(self.learning(space, len(gains)))
+            inner.monitor.scalar("outer/best_gain", float(np.min(here, initial=0.0, where=np.isfinite(here))), height)
+        best = masks[best_of_runs(here)]
+        return best, BernoulliPolicy(best)
+
+
+def _count(space: Space) -> int:
+    """How many masks are predicted."""
+    n = len(space.sizes)
+    return 2**n - 1 if n <= ENUMERATED else SAMPLED
+
+
+def _all(space: Space) -> np.ndarray:
+    """The masks that are predicted, float, shape (M, S); at random, some may be there twice."""
+    n = len(space.sizes)
+    if n <= ENUMERATED:
+        return enumerate_masks(n)[1:].astype(np.float64)
+    masks = np.random.default_rng(0).random((SAMPLED, n)) < 0.5
+    masks[~masks.any(axis=1)] = True
+    return masks.astype(np.float64)

@@ -1,0 +1,51 @@
+"""Low loss: the examples that a model fitted to the target finds easy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from baselines.losses import Order, check_order, in_order, plan_losses, pool_losses
+from cads.budget import Ledger, PlannedLedger
+from cads.monitor import Monitor
+from cads.ranking import Ranker, Ranking
+from cads.scorers import check_passes, on_target, plan_training, scorer_of
+from cads.scoring import SCORED_TOKENS
+from cads.seeds import derive
+from cads.task import Task
+
+FITTING, SCORING = "theta", "R"
+
+
+@dataclass
+class Loss(Ranker):
+    """l_i(theta), theta trained on the target: what CADS-E moves by, without l* and without short runs."""
+
+    order: Order = "low"
+    """Which examples come first: of low loss, of a loss close to the median, or of high loss."""
+    passes: float = 8.0
+    """Passes of theta over the target; 0 scores with the initial (or pretrained) weights."""
+    batch_tokens: int = SCORED_TOKENS
+    """Padded tokens of a batch when the pool is scored."""
+
+    method: ClassVar[str] = "loss"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_order(self.order)
+        check_passes(passes=self.passes)
+
+    def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
+        """Fit theta, and read the pool once; see `cads.ranking.Ranker`."""
+        scorer = scorer_of(task)
+        model_seed = derive(seed, "theta") if self.passes else seed
+        theta = on_target(scorer, self.passes, seed=model_seed, ledger=ledger, monitor=monitor, stage=FITTING)
+        losses = pool_losses(scorer, theta, ledger=ledger, stage=SCORING, tokens=self.batch_tokens)
+        return self.ranking(task, in_order(losses, self.order), seed=seed, ledger=ledger, pool=scorer.pool)
+
+    def rank_plan(self, task: Task) -> PlannedLedger:
+        """Padding included; see `cads.ranking.Ranker`."""
+        scorer, ledger = scorer_of(task), PlannedLedger()
+        plan_training(scorer, scorer.target, self.passes, ledger, stage=FITTING)
+        plan_losses(scorer, ledger, stage=SCORING, tokens=self.batch_tokens)
+        return ledger

@@ -1,0 +1,93 @@
+"""Mixture regression: short runs on random mixtures, a regression on the ratios, the best predicted mixture.
+
+RegMix (Liu et al., ICLR 2025, arXiv 2407.01492) trains many small models on mixtures from Dirichlet distributions
+around the sizes of the sources, regresses the objective on the ratios, predicts it for many more mixtures and
+averages the best of those.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from baselines.regression import Ridge, with_pairs
+from baselines.source_search import RungSearch, fidelity, train_draws
+from cads.errors import ConfigError
+from cads.inner import Inner, Purse
+from cads.operations import regression_flops
+from cads.optimizer import Rung
+from cads.policy import MixturePolicy, Policy
+from cads.seeds import derive
+from cads.space import SIGMA, Mixtures, Space
+
+SHARE = 1 / 16
+"""Share of C, and of each source, of every run."""
+STRENGTHS = (0.1, 5.0)
+"""Range of the Dirichlet's total concentration, as in RegMix: from nearly one source alone to nearly uniform."""
+CANDIDATES, AVERAGED = 8192, 32
+"""Mixtures whose objective is predicted, and how many of the best make the answer."""
+LEAST_RUNS = 3
+"""Below it there is nothing to regress on."""
+
+
+@dataclass
+class MixtureRegression(RungSearch):
+    """RegMix: as many runs at C/16 on random mixtures as the allowance buys."""
+
+    regression: Literal["linear", "pairs"] = "pairs"
+    """On the ratios alone, or on their products too."""
+
+    method: ClassVar[str] = "mixture-regression"
+    ranges_over: ClassVar[type[Space]] = Mixtures
+
+    def __post_init__(self) -> None:
+        if self.regression not in ("linear", "pairs"):
+            raise ConfigError(f"regression = {self.regression!r}: choose from ['linear', 'pairs']")
+
+    def schedule(self, purse: Purse, space: Space, training: float, allowance: float) -> list[Rung]:
+        """One rung of mixtures."""
+        share = fidelity(purse, training, SHARE)
+        runs = int(allowance / (share * training + purse.measuring_flops))
+        return [Rung(share, share * training, share, runs)] if runs >= LEAST_RUNS else []
+
+    def learning(self, space: Space, runs: int) -> float:
+        """The regression, and its prediction for all candidates."""
+        n = len(space.sizes)
+        columns = n if self.regression == "linear" else n * (n + 1) / 2
+        return regression_flops(runs, columns) + 3 * CANDIDATES * columns
+
+    def choose(self, inner: Inner, space: Space, training: float, seed: int) -> tuple[np.ndarray, Policy]:
+        """Train on the mixtures, regress, predict."""
+        (rung,) = self.rungs(inner, space, training)
+        mixtures = sample_mixtures(space.full, rung.runs, derive(seed, "mixtures"))
+        runs = train_draws(inner, space, mixtures, rung, derive(seed, "runs"), rung.stage)
+        inner.learn(self.learning(space, rung.runs))
+        best = space.full
+        if np.isfinite(runs.objective).sum() >= LEAST_RUNS:
+            candidates = sample_mixtures(space.full, CANDIDATES, derive(seed, "candidates"))
+            best = self.best_predicted(mixtures, runs.objective, candidates)
+        return best, MixturePolicy(best, SIGMA)
+
+    def best_predicted(self, mixtures: np.ndarray, objective: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """The mean of the candidates with the least predicted objective, shape (S,).
+
+        Args:
+            mixtures: ratios that were trained on, shape (K, S). objective: what came of them, shape (K,).
+            candidates: ratios, shape (M, S).
+        """
+        features = with_pairs if self.regression == "pairs" else np.asarray
+        predicted = Ridge(features(mixtures), objective)(features(candidates))
+        return np.asarray(candidates[np.argsort(predicted, kind="stable")[:AVERAGED]].mean(axis=0))
+
+
+def sample_mixtures(proportions: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Ratios from Dirichlet distributions with mean `proportions` (S,) and log-uniform strength, shape (count, S)."""
+    rng = np.random.default_rng(seed)
+    least, most = STRENGTHS
+    strengths = np.exp(rng.uniform(math.log(least), math.log(most), count))
+    # Gammas of small shapes underflow; the tiny number keeps their sum from being 0.
+    gammas = rng.gamma(strengths[:, None] * proportions) + np.finfo(float).tiny
+    return np.asarray(gammas / gammas.sum(axis=1, keepdims=True))

@@ -1,0 +1,99 @@
+"""Perplexity: the loss of an example under a scorer that may have been fine-tuned on the target.
+
+Source: CCDS (arXiv 2410.16208), whose PPL ranks by the perplexity of prompt and answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+
+from baselines.losses import Order, check_order, in_order, plan_losses, pool_losses, whole_texts
+from baselines.random import random_scores
+from cads.budget import Ledger, PlannedLedger
+from cads.errors import ConfigError
+from cads.monitor import Monitor
+from cads.ranking import Ranker, Ranking
+from cads.scorers import check_passes, on_target, plan_training, scorer_of
+from cads.scoring import SCORED_TOKENS
+from cads.seeds import derive
+from cads.selection import rank_by_score
+from cads.task import Pool, Task
+
+Recipe = Literal["cads", "paper"]
+PAPER_PASSES = 4.0
+"""Passes over the target with which CCDS fine-tunes the scorer."""
+THIRDS: dict[Order, tuple[int, int, int]] = {"low": (0, 1, 2), "mid": (1, 0, 2), "high": (2, 1, 0)}
+"""The thirds of the pool by rising perplexity, in the order in which CCDS trains on them."""
+TUNING, SCORING = "fine-tuning", "scores"
+
+
+@dataclass
+class Perplexity(Ranker):
+    """The loss of each example (nats; for texts the mean over its answer tokens) under one model.
+
+    Perplexity is its exponential, which ranks alike. The scorer is the task's proxy if it has one.
+    """
+
+    order: Order = "mid"
+    """Which examples come first: of low loss, of a loss close to the median, or of high loss."""
+    fine_tune: float | None = None
+    """Passes over the target to train the scorer first; null: none, or 4 with recipe = paper."""
+    recipe: Recipe = "cads"
+    """cads: answer tokens, in order of the loss. paper: all tokens, in thirds shuffled within, as CCDS does."""
+    autocast: bool = False
+    """Score in bfloat16: faster where the hardware has it, and about 1 % off."""
+    batch_tokens: int = SCORED_TOKENS
+    """Padded tokens of a batch when the pool is scored."""
+
+    method: ClassVar[str] = "ppl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_order(self.order)
+        if self.recipe not in get_args(Recipe):
+            raise ConfigError(f"recipe = {self.recipe!r}: choose from {list(get_args(Recipe))}")
+        check_passes(fine_tune=self.passes)
+        if self.batch_tokens < 1:
+            raise ConfigError(f"batch_tokens = {self.batch_tokens}: it must be at least 1")
+
+    @property
+    def passes(self) -> float:
+        """Passes over the target with which the scorer is fine-tuned."""
+        if self.fine_tune is not None:
+            return self.fine_tune
+        return PAPER_PASSES if self.recipe == "paper" else 0.0
+
+    def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
+        """Fine-tune if asked for, and read the pool once; see `cads.ranking.Ranker`."""
+        scorer = scorer_of(task)
+        pool = self._scored(scorer)
+        model = on_target(scorer, self.passes, seed=seed, ledger=ledger, monitor=monitor, stage=TUNING)
+        losses = pool_losses(
+            scorer, model, ledger=ledger, stage=SCORING, tokens=self.batch_tokens, pool=pool, autocast=self.autocast
+        )
+        if self.recipe == "paper":
+            score = shuffled_thirds(pool, losses, self.order, derive(seed, "thirds"))
+        else:
+            score = in_order(losses, self.order)
+        return self.ranking(task, score, seed=seed, ledger=ledger, pool=pool, median_loss=float(np.median(losses)))
+
+    def rank_plan(self, task: Task) -> PlannedLedger:
+        """Padding included; see `cads.ranking.Ranker`."""
+        scorer, ledger = scorer_of(task), PlannedLedger()
+        plan_training(scorer, scorer.target, self.passes, ledger, stage=TUNING)
+        plan_losses(scorer, ledger, stage=SCORING, tokens=self.batch_tokens, pool=self._scored(scorer))
+        return ledger
+
+    def _scored(self, scorer: Task) -> Pool:
+        return whole_texts(scorer.pool) if self.recipe == "paper" else scorer.pool
+
+
+def shuffled_thirds(pool: Pool, losses: np.ndarray, order: Order, seed: int) -> np.ndarray:
+    """Scores that rank the thirds of the pool by rising loss in `order`, shuffled within each by seed; shape (N,)."""
+    third = 3 * rank_by_score(pool.ids, -losses) // len(losses)
+    place = np.empty(3, dtype=np.int64)
+    place[list(THIRDS[order])] = np.arange(3)
+    return random_scores(pool, seed) - place[third]

@@ -1,0 +1,61 @@
+"""RHO: reducible holdout loss, what can be learned from an example that has not been learned yet.
+
+Source: Mindermann et al., "Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt",
+ICML 2022, arXiv 2206.07137, equation 3, scored once rather than in every batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from baselines.losses import plan_losses, pool_losses
+from cads.budget import Ledger, PlannedLedger
+from cads.errors import ConfigError
+from cads.monitor import Monitor
+from cads.ranking import Ranker, Ranking
+from cads.scorers import check_passes, on_pool, on_target, plan_training, scorer_of
+from cads.scoring import SCORED_TOKENS
+from cads.seeds import derive
+from cads.task import Task
+
+HOLDOUT, HOLDOUT_LOSSES = "holdout model", "holdout losses"
+POOL, POOL_LOSSES = "pool model", "pool losses"
+
+
+@dataclass
+class Rho(Ranker):
+    """l_i(u) - l_i(theta): u trained on the pool, theta on the target, which is the holdout set."""
+
+    pool_passes: float = 1.0
+    """Passes of u over the pool; 0 for its initial (or pretrained) weights."""
+    target_passes: float = 8.0
+    """Passes of theta over the target."""
+    batch_tokens: int = SCORED_TOKENS
+    """Padded tokens of a batch when the pool is scored."""
+
+    method: ClassVar[str] = "rho"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_passes(pool_passes=self.pool_passes, target_passes=self.target_passes)
+        if not self.target_passes:
+            raise ConfigError("target_passes = 0: without a holdout model there is no reducible loss; train it")
+
+    def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
+        """Train both models from the same initial weights, and read the pool twice; see `cads.ranking.Ranker`."""
+        scorer, seed_ = scorer_of(task), derive(seed, "rho")
+        theta = on_target(scorer, self.target_passes, seed=seed_, ledger=ledger, monitor=monitor, stage=HOLDOUT)
+        irreducible = pool_losses(scorer, theta, ledger=ledger, stage=HOLDOUT_LOSSES, tokens=self.batch_tokens)
+        u = on_pool(scorer, self.pool_passes, seeds=[seed_], ledger=ledger, monitor=monitor, stage=POOL)[0]
+        losses = pool_losses(scorer, u, ledger=ledger, stage=POOL_LOSSES, tokens=self.batch_tokens)
+        return self.ranking(task, losses - irreducible, seed=seed, ledger=ledger, pool=scorer.pool)
+
+    def rank_plan(self, task: Task) -> PlannedLedger:
+        """Padding included; see `cads.ranking.Ranker`."""
+        scorer, ledger = scorer_of(task), PlannedLedger()
+        plan_training(scorer, scorer.target, self.target_passes, ledger, stage=HOLDOUT)
+        plan_losses(scorer, ledger, stage=HOLDOUT_LOSSES, tokens=self.batch_tokens)
+        plan_training(scorer, scorer.pool, self.pool_passes, ledger, stage=POOL)
+        plan_losses(scorer, ledger, stage=POOL_LOSSES, tokens=self.batch_tokens)
+        return ledger

@@ -1,0 +1,227 @@
+"""Spaces in which examples are compared: a task's own features, a torchvision backbone's, or a sentence encoder's.
+
+Each gives the vectors of a pool batch by batch, so that no more of them are in memory than the caller keeps.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cads.counting import count_flops
+from cads.errors import ConfigError
+from cads.scorers import device_of
+from cads.scoring import Counted, budget_batches, planned_flops, scoring_batches
+from cads.task import Pool, Task
+from cads.tasks.networks import Network
+from cads.tasks.vision import VisionTask
+
+TOKENIZED = 1024
+"""Texts whose tokens are in memory at once while their lengths are looked up."""
+N_UNUSED = 2
+"""Classes of a backbone, whose scores nobody looks at."""
+COUNTED_LENGTHS = (8, 16, 32)
+"""Lengths at which an encoder is counted. Attention makes its cost quadratic in the length: three say it all."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Vectors of some examples of a pool.
+
+    Attributes:
+        vectors: shape (B, D). flops: what they cost. tokens: of the batch, padding included.
+    """
+
+    vectors: Tensor
+    flops: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The texts of a pool, their tokens (shape (N,)), and the batches they are encoded in."""
+
+    texts: list[str]
+    length: np.ndarray
+    batches: list[np.ndarray]
+
+    def width(self, positions: np.ndarray) -> int:
+        """Tokens to which a batch is padded."""
+        return int(self.length[positions].max())
+
+
+class Space(ABC):
+    """Where examples are vectors.
+
+    Attributes:
+        dimension: D.
+    """
+
+    dimension: int
+
+    @abstractmethod
+    def batches(self, pool: Pool) -> list[np.ndarray]:
+        """All positions of `pool`, as they are encoded together."""
+
+    @abstractmethod
+    def encode(self, pool: Pool, positions: np.ndarray) -> Encoded:
+        """The vectors of one batch, without gradients."""
+
+    @abstractmethod
+    def flops(self, pool: Pool) -> float:
+        """What encoding all of `pool` will cost."""
+
+
+class FeatureSpace(Space):
+    """What the last layer of a model reads, by `Task.features`.
+
+    Args:
+        task: whose features they are.
+        counted: a model of the same shapes on which FLOPs are counted, on the CPU or on the meta device.
+        tokens: padded tokens of a batch.
+
+    Attributes:
+        model: gives the vectors; to be set before the first `encode`.
+
+    Raises:
+        ConfigError: if the model has no features.
+    """
+
+    def __init__(self, task: Task, counted: nn.Module, tokens: int) -> None:
+        self._task, self._tokens = task, tokens
+        self.model: nn.Module | None = None
+        counted.eval()
+        device = device_of(counted)
+        self._price = Counted(lambda batch: task.features(counted, batch.to(device)))
+        with torch.no_grad():
+            probe = task.pool.batch(np.zeros(1, dtype=np.int64))
+            self.dimension = int(task.features(counted, probe.to(device)).shape[1])
+
+    def batches(self, pool: Pool) -> list[np.ndarray]:
+        """By token budget; see `Space`."""
+        return scoring_batches(pool, tokens=self._tokens)
+
+    def encode(self, pool: Pool, positions: np.ndarray) -> Encoded:
+        """Features in evaluation mode; see `Space`."""
+        assert self.model is not None
+        batch = pool.batch(positions)
+        flops = self._price(batch)
+        with torch.inference_mode():
+            vectors = self._task.features(self.model.eval(), batch.to(device_of(self.model)))
+        return Encoded(vectors, flops, batch.tokens)
+
+    def flops(self, pool: Pool) -> float:
+        """Counted once per shape; see `Space`."""
+        return planned_flops(self._price, pool, tokens=self._tokens)
+
+
+class SentenceSpace(Space):
+    """A sentence-transformers model, fed in length-sorted batches by token budget.
+
+    Args:
+        task: whose texts are encoded.
+        name: of the model on the hub, or its folder.
+        tokens: padded tokens of a batch.
+
+    Raises:
+        ConfigError: if the task has no texts, sentence-transformers is not installed, or the model cannot be loaded.
+    """
+
+    def __init__(self, task: Task, name: str, tokens: int) -> None:
+        task.texts(task.target)  # A task without texts says so before the encoder is loaded.
+        self._task, self._tokens = task, tokens
+        self._model = load_encoder(name)
+        self._law = self._count()
+        self._cuts: dict[Pool, _Cut] = {}
+
+    def batches(self, pool: Pool) -> list[np.ndarray]:
+        """By token budget; see `Space`."""
+        return self._cut(pool).batches
+
+    def encode(self, pool: Pool, positions: np.ndarray) -> Encoded:
+        """Sentence embeddings; see `Space`."""
+        cut = self._cut(pool)
+        inputs = self._tokenize([cut.texts[i] for i in positions])
+        with torch.inference_mode():
+            made = self._model({name: x.to(self._model.device) for name, x in inputs.items()})
+        width = cut.width(positions)
+        return Encoded(made["sentence_embedding"], self._price(width) * len(positions), width * len(positions))
+
+    def flops(self, pool: Pool) -> float:
+        """By the length to which each batch is padded; see `Space`."""
+        cut = self._cut(pool)
+        return sum(self._price(cut.width(rows)) * len(rows) for rows in cut.batches)
+
+    def _cut(self, pool: Pool) -> _Cut:
+        if pool not in self._cuts:
+            texts = self._task.texts(pool)
+            chunks = [texts[start : start + TOKENIZED] for start in range(0, len(texts), TOKENIZED)]
+            length = np.concatenate([self._tokenize(c)["attention_mask"].sum(dim=1).numpy() for c in chunks])
+            self._cuts[pool] = _Cut(texts, length, budget_batches(length, pool.ids, self._tokens))
+        return self._cuts[pool]
+
+    def _tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        model = self._model
+        made = model.preprocess(texts) if hasattr(model, "preprocess") else model.tokenize(texts)
+        return {name: x for name, x in made.items() if isinstance(x, Tensor)}
+
+    def _price(self, length: int) -> float:
+        """FLOPs of one text of `length` tokens."""
+        return float(self._law @ [1, length, length**2])
+
+    def _count(self) -> np.ndarray:
+        """Coefficients of the cost of a text in its length: constant, linear, quadratic. Sets `dimension`."""
+        inputs = self._tokenize(["word " * max(COUNTED_LENGTHS)])
+        costs = []
+        for length in COUNTED_LENGTHS:
+            cut = {name: x[:, :length].to(self._model.device) for name, x in inputs.items()}
+            with torch.no_grad():
+                self.dimension = int(self._model(dict(cut))["sentence_embedding"].shape[1])
+                costs.append(count_flops(partial(self._model, dict(cut))))
+        return np.linalg.solve(np.vander(COUNTED_LENGTHS, increasing=True).astype(float), np.array(costs, dtype=float))
+
+
+def load_encoder(name: str) -> Any:
+    """A sentence-transformers model in evaluation mode, in float32; no code of the model's own is executed.
+
+    Raises:
+        ConfigError: if the extra is not installed, or the model is neither a folder nor to be had from the hub.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ConfigError(
+            f"encoder = {name!r} needs sentence-transformers: pip install 'cads-select[sentence-transformers]'"
+        ) from error
+    try:
+        model = SentenceTransformer(name, trust_remote_code=False)
+    except Exception as error:
+        # What a missing or damaged model raises depends on which of its files is read first.
+        raise ConfigError(
+            f"encoder = {name!r} cannot be loaded ({type(error).__name__}: {error}): name a folder, or a "
+            "sentence-transformers model that the hub has"
+        ) from error
+    return model.eval()
+
+
+def backbone_network(task: Task, name: str, size: int | None, *, pretrained: bool, download: bool) -> nn.Module:
+    """A torchvision classifier for the images of `task`, scaled to `size` pixels square if that is given.
+
+    Raises:
+        ConfigError: if the task has no images. DataError: if pretrained weights are missing.
+    """
+    if not isinstance(task, VisionTask):
+        raise ConfigError(f"backbone = {name!r} reads images, and {task.name} has none: name an encoder of its kind")
+    channels, *sides = task.pool.batch(np.zeros(1, dtype=np.int64)).inputs["images"].shape[1:]
+    height, width = sides if size is None else (size, size)
+    network = Network(name, pretrained=pretrained, download=download).build((channels, height, width), N_UNUSED)
+    if size is None:
+        return network
+    scale = nn.Upsample(size=(size, size), mode="bilinear")
+    return nn.Sequential(scale, network)

@@ -1,0 +1,224 @@
+"""The warm-up of LESS: short training on a random part of the pool, one checkpoint an epoch, Adam's moments kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from baselines.random import random_scores
+from cads.budget import SELECT, Ledger
+from cads.checkpoint import State
+from cads.draws import Draws, Epochs
+from cads.errors import CheckpointError, ConfigError
+from cads.journal import Progress, perform
+from cads.monitor import Monitor
+from cads.scoring import lengths
+from cads.seeds import derive
+from cads.selection import rank_by_score
+from cads.task import Task
+from cads.trainer import Trainer
+
+STAGE = "warm-up"
+PARTS = ("parameters", "first", "second", "buffers")
+"""What a checkpoint holds, each by name."""
+PLANNED_STEPS = 64
+"""Random batches that a plan prices where examples have lengths."""
+
+
+@dataclass
+class Checkpoint:
+    """A model at the end of an epoch: what is trained of it, and the state of its optimizer, by parameter name.
+
+    Attributes:
+        parameters: the trainable parameters.
+        first, second: moments of Adam, of the same shapes; empty if the optimizer has none.
+        buffers: such as running means of batch normalisation.
+        steps: updates so far. rate: mean learning rate of the epoch.
+    """
+
+    parameters: dict[str, Tensor]
+    first: dict[str, Tensor]
+    second: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    steps: int
+    rate: float
+
+    def load_into(self, model: nn.Module) -> None:
+        """Give `model` these weights.
+
+        Raises:
+            CheckpointError: if it has other parameters.
+        """
+        state = model.state_dict(keep_vars=True)
+        wanted = {n for n, p in model.named_parameters() if p.requires_grad}
+        if wanted != self.parameters.keys():
+            odd = sorted(wanted ^ self.parameters.keys())
+            raise CheckpointError(f"the checkpoint is of another model: {odd[:3]} stand on one side only")
+        with torch.no_grad():
+            for name, value in {**self.parameters, **self.buffers}.items():
+                if name not in state or state[name].shape != value.shape:
+                    raise CheckpointError(f"the checkpoint is of another model: {name!r} has shape {value.shape}")
+                state[name].copy_(value)
+
+    def need_moments(self) -> None:
+        """Refuse a checkpoint without Adam's moments.
+
+        Raises:
+            CheckpointError: naming the parameters.
+        """
+        missing = sorted(self.parameters.keys() - (self.first.keys() & self.second.keys()))
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint of step {self.steps} has no moments of Adam for {len(missing)} of "
+                f"{len(self.parameters)} parameters, such as {missing[:3]}: train it with adamw and keep the "
+                "optimizer's state, or rank with recipe = 'sgd'"
+            )
+
+    @property
+    def content_hash(self) -> str:
+        """Of all tensors: two checkpoints with the same hash give the same features."""
+        digest = hashlib.sha256(str(self.steps).encode())
+        for part in PARTS:
+            update_digest(digest, getattr(self, part))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long the warm-up is.
+
+    Attributes:
+        examples: how many are drawn from the pool.
+        steps: of one epoch, at least one. epochs: checkpoints.
+    """
+
+    examples: int
+    steps: int
+    epochs: int
+
+
+def schedule(task: Task, share: float, epochs: int) -> Schedule:
+    """A share of the pool, though at least a batch, in whole steps."""
+    n, batch = len(task.pool), task.recipe.batch_size
+    examples = min(n, max(batch, round(share * n)))
+    return Schedule(examples, max(1, round(examples / batch)), epochs)
+
+
+def planned_flops(task: Task, plan: Schedule) -> float:
+    """What the warm-up costs, if its batches are padded as random batches of the pool are on average."""
+    pool, batch, steps = task.pool, task.recipe.batch_size, plan.epochs * plan.steps
+    if lengths(pool) is None or len(pool) < batch:
+        return steps * batch * task.costs.per_usage(pool, batch)
+    rng = np.random.default_rng(0)
+    drawn = [pool.batch(rng.choice(len(pool), batch, replace=False)) for _ in range(PLANNED_STEPS)]
+    return steps * (float(np.mean([task.costs.usage(b) for b in drawn])) + task.costs.optimizer_step)
+
+
+def warm_up(
+    task: Task, plan: Schedule, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
+) -> list[Checkpoint]:
+    """Train fresh weights on `plan.examples` random examples; what is drawn does not depend on their order in the pool.
+
+    A run that is gone through again takes the checkpoints from its journal.
+
+    Returns:
+        one checkpoint an epoch, on the CPU.
+    """
+
+    def compute(_: Progress) -> State:
+        return _state(_train(task, plan, seed, ledger, monitor))
+
+    return _restored(perform(STAGE, [seed, plan.examples, plan.steps, plan.epochs], ledger, compute))
+
+
+def _train(task: Task, plan: Schedule, seed: int, ledger: Ledger, monitor: Monitor | None) -> list[Checkpoint]:
+    trainer = Trainer(task, ledger, monitor)
+    order = rank_by_score(task.pool.ids, random_scores(task.pool, derive(seed, STAGE)))
+    chosen = np.argsort(order, kind="stable")[: plan.examples]
+    draws = Draws(task.pool, [Epochs(chosen, derive(seed, STAGE, "order"))], task.recipe.batch_size)
+    total = plan.epochs * plan.steps
+    flops = sum(task.costs.usage(piece) for step in range(total) for piece in draws.batches(step))
+    flops += total * task.costs.optimizer_step
+    model = task.model(seed)
+    rates: list[float] = []
+    checkpoints: list[Checkpoint] = []
+
+    def keep(step: int, rate: float, optimizer: torch.optim.Optimizer) -> None:
+        rates.append(rate)
+        if (step + 1) % plan.steps == 0:
+            checkpoints.append(_checkpoint(model, optimizer, step + 1, float(np.mean(rates[-plan.steps :]))))
+
+    # A hair more than the steps cost, so that rounding does not lose the last of them.
+    trainer.fit(model, draws, flops * (1 + 1e-9), seed=seed, phase=SELECT, stage=STAGE, after_step=keep)
+    return checkpoints
+
+
+def _state(checkpoints: Sequence[Checkpoint]) -> State:
+    values = {"steps": [c.steps for c in checkpoints], "rates": [c.rate for c in checkpoints]}
+    tensors = {
+        f"{i}/{part}/{name}": x
+        for i, checkpoint in enumerate(checkpoints)
+        for part in PARTS
+        for name, x in getattr(checkpoint, part).items()
+    }
+    return State(values, tensors)
+
+
+def _restored(state: State) -> list[Checkpoint]:
+    parts: list[dict[str, dict[str, Tensor]]] = [{p: {} for p in PARTS} for _ in state.values["steps"]]
+    for key, x in state.tensors.items():
+        i, part, name = key.split("/", 2)
+        parts[int(i)][part][name] = x
+    return [
+        Checkpoint(**found, steps=steps, rate=rate)
+        for found, steps, rate in zip(parts, state.values["steps"], state.values["rates"], strict=True)
+    ]
+
+
+def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, rate: float) -> Checkpoint:
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    kept = model.state_dict().keys()
+    moments: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
+    for name, parameter in trained.items():
+        state = optimizer.state.get(parameter, {})
+        for key, found in moments.items():
+            if key in state:
+                found[name] = _copied(state[key])
+    return Checkpoint(
+        {n: _copied(p) for n, p in trained.items()},
+        moments["exp_avg"],
+        moments["exp_avg_sq"],
+        {n: _copied(b) for n, b in model.named_buffers() if n in kept},
+        steps,
+        rate,
+    )
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.detach().to("cpu", copy=True)
+
+
+def need_adam(task: Task) -> None:
+    """Refuse a task whose recipe leaves no moments of Adam.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    if task.recipe.optimizer != "adamw":
+        raise ConfigError(
+            f"optimizer = {task.recipe.optimizer!r} keeps no moments of Adam, which this recipe of less needs: "
+            "train with adamw, or give --options.recipe sgd"
+        )
+
+
+def update_digest(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
+    """Add tensors to a digest: names, shapes, types and bytes, in the order of the names."""
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype}\0".encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)

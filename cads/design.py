@@ -1,0 +1,57 @@
+"""Which draws to try first: those from which a regression learns most."""
+
+from __future__ import annotations
+
+import numpy as np
+
+PAIR_SCALE = 0.5
+"""Pairs of sources are expected to matter half as much as single sources."""
+MOST_COLUMNS = 256
+"""Above it the pairs are left out: their number grows with the square of the number of sources."""
+PRIOR = 0.1
+"""Ridge that stands for what is known beforehand."""
+
+
+def d_optimal(draws: np.ndarray, count: int) -> np.ndarray:
+    """The first of `draws` (M, S), and those that with it make a D-optimal design, one after another.
+
+    Each step takes the draw with the largest leverage given those taken before, which multiplies the determinant
+    of the information matrix of a regression on sources and pairs of sources by most (Fedorov, Theory of Optimal
+    Experiments, 1972). Ties go to the first.
+
+    Returns:
+        indices into draws, int64, shape (min(count, M),).
+    """
+    x = _columns(draws)
+    inverse = np.eye(x.shape[1]) / PRIOR
+    leverage = np.einsum("mp,mp->m", x, x) / PRIOR
+    taken: list[int] = []
+    best = 0
+    while len(taken) < min(count, len(draws)):
+        taken.append(best)
+        # Sherman and Morrison: the inverse after one more row, and every leverage under it.
+        v = inverse @ x[best]
+        scale = 1 + float(x[best] @ v)
+        leverage -= (x @ v) ** 2 / scale
+        inverse -= np.outer(v, v) / scale
+        leverage[best] = -np.inf
+        best = int(np.argmax(np.round(leverage, 9)))
+    return np.array(taken, dtype=np.int64)
+
+
+def n_columns(n_sources: int) -> int:
+    """P, columns of the design matrix."""
+    full = 1 + n_sources + n_sources * (n_sources - 1) // 2
+    return full if full <= MOST_COLUMNS else 1 + n_sources
+
+
+def _columns(draws: np.ndarray) -> np.ndarray:
+    """One, each source, and each pair, on the scale -1 to 1; shape (M, P)."""
+    lowest, highest = draws.min(axis=0), draws.max(axis=0)
+    spread = np.where(highest > lowest, highest - lowest, 1.0)
+    x = np.where(highest > lowest, 2 * (draws - lowest) / spread - 1, 1.0)
+    columns = [np.ones((len(x), 1)), x]
+    if n_columns(x.shape[1]) > 1 + x.shape[1]:
+        i, j = np.triu_indices(x.shape[1], k=1)
+        columns.append(PAIR_SCALE * x[:, i] * x[:, j])
+    return np.hstack(columns)

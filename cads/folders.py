@@ -1,0 +1,68 @@
+"""Folders and files that are written whole or not at all, and are on the disk when they have their name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_folder(folder: Path | str) -> Iterator[Path]:
+    """Fill a folder under a temporary name beside `folder`, which it replaces when the block ends well.
+
+    Yields:
+        the temporary folder; it is removed if the block fails.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        remove_folder(folder)
+        os.replace(partial, folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def whole_file(path: Path, content: str) -> None:
+    """Write a file, which replaces what had its name before."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    partial = Path(name)
+    try:
+        with open(handle, "w", encoding="utf-8") as stream:
+            stream.write(content)
+        partial.chmod(0o644)
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, its name first, so that no half of it is ever found under that name. A link is unlinked."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
+        doomed = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,304 @@
+"""Running a grid: planned before anything is spent, cell by cell, in any number of processes, resumed after any stop.
+
+A finished cell is a file of the table `runs`, named by all that its result depends on, so it is never run twice.
+Locks belong to the process that holds them: killed with it, they keep nobody waiting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cads.errors import BudgetError, CadsError, ConfigError
+from cads.folders import whole_file
+from cads.lock import LockedError, RunLock
+from cads.plan import duration
+from cads.ranking import Ranker
+from cads.registry import build_selector, selector_class
+from cads.speed import matmul_flops_per_second
+from cads.study.cells import Plan, describe, metric_of, plan_cell, run_cell
+from cads.study.grid import Cell, Grid, Setting, cells, settings
+from cads.study.progress import Progress
+from cads.study.rankings import Rankings
+from cads.study.results import (
+    DONE,
+    FAILED,
+    GRID_FILE,
+    NOT_APPLICABLE,
+    OVER_BUDGET,
+    read_file,
+    write_rows,
+)
+from cads.task import Task
+
+log = logging.getLogger(__name__)
+
+DISTRIBUTION = "cads-select"
+KEPT_TASKS = 3
+"""Tasks that stay in memory: cells of one setting follow each other."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Every `of`-th cell, beginning with the `index`-th (1-based)."""
+
+    index: int = 1
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read `i/n`.
+
+        Raises:
+            ConfigError: unless 1 <= i <= n.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise ConfigError(f"shard {text!r}: write i/n with 1 <= i <= n, such as 1/4")
+        return cls(int(match[1]), int(match[2]))
+
+
+@dataclass
+class Study:
+    """A grid in its folder.
+
+    Attributes:
+        grid: what is run. folder: where results are kept. console: where progress is shown.
+    """
+
+    grid: Grid
+    folder: Path
+    console: Console
+    _tasks: dict[tuple[str, str, int], Task] = field(default_factory=dict)
+    _metrics: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def plan(self) -> list[Plan]:
+        """Every cell of the grid: its name, its price, and why it is not run, if it is not.
+
+        Raises:
+            DataError: if a task cannot be built.
+            BudgetError: if no cell can be run because none fits its budget.
+        """
+        plans = [self._plan(cell) for setting in settings(self.grid) for cell in cells(self.grid, setting)]
+        if not any(p.status == "" for p in plans):
+            reasons = list(dict.fromkeys(p.note for p in plans))
+            raise BudgetError(f"no cell of the grid can be run: {reasons[0]}")
+        return plans
+
+    def run(self, plans: Sequence[Plan], shard: Shard) -> list[str]:
+        """Run the cells of a shard that are not finished.
+
+        Returns:
+            keys of the cells that another process is running, which are left to it.
+
+        Raises:
+            ConfigError: if the grid's metric or an evaluation is unknown to a task; nothing has been spent then.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        whole_file(self.folder / "config.yaml", yaml.safe_dump(asdict(self.grid), sort_keys=False))
+        whole_file(self.folder / GRID_FILE, json.dumps({"cells": [p.key for p in plans]}, indent=1) + "\n")
+        mine = list(plans)[shard.index - 1 :: shard.of]
+        self._say_once(mine)
+        code = code_digest(e.method for e in self.grid.methods)
+        progress = Progress(self.console, mine)
+        todo = []
+        for plan in mine:
+            row = self._finished(plan)
+            if row is None:
+                todo.append(plan)
+            else:
+                progress.finished(plan, row, resumed=True)
+        if progress.made_by_others(code):
+            log.warning(
+                "%d finished cells were made by other code of the same version and are kept: choose another folder "
+                "to run them again",
+                progress.made_by_others(code),
+            )
+        for setting in {id(p.cell.setting): p.cell.setting for p in todo if not p.status}.values():
+            self.metric(setting)
+            for name in self.grid.evaluations:
+                self.task(setting).check_evaluation(name)
+        busy = []
+        with progress:
+            for plan in todo:
+                if not self._attempt(plan, code, progress):
+                    busy.append(plan.key)
+        return busy
+
+    def task(self, setting: Setting) -> Task:
+        """The task of a setting, built when it is first needed, and checked for leaks."""
+        key = setting.task, setting.model, setting.seed
+        if key not in self._tasks:
+            task = setting.build()
+            task.check()
+            while len(self._tasks) >= KEPT_TASKS:
+                del self._tasks[next(iter(self._tasks))]
+            self._tasks[key] = task
+        return self._tasks[key]
+
+    def metric(self, setting: Setting) -> str:
+        """The metric by which cells of a setting are compared."""
+        key = setting.task, setting.model
+        if key not in self._metrics:
+            self._metrics[key] = metric_of(self.task(setting), self.grid.metric)
+        return self._metrics[key]
+
+    def _plan(self, cell: Cell) -> Plan:
+        task = self.task(cell.setting)
+        contents = task.identity
+        selector, installed = build_selector(cell.entry.method, cell.entry.options), version(DISTRIBUTION)
+        ranking = ""
+        if isinstance(selector, Ranker):
+            ranking = Rankings(self.folder).key(cell.setting, selector, contents, installed)
+        return plan_cell(task, cell, cell.key(contents, installed), ranking)
+
+    def _say_once(self, plans: Sequence[Plan]) -> None:
+        for status in (NOT_APPLICABLE, OVER_BUDGET):
+            reasons: dict[tuple[str, str], str] = {}
+            for p in plans:
+                if p.status == status:
+                    where = p.cell.label if status == NOT_APPLICABLE else f"{p.cell.label} at {p.cell.budget}"
+                    reasons.setdefault((where, p.cell.setting.model), p.note)
+            for (where, model), note in reasons.items():
+                self.console.print(
+                    f"{status}: {where}{f' ({model})' * bool(model)}: {note}", style="yellow", markup=False
+                )
+
+    def _finished(self, plan: Plan) -> dict[str, Any] | None:
+        path = self.folder / "tables" / "runs" / f"{plan.key}.parquet"
+        if plan.status or not path.exists():
+            return None
+        row: dict[str, Any] = read_file(path, "runs").to_pylist()[0]
+        return row if row["status"] == DONE else None
+
+    def _attempt(self, plan: Plan, code: str, progress: Progress) -> bool:
+        """Run one cell, unless another process holds it; False if one does."""
+        try:
+            with RunLock(self.folder / "locks" / plan.key):
+                row = self._finished(plan)
+                resumed = row is not None
+                if row is None:
+                    progress.started(plan)
+                    row = self._run(plan, code)
+                progress.finished(plan, row, resumed=resumed)
+        except LockedError:
+            return False
+        return True
+
+    def _run(self, plan: Plan, code: str) -> dict[str, Any]:
+        """Run one cell and write its rows, `runs` last: it is what makes the cell finished."""
+        setting = plan.cell.setting
+        made = {"version": version(DISTRIBUTION), "code": code}
+        if plan.status:
+            row = {"cell": plan.key, **_identity(plan), **made, "status": plan.status, "error": plan.note}
+            write_rows(self.folder, "runs", plan.key, [row])
+            return row
+        task, metric = self.task(setting), self.metric(setting)
+        place = self.folder / "cells" / plan.key
+        partial = place.with_name(f".{plan.key}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        started = time.perf_counter()
+        try:
+            record = run_cell(plan, task, metric, Rankings(self.folder), partial)
+        except Exception as error:  # a cell that fails must not take the grid with it
+            if not isinstance(error, CadsError):
+                log.warning("%s failed", plan.key, exc_info=error)
+            status = OVER_BUDGET if isinstance(error, BudgetError) else FAILED
+            row = describe(plan, task, metric) | made
+            row |= {"status": status, "error": f"{type(error).__name__}: {error}"}
+            write_rows(self.folder, "runs", plan.key, [row | {"seconds": time.perf_counter() - started}])
+            return row
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
+        write_rows(self.folder, "selections", plan.key, record.selections)
+        write_rows(self.folder, "examples", plan.key, record.examples)
+        write_rows(self.folder, "runs", plan.key, [record.run | made])
+        return record.run | made
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    cell, setting = plan.cell, plan.cell.setting
+    return {
+        "task": setting.task or setting.kind,
+        "model": setting.model,
+        "method": cell.label,
+        "selector": cell.entry.method,
+        "options": json.dumps(cell.entry.options),
+        "budget": str(cell.budget),
+        "count_selection": cell.budget.count_selection,
+        "sharing": cell.sharing,
+        "seed": setting.seed,
+    }
+
+
+def code_digest(methods: Iterator[str]) -> str:
+    """A hash of the sources of this package and of those that the methods come from."""
+    packages = {"cads", *(selector_class(m).__module__.split(".")[0] for m in methods)}
+    digest = hashlib.sha256()
+    for package in sorted(packages):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or []:
+            for file in sorted(Path(folder).rglob("*.py")):
+                digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def price(plans: Sequence[Plan]) -> tuple[float, float]:
+    """FLOPs of selection, each ranking made once, and of training."""
+    shared = {p.ranking: p.selection for p in plans if p.ranking and not p.status}
+    own = sum(p.selection for p in plans if not p.ranking and not p.status)
+    return own + sum(shared.values()), sum(p.training for p in plans if not p.status)
+
+
+def dry_run(plans: Sequence[Plan], console: Console) -> None:
+    """Print what every cell would do and cost, and the price of all; nothing is trained."""
+    table = Table(title="cells, FLOPs", title_justify="left")
+    for name in ("task", "budget", "method", "seeds"):
+        table.add_column(name, no_wrap=True)
+    for name in ("selection", "training"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    notes: dict[str, int] = {}
+    rows: dict[tuple[str, str, str], list[Plan]] = {}
+    for p in plans:
+        where = " ".join(filter(None, [p.cell.setting.task, p.cell.setting.model])) or p.cell.setting.kind
+        rows.setdefault((where, str(p.cell.budget), p.cell.label), []).append(p)
+    for (where, budget, label), group in rows.items():
+        p = group[0]
+        costs = ("-", "-") if p.status else (f"{p.selection:.3g}", f"{p.training:.3g}")
+        mark = ""
+        if text := ": ".join(filter(None, [p.status, p.note])):
+            mark = f"[{notes.setdefault(text, len(notes) + 1)}]"
+        table.add_row(where, budget, label, str(len(group)), *costs, Text(mark))
+    console.print(table)
+    for text, number in notes.items():
+        console.print(f"[{number}] {text}", markup=False, highlight=False, soft_wrap=True)
+    selection, training = price(plans)
+    running = [p for p in plans if not p.status]
+    recipe = plans[0].cell.setting.train
+    rate = matmul_flops_per_second("cuda" if torch.cuda.is_available() else "cpu", recipe.precision)
+    total = selection + training
+    console.print(
+        f"{len(running)} of {len(plans)} cells to run: {selection:.4g} FLOPs of selection (each ranking made once) and "
+        f"{training:.4g} of training, {total:.4g} in all; at least {duration(total / rate)} at {rate:.3g} FLOP/s "
+        "(matrix products of this machine)",
+        highlight=False,
+        soft_wrap=True,
+    )

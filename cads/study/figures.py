@@ -1,0 +1,366 @@
+"""The figures of a study, each a pure function of points, fits or selections; small enough for a phone.
+
+Figures 1-6 are those of CCDS (Yin and Rush, ICLR 2025, arXiv 2410.16208); one panel is one figure.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter
+
+from cads.study.fits import SHARED_TASKS, GroupFits, fixed_selection
+from cads.study.frontier import PerformanceCurve
+from cads.study.style import FAINT, INK, SERIES, Look
+from cads.study.summary import Point, higher_is_better, in_percent
+
+WIDTH, AXES_HEIGHT, LEGEND_ROW = 4.5, 2.9, 0.21
+"""Inches. Shown 350 pixels wide, text of `TEXT` points is then about as many pixels high."""
+TEXT = 10.5
+LONGEST_LABEL, LONGEST_STAGE = 22, 50
+SHOWN_POINTS = 25.0
+"""Percentage points below the best that figures of scores show; what lies lower is in the table."""
+CURVE_POINTS = 200
+PNG_DPI = 180
+MARKS_BY_TASKS, LINES_BY_TASKS = "osD^", ("-", "--", "-.", ":")
+RC: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": TEXT,
+    "axes.labelsize": TEXT,
+    "axes.titlesize": TEXT,
+    "xtick.labelsize": TEXT - 1,
+    "ytick.labelsize": TEXT - 1,
+    "legend.fontsize": TEXT - 1,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+}
+TOTAL, TRAINING = "total FLOPs (selection + training)", "training FLOPs"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure with its words.
+
+    Attributes:
+        name: of its files. title: above it. caption: what it shows, in sentences. figure: itself.
+    """
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+    @cached_property
+    def _rendered(self) -> str:
+        buffer = io.StringIO()
+        with mpl.rc_context({**RC, "svg.hashsalt": self.name}):
+            self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        # The layout takes longest, and is the same for every format.
+        self.figure.set_layout_engine("none")
+        return buffer.getvalue()
+
+    def svg(self) -> str:
+        """For a page: without a background, its ink in the colour of the page's text, its ids unlike any other's."""
+        text = self._rendered
+        text = re.sub(r"<g id=\"[^\"]*\"", "<g", text[text.index("<svg") :]).replace(INK, "currentColor")
+        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+        return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text))
+
+    def save(self, folder: Path, formats: Sequence[str] = ("svg", "png")) -> None:
+        """Write NAME.svg, without a background, and NAME.png, on white."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if "svg" in formats:
+            (folder / f"{self.name}.svg").write_text(self._rendered, encoding="utf-8")
+        if "png" not in formats:
+            return
+        with mpl.rc_context(RC):
+            self.figure.savefig(folder / f"{self.name}.png", facecolor="white", dpi=PNG_DPI)
+
+
+@contextmanager
+def _panel(n_labels: int, columns: int = 2, height: float = AXES_HEIGHT) -> Iterator[tuple[Figure, Axes]]:
+    """An empty figure with room for a legend below the axes."""
+    rows = math.ceil(n_labels / columns)
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(WIDTH, height + LEGEND_ROW * rows), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(color=FAINT, alpha=0.3, linewidth=0.6)
+        yield figure, axes
+        if n_labels:
+            figure.legend(
+                loc="outside lower center", ncols=columns, handlelength=1.8, columnspacing=1.0, labelspacing=0.3
+            )
+
+
+def _short(label: str, longest: int = LONGEST_LABEL) -> str:
+    """A label as matplotlib shows it: not too long, and neither taken for mathematics nor hidden."""
+    label = label if len(label) <= longest else f"{label[: longest - 1]}…"
+    label = label.replace("$", r"\$")
+    return f"\u200b{label}" if label.startswith("_") else label
+
+
+def _score_label(metric: str) -> str:
+    unit = " (%)" if in_percent(metric) else "" if metric in ("score",) else " (nats)" if "loss" in metric else ""
+    return f"test {metric}{unit}" if metric != "score" else "score (published, %)"
+
+
+def _flops_axis(axes: Axes, label: str) -> None:
+    axes.set_xscale("log")
+    axes.set_xlabel(label)
+    low, high = axes.get_xlim()
+    decades = math.log10(high / low)
+    # Under two decades the powers of ten alone would leave one or two labels.
+    subs = (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 0.7 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=subs, numticks=7))
+    axes.xaxis.set_major_formatter(LogFormatterSciNotation(base=10, minor_thresholds=(math.inf, math.inf)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _seen(p: Point) -> float:
+    """The mean as it is shown: in percent if it is a share, never turned around."""
+    return 100 * p.mean if in_percent(p.metric) else p.mean
+
+
+def _half_width(p: Point) -> float:
+    return (100 if in_percent(p.metric) else 1) * np.nan_to_num(p.half_width)
+
+
+def _limit(axes: Axes, points: Sequence[Point]) -> str:
+    """Leave out what is far below the best; says so."""
+    if not in_percent(points[0].metric) or not higher_is_better(points[0].metric):
+        return ""
+    best: dict[float, float] = {}
+    for p in points:
+        best[p.budget_flops] = max(best.get(p.budget_flops, 0.0), _seen(p))
+    floor = max(0.0, min(best.values()) - SHOWN_POINTS)
+    ceiling = min(100.5, max(best.values()) + SHOWN_POINTS / 8)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, floor), min(high, ceiling))
+    if min(map(_seen, points)) >= floor:
+        return ""
+    return f" What lies more than {SHOWN_POINTS:.0f} points below the best of every budget is in the table."
+
+
+def _by_method(points: Sequence[Point]) -> dict[str, list[Point]]:
+    lines: dict[str, list[Point]] = {}
+    for p in points:
+        lines.setdefault(p.method, []).append(p)
+    return {method: sorted(line, key=lambda p: p.total) for method, line in lines.items()}
+
+
+def _where(group: GroupFits) -> str:
+    return " ".join(filter(None, [group.task, group.model]))
+
+
+def scores(group: GroupFits, look: Mapping[str, Look], name: str, *, training_only: bool = False) -> Drawing:
+    """Scores with intervals over seeds, against total or (CCDS figure 5) training FLOPs."""
+    lines = _by_method(group.points)
+    with _panel(len(lines)) as (figure, axes):
+        for method, line in lines.items():
+            style = look[method]
+            axes.errorbar(
+                [p.training if training_only else p.total for p in line],
+                [_seen(p) for p in line],
+                yerr=[_half_width(p) for p in line],
+                color=style.colour,
+                marker=style.marker,
+                markersize=5,
+                linestyle="--" if style.dashed else "-",
+                linewidth=1.4,
+                elinewidth=0.8,
+                capsize=2,
+                label=_short(method),
+            )
+        _flops_axis(axes, TRAINING if training_only else TOTAL)
+        axes.set_ylabel(_score_label(group.metric))
+        note = _limit(axes, group.points)
+    seeds = max(len(p.seeds) for p in group.points)
+    text = f"Means of {seeds} seeds with 95 % t-intervals." if seeds > 1 else "One run each."
+    what = "the budget of training alone" if training_only else "everything spent, selection included"
+    title = f"{_where(group)}: {group.metric} against {TRAINING if training_only else 'total FLOPs'}"
+    return Drawing(name, title, f"{text} The horizontal axis is {what}.{note}", figure)
+
+
+def frontier(group: GroupFits, look: Mapping[str, Look], name: str, *, fitted: bool) -> Drawing:
+    """CCDS figures 2 and 3: points with the frontier line, without and with the fitted curves."""
+    lines = _by_method(group.points)
+    low, high = group.span
+    grid = np.geomspace(low, max(high, low * 1.01), CURVE_POINTS)
+    sign = 1 if higher_is_better(group.metric) else -1
+    with _panel(len(lines) + (group.line is not None)) as (figure, axes):
+        for method, line in lines.items():
+            style = look[method]
+            x, y = [p.total for p in line], [_seen(p) for p in line]
+            axes.plot(x, y, style.marker, color=style.colour, markersize=5, label=_short(method))
+            if fitted and method in group.fits:
+                axes.plot(grid, sign * group.fits[method]["shifted"].predict(grid), color=style.colour, linewidth=1.3)
+        if group.line is not None:
+            axes.plot(grid, sign * group.line.predict(grid), ":", color=INK, linewidth=1.2, label="frontier line")
+        _flops_axis(axes, TOTAL)
+        axes.set_ylabel(_score_label(group.metric))
+        note = _limit(axes, group.points)
+    caption = "Means over seeds; the dotted line is the least-squares line through the points that no other dominates."
+    if fitted:
+        caption = "Curves: P(C) = P0 + (Pbar - P0)(1 - exp(-lambda (C - C_select) / C(D))), by bounded least squares."
+        missing = ", ".join(group.not_fitted)
+        caption += f" Too few budgets for {missing}." if missing else ""
+    title = f"{_where(group)}: {'fits' if fitted else 'frontier'}"
+    return Drawing(name, title, caption + note, figure)
+
+
+def break_even(group: GroupFits, look: Mapping[str, Look], prefix: str) -> list[Drawing]:
+    """CCDS figure 4: the same scores if T tasks share the selection, one figure a method that pays up front."""
+    made: list[Drawing] = []
+    grid = np.geomspace(*group.span, CURVE_POINTS)
+    sign = 1 if higher_is_better(group.metric) else -1
+    for method, line in _by_method(group.points).items():
+        if fixed_selection(line) <= 0:
+            continue
+        with _panel(len(SHARED_TASKS) + 1) as (figure, axes):
+            for i, tasks in enumerate(SHARED_TASKS):
+                axes.plot(
+                    [p.spent / tasks + p.training for p in line],
+                    [_seen(p) for p in line],
+                    color=look[method].colour,
+                    alpha=1 - 0.2 * i,
+                    marker=MARKS_BY_TASKS[i],
+                    linestyle=LINES_BY_TASKS[i],
+                    markersize=5,
+                    label=f"T = {tasks}",
+                )
+            if group.line is not None:
+                axes.plot(grid, sign * group.line.predict(grid), ":", color=INK, label="frontier line")
+            _flops_axis(axes, "FLOPs a task, C_select / T + C_train")
+            axes.set_ylabel(_score_label(group.metric))
+        caption = f"What a task pays if T tasks share one selection by {method}; left of the line it pays off."
+        made.append(Drawing(f"{prefix}-{len(made) + 1}", f"{_where(group)}: break-even of {method}", caption, figure))
+    return made
+
+
+def overlap(names: Sequence[str], matrix: np.ndarray, expected: float, title: str, name: str) -> Drawing:
+    """CCDS figure 6: Jaccard overlap of selections, shape (M, M)."""
+    size = 0.36 * len(names) + 1.6
+    with _panel(0, height=max(2.2, size)) as (figure, axes):
+        axes.grid(visible=False)
+        axes.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
+        labels = [_short(n) for n in names]
+        axes.set_xticks(range(len(names)), labels, rotation=60, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), labels)
+        axes.spines[:].set_visible(False)
+        for i, j in np.ndindex(matrix.shape):
+            colour = "white" if matrix[i, j] < 0.55 else "#111111"
+            text = f"{matrix[i, j]:.2f}".removeprefix("0") if matrix[i, j] < 0.995 else "1"
+            axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=7.5 if len(names) > 6 else TEXT - 1)
+    caption = (
+        "Jaccard overlap |A & B| / |A | B| of the first seed's selections; two random ones of the mean size would "
+        f"overlap by p / (2 - p) = {expected:.2f}."
+    )
+    return Drawing(name, title, caption, figure)
+
+
+def simulation(curves: Sequence[PerformanceCurve], n_parameters: float, look: Mapping[str, Look], name: str) -> Drawing:
+    """CCDS figure 1: simulated performance of four kinds of methods at one size of the trained model."""
+    grid = np.geomspace(1e16, max(curves[0].c_full, 2e19), CURVE_POINTS * 2)
+    with _panel(len(curves)) as (figure, axes):
+        for curve in curves:
+            style = look[curve.method]
+            own = np.union1d(grid[grid > curve.c_select], [max(curve.c_select, grid[0])])
+            axes.plot(own, curve.predict(own), color=style.colour, label=_short(curve.method))
+        _flops_axis(axes, TOTAL)
+        axes.set_ylabel("simulated score (%)")
+        axes.set_ylim(0, 102)
+    caption = "Simulated, not measured: P0 = 0, Pbar = 100, 1e8 tokens, a scorer of 7.5e9 parameters."
+    return Drawing(name, f"Simulation: training a model of {n_parameters:.3g} parameters", caption, figure)
+
+
+def regret(
+    group: GroupFits, rows: Mapping[str, Sequence[tuple[float, float]]], look: Mapping[str, Look], name: str
+) -> Drawing:
+    """How far each method is from the best of the grid at each budget."""
+    scale = 100 if in_percent(group.metric) else 1
+    with _panel(len(rows)) as (figure, axes):
+        for method, line in rows.items():
+            style = look[method]
+            axes.plot(
+                [c for c, _ in line],
+                [scale * r for _, r in line],
+                color=style.colour,
+                marker=style.marker,
+                linestyle="--" if style.dashed else "-",
+                markersize=5,
+                linewidth=1.4,
+                label=_short(method),
+            )
+        _flops_axis(axes, "budget, total FLOPs")
+        axes.set_ylabel("regret (points)" if scale == 100 else f"regret in {group.metric}")
+        highest = max(scale * r for line in rows.values() for _, r in line)
+        axes.set_ylim(
+            -0.03 * max(highest, 1e-9), min(1.05 * max(highest, 1e-9), SHOWN_POINTS) if scale == 100 else None
+        )
+    caption = "Distance to the best affordable mean of the grid; the best of noisy means flatters itself."
+    return Drawing(name, f"{_where(group)}: regret", caption, figure)
+
+
+def probabilities(course: Mapping[str, np.ndarray], title: str, name: str) -> Drawing:
+    """Probability of each source over the steps of the policy; values of shape (steps,), NaN where there is none."""
+    with _panel(len(course)) as (figure, axes):
+        for i, (source, values) in enumerate(course.items()):
+            axes.plot(
+                np.arange(1, len(values) + 1),
+                values,
+                color=SERIES[i % len(SERIES)],
+                marker="osD^vPX<"[i % 8],
+                markersize=5,
+                label=_short(source),
+            )
+        axes.set_xlabel("update of the policy")
+        axes.set_ylabel("probability of the source")
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_xlim(0.8, max(map(len, course.values())) + 0.2)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return Drawing(name, title, "Probability of selecting each source, mean over seeds.", figure)
+
+
+def stacked(rows: Mapping[str, Mapping[str, float]], *, title: str, xlabel: str, caption: str, name: str) -> Drawing:
+    """A stacked bar for each row, by part."""
+    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
+    columns = 1 if max(map(len, parts)) > LONGEST_LABEL else 2
+    with _panel(len(parts), columns, height=0.28 * len(rows) + 1.0) as (figure, axes):
+        left = np.zeros(len(rows))
+        for i, part in enumerate(parts):
+            widths = np.array([row.get(part, 0.0) for row in rows.values()])
+            hatch = "" if i < len(SERIES) else "///"
+            axes.barh(
+                range(len(rows)),
+                widths,
+                left=left,
+                height=0.7,
+                color=SERIES[i % len(SERIES)],
+                hatch=hatch,
+                label=_short(part, LONGEST_STAGE),
+            )
+            left += widths
+        axes.set_yticks(range(len(rows)), [_short(r) for r in rows])
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(xlabel)
+    return Drawing(name, title, caption, figure)

@@ -1,0 +1,115 @@
+"""What a grid shows while it runs: a live table of methods and budgets, FLOPs spent, and the time left."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from cads.plan import duration
+from cads.study.cells import Plan
+from cads.study.results import DONE
+
+REFRESHES = 2.0
+"""Of the live table, per second."""
+
+
+class Progress:
+    """A live table on a terminal; one line a cell elsewhere.
+
+    Args:
+        console: where it is shown. plans: the cells to follow.
+    """
+
+    def __init__(self, console: Console, plans: Sequence[Plan]) -> None:
+        self._console = console
+        self._plans = list(plans)
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._running = ""
+        self._began = time.perf_counter()
+        self._spent_now = 0.0
+        self._live = (
+            Live(console=console, get_renderable=self._table, refresh_per_second=REFRESHES, transient=True)
+            if console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> Progress:
+        self._began = time.perf_counter()
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def started(self, plan: Plan) -> None:
+        """A cell begins."""
+        self._running = f"{plan.cell.label}, {plan.cell.budget}, seed {plan.cell.setting.seed}"
+
+    def finished(self, plan: Plan, row: dict[str, Any], *, resumed: bool) -> None:
+        """A cell has ended, as `row` of `runs` says; `resumed`: in an earlier run."""
+        self._rows[plan.key] = row
+        if resumed:
+            return
+        if row["status"] == DONE:
+            self._spent_now += plan.selection + plan.training
+            result = f"{row['metric']} {row['score']:.4f} in {row['seconds']:.1f} s"
+        else:
+            result = f"{row['status']}: {row['error']}"
+        if self._live is None:
+            done = f"{len(self._rows)}/{len(self._plans)}"
+            setting = plan.cell.setting
+            where = " ".join(filter(None, [setting.task, setting.model, f"seed {setting.seed}", str(plan.cell.budget)]))
+            self._console.print(f"{done} {where}: {plan.cell.label:14s} {result}", highlight=False, markup=False)
+
+    def made_by_others(self, code: str) -> int:
+        """How many of the finished cells were made by other code than this."""
+        return sum(row.get("code") != code for row in self._rows.values())
+
+    def footer(self) -> str:
+        """Cells done, FLOPs spent, time left."""
+        left = sum(p.selection + p.training for p in self._plans if p.key not in self._rows and not p.status)
+        spent = sum(row.get("total_flops") or 0.0 for row in self._rows.values())
+        text = f"{len(self._rows)} of {len(self._plans)} cells, {spent:.3g} FLOPs spent, {left:.3g} to go"
+        if self._spent_now:
+            rate = self._spent_now / (time.perf_counter() - self._began)
+            text += f", about {duration(left / rate)} left" if left else ""
+        return f"{text}; {self._running}" if left else text
+
+    def _table(self) -> Group:
+        scores: dict[tuple[str, str], list[float]] = defaultdict(list)
+        states: dict[tuple[str, str], list[str]] = defaultdict(list)
+        n_cells: dict[tuple[str, str], int] = defaultdict(int)
+        for plan in self._plans:
+            place = _row_name(plan), str(plan.cell.budget)
+            n_cells[place] += 1
+            row = self._rows.get(plan.key)
+            if row is not None and row["status"] == DONE:
+                scores[place].append(row["score"])
+            elif row is not None:
+                states[place].append(row["status"])
+        table = Table(title="mean score (cells done)", title_justify="left")
+        table.add_column("method", no_wrap=True)
+        budgets = list(dict.fromkeys(str(p.cell.budget) for p in self._plans))
+        for budget in budgets:
+            table.add_column(budget, justify="right", no_wrap=True)
+        for name in dict.fromkeys(map(_row_name, self._plans)):
+            texts = []
+            for budget in budgets:
+                found, other = scores[name, budget], states[name, budget]
+                text = f"{sum(found) / len(found):.4f} ({len(found)}/{n_cells[name, budget]})" if found else ""
+                texts.append(text or (other[0] if other else "."))
+            table.add_row(name, *texts)
+        return Group(table, Text(self.footer()))
+
+
+def _row_name(plan: Plan) -> str:
+    return " ".join(filter(None, [plan.cell.setting.task, plan.cell.setting.model, plan.cell.label]))

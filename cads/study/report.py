@@ -1,0 +1,207 @@
+"""The report of a study: `fits.json`, figures as files, and one page of HTML that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from cads.folders import whole_file
+from cads.study import evidence, figures
+from cads.study.evidence import Exhibit
+from cads.study.figures import Drawing
+from cads.study.fits import SIMULATED_SIZES, GroupFits, advices, analyse, to_json
+from cads.study.frontier import simulate_figure1
+from cads.study.results import DONE, IMPORTED, read_runs
+from cads.study.style import Look, looks
+from cads.study.summary import answers, points_of, regrets
+from cads.study.tables import header, texts
+
+TEMPLATE = "report.html.j2"
+Namer = Callable[[str], str]
+"""Numbers the figures: kind -> name."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: its title, a sentence about it, and figures."""
+
+    title: str
+    about: str
+    drawings: list[Drawing]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was written: the page, the fits, the folder of figures; and the answers, a sentence each."""
+
+    page: Path
+    fits: Path
+    figures: Path
+    answers: list[str]
+
+
+def write_report(folder: Path, out: Path | None = None, metric: str | None = None) -> Made:
+    """Write the report on the results in `folder`.
+
+    Args:
+        out: the page; null for `report.html` in `folder`. Fits and figures go beside it.
+        metric: another metric than the one of the grid.
+
+    Raises:
+        DataError: if there are no results, or tables of another schema version.
+        ConfigError: if the metric was not measured.
+    """
+    runs = read_runs(folder)
+    points = points_of(runs, metric)
+    groups = analyse(points)
+    look = looks((row["method"], row["selector"]) for row in runs)
+    sections = [s for s in _sections(folder, runs, groups, look) if s.drawings]
+    page = out or folder / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    fits = to_json(groups, _smallest(runs))
+    whole_file(page.parent / "fits.json", json.dumps(fits, indent=1, allow_nan=False) + "\n")
+    for drawing in (d for s in sections for d in s.drawings):
+        drawing.save(page.parent / "figures")
+    sentences = [(g, [a.sentence for a in answers(g.points)]) for g in groups]
+    whole_file(page, _page(folder, runs, sections, sentences))
+    many = len(groups) > 1
+    said = [f"{_name(g)}: {s}" if many else s for g, group in sentences for s in group]
+    return Made(page, page.parent / "fits.json", page.parent / "figures", said)
+
+
+def _smallest(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """By task, the model with the fewest parameters: the scorer's own size, where no proxy says otherwise."""
+    sized = [row for row in runs if row["n_parameters"] is not None]
+    smallest: dict[str, tuple[float, str]] = {}
+    for row in sized:
+        size = row["n_parameters"], row["model"]
+        smallest[row["task"]] = min(smallest.get(row["task"], size), size)
+    return {task: model for task, (_, model) in smallest.items()}
+
+
+def _name(group: GroupFits) -> str:
+    return " ".join(filter(None, [group.task, group.model]))
+
+
+def _sections(
+    folder: Path, runs: Sequence[Mapping[str, Any]], groups: Sequence[GroupFits], look: Mapping[str, Look]
+) -> list[Section]:
+    number = count(1)
+
+    def name(kind: str) -> str:
+        return f"{next(number):02d}-{kind}"
+
+    about = (
+        "Score, regret, frontier, fitted curves, break-even, and training compute alone. Everything is charged: what "
+        "selection costs stands beside what training costs."
+    )
+    compared = [Section(f"Results: {_name(g)}", about, _of_group(g, look, name)) for g in groups]
+    simulated = [
+        figures.simulation(curves, n, looks((c.method, c.method) for c in curves), name("simulation"))
+        for n in SIMULATED_SIZES
+        for curves in [simulate_figure1(n)]
+    ]
+    return [
+        *compared,
+        *_selection_sections(folder, runs, name),
+        Section("Simulation", "What the model of costs predicts for large models.", simulated),
+    ]
+
+
+def _of_group(group: GroupFits, look: Mapping[str, Look], name: Namer) -> list[Drawing]:
+    drawings = [figures.scores(group, look, name("scores"))]
+    if rows := regrets(group.points):
+        drawings.append(figures.regret(group, rows, look, name("regret")))
+    drawings.append(figures.frontier(group, look, name("frontier"), fitted=False))
+    if group.fits:
+        drawings.append(figures.frontier(group, look, name("fits"), fitted=True))
+    drawings += figures.break_even(group, look, name("break-even"))
+    return [*drawings, figures.scores(group, look, name("training-only"), training_only=True)]
+
+
+def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: Namer) -> list[Section]:
+    spent, shares, courses, overlaps = [], [], [], []
+    for place, methods in evidence.by_place(runs).items():
+        where = ", ".join(filter(None, place))
+        spent.append(
+            figures.stacked(
+                evidence.ledgers(methods),
+                title=f"Ledger: {where}",
+                xlabel="FLOPs",
+                caption="Compute by stage, mean over seeds, without evaluation on the test set.",
+                name=name("ledger"),
+            )
+        )
+        if share := evidence.source_shares(folder, methods):
+            shares.append(
+                figures.stacked(
+                    share,
+                    title=f"Sources: {where}",
+                    xlabel="share of the selected examples (%)",
+                    caption="What the selected examples come from, over all seeds.",
+                    name=name("sources"),
+                )
+            )
+        for method, rows in methods.items():
+            if course := evidence.course(rows):
+                courses.append(figures.probabilities(course, f"{method}: {where}", name("probabilities")))
+        if found := evidence.overlap(folder, place, methods):
+            overlaps.append(
+                figures.overlap(found.methods, found.matrix, found.expected, f"Overlap: {where}", name("overlap"))
+            )
+    return [
+        Section("Ledger", "Where the compute went.", spent),
+        Section("What was selected", "", shares),
+        Section("Source probabilities over time", "How policies over sources moved.", courses),
+        Section("Overlap of selections", "How much two methods agree.", overlaps),
+    ]
+
+
+def _page(
+    folder: Path,
+    runs: Sequence[Mapping[str, Any]],
+    sections: Sequence[Section],
+    sentences: Sequence[tuple[GroupFits, list[str]]],
+) -> str:
+    environment = Environment(
+        loader=PackageLoader("cads.study"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shown: list[Exhibit] = []
+    places = evidence.by_place(runs)
+    if places:
+        place = list(places)[-1]
+        shown = evidence.exhibits(folder, place, places[place])
+    tables = [(_name(g), header(g.points), texts(g.points)) for g, _ in sentences]
+    unscored: dict[tuple[str, str], list[str]] = {}
+    for row in runs:
+        if row["status"] not in (DONE, IMPORTED):
+            where = ", ".join(filter(None, [row["method"], row["model"], row["budget"]]))
+            cells = unscored.setdefault((row["status"], row["error"] or ""), [])
+            cells += [] if where in cells else [where]
+    return environment.get_template(TEMPLATE).render(
+        title=folder.resolve().name,
+        groups=[(_name(g), said, advices(g)) for g, said in sentences],
+        sections=sections,
+        # Matplotlib has escaped the names in its SVG.
+        svg={d.name: Markup(d.svg()) for s in sections for d in s.drawings},
+        tables=tables,
+        exhibits=shown,
+        unscored=unscored,
+        n_done=sum(row["status"] in (DONE, IMPORTED) for row in runs),
+        n_cells=len(runs),
+        flops=sum((row["selection_flops_spent"] or 0) + (row["training_flops"] or 0) for row in runs),
+        codes=sorted({f"{row['version']} ({row['code']})" for row in runs if row["code"]}),
+        version=version("cads-select"),
+    )

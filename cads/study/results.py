@@ -1,0 +1,300 @@
+"""Tables of a study in Parquet: `runs`, `selections`, `examples` and `rankings`, one file for each cell.
+
+A table is a folder of files; a file appears whole or not at all, so any number of processes may add to it. Reading is
+reading all of them. Published points are imported into the same tables.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cads.errors import DataError
+
+SCHEMA_VERSION = 1
+VERSION_KEY = b"cads_results_version"
+"""Where a file's metadata holds the version of its schema."""
+DONE, OVER_BUDGET, NOT_APPLICABLE, FAILED, IMPORTED = "done", "over budget", "n/a", "failed", "imported"
+"""States of a cell."""
+
+RUNS = pa.schema(
+    [
+        ("cell", pa.string()),  # key of the cell
+        ("task", pa.string()),
+        ("model", pa.string()),  # label of the size
+        ("n_parameters", pa.float64()),  # of the trained model
+        ("selector_parameters", pa.float64()),  # of the model that selection works on
+        ("method", pa.string()),  # label, as in figures
+        ("selector", pa.string()),  # installed name
+        ("options", pa.string()),  # JSON
+        ("budget", pa.string()),  # as given
+        ("budget_flops", pa.float64()),
+        ("count_selection", pa.bool_()),  # whether the budget covers selection
+        ("sharing", pa.float64()),  # tasks that share the cost of one selection
+        ("seed", pa.int64()),
+        ("status", pa.string()),
+        ("error", pa.string()),  # why there is no score
+        ("metric", pa.string()),
+        ("score", pa.float64()),  # on the test set
+        ("stderr", pa.float64()),  # of the score, from the finite test set
+        ("metrics", pa.string()),  # JSON: all metrics of the test set
+        ("selection_flops", pa.float64()),  # as charged
+        ("selection_flops_spent", pa.float64()),
+        ("training_flops", pa.float64()),
+        ("evaluation_flops", pa.float64()),
+        ("total_flops", pa.float64()),  # selection as charged, and training
+        ("full_flops", pa.float64()),  # C(D): one pass over the whole pool
+        ("n_pool", pa.int64()),
+        ("n_selected", pa.int64()),
+        ("examples", pa.int64()),  # usages in the final training
+        ("tokens", pa.int64()),  # in the final training
+        ("learning_rate", pa.float64()),
+        ("seconds", pa.float64()),
+        ("accounting", pa.string()),
+        ("version", pa.string()),  # of the package
+        ("code", pa.string()),  # digest of its sources
+        ("ledger", pa.string()),  # JSON: one record a stage, as charged
+        ("source_probability", pa.string()),  # JSON: name -> probability, at the end
+        ("probability_course", pa.string()),  # JSON: one {name: probability} a step of the policy
+        ("notes", pa.string()),  # JSON: what the selector has to say
+    ]
+)
+SELECTIONS = pa.schema([("cell", pa.string()), ("id", pa.string()), ("source", pa.string()), ("rank", pa.int64())])
+EXAMPLES = pa.schema(
+    [
+        ("cell", pa.string()),
+        ("id", pa.string()),
+        ("kept", pa.bool_()),
+        ("score", pa.float64()),
+        ("label", pa.string()),
+        ("text", pa.string()),
+        ("image", pa.binary()),  # PNG
+    ]
+)
+RANKINGS = pa.schema(
+    [
+        ("ranking", pa.string()),
+        ("method", pa.string()),
+        ("seed", pa.int64()),
+        ("id", pa.string()),
+        ("score", pa.float64()),
+        ("rank", pa.int64()),
+    ]
+)
+TABLES = {"runs": RUNS, "selections": SELECTIONS, "examples": EXAMPLES, "rankings": RANKINGS}
+GRID_FILE = "grid.json"
+"""In the folder of a study: the cells of the grid that was run last."""
+PUBLISHED_COLUMNS = ("task", "size", "method", "budget_pct", "total_flops", "score")
+FREE_BELOW = 1e-3
+"""Selection that costs a smaller share of full training than this is the rounding of published figures."""
+SIZES = {"m": 1e6, "b": 1e9, "t": 1e12}
+"""What the letter behind a model's size stands for."""
+
+
+def write_rows(
+    folder: Path, table: str, key: str, rows: Sequence[Mapping[str, Any]] | pa.Table, *, header: str = ""
+) -> Path:
+    """Write the rows of one cell, in place of those that it had; whole or not at all.
+
+    Args:
+        folder: of the study. table: a name in `TABLES`. key: of the cell. header: text to keep beside the rows.
+
+    Raises:
+        DataError: if the rows have other columns than the table.
+    """
+    schema = TABLES[table]
+    if not isinstance(rows, pa.Table):
+        unknown = sorted({name for row in rows for name in row} - set(schema.names))
+        if unknown:
+            raise DataError(f"the table {table} has no columns {unknown}: it has {schema.names}")
+        rows = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    metadata = {VERSION_KEY: str(SCHEMA_VERSION).encode(), b"cads_header": header.encode()}
+    path = folder / "tables" / table / f"{key}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    try:
+        pq.write_table(rows.cast(schema).replace_schema_metadata(metadata), partial, compression="zstd")
+        Path(partial).chmod(0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_file(path: Path, table: str) -> pa.Table:
+    """One file of a table, with its metadata.
+
+    Raises:
+        DataError: if it is no Parquet, or of another schema or version.
+    """
+    try:
+        read = pq.ParquetFile(path).read()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as a table of results: {error}; remove it and run again") from error
+    found = (read.schema.metadata or {}).get(VERSION_KEY, b"none").decode()
+    if found != str(SCHEMA_VERSION):
+        raise DataError(
+            f"{path} has schema version {found}; this library reads {SCHEMA_VERSION}: use the version that wrote "
+            "it, or another folder"
+        )
+    if not read.schema.equals(TABLES[table]):
+        raise DataError(f"{path} has columns {read.schema.names}, expected {TABLES[table].names}")
+    return read
+
+
+def read_rows(folder: Path, table: str, keys: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a table, by file name; of the given cells alone, if `keys` is given.
+
+    Raises:
+        DataError: if a file is damaged or of another schema version.
+    """
+    wanted = None if keys is None else set(keys)
+    files = sorted((folder / "tables" / table).glob("*.parquet"))
+    tables = [read_file(f, table) for f in files if wanted is None or f.stem in wanted]
+    return [row for read in tables for row in read.to_pylist()]
+
+
+def read_runs(folder: Path) -> list[dict[str, Any]]:
+    """The runs of a study: cells of its grid, in the order of the grid, and imported points.
+
+    Raises:
+        DataError: if the folder holds no runs, or a table of another schema version.
+    """
+    rows = read_rows(folder, "runs")
+    if not rows:
+        raise DataError(f"{folder} holds no results: give the folder of `cads compare`")
+    order = {key: i for i, key in enumerate(grid_cells(folder))}
+    rows = [row for row in rows if row["status"] == IMPORTED or row["cell"] in order or not order]
+    return sorted(rows, key=lambda row: order.get(row["cell"], len(order)))
+
+
+def grid_cells(folder: Path) -> list[str]:
+    """Keys of the cells of the grid that was run last in a folder, in order; none if no grid was.
+
+    Raises:
+        DataError: if the file is damaged.
+    """
+    path = folder / GRID_FILE
+    if not path.exists():
+        return []
+    try:
+        cells = json.loads(path.read_text())["cells"]
+        return [str(key) for key in cells]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}): run `cads compare` again, finished cells are kept") from error
+
+
+def import_points(path: Path | str, folder: Path) -> int:
+    """Take published points over into the tables of a study; returns how many.
+
+    The format: a CSV file with columns task, size, method, budget_pct (share of the pool trained on, percent),
+    total_flops (selection and training) and score. Training on everything costs what the cheapest method pays at
+    100 percent; what a method pays beyond its share of that is its selection.
+
+    Raises:
+        DataError: if columns are missing, values are no numbers, a task and size has no point at 100 percent, or a
+            point is given twice.
+    """
+    text, points = _read_points(Path(path))
+    full: dict[tuple[str, str], float] = {}
+    for p in points:
+        if p["budget_pct"] == 100:
+            key = p["task"], p["size"]
+            full[key] = min(full.get(key, math.inf), p["total_flops"])
+    rows, seen = [], set()
+    for p in points:
+        group = p["task"], p["size"]
+        if group not in full:
+            raise DataError(f"{path}: {' '.join(group)} has no point at budget_pct 100, which says what all costs")
+        name = f"{p['task']} {p['size']} {p['method']} {p['budget_pct']:g} %"
+        if name in seen:
+            raise DataError(f"{path}: {name} is given twice: keep one of the points")
+        seen.add(name)
+        rows.append(_published_row(p, full[group], name))
+    write_rows(folder, "runs", f"import-{hashlib.sha256(text.encode()).hexdigest()[:12]}", rows)
+    return len(rows)
+
+
+def _read_points(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"points {path} cannot be read: {error}") from error
+    reader = csv.DictReader(text.splitlines())
+    missing = [c for c in PUBLISHED_COLUMNS if c not in (reader.fieldnames or [])]
+    if missing:
+        raise DataError(f"{path} has no columns {missing}: it needs {', '.join(PUBLISHED_COLUMNS)}")
+    points = []
+    for line, row in enumerate(reader, start=2):
+        try:
+            numbers = {name: float(row[name]) for name in PUBLISHED_COLUMNS[3:]}
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}, line {line}: {error}: budget_pct, total_flops and score are numbers") from error
+        sound = all(map(math.isfinite, numbers.values())) and 0 < numbers["budget_pct"] <= 100
+        if not sound or numbers["total_flops"] <= 0:
+            raise DataError(f"{path}, line {line}: {numbers}: need 0 < budget_pct <= 100 and total_flops > 0")
+        points.append({**row, **numbers})
+    if not points:
+        raise DataError(f"{path} has no points: it holds a header alone")
+    return text, points
+
+
+def _published_row(point: Mapping[str, Any], full: float, name: str) -> dict[str, Any]:
+    training = point["budget_pct"] / 100 * full
+    selection = point["total_flops"] - training
+    if selection < FREE_BELOW * full:
+        training, selection = point["total_flops"], 0.0
+    return {
+        "cell": f"imported {name}",
+        "task": point["task"],
+        "model": point["size"],
+        "n_parameters": parameters_of(point["size"]),
+        "method": point["method"],
+        "selector": point["method"],
+        "options": "{}",
+        "budget": f"{point['budget_pct']:g} %",
+        "budget_flops": point["budget_pct"] / 100 * full,
+        "count_selection": False,
+        "sharing": 1.0,
+        "seed": 0,
+        "status": IMPORTED,
+        "metric": "score",
+        "score": point["score"],
+        "metrics": json.dumps({"score": point["score"]}),
+        "selection_flops": selection,
+        "selection_flops_spent": selection,
+        "training_flops": training,
+        "total_flops": point["total_flops"],
+        "full_flops": full,
+        "accounting": "as published",
+        "ledger": json.dumps(
+            [
+                {"phase": "select", "stage": "as published", "flops": selection},
+                {"phase": "train", "stage": "final model", "flops": training},
+            ]
+        ),
+        "source_probability": "{}",
+        "probability_course": "[]",
+        "notes": "{}",
+    }
+
+
+def parameters_of(size: str) -> float | None:
+    """How many parameters a size such as `7b` or `135M` stands for; None if it is no such size."""
+    number, letter = size[:-1], size[-1:].lower()
+    try:
+        return float(number) * SIZES[letter]
+    except (KeyError, ValueError):
+        return None

@@ -1,0 +1,114 @@
+"""What sequences cost: a law in their length and number of answers, from a few counted batches."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from cads.flops import Costs, Measured, Price
+from cads.scoring import planned_flops
+from cads.task import Batch, Pool
+from cads.tasks.language_tokens import IGNORED, PAD_TO
+
+if TYPE_CHECKING:
+    from cads.tasks.language import LanguageTask
+
+log = logging.getLogger(__name__)
+
+PROBES = ((4, 1), (8, 1), (12, 1), (12, 6))
+"""Lengths and answers, in units of `PAD_TO`, of the batches that are counted; the longest of the task is one more."""
+TOLERANCE = 1e-6
+"""Relative error above which there is no such law, and every shape is counted by itself."""
+
+
+class LanguageCosts(Costs):
+    """Costs of `LanguageTask`, whose examples have many shapes.
+
+    `measured`: an example of T positions with the head at A of them costs `a + b T + c T^2 + d A`: all linears
+    but the head are applied at every position, attention to every pair. The four numbers come from four counted
+    batches, and are checked on the longest example; a model that keeps to no such law is counted shape by shape.
+    Packed batches cost what their rows do.
+    """
+
+    task: LanguageTask
+
+    def __init__(self, task: LanguageTask, accounting: str = "measured") -> None:
+        super().__init__(task, accounting)
+        self.task = task
+        self._passes: WeakKeyDictionary[Pool, float] = WeakKeyDictionary()
+
+    def forward(self, batch: Batch) -> float:
+        """One forward pass of all of `batch`."""
+        return self._rows(batch).forward if "row" in batch.inputs else super().forward(batch)
+
+    def usage(self, batch: Batch) -> float:
+        """One forward and backward pass of all of `batch`."""
+        return self._rows(batch).usage if "row" in batch.inputs else super().usage(batch)
+
+    def forward_pool(self, pool: Pool) -> float:
+        """One forward pass over all of `pool` as it is measured and scored: sorted by length, padding included."""
+        if pool not in self._passes:
+            self._passes[pool] = planned_flops(self.forward, pool)
+        return self._passes[pool]
+
+    def _price(self, batch: Batch) -> Price:
+        if not isinstance(self._accounting, Measured) or self._law is None:
+            return super()._price(batch)
+        return self._by_law(batch.inputs["input_ids"].shape[1], batch.inputs["answers"].shape[1], 1)
+
+    def _rows(self, batch: Batch) -> Price:
+        """All of a packed batch: its rows, with the head at the answers of its examples."""
+        rows = int(batch.inputs["row"].max() - batch.inputs["row"].min()) + 1
+        length = batch.tokens // rows
+        n_answers = batch.inputs["answers"].numel()
+        if isinstance(self._accounting, Measured) and self._law is not None:
+            return self._by_law(length, n_answers, rows)
+        # Without a law, rows are taken to be examples with their share of the answers.
+        row = super()._price(self._probe(length, min(length, -(-n_answers // rows))))
+        return Price(row.forward * rows, row.usage * rows, batch.tokens)
+
+    def _by_law(self, length: int, n_answers: int, rows: int) -> Price:
+        assert self._law is not None
+        forward, usage = rows * (self._law[:, :3] @ [1, length, length**2]) + self._law[:, 3] * n_answers
+        return Price(float(round(forward)), float(round(usage)), rows * length)
+
+    @cached_property
+    def _law(self) -> np.ndarray | None:
+        """(a, b, c, d) of forward and of forward+backward, shape (2, 4); None if there is no such law."""
+        longest = self.task.longest_example
+        shapes = [(t * PAD_TO, a * PAD_TO) for t, a in PROBES]
+        if longest[0] <= shapes[-1][0]:
+            return None  # Few shapes: each is counted.
+        counted = np.array([super(LanguageCosts, self)._price(self._probe(*shape))[:2] for shape in shapes])
+        law = np.linalg.solve(np.array([[1, t, t * t, a] for t, a in shapes], dtype=float), counted).T
+        found = np.array(super()._price(self._probe(*longest))[:2])
+        t, a = longest
+        error = float(np.abs(law @ [1, t, t * t, a] / found - 1).max())
+        if error > TOLERANCE:
+            log.warning(
+                "%s: the FLOPs of a sequence follow no quadratic law in its length (off by %.2g at %d positions): "
+                "every shape is counted by itself",
+                self.task.name,
+                error,
+                t,
+            )
+            return None
+        return law
+
+    def _probe(self, length: int, n_answers: int) -> Batch:
+        """An example of T positions that asks for A answers."""
+        ids = torch.full((1, length), self.task.pad, dtype=torch.int64)
+        places = torch.arange(1, 1 + n_answers).clamp(max=length - 1)[None]
+        labels = torch.full_like(ids, IGNORED).scatter(1, places, ids)
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "answers": places,
+            "weight": torch.ones(1),
+        }
+        return Batch(inputs, labels, torch.zeros(1, dtype=torch.int64), length, n_answers)

@@ -1,0 +1,331 @@
+"""Text data from files and from the hub: rows, their columns and ids, and their tokens."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cads.errors import ConfigError, DataError
+from cads.tasks.language_formats import Example, Format, Renderer, needed_columns, recognise
+from cads.tasks.language_tokens import Tokens
+
+log = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 1000
+"""Rows that are Python objects at any one time while they are turned into tokens."""
+COLUMNS = ("messages", "prompt", "context", "response", "text", "id", "source", "subtask")
+"""What a column can stand for."""
+SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
+LIMIT = 5
+"""First word of the seed by which `limit` rows are drawn."""
+
+
+@dataclass
+class TextSource:
+    """Where examples come from: a file, a folder of `datasets`, or a data set on the hub."""
+
+    name: str = ""
+    """Name of the source; empty: the name of the file or data set."""
+    path: str | None = None
+    """A .json, .jsonl, .parquet or .csv file, or a folder written by `Dataset.save_to_disk`."""
+    dataset: str | None = None
+    """Name of a data set on the hub, instead of a path."""
+    config: str | None = None
+    """dataset: its configuration."""
+    split: str = "train"
+    """dataset: its split."""
+    format: Format | None = None
+    """messages (conversations), prompt (and response), or text; null: recognised by the columns."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Which column stands for messages, prompt, context, response, text, id, source or subtask."""
+    limit: int | None = None
+    """Draw this many rows by `data_seed`; null: all."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.dataset is None):
+            raise ConfigError(f"source {self.name!r} needs a path or a dataset, one of the two")
+        if self.format is not None and self.format not in get_args(Format):
+            raise ConfigError(f"format = {self.format!r}: choose from {list(get_args(Format))}")
+        unknown = sorted(set(self.columns) - set(COLUMNS))
+        if unknown:
+            raise ConfigError(f"columns stand for {unknown}, which is unknown: use {', '.join(COLUMNS)}")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit = {self.limit}: it must be at least 1")
+        self.name = self.name or Path(str(self.path or self.dataset)).stem
+
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return str(self.path or self.dataset)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one format, not yet tokens.
+
+    Attributes:
+        table: columns `messages`, `prompt`, `context`, `response`, `text`, as the format has them.
+        format: of all rows.
+        ids: one a row. name: of the source.
+        sources, subtasks: a name for each row, or None.
+    """
+
+    table: pa.Table
+    format: Format
+    ids: pa.Array
+    name: str
+    sources: pa.Array | None = None
+    subtasks: pa.Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, positions: np.ndarray) -> Rows:
+        """The rows at `positions`, int64."""
+        index = pa.array(positions)
+        sources, subtasks = (None if x is None else x.take(index) for x in (self.sources, self.subtasks))
+        return Rows(self.table.take(index), self.format, self.ids.take(index), self.name, sources, subtasks)
+
+
+def load_rows(source: TextSource, seed: int, *, given_sources: bool = False) -> Rows:
+    """Read a source.
+
+    Args:
+        seed: of the rows that `limit` draws.
+        given_sources: whether a column called `source` is recognised as one.
+
+    Raises:
+        DataError: if it cannot be read, is empty, or a column is missing.
+    """
+    table = _table(source)
+    if not len(table):
+        raise DataError(f"{source.where} is empty: it needs at least one row")
+    chosen, columns = _columns(source, table.column_names)
+    width = max(5, len(str(len(table) - 1)))
+    numbered = pa.array([f"{source.name}-{i:0{width}d}" for i in range(len(table))], pa.string())
+    ids = numbered if "id" not in columns else _strings(table, columns["id"], source)
+    if given_sources and "source" in table.column_names:
+        columns.setdefault("source", "source")
+    sources = None if "source" not in columns else _strings(table, columns["source"], source)
+    subtasks = None if "subtask" not in columns else _strings(table, columns["subtask"], source)
+    kept = {role: name for role, name in columns.items() if role not in ("id", "source", "subtask")}
+    content = pa.table({role: table[name] for role, name in kept.items()})
+    rows = Rows(content, chosen, ids, source.name, sources, subtasks)
+    if source.limit is None or source.limit >= len(rows):
+        return rows
+    drawn = np.random.default_rng((LIMIT, seed)).permutation(len(rows))[: source.limit]
+    return rows.take(np.sort(drawn))
+
+
+def _columns(source: TextSource, present: Sequence[str]) -> tuple[Format, dict[str, str]]:
+    """The format, and which column stands for what; what is not given is recognised, and said."""
+    columns = {"id": "id", **source.columns} if "id" in present else dict(source.columns)
+    absent = sorted(set(source.columns.values()) - set(present))
+    if absent:
+        raise DataError(f"{source.where} has no columns {absent}: it has {list(present)}")
+    given = [f for f in get_args(Format) if set(needed_columns(f)) <= set(columns)]
+    if source.format is None and given:
+        return given[0], columns
+    if source.format is None:
+        chosen, found = recognise(present, source.where)
+        log.info("%s: recognised as %s, from columns %s", source.where, chosen, found)
+        if chosen == "prompt" and found["prompt"] == "instruction" and "input" in present:
+            found["context"] = "input"
+        return chosen, {**found, **columns}
+    for role in needed_columns(source.format):
+        if role not in columns and role not in present:
+            found = recognise(present, source.where)[1]
+            if role not in found:
+                raise DataError(
+                    f"{source.where} has no column for {role}, which format = {source.format} needs: name it in columns"
+                )
+            columns[role] = found[role]
+        columns.setdefault(role, role)
+    return source.format, columns
+
+
+def _table(source: TextSource) -> pa.Table:
+    if source.dataset is not None:
+        return _hub(source)
+    path = Path(str(source.path))
+    if path.is_dir():
+        return _saved(path)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: give a file ({', '.join(SUFFIXES)}) or a folder of `datasets`")
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path} has the suffix {path.suffix!r}: use one of {', '.join(SUFFIXES)}")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return pq.ParquetFile(path, memory_map=True).read()
+        return _csv(path) if path.suffix == ".csv" else _json(path)
+    except (pa.ArrowException, ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _csv(path: Path) -> pa.Table:
+    """A file with a header; what looks like a number is text all the same."""
+    from pyarrow import csv
+
+    parsing = csv.ParseOptions(newlines_in_values=True)
+    with csv.open_csv(path, parse_options=parsing) as reader:
+        types = {name: pa.string() for name in reader.schema.names}
+    return csv.read_csv(path, parse_options=parsing, convert_options=csv.ConvertOptions(column_types=types))
+
+
+def _json(path: Path) -> pa.Table:
+    """A file of one object a line, or of one list of objects."""
+    with path.open("rb") as file:
+        first = file.read(1024).lstrip()[:1]
+    if first != b"[":
+        from pyarrow import json as lines
+
+        # A block must hold the longest line.
+        return lines.read_json(path, read_options=lines.ReadOptions(block_size=2**26))
+    rows = json.loads(path.read_text())
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("every entry of the list must be an object")
+    return pa.Table.from_pylist(rows)
+
+
+def _saved(path: Path) -> pa.Table:
+    from datasets import Dataset, load_from_disk
+
+    try:
+        loaded = load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no folder of `datasets`: {error}") from error
+    if not isinstance(loaded, Dataset):
+        raise DataError(f"{path} holds several splits {sorted(loaded)}: give the folder of one")
+    return loaded.flatten_indices().data.table
+
+
+def _hub(source: TextSource) -> pa.Table:
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(str(source.dataset), source.config, split=source.split)
+    except Exception as error:  # the hub client raises many kinds
+        raise DataError(
+            f"data set {source.dataset!r} ({source.split}) cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+    return loaded.flatten_indices().data.table
+
+
+def _strings(table: pa.Table, column: str, source: TextSource) -> pa.Array:
+    values = table[column].combine_chunks()
+    if values.null_count:
+        raise DataError(f"{source.where} has {values.null_count} rows without {column!r}: every row needs one")
+    try:
+        return pc.cast(values, pa.string())
+    except pa.ArrowException as error:
+        raise DataError(f"column {column!r} of {source.where} is {values.type}: it must be text or numbers") from error
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns rows into tokens.
+
+    Attributes:
+        tokenizer: a fast tokenizer. renderer: of its chats.
+        longest: tokens at which an example is cut. packed: see `Tokens`.
+        drop: leave out examples without an answer token, instead of refusing them.
+    """
+
+    tokenizer: Any
+    renderer: Renderer
+    longest: int
+    packed: bool = False
+    drop: bool = False
+
+    def encode(self, rows: Rows) -> tuple[Tokens, np.ndarray]:
+        """The tokens of `rows`, and the positions in it of those that were kept.
+
+        What is cut is counted and said.
+
+        Raises:
+            DataError: naming examples that have no answer token, in the text or after it was cut.
+        """
+        render = self.renderer.of(rows.format)
+        ids: list[np.ndarray] = []
+        learned: list[np.ndarray] = []
+        asked: list[str] = []
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            names = rows.ids.slice(start, ROWS_AT_ONCE).to_pylist()
+            records = rows.table.slice(start, ROWS_AT_ONCE).to_pylist()
+            examples = [render(row, name) for row, name in zip(records, names, strict=True)]
+            asked += [e.asked for e in examples]
+            for encoded, marks in self._tokenize(examples, chat=self.renderer.is_chat(rows.format)):
+                ids.append(encoded)
+                learned.append(marks)
+        cut = np.array([len(x) > self.longest for x in ids])
+        ids, learned = [x[: self.longest] for x in ids], [x[: self.longest] for x in learned]
+        kept = self._answered(rows, np.array([bool(x[1:].any()) for x in learned]), cut)
+        if cut[kept].any():
+            log.warning(
+                "%s: %d of %d examples were cut to %d tokens (max_tokens)",
+                rows.name,
+                int(cut[kept].sum()),
+                len(kept),
+                self.longest,
+            )
+        sizes = [len(ids[k]) for k in kept]
+        tokens = Tokens(
+            ids=np.concatenate([ids[k] for k in kept]),
+            learned=np.concatenate([learned[k] for k in kept]),
+            offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+            texts=pa.array([asked[k] for k in kept], pa.large_string()),
+            pad=self.tokenizer.pad_token_id,
+            longest=self.longest,
+            packed=self.packed,
+        )
+        return tokens, kept
+
+    def _answered(self, rows: Rows, answered: np.ndarray, cut: np.ndarray) -> np.ndarray:
+        kept = np.flatnonzero(answered)
+        if len(kept) == len(rows):
+            return kept
+        missing = rows.ids.take(pa.array(np.flatnonzero(~answered)))
+        by_cutting = int((~answered & cut).sum())
+        what = (
+            f"{len(missing)} examples of {rows.name} have no answer token ({by_cutting} of them after they were cut to "
+            f"{self.longest} tokens), such as {missing[:3].to_pylist()}"
+        )
+        if not self.drop:
+            raise DataError(f"{what}: raise max_tokens, remove them, or set drop: true to leave them out")
+        if not len(kept):
+            raise DataError(f"{what}: nothing is left of {rows.name}")
+        log.warning("%s: they are left out", what)
+        return kept
+
+    def _tokenize(self, examples: list[Example], *, chat: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+        if chat and self.renderer.marked:
+            return [(np.array(ids, np.int32), marks) for ids, marks in (e.encoded for e in examples if e.encoded)]
+        # A chat template writes the special tokens itself.
+        found = self.tokenizer(
+            [e.text for e in examples],
+            add_special_tokens=not chat,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        encoded = []
+        end = self.tokenizer.eos_token_id
+        for example, ids, where in zip(examples, found["input_ids"], found["offset_mapping"], strict=True):
+            tokens, spans = np.array(ids, dtype=np.int32), np.array(where, dtype=np.int64).reshape(-1, 2)
+            marks = np.zeros(len(tokens), dtype=bool)
+            for begin, until in example.answers:
+                marks |= (spans[:, 0] >= begin) & (spans[:, 1] <= until) & (spans[:, 1] > spans[:, 0])
+            if not chat and end is not None and (not len(tokens) or tokens[-1] != end):
+                tokens, marks = np.append(tokens, np.int32(end)), np.append(marks, True)
+            encoded.append((tokens, marks))
+        return encoded

@@ -1,0 +1,238 @@
+"""Token sequences as the payload of a pool: flat arrays with offsets, collated without a loop over examples."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from cads.errors import DataError
+from cads.task import Batch
+
+IGNORED = -100
+"""The label of a position that is not learned from (PyTorch's and transformers' convention)."""
+
+PAD_TO = 2
+"""Batches are padded to a multiple of this many positions, so that few shapes have to be counted."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """N token sequences.
+
+    The arrays may be memory-mapped: they are read, never written.
+
+    Attributes:
+        ids: all token ids, one sequence after another, int32, shape (total,).
+        learned: which of them are answers, that are learned from, bool, shape (total,).
+        offsets: where each sequence begins, and the end of the last, int64, shape (N + 1,).
+        texts: what each example asks, as text.
+        subtasks: the subtask of each, int, shape (N,), or None.
+        pad: the token id that batches are filled up with; it is masked.
+        longest: positions that no batch exceeds: the context of the model, or less.
+        packed: whether the examples of a batch share rows; see `pack`.
+    """
+
+    ids: np.ndarray
+    learned: np.ndarray
+    offsets: np.ndarray
+    texts: pa.Array
+    subtasks: np.ndarray | None = None
+    pad: int = 0
+    longest: int = 2**31
+    packed: bool = False
+    answers: np.ndarray = field(init=False)
+    """Answer tokens of each sequence that can be predicted (the first token of a sequence cannot), shape (N,)."""
+
+    def __post_init__(self) -> None:
+        sizes = np.diff(self.offsets)
+        if len(self.ids) != len(self.learned) or self.offsets[-1] != len(self.ids):
+            raise DataError(
+                f"{len(self.ids)} token ids, {len(self.learned)} marks of answers and a last offset of "
+                f"{self.offsets[-1]}: they must agree"
+            )
+        if (sizes < 1).any():
+            raise DataError(f"{int((sizes < 1).sum())} examples have no token: remove them")
+        counted = np.concatenate([[0], np.cumsum(self.learned, dtype=np.int64)])
+        first = np.asarray(self.learned)[self.offsets[:-1]]
+        object.__setattr__(self, "answers", counted[self.offsets[1:]] - counted[self.offsets[:-1]] - first)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int64, shape (N,)."""
+        return np.diff(self.offsets)
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        """Collate sequences, filled up at their ends to T, a multiple of `PAD_TO`.
+
+        Inputs: `input_ids` and `attention_mask` (B, T); `answers` (B, A), the places of the tokens that are learned
+        from, filled up with 0; `weight` (B,), the answer tokens of an example over their mean in the batch. Packed
+        batches have `row` and `offset` (B,) too: where each sequence goes. Labels (B, T): the answer tokens, and
+        `IGNORED` elsewhere.
+        """
+        positions = np.asarray(positions, dtype=np.int64)
+        starts, sizes = self.offsets[positions], self.lengths()[positions]
+        columns = np.arange(self._width(sizes.max()))
+        present = columns < sizes[:, None]
+        places = np.where(present, starts[:, None] + columns, 0)
+        ids = np.where(present, self.ids[places], self.pad).astype(np.int64)
+        learned = present & self.learned[places] & (columns > 0)
+        counts = self.answers[positions]
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": present.astype(np.int64),
+            "answers": _answer_places(learned, counts),
+            "weight": (counts / max(1.0, counts.mean())).astype(np.float32),
+        }
+        tokens = ids.size
+        if self.packed:
+            inputs["row"], inputs["offset"] = row, offset = layout(sizes, self.longest)
+            tokens = (int(row[-1]) + 1) * self._width((offset + sizes).max())
+        return Batch(
+            inputs={name: torch.from_numpy(x) for name, x in inputs.items()},
+            labels=torch.from_numpy(np.where(learned, ids, IGNORED)),
+            positions=torch.from_numpy(positions),
+            tokens=tokens,
+            answer_tokens=int(counts.sum()),
+        )
+
+    def take(self, positions: np.ndarray) -> Tokens:
+        """The sequences at `positions` (repeats allowed), copied."""
+        positions = np.asarray(positions, dtype=np.int64)
+        sizes = self.lengths()[positions]
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        places = np.arange(offsets[-1]) + np.repeat(self.offsets[positions] - offsets[:-1], sizes)
+        return replace(
+            self,
+            ids=self.ids[places],
+            learned=self.learned[places],
+            offsets=offsets,
+            texts=self.texts.take(pa.array(positions)),
+            subtasks=None if self.subtasks is None else self.subtasks[positions],
+        )
+
+    def shapes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Examples cost the same that are padded to the same T and A."""
+        pairs = np.stack([self._widths(self.lengths()), self._widths(self.answers)], axis=1)
+        _, representatives, codes = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
+        return representatives, codes.reshape(-1)
+
+    def digests(self) -> list[bytes]:
+        """A hash of each sequence's tokens; which of them are learned does not count."""
+        return self._digests
+
+    def label_digest(self) -> bytes:
+        """A hash of which tokens are learned."""
+        return hashlib.blake2b(np.packbits(self.learned).tobytes(), digest_size=16).digest()
+
+    @cached_property
+    def _digests(self) -> list[bytes]:
+        content, ends = np.ascontiguousarray(self.ids, dtype=np.int32), self.offsets.tolist()
+        return [hashlib.blake2b(content[start:end].data, digest_size=16).digest() for start, end in pairwise(ends)]
+
+    def _width(self, size: int) -> int:
+        return int(self._widths(np.array([size]))[0])
+
+    def _widths(self, sizes: np.ndarray) -> np.ndarray:
+        return np.minimum(-(-np.maximum(sizes, 1) // PAD_TO) * PAD_TO, self.longest)
+
+
+def concatenated(parts: list[Tokens]) -> Tokens:
+    """The sequences of several payloads, one after another; padding and limits are those of the first."""
+    ends = np.cumsum([0, *(len(p.ids) for p in parts)])
+    offsets = [p.offsets[:-1] + end for p, end in zip(parts, ends, strict=False)]
+    return replace(
+        parts[0],
+        ids=np.concatenate([p.ids for p in parts]),
+        learned=np.concatenate([p.learned for p in parts]),
+        offsets=np.concatenate([*offsets, ends[-1:]]).astype(np.int64),
+        texts=pa.concat_arrays([p.texts for p in parts]),
+        subtasks=None,
+    )
+
+
+def _answer_places(learned: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Columns where `learned` (B, T) holds, row by row, filled up with 0 to a multiple of `PAD_TO`; int64, (B, A)."""
+    width = min(-(-max(1, int(counts.max())) // PAD_TO) * PAD_TO, learned.shape[1])
+    rows, columns = np.nonzero(learned)
+    places = np.zeros((len(learned), width), dtype=np.int64)
+    places[rows, np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)] = columns
+    return places
+
+
+def layout(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fill rows of `capacity` positions with sequences, in order, each whole in one row.
+
+    Args:
+        sizes: of the sequences, none above `capacity`, shape (B,).
+
+    Returns:
+        the row of each sequence, and where it begins in it; int64, shape (B,) each.
+    """
+    ends = np.cumsum(sizes)
+    breaks = [0]
+    while True:
+        begin = ends[breaks[-1] - 1] if breaks[-1] else 0
+        after = int(np.searchsorted(ends, begin + capacity, side="right"))
+        if after >= len(sizes):
+            break
+        breaks.append(after)
+    starts = ends - sizes
+    row = np.searchsorted(np.array(breaks), np.arange(len(sizes)), side="right") - 1
+    return row.astype(np.int64), starts - starts[np.array(breaks)][row]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch whose sequences share R rows of L positions.
+
+    Attributes:
+        inputs: `input_ids` and `position_ids` (R, L), the latter beginning anew with each sequence;
+            `attention_mask` (R, 1, L, L), 0 where a position may look and the lowest number elsewhere.
+        places: where the answers of each example are predicted, in the R * L positions, shape (B, A).
+    """
+
+    inputs: dict[str, Tensor]
+    places: Tensor
+
+
+def pack(inputs: dict[str, Tensor], dtype: torch.dtype) -> Packed:
+    """Lay out a batch of `Tokens` by its `row` and `offset`; no position sees another sequence.
+
+    Args:
+        inputs: of the batch. dtype: of the mask.
+    """
+    ids, present = inputs["input_ids"], inputs["attention_mask"].bool()
+    row, offset = inputs["row"] - inputs["row"].min(), inputs["offset"]
+    ends = offset + present.sum(dim=1)
+    length = -(-int(ends.max()) // PAD_TO) * PAD_TO
+    shape = int(row.max()) + 1, length
+    steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    places = (row * length + offset)[:, None] + steps
+    packed_ids, position_ids = ids.new_zeros(shape[0] * length), ids.new_zeros(shape[0] * length)
+    # Fillers are sequence 0, which none of the others sees; each of them looks at the fillers before it.
+    owner = ids.new_zeros(shape[0] * length)
+    packed_ids[places[present]] = ids[present]
+    position_ids[places[present]] = steps[present]
+    numbers = torch.arange(1, len(ids) + 1, device=ids.device)[:, None].expand_as(ids)
+    owner[places[present]] = numbers[present]
+    owner = owner.view(shape)
+    sees = (owner[:, :, None] == owner[:, None, :]).tril()
+    mask = torch.zeros(sees.shape, dtype=dtype, device=ids.device).masked_fill(~sees, torch.finfo(dtype).min)
+    predicted = (row * length + offset)[:, None] + (inputs["answers"] - 1).clamp(min=0)
+    return Packed(
+        {
+            "input_ids": packed_ids.view(shape),
+            "position_ids": position_ids.view(shape),
+            "attention_mask": mask[:, None],
+        },
+        predicted,
+    )

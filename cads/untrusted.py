@@ -1,0 +1,79 @@
+"""Files from strangers: how large they will be is known before they are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cads.errors import DataError
+
+JSON_LIMIT = 64 * 2**20
+"""Largest JSON file, in bytes, that is read; a real one has a few kilobytes."""
+MEMORY_SHARE = 0.5
+"""Share of the machine's memory that the contents of one file may take."""
+CODECS = ("UNCOMPRESSED", "SNAPPY")
+"""Compressions that are read: what they unpack to is bounded by the size of the file."""
+LARGEST_EXPANSION = 64
+"""Bytes that one byte of a file may stand for, as its footer tells; SNAPPY makes at most 21 of one."""
+
+
+def memory_limit() -> float:
+    """Bytes that the contents of one file may take in memory."""
+    return MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def read_scores(path: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
+    """Read a Parquet file of exactly these columns, once it is known that it fits in memory.
+
+    A few bytes can stand for billions of equal rows, so the rows are counted before any is read; and text is read
+    as a dictionary and measured before it is spelt out.
+
+    Raises:
+        DataError: if it has other columns, another compression, or is larger than this machine can hold.
+        pyarrow.ArrowException, OSError, ValueError: if it is no Parquet file.
+    """
+    text = [name for name, kind in columns.items() if kind == pa.string()]
+    # Not read_table: it makes columns of folders in the path that are called `name=value`.
+    with pq.ParquetFile(path) as file:
+        _check_footer(path, file, columns)
+    with pq.ParquetFile(path, read_dictionary=text) as file:
+        table = file.read()
+    limit = memory_limit()
+    for name in text:
+        column = table[name].unify_dictionaries()
+        spelt = sum(_spelt_bytes(chunk) for chunk in column.chunks)
+        if spelt > limit:
+            raise DataError(f"column {name!r} of {path} holds {spelt} bytes of text: more than memory holds here")
+        table = table.set_column(table.schema.get_field_index(name), name, column.cast(pa.string()))
+    return table.replace_schema_metadata(None)
+
+
+def _check_footer(path: Path, file: pq.ParquetFile, columns: Mapping[str, pa.DataType]) -> None:
+    found = file.schema_arrow
+    if found.names != list(columns) or found.types != list(columns.values()):
+        raise DataError(f"{path} has columns {found.names[:8]}, expected {list(columns)} of {list(columns.values())}")
+    footer = file.metadata
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    chunks = [group.column(j) for group in groups for j in range(group.num_columns)]
+    if odd := sorted({chunk.compression for chunk in chunks} - set(CODECS)):
+        raise DataError(f"{path} is compressed by {odd[0]}: write it with one of {list(CODECS)}")
+    rows = max(footer.num_rows, sum(group.num_rows for group in groups))
+    needed = rows * sum(8 if kind == pa.string() else kind.bit_width / 8 for kind in columns.values())
+    unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
+    if needed + unpacked > memory_limit():
+        raise DataError(
+            f"{path} has {rows} rows, which take {needed + unpacked:.3g} bytes: more than memory holds here"
+        )
+    if unpacked > LARGEST_EXPANSION * path.stat().st_size:
+        raise DataError(f"{path} unpacks to {unpacked} bytes from {path.stat().st_size}: its footer is damaged")
+
+
+def _spelt_bytes(chunk: pa.DictionaryArray) -> int:
+    """Bytes of all its rows, spelt out."""
+    lengths = pc.take(pc.binary_length(chunk.dictionary).cast(pa.int64()), chunk.indices)
+    return int(pc.sum(lengths).as_py() or 0)

@@ -1,0 +1,336 @@
+"""Kill -9 at random moments, over and over, with damaged checkpoints and full disks: the results must not change.
+
+    python -m experiments.chaos --kills 50 --out experiments/results/chaos.md
+
+Each of `select`, `train` and `compare` runs once undisturbed; then it is started again and again in its folder, killed
+at random moments, until the kills are used up. Between kills the newest checkpoint is sometimes cut, flipped in one bit
+or deprived of a file, and sometimes the next process finds the disk full. Every result that is reached must equal the
+undisturbed one: the Selection byte by byte, weights, metrics and ledgers, all but the times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from cads.checkpoint import MANIFEST, TENSORS, VALUES
+from cads.cli import main as cads
+from cads.study.results import read_runs
+
+TASK = {"hidden": 16, "n_pool": 400, "n_target": 60, "n_test": 60}
+SOURCES = [{"name": "clean"}, {"name": "noise 45 %", "label_noise": 0.45}, {"name": "noise 90 %", "label_noise": 0.9}]
+CONFIG = {"task": {**TASK, "sources": SOURCES}, "train": {"batch_size": 16}, "budget": "32 epochs", "method": "cads-s"}
+GRID = {
+    "methods": ["full", "cads-s"],
+    "budgets": ["16 epochs"],
+    "seeds": 1,
+    "task": {**TASK, "sources": SOURCES},
+    "train": {"batch_size": 16},
+}
+QUIET = ("--progress", "false", "--tensorboard", "false", "--checkpoint.every_seconds", "0.05")
+DAMAGES = ("cut", "flip", "remove")
+DAMAGED, FULL = 0.5, 0.15
+"""Share of the kills after which the newest checkpoint is damaged, or the next process finds a full disk."""
+DISK, LEFT = 2**24, 6000
+"""Bytes of the small disk, and what a filler leaves of it."""
+SUBPROCESS_EVERY = 20
+"""Every so many kills the command is a process that starts Python itself; the others are forks, which is faster."""
+MOST_SECONDS = 300.0
+"""No command takes that long here: one that does hangs."""
+TIMES = ("seconds", "code", "cell", "version")
+"""Columns of the table of runs that may differ."""
+
+
+@dataclass
+class Subject:
+    """A command, and what it comes to."""
+
+    name: str
+    words: Callable[[Path], list[str]]
+    digest: Callable[[Path], str]
+    expected: str = ""
+    seconds: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def digest_selection(folder: Path) -> str:
+    """Of what `cads select` has written, but for the times."""
+    parts = [(folder / "selection" / name).read_bytes() for name in ("selection.json", "scores.parquet")]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def digest_training(folder: Path) -> str:
+    """Of what `cads train` has written, but for the times."""
+    results = json.loads((folder / "results.json").read_text())
+    ledger = [{k: v for k, v in entry.items() if k != "seconds"} for entry in results["ledger"]]
+    rest = json.dumps([results["metrics"], results["steps"], ledger], sort_keys=True).encode()
+    return hashlib.sha256((folder / "model.safetensors").read_bytes() + rest).hexdigest()
+
+
+def digest_study(folder: Path) -> str:
+    """Of the table of runs, but for the times."""
+    rows = []
+    for row in read_runs(folder):
+        kept = {k: v for k, v in row.items() if k not in TIMES}
+        kept["ledger"] = [{k: v for k, v in e.items() if k != "seconds"} for e in json.loads(row["ledger"] or "[]")]
+        rows.append(json.dumps(kept, sort_keys=True))
+    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
+
+
+class Chaos:
+    """The commands in their folders, and what is done to them.
+
+    Args:
+        folder: of the work. seed: of what is drawn; the moments of the kills depend on the machine too.
+        small_disk: mount a small disk for the runs; without it a full disk is a limit on the size of files.
+    """
+
+    def __init__(self, folder: Path, seed: int, *, small_disk: bool) -> None:
+        self.folder = folder
+        self.disk = folder / "disk"
+        self.log = folder / "log"
+        self.small_disk = small_disk
+        self._rng = np.random.default_rng(seed)
+        (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+        (folder / "grid.yaml").write_text(yaml.safe_dump(GRID))
+        chosen = folder / "expected-select"
+        self.subjects = [
+            Subject("select", lambda out: self._words("select", out), digest_selection),
+            Subject("train", lambda out: self._words("train", out, "--selection", chosen), digest_training),
+            Subject("compare", lambda out: ["compare", str(folder / "grid.yaml"), "--out", str(out)], digest_study),
+        ]
+
+    def run(self, kills: int, names: Sequence[str]) -> None:
+        """Disturb the commands in turn until `kills` processes have been killed in all."""
+        chosen = [s for s in self.subjects if s.name in names]
+        for subject in self.subjects:
+            if subject in chosen or (subject.name == "select" and "train" in names):
+                self._undisturbed(subject)
+        for i, subject in enumerate(chosen):
+            while subject.counts["kills"] < kills // len(chosen) + (i < kills % len(chosen)):
+                self._one_result(subject, kills // len(chosen) + (i < kills % len(chosen)))
+            print(subject.name, dict(subject.counts), flush=True)
+
+    def _words(self, command: str, out: Path, *more: object) -> list[str]:
+        return [command, str(self.folder / "config.yaml"), "--out", str(out), *QUIET, *map(str, more)]
+
+    def _undisturbed(self, subject: Subject) -> None:
+        """What the command comes to, in this process, which then has all modules that forks need; and its time."""
+        out = self.folder / f"expected-{subject.name}"
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            status = cads(subject.words(out))
+        assert status == 0, f"{subject.name} fails by itself"
+        subject.expected = subject.digest(out)
+        again = self.disk / "again"
+        started = time.monotonic()
+        status = self._wait(self._start(subject, again), None)
+        subject.seconds = time.monotonic() - started
+        assert status == 0, f"{subject.name} fails in a fork: {self.log.read_text()[-2000:]}"
+        assert subject.digest(again) == subject.expected, f"{subject.name} does not repeat itself"
+        shutil.rmtree(again)
+
+    def _one_result(self, subject: Subject, kills: int) -> None:
+        """Start a command until it has finished; once the kills are used up it is left alone."""
+        out = self.disk / subject.name
+        shutil.rmtree(out, ignore_errors=True)
+        status: int | None = None
+        while status != 0:
+            last = subject.counts["kills"] >= kills
+            full = not last and self._rng.random() < FULL
+            fresh = not last and not full and subject.counts["kills"] % SUBPROCESS_EVERY == SUBPROCESS_EVERY - 1
+            started, begun = time.monotonic(), not out.exists()
+            with self._full() if full else contextlib.nullcontext():
+                process = self._start(subject, out, limited=full and not self.small_disk, fresh=fresh)
+                after = None if last else float(self._rng.uniform(0, 1)) * subject.seconds
+                status = self._wait(process, after if not fresh or after is None else after + self._import_seconds)
+            if begun and status == 0 and not fresh:
+                # The machine has other work too: when to kill follows from how fast it is now.
+                subject.seconds = time.monotonic() - started
+            self._account(subject, status, full=full, fresh=fresh)
+            if status == -signal.SIGKILL and self._rng.random() < DAMAGED:
+                self._damage(subject, out)
+        subject.counts["results"] += 1
+        subject.counts["mismatches"] += subject.digest(out) != subject.expected
+        subject.counts["left over"] += (out / "checkpoints").exists() or (out / ".lock").exists()
+
+    def _account(self, subject: Subject, status: int, *, full: bool, fresh: bool) -> None:
+        said = " ".join(self.log.read_text(errors="replace").split())
+        subject.counts["kills"] += status == -signal.SIGKILL
+        subject.counts["own process"] += fresh and status == -signal.SIGKILL
+        subject.counts["full disks"] += full
+        subject.counts["stopped by a full disk"] += full and status == 1
+        subject.counts["resumed"] += "going on from the checkpoints" in said
+        subject.counts["checkpoints passed over"] += said.count("passed over")
+        subject.counts["checkpoints not written"] += "no checkpoint could be written" in said
+        # A fork that ends by an exception has status 70: 1 is said by a command that could not go on.
+        sound = status in (0, -signal.SIGKILL) or (full and status == 1)
+        assert sound, f"{subject.name} ended with {status}: {said[-2000:]}"
+
+    def _start(self, subject: Subject, out: Path, *, limited: bool = False, fresh: bool = False) -> int:
+        """A process that runs the command; returns its id."""
+        words = subject.words(out)
+        if fresh:
+            with open(self.log, "wb") as log:
+                code = "import sys; from cads.cli import main; sys.exit(main(sys.argv[1:]))"
+                return subprocess.Popen([sys.executable, "-c", code, *words], stdout=log, stderr=log).pid
+        sys.stdout.flush()
+        child = os.fork()
+        if child:
+            return child
+        status = 70
+        try:
+            with open(self.log, "wb") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            if limited:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (LEFT, LEFT))
+            status = cads(words)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _wait(self, process: int, after: float | None) -> int:
+        """Wait for a process, and kill it `after` seconds; returns its status, negative for a signal."""
+        deadline = time.monotonic() + (MOST_SECONDS if after is None else after)
+        while True:
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() >= deadline:
+                os.kill(process, signal.SIGKILL)
+                status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+                assert after is not None, f"a command has not ended in {MOST_SECONDS} s"
+                return status
+            time.sleep(0.002)
+
+    def _damage(self, subject: Subject, out: Path) -> None:
+        """Spoil one file of the newest checkpoint."""
+        found = sorted(p for p in out.glob("checkpoints/**/0*-*") if p.is_dir())
+        if not found:
+            return
+        file = found[-1] / str(self._rng.choice([TENSORS, VALUES, MANIFEST]))
+        if not file.exists():
+            return
+        how, content = str(self._rng.choice(DAMAGES)), bytearray(file.read_bytes())
+        if how == "remove":
+            file.unlink()
+        elif how == "cut":
+            file.write_bytes(content[: int(self._rng.integers(len(content)))])
+        else:
+            content[int(self._rng.integers(len(content)))] ^= 1 << int(self._rng.integers(8))
+            file.write_bytes(content)
+        subject.counts[f"damaged: {how}"] += 1
+
+    @contextlib.contextmanager
+    def _full(self) -> Iterator[None]:
+        """Fill the small disk while the block runs."""
+        filler = self.disk / "filler"
+        try:
+            if self.small_disk:
+                state = os.statvfs(self.disk)
+                filler.write_bytes(bytes(max(0, state.f_bavail * state.f_frsize - LEFT)))
+            yield
+        finally:
+            filler.unlink(missing_ok=True)
+
+    @property
+    def _import_seconds(self) -> float:
+        """What a process of its own takes before it begins."""
+        if not hasattr(self, "_imported"):
+            started = time.monotonic()
+            subprocess.run([sys.executable, "-c", "import cads.cli"], check=True)
+            self._imported = time.monotonic() - started
+        return self._imported
+
+
+@contextlib.contextmanager
+def workspace(small_disk: bool) -> Iterator[tuple[Path, bool]]:
+    """A folder to work in, with a small disk in it, if one is wanted and can be mounted.
+
+    Yields:
+        the folder, and whether `disk` in it is a small disk.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    (folder / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder / "disk")]
+    mounted = small_disk and shutil.which("mount") is not None and not subprocess.run(mount, check=False).returncode
+    try:
+        yield folder, mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder / "disk")], check=False)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+COLUMNS = (
+    "results", "mismatches", "left over", "kills", "own process", "resumed", "damaged: cut", "damaged: flip",
+    "damaged: remove", "checkpoints passed over", "full disks", "checkpoints not written", "stopped by a full disk",
+)  # fmt: skip
+
+
+def report(subjects: Sequence[Subject], command: str, *, small_disk: bool) -> str:
+    """What was done and what came out, as Markdown."""
+    ran = [s for s in subjects if s.counts]
+    total = sum((s.counts for s in ran), Counter[str]())
+    head = ["", *(s.name for s in ran), "all"]
+    rows = [[name, *(str(s.counts[name]) for s in ran), str(total[name])] for name in COLUMNS]
+    rows.append(["seconds undisturbed", *(f"{s.seconds:.1f}" for s in ran), ""])
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    disk = f"a small disk (tmpfs of {DISK >> 20} MiB) filled up" if small_disk else "a limit on the size of files"
+    return (
+        f"# Kill -9, damaged checkpoints, full disks\n\n    {command}\n\n{total['kills']} kills, {total['results']} "
+        f"results reached, {total['mismatches']} of them different from the undisturbed run's. torch "
+        f"{torch.__version__}, {torch.get_num_threads()} thread. A full disk is {disk}.\n\n{table}\n\n"
+        "A result is compared by the bytes of the Selection, by weights, metrics and ledgers, without times. `left "
+        "over`: results beside which checkpoints or a lock were still there. `own process`: kills of a process that "
+        "started Python itself; the others are forks.\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make chaos and write down what came of it; returns 1 if a result differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commands", nargs="+", default=["select", "train", "compare"])
+    parser.add_argument("--small-disk", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", type=Path, help="write the log here")
+    given = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with workspace(given.small_disk) as (folder, small_disk):
+        chaos = Chaos(folder, given.seed, small_disk=small_disk)
+        chaos.run(given.kills, given.commands)
+        command = f"python -m experiments.chaos {shlex.join(sys.argv[1:] if argv is None else argv)}"
+        said = report(chaos.subjects, command, small_disk=small_disk)
+    print(said)
+    if given.out:
+        given.out.write_text(said)
+    return int(any(s.counts["mismatches"] + s.counts["left over"] for s in chaos.subjects))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

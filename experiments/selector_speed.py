@@ -1,0 +1,422 @@
+"""How fast the cost-aware selectors are, beside the packages and recipes that people use instead.
+
+    python -m experiments.selector_speed --model DIR --data FILE --out experiments/results/selector_speed.md
+
+Everything is timed in one process, one way after another and again (the best of each counts): ratios hold where
+times do not. A peer that is not installed is skipped with a word (`pip install --no-deps bergson traker rank-bm25
+sentence-transformers`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from baselines.bm25 import Okapi, tokenize
+from baselines.directions import AdamDirection
+from baselines.embedding import ENCODED_TOKENS
+from baselines.gradients import PerExample, Precision
+from baselines.losses import pool_losses
+from baselines.projection import PROJECTED, Projection, make_projection
+from baselines.spaces import SentenceSpace
+from cads.budget import Ledger
+from cads.errors import CadsError
+from cads.scoring import SCORED_TOKENS, scoring_batches
+from cads.task import Batch, Pool, Task
+from cads.tasks.language import LanguageConfig
+from cads.tasks.language_data import TextSource
+from cads.trainer import TrainConfig
+
+TOKENS = 128
+"""Length of the examples that gradients are taken of."""
+PUBLISHED_ROWS = 16
+"""Gradients that LESS's code projects at once."""
+PUBLISHED_BLOCK = 128
+"""Columns of the projection that it makes at once."""
+BERGSON_SIDE = 8
+"""bergson projects each of 120 adapter matrices to 8 x 8: 7,680 dimensions."""
+N_QUERIES = 100
+"""BM25: questions that are asked."""
+
+
+@dataclass
+class Row:
+    """One line of the table: what was timed, in units a second, and what it is compared with."""
+
+    section: str
+    what: str
+    rate: float
+    beside: str = ""
+    ratio: float | None = None
+    asked: float | None = None
+    note: str = ""
+
+    def line(self) -> str:
+        """In Markdown."""
+        ratio = "-" if self.ratio is None else f"{self.ratio:.2f} x {self.beside}"
+        asked = "-" if self.asked is None else f">= {self.asked:g}"
+        rate = "-" if math.isnan(self.rate) else f"{self.rate:,.4g}"
+        return f"| {self.section} | {self.what} | {rate} | {ratio} | {asked} | {self.note} |"
+
+
+def fastest(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of the fastest run of each, the ways taking turns."""
+    found = dict.fromkeys(ways, math.inf)
+    for _ in range(repeats):
+        for name, way in ways.items():
+            begin = time.perf_counter()
+            way()
+            found[name] = min(found[name], time.perf_counter() - begin)
+    return found
+
+
+def peer(name: str) -> Any:
+    """A module of another package, or None if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def load(model: Path, data: Path, n_pool: int) -> Task:
+    """Prompts and answers in the language task, with adapters on query and value."""
+    config = LanguageConfig(
+        model=str(model),
+        pool=[TextSource(path=str(data), columns={"prompt": "question", "response": "answer"})],
+        n_pool=n_pool,
+        n_target=20,
+        n_test=20,
+        max_tokens=512,
+        peft={"type": "lora", "r": 8, "target_modules": ["q_proj", "v_proj"]},
+    )
+    return config.build(TrainConfig())
+
+
+def of_length(pool: Pool, n: int) -> Pool:
+    """The n examples whose lengths are closest to `TOKENS`."""
+    lengths: Any = pool.examples
+    order = np.argsort(np.abs(lengths.lengths() - TOKENS), kind="stable")
+    return pool.part(np.sort(order[:n]), f"examples of about {TOKENS} tokens")
+
+
+def adapted(task: Task) -> nn.Module:
+    """The model with adapters as they are after some training: no longer zero."""
+    model = task.model(0).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.02, generator=generator)
+    return model
+
+
+class Features:
+    """Gradient features of a model as LESS has them, with moments of Adam that are made up."""
+
+    def __init__(self, task: Task, model: nn.Module, precision: Precision = "no") -> None:
+        self._gradients = PerExample(task, model, precision=precision)
+        generator = torch.Generator().manual_seed(1)
+        first = {n: 1e-3 * torch.randn(size, generator=generator) for n, size in self._gradients.sizes.items()}
+        second = {n: x.square() + 1e-8 for n, x in first.items()}
+        self._direction = AdamDirection("paper", first, second, 100)
+        self._projection: Projection = make_projection(self._gradients.sizes, PROJECTED, 0)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Directions, projected and normalised, shape (B, d)."""
+        features = self._projection.empty(len(batch))
+
+        def receive(name: str, start: int, gradient: Tensor) -> None:
+            moved = self._direction(name, gradient)
+            self._projection.add(name, moved, features[start : start + len(gradient)])
+
+        self._gradients.each(batch, receive)
+        return functional.normalize(features, dim=1).float()
+
+
+def gradient_features(task: Task, n: int, tokens: int, repeats: int) -> list[Row]:
+    """Projected per-example gradients against a plain forward and backward pass of the same model."""
+    model, part = adapted(task), of_length(task.pool, n)
+    batches = [part.batch(rows) for rows in scoring_batches(part, tokens=tokens)]
+    exact, half = Features(task, model), Features(task, model, "bf16")
+
+    def plain() -> None:
+        for batch in batches:
+            task.losses(model, batch).sum().backward()
+            model.zero_grad(set_to_none=True)
+
+    found: dict[str, Tensor] = {}
+
+    def ours(name: str, features: Features) -> Callable[[], None]:
+        def run() -> None:
+            found[name] = torch.cat([features(batch) for batch in batches])
+
+        return run
+
+    ways: dict[str, Callable[[], object]] = {
+        "plain forward and backward": plain,
+        "cads": ours("exact", exact),
+        "cads, bf16": ours("half", half),
+    }
+    collect = bergson_features(task, model, batches)
+    if collect is not None:
+        ways["bergson"] = collect
+    exact(batches[0])
+    seconds = fastest(ways, repeats)
+    rate = {name: n / s for name, s in seconds.items()}
+    cosine = float((found["exact"] * found["half"]).sum(dim=1).min())
+    section = f"gradients to {PROJECTED:,}, examples/s"
+    limit, own = rate["plain forward and backward"], rate["cads"]
+    rows = [
+        Row(section, "plain forward and backward", limit, note=f"batches of {tokens} tokens"),
+        Row(section, "cads, float32", own, "plain", own / limit, 0.9, "Adam directions, sketched"),
+        Row(section, "cads, bf16 autocast", rate["cads, bf16"], "float32", rate["cads, bf16"] / own, 2.0,
+            f"smallest cosine to float32 {cosine:.5f} (asked: 0.999)"),
+    ]  # fmt: skip
+    if "bergson" in rate:
+        note = f"plain gradients, each matrix to {BERGSON_SIDE} x {BERGSON_SIDE}"
+        rows.append(Row(section, "bergson", rate["bergson"], "", None, None, note))
+        rows.append(Row(section, "cads, float32", own, "bergson", own / rate["bergson"], 1.0))
+    else:
+        rows.append(Row(section, "bergson", math.nan, note="skipped: not installed"))
+    return [*rows, *published_less(task, model, part, own, section)]
+
+
+def bergson_features(task: Task, model: nn.Module, batches: Sequence[Batch]) -> Callable[[], None] | None:
+    """bergson's per-module two-sided projection on the same batches, or None if it is not installed."""
+    collector, gradients = peer("bergson.collector.collector"), peer("bergson.gradients")
+    if collector is None or gradients is None:
+        return None
+
+    class Collected(collector.HookCollectorBase):  # type: ignore[name-defined]
+        """Keeps what the hooks compute."""
+
+        def setup(self) -> None:
+            """Nothing."""
+
+        def teardown(self) -> None:
+            """Nothing."""
+
+        def backward_hook(self, module: nn.Module, g: Tensor) -> None:
+            """Keep a module's gradients."""
+            self.mod_grads[module._name] = self._compute_gradient(module, g)
+
+        def process_batch(self, indices: list[int], **options: Any) -> None:
+            """Nothing."""
+
+    adapters = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".lora_" in n}
+    processor = gradients.GradientProcessor(projection_dim=BERGSON_SIDE)
+    kept = Collected(model, target_modules=adapters, processor=processor)
+
+    def run() -> None:
+        for batch in batches:
+            with kept:
+                task.losses(model, batch).sum().backward()
+            torch.cat(list(kept.mod_grads.values()), dim=1)
+            kept.mod_grads.clear()
+            model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def published_less(task: Task, model: nn.Module, part: Pool, own: float, section: str) -> list[Row]:
+    """LESS as released: one example at a time, all logits, `BasicProjector` on 16 gradients at a time."""
+    trak = peer("trak.projectors")
+    what = "LESS as published"
+    if trak is None:
+        return [Row(section, what, math.nan, note="skipped: traker is not installed")]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    size = sum(p.numel() for p in parameters)
+    projector = trak.BasicProjector(
+        size, PROJECTED, 0, trak.ProjectionType.rademacher, torch.device("cpu"), block_size=PUBLISHED_BLOCK
+    )
+    moments = torch.full((size,), 1e-3), torch.full((size,), 1e-6)
+    rows: list[Tensor] = []
+    begin = time.perf_counter()
+    count = min(PUBLISHED_ROWS, len(part))
+    for i in range(count):
+        batch = part.batch([i])
+        logits = model(input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"]).logits
+        functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()).backward()
+        g = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        m, v = 0.9 * moments[0] + 0.1 * g, 0.999 * moments[1] + 0.001 * g.square()
+        rows.append(m / (v + 1e-8).sqrt())
+        model.zero_grad(set_to_none=True)
+    projector.project(torch.stack(rows), model_id=0)
+    rate = count / (time.perf_counter() - begin)
+    note = f"{count} examples, trak's BasicProjector"
+    return [Row(section, what, rate, note=note), Row(section, "cads, float32", own, what, own / rate, 5.0)]
+
+
+def perplexity(task: Task, n: int, repeats: int) -> list[Row]:
+    """The loss of examples of all lengths: batches by token budget against one at a time."""
+    model = adapted(task)
+    part = task.pool.part(np.arange(n), "examples")
+    found: dict[str, np.ndarray] = {}
+
+    def way(name: str, tokens: int, *, autocast: bool = False) -> Callable[[], None]:
+        def run() -> None:
+            found[name] = pool_losses(
+                task, model, ledger=Ledger(), stage="scores", tokens=tokens, pool=part, autocast=autocast
+            )
+
+        return run
+
+    task.costs.forward_pool(part)  # shapes are counted before the clock is read
+    ways: dict[str, Callable[[], object]] = {
+        "one": way("one", 1),
+        "budget": way("budget", SCORED_TOKENS),
+        "half": way("half", SCORED_TOKENS, autocast=True),
+    }
+    seconds = fastest(ways, repeats)
+    rate = {name: n / s for name, s in seconds.items()}
+    off = {name: float(np.abs(x / found["one"] - 1).max()) for name, x in found.items()}
+    section, budget = "perplexity, examples/s", f"cads, batches of {SCORED_TOKENS} tokens"
+    return [
+        Row(section, "one example at a time", rate["one"]),
+        Row(section, budget, rate["budget"], "one", rate["budget"] / rate["one"], 1.2,
+            f"largest difference {off['budget']:.1e} (asked: 1e-4)"),
+        Row(section, f"{budget}, bf16", rate["half"], "one", rate["half"] / rate["one"], 2.5,
+            f"largest difference {off['half']:.1e}"),
+    ]  # fmt: skip
+
+
+def bm25(task: Task, repeats: int) -> list[Row]:
+    """All questions of the pool against `N_QUERIES` of them."""
+    texts = task.texts(task.pool)
+    documents = tokenize(texts)
+    queries = documents[:N_QUERIES]
+    okapi = Okapi([documents])
+    found: dict[str, np.ndarray] = {}
+
+    def ours() -> None:
+        found["ours"] = okapi.scores(np.asarray(okapi.count(queries).mean(axis=0)))
+
+    own = fastest({"ours": ours}, 10 * repeats)["ours"]
+    section, note = "BM25, queries/s", f"{len(texts):,} texts, {N_QUERIES} queries"
+    rank_bm25 = peer("rank_bm25")
+    if rank_bm25 is None:
+        return [
+            Row(section, "cads", N_QUERIES / own, note=note),
+            Row(section, "rank_bm25", math.nan, note="skipped: not installed"),
+        ]
+    index = rank_bm25.BM25Okapi(documents.to_pylist())
+    asked = queries.to_pylist()
+
+    def theirs() -> None:
+        found["theirs"] = np.mean([index.get_scores(query) for query in asked], axis=0)
+
+    seconds = fastest({"theirs": theirs}, 1)["theirs"]
+    off = float(np.abs(found["ours"] - found["theirs"]).max())
+    return [
+        Row(section, "rank_bm25", N_QUERIES / seconds, note=note),
+        Row(section, "cads", N_QUERIES / own, "rank_bm25", seconds / own, 150, f"largest difference {off:.1e}"),
+    ]
+
+
+def embedding(task: Task, encoder: str | None, n: int, repeats: int) -> list[Row]:
+    """Sentence embeddings of questions."""
+    section = "embedding, texts/s"
+    sentences = peer("sentence_transformers")
+    if sentences is None or encoder is None:
+        why = "sentence-transformers is not installed" if sentences is None else "no --encoder was given"
+        return [Row(section, "SentenceTransformer.encode", math.nan, note=f"skipped: {why}")]
+    part = task.pool.part(np.arange(n), "questions")
+    texts = task.texts(part)
+    reader = sentences.SentenceTransformer(encoder, device="cpu")
+    space = SentenceSpace(task, encoder, ENCODED_TOKENS)
+    found: dict[str, Tensor] = {}
+
+    def theirs() -> None:
+        found["theirs"] = torch.as_tensor(reader.encode(texts))
+
+    def ours() -> None:
+        # A pool of its own each time, so that its texts are cut into batches each time.
+        fresh = task.pool.part(np.arange(n), "questions")
+        vectors = torch.empty(n, space.dimension)
+        for rows in space.batches(fresh):
+            vectors[rows] = space.encode(fresh, rows).vectors.float()
+        found["ours"] = vectors
+
+    ours()
+    seconds = fastest({"theirs": theirs, "ours": ours}, repeats)
+    cosine = float(functional.cosine_similarity(found["ours"], found["theirs"]).min())
+    ratio = seconds["theirs"] / seconds["ours"]
+    return [
+        Row(section, "SentenceTransformer.encode", n / seconds["theirs"], note=f"{n} questions"),
+        Row(section, "cads", n / seconds["ours"], "encode", ratio, 1.0, f"smallest cosine {cosine:.6f}"),
+    ]
+
+
+def report(rows: Sequence[Row], command: str, load_average: float) -> str:
+    """The results file."""
+    lines = [
+        "# Speed of the cost-aware selectors",
+        "",
+        f"    {command}",
+        "",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores, load of the machine at "
+        f"the start {load_average:.1f}. LoRA of rank 8 on query and value; the head computes on answer positions only. "
+        "All ways took turns in one process; the fastest run of each counts. `asked` is what a ratio should be.",
+        "",
+        "| what is computed | by | rate | ratio | asked | |",
+        "|---|---|---:|---:|---:|---|",
+        *(row.line() for row in rows),
+    ]
+    missed = [r for r in rows if r.ratio is not None and r.asked is not None and r.ratio < r.asked]
+    below = [f"{r.section.rsplit(', ', 1)[0]}, {r.what} ({r.ratio:.2f} x {r.beside})" for r in missed]
+    lines += ["", f"Below what is asked: {'; '.join(below)}." if below else "Every ratio is as asked."]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None, show: Callable[[str], None] = print) -> int:
+    """Write the table; returns 1 if something cannot be run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a causal language model")
+    parser.add_argument("--data", type=Path, required=True, help="JSON lines with question and answer")
+    parser.add_argument("--encoder", help="a sentence-transformers model, by name or folder")
+    parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument("--examples", type=int, default=64, help="whose gradients and losses are computed")
+    parser.add_argument("--tokens", type=int, default=1024, help="padded tokens of a batch of gradients")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each way")
+    parser.add_argument("--texts", type=int, default=5000, help="of the pool, for BM25 (and a tenth for embeddings)")
+    sections = ["gradients", "perplexity", "bm25", "embedding"]
+    parser.add_argument("--sections", nargs="+", choices=sections, default=sections, help="what is timed")
+    o = parser.parse_args(arguments)
+    busy = os.getloadavg()[0]
+    try:
+        task = load(o.model, o.data, o.texts)
+        ways: dict[str, Callable[[], list[Row]]] = {
+            "gradients": lambda: gradient_features(task, o.examples, o.tokens, o.repeats),
+            "perplexity": lambda: perplexity(task, o.examples, o.repeats),
+            "bm25": lambda: bm25(task, o.repeats),
+            "embedding": lambda: embedding(task, o.encoder, max(1, o.texts // 10), o.repeats),
+        }
+        rows = []
+        for name in o.sections:
+            rows += ways[name]()
+            show(f"{name}: done")
+        command = shlex.join(["python", "-m", "experiments.selector_speed", *(arguments or sys.argv[1:])])
+        o.out.parent.mkdir(parents=True, exist_ok=True)
+        o.out.write_text(report(rows, command, busy))
+    except (CadsError, OSError) as error:
+        show(f"error: {error}")
+        return 1
+    show(o.out.read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""Tables and figure of the speed-up: regret against selection FLOPs, and what it costs to reach a given regret."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+
+from cads.study.style import FAINT, INK, Look, looks
+from experiments.oracle_report import CONFIDENCE, interval
+
+mpl.use("Agg")
+
+TARGETS = (0.01, 0.005)
+"""Regrets in accuracy that are to be reached."""
+BUDGET, SOURCES = "passes", "sources"
+"""What the two parts vary."""
+
+NOTE = (
+    "Regret in points of test accuracy, against the best subset of the sources that is known (all are trained up to 6 "
+    "sources; above, a search gives a bound). Costs are selection FLOPs in units of C, the training budget, all "
+    "included; seconds are of selection by the wall, on one thread. A method reaches a regret at the least cost in its "
+    "sweep whose mean over worlds and seeds is that low; cost 0 is the full pool, which is what a method returns that "
+    "cannot afford one step. `x` is the cost or time in units of that of the first method; `> x`: not reached within the "
+    "sweep, whose largest cost stands for it; `< x`: the first method does not reach it. More points in a sweep mean "
+    "more chances to be low: those of the others are closer than those of CADS-S. Outer steps of bilevel methods "
+    "follow the recipes in `baselines/bilevel.py` (K = 5 masks, each trained for C or the share named) and "
+    "`experiments/unrolled.py` (weights of sources, derivative through the last 64 steps of training)."
+)
+
+
+@dataclass
+class Point:
+    """One method at one allowance with one seed.
+
+    Attributes:
+        world: its name. sources: how many it has. budget: in passes. method: its label.
+        allowance: of selection, in units of C. cost: what was spent of it.
+        seconds: by the wall. cpu_seconds: of the process.
+        chosen: mean weight of the examples of each source.
+        regret_val: nats. regret_acc: between 0 and 1.
+    """
+
+    world: str
+    sources: int
+    budget: float
+    method: str
+    seed: int
+    allowance: float
+    cost: float
+    seconds: float
+    cpu_seconds: float
+    chosen: list[float]
+    regret_val: float
+    regret_acc: float
+
+
+@dataclass(frozen=True)
+class Mean:
+    """One allowance of one method: means over worlds and seeds, and half the interval of the regret over seeds."""
+
+    cost: float
+    seconds: float
+    regret: float
+    width: float
+
+
+Curve = list[Mean]
+"""By rising cost; allowances that buy no more than the one before are left out."""
+
+
+def curve(points: Sequence[Point]) -> Curve:
+    """The sweep of one method."""
+    made: Curve = []
+    for allowance in sorted({p.allowance for p in points}):
+        here = [p for p in points if p.allowance == allowance]
+        by_seed = [float(np.mean([p.regret_acc for p in here if p.seed == s])) for s in sorted({p.seed for p in here})]
+        cost = float(np.mean([p.cost for p in here]))
+        if not made or cost > made[-1].cost:
+            seconds = float(np.mean([p.seconds for p in here]))
+            made.append(Mean(cost, seconds, float(np.mean(by_seed)), interval(by_seed)))
+    return made
+
+
+def reach(sweep: Curve, regret: float) -> Mean | None:
+    """Where the mean regret is first as low as `regret`, or None."""
+    return next((m for m in sweep if m.regret <= regret), None)
+
+
+def ratio(first: float | None, most_of_first: float, other: float | None, most_of_other: float) -> str:
+    """`other` in units of `first`, or the bound on it where one of them is None: not reached at the most it spent."""
+    if first is None and other is None:
+        return "-"
+    if first is None:
+        return f"< {other / most_of_first:.2g}" if other is not None and most_of_first > 0 else "-"
+    if first == 0:
+        return "-"
+    return f"> {most_of_other / first:.2g}" if other is None else f"{other / first:.2g}"
+
+
+def summary_lines(points: Sequence[Point]) -> list[str]:
+    """The sweep of one method in words."""
+    return [f"{m.cost:.2f} C {100 * m.regret:.2f}" for m in curve(points)]
+
+
+def markdown(by_budget: Sequence[Point], by_sources: Sequence[Point]) -> str:
+    """All tables."""
+    parts = [NOTE + "\n"]
+    for points, what in ((by_budget, BUDGET), (by_sources, SOURCES)):
+        if not points:
+            continue
+        worlds = len({p.world for p in points}) if what == BUDGET else 1
+        place = f"mean of {worlds} worlds" if what == BUDGET else f"{points[0].budget:g} passes"
+        seeds = len({p.seed for p in points})
+        parts.append(f"## By {'budget' if what == BUDGET else 'number of sources'}: {place}, {seeds} seeds\n")
+        parts += [_reaching(points, what), _equal(points, what), _sweeps(points, what)]
+        if what == BUDGET and worlds > 1:
+            parts.append(_by_world(points))
+    return "\n".join(parts)
+
+
+def _key(what: str) -> Callable[[Point], float]:
+    return (lambda p: p.budget) if what == BUDGET else (lambda p: p.sources)
+
+
+def _curves(points: Sequence[Point], what: str) -> dict[float, dict[str, Curve]]:
+    """The sweep of each method at each value of what is varied."""
+    key = _key(what)
+    labels = list(dict.fromkeys(p.method for p in points))
+    found: dict[float, dict[str, Curve]] = {}
+    for value in sorted({key(p) for p in points}):
+        here = [p for p in points if key(p) == value]
+        found[value] = {label: curve([p for p in here if p.method == label]) for label in labels}
+    return found
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _reaching(points: Sequence[Point], what: str) -> str:
+    """Cost and time to reach each target, with their ratios."""
+    columns = [what, "method"]
+    for target in TARGETS:
+        columns += [f"C to <= {100 * target:g}", "x", "seconds", "x"]
+    rows = []
+    for value, sweeps in _curves(points, what).items():
+        first = next(iter(sweeps.values()))
+        for label, sweep in sweeps.items():
+            row = [f"{value:g}", label]
+            for target in TARGETS:
+                ours, theirs = reach(first, target), reach(sweep, target)
+                row += [
+                    f"> {sweep[-1].cost:.2f}" if theirs is None else f"{theirs.cost:.2f}",
+                    ratio(ours and ours.cost, first[-1].cost, theirs and theirs.cost, sweep[-1].cost),
+                    "-" if theirs is None else f"{theirs.seconds:.1f}",
+                    ratio(ours and ours.seconds, first[-1].seconds, theirs and theirs.seconds, sweep[-1].seconds),
+                ]
+            rows.append(row)
+    return _table(columns, rows)
+
+
+def _equal(points: Sequence[Point], what: str) -> str:
+    """What the others need for the regret of the first method, at each of its allowances; no subset is below 0."""
+    labels = list(dict.fromkeys(p.method for p in points))
+    rows = []
+    for value, sweeps in _curves(points, what).items():
+        for mean in sweeps[labels[0]]:
+            if not mean.cost:
+                continue
+            row = [f"{value:g}", f"{mean.cost:.2f}", f"{100 * mean.regret:.2f}"]
+            for label in labels[1:]:
+                theirs = reach(sweeps[label], max(0.0, mean.regret))
+                row.append(ratio(mean.cost, mean.cost, theirs and theirs.cost, sweeps[label][-1].cost))
+            rows.append(row)
+    title = "Selection FLOPs for the same regret, in units of those of the first method:\n\n"
+    return title + _table([what, f"{labels[0]}, C", "regret", *labels[1:]], rows)
+
+
+def _sweeps(points: Sequence[Point], what: str) -> str:
+    rows = []
+    for value, sweeps in _curves(points, what).items():
+        for label, sweep in sweeps.items():
+            width = [f" ± {100 * m.width:.2f}" if np.isfinite(m.width) else "" for m in sweep]
+            texts = [f"{m.cost:.2f} C: {100 * m.regret:.2f}{w}" for m, w in zip(sweep, width, strict=True)]
+            rows.append([f"{value:g}", label, "; ".join(texts)])
+    title = f"Regret at each cost (± half a {CONFIDENCE:.0%} t-interval over seeds):\n\n"
+    return title + _table([what, "method", "sweep"], rows)
+
+
+def _by_world(points: Sequence[Point]) -> str:
+    labels = list(dict.fromkeys(p.method for p in points))
+    rows = []
+    for world in sorted({p.world for p in points}):
+        for value, sweeps in _curves([p for p in points if p.world == world], BUDGET).items():
+            row = [world, f"{value:g}"]
+            for label in labels:
+                found = reach(sweeps[label], TARGETS[0])
+                row.append(f"> {sweeps[label][-1].cost:.2f}" if found is None else f"{found.cost:.2f}")
+            rows.append(row)
+    title = f"C to <= {100 * TARGETS[0]:g} points, world by world:\n\n"
+    return title + _table(["world", "passes", *labels], rows)
+
+
+def draw(by_budget: Sequence[Point], by_sources: Sequence[Point], path: Path) -> None:
+    """Regret against selection FLOPs: a row of panels for each part."""
+    import matplotlib.pyplot as plt
+
+    parts = [(_curves(p, what), what) for p, what in ((by_budget, BUDGET), (by_sources, SOURCES)) if p]
+    labels = list(dict.fromkeys(p.method for p in (*by_budget, *by_sources)))
+    look = looks((label, label.split(",")[0]) for label in labels)
+    width = max(len(curves) for curves, _ in parts)
+    figure, grid = plt.subplots(
+        len(parts),
+        width,
+        figsize=(3.2 * width + 1.6, 3.4 * len(parts)),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, (curves, what) in zip(grid, parts, strict=True):
+        for axes, (value, sweeps) in zip(row, curves.items(), strict=False):
+            for label, sweep in sweeps.items():
+                _line(axes, sweep, look[label], label)
+            for target in TARGETS:
+                axes.axhline(100 * target, color=FAINT, linewidth=0.8, linestyle=":")
+            axes.set_xscale("symlog", linthresh=0.3)
+            axes.set_xlim(-0.03, None)
+            axes.set_yscale("symlog", linthresh=2)
+            axes.set_ylim(-1, None)
+            axes.set_title(f"{value:g} {what}", color=INK)
+            axes.set_xlabel("selection FLOPs / C")
+            axes.grid(alpha=0.25)
+        row[0].set_ylabel("regret (points of accuracy)")
+        for axes in row[len(curves) :]:
+            axes.set_axis_off()
+    handles, names = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _line(axes: mpl.axes.Axes, sweep: Curve, look: Look, label: str) -> None:
+    axes.plot(
+        [m.cost for m in sweep],
+        [100 * m.regret for m in sweep],
+        color=look.colour,
+        marker=look.marker,
+        linestyle="--" if look.dashed else "-",
+        markersize=5,
+        label=label,
+    )

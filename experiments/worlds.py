@@ -1,0 +1,62 @@
+"""Worlds of the known-answer benchmark: small image tasks in YAML files, each a data set cut into sources."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from cads.errors import ConfigError
+from cads.tasks.vision import VisionConfig, VisionTask
+from cads.trainer import TrainConfig
+
+
+@dataclass
+class World:
+    """A task whose best subset of sources can be found by trying them all.
+
+    Attributes:
+        name: of the file. task: images and sources. train: the recipe.
+    """
+
+    name: str
+    task: VisionConfig
+    train: TrainConfig
+
+    def build(self) -> VisionTask:
+        """The task; its data seed is the world's, whatever the seed of a selector."""
+        task = self.task.build(self.train)
+        task.check()
+        return task
+
+    def settings(self) -> dict[str, Any]:
+        """All that its results depend on."""
+        return {"task": asdict(self.task), "train": asdict(self.train)}
+
+
+def read_world(path: Path) -> World:
+    """The world in a YAML file with the keys `task` (as of `VisionConfig`) and `train` (as of `TrainConfig`).
+
+    Raises:
+        ConfigError: if it cannot be read, a key or value is refused, or it has fewer than two sources.
+    """
+    try:
+        given = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path} must map `task` and `train` to their settings")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(VisionConfig, "task")
+    parser.add_class_arguments(TrainConfig, "train")
+    try:
+        read = parser.instantiate(parser.parse_object(given))
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be used: {error}") from error
+    if len(read.task.sources) < 2:
+        raise ConfigError(f"{path} has {len(read.task.sources)} sources: list at least two under task.sources")
+    return World(path.stem, read.task, read.train)
