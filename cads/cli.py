@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from cads.budget import Budget, Ledger
+from cads.budget import SELECT, Budget, Ledger
 from cads.checkpoint import CheckpointConfig
 from cads.errors import CadsError, ConfigError
 from cads.flops import ACCOUNTINGS
@@ -149,7 +149,7 @@ def select(argv: list[str]) -> None:
             share = float(chosen.selected.mean())
             monitor.hparams(
                 {"method": config.method, "budget": str(budget), "seed": config.seed},
-                {"selected_share": share, "selection_flops": ledger.total().flops},
+                {"selected_share": share, "selection_flops": ledger.total(SELECT).flops},
             )
             chosen.save(out / "selection")
         _write_config(parser, config, out)

@@ -139,7 +139,8 @@ class Course:
         Raises:
             CheckpointError: if it is the state of another model.
         """
-        self.restore(start, optimizer)
+        # An optimizer works on the tensors it is given: the start must serve again.
+        self.restore(start.detached(), optimizer)
         self.seconds = 0.0
         self._before = (self.total, self.counts.copy())
 

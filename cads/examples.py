@@ -14,17 +14,17 @@ from typing import ClassVar
 import numpy as np
 from scipy.special import expit
 
-from cads.budget import Budget, Ledger, PlannedLedger
+from cads.budget import Budget, Ledger
 from cads.draws import Epochs
 from cads.inner import Inner, Planned, Purse
 from cads.monitor import Monitor
-from cads.one_run import OneRun, by_example
+from cads.one_run import OneRunSearch, by_example
 from cads.operations import candidates_flops
 from cads.optimizer import Rung, strata, subsample
-from cads.search import NOTHING, Search, verdict
+from cads.search import NOTHING, verdict
 from cads.seeds import derive
 from cads.selection import Selection
-from cads.task import Pool, Task
+from cads.task import Pool
 
 THETA_SHARE, THETA_PASSES = 0.2, 20
 """theta is fitted to the target for this share of C, but for no more passes over it than this."""
@@ -59,7 +59,7 @@ class Candidate:
 
 
 @dataclass
-class CadsExamples(Search):
+class CadsExamples(OneRunSearch):
     """CADS-E: selection probabilities for single examples; sources are not needed.
 
     theta is fitted to one half of the target and u to the pool; each candidate policy is one step along the
@@ -67,32 +67,9 @@ class CadsExamples(Search):
     of short runs finds the best one on the other half of the target, the full pool among them throughout.
     """
 
-    one_run: bool = False
-    """Select while the final model trains: the budget is that of the whole run (`cads.one_run`). Nothing is compared on
-    the target, so outer and guard have no part in it."""
-    target_fraction: float = 0.3
-    """one_run: share of each batch that is drawn from the target, at least 0 and below 1."""
-
     method: ClassVar[str] = "cads-e"
     held_out: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        self._one_run()
-
-    def select(
-        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
-    ) -> Selection:
-        """Choose what to train on; see `cads.optimizer.Selector`."""
-        if self.one_run:
-            return self._one_run().select(task, budget, seed=seed, ledger=ledger, monitor=monitor)
-        return super().select(task, budget, seed=seed, ledger=ledger, monitor=monitor)
-
-    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """What `select` would charge; see `cads.optimizer.Selector`."""
-        return self._one_run().plan(task, budget) if self.one_run else super().plan(task, budget)
-
-    def _one_run(self) -> OneRun:
-        return OneRun(self.method, by_example, self.target_fraction, self.allowance, asdict(self))
+    weigh = staticmethod(by_example)
 
     def spend(self, purse: Planned, training: float) -> bool:
         """What `search` would do; see `Search`."""

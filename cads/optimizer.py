@@ -116,7 +116,9 @@ def ladder(
     """Short runs that spend `allowance`.
 
     The smallest run follows from the budget: at least `MIN_STEPS` steps, at most the whole training. Rungs
-    that would hold fewer than two runs (one is always the full pool) are left out, the highest first.
+    that would hold fewer than two runs (one is always the full pool) are left out, the highest first. The last rung
+    decides: it gives up passes as well as examples, as long as it sees each example once, because where examples
+    alone are missing, quantity looks dearer than it is.
 
     Args:
         training: C, FLOPs of the final training. allowance: FLOPs for all runs. step: FLOPs of one step.
@@ -130,7 +132,10 @@ def ladder(
         rungs = []
         for f, share in zip(fidelities, SHARES[len(fidelities) - 1], strict=True):
             runs = int(max(0.0, allowance * share - per_rung) / (f * training + per_run))
-            rungs.append(Rung(f, f * training, min(1.0, f * thinner), runs))
+            data = f * thinner
+            if f == fidelities[-1]:
+                data = max(data, min(math.sqrt(f), f * passes))
+            rungs.append(Rung(f, f * training, min(1.0, data), runs))
         if all(r.runs >= 2 for r in rungs):
             return rungs
         fidelities.pop()

@@ -36,6 +36,8 @@ class Search(ABC):
     """The metric to minimise on the target; null for the task's own."""
     guard: bool = True
     """Return the full pool unless the choice beat it on the target."""
+    with_target: float = 0.0
+    """Share of each batch of the final training drawn from the target, as in `joint`; short runs see none of it."""
 
     method: ClassVar[str]
     held_out: ClassVar[bool] = False
@@ -55,7 +57,7 @@ class Search(ABC):
             chosen = self.search(inner, budget, division.training, seed, ledger)
         finally:
             ledger.merge(spent)
-        return replace(chosen, pool_hash=task.pool.content_hash)
+        return replace(chosen, pool_hash=task.pool.content_hash, target_fraction=self.with_target)
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `cads.optimizer.Selector`."""

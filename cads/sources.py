@@ -11,17 +11,18 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from cads.budget import Budget, Ledger, PlannedLedger
+from cads.budget import Budget, Ledger
 from cads.control import Control
 from cads.design import d_optimal, n_columns
 from cads.errors import ConfigError
 from cads.estimator import corrected, direct, enumerate_masks, expected_gradient
 from cads.inner import Inner, Planned, Purse, Runs
+from cads.one_run import OneRunSearch, by_source
 from cads.operations import design_flops, source_policy_flops
 from cads.optimizer import Rung, distinct, subsample
 from cads.penalty import FittedReach, extrapolate, mean_over_sources
 from cads.policy import BernoulliPolicy, MixturePolicy, Policy
-from cads.search import NOTHING, Search, verdict
+from cads.search import NOTHING, verdict
 from cads.seeds import derive
 from cads.selection import Selection
 from cads.space import Masks, Mixtures, Space
@@ -76,7 +77,7 @@ class Trials:
 
 
 @dataclass
-class CadsSources(Search):
+class CadsSources(OneRunSearch):
     """CADS-S, corrected estimator: a policy over sources, learned on a ladder of short runs.
 
     Each rung trains a few draws of the policy, and always the full pool, on a share of each source (passes
@@ -89,32 +90,8 @@ class CadsSources(Search):
     reach: Literal["fitted", "extrapolated"] = "fitted"
     """l*: fitted over masks to the losses the short runs reached, or to those extrapolated to the budget."""
 
-    one_run: bool = False
-    """Select while the final model trains: the budget is that of the whole run (`cads.one_run`). Nothing is compared on
-    the target, so outer, policy, reach and guard have no part in it."""
-    target_fraction: float = 0.3
-    """one_run: share of each batch that is drawn from the target, at least 0 and below 1."""
-
     method: ClassVar[str] = "cads-s"
-
-    def __post_init__(self) -> None:
-        self._one_run()
-
-    def select(
-        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
-    ) -> Selection:
-        """Choose what to train on; see `cads.optimizer.Selector`."""
-        if self.one_run:
-            names = task.pool.source_names
-            chosen = self._one_run().select(task, budget, seed=seed, ledger=ledger, monitor=monitor)
-        return super().select(task, budget, seed=seed, ledger=ledger, monitor=monitor)
-
-    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """What `select` would charge; see `cads.optimizer.Selector`."""
-        return self._one_run().plan(task, budget) if self.one_run else super().plan(task, budget)
-
-    def _one_run(self) -> OneRun:
-        return OneRun(self.method, by_example, self.target_fraction, self.allowance, asdict(self))
+    weigh = staticmethod(by_source)
 
     def spend(self, purse: Planned, training: float) -> bool:
         """What `search` would do; see `Search`."""

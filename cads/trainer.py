@@ -274,6 +274,8 @@ class Trainer:
         kept = state.detached() if leg.keep else None
         if kept is not None:
             del kept.tensors[EXAMPLE_LOSSES]
+            # They are in the ledger; without them the same seed leaves the same bytes.
+            kept.values["seconds"] = 0.0
         known = (course.diverged, course.seconds, course.skipped)
         return Fit(learner.trained(), losses, spent, *known, before, kept, course.example_losses)
 
@@ -329,8 +331,8 @@ class Trainer:
                 f"{run.phase}/{run.stage}: {run.flops:.4g} FLOPs do not buy one step of {recipe.batch_size} examples, "
                 f"which costs {cost:.4g}: raise the budget or lower batch_size"
             )
-        # What a run that failed leaves is its last good state, optimizer included.
-        return course.state(None if course.failure is None else plain)
+        # What a run that failed leaves is its last good state, optimizer included; so is what one leaves to go on from.
+        return course.state(plain if run.leg.keep or course.failure is not None else None)
 
     def _judge(self, run: _Run, pieces: list[Batch], loss: np.ndarray, norm: np.ndarray, rate: float) -> bool:
         """Note the losses of a step (nats, shape (K,)) in its course; returns whether to update the weights."""

@@ -29,7 +29,9 @@ FEWEST_WORDS = 4
 PARAGRAPHS = re.compile(r"\n\s*\n")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')]*\s+(?=[\"'(]*[A-Z])")
 WORDS = re.compile(r"\w+")
-NOISE = re.compile(r"^(?:\s*(?:<[^>]*>|\[[^\]]*\]|\([^)]*\)|\d+\.|/[^/]*/|(?:n|v|vt|vi|adj|adv|abbrev|excl|prov)\.,?))+")
+NOISE = re.compile(
+    r"^(?:\s*(?:<[^>]*>|\[[^\]]*\]|\([^)]*\)|\d+\.|/[^/]*/|(?:n|v|vt|vi|adj|adv|abbrev|excl|prov)\.,?))+"
+)
 """What may stand before a definition: its field, its origin, pronunciation, part of speech, number."""
 DATE = re.compile(r"\s*\(\d{4}-\d\d-\d\d\)$")
 """When an entry was last changed."""
@@ -83,6 +85,7 @@ def read_corpus(name: str, longest: int, files: Mapping[str, Path], dictionaries
         "chat": _chat,
         "news": _news,
     }
+    found: Iterable[tuple[Pair, str]]
     if name in files:
         found = _file(files[name])
     elif name in readers:
@@ -136,13 +139,18 @@ def _entries(folder: Path, name: str) -> Iterator[str]:
         raise _missing(name, str(packed))
     try:
         content = gzip.decompress(packed.read_bytes())
-        places = {tuple(map(_number, line.split("\t")[1:3])) for line in index.read_text("utf-8").splitlines()}
+        places = {_place(line) for line in index.read_text("utf-8").splitlines()}
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{packed} cannot be read as a dictionary of dictd: {error}") from error
     for begin, length in sorted(places):
         entry = content[begin : begin + length].decode("utf-8", "replace").strip("\n")
         if not entry.startswith("00-database"):
             yield entry
+
+
+def _place(line: str) -> tuple[int, int]:
+    _, begin, length = line.split("\t")[:3]
+    return _number(begin), _number(length)
 
 
 def _number(digits: str) -> int:

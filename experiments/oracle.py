@@ -27,7 +27,7 @@ from rich.console import Console
 
 from cads.budget import SELECT, Budget, Ledger
 from cads.errors import CadsError, ConfigError
-from cads.outcome import training_flops
+from cads.outcome import train_on, training_flops
 from cads.registry import build_selector
 from cads.selection import Selection
 from cads.task import Task
@@ -97,8 +97,12 @@ def value_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Calibrated test loss and accuracy of models trained on `selection`, with the truth's seeds to measure on.
 
-    Subsets of sources are read off the truth; everything else is trained.
+    Subsets of sources are read off the truth; everything else is trained. A run that selection has begun is ended,
+    once, with the seed of the selection: it is no other run's beginning.
     """
+    if selection.start is not None:
+        metrics = train_on(task, selection, budget, seed=selection.seed).metrics
+        return np.array([metrics["calibrated_loss"]]), np.array([metrics["accuracy"]])
     flops = training_flops(task, budget, selection)
     chosen = np.array(chosen_of(selection, task))
     mask = chosen == 1

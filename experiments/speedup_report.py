@@ -22,13 +22,14 @@ BUDGET, SOURCES = "passes", "sources"
 NOTE = (
     "Regret in points of test accuracy, against the best subset of the sources that is known (all are trained up to 6 "
     "sources; above, a search gives a bound). Costs are selection FLOPs in units of C, the training budget, all "
-    "included; seconds are of selection by the wall, on one thread. A method reaches a regret at the least cost in its "
-    "sweep whose mean over worlds and seeds is that low; cost 0 is the full pool, which is what a method returns that "
-    "cannot afford one step. `x` is the cost or time in units of that of the first method; `> x`: not reached within the "
-    "sweep, whose largest cost stands for it; `< x`: the first method does not reach it. More points in a sweep mean "
-    "more chances to be low: those of the others are closer than those of CADS-S. Outer steps of bilevel methods "
-    "follow the recipes in `baselines/bilevel.py` (K = 5 masks, each trained for C or the share named) and "
-    "`experiments/unrolled.py` (weights of sources, derivative through the last 64 steps of training)."
+    "included; seconds are of selection by the wall, on one thread. A method reaches a regret at the least cost in "
+    "its sweep whose mean over worlds and seeds is that low; cost 0 is the full pool, which is what a method returns "
+    "that cannot afford one step. `x` is the cost or time in units of that of the first method; `> x`: not reached "
+    "within the sweep, whose largest cost stands for it; `< x`: the first method does not reach it. The sweeps of the "
+    "bilevel methods have more points, each a chance to be low, so the ratios flatter them rather than CADS-S. Their "
+    "steps follow `baselines/bilevel.py` (K = 5 masks, each trained for C or the share named) and "
+    "`experiments/unrolled.py` (weights of sources; the derivative through the last 64 steps of a training for C or "
+    "the share named, of a loss that must be differentiable)."
 )
 
 
@@ -138,8 +139,14 @@ def _curves(points: Sequence[Point], what: str) -> dict[float, dict[str, Curve]]
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
+    lines: list[Sequence[str]] = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _spent(sweep: Curve, regret: float) -> tuple[float | None, float | None]:
+    """Cost and seconds where the mean regret is first as low as `regret`."""
+    found = reach(sweep, regret)
+    return (None, None) if found is None else (found.cost, found.seconds)
 
 
 def _reaching(points: Sequence[Point], what: str) -> str:
@@ -153,12 +160,12 @@ def _reaching(points: Sequence[Point], what: str) -> str:
         for label, sweep in sweeps.items():
             row = [f"{value:g}", label]
             for target in TARGETS:
-                ours, theirs = reach(first, target), reach(sweep, target)
+                ours, theirs = _spent(first, target), _spent(sweep, target)
                 row += [
-                    f"> {sweep[-1].cost:.2f}" if theirs is None else f"{theirs.cost:.2f}",
-                    ratio(ours and ours.cost, first[-1].cost, theirs and theirs.cost, sweep[-1].cost),
-                    "-" if theirs is None else f"{theirs.seconds:.1f}",
-                    ratio(ours and ours.seconds, first[-1].seconds, theirs and theirs.seconds, sweep[-1].seconds),
+                    f"> {sweep[-1].cost:.2f}" if theirs[0] is None else f"{theirs[0]:.2f}",
+                    ratio(ours[0], first[-1].cost, theirs[0], sweep[-1].cost),
+                    "-" if theirs[1] is None else f"{theirs[1]:.1f}",
+                    ratio(ours[1], first[-1].seconds, theirs[1], sweep[-1].seconds),
                 ]
             rows.append(row)
     return _table(columns, rows)
@@ -174,8 +181,8 @@ def _equal(points: Sequence[Point], what: str) -> str:
                 continue
             row = [f"{value:g}", f"{mean.cost:.2f}", f"{100 * mean.regret:.2f}"]
             for label in labels[1:]:
-                theirs = reach(sweeps[label], max(0.0, mean.regret))
-                row.append(ratio(mean.cost, mean.cost, theirs and theirs.cost, sweeps[label][-1].cost))
+                theirs, _ = _spent(sweeps[label], max(0.0, mean.regret))
+                row.append(ratio(mean.cost, mean.cost, theirs, sweeps[label][-1].cost))
             rows.append(row)
     title = "Selection FLOPs for the same regret, in units of those of the first method:\n\n"
     return title + _table([what, f"{labels[0]}, C", "regret", *labels[1:]], rows)
@@ -230,15 +237,18 @@ def draw(by_budget: Sequence[Point], by_sources: Sequence[Point], path: Path) ->
             for target in TARGETS:
                 axes.axhline(100 * target, color=FAINT, linewidth=0.8, linestyle=":")
             axes.set_xscale("symlog", linthresh=0.3)
-            axes.set_xlim(-0.03, None)
             axes.set_yscale("symlog", linthresh=2)
-            axes.set_ylim(-1, None)
             axes.set_title(f"{value:g} {what}", color=INK)
             axes.set_xlabel("selection FLOPs / C")
             axes.grid(alpha=0.25)
+        means = [m for sweeps in curves.values() for sweep in sweeps.values() for m in sweep]
+        # Panels of a row share the scale: limits taken from one of them would cut off the others.
+        row[0].set_ylim(min(-1.0, *(120 * m.regret for m in means)), max(2.0, *(120 * m.regret for m in means)))
         row[0].set_ylabel("regret (points of accuracy)")
         for axes in row[len(curves) :]:
             axes.set_axis_off()
+    costs = [p.cost for p in (*by_budget, *by_sources)]
+    grid[0][0].set_xlim(-0.03, 1.3 * max(1.0, *costs))
     handles, names = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=130)

@@ -123,9 +123,7 @@ def run_cell(plan: Plan, task: Task, metric: str, rankings: Rankings, place: Pat
     monitor = Recorder(place / "tensorboard")
     with monitor:
         selection, spent, waited = _select(plan, selector, task, rankings, monitor)
-        outcome = train_on(
-            task, selection, cell.budget, seed=seed, monitor=monitor, evaluations=cell.evaluations
-        )
+        outcome = train_on(task, selection, cell.budget, seed=seed, monitor=monitor, evaluations=cell.evaluations)
         charged = {phase: outcome.ledger.total(phase) for phase in (SELECT, TRAIN, EVALUATE)}
         total = charged[SELECT].flops + charged[TRAIN].flops
         score = outcome.metrics[metric]

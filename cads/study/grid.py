@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import itertools
 import json
@@ -279,6 +280,7 @@ def filled(cls: Any, given: Mapping[str, Any], where: str) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, None)
     try:
-        return cls(**vars(parser.instantiate(parser.parse_object(dict(given)))))
+        # Parsing writes into what it is given.
+        return cls(**vars(parser.instantiate(parser.parse_object(copy.deepcopy(dict(given))))))
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from error

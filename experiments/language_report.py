@@ -1,0 +1,131 @@
+"""What came out of a language experiment, as Markdown: scores, learned probabilities, and the examples themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from cads.selection import Selection
+from cads.study.grid import Grid
+from cads.study.results import DONE, read_runs
+from cads.study.summary import CONFIDENCE, Point, answers, by_group, higher_is_better, points_of
+from cads.study.tables import intervals, markdown_table
+
+N_EXAMPLES = 10
+"""Most probable examples that are shown, and as many least probable ones."""
+LONGEST_SHOWN = 160
+"""Characters of an example."""
+CHOICES = "choices"
+UNSELECTED = ("full", "random")
+"""Methods to which those that select are compared."""
+
+
+def report(grid: Grid, title: str, command: str, about: Sequence[str], out: Path, texts: Mapping[str, str]) -> str:
+    """The page of a finished experiment.
+
+    Args:
+        grid: what was run. title: of the page. command: that made it. about: sentences on data and models.
+        out: folder of the study. texts: question and answer of pool examples, by id.
+    """
+    runs = [row for row in read_runs(out) if row["status"] == DONE]
+    points = points_of(runs)
+    covers = "covers selection and training" if grid.count_selection else "is that of training alone"
+    parts = [
+        f"# {title}: {intervals(points)}",
+        f"    {command}",
+        " ".join(about),
+        f"The budget {covers}, but where a method says otherwise: `all in` pays for its selection from it, `on top` "
+        "does not. Columns of selection and training are FLOPs; * marks the best of each budget.",
+        f"## Test {points[0].metric}",
+        markdown_table(points),
+    ]
+    if all(CHOICES in json.loads(row["metrics"]) for row in runs):
+        parts += ["## Multiple choice: the likeliest of four answers", markdown_table(points_of(runs, CHOICES))]
+    sentences = [f"- {a.sentence}" for group in by_group(points).values() for a in answers(group)]
+    parts += ["## What to use", "\n".join(sentences)]
+    better = "above" if higher_is_better(points[0].metric) else "below"
+    said = f"Of test {points[0].metric}, paired over seeds: {better} 0 the method is better than the one it is against."
+    parts += ["## Differences", said, differences(points), "## Learned probabilities", probabilities(runs)]
+    return "\n\n".join([*parts, *examples(runs, out, texts)]) + "\n"
+
+
+def differences(points: Sequence[Point]) -> str:
+    """How much each method that spends on selection differs from those that do not, with paired intervals."""
+    lines = ["| model | budget | method | against | difference | interval |", "| --- | --- | --- | --- | --- | --- |"]
+    for group in by_group(points).values():
+        for p in group:
+            rivals = [q for q in group if q.budget == p.budget and q.selector in UNSELECTED]
+            lines += [
+                f"| {p.model} | {p.budget} | {p.method} | {q.method} | {_difference(p, q)} |"
+                for q in rivals
+                if p.selector not in UNSELECTED
+            ]
+    return "\n".join(lines)
+
+
+def _difference(a: Point, b: Point) -> str:
+    """Mean difference of two points over the seeds both have, and the half-width of its interval, as two cells."""
+    left, right = dict(zip(a.seeds, a.scores, strict=True)), dict(zip(b.seeds, b.scores, strict=True))
+    pairs = np.array([left[s] - right[s] for s in sorted(set(left) & set(right))])
+    if not len(pairs):
+        return "- | -"
+    width = _half_width(pairs)
+    return f"{pairs.mean():+.4f} | {'-' if width is None else f'± {width:.4f}'}"
+
+
+def _half_width(values: np.ndarray) -> float | None:
+    n = len(values)
+    return None if n < 2 else float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+
+
+def probabilities(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The probability of each source at the end of selection, mean over seeds, by method and budget."""
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for row in runs:
+        if json.loads(row["probability_course"] or "[]"):
+            groups.setdefault((row["model"], row["budget"], row["method"]), []).append(row)
+    if not groups:
+        return "No budget bought a search: nothing was learned."
+    names = list(dict.fromkeys(n for rows in groups.values() for r in rows for n in _learned(r)))
+    lines = [
+        "| " + " | ".join(["model", "budget", "method", *names, "full pool returned"]) + " |",
+        "| " + " | ".join(["---"] * (len(names) + 4)) + " |",
+    ]
+    for where, rows in groups.items():
+        means = [float(np.mean([_learned(r).get(n, np.nan) for r in rows])) for n in names]
+        kept = sum("not beaten" in json.loads(r["notes"]).get("guard", "") for r in rows)
+        lines.append("| " + " | ".join([*where, *(f"{m:.2f}" for m in means), f"{kept} of {len(rows)}"]) + " |")
+    return "\n".join(lines)
+
+
+def _learned(row: Mapping[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = json.loads(row["probability_course"])[-1]
+    return found
+
+
+def examples(runs: Sequence[Mapping[str, Any]], out: Path, texts: Mapping[str, str]) -> list[str]:
+    """Most and least probable examples of the costliest selection of single examples, first seed."""
+    single = [r for r in runs if r["selector"] == "cads-e" and json.loads(r["probability_course"] or "[]")]
+    if not single:
+        return []
+    row = max(single, key=lambda r: (-r["seed"], r["budget_flops"], r["selection_flops_spent"]))
+    selection = Selection.load(out / "cells" / row["cell"])
+    order = np.argsort(selection.rank, kind="stable")
+    heading = f"## Examples ({row['method']}, {row['budget']}, seed {row['seed']})"
+    if np.ptp(selection.probability) == 0:
+        return [heading, "The full pool was not beaten: all examples have the same probability."]
+    parts = [heading]
+    for name, places in (("Most probable", order[:N_EXAMPLES]), ("Least probable", order[::-1][:N_EXAMPLES])):
+        lines = ["| probability | id | example |", "| --- | --- | --- |"]
+        for i in places:
+            identity = selection.ids[int(i)].as_py()
+            text = texts.get(identity, "").replace("|", "\\|").replace("\n", " ")
+            cut = text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + " ..."
+            lines.append(f"| {selection.probability[i]:.3f} | {identity} | {cut} |")
+        parts += [f"{name}:", "\n".join(lines)]
+    return parts
