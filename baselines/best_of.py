@@ -26,6 +26,7 @@ class BestOf(RungSearch):
     method: ClassVar[str] = "best-of"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.share <= 1:
             raise ConfigError(f"share = {self.share}: a share of the budget, above 0 and at most 1")
 

@@ -26,6 +26,7 @@ class BestSource(RungSearch):
     method: ClassVar[str] = "best-source"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.share <= 1:
             raise ConfigError(f"share = {self.share}: a share of the budget, above 0 and at most 1")
 

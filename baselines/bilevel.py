@@ -50,6 +50,7 @@ class Bilevel(RungSearch):
     default_allowance: ClassVar[float] = 30.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.draws < 2:
             raise ConfigError(f"draws = {self.draws}: the leave-one-out baseline needs at least 2")
         if not 0 < self.share <= 1:

@@ -48,6 +48,7 @@ class LivePenalty(SourceSearch):
     ranges_over: ClassVar[type[Space]] = Mixtures
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigError(f"alpha = {self.alpha}: it must be positive and finite")
         if self.rounds < 1:

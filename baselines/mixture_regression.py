@@ -44,6 +44,7 @@ class MixtureRegression(RungSearch):
     ranges_over: ClassVar[type[Space]] = Mixtures
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.regression not in ("linear", "pairs"):
             raise ConfigError(f"regression = {self.regression!r}: choose from ['linear', 'pairs']")
 

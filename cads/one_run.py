@@ -52,6 +52,8 @@ TOO_SMALL = "the budget is too small to tell examples apart in one run: everythi
 
 Weigh = Callable[[Pool, np.ndarray], np.ndarray]
 """(pool, standardised signal of each example or zeros, shape (N,)) -> weights in (0, 1), shape (N,)."""
+TARGET_FRACTION = 0.3
+"""Share of each batch that is drawn from the target, unless another one is asked for."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,13 @@ class OneRunSearch(Search):
     one_run: bool = False
     """Select while the final model trains: the budget is that of the whole run, selection included. Nothing is compared
     on the target, so outer and guard, and how a policy is searched, have no part in it."""
-    target_fraction: float = 0.3
-    """one_run: share of each batch that is drawn from the target, at least 0 and below 1."""
-
     @staticmethod
     @abstractmethod
     def weigh(pool: Pool, z: np.ndarray) -> np.ndarray:
         """What the run goes on with: weights in (0, 1) from the standardised signal of each example, shape (N,)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.one_run:
             self.riding()
 
@@ -106,7 +106,8 @@ class OneRunSearch(Search):
         Raises:
             ConfigError: if an option is out of range.
         """
-        return OneRun(self.method, self.weigh, self.target_fraction, self.allowance, asdict(self))
+        fraction = TARGET_FRACTION if self.target_fraction is None else self.target_fraction
+        return OneRun(self.method, self.weigh, fraction, self.allowance, asdict(self))
 
 
 @dataclass

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from cads.budget import Budget, Ledger, PlannedLedger
+from cads.errors import ConfigError
 from cads.inner import Inner, Planned
 from cads.monitor import Monitor
 from cads.optimizer import Division, divide, uniform
@@ -36,12 +37,17 @@ class Search(ABC):
     """The metric to minimise on the target; null for the task's own."""
     guard: bool = True
     """Return the full pool unless the choice beat it on the target."""
-    with_target: float = 0.0
-    """Share of each batch of the final training drawn from the target, as in `joint`; short runs see none of it."""
+    target_fraction: float | None = None
+    """Share of each batch of the final training drawn from the target, as in `joint`, at least 0 and below 1; null: 0,
+    or 0.3 in one run. Short runs see none of it."""
 
     method: ClassVar[str]
     held_out: ClassVar[bool] = False
     default_allowance: ClassVar[float] = ALLOWANCE
+
+    def __post_init__(self) -> None:
+        if self.target_fraction is not None and not 0 <= self.target_fraction < 1:
+            raise ConfigError(f"target_fraction = {self.target_fraction}: it must be at least 0 and below 1")
 
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
@@ -57,7 +63,7 @@ class Search(ABC):
             chosen = self.search(inner, budget, division.training, seed, ledger)
         finally:
             ledger.merge(spent)
-        return replace(chosen, pool_hash=task.pool.content_hash, target_fraction=self.with_target)
+        return replace(chosen, pool_hash=task.pool.content_hash, target_fraction=self.target_fraction or 0.0)
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `cads.optimizer.Selector`."""

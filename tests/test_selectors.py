@@ -295,3 +295,12 @@ def test_full_joint_and_target_only_select_what_they_say(chosen):
 def test_joint_needs_a_share_between_0_and_1(share):
     with pytest.raises(ConfigError, match="target_fraction"):
         build_selector("joint", {"target_fraction": share})
+
+
+@pytest.mark.parametrize("name", ["cads-s", "cads-e", "halving"])
+def test_training_with_the_target_changes_the_training_alone(task, chosen, name):
+    plain, joint = chosen(name).selection, choose(task, name, target_fraction=0.25).selection
+    assert (plain.target_fraction, joint.target_fraction) == (0, 0.25)
+    assert np.array_equal(plain.selected, joint.selected)
+    with pytest.raises(ConfigError, match=r"target_fraction = 1"):
+        build_selector(name, {"target_fraction": 1})
