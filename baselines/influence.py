@@ -186,7 +186,7 @@ class GradientFeatures:
         )
 
     def _key(self, rows: np.ndarray) -> str:
-        """A hash of all that the features of these examples depend on; empty if they are not kept."""
+        """A hash of all that these features, and what they cost, depend on; empty if they are not kept."""
         if self._shards.folder is None or self._checkpoint is None:
             return ""
         projection = self._projection
@@ -195,6 +195,7 @@ class GradientFeatures:
             *self._pool.ids.take(pa.array(rows)).to_pylist(),
             self._checkpoint.content_hash,
             self._frozen,
+            self._task.costs.accounting,
             self._options.recipe,
             self._options.precision,
             type(projection).__name__,

@@ -24,6 +24,7 @@ from cads.draws import Weighted
 from cads.errors import ConfigError
 from cads.inner import Inner, Planned, Purse
 from cads.policy import MixturePolicy, Policy
+from cads.scoring import scoring_batches
 from cads.seeds import derive
 from cads.space import SIGMA, Mixtures, Space
 
@@ -68,7 +69,7 @@ class LivePenalty(SourceSearch):
 
     def choose(self, inner: Inner, space: Space, training: float, seed: int) -> tuple[np.ndarray, Policy]:
         """Turn by turn; the final ratios are the mixture."""
-        flops = self._turn(inner, space, training)
+        most = self._turn(inner, space, training)
         assert space.pool.sources is not None
         logits, adam = np.log(space.full), Adam(len(space.sizes))
         u: nn.Module | None = None
@@ -77,6 +78,8 @@ class LivePenalty(SourceSearch):
             p = softmax(logits)
             weights = space.weights(p[None])[0][space.pool.sources]
             models = []
+            there = _probes(space, derive(seed, "probes", turn))
+            flops = min(most, self._share(inner, space, training, self.rounds - turn, there))
             for name, model, share in (("u", u, 0.0), ("theta", theta, 1 / (1 + self.alpha))):
                 order = derive(seed, name, turn)
                 stream = Weighted(weights, order)
@@ -84,7 +87,6 @@ class LivePenalty(SourceSearch):
                     inner.fit_target(flops, seed=order, stage=name, model=model, stream=stream, target_fraction=share)
                 )
             u, theta = models
-            there = _probes(space, derive(seed, "probes", turn))
             codes = space.pool.sources[there]
             gaps = inner.losses(theta, there, stage="losses of theta") - inner.losses(u, there, stage="losses of u")
             gap = np.bincount(codes, weights=gaps) / np.bincount(codes)
@@ -97,10 +99,18 @@ class LivePenalty(SourceSearch):
 
     def _turn(self, purse: Purse, space: Space, training: float) -> float:
         """FLOPs for theta, and as many for u, in each turn; 0 if that is less than a step."""
-        scoring = 2 * purse.scoring_flops(_probed(space)) + self._learning(space)
-        flops = (self.available(purse, training) / self.rounds - scoring) / 2
+        flops = self._share(purse, space, training, self.rounds, _probes(space, 0))
+        return flops if flops >= purse.step_flops * (1 + 1e-6) else 0.0
+
+    def _share(self, purse: Purse, space: Space, training: float, turns: int, there: np.ndarray) -> float:
+        """FLOPs for each of the two models in the next of `turns` turns, whose losses are measured `there`.
+
+        Where examples differ in length so does what measuring costs, and training has to make room for it.
+        """
+        pool, forward = purse.task.pool, purse.task.costs.forward
+        reading = sum(forward(pool.batch(rows)) for rows in scoring_batches(pool, positions=there))
         # Both are shares of one sum: what rounding has lost must not cost the last step of the last turn.
-        return flops * (1 - 1e-9) if flops >= purse.step_flops * (1 + 1e-6) else 0.0
+        return (self.available(purse, training) / turns - 2 * reading - self._learning(space)) / 2 * (1 - 1e-9)
 
     def _learning(self, space: Space) -> float:
         return float(len(space.sizes) * (SOFTMAX_FLOPS + ADAM_FLOPS))

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from baselines.losses import Order, check_order, in_order, plan_losses, pool_losses
 from cads.budget import Ledger, PlannedLedger
+from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.ranking import Ranker, Ranking
 from cads.scorers import check_passes, on_target, plan_training, scorer_of
@@ -34,6 +35,8 @@ class Loss(Ranker):
         super().__post_init__()
         check_order(self.order)
         check_passes(passes=self.passes)
+        if self.batch_tokens < 1:
+            raise ConfigError(f"batch_tokens = {self.batch_tokens}: it must be at least 1")
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """Fit theta, and read the pool once; see `cads.ranking.Ranker`."""

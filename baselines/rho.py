@@ -41,6 +41,8 @@ class Rho(Ranker):
         check_passes(pool_passes=self.pool_passes, target_passes=self.target_passes)
         if not self.target_passes:
             raise ConfigError("target_passes = 0: without a holdout model there is no reducible loss; train it")
+        if self.batch_tokens < 1:
+            raise ConfigError(f"batch_tokens = {self.batch_tokens}: it must be at least 1")
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """Train both models from the same initial weights, and read the pool twice; see `cads.ranking.Ranker`."""

@@ -26,9 +26,7 @@ class Source:
     ) -> Selection:
         """Select all of the source; see `cads.optimizer.Selector`."""
         check_step(task, budget.flops(task))
-        names = task.pool.source_names
-        if self.name not in names:
-            raise ConfigError(f"name = {self.name!r} is no source of the pool: choose from {list(names)}")
+        names = self._known(task)
         mask = np.array([name == self.name for name in names])
         selected = np.zeros(len(task.pool), dtype=bool)
         selected[task.pool.in_sources(mask)] = True
@@ -45,4 +43,16 @@ class Source:
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """Nothing is spent; see `cads.optimizer.Selector`."""
+        self._known(task)
         return free(task, budget)
+
+    def _known(self, task: Task) -> tuple[str, ...]:
+        """The names of the sources.
+
+        Raises:
+            ConfigError: if this one is not among them.
+        """
+        names = task.pool.source_names
+        if self.name not in names:
+            raise ConfigError(f"name = {self.name!r} is no source of the pool: choose from {list(names)}")
+        return names

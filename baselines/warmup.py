@@ -20,14 +20,14 @@ from cads.monitor import Monitor
 from cads.scoring import lengths
 from cads.seeds import derive
 from cads.selection import rank_by_score
-from cads.task import Task
+from cads.task import Batch, Task
 from cads.trainer import Trainer
 
 STAGE = "warm-up"
 PARTS = ("parameters", "first", "second", "buffers")
 """What a checkpoint holds, each by name."""
 PLANNED_STEPS = 64
-"""Random batches that a plan prices where examples have lengths."""
+"""Batches, at least, that a plan prices where examples have lengths."""
 
 
 @dataclass
@@ -110,12 +110,16 @@ def schedule(task: Task, share: float, epochs: int) -> Schedule:
 
 
 def planned_flops(task: Task, plan: Schedule) -> float:
-    """What the warm-up costs, if its batches are padded as random batches of the pool are on average."""
+    """What the warm-up costs, if its batches are padded as those of random parts of the pool are on average."""
     pool, batch, steps = task.pool, task.recipe.batch_size, plan.epochs * plan.steps
-    if lengths(pool) is None or len(pool) < batch:
+    if lengths(pool) is None:
         return steps * batch * task.costs.per_usage(pool, batch)
     rng = np.random.default_rng(0)
-    drawn = [pool.batch(rng.choice(len(pool), batch, replace=False)) for _ in range(PLANNED_STEPS)]
+    drawn: list[Batch] = []
+    while len(drawn) < PLANNED_STEPS:
+        chosen = rng.choice(len(pool), plan.examples, replace=False)
+        draws = Draws(pool, [Epochs(chosen, 0)], batch)
+        drawn += [b for step in range(min(plan.steps, PLANNED_STEPS)) for b in draws.batches(step)]
     return steps * (float(np.mean([task.costs.usage(b) for b in drawn])) + task.costs.optimizer_step)
 
 

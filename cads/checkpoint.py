@@ -146,11 +146,14 @@ class Checkpoints:
             yield path, values, tensors
 
     def prune(self, kind: str, keep: int = KEPT) -> None:
-        """Remove all checkpoints of a kind but the `keep` newest sound ones."""
+        """Remove all checkpoints of a kind but the `keep` newest sound ones; what cannot be removed stays."""
         of_kind = sorted((entry for entry in self._numbered() if entry[1] == kind), reverse=True)
         sound = [path for _, _, path in of_kind if path not in self._damaged]
         for path in [*sound[keep:], *self._damaged]:
-            remove_folder(path)
+            try:
+                remove_folder(path)
+            except OSError as error:
+                log.warning("%s: an old checkpoint cannot be removed (%s)", path, _reason(error))
         self._damaged.clear()
 
     def sweep(self) -> None:

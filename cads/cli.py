@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         console.print(f"cads: {stopped}", style="yellow", markup=False, highlight=False)
         return stopped.status
+    except KeyboardInterrupt:
+        console.print("cads: stopped by SIGINT; what was finished is kept", style="yellow")
+        return 128 + signal.SIGINT
     except CadsError as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
         return 1

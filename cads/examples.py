@@ -40,6 +40,8 @@ STEPS = (
 the step, and the weight c2/c1 of l*, which must come from the data. Positive, it cancels what u has learned by
 heart, as in the penalty; at few passes u has learned nothing by heart and l* carries no such signal, but u is one
 more opinion on what belongs to the task: there the weight is negative."""
+LEAST_STEPS = 40
+"""Steps of the shortest run that compares candidates: they hold easy examples, which help early and not later."""
 SHARPNESS = 3.0
 """Slope of the probabilities in the standardised signal."""
 
@@ -69,6 +71,7 @@ class CadsExamples(OneRunSearch):
 
     method: ClassVar[str] = "cads-e"
     held_out: ClassVar[bool] = True
+    whole_sources: ClassVar[bool] = False
     weigh = staticmethod(by_example)
 
     def spend(self, purse: Planned, training: float) -> bool:
@@ -84,7 +87,7 @@ class CadsExamples(OneRunSearch):
             purse.losses(n, stage="l*")
         steps = affordable_steps(with_reach=u > 0)
         purse.learn(candidates_flops(n, len(steps)))
-        rungs = purse.ladder(training)
+        rungs = purse.ladder(training, least=LEAST_STEPS)
         for rung in rungs:
             purse.run(min(rung.runs, 1 + len(steps)), rung.flops, stage=rung.stage)
         return bool(rungs)
@@ -95,7 +98,7 @@ class CadsExamples(OneRunSearch):
         signals = example_losses(inner, training, seed)
         policies = candidates(*signals, task.groups(task.pool))
         inner.learn(candidates_flops(len(task.pool), len(policies)))
-        rungs = inner.ladder(training)
+        rungs = inner.ladder(training, least=LEAST_STEPS)
         if not rungs:
             return self.full_pool(task, budget, seed, ledger, NOTHING)
         everything = Candidate(np.ones(len(task.pool)), 0.0, 1.0)
@@ -115,6 +118,7 @@ class CadsExamples(OneRunSearch):
             monitor.histogram("outer/probabilities", best.probability, height)
         if not self.guard and len(field) > 1:
             best = field[1]
+        gain = 0.0 if best is everything else -float(gains[1])
         monitor.panels(task.pool, best.probability, len(rungs), task.describe)
         return Selection.of(
             task.pool,
@@ -128,7 +132,7 @@ class CadsExamples(OneRunSearch):
             config=asdict(self),
             notes={
                 "guard": verdict(best is not everything),
-                "gain": -float(gains.min()),
+                "gain": gain,
                 "c2/c1": best.reach_weight,
                 "kept": best.kept,
             },

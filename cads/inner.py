@@ -14,7 +14,7 @@ from cads.checkpoint import State
 from cads.draws import Draws, Stream
 from cads.journal import Progress, perform
 from cads.monitor import Monitor
-from cads.optimizer import Rung, ladder
+from cads.optimizer import MIN_STEPS, Rung, ladder
 from cads.scoring import planned_flops, score_pool
 from cads.task import Objective, Pool, Task
 from cads.trainer import Trainer
@@ -81,10 +81,10 @@ class Purse:
         batch_size = self.task.recipe.batch_size
         return min(share * training, passes * self._step(self.fitted) / batch_size * len(self.fitted))
 
-    def ladder(self, training: float, per_rung: float = 0.0) -> list[Rung]:
+    def ladder(self, training: float, per_rung: float = 0.0, least: int = MIN_STEPS) -> list[Rung]:
         """The short runs that what is left of the ledger buys, for a final training of `training` FLOPs."""
         passes = training * self.task.recipe.batch_size / (self.step_flops * len(self.task.pool))
-        return ladder(training, self.ledger.left, self.step_flops, self.measuring_flops, passes, per_rung)
+        return ladder(training, self.ledger.left, self.step_flops, self.measuring_flops, passes, per_rung, least)
 
     def learn(self, flops: float) -> None:
         """Pay for moving a policy."""

@@ -186,6 +186,9 @@ class Journal:
             self._check(index, name, key, record)
             _restore(ledger, record.charges)
             return record.state()
+        if self._underway is not None and self._underway_index > index:
+            # The record of this operation was damaged; writing it anew removes the file of the one under way.
+            self._underway = replace(self._underway, tensors=self._underway.state().tensors)
         progress = _Underway(self, index, name, key, ledger, before)
         if self._underway is not None and self._underway_index == index:
             self._check(index, name, key, self._underway)

@@ -79,6 +79,7 @@ class OneRunSearch(Search):
     one_run: bool = False
     """Select while the final model trains: the budget is that of the whole run, selection included. Nothing is compared
     on the target, so outer and guard, and how a policy is searched, have no part in it."""
+
     @staticmethod
     @abstractmethod
     def weigh(pool: Pool, z: np.ndarray) -> np.ndarray:

@@ -111,11 +111,17 @@ class Rung:
 
 
 def ladder(
-    training: float, allowance: float, step: float, per_run: float, passes: float, per_rung: float = 0.0
+    training: float,
+    allowance: float,
+    step: float,
+    per_run: float,
+    passes: float,
+    per_rung: float = 0.0,
+    least: int = MIN_STEPS,
 ) -> list[Rung]:
     """Short runs that spend `allowance`.
 
-    The smallest run follows from the budget: at least `MIN_STEPS` steps, at most the whole training. Rungs
+    The smallest run follows from the budget: at least `least` steps, at most the whole training. Rungs
     that would hold fewer than two runs (one is always the full pool) are left out, the highest first. The last rung
     decides: it gives up passes as well as examples, as long as it sees each example once, because where examples
     alone are missing, quantity looks dearer than it is.
@@ -123,9 +129,9 @@ def ladder(
     Args:
         training: C, FLOPs of the final training. allowance: FLOPs for all runs. step: FLOPs of one step.
         per_run: FLOPs on top of each run, for measuring it. passes: over the pool, that `training` buys.
-        per_rung: FLOPs on top of each rung, for learning from it.
+        per_rung: FLOPs on top of each rung, for learning from it. least: steps of the shortest run.
     """
-    lowest = max(LOWEST, MIN_STEPS * step / training)
+    lowest = max(LOWEST, least * step / training)
     fidelities = sorted({min(1.0, lowest * STEP**height) for height in range(len(SHARES))})
     thinner = max(1.0, math.sqrt(passes / KEPT_PASSES))
     while fidelities:

@@ -197,11 +197,14 @@ class Ranker(ABC):
         return ranking
 
     def made_from(self, task: Task, seed: int) -> str:
-        """A hash of what the scores follow from: method and options, seed, pool, target, recipe and model."""
+        """A hash of what scores follow from: method, options, seed, pool, target and its subtasks, recipe, model."""
         scorer = scorer_of(task)
         options = {name: value for name, value in asdict(self).items() if name not in CUTS}
         pools = [part.content_hash for t in (task, scorer) for part in (t.pool, t.target)]
         settings = [self.method, options, seed, task.name, scorer.name, task.accounting, asdict(scorer.recipe), pools]
+        # Which examples are averaged is no content of the pool.
+        subtasks = scorer.subtasks(scorer.target)
+        settings.append(None if subtasks is None else np.asarray(subtasks).tolist())
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         if self.reads_model:
             _add_weights(digest, scorer.model(seed))
@@ -244,7 +247,7 @@ class Ranker(ABC):
             seed=ranking.seed,
             budget=budget,
             ledger=ledger,
-            config=ranking.config,
+            config=ranking.config | {name: getattr(self, name) for name in CUTS},
             notes=ranking.notes,
         )
 

@@ -6,14 +6,15 @@ batch holds as many as fit in a budget of padded tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cads.budget import SELECT, Ledger
 from cads.counting import count_flops
@@ -36,6 +37,19 @@ Score = Callable[[Batch], Tensor]
 """One number for each example of a batch, shape (B,)."""
 BatchPrice = Callable[[Batch], float]
 """What scoring a batch costs, FLOPs."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout and gradients while the block runs."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class Counted:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
+
+import pyarrow.compute as pc
 
 from cads.budget import Budget, Ledger, PlannedLedger
 from cads.errors import ConfigError
@@ -14,7 +16,7 @@ from cads.monitor import Monitor
 from cads.optimizer import Division, divide, uniform
 from cads.scorers import scorer_of
 from cads.selection import Selection
-from cads.task import Task
+from cads.task import Pool, Task
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class Search(ABC):
 
     method: ClassVar[str]
     held_out: ClassVar[bool] = False
+    whole_sources: ClassVar[bool] = True
     default_allowance: ClassVar[float] = ALLOWANCE
 
     def __post_init__(self) -> None:
@@ -58,12 +61,17 @@ class Search(ABC):
             return self.full_pool(task, budget, seed, ledger, note)
         scorer, division = self.setting(task, budget)
         spent = Ledger(limit=division.selection)
-        inner = Inner(scorer, spent, monitor or Monitor(), self.outer, held_out=self.held_out)
+        outer = self.outer or (scorer.source_outer if self.whole_sources else None)
+        inner = Inner(scorer, spent, monitor or Monitor(), outer, held_out=self.held_out)
         try:
             chosen = self.search(inner, budget, division.training, seed, ledger)
         finally:
             ledger.merge(spent)
-        return replace(chosen, pool_hash=task.pool.content_hash, target_fraction=self.target_fraction or 0.0)
+        return replace(
+            _in_order(chosen, task.pool),
+            pool_hash=task.pool.content_hash,
+            target_fraction=self.target_fraction or 0.0,
+        )
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `cads.optimizer.Selector`."""
@@ -88,7 +96,8 @@ class Search(ABC):
 
     def full_pool(self, task: Task, budget: Budget, seed: int, ledger: Ledger, note: str) -> Selection:
         """What is returned when nothing can be tried."""
-        return uniform(task, budget, method=self.method, seed=seed, ledger=ledger, notes={"guard": note})
+        everything = uniform(task, budget, method=self.method, seed=seed, ledger=ledger, notes={"guard": note})
+        return replace(everything, config=asdict(self), target_fraction=self.target_fraction or 0.0)
 
     @abstractmethod
     def spend(self, purse: Planned, training: float) -> bool:
@@ -97,6 +106,19 @@ class Search(ABC):
     @abstractmethod
     def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
         """Find something to train on with the ledger of `inner`, for a final training of `training` FLOPs."""
+
+
+def _in_order(chosen: Selection, pool: Pool) -> Selection:
+    """The same Selection in the order of `pool`: that of a proxy may be another one."""
+    place = pc.index_in(pool.ids, value_set=chosen.ids).to_numpy()
+    return replace(
+        chosen,
+        ids=pool.ids,
+        score=chosen.score[place],
+        probability=chosen.probability[place],
+        selected=chosen.selected[place],
+        sources=None if chosen.sources is None else [chosen.sources[i] for i in place],
+    )
 
 
 def verdict(beaten: bool) -> str:

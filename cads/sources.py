@@ -14,7 +14,7 @@ import numpy as np
 from cads.budget import Budget, Ledger
 from cads.control import Control
 from cads.design import d_optimal, n_columns
-from cads.errors import ConfigError
+from cads.errors import ConfigError, DataError
 from cads.estimator import corrected, direct, enumerate_masks, expected_gradient
 from cads.inner import Inner, Planned, Purse, Runs
 from cads.one_run import OneRunSearch, by_source
@@ -92,6 +92,12 @@ class CadsSources(OneRunSearch):
 
     method: ClassVar[str] = "cads-s"
     weigh = staticmethod(by_source)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("policy", ("bernoulli", "mixture")), ("reach", ("fitted", "extrapolated"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: choose from {list(known)}")
 
     def spend(self, purse: Planned, training: float) -> bool:
         """What `search` would do; see `Search`."""
@@ -268,11 +274,21 @@ def source_risks(inner: Inner, space: Space, training: float, seed: int) -> np.n
 
 
 def run_rung(inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: int, height: int) -> Runs:
-    """Train each draw on the rung's share of the pool, all from the same weights and in the same order."""
+    """Train each draw on the rung's share of the pool, all from the same weights and in the same order.
+
+    Raises:
+        DataError: if the run on the full pool, which all others are measured against, has no finite objective.
+    """
     positions = subsample(inner.task.pool, rung.data, derive(seed, "subsample"))
     order = derive(seed, "rung", height)
     streams = [space.stream(draw, positions, order) for draw in draws]
-    return inner.run(streams, rung.flops, seed=order, stage=rung.stage)
+    runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage)
+    if not np.isfinite(runs.objective[0]):
+        raise DataError(
+            f"{rung.stage}: the run on the full pool met a loss that is not finite, and nothing can be compared with "
+            "it: lower the learning rate, or look at the pool"
+        )
+    return runs
 
 
 def source_selection(task: Task, space: Space, draw: np.ndarray, policy: Policy, **about: Any) -> Selection:

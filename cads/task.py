@@ -261,6 +261,7 @@ class Task(ABC):
         pool: the candidates. target: what selection optimises for. test: held out, seen by no selector.
         recipe: how the model is trained: batch size, optimizer, learning rate, precision.
         outer: the metric of `metrics` (lower is better) that selection minimises on the target.
+        source_outer: another one where whole sources are chosen; None for the same.
         accounting: how FLOPs are counted: `measured`, `analytic` or `paper`.
         mergeable: whether its models have adapters that can be written into the weights they stand on.
         proxy: the same data for a smaller model, on which selectors may work in place of the one that is trained;
@@ -269,6 +270,7 @@ class Task(ABC):
 
     name: str = "task"
     outer: str = "loss"
+    source_outer: str | None = None
     accounting: str = "measured"
     mergeable: bool = False
     proxy: Task | None = None

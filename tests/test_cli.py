@@ -332,3 +332,11 @@ class TestRefused:
         monkeypatch.setattr(VisionConfig, "build", lambda *_: pytest.fail("data was loaded first"))
         answer = cads("select", config, "--method", method, "--out", tmp_path / "run")
         refused(answer, "choose another folder")
+
+
+def test_control_c_ends_a_grid_without_a_traceback(cads, monkeypatch):
+    def stopped(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cads.cli.compare", stopped)
+    assert cads("compare") == (130, "", "cads: stopped by SIGINT; what was finished is kept")

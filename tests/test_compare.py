@@ -20,6 +20,7 @@ from baselines.random import Random, random_scores
 from cads.budget import SELECT, PlannedLedger
 from cads.cli import main
 from cads.errors import BudgetError, ConfigError
+from cads.interrupt import Interrupted
 from cads.lock import RunLock
 from cads.selection import Selection
 from cads.study.cells import Recorder
@@ -255,6 +256,18 @@ class TestRun:
         rows = run(tmp_path, seeds=1)
         assert {row["status"] for row in rows} == {DONE}
         assert {row["cell"]: row["seconds"] for row in rows if row["cell"] in before} == before
+
+    @pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted("stopped", signal.SIGTERM)])
+    def test_a_grid_that_is_stopped_stops_and_notes_no_failure(self, tmp_path, monkeypatch, stop):
+        def interrupted(*_, **__):
+            raise stop
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Full, "select", interrupted)
+            with pytest.raises(type(stop)):
+                run(tmp_path, seeds=1, budgets=["2 epochs"])
+        assert not (tmp_path / "out" / "tables").exists()
+        assert {row["status"] for row in run(tmp_path, seeds=1, budgets=["2 epochs"])} == {DONE}
 
     def test_an_unknown_metric_is_refused_before_anything_is_spent(self, tmp_path, monkeypatch):
         monkeypatch.setattr("cads.study.compare.run_cell", lambda *_: pytest.fail("compute was spent"))

@@ -3,6 +3,7 @@
 import builtins
 import gzip
 import pickle
+import signal
 import struct
 
 import datasets
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from cads.errors import ConfigError, DataError
+from cads.interrupt import Interrupted
 from cads.tasks import image_sets
 from cads.tasks.image_sets import load_cifar, load_digits, load_fashion_mnist, load_hub, load_image_folder
 from cads.tasks.images import ImageFiles, ImageTensors
@@ -318,3 +320,12 @@ def test_a_data_set_that_cannot_be_used_is_named(tmp_path):
     missing.save_to_disk(tmp_path / "missing")
     with pytest.raises(DataError, match=r"label_column = 'camera' has 1 missing"):
         load_hub(str(tmp_path / "missing"), "picture", "camera")
+
+
+def test_a_signal_while_a_data_set_loads_is_no_fault_of_the_data_set(monkeypatch):
+    def stopped(*_, **__):
+        raise Interrupted("stopped", signal.SIGTERM)
+
+    monkeypatch.setattr(datasets, "load_dataset", stopped)
+    with pytest.raises(Interrupted):
+        load_hub("anything")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from tiny_llama import MARKED, conversations, model_folder, sums, tokenizer, write_lines
 
 from cads.errors import ConfigError, DataError
+from cads.interrupt import Interrupted
 from cads.tasks.language import LanguageConfig, tokens_of
 from cads.tasks.language_data import Encoder, TextSource, load_rows
 from cads.tasks.language_formats import Renderer
@@ -407,3 +410,12 @@ class TestTokens:
         on_disk = Tokens(mapped, tokens.learned, tokens.offsets, tokens.texts, longest=64)
         assert torch.equal(on_disk.batch(np.arange(3)).labels, tokens.batch(np.arange(3)).labels)
         assert on_disk.digests() == tokens.digests()
+
+
+def test_a_signal_while_a_data_set_loads_is_no_fault_of_the_data_set(monkeypatch):
+    def stopped(*_, **__):
+        raise Interrupted("stopped", signal.SIGTERM)
+
+    monkeypatch.setattr(datasets, "load_dataset", stopped)
+    with pytest.raises(Interrupted):
+        load_rows(TextSource(dataset="anything"), 0)

@@ -17,7 +17,7 @@ from baselines.directions import AdamDirection
 from baselines.influence import GradientFeatures
 from baselines.less import Less
 from baselines.projection import ProjectionError, Sketch
-from baselines.warmup import Checkpoint, schedule, warm_up
+from baselines.warmup import Checkpoint, planned_flops, schedule, warm_up
 from cads.budget import SELECT, Budget, Ledger
 from cads.checkpoint import CheckpointConfig
 from cads.errors import CheckpointError, ConfigError, DataError
@@ -318,6 +318,14 @@ class TestProxy:
         assert ledger.total().flops == pytest.approx(Less().rank_plan(small).total().flops, rel=0.01)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_the_warm_up_is_planned_in_batches_of_similar_length(texts, share):
+    task, ledger = texts(n=400, batch_size=8), Ledger()
+    plan = schedule(task, share, 4)
+    warm_up(task, plan, seed=0, ledger=ledger)
+    assert planned_flops(task, plan) == pytest.approx(ledger.total().flops, rel=0.15)
+
+
 class TestFeaturesOnDisk:
     def run(self, task, folder, **options):
         ledger = Ledger()
@@ -373,6 +381,13 @@ class TestFeaturesOnDisk:
                 task, seed=0, ledger=Ledger()
             )
         assert len(list(tmp_path.iterdir())) == 3
+
+    def test_kept_features_cost_what_the_accounting_of_the_task_says(self, task, tmp_path):
+        self.run(task, tmp_path)
+        paper = copy.copy(task)
+        paper.__dict__.pop("costs", None)
+        paper.accounting = "paper"
+        assert self.run(paper, tmp_path)[1] == self.run(paper, tmp_path / "fresh")[1]
 
     def test_a_file_is_no_folder(self, tmp_path):
         (tmp_path / "f").write_text("")

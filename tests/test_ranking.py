@@ -73,6 +73,21 @@ class TestRankOnce:
         assert (one.score == two.score).all()
         assert first.total().flops == second.total().flops > 0
 
+    def test_a_selection_tells_where_it_was_cut_itself(self, texts, tmp_path):
+        task = texts()
+        Bm25(fraction=0.1).rank_once(task, tmp_path / "r", seed=0, ledger=Ledger())
+        ranker = Bm25(fraction=0.5, epochs=2)
+        kept = ranker.rank_once(task, tmp_path / "r", seed=0, ledger=Ledger())
+        config = ranker.cut(kept, task, Budget(1, "epochs")).config
+        assert (config["fraction"], config["epochs"], config["k1"]) == (0.5, 2, ranker.k1)
+
+    def test_other_subtasks_of_the_same_target_are_ranked_anew(self, texts, tmp_path):
+        three, one = texts(subtasks=3), texts(subtasks=1)
+        assert three.target.content_hash == one.target.content_hash
+        Bm25().rank_once(three, tmp_path / "r", seed=0, ledger=Ledger())
+        kept = Bm25().rank_once(one, tmp_path / "r", seed=0, ledger=Ledger())
+        assert (kept.score == Bm25().rank(one, seed=0, ledger=Ledger()).score).all()
+
     def test_anything_else_is_ranked_anew(self, texts, tmp_path):
         task = texts()
         other = copy.copy(task)

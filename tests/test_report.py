@@ -97,7 +97,11 @@ def made(tmp_path_factory):
         }
         write_rows(folder, "runs", f"z-{status[0]}", [{**lost, "model": "", "status": status, "error": f"why {NASTY}"}])
     import_points(EXCERPT, folder)
-    return write_report(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        # Figures of a kind differ in their numbers alone, and intervals have tests of their own.
+        patch.setattr("cads.study.evidence.MOST_BUDGETS", 2)
+        patch.setattr("cads.study.fits.N_RESAMPLES", 20)
+        return write_report(folder)
 
 
 class Tags(HTMLParser):
@@ -161,7 +165,10 @@ class TestFiles:
         for status in (FAILED, NOT_APPLICABLE):
             assert f"<strong>{status}</strong>" in text
 
-    def test_another_metric_and_the_same_page_from_the_same_tables(self, tmp_path, capsys):
+    def test_another_metric_and_the_same_page_from_the_same_tables(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr("cads.study.evidence.MOST_BUDGETS", 1)
+        monkeypatch.setattr("cads.study.report.SIMULATED_SIZES", (7.5e9,))
+        monkeypatch.setattr("cads.study.fits.N_RESAMPLES", 20)
         for budget in BUDGETS:
             add_cell(tmp_path, "full", budget, 0)
         assert main(["report", str(tmp_path), "--metric", "loss"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 
@@ -431,6 +432,35 @@ class TestJournal:
         np.testing.assert_array_equal(found, expected)
         assert ledger.total().flops == plain.total().flops
         assert ledger.total().tokens == plain.total().tokens == 15
+
+    def halves(self, tmp_path, taken, last=None):
+        """An operation, and a pass of four shards that fails at `last`."""
+        ledger = Ledger()
+
+        def shard(i):
+            if i == last:
+                raise ZeroDivisionError
+            taken.append(i)
+            return np.full(1, i)
+
+        with self.journal(tmp_path).open():
+            self.do([], 1, ledger)
+            return in_shards("pass", [], ledger, 4, shard).tolist()
+
+    def test_where_a_pass_was_outlives_a_damaged_record_of_what_came_before(self, tmp_path):
+        taken = []
+        with pytest.raises(ZeroDivisionError):
+            self.halves(tmp_path, taken, last=2)
+        (tmp_path / "journal" / "000001-finished" / "values.json").write_text("{}")
+        assert self.halves(tmp_path, taken) == taken == [0, 1, 2, 3]
+
+    def test_old_checkpoints_that_cannot_be_removed_do_not_end_the_run(self, tmp_path, monkeypatch, caplog):
+        def full(folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+        monkeypatch.setattr("cads.checkpoint.remove_folder", full)
+        assert self.halves(tmp_path, []) == [0, 1, 2, 3]
+        assert "cannot be removed" in caplog.text
 
     def test_without_a_journal_nothing_is_kept(self):
         seen = []

@@ -27,6 +27,7 @@ from rich.text import Text
 
 from cads.errors import BudgetError, CadsError, ConfigError
 from cads.folders import whole_file
+from cads.interrupt import Interrupted
 from cads.lock import LockedError, RunLock
 from cads.plan import duration
 from cads.ranking import Ranker
@@ -217,6 +218,8 @@ class Study:
         started = time.perf_counter()
         try:
             record = run_cell(plan, task, metric, Rankings(self.folder), partial)
+        except Interrupted:
+            raise
         except Exception as error:  # a cell that fails must not take the grid with it
             if not isinstance(error, CadsError):
                 log.warning("%s failed", plan.key, exc_info=error)

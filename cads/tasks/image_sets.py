@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cads.errors import ConfigError, DataError
+from cads.interrupt import Interrupted
 from cads.tasks.images import ImageData, ImageFiles, ImageTensors
 
 SYSTEM_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -233,6 +234,8 @@ def load_hub(
     # The library raises whatever its many back ends raise; all of it means that the data is not there.
     try:
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    except Interrupted:
+        raise
     except Exception as error:
         raise DataError(
             f"the data set {name!r} cannot be loaded ({error}): give a local folder (--task.path), or a name "

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cads.errors import ConfigError, DataError
-from cads.scoring import scoring_batches
+from cads.scoring import evaluating, scoring_batches
 from cads.task import Batch, Metrics, Pool, Task
 from cads.tasks.language_costs import LanguageCosts
 from cads.tasks.language_data import TextSource
@@ -356,16 +355,3 @@ def tokens_of(pool: Pool) -> Tokens:
     if not isinstance(pool.examples, Tokens):
         raise DataError(f"the {pool.name} holds {type(pool.examples).__name__}: a language task needs Tokens")
     return pool.examples
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout and gradients while the block runs."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cads.errors import ConfigError, DataError
+from cads.interrupt import Interrupted
 from cads.tasks.language_formats import Example, Format, Renderer, needed_columns, recognise
 from cads.tasks.language_tokens import Tokens
 
@@ -214,6 +215,8 @@ def _hub(source: TextSource) -> pa.Table:
 
     try:
         loaded = load_dataset(str(source.dataset), source.config, split=source.split)
+    except Interrupted:
+        raise
     except Exception as error:  # the hub client raises many kinds
         raise DataError(
             f"data set {source.dataset!r} ({source.split}) cannot be loaded: {type(error).__name__}: {error}"

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from cads.errors import ConfigError, DataError
-from cads.scoring import scoring_batches
+from cads.interrupt import Interrupted
+from cads.scoring import evaluating, scoring_batches
 from cads.task import Metrics, Pool
 from cads.tasks.language_data import Encoder, Rows
 from cads.tasks.language_formats import Renderer
@@ -110,8 +111,6 @@ def load_choices(task: LanguageTask) -> Choices:
 
 def choices(task: LanguageTask, model: nn.Module) -> Metrics:
     """Accuracy of the answer with the highest log-likelihood, and with the highest one a character (0 to 1)."""
-    from cads.tasks.language import evaluating
-
     asked = load_choices(task)
     device = next(model.parameters()).device
     likelihood = np.zeros(len(asked.pool))
@@ -150,7 +149,7 @@ def answer_pattern(task: LanguageTask) -> re.Pattern[str] | None:
 
 def exact_match(task: LanguageTask, model: nn.Module) -> Metrics:
     """Share of the test examples whose first answer greedy generation writes exactly (0 to 1)."""
-    from cads.tasks.language import evaluating, tokens_of
+    from cads.tasks.language import tokens_of
 
     tokens, pattern = tokens_of(task.test), answer_pattern(task)
     prompts, answers = first_answers(tokens)
@@ -230,6 +229,8 @@ def harness(task: LanguageTask, model: nn.Module, names: str) -> Metrics:
         # Reading the harness's own tasks takes half a minute: only where one of them is asked for.
         manager = TaskManager(include_path=folders or None, include_defaults=len(folders) == 0 or tasks != stems)
         found: Any = lm_eval.simple_evaluate(model=wrapped, tasks=tasks, task_manager=manager, bootstrap_iters=0)
+    except Interrupted:
+        raise
     except Exception as error:  # the harness and its data sets raise many kinds
         raise ConfigError(f"lm-evaluation-harness on {tasks}: {type(error).__name__}: {error}") from error
     return {

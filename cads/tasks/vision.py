@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cads.errors import ConfigError, DataError
+from cads.scoring import evaluating
 from cads.task import Batch, Metrics, Pool, Task
 from cads.tasks.calibration import calibrated_nll
 from cads.tasks.image_sets import load_cifar, load_digits, load_fashion_mnist, load_hub, load_image_folder
@@ -206,7 +206,8 @@ class VisionTask(Task):
         DataError: if labels are not in 0..len(classes)-1.
     """
 
-    outer = "tempered_loss"
+    outer = "calibrated_loss"
+    source_outer = "tempered_loss"
 
     def __init__(
         self,
@@ -282,11 +283,12 @@ class VisionTask(Task):
 
         Where labels are noisy a network trained on them is less sure of itself: the loss takes that for a fault, which
         it is not in the end, and the calibrated loss, at one temperature a model, does not see it, though it tells
-        early which labels are wrong. Their mean, the tempered loss, ranks short runs best (`experiments/results`).
+        early which sources are noisy. Their mean, the tempered loss, ranks short runs on whole sources best. Where
+        single examples are chosen by their loss, what is left makes networks sure of themselves whatever it is worth.
         """
         device = next(model.parameters()).device
         labels, size = images_of(pool).labels, _chunk_size(images_of(pool))
-        with _evaluating(model):
+        with evaluating(model):
             pieces = [self.logits(model, batch.to(device)).cpu() for batch in pool.batches(size)]
         logits = torch.cat(pieces).double()
         calibrated, _ = calibrated_nll(logits, labels)
@@ -317,18 +319,6 @@ def channel_moments(images: Images) -> tuple[tuple[float, ...], tuple[float, ...
     # A channel that is constant up to rounding carries nothing: it is centred, not blown up.
     std = (square - mean.square()).clamp(min=1.0).sqrt()
     return tuple(mean.tolist()), tuple(std.tolist())
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def images_of(pool: Pool) -> Images:
