@@ -39,7 +39,7 @@ from cads.tasks.sketch import SketchedLanguage
 from cads.trainer import TrainConfig
 
 DEFAULT_KIND, DEFAULT_METHOD = "vision", "cads-s"
-PLAN_WIDTH = 100
+PLAN_WIDTH = 112
 """Columns of a plan, where the terminal has fewer."""
 SECTIONS = ("task", "train", "options", "selectors", "checkpoint")
 """The parts of a configuration file that map names to values themselves."""

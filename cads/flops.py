@@ -231,7 +231,8 @@ class Costs:
     def usages(self, pool: Pool) -> np.ndarray:
         """One forward and backward pass of each example of `pool` by itself, without padding; shape (N,)."""
         representatives, codes = pool.examples.shapes()
-        return np.array([self._price(pool.batch([r])).usage for r in representatives])[codes]
+        usages = [self._price(pool.batch([r])).usage for r in representatives]
+        return np.array(usages, dtype=np.float64)[codes]
 
     def forward_pool(self, pool: Pool) -> float:
         """One forward pass over all of `pool`, without padding."""

@@ -135,7 +135,7 @@ def planned_flops(price: BatchPrice, pool: Pool, *, tokens: int = SCORED_TOKENS)
     """
     if lengths(pool) is None:
         representatives, codes = pool.examples.shapes()
-        prices = np.array([price(pool.batch([r])) for r in representatives])
+        prices = np.array([price(pool.batch([r])) for r in representatives], dtype=np.float64)
         return float(prices @ np.bincount(codes, minlength=len(prices)))
     batches = scoring_batches(pool, tokens=tokens)
     count = min(len(batches), PLANNED_BATCHES)

@@ -18,6 +18,7 @@ from cads import scoring
 from cads.budget import SELECT, Ledger, PlannedLedger
 from cads.counting import count_flops
 from cads.errors import ConfigError, DataError
+from cads.flops import Price
 from cads.scorers import on_pool, on_target, plan_training, scorer_of
 from cads.scoring import Counted, budget_batches, by_id, lengths, planned_flops, score_pool, scoring_batches
 from cads.task import Pool
@@ -189,3 +190,12 @@ def test_the_model_is_evaluated_not_trained(features):
     model = task.model(0)
     assert isinstance(model, nn.Module)
     assert (score(task, model)[0] == score(task, model)[0]).all()
+
+
+def test_a_large_model_on_a_large_pool_does_not_overflow(features):
+    """Closed forms give whole numbers, and their sum over a pool can be more than 64 bits hold."""
+    pool = features().pool
+    assert planned_flops(lambda batch: 2**62 * len(batch), pool) == pytest.approx(2.0**62 * len(pool))
+    task = features()
+    task.costs._accounting.price = lambda batch: Price(2**61, 2**62, 1)
+    assert np.cumsum(task.costs.usages(task.pool))[-1] == pytest.approx(2.0**62 * len(task.pool))
