@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cads.counting import count_flops
 from cads.errors import ConfigError
+from cads.interrupt import Interrupted
 from cads.scorers import device_of
 from cads.scoring import Counted, budget_batches, planned_flops, scoring_batches
 from cads.task import Pool, Task
@@ -201,6 +202,8 @@ def load_encoder(name: str) -> Any:
         ) from error
     try:
         model = SentenceTransformer(name, trust_remote_code=False)
+    except Interrupted:
+        raise
     except Exception as error:
         # What a missing or damaged model raises depends on which of its files is read first.
         raise ConfigError(
