@@ -20,7 +20,7 @@ from cads.inner import Inner, Planned, Purse
 from cads.monitor import Monitor
 from cads.one_run import OneRunSearch, by_example
 from cads.operations import candidates_flops
-from cads.optimizer import Rung, strata, subsample
+from cads.optimizer import Rung, data_share, strata, subsample
 from cads.search import NOTHING, verdict
 from cads.seeds import derive
 from cads.selection import Selection
@@ -30,18 +30,21 @@ THETA_SHARE, THETA_PASSES = 0.2, 20
 """theta is fitted to the target for this share of C, but for no more passes over it than this."""
 REFERENCE_SHARE = 0.25
 """u is trained on the pool for this share of C."""
-MOST_FOR_SCORES = 0.6
-"""Share of the allowance that theta, u and their passes over the pool may take; the rest compares on the target."""
+EACH_OF_ALLOWANCE = 0.15
+"""Share of the allowance that theta, and u, take at most."""
 STEPS = (
-    (0.6, 0.0), (0.7, -1.0), (0.85, 0.0), (0.6, 1.0), (0.5, -1.0), (0.85, -1.0), (0.5, 0.0), (0.7, 1.0),
-    (0.4, 1.0), (0.7, 0.0), (0.6, -1.0), (0.85, 1.0), (0.4, 0.0), (0.25, 1.0), (0.25, 0.0),
+    (0.6, -1.0), (0.85, 1.0), (0.5, 1.0), (0.85, -1.0), (0.6, 0.0), (0.5, -1.0), (0.85, 0.0), (0.95, -1.0),
 )  # fmt: skip
-"""Steps that are tried, widest spread first: the expected share of the pool that is kept, which is the length of
+"""Steps that are tried, the widest spread first: the expected share of the pool that is kept, which is the length of
 the step, and the weight c2/c1 of l*, which must come from the data. Positive, it cancels what u has learned by
 heart, as in the penalty; at few passes u has learned nothing by heart and l* carries no such signal, but u is one
 more opinion on what belongs to the task: there the weight is negative."""
-LEAST_STEPS = 40
-"""Steps of the shortest run that compares candidates: they hold easy examples, which help early and not later."""
+FIDELITIES = (1 / 8, 1 / 4, 1 / 2)
+"""Shares of C: of the runs that compare candidates where the allowance is small; of those that do so otherwise; and
+of those in which the best candidate must then beat the full pool. Shorter runs take easy examples for the better ones,
+since they help early and not later."""
+LEAST_STEPS, LEAST_RUNS = 40, 3
+"""Steps of the shortest run, and runs, the full pool's among them, that are worth comparing."""
 SHARPNESS = 3.0
 """Slope of the probabilities in the standardised signal."""
 
@@ -87,7 +90,7 @@ class CadsExamples(OneRunSearch):
             purse.losses(n, stage="l*")
         steps = affordable_steps(with_reach=u > 0)
         purse.learn(candidates_flops(n, len(steps)))
-        rungs = purse.ladder(training, least=LEAST_STEPS)
+        rungs = comparisons(purse, training)
         for rung in rungs:
             purse.run(min(rung.runs, 1 + len(steps)), rung.flops, stage=rung.stage)
         return bool(rungs)
@@ -98,7 +101,7 @@ class CadsExamples(OneRunSearch):
         signals = example_losses(inner, training, seed)
         policies = candidates(*signals, task.groups(task.pool))
         inner.learn(candidates_flops(len(task.pool), len(policies)))
-        rungs = inner.ladder(training, least=LEAST_STEPS)
+        rungs = comparisons(inner, training)
         if not rungs:
             return self.full_pool(task, budget, seed, ledger, NOTHING)
         everything = Candidate(np.ones(len(task.pool)), 0.0, 1.0)
@@ -116,7 +119,7 @@ class CadsExamples(OneRunSearch):
             monitor.scalar("outer/entropy", entropy(best.probability), height)
             monitor.scalar("control/c2_over_c1", best.reach_weight, height)
             monitor.histogram("outer/probabilities", best.probability, height)
-        if not self.guard and len(field) > 1:
+        if not self.guard and len(field) > 1 and np.isfinite(gains[1]):
             best = field[1]
         gain = 0.0 if best is everything else -float(gains[1])
         monitor.panels(task.pool, best.probability, len(rungs), task.describe)
@@ -141,16 +144,38 @@ class CadsExamples(OneRunSearch):
 
 def score_flops(purse: Purse, training: float) -> tuple[float, float]:
     """What theta and u are trained for; 0 for what the ledger does not buy, with its pass over the pool."""
-    theta = purse.target_flops(THETA_SHARE, THETA_PASSES, training)
+    each = EACH_OF_ALLOWANCE * purse.ledger.left / training
+    theta = purse.target_flops(min(THETA_SHARE, each), THETA_PASSES, training)
     n = len(purse.task.pool)
-    scoring, updating = purse.scoring_flops(n), candidates_flops(n, len(STEPS))
-    most = MOST_FOR_SCORES * purse.ledger.left
-    if theta < purse.step_flops or theta + scoring + updating > most:
+    scoring = purse.scoring_flops(n)
+    comparing = LEAST_RUNS * (shortest(purse, training, FIDELITIES[0]) * training + purse.measuring_flops)
+    most = purse.ledger.left - comparing - candidates_flops(n, len(STEPS))
+    if theta < purse.step_flops or theta + scoring > most:
         return 0.0, 0.0
-    u = REFERENCE_SHARE * training
-    if u < purse.step_flops or theta + u + 2 * scoring + purse.measuring_flops + updating > most:
+    u = min(REFERENCE_SHARE, each) * training
+    if u < purse.step_flops or theta + u + 2 * scoring + purse.measuring_flops > most:
         return theta, 0.0
     return theta, u
+
+
+def comparisons(purse: Purse, training: float) -> list[Rung]:
+    """The short runs that what is left of the ledger buys: of candidates, and of the best one against the full pool."""
+    left, passes = purse.ledger.left, purse.passes(training)
+    small, usual, confirmed = (shortest(purse, training, f) for f in FIDELITIES)
+    price = {f: f * training + purse.measuring_flops for f in (small, usual, confirmed)}
+    if (first := int((left - 2 * price[confirmed]) / price[usual])) >= LEAST_RUNS and usual < confirmed:
+        runs = {usual: first, confirmed: 2}
+    else:
+        f = usual if left >= LEAST_RUNS * price[usual] else small
+        runs = {f: int(left / price[f])}
+    if min(runs) > 1 or next(iter(runs.values())) < LEAST_RUNS:
+        return []
+    return [Rung(f, f * training, data_share(f, passes, decides=True), n) for f, n in runs.items()]
+
+
+def shortest(purse: Purse, training: float, fidelity: float) -> float:
+    """`fidelity`, or more where that would be too few steps."""
+    return max(fidelity, LEAST_STEPS * purse.step_flops / training)
 
 
 def example_losses(inner: Inner, training: float, seed: int) -> tuple[np.ndarray, np.ndarray | None]:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from cads.budget import Budget
 from cads.errors import BudgetError, ConfigError
 from cads.optimizer import (
-    COUNTED_ALLOWANCE,
     KEPT_PASSES,
     MIN_STEPS,
     check_step,
+    counted_allowance,
     distinct,
     divide,
     ladder,
@@ -50,7 +50,13 @@ def test_a_counted_selection_and_training_share_the_budget(features, epochs, all
     elif not counted:
         assert division.selection == pytest.approx(default * total)
     else:
-        assert division.selection == pytest.approx(min(default, COUNTED_ALLOWANCE) * division.training)
+        assert division.selection == pytest.approx(min(default, counted_allowance(task, total)) * division.training)
+
+
+@pytest.mark.parametrize(("passes", "allowance"), [(0.5, 1 / 3), (4, 1 / 3), (6, 0.5), (12, 1.0), (100, 1.0)])
+def test_selection_may_spend_more_of_a_budget_whose_passes_repeat_the_pool(features, passes, allowance):
+    task = features(batch_size=16)
+    assert counted_allowance(task, Budget(passes, "epochs").flops(task)) == pytest.approx(allowance, rel=1e-6)
 
 
 def test_budgets_that_cannot_be_divided_are_refused(features):

@@ -209,6 +209,17 @@ class TestStyle:
         assert colour_of("unheard of") in PALETTE.values()
 
 
+def test_figures_of_an_earlier_report_are_removed(made):
+    folder = made.page.parent
+    stale, ours = made.figures / "break-even-99.png", made.figures / "notes.txt"
+    stale.write_bytes(b"")
+    ours.write_text("kept")
+    drawn = {f.name for f in made.figures.iterdir()} - {stale.name}
+    write_report(folder)
+    assert {f.name for f in made.figures.iterdir()} == drawn
+    ours.unlink()
+
+
 def test_overlaps_are_those_of_the_ids(made):
     """The number drawn for two methods is the Jaccard index of their ids."""
     from cads.study.evidence import by_place, overlap

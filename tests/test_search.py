@@ -40,7 +40,7 @@ def test_a_proxy_in_another_order_selects_in_the_order_of_the_pool(features, kin
     alone = kind(allowance=2.75).select(own, Budget(16, "epochs"), seed=0, ledger=Ledger())
     assert chosen.pool_hash == task.pool.content_hash
     assert chosen.ids.equals(task.pool.ids)
-    assert chosen.sources == [task.pool.source_names[s] for s in task.pool.sources]
+    assert chosen.sources.to_pylist() == [task.pool.source_names[s] for s in task.pool.sources]
     np.testing.assert_array_equal(chosen.score[order], alone.score)
     np.testing.assert_array_equal(chosen.probability[order], alone.probability)
     np.testing.assert_array_equal(chosen.selected[order], alone.selected)
@@ -74,7 +74,9 @@ def test_a_full_pool_that_diverges_is_named(features, monkeypatch):
 def test_the_gain_is_that_of_the_choice_whatever_became_of_others(features, monkeypatch, guard):
     def compare(inner, field, rung, seed, height):
         gains = np.linspace(-1.0, -0.5, len(field)) if guard else np.linspace(0.5, 1.0, len(field))
-        gains[0], gains[-1] = 0.0, np.nan
+        gains[0] = 0.0
+        if len(field) > 2:
+            gains[-1] = np.nan
         return gains
 
     monkeypatch.setattr(cads.examples, "compare", compare)

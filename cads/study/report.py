@@ -68,13 +68,23 @@ def write_report(folder: Path, out: Path | None = None, metric: str | None = Non
     page.parent.mkdir(parents=True, exist_ok=True)
     fits = to_json(groups, _smallest(runs))
     whole_file(page.parent / "fits.json", json.dumps(fits, indent=1, allow_nan=False) + "\n")
-    for drawing in (d for s in sections for d in s.drawings):
+    drawings = [d for s in sections for d in s.drawings]
+    for drawing in drawings:
         drawing.save(page.parent / "figures")
+    if page.parent == folder:
+        _sweep(folder / "figures", {d.name for d in drawings})
     sentences = [(g, [a.sentence for a in answers(g.points)]) for g in groups]
     whole_file(page, _page(folder, runs, sections, sentences))
     many = len(groups) > 1
     said = [f"{_name(g)}: {s}" if many else s for g, group in sentences for s in group]
     return Made(page, page.parent / "fits.json", page.parent / "figures", said)
+
+
+def _sweep(figures: Path, drawn: set[str]) -> None:
+    """Remove what an earlier report drew and this one did not."""
+    for file in figures.glob("*"):
+        if file.suffix in (".svg", ".png") and file.stem not in drawn:
+            file.unlink()
 
 
 def _smallest(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
