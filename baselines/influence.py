@@ -25,6 +25,7 @@ from cads.checkpoint import State
 from cads.errors import DataError
 from cads.journal import Progress, in_shards, perform
 from cads.operations import normalisation_flops, similarity_flops
+from cads.rounds import divide
 from cads.scoring import scoring_batches
 from cads.seeds import derive
 from cads.task import Batch, Pool, Task
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from baselines.less import Less
 
 TARGET, POOL, PROJECTIONS, SIMILARITIES = "target gradients", "pool gradients", "projections", "similarities"
+TARGET_BATCHES = 64
+"""Batches of the target whose means are in memory at once."""
 SHARD_EXAMPLES = 1024
 """Fewest examples of a shard, but for the last: 32 MB of features in 8,192 dimensions."""
 
@@ -120,10 +123,18 @@ class GradientFeatures:
         product with the mean."""
         pool, d = self._target, self._projection.dimension
         found = torch.zeros(len(weights), d, dtype=torch.float64, device=self._device)
-        for rows in scoring_batches(pool, tokens=self._options.batch_tokens):
+        batches = scoring_batches(pool, tokens=self._options.batch_tokens)
+
+        def centre(i: int) -> np.ndarray:
+            rows = batches[i]
             features = self._of(pool, rows, TARGET, adam=False, ledger=self._ledger)
-            found += weights[:, torch.from_numpy(rows).to(self._device)] @ features.double()
+            mean = weights[:, torch.from_numpy(rows).to(self._device)] @ features.double()
             self._ledger.charge(SELECT, SIMILARITIES, similarity_flops(len(weights), len(rows), d))
+            return np.asarray(mean.cpu().numpy())
+
+        for i in range(0, len(batches), TARGET_BATCHES):
+            for mean in divide(self._ledger, range(i, min(i + TARGET_BATCHES, len(batches))), centre):
+                found += torch.from_numpy(mean).to(self._device)
         return found
 
     def _shard(self, batches: Sequence[np.ndarray], centres: Tensor) -> np.ndarray:

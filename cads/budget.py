@@ -113,6 +113,7 @@ class Ledger:
     def __init__(self, limit: float | None = None) -> None:
         self.limit = limit
         self.entries: dict[tuple[str, str], Entry] = {}
+        self._noted: list[dict[str, Any]] | None = None
 
     def charge(
         self,
@@ -136,12 +137,25 @@ class Ledger:
             raise BudgetError(
                 f"{phase}/{stage} would spend {flops:.4g} FLOPs where {self.left:.4g} of {self.limit:.4g} are left"
             )
+        if self._noted is not None:
+            amounts = Entry(flops, usages, tokens, answer_tokens, seconds)
+            self._noted.append({"phase": phase, "stage": stage, **asdict(amounts)})
+            return
         entry = self.entries.setdefault((phase, stage), Entry())
         entry.flops += flops
         entry.usages += usages
         entry.tokens += tokens
         entry.answer_tokens += answer_tokens
         entry.seconds += seconds
+
+    @contextmanager
+    def noting(self) -> Iterator[list[dict[str, Any]]]:
+        """Note the charges of the block, in order, instead of adding them: `charge(**noted)` adds them later."""
+        before, self._noted = self._noted, []
+        try:
+            yield self._noted
+        finally:
+            self._noted = before
 
     @contextmanager
     def timed(self, phase: str, stage: str) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -28,6 +29,7 @@ from cads.interrupt import Interrupted
 from cads.monitor import Monitor
 from cads.outcome import train_on
 from cads.plan import Plannable, make_plan
+from cads.processes import TIMEOUT, TIMEOUT_VARIABLE, close, everyone, is_shared
 from cads.published import PUBLISHED
 from cads.registry import SELECTORS, TASKS, build_selector, names, selector_class, task_config_class
 from cads.running import Run
@@ -47,7 +49,7 @@ PRODUCTS = {"select": ("selection",), "train": ("model.safetensors", "results.js
 """What is in the folder of a run when a command has finished."""
 WITHOUT_EFFECT = ("out", "overwrite", "tensorboard", "progress", "checkpoint", "selection")
 """Settings that do not decide on the result: a selection is known by its contents, not by where it is."""
-USAGE = """usage: cads COMMAND [CONFIG] [flags]
+USAGE = f"""usage: cads COMMAND [CONFIG] [flags]
 
 What should I train on, given a pool, a validation set, a model and a compute budget in FLOPs?
 
@@ -58,7 +60,11 @@ commands:
   compare  run a grid of methods, budgets, seeds, model sizes and tasks
   report   figures, fits and one page of HTML from the results of a grid
 
-`cads COMMAND --help` explains every field; `cads COMMAND --print_config` writes the whole configuration."""
+`cads COMMAND --help` explains every field; `cads COMMAND --print_config` writes the whole configuration.
+
+several processes: `accelerate launch --multi_gpu --num_processes N -m cads COMMAND ...` (GPUs), or
+`torchrun --nproc_per_node N -m cads COMMAND ...` (also on CPUs). They divide training, replicas, scoring and gradients;
+the result is that of one process up to rounding. One waits {TIMEOUT:g} s for another, or {TIMEOUT_VARIABLE} seconds."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,27 +89,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"cads: command {argv[0]!r} is unknown: use one of {', '.join(commands)}", style="red")
         return 2
     try:
+        if not everyone().first:
+            logging.getLogger().setLevel(logging.ERROR)
         commands[argv[0]](argv[1:])
+        close()
     except Interrupted as stopped:
-        console.print(f"cads: {stopped}", style="yellow", markup=False, highlight=False)
+        _say(console, stopped, f"cads: {stopped}", "yellow")
         return stopped.status
     except KeyboardInterrupt:
         console.print("cads: stopped by SIGINT; what was finished is kept", style="yellow")
         return 128 + signal.SIGINT
     except CadsError as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        _say(console, error, f"{type(error).__name__}: {error}", "red")
         return 1
     except OSError as error:
         where = f"{error.filename!r}: " if error.filename else ""
-        console.print(f"cads: {where}{error.strerror or error}", style="red", markup=False, highlight=False)
+        _say(console, error, f"cads: {where}{error.strerror or error}", "red")
         return 1
     return 0
 
 
+def _say(console: Console, error: Exception, text: str, style: str) -> None:
+    """Say why a command ends: the first process, and any that is alone with its reason."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or not (is_shared(error) or isinstance(error, Interrupted)):
+        console.print(f"process {rank}: {text}" if rank else text, style=style, markup=False, highlight=False)
+
+
 def plan(argv: list[str]) -> None:
     """Say what each method would cost and what is left to train with; nothing is trained, no weights are loaded."""
-    config, parser = _read("plan", argv)
-    objects = parser.instantiate(config)
+    world = everyone()
+    config, _, objects = world.each(lambda: _read("plan", argv))
     rate, rate_from = config.flops_per_second, "given"
     if rate is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,22 +143,21 @@ def plan(argv: list[str]) -> None:
         task, budget, methods, flops_per_second=rate, rate_from=rate_from, strict=config.methods is not None
     )
     made.refused.update(unplanned)
-    Console(width=max(PLAN_WIDTH, Console().width)).print(made.table())
-    if config.json is not None:
+    Console(width=max(PLAN_WIDTH, Console().width), quiet=not world.first).print(made.table())
+    if config.json is not None and world.first:
         Path(config.json).write_text(json.dumps(made.to_json(), indent=2) + "\n")
 
 
 def select(argv: list[str]) -> None:
     """Choose what to train on, and write a Selection."""
-    config, parser = _read("select", argv)
-    objects = parser.instantiate(config)
+    world = everyone()
+    config, parser, objects = world.each(lambda: _read("select", argv))
     out = Path(config.out or f"runs/{config.method}")
-    check_folder(out / "selection")
-    console = Console()
+    world.on_first(lambda: check_folder(out / "selection"))
+    console = Console(quiet=not world.first)
     ledger = Ledger()
     with _run("select", parser, config, objects, out) as run:
-        task: Task = objects.task.build(objects.train)
-        task.check()
+        task = world.each(lambda: _task(objects))
         budget = Budget.parse(config.budget, count_selection=config.count_selection)
         if not run.begin(**task.identity, versions=versions()):
             console.print(_finished(out / "selection"), soft_wrap=True)
@@ -155,8 +170,8 @@ def select(argv: list[str]) -> None:
                 {"method": config.method, "budget": str(budget), "seed": config.seed},
                 {"selected_share": share, "selection_flops": ledger.total(SELECT).flops},
             )
-            chosen.save(out / "selection")
-        _write_config(parser, config, out)
+            world.on_first(lambda: str(chosen.save(out / "selection")))
+        world.on_first(lambda: _write_config(parser, config, out))
         run.finish()
     console.print(summary(chosen))
     console.print(ledger.table())
@@ -167,17 +182,16 @@ def select(argv: list[str]) -> None:
 
 def train(argv: list[str]) -> None:
     """Train the final model on a Selection within the budget, and test it."""
-    config, parser = _read("train", argv)
+    world = everyone()
+    config, parser, objects = world.each(lambda: _read("train", argv))
     if config.selection is None:
         raise ConfigError("--selection is missing: give the folder that `cads select` wrote")
-    objects = parser.instantiate(config)
-    chosen = Selection.load(config.selection)
+    chosen = world.each(lambda: Selection.load(config.selection))
     given = Path(config.selection)
     out = Path(config.out or (given.parent if given.name == "selection" else given) / "train")
-    console = Console()
+    console = Console(quiet=not world.first)
     with _run("train", parser, config, objects, out) as run:
-        task: Task = objects.task.build(objects.train)
-        task.check()
+        task = world.each(lambda: _task(objects))
         task.check_merge(config.merge)
         budget = Budget.parse(config.budget, count_selection=config.count_selection)
         if not run.begin(**task.identity, selection=chosen.content_hash, versions=versions()):
@@ -190,8 +204,8 @@ def train(argv: list[str]) -> None:
                 {"method": chosen.method, "budget": str(budget), "seed": config.seed},
                 {**outcome.metrics, "total_flops": outcome.ledger.total().flops},
             )
-            outcome.save(out, merge=config.merge)
-        _write_config(parser, config, out)
+            world.on_first(lambda: str(outcome.save(out, merge=config.merge)))
+        world.on_first(lambda: _write_config(parser, config, out))
         run.finish()
     console.print(outcome.ledger.table())
     table = Table(title="test set", title_justify="left")
@@ -204,6 +218,12 @@ def train(argv: list[str]) -> None:
         f"({outcome.fit.flops_per_second:.3g} FLOP/s)"
     )
     console.print(f"Model and results: {out}")
+
+
+def _task(objects: Namespace) -> Task:
+    task: Task = objects.task.build(objects.train)
+    task.check()
+    return task
 
 
 def _run(command: str, parser: ArgumentParser, config: Namespace, objects: Namespace, out: Path) -> Run:
@@ -232,8 +252,9 @@ def summary(selection: Selection) -> Table:
     return table
 
 
-def _read(command: str, argv: list[str]) -> tuple[Namespace, ArgumentParser]:
-    """The configuration of a command, from its file (the first argument, or --config) and its flags."""
+def _read(command: str, argv: list[str]) -> tuple[Namespace, ArgumentParser, Namespace]:
+    """The configuration of a command, from its file (the first argument, or --config) and its flags; what reads and
+    writes it; and the objects that it describes."""
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
     given: dict[str, Any] = {}
@@ -263,7 +284,7 @@ def _read(command: str, argv: list[str]) -> tuple[Namespace, ArgumentParser]:
     config = parser.parse_args([*file, *flags])
     if config.seed < 0:
         raise ConfigError(f"seed = {config.seed}: it must be >= 0")
-    return config, parser
+    return config, parser, parser.instantiate(config)
 
 
 def _parser(command: str, kind: str, method: str) -> ArgumentParser:
@@ -341,7 +362,7 @@ def _flag(flags: list[str], name: str) -> str | None:
 
 def _monitor(config: Namespace, out: Path, command: str) -> Monitor:
     folder = out / "tensorboard" / command if config.tensorboard else None
-    if folder is not None:
+    if folder is not None and everyone().first:
         # A run that is gone on from shows what it has done before once more.
         shutil.rmtree(folder, ignore_errors=True)
     return Monitor(folder, Console(stderr=True) if config.progress and sys.stderr.isatty() else None)
@@ -352,3 +373,7 @@ def _write_config(parser: ArgumentParser, config: Namespace, out: Path) -> None:
     replayed = config.clone()
     replayed.overwrite = False
     whole_file(out / "config.yaml", parser.dump(replayed, skip_unset=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

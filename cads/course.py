@@ -95,12 +95,11 @@ class Course:
         self.losses.append(loss)
         self.spent.append(self.total)
 
-    def see(self, positions: np.ndarray, losses: Tensor) -> None:
+    def see(self, positions: np.ndarray, losses: np.ndarray) -> None:
         """Keep the losses (nats, shape (n,)) of the pool examples at `positions`, those that are finite."""
         if self.example_losses is not None:
-            found = losses.detach().double().cpu().numpy()
-            sound = np.isfinite(found)
-            self.example_losses[positions[sound]] = found[sound]
+            sound = np.isfinite(losses)
+            self.example_losses[positions[sound]] = losses[sound]
 
     def charge(self, ledger: Ledger, phase: str, stage: str) -> None:
         """Charge a ledger for all of it, but for what was done before `go_on_from`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,9 +13,11 @@ from torch import nn
 from cads.budget import SELECT, Ledger, PlannedLedger
 from cads.checkpoint import State
 from cads.draws import Draws, Stream
-from cads.journal import Progress, perform
+from cads.journal import perform, perform_apart
 from cads.monitor import Monitor
 from cads.optimizer import MIN_STEPS, Rung, ladder
+from cads.processes import current
+from cads.rounds import Operation, Progress, Standing
 from cads.scoring import planned_flops, score_pool
 from cads.task import Objective, Pool, Task
 from cads.trainer import Trainer
@@ -81,10 +84,16 @@ class Purse:
         batch_size = self.task.recipe.batch_size
         return min(share * training, passes * self._step(self.fitted) / batch_size * len(self.fitted))
 
-    def ladder(self, training: float, per_rung: float = 0.0, least: int = MIN_STEPS) -> list[Rung]:
-        """The short runs that what is left of the ledger buys, for a final training of `training` FLOPs."""
-        passes = training * self.task.recipe.batch_size / (self.step_flops * len(self.task.pool))
-        return ladder(training, self.ledger.left, self.step_flops, self.measuring_flops, passes, per_rung, least)
+    def ladder(
+        self, training: float, per_rung: float = 0.0, least: int = MIN_STEPS, reserve: float = 0.0
+    ) -> list[Rung]:
+        """The short runs that what is left of the ledger, less `reserve`, buys for a final training of `training`."""
+        left = max(0.0, self.ledger.left - reserve)
+        return ladder(training, left, self.step_flops, self.measuring_flops, self.passes(training), per_rung, least)
+
+    def passes(self, training: float) -> float:
+        """Over the pool, that `training` FLOPs buy."""
+        return training * self.task.recipe.batch_size / (self.step_flops * len(self.task.pool))
 
     def learn(self, flops: float) -> None:
         """Pay for moving a policy."""
@@ -162,21 +171,55 @@ class Inner(Purse):
         draws = Draws(self.task.pool, streams, self.task.recipe.batch_size)
         fit = self.trainer.fit_replicas(models, draws, flops, seed=seed, phase=SELECT, stage=stage)
         objective = np.full(len(models), np.nan)
-        for k, model in enumerate(fit.models):
-            if not fit.diverged[k]:
-                objective[k] = self.measure(model, f"{stage}, measuring")
+        sound = np.flatnonzero(~fit.diverged)
+        objective[sound] = self.measure_each([fit.models[k] for k in sound], f"{stage}, measuring")
         return Runs(objective, fit.losses, fit.flops, fit.training_loss, fit.models)
+
+    def measure_each(self, models: Sequence[nn.Module], stage: str) -> list[float]:
+        """The outer objective of each model on the target; several processes measure one each at a time."""
+        size = current().size
+        if size == 1:
+            return [self.measure(model, stage) for model in models]
+        waves = [models[start : start + size] for start in range(0, len(models), size)]
+        return [value for wave in waves for value in self._measure_wave(wave, stage)]
 
     def measure(self, model: nn.Module, stage: str) -> float:
         """The outer objective of one model on the target."""
-        device = self.trainer.accelerator.device
 
         def compute(_: Progress) -> State:
             self.ledger.charge(SELECT, stage, self.measuring_flops)
             with self.ledger.timed(SELECT, stage):
-                return State({"objective": float(self.task.objective(model.to(device), self._outer, self.measured))})
+                found = self._objective(model)
+            # All decide by the same bits.
+            return State({"objective": current().on_first(lambda: found)})
 
         return perform("measuring", [stage], self.ledger, compute).number("objective")
+
+    def _measure_wave(self, models: Sequence[nn.Module], stage: str) -> list[float]:
+        """Measure at most one model a process."""
+        rank = current().rank
+
+        def part(_: Progress, standing: list[Standing]) -> State:
+            if rank >= len(models) or standing[rank].finished:
+                return State()
+            started = time.perf_counter()
+            found = self._objective(models[rank])
+            return State({"objective": found, "seconds": time.perf_counter() - started})
+
+        def join(parts: list[State]) -> list[State | None]:
+            return [state if state.values else None for state in parts[: len(models)]]
+
+        def settle(state: State) -> None:
+            self.ledger.charge(SELECT, stage, self.measuring_flops)
+            self.ledger.charge(SELECT, stage, 0.0, seconds=state.values.pop("seconds"))
+
+        operations = [Operation("measuring", [stage], settle) for _ in models]
+        states = perform_apart(operations, self.ledger, part, join)
+        return [state.number("objective") for state in states]
+
+    def _objective(self, model: nn.Module) -> float:
+        device = self.trainer.accelerator.device
+        return float(self.task.objective(model.to(device), self._outer, self.measured))
 
     def losses(self, model: nn.Module, positions: np.ndarray, *, stage: str) -> np.ndarray:
         """The loss of each pool example at `positions` (shape (n,)), nats, shape (n,); one forward pass."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from cads.errors import CadsError
+from cads.processes import everyone
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -31,7 +32,11 @@ class Interrupted(CadsError):
 
 
 class Interrupts:
-    """Notes the signals that ask a run to stop, while it is told to `listen`."""
+    """Notes the signals that ask a run to stop, while it is told to `listen`.
+
+    Several processes stop together, at the next step that all of them take: there a signal to one is noted, and no
+    more. A launcher passes on what a terminal has already sent, so that a second one means nothing.
+    """
 
     def __init__(self) -> None:
         self.pending: int | None = None
@@ -76,5 +81,7 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again, self.pending = self.pending is not None, number
+        if everyone().size > 1:
+            return
         if again or not self._held:
             self.raise_if_pending("at once" if again else "between two operations")

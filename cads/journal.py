@@ -8,15 +8,12 @@ checkpoint. Nothing of this is asked of the selector.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +21,18 @@ import numpy as np
 import torch
 
 from cads.budget import Entry, Ledger
-from cads.checkpoint import CheckpointConfig, Checkpoints, State, StoredTensors
+from cads.checkpoint import CheckpointConfig, Checkpoints, State
 from cads.errors import CheckpointError, NonFiniteError
 from cads.interrupt import Interrupted, Interrupts
+from cads.processes import ProcessError, Processes, current
+from cads.records import Charges, Record, charges_since, key_of, records_of, restore, state_of
+from cads.rounds import Join, Operation, Part, Progress, Rounds, Standing, divide
 
 log = logging.getLogger(__name__)
 
 FINISHED, UNDERWAY = "finished", "underway"
-Charges = list[dict[str, Any]]
-"""What an operation added to a ledger: for each entry where it stood after, and the seconds it took."""
-
-
-class Progress:
-    """How an operation tells where it is. Outside a journal nothing is kept.
-
-    Attributes:
-        restored: what the operation last told, in a process that is gone, or None.
-    """
-
-    restored: State | None = None
-
-    def step(self, state: Callable[[], State]) -> None:
-        """One step is done; `state` is all that is needed to go on, and is asked for only if it is written down.
-
-        Raises:
-            Interrupted: if the run was asked to stop, once the state is written.
-        """
+SHARDS_AT_ONCE = 4
+"""Shards that each of several processes computes before they exchange what they have."""
 
 
 def perform(name: str, arguments: Sequence[Any], ledger: Ledger, compute: Callable[[Progress], State]) -> State:
@@ -71,14 +54,39 @@ def perform(name: str, arguments: Sequence[Any], ledger: Ledger, compute: Callab
     return journal.perform(name, arguments, ledger, compute)
 
 
+def perform_apart(operations: Sequence[Operation], ledger: Ledger, part: Part, join: Join) -> list[State]:
+    """Do operations that do not depend on each other, each process a part of them.
+
+    A journal keeps them as it would if one process had performed one after another.
+
+    Args:
+        ledger: charged by `Operation.settle`, in order. part: does what falls to this process. join: see `Join`.
+
+    Returns:
+        what came out of each; the same in all processes.
+    """
+    journal = _CURRENT.get()
+    if journal is None or journal.inside:
+        rounds = Rounds(current(), join, lambda: (0, False), lambda states, signal: None)
+        states = [_known(state) for state in join(rounds.run(part, [Standing() for _ in operations]))]
+        for operation, state in zip(operations, states, strict=True):
+            operation.settle(state)
+        return states
+    return journal.perform_apart(operations, ledger, part, join)
+
+
 def in_shards(
     name: str, arguments: Sequence[Any], ledger: Ledger, count: int, shard: Callable[[int], np.ndarray]
 ) -> np.ndarray:
     """Concatenate `shard(0)`, ..., `shard(count - 1)` along their first axis: a pass whose finished shards survive.
 
+    Several processes take shard after shard in turn.
+
     Args:
         shard: charges `ledger` for what it does.
     """
+    size = current().size
+    at_once = 1 if size == 1 else size * SHARDS_AT_ONCE
 
     def compute(progress: Progress) -> State:
         found: list[np.ndarray] = []
@@ -90,9 +98,10 @@ def in_shards(
         if progress.restored is not None:
             done = int(progress.restored.number("done"))
             found.append(_found(progress.restored))
-        for i in range(done, count):
-            found.append(shard(i))
-            done = i + 1
+        while done < count:
+            following = range(done, min(done + at_once, count))
+            found += divide(ledger, following, shard)
+            done = following.stop
             progress.step(state)
         return state()
 
@@ -105,24 +114,26 @@ def _found(state: State) -> np.ndarray:
     return np.asarray(state.tensors["found"].numpy())
 
 
-@dataclass
-class _Record:
-    """One finished operation."""
+def _known(state: State | None) -> State:
+    assert state is not None
+    return state
+
+
+@dataclass(frozen=True)
+class _Recalled:
+    """What a journal has of an operation: under which name and key, with what charges, and what came out so far."""
 
     name: str
     key: str
-    values: dict[str, Any]
+    finished: bool
     charges: Charges
-    tensors: StoredTensors | dict[str, torch.Tensor]
-    prefix: str = ""
-
-    def state(self) -> State:
-        loaded = self.tensors.load(self.prefix) if isinstance(self.tensors, StoredTensors) else self.tensors
-        return State(self.values, loaded)
+    state: State
 
 
 class Journal:
     """The operations of one run, in order, in a folder.
+
+    Of several processes the first reads and writes, and tells the others.
 
     Args:
         folder: where it is; what is there already is gone on from.
@@ -144,32 +155,32 @@ class Journal:
         self.checkpoints = Checkpoints(folder, identity)
         self.interrupts = interrupts or Interrupts()
         self.inside = False
+        self._world: Processes = current()
         self._config = config or CheckpointConfig()
-        self._finished: dict[int, _Record] = {}
-        self._pending: dict[int, _Record] = {}
-        self._underway: _Record | None = None
-        self._underway_index = -1
+        self._finished: dict[int, Record] = {}
+        self._pending: dict[int, Record] = {}
+        self._underway: dict[int, Record] = {}
         self._next = 0
         self._steps = 0
         self._written = time.monotonic()
-        self._read()
+        self._resumed = bool(self._world.on_first(self._read))
 
     @property
     def resumed(self) -> bool:
         """Whether there was something to go on from."""
-        return bool(self._finished) or self._underway is not None
+        return self._resumed
 
     @contextmanager
     def open(self) -> Iterator[Journal]:
         """Let `perform` answer from this journal within the block.
 
-        What is done is written down if the block is interrupted, if numbers go wrong, or a disk is full. A setting
-        that is refused leaves nothing beyond what was due, so that it can be corrected.
+        What is done is written down if the block is interrupted, if numbers go wrong, a disk is full, or another
+        process is lost. A setting that is refused leaves nothing beyond what was due, so that it can be corrected.
         """
         token = _CURRENT.set(self)
         try:
             yield self
-        except (Interrupted, NonFiniteError, CheckpointError, OSError):
+        except (Interrupted, NonFiniteError, CheckpointError, ProcessError, OSError):
             self._flush()
             raise
         finally:
@@ -180,51 +191,169 @@ class Journal:
     ) -> State:
         """See the function `perform`."""
         index, self._next = self._next, self._next + 1
-        before = {key: replace(entry) for key, entry in ledger.entries.items()}
-        key = _key(index, name, arguments, before)
-        if (record := self._finished.pop(index, None)) is not None:
-            self._check(index, name, key, record)
-            _restore(ledger, record.charges)
-            return record.state()
-        if self._underway is not None and self._underway_index > index:
-            # The record of this operation was damaged; writing it anew removes the file of the one under way.
-            self._underway = replace(self._underway, tensors=self._underway.state().tensors)
-        progress = _Underway(self, index, name, key, ledger, before)
-        if self._underway is not None and self._underway_index == index:
-            self._check(index, name, key, self._underway)
-            _restore(ledger, self._underway.charges)
-            progress.restored = self._underway.state()
-            self._underway = None
+        before = _entries(ledger)
+        key = key_of(index, name, arguments, before)
+        self._meet(name, key)
+        known = self._recall(index)
+        if known is not None and known.finished:
+            self._check(index, name, key, known)
+            restore(ledger, known.charges)
+            return known.state
+        progress = _Underway(self, index, name, arguments, ledger, before)
+        if known is not None:
+            self._check(index, name, progress.key, known)
+            restore(ledger, known.charges)
+            progress.restored = known.state
         self.inside = True
         try:
             with self.interrupts.held():
                 state = compute(progress)
         finally:
             self.inside = False
-        kept = state.detached()
-        self._pending[index] = _Record(name, key, kept.values, _charges(before, ledger), kept.tensors)
+        self._note(index, name, key, state, charges_since(before, ledger))
         self._steps += 1
-        if self._due() or self.interrupts.pending is not None:
-            self._flush()
-        self.interrupts.raise_if_pending(f"after {name}")
+        self._pause(f"after {name}")
         return state
 
-    def _read(self) -> None:
-        """Take in what an earlier process has written."""
+    def perform_apart(self, operations: Sequence[Operation], ledger: Ledger, part: Part, join: Join) -> list[State]:
+        """See the function `perform_apart`."""
+        first, self._next = self._next, self._next + len(operations)
+        # What is spent before each of them is known when all are done: while they are under way, it is no part of keys.
+        keys = [key_of(first + i, o.name, o.arguments, {}) for i, o in enumerate(operations)]
+        self._meet(operations[0].name, keys)
+        known = [self._recall(first + i) for i in range(len(operations))]
+        standing = []
+        for i, (operation, found) in enumerate(zip(operations, known, strict=True)):
+            if found is not None and not found.finished:
+                self._check(first + i, operation.name, keys[i], found)
+            standing.append(Standing() if found is None else Standing(found.finished, found.state))
+        states: list[State | None] = [s.state if s.finished else None for s in standing]
+        if None in states:
+            self.inside = True
+            try:
+                with self.interrupts.held():
+                    joined = join(self._rounds(first, operations, keys, join).run(part, standing))
+            finally:
+                self.inside = False
+            states = [new if old is None else old for old, new in zip(states, joined, strict=True)]
+        for i, (operation, found) in enumerate(zip(operations, known, strict=True)):
+            before = _entries(ledger)
+            key = key_of(first + i, operation.name, operation.arguments, before)
+            if found is not None and found.finished:
+                self._check(first + i, operation.name, key, found)
+                restore(ledger, found.charges)
+                continue
+            state = _known(states[i])
+            operation.settle(state)
+            self._note(first + i, operation.name, key, state, charges_since(before, ledger))
+        self._steps += len(operations)
+        self._pause(f"after {operations[0].name}")
+        return [_known(state) for state in states]
+
+    def _rounds(self, first: int, operations: Sequence[Operation], keys: Sequence[str], join: Join) -> Rounds:
+        """The rounds of operations, which are written down under their own numbers."""
+
+        def ask() -> tuple[int, bool]:
+            self._steps += 1
+            return self.interrupts.pending or 0, self._world.first and self._due()
+
+        def keep(states: list[State | None], signal: int) -> None:
+            records = {
+                first + i: Record(operations[i].name, keys[i], state.values, [], state.tensors)
+                for i, state in enumerate(states)
+                if state is not None
+            }
+            self._save_and_stop(records, signal, operations[0].name)
+
+        return Rounds(self._world, join, ask, keep)
+
+    def step(self, index: int, record: Callable[[], Record]) -> None:
+        """The operation under way has done one step."""
+        self._steps += 1
+        signal, due = self._agreed()
+        if signal or due:
+            now = record()
+            self._save_and_stop({index: now}, signal, now.name)
+
+    def _save_and_stop(self, records: dict[int, Record], signal: int, name: str) -> None:
+        """Write where operations under way are, after all that was finished before them.
+
+        Raises:
+            Interrupted: if a process was asked to stop by `signal`.
+        """
+        written = not self._world.first or self._save(records)
+        self._stop(signal, f"during {name}" + ("" if written else " (its checkpoint could not be written)"))
+
+    def _read(self) -> bool:
+        """Take in what an earlier process has written; whether there was anything."""
         self.checkpoints.sweep()
         for path, values, tensors in self.checkpoints.read(FINISHED):
-            for index, record in _records(path, values, tensors):
+            for index, record in records_of(path, values, tensors):
                 self._finished.setdefault(index, record)
         for path, values, tensors in self.checkpoints.read(UNDERWAY):
-            for self._underway_index, self._underway in _records(path, values, tensors):
-                return
+            self._underway = dict(records_of(path, values, tensors))
+            break
+        return bool(self._finished) or bool(self._underway)
 
-    def _check(self, index: int, name: str, key: str, record: _Record) -> None:
-        if record.key != key:
+    def _recall(self, index: int) -> _Recalled | None:
+        """What is known of an operation, in all processes."""
+
+        def look() -> State:
+            finished, begun = self._finished.pop(index, None), self._underway.pop(index, None)
+            record = finished or begun
+            if finished is None:
+                # Writing this operation anew removes the file of those that were under way with it, or after it where
+                # its own record was damaged.
+                for later, other in self._underway.items():
+                    self._underway[later] = replace(other, tensors=other.state().tensors)
+            if record is None:
+                return State({"name": None})
+            state = record.state()
+            about = {"name": record.name, "key": record.key, "finished": finished is not None}
+            return State({**about, "charges": record.charges, "values": state.values}, state.tensors)
+
+        found = self._world.from_first(look)
+        about = found.values
+        if about["name"] is None:
+            return None
+        state = State(about["values"], found.tensors)
+        return _Recalled(about["name"], about["key"], about["finished"], about["charges"], state)
+
+    def _check(self, index: int, name: str, key: str, known: _Recalled) -> None:
+        if known.key != key:
             raise CheckpointError(
-                f"operation {index} of this run is {name}, with other arguments than {record.name} in the journal "
+                f"operation {index} of this run is {name}, with other arguments than {known.name} in the journal "
                 f"{self.checkpoints.folder}: this run does not repeat the one before; begin anew with --overwrite true"
             )
+
+    def _note(self, index: int, name: str, key: str, state: State, charges: Charges) -> None:
+        if self._world.first:
+            kept = state.detached()
+            self._pending[index] = Record(name, key, kept.values, charges, kept.tensors)
+
+    def _meet(self, name: str, key: Any) -> None:
+        """Before an operation: all processes do the same, and end here if one of them was asked to stop."""
+        if self._world.size > 1:
+            self._world.check_alike(f"what {name} is done with", key)
+            self._stop(self._agreed()[0], f"before {name}")
+
+    def _pause(self, where: str) -> None:
+        """Between two operations: write if it is time, and end if a process was asked to."""
+        signal, due = self._agreed()
+        if signal or due:
+            self._flush()
+        self._stop(signal, where)
+
+    def _agreed(self) -> tuple[int, bool]:
+        """The signal by which some process was asked to stop, or 0; whether the first finds it time to write."""
+        due = self._world.first and self._due()
+        signal, write = self._world.largest([self.interrupts.pending or 0, int(due)])
+        return signal, bool(write)
+
+    def _stop(self, signal: int, where: str) -> None:
+        if signal:
+            self.interrupts.pending = signal
+            self.interrupts.raise_if_pending(where)
 
     def _due(self) -> bool:
         seconds, steps = self._config.every_seconds, self._config.every_steps
@@ -236,16 +365,16 @@ class Journal:
         self._steps, self._written = 0, time.monotonic()
         if not self._pending:
             return True
-        if self.checkpoints.write(FINISHED, _state_of(self._pending)) is None:
+        if self.checkpoints.write(FINISHED, state_of(self._pending)) is None:
             return False
         self._pending.clear()
         self.checkpoints.prune(UNDERWAY, keep=0)
         return True
 
-    def _save(self, index: int, record: _Record) -> bool:
-        """Write where the operation under way is, after all that was finished before it."""
+    def _save(self, records: dict[int, Record]) -> bool:
+        """Write where operations under way are, after all that was finished before them."""
         whole = self._flush()
-        if self.checkpoints.write(UNDERWAY, _state_of({index: record})) is None:
+        if self.checkpoints.write(UNDERWAY, state_of({**self._underway, **records})) is None:
             return False
         self.checkpoints.prune(UNDERWAY)
         return whole
@@ -255,82 +384,29 @@ class _Underway(Progress):
     """The progress of one operation of a journal."""
 
     def __init__(
-        self, journal: Journal, index: int, name: str, key: str, ledger: Ledger, before: dict[tuple[str, str], Entry]
+        self,
+        journal: Journal,
+        index: int,
+        name: str,
+        arguments: Sequence[Any],
+        ledger: Ledger,
+        before: dict[tuple[str, str], Entry],
     ) -> None:
         self._journal = journal
-        self._index, self._name, self._key = index, name, key
+        self._index, self._name = index, name
         self._ledger, self._before = ledger, before
+        self.key = key_of(index, name, arguments, {})
 
     def step(self, state: Callable[[], State]) -> None:
-        journal = self._journal
-        journal._steps += 1
-        if journal.interrupts.pending is None and not journal._due():
-            return
-        now = state()
-        charges = _charges(self._before, self._ledger)
-        written = journal._save(self._index, _Record(self._name, self._key, now.values, charges, now.tensors))
-        where = f"during {self._name}" + ("" if written else " (its checkpoint could not be written)")
-        journal.interrupts.raise_if_pending(where)
+        self._journal.step(self._index, lambda: self._record(state()))
+
+    def _record(self, now: State) -> Record:
+        return Record(self._name, self.key, now.values, charges_since(self._before, self._ledger), now.tensors)
 
 
-def _key(index: int, name: str, arguments: Sequence[Any], before: Mapping[tuple[str, str], Entry]) -> str:
-    spent = [[*key, entry.flops] for key, entry in before.items()]
-    return hashlib.sha256(json.dumps([index, name, list(arguments), spent]).encode()).hexdigest()
-
-
-def _charges(before: Mapping[tuple[str, str], Entry], ledger: Ledger) -> Charges:
-    """What has changed in a ledger. Sums are kept as they stand, since adding again could round otherwise."""
-    changed = []
-    for (phase, stage), entry in ledger.entries.items():
-        old = before.get((phase, stage))
-        if old != entry:
-            took = entry.seconds - (0.0 if old is None else old.seconds)
-            changed.append({"phase": phase, "stage": stage, **asdict(entry), "seconds": took})
-    return changed
-
-
-def _restore(ledger: Ledger, charges: Charges) -> None:
-    for charge in charges:
-        entry = ledger.entries.setdefault((charge["phase"], charge["stage"]), Entry())
-        entry.flops, entry.usages = charge["flops"], charge["usages"]
-        entry.tokens, entry.answer_tokens = charge["tokens"], charge["answer_tokens"]
-        entry.seconds += charge["seconds"]
-
-
-def _state_of(records: Mapping[int, _Record]) -> State:
-    """Records as one checkpoint: their values in a list, their tensors under the number of each."""
-    values, tensors = [], {}
-    for index, record in records.items():
-        about = {"index": index, "name": record.name, "key": record.key}
-        values.append({**about, "values": record.values, "charges": record.charges})
-        loaded = record.state().tensors
-        tensors.update({f"{index}/{name}": x for name, x in loaded.items()})
-    return State({"operations": values}, tensors)
-
-
-def _records(path: Path, values: dict[str, Any], tensors: StoredTensors) -> Iterator[tuple[int, _Record]]:
-    """What `_state_of` put together.
-
-    Raises:
-        CheckpointError: if the values are not such as it writes.
-    """
-    try:
-        for operation in values["operations"]:
-            charges = [_checked(charge) for charge in operation["charges"]]
-            about = (str(operation["name"]), str(operation["key"]), dict(operation["values"]), charges)
-            index = int(operation["index"])
-            yield index, _Record(*about, tensors, f"{index}/")
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"checkpoint {path} does not hold a journal: {type(error).__name__}: {error}") from error
-
-
-def _checked(charge: dict[str, Any]) -> dict[str, Any]:
-    """A charge, if all its parts are there and are numbers that a ledger can hold."""
-    amounts = [charge[f.name] for f in fields(Entry)]
-    sound = all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < math.inf for x in amounts)
-    if not (sound and isinstance(charge["phase"], str) and isinstance(charge["stage"], str)):
-        raise ValueError(f"charge {charge!r}")
-    return charge
+def _entries(ledger: Ledger) -> dict[tuple[str, str], Entry]:
+    """A copy of what a ledger holds."""
+    return {key: replace(entry) for key, entry in ledger.entries.items()}
 
 
 _CURRENT: ContextVar[Journal | None] = ContextVar("journal", default=None)

@@ -10,10 +10,12 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from cads.errors import CadsError
+from cads.processes import current
 
 log = logging.getLogger(__name__)
 
@@ -95,3 +97,18 @@ class RunLock:
         except (ValueError, TypeError, KeyError, RecursionError):
             who = "another process"
         return f"{self.folder} is in use by {who}: wait until it ends, stop it, or choose another folder with --out"
+
+
+@contextlib.contextmanager
+def held_by_first(folder: Path | str) -> Iterator[None]:
+    """Hold the lock of a folder in the first of several processes that work in it together.
+
+    Raises: as `RunLock`, in all of them.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            stack.enter_context(RunLock(folder))
+
+        current().on_first(take)
+        yield

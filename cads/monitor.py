@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from cads.processes import everyone
+
 if TYPE_CHECKING:
     from cads.budget import Ledger
     from cads.task import Pool
@@ -29,7 +31,7 @@ Describe = Callable[["Pool", np.ndarray], list[str] | None]
 
 
 class Monitor:
-    """Shows nothing and records nothing, unless told to.
+    """Shows nothing and records nothing, unless told to; of several processes the first alone does.
 
     Args:
         folder: where TensorBoard's event files go, or None for none.
@@ -37,8 +39,9 @@ class Monitor:
     """
 
     def __init__(self, folder: Path | str | None = None, console: Console | None = None) -> None:
-        self._writer = None if folder is None else SummaryWriter(str(folder))
-        self._bar = None if console is None else _bar(console)
+        first = everyone().first
+        self._writer = SummaryWriter(str(folder)) if first and folder is not None else None
+        self._bar = _bar(console) if first and console is not None else None
         self._steps: dict[str, int] = {}
         self._prefix = ""
 

@@ -16,7 +16,8 @@ from cads.errors import CheckpointError
 from cads.folders import whole_file
 from cads.interrupt import Interrupts
 from cads.journal import Journal
-from cads.lock import RunLock
+from cads.lock import held_by_first
+from cads.processes import current
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ RECORD_VERSION = 1
 
 class Run:
     """One command at work in its folder; the same command goes on from where the one before it came to.
+
+    Of several processes the first alone reads and writes here.
 
     Args:
         folder: of the run; made if need be.
@@ -58,18 +61,22 @@ class Run:
         self._record = self.folder / f"{command}.json"
         self._checkpoints = self.folder / "checkpoints" / command
         self._interrupts = Interrupts()
+        self._world = current()
         self._stack = ExitStack()
 
     def __enter__(self) -> Run:
         with ExitStack() as stack:
-            stack.enter_context(RunLock(self.folder))
+            stack.enter_context(held_by_first(self.folder))
             stack.enter_context(self._interrupts.listen())
-            self._sweep()
-            if self._overwrite:
-                self._forget()
-            self._compare({"settings": self._identity["settings"]})
+            self._world.on_first(self._look)
             self._stack = stack.pop_all()
         return self
+
+    def _look(self) -> None:
+        self._sweep()
+        if self._overwrite:
+            self._forget()
+        self._compare({"settings": self._identity["settings"]})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -89,6 +96,10 @@ class Run:
             CheckpointError: if what is there was made from something else.
         """
         self._identity |= json.loads(json.dumps(identity))
+        self._world.check_alike("what is run, on which data and with which versions,", self._identity)
+        return bool(self._world.on_first(self._begun))
+
+    def _begun(self) -> bool:
         finished = self._compare(self._identity)
         if not finished:
             self._write_record(finished=False)
@@ -98,13 +109,16 @@ class Run:
     def journal(self) -> Iterator[Journal]:
         """What is done in the block is written down, and what was done before is not done again."""
         journal = Journal(self._checkpoints, self._identity, self._config, self._interrupts)
-        if journal.resumed:
+        if journal.resumed and self._world.first:
             log.warning("%s: going on from the checkpoints in %s", self.command, self._checkpoints)
         with journal.open():
             yield journal
 
     def finish(self) -> None:
         """The product is whole: what was kept to go on from is removed."""
+        self._world.on_first(self._finish)
+
+    def _finish(self) -> None:
         self._write_record(finished=True)
         Checkpoints(self._checkpoints, {}).clear()
         if self._checkpoints.parent.is_dir() and not any(self._checkpoints.parent.iterdir()):

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from cads.budget import Budget, Ledger, PlannedLedger
@@ -34,7 +35,7 @@ class Search(ABC):
 
     allowance: float | None = None
     """Selection FLOPs at most, in units of the training FLOPs; null: 2.75 times what training the scorer would take,
-    and no more than 1/3 if the budget counts selection."""
+    and no more than 1/3 if the budget counts selection, or 1/12 for each pass it buys, up to 1."""
     outer: str | None = None
     """The metric to minimise on the target; null for the task's own."""
     guard: bool = True
@@ -60,6 +61,7 @@ class Search(ABC):
             log.warning("%s: %s", self.method, note)
             return self.full_pool(task, budget, seed, ledger, note)
         scorer, division = self.setting(task, budget)
+        scorer.check_outer(self.outer)
         spent = Ledger(limit=division.selection)
         outer = self.outer or (scorer.source_outer if self.whole_sources else None)
         inner = Inner(scorer, spent, monitor or Monitor(), outer, held_out=self.held_out)
@@ -117,7 +119,7 @@ def _in_order(chosen: Selection, pool: Pool) -> Selection:
         score=chosen.score[place],
         probability=chosen.probability[place],
         selected=chosen.selected[place],
-        sources=None if chosen.sources is None else [chosen.sources[i] for i in place],
+        sources=None if chosen.sources is None else chosen.sources.take(pa.array(place)),
     )
 
 

@@ -230,6 +230,7 @@ BAD_FLAGS = {
     "option of another": ("--method full --options.fraction 0.5", "unrecognized arguments: --options.fraction"),
     "unknown source": ("--method source --options.name dirty", "'dirty' is no source"),
     "unknown metric": ("--method cads-s --options.outer beauty", "outer = 'beauty' is no metric"),
+    "metric of which more is better": ("--method cads-e --options.outer accuracy", "that can be minimised"),
     "bad share": ("--options.fraction 2", "fraction = 2"),
     "no such source field": ("--task.sources [{nam:a}]", "source"),
     "second file": ("other.yaml", "other.yaml"),

@@ -22,6 +22,7 @@ from cads.flops import trainable_size
 from cads.monitor import Monitor
 from cads.optimizer import Selector, check_step
 from cads.outcome import train_on
+from cads.processes import current
 from cads.ranking import Ranker
 from cads.registry import build_selector
 from cads.selection import Selection
@@ -131,7 +132,7 @@ def run_cell(plan: Plan, task: Task, metric: str, rankings: Rankings, place: Pat
             {"method": cell.label, "budget": str(cell.budget), "seed": seed, "model": cell.setting.model},
             {metric: score, "total_flops": total},
         )
-    selection.save(place / "selection")
+    current().on_first(lambda: str(selection.save(place / "selection")))
     run = describe(plan, task, metric) | {
         "status": DONE,
         "score": score,
@@ -218,7 +219,9 @@ def metric_of(task: Task, wanted: str | None) -> str:
 
 def _selected(key: str, selection: Selection) -> pa.Table:
     kept = pa.array(selection.selected)
-    sources = pa.nulls(len(selection.ids), pa.string()) if selection.sources is None else pa.array(selection.sources)
+    sources = (
+        pa.nulls(len(selection.ids), pa.string()) if selection.sources is None else selection.sources.cast(pa.string())
+    )
     n = int(selection.selected.sum())
     columns = {"id": selection.ids, "source": sources, "rank": pa.array(selection.rank)}
     return pa.table({"cell": pa.array([key] * n, pa.string()), **{k: v.filter(kept) for k, v in columns.items()}})

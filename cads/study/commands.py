@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from cads.errors import ConfigError
+from cads.processes import everyone
 from cads.study.compare import Shard, Study, dry_run
 from cads.study.grid import read_grid
 from cads.study.results import import_points, read_runs
@@ -40,9 +42,11 @@ def compare(argv: Sequence[str]) -> None:
     if given.out is None and given.config is None:
         raise ConfigError("--out is missing: say where the imported points go")
     out = given.out or Path("runs") / given.config.stem
-    shard, console = Shard.parse(given.shard), Console()
+    world = everyone()
+    shard, console = Shard.parse(given.shard), Console(quiet=not world.first)
     for path in given.points:
-        console.print(f"{import_points(path, out)} points imported from {path} to {out}", highlight=False)
+        imported = world.on_first(partial(import_points, path, out))
+        console.print(f"{imported} points imported from {path} to {out}", highlight=False)
     if given.config is not None:
         run_grid(given.config, out, shard, console, dry=given.dry_run)
 
@@ -50,18 +54,21 @@ def compare(argv: Sequence[str]) -> None:
 def run_grid(config: Path, out: Path, shard: Shard, console: Console, *, dry: bool = False) -> None:
     """Plan the grid of `config`, and run it into `out` unless `dry`; ends with a table of what is there.
 
+    Several processes run each cell together.
+
     Raises:
         CadsError: if the grid cannot be used.
     """
-    study = Study(read_grid(config), out, console)
-    plans = study.plan()
+    world = everyone()
+    study = Study(world.each(lambda: read_grid(config)), out, console)
+    plans = world.each(study.plan)
     if dry:
         dry_run(plans, console)
         return
     busy = study.run(plans, shard)
     if busy:
         console.print(f"{len(busy)} cells are being run by other processes, such as {busy[0]}", markup=False)
-    found = points_of(read_runs(out))
+    found = points_of(read_runs(out)) if world.first else []
     if found:
         console.print(terminal_table(found, str(out)))
     console.print(f"results      {out}/tables", highlight=False)

@@ -28,12 +28,13 @@ from rich.text import Text
 from cads.errors import BudgetError, CadsError, ConfigError
 from cads.folders import whole_file
 from cads.interrupt import Interrupted
-from cads.lock import LockedError, RunLock
+from cads.lock import LockedError, held_by_first
 from cads.plan import duration
+from cads.processes import ProcessError, current, is_shared
 from cads.ranking import Ranker
 from cads.registry import build_selector, selector_class
 from cads.speed import matmul_flops_per_second
-from cads.study.cells import Plan, describe, metric_of, plan_cell, run_cell
+from cads.study.cells import Plan, Record, describe, metric_of, plan_cell, run_cell
 from cads.study.grid import Cell, Grid, Setting, cells, settings
 from cads.study.progress import Progress
 from cads.study.rankings import Rankings
@@ -111,20 +112,14 @@ class Study:
         Raises:
             ConfigError: if the grid's metric or an evaluation is unknown to a task; nothing has been spent then.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        whole_file(self.folder / "config.yaml", yaml.safe_dump(asdict(self.grid), sort_keys=False))
-        whole_file(self.folder / GRID_FILE, json.dumps({"cells": [p.key for p in plans]}, indent=1) + "\n")
+        world = current()
+        world.on_first(lambda: self._write_grid(plans))
         mine = list(plans)[shard.index - 1 :: shard.of]
         self._say_once(mine)
         code = code_digest(e.method for e in self.grid.methods)
         progress = Progress(self.console, mine)
-        todo = []
-        for plan in mine:
-            row = self._finished(plan)
-            if row is None:
-                todo.append(plan)
-            else:
-                progress.finished(plan, row, resumed=True)
+        done = set(world.on_first(lambda: [plan.key for plan in mine if self._show_finished(plan, progress)]))
+        todo = [plan for plan in mine if plan.key not in done]
         if progress.made_by_others(code):
             log.warning(
                 "%d finished cells were made by other code of the same version and are kept: choose another folder "
@@ -141,6 +136,18 @@ class Study:
                 if not self._attempt(plan, code, progress):
                     busy.append(plan.key)
         return busy
+
+    def _write_grid(self, plans: Sequence[Plan]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        whole_file(self.folder / "config.yaml", yaml.safe_dump(asdict(self.grid), sort_keys=False))
+        whole_file(self.folder / GRID_FILE, json.dumps({"cells": [p.key for p in plans]}, indent=1) + "\n")
+
+    def _show_finished(self, plan: Plan, progress: Progress) -> bool:
+        """Whether a cell has been finished before."""
+        row = self._finished(plan)
+        if row is not None:
+            progress.finished(plan, row, resumed=True)
+        return row is not None
 
     def task(self, setting: Setting) -> Task:
         """The task of a setting, built when it is first needed, and checked for leaks."""
@@ -191,49 +198,64 @@ class Study:
     def _attempt(self, plan: Plan, code: str, progress: Progress) -> bool:
         """Run one cell, unless another process holds it; False if one does."""
         try:
-            with RunLock(self.folder / "locks" / plan.key):
-                row = self._finished(plan)
-                resumed = row is not None
-                if row is None:
+            with held_by_first(self.folder / "locks" / plan.key):
+                if not current().on_first(lambda: self._show_finished(plan, progress)):
                     progress.started(plan)
-                    row = self._run(plan, code)
-                progress.finished(plan, row, resumed=resumed)
+                    progress.finished(plan, self._run(plan, code), resumed=False)
         except LockedError:
             return False
         return True
 
     def _run(self, plan: Plan, code: str) -> dict[str, Any]:
         """Run one cell and write its rows, `runs` last: it is what makes the cell finished."""
-        setting = plan.cell.setting
+        setting, world = plan.cell.setting, current()
         made = {"version": version(DISTRIBUTION), "code": code}
         if plan.status:
-            row = {"cell": plan.key, **_identity(plan), **made, "status": plan.status, "error": plan.note}
-            write_rows(self.folder, "runs", plan.key, [row])
+            row: dict[str, Any] = {
+                "cell": plan.key,
+                **_identity(plan),
+                **made,
+                "status": plan.status,
+                "error": plan.note,
+            }
+            world.on_first(lambda: str(write_rows(self.folder, "runs", plan.key, [row])))
             return row
         task, metric = self.task(setting), self.metric(setting)
         place = self.folder / "cells" / plan.key
         partial = place.with_name(f".{plan.key}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        world.on_first(lambda: _made_anew(partial))
         started = time.perf_counter()
         try:
             record = run_cell(plan, task, metric, Rankings(self.folder), partial)
-        except Interrupted:
+        except (Interrupted, ProcessError):
             raise
         except Exception as error:  # a cell that fails must not take the grid with it
+            if world.size > 1 and not (isinstance(error, CadsError) or is_shared(error)):
+                # The other processes do not know of it, and wait.
+                raise
             if not isinstance(error, CadsError):
                 log.warning("%s failed", plan.key, exc_info=error)
             status = OVER_BUDGET if isinstance(error, BudgetError) else FAILED
             row = describe(plan, task, metric) | made
             row |= {"status": status, "error": f"{type(error).__name__}: {error}"}
-            write_rows(self.folder, "runs", plan.key, [row | {"seconds": time.perf_counter() - started}])
+            row |= {"seconds": time.perf_counter() - started}
+            world.on_first(lambda: str(write_rows(self.folder, "runs", plan.key, [row])))
             return row
+        row = record.run | made
+        world.on_first(lambda: self._write_cell(plan, partial, place, record, row))
+        return row
+
+    def _write_cell(self, plan: Plan, partial: Path, place: Path, record: Record, row: dict[str, Any]) -> None:
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
         write_rows(self.folder, "selections", plan.key, record.selections)
         write_rows(self.folder, "examples", plan.key, record.examples)
-        write_rows(self.folder, "runs", plan.key, [record.run | made])
-        return record.run | made
+        write_rows(self.folder, "runs", plan.key, [row])
+
+
+def _made_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _identity(plan: Plan) -> dict[str, Any]:

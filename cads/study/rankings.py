@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from cads.budget import Ledger
 from cads.errors import DataError
-from cads.lock import LockedError, RunLock
+from cads.lock import LockedError, held_by_first
 from cads.monitor import Monitor
+from cads.processes import current
 from cads.ranking import CUTS, Ranker, Ranking
 from cads.selection import rank_by_score
 from cads.study.grid import Setting, content_key, readable
@@ -48,17 +49,21 @@ class Rankings:
             DataError: if the file is damaged.
         """
         path = self.folder / "tables" / "rankings" / f"{key}.parquet"
-        while not path.exists():
+        world = current()
+        while not world.on_first(path.exists):
             try:
-                with RunLock(self.folder / "locks" / key):
-                    if not path.exists():
+                with held_by_first(self.folder / "locks" / key):
+                    if not world.on_first(path.exists):
                         started = time.perf_counter()
                         ranking = ranker.rank(task, seed=seed, ledger=Ledger(), monitor=monitor)
-                        self._write(key, ranking, time.perf_counter() - started)
+                        self._write_on_first(key, ranking, time.perf_counter() - started)
             except LockedError:
                 time.sleep(WAIT_SECONDS)
-        ranking, seconds = _read(path)
+        ranking, seconds = world.each(lambda: _read(path))
         return replace(ranking, config=asdict(ranker)), seconds
+
+    def _write_on_first(self, key: str, ranking: Ranking, seconds: float) -> None:
+        current().on_first(lambda: self._write(key, ranking, seconds))
 
     def _write(self, key: str, ranking: Ranking, seconds: float) -> None:
         n = len(ranking.ids)

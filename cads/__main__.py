@@ -1,0 +1,7 @@
+"""`python -m cads`: the command line, for launchers that start a module."""
+
+import sys
+
+from cads.cli import main
+
+sys.exit(main())

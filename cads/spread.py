@@ -1,0 +1,134 @@
+"""Replicas spread over processes: each trains on one process alone, and all end with all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cads.checkpoint import State
+from cads.course import OPTIMIZER, WEIGHTS, Course
+from cads.errors import NonFiniteError
+from cads.fit import Fit
+from cads.journal import perform_apart
+from cads.processes import current
+from cads.replicas import Stacked
+from cads.rounds import Operation, Progress, Standing
+
+if TYPE_CHECKING:
+    from cads.trainer import Trainer, TrainingRun
+
+
+def spread_stack(trainer: Trainer, models: Sequence[nn.Module], run: TrainingRun) -> Fit:
+    """Train a batched model of K replicas in contiguous chunks, one a process.
+
+    Args:
+        models: the replicas. run: of all of them, which has not begun.
+
+    Raises: as `Trainer.fit_replicas`.
+    """
+    world, count = current(), len(models)
+    chunks = np.array_split(np.arange(count), world.size)
+
+    def part(progress: Progress, standing: list[Standing]) -> State:
+        rows = chunks[world.rank]
+        if not len(rows):
+            return State()
+        learner = Stacked(trainer.task, [models[k] for k in rows])
+        course = Course(learner, len(rows), trainer.accelerator.scaler)
+        begun = standing[0].state
+        progress.restored = None if begun is None else _rows_of(begun, rows, count)
+        draws = run.draws.only(*(run.draws.streams[k] for k in rows))
+        return trainer.steps(replace(run, course=course, draws=draws), progress)
+
+    def join(parts: list[State]) -> list[State | None]:
+        return [_joined([part for part in parts if part.tensors])]
+
+    operation = Operation("training", run.about, partial(_settle, trainer, run))
+    (state,) = perform_apart([operation], trainer.ledger, part, join)
+    return trainer.finish(run, state)
+
+
+def spread_one_by_one(trainer: Trainer, runs: Sequence[TrainingRun]) -> list[Fit | None]:
+    """Train single replicas, as many at a time as there are processes.
+
+    Returns:
+        the fit of each; None where it met a loss that is not finite.
+    """
+    size = current().size
+    waves = [runs[start : start + size] for start in range(0, len(runs), size)]
+    return [fit for wave in waves for fit in _wave(trainer, wave)]
+
+
+def _wave(trainer: Trainer, runs: Sequence[TrainingRun]) -> list[Fit | None]:
+    """Train at most one replica a process."""
+    rank = current().rank
+
+    def part(progress: Progress, standing: list[Standing]) -> State:
+        if rank >= len(runs) or standing[rank].finished:
+            return State()
+        progress.restored = standing[rank].state
+        return trainer.steps(runs[rank], progress)
+
+    def join(parts: list[State]) -> list[State | None]:
+        return [state if state.tensors else None for state in parts[: len(runs)]]
+
+    operations = [Operation("training", run.about, partial(_settle, trainer, run)) for run in runs]
+    states = perform_apart(operations, trainer.ledger, part, join)
+    fits: list[Fit | None] = []
+    for run, state in zip(runs, states, strict=True):
+        try:
+            fits.append(trainer.finish(run, state))
+        except NonFiniteError:
+            fits.append(None)
+    return fits
+
+
+def _settle(trainer: Trainer, run: TrainingRun, state: State) -> None:
+    """Take in what was trained, here or elsewhere, and charge for it."""
+    run.course.learner.to(trainer.accelerator.device).train()
+    run.course.restore(state, None)
+    run.course.begun = True
+    run.course.charge(trainer.ledger, run.phase, run.stage)
+
+
+def _joined(parts: Sequence[State]) -> State:
+    """The state of all replicas from those of chunks, which have taken the same steps."""
+    first = parts[0]
+    tensors = {name: _along(name, x, [part.tensors[name] for part in parts]) for name, x in first.tensors.items()}
+    values = dict(first.values)
+    values["counts"] = np.sum([part.values["counts"] for part in parts], axis=0).tolist()
+    values["diverged"] = [there for part in parts for there in part.values["diverged"]]
+    values["seconds"] = max(part.values["seconds"] for part in parts)
+    return State(values, tensors)
+
+
+def _along(name: str, x: Tensor, parts: list[Tensor]) -> Tensor:
+    """One tensor of a course from those of chunks; what has no axis for replicas is alike in all."""
+    axis = _axis(name, x)
+    return x if axis is None else torch.cat(parts, dim=axis)
+
+
+def _rows_of(state: State, rows: np.ndarray, count: int) -> State:
+    """The state of some of `count` replicas, which have taken equal parts in all counts."""
+    index = torch.from_numpy(rows)
+    tensors = {}
+    for name, x in state.tensors.items():
+        axis = _axis(name, x)
+        tensors[name] = x if axis is None else x.index_select(axis, index)
+    values = dict(state.values)
+    values["counts"] = [n * len(rows) // count for n in values["counts"]]
+    values["diverged"] = [values["diverged"][k] for k in rows]
+    return State(values, tensors)
+
+
+def _axis(name: str, x: Tensor) -> int | None:
+    """Where the replicas stand in a tensor of the course of a batched model; None if nowhere."""
+    if name == "losses":
+        return 1
+    return 0 if x.dim() and name.startswith((WEIGHTS, OPTIMIZER)) else None
