@@ -35,42 +35,49 @@ PUNCTUATION = r"[!-/:-@\[-`{-~]"
 """`string.punctuation` as a class of RE2."""
 CHUNK = 2**16
 """Texts whose tokens are in memory as strings at once."""
+KEPT = 2**24
+"""Most postings whose weights are kept: 200 MB. Of more, the texts are read again when they are scored."""
 STAGE = "index and scores"
 
 
 class Okapi:
     """Documents as rows of term counts, with the formula's weights.
 
+    Of up to `KEPT` postings the weights are kept. Of more, only the statistics of the terms are, and every scoring
+    reads the documents again: then memory is that of the vocabulary and of one chunk.
+
     Args:
-        documents: token lists, chunk by chunk (`pa.ListArray` of strings).
+        documents: token lists, chunk by chunk (`pa.ListArray` of strings); iterated again for every scoring if they
+            are many.
         k1, b, epsilon: of the formula; idf below 0 becomes `epsilon` times the mean idf.
 
     Attributes:
         document_frequency: documents that hold each term, int64, shape (V,).
         idf: of each term, shape (V,).
+        n_postings: distinct terms of each document, summed over the documents.
     """
 
     def __init__(
         self, documents: Iterable[pa.ListArray], *, k1: float = K1, b: float = B, epsilon: float = EPSILON
     ) -> None:
-        self._vocabulary, self._counts = _counted(documents)
-        size = np.bincount(_rows(self._counts), self._counts.data, minlength=self._counts.shape[0])
-        self.document_frequency = np.bincount(self._counts.indices, minlength=self._counts.shape[1])
-        n, df = len(size), self.document_frequency
-        idf = np.log(n - df + 0.5) - np.log(df + 0.5)
+        self._documents, self._k1, self._b = documents, k1, b
+        self.n_postings = 0
+        n, n_words = 0, 0
+        terms, kept = _Terms(), []
+        for lists in documents:
+            chunk = _Chunk.of(lists)
+            terms.add(chunk)
+            n, n_words = n + len(chunk.size), n_words + int(chunk.size.sum())
+            self.n_postings += chunk.counts.nnz
+            kept.append(chunk)
+            if self.n_postings > KEPT:
+                kept.clear()
+        # In alphabetical order, sums do not depend on the order of the documents, to the last bit.
+        self._vocabulary, self.document_frequency = terms.alphabetical()
+        idf = np.log(n - self.document_frequency + 0.5) - np.log(self.document_frequency + 0.5)
         self.idf = np.where(idf < 0, epsilon * (idf.mean() if len(idf) else 0.0), idf)
-        saturation = k1 * (1 - b + b * size / max(float(size.mean()), 1.0 / n))
-        frequency = self._counts.data.astype(np.float64)
-        weight = np.repeat(saturation, np.diff(self._counts.indptr))
-        weight += frequency
-        np.divide(frequency, weight, out=weight)
-        weight *= k1 + 1
-        self._weights = csr_array((weight, self._counts.indices, self._counts.indptr), shape=self._counts.shape)
-
-    @property
-    def n_postings(self) -> int:
-        """Distinct terms of each document, summed over the documents."""
-        return len(self._counts.indices)
+        self._mean_size = max(n_words / n, 1.0 / n)
+        self._kept = [self._weights(chunk) for chunk in kept] if self.n_postings <= KEPT else None
 
     def count(self, queries: pa.ListArray) -> csr_array:
         """How often each query holds each term of the documents, shape (M, V); unknown terms are left out."""
@@ -81,13 +88,86 @@ class Okapi:
         shape = len(queries), len(self._vocabulary)
         return csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
 
-    def scores(self, query: np.ndarray) -> np.ndarray:
-        """The score of each document for the (mean) term counts of a query, shape (V,); float64, shape (N,)."""
-        return np.asarray(self._weights @ (self.idf * query))
+    def scores(self, *queries: np.ndarray) -> np.ndarray:
+        """The score of each document for the (mean) term counts of a query, shape (V,); float64, shape (N,).
+
+        Of several queries, the best score of each document.
+        """
+        scaled = [self.idf * query for query in queries]
+        chunks = self._kept if self._kept is not None else (self._weights(_Chunk.of(x)) for x in self._documents)
+        return np.concatenate([_best(weights, scaled) for weights in chunks])
 
     def n_matches(self, query: np.ndarray) -> int:
         """Postings of the terms of a query (shape (V,))."""
         return int(self.document_frequency[query != 0].sum())
+
+    def _weights(self, chunk: _Chunk) -> csr_array:
+        """The formula's factor of idf for each posting, shape (n, V)."""
+        counts = chunk.counts
+        saturation = self._k1 * (1 - self._b + self._b * chunk.size / self._mean_size)
+        frequency = counts.data.astype(np.float64)
+        weight = np.repeat(saturation, np.diff(counts.indptr))
+        weight += frequency
+        np.divide(frequency, weight, out=weight)
+        weight *= self._k1 + 1
+        # A chunk's terms are in alphabetical order too, so that the columns stay sorted.
+        place = pc.index_in(chunk.terms, value_set=self._vocabulary).to_numpy()
+        return csr_array((weight, place[counts.indices], counts.indptr), shape=(counts.shape[0], len(self._vocabulary)))
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some documents: their terms in alphabetical order, the counts (n, terms), and the words of each (n,)."""
+
+    terms: pa.Array
+    counts: csr_array
+    size: np.ndarray
+
+    @classmethod
+    def of(cls, lists: pa.ListArray) -> _Chunk:
+        """Count the words of token lists."""
+        coded = pc.dictionary_encode(lists.flatten())
+        order = pc.sort_indices(coded.dictionary)
+        place = np.empty(len(order), dtype=np.int32)
+        place[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
+        size = np.diff(_offsets(lists))
+        ends = np.concatenate([[0], np.cumsum(size)])
+        columns = place[coded.indices.to_numpy()]
+        index = np.int32 if len(columns) < 2**31 else np.int64
+        # Whole numbers up to 2^24 are exact in float32, at half the memory.
+        counts = csr_array(
+            (np.ones(len(columns), dtype=np.float32), columns.astype(index, copy=False), ends.astype(index)),
+            shape=(len(size), len(order)),
+        )
+        counts.sum_duplicates()
+        return cls(coded.dictionary.take(order), counts, size)
+
+
+class _Terms:
+    """The distinct terms of all chunks, and how many documents hold each."""
+
+    def __init__(self) -> None:
+        self._parts: list[pa.Table] = []
+        self._merged = 0
+
+    def add(self, chunk: _Chunk) -> None:
+        """Take in one chunk."""
+        found = np.bincount(chunk.counts.indices, minlength=len(chunk.terms)).astype(np.int64)
+        self._parts.append(pa.table({"term": chunk.terms, "documents": found}))
+        # Each merge at least doubles what was merged, so that a term is looked up a few times, not once a chunk.
+        if sum(map(len, self._parts)) > 2 * self._merged:
+            self._merge()
+
+    def alphabetical(self) -> tuple[pa.Array, np.ndarray]:
+        """The terms in alphabetical order, and the documents that hold each, int64, shape (V,)."""
+        self._merge()
+        table = self._parts[0].sort_by("term").combine_chunks()
+        return table["term"].combine_chunks(), table["documents"].to_numpy()
+
+    def _merge(self) -> None:
+        grouped = pa.concat_tables(self._parts).group_by("term", use_threads=False).aggregate([("documents", "sum")])
+        self._parts = [grouped.rename_columns({"documents_sum": "documents"})]
+        self._merged = len(grouped)
 
 
 def okapi_scores(documents: Sequence[Sequence[str]], queries: Sequence[Sequence[str]]) -> np.ndarray:
@@ -156,9 +236,7 @@ class Bm25(Ranker):
         with ledger.timed(SELECT, STAGE):
             okapi, queries = self._indexed(task)
             ledger.charge(SELECT, STAGE, _flops(okapi, queries))
-            score = okapi.scores(queries[0])
-            for query in queries[1:]:
-                np.maximum(score, okapi.scores(query), out=score)
+            score = okapi.scores(*queries)
         self._made = None
         return self.ranking(task, score, seed=seed, ledger=ledger)
 
@@ -177,7 +255,7 @@ class Bm25(Ranker):
         """The index of the pool, kept from the plan to the ranking, and the mean query of each subtask, (G, V)."""
         if self._made is None or self._made[0] is not task:
             asked = tokenize(task.texts(task.target))
-            okapi = Okapi(_chunks(task, task.pool), k1=self.k1, b=self.b, epsilon=self.epsilon)
+            okapi = Okapi(_Texts(task, task.pool), k1=self.k1, b=self.b, epsilon=self.epsilon)
             counts = okapi.count(asked)
             blank = len(asked) - np.count_nonzero(np.diff(counts.indptr))
             if blank:
@@ -192,38 +270,26 @@ def _flops(okapi: Okapi, queries: np.ndarray) -> float:
     return bm25_flops(okapi.n_postings, sum(okapi.n_matches(query) for query in queries))
 
 
-def _chunks(task: Task, pool: Pool) -> Iterator[pa.ListArray]:
-    texts = task.texts(pool)
-    for start in range(0, len(texts), CHUNK):
-        yield tokenize(texts[start : start + CHUNK])
+class _Texts:
+    """The texts of a pool as token lists, as often as they are asked for; only a chunk of them is in memory."""
+
+    def __init__(self, task: Task, pool: Pool) -> None:
+        self._task, self._pool = task, pool
+
+    def __iter__(self) -> Iterator[pa.ListArray]:
+        n = len(self._pool)
+        for start in range(0, n, CHUNK):
+            rows = np.arange(start, min(start + CHUNK, n))
+            part = self._pool if n <= CHUNK else self._pool.part(rows, self._pool.name)
+            yield tokenize(self._task.texts(part))
 
 
-def _counted(documents: Iterable[pa.ListArray]) -> tuple[pa.Array, csr_array]:
-    """The distinct terms, and how often each document holds each of them, shape (N, V)."""
-    pieces, sizes = [], []
-    for lists in documents:
-        pieces.append(pc.dictionary_encode(lists.flatten()))
-        sizes.append(np.diff(_offsets(lists)))
-    terms = pa.chunked_array(pieces).unify_dictionaries()
-    # In alphabetical order, sums do not depend on the order of the documents, to the last bit.
-    order = pc.sort_indices(terms.chunk(0).dictionary)
-    vocabulary = terms.chunk(0).dictionary.take(order)
-    place = np.empty(len(vocabulary), dtype=np.int32)
-    place[order.to_numpy()] = np.arange(len(vocabulary), dtype=np.int32)
-    columns = np.concatenate([place[chunk.indices.to_numpy()] for chunk in terms.chunks])
-    ends = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-    index = np.int32 if len(columns) < 2**31 else np.int64
-    # Whole numbers up to 2^24 are exact in float32, at half the memory.
-    counts = csr_array(
-        (np.ones(len(columns), dtype=np.float32), columns.astype(index, copy=False), ends.astype(index)),
-        shape=(len(ends) - 1, len(vocabulary)),
-    )
-    counts.sum_duplicates()
-    return vocabulary, counts
-
-
-def _rows(matrix: csr_array) -> np.ndarray:
-    return np.repeat(np.arange(matrix.shape[0], dtype=np.int32), np.diff(matrix.indptr))
+def _best(weights: csr_array, queries: Sequence[np.ndarray]) -> np.ndarray:
+    """The best score of each row over the queries (each of shape (V,)), shape (n,)."""
+    best = np.asarray(weights @ queries[0])
+    for query in queries[1:]:
+        np.maximum(best, weights @ query, out=best)
+    return best
 
 
 def _offsets(lists: pa.ListArray) -> np.ndarray:

@@ -12,8 +12,9 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 
 from baselines.directions import AdamDirection, Recipe
-from baselines.gradients import Precision, last_layer
+from baselines.gradients import last_layer
 from baselines.influence import POOL, PROJECTIONS, SIMILARITIES, TARGET, GradientFeatures, unpacked
+from baselines.precision import Precision
 from baselines.projection import Dimension, check_dimension, make_projection
 from baselines.queries import subtask_weights
 from baselines.shards import Shards

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from baselines.precision import Passes
 from cads.budget import SELECT, Ledger, PlannedLedger
 from cads.errors import ConfigError
 from cads.scorers import device_of
@@ -50,13 +50,14 @@ def pool_losses(
 
     Args:
         tokens: padded tokens of a batch.
-        autocast: compute in bfloat16: faster where there is hardware for it, and off by about 1 %.
+        autocast: compute in bfloat16: faster where there is hardware for it, and off by about 1 % (`Passes`).
     """
     model.eval()
     device = device_of(model)
+    passes = Passes(model, "bf16" if autocast else "no")
 
     def score(batch: Batch) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        with passes():
             return task.losses(model, batch).float()
 
     pool, price = pool or task.pool, task.costs.forward

@@ -46,7 +46,7 @@ class Perplexity(Ranker):
     autocast: bool = False
     """Score in bfloat16: faster where the hardware has it, and about 1 % off."""
     batch_tokens: int = SCORED_TOKENS
-    """Padded tokens of a batch when the pool is scored."""
+    """Padded tokens of a batch when the pool is scored; with autocast twice as many are faster on a CPU."""
 
     method: ClassVar[str] = "ppl"
 

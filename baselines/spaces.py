@@ -46,9 +46,8 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Cut:
-    """The texts of a pool, their tokens (shape (N,)), and the batches they are encoded in."""
+    """The tokens of each text of a pool (shape (N,)), and the batches they are encoded in."""
 
-    texts: list[str]
     length: np.ndarray
     batches: list[np.ndarray]
 
@@ -148,7 +147,7 @@ class SentenceSpace(Space):
     def encode(self, pool: Pool, positions: np.ndarray) -> Encoded:
         """Sentence embeddings; see `Space`."""
         cut = self._cut(pool)
-        inputs = self._tokenize([cut.texts[i] for i in positions])
+        inputs = self._tokenize(self._texts(pool, positions))
         with torch.inference_mode():
             made = self._model({name: x.to(self._model.device) for name, x in inputs.items()})
         width = cut.width(positions)
@@ -161,11 +160,16 @@ class SentenceSpace(Space):
 
     def _cut(self, pool: Pool) -> _Cut:
         if pool not in self._cuts:
-            texts = self._task.texts(pool)
-            chunks = [texts[start : start + TOKENIZED] for start in range(0, len(texts), TOKENIZED)]
-            length = np.concatenate([self._tokenize(c)["attention_mask"].sum(dim=1).numpy() for c in chunks])
-            self._cuts[pool] = _Cut(texts, length, budget_batches(length, pool.ids, self._tokens))
+            everything = np.arange(len(pool))
+            chunks = (everything[start : start + TOKENIZED] for start in range(0, len(pool), TOKENIZED))
+            masks = (self._tokenize(self._texts(pool, rows))["attention_mask"] for rows in chunks)
+            length = np.concatenate([mask.sum(dim=1).numpy() for mask in masks])
+            self._cuts[pool] = _Cut(length, budget_batches(length, pool.ids, self._tokens))
         return self._cuts[pool]
+
+    def _texts(self, pool: Pool, positions: np.ndarray) -> list[str]:
+        """The texts at `positions`: those of a whole pool may not fit in memory."""
+        return self._task.texts(pool.part(positions, pool.name))
 
     def _tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         model = self._model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,17 +13,22 @@ from torch import Tensor, nn
 from baselines.random import random_scores
 from cads.budget import SELECT, Ledger
 from cads.checkpoint import State
+from cads.course import OPTIMIZER, WEIGHTS
 from cads.draws import Draws, Epochs
-from cads.errors import CheckpointError, ConfigError
-from cads.journal import Progress, perform
+from cads.errors import BudgetError, CheckpointError, ConfigError
 from cads.monitor import Monitor
+from cads.scorers import ROUNDING
 from cads.scoring import lengths
 from cads.seeds import derive
 from cads.selection import rank_by_score
 from cads.task import Batch, Task
-from cads.trainer import Trainer
+from cads.trainer import Leg, Trainer
 
 STAGE = "warm-up"
+LEARNER = "model."
+"""What the trainer puts before the names of the one model it trains."""
+MOMENTS = ("/exp_avg", "/exp_avg_sq")
+"""How the state of Adam names its moments, after the name of the parameter."""
 PARTS = ("parameters", "first", "second", "buffers")
 """What a checkpoint holds, each by name."""
 PLANNED_STEPS = 64
@@ -128,83 +133,61 @@ def warm_up(
 ) -> list[Checkpoint]:
     """Train fresh weights on `plan.examples` random examples; what is drawn does not depend on their order in the pool.
 
-    A run that is gone through again takes the checkpoints from its journal.
+    Each epoch is a part of one training run: a run that is gone through again takes the epochs that are done from its
+    journal, and goes on in the one that was under way.
 
     Returns:
         one checkpoint an epoch, on the CPU.
+
+    Raises:
+        BudgetError: if what the ledger has left does not pay for all epochs.
     """
-
-    def compute(_: Progress) -> State:
-        return _state(_train(task, plan, seed, ledger, monitor))
-
-    return _restored(perform(STAGE, [seed, plan.examples, plan.steps, plan.epochs], ledger, compute))
-
-
-def _train(task: Task, plan: Schedule, seed: int, ledger: Ledger, monitor: Monitor | None) -> list[Checkpoint]:
-    trainer = Trainer(task, ledger, monitor)
     order = rank_by_score(task.pool.ids, random_scores(task.pool, derive(seed, STAGE)))
     chosen = np.argsort(order, kind="stable")[: plan.examples]
     draws = Draws(task.pool, [Epochs(chosen, derive(seed, STAGE, "order"))], task.recipe.batch_size)
-    total = plan.epochs * plan.steps
-    flops = sum(task.costs.usage(piece) for step in range(total) for piece in draws.batches(step))
-    flops += total * task.costs.optimizer_step
-    model = task.model(seed)
-    rates: list[float] = []
-    checkpoints: list[Checkpoint] = []
-
-    def keep(step: int, rate: float, optimizer: torch.optim.Optimizer) -> None:
-        rates.append(rate)
-        if (step + 1) % plan.steps == 0:
-            checkpoints.append(_checkpoint(model, optimizer, step + 1, float(np.mean(rates[-plan.steps :]))))
-
-    # A hair more than the steps cost, so that rounding does not lose the last of them.
-    trainer.fit(model, draws, flops * (1 + 1e-9), seed=seed, phase=SELECT, stage=STAGE, after_step=keep)
-    return checkpoints
-
-
-def _state(checkpoints: Sequence[Checkpoint]) -> State:
-    values = {"steps": [c.steps for c in checkpoints], "rates": [c.rate for c in checkpoints]}
-    tensors = {
-        f"{i}/{part}/{name}": x
-        for i, checkpoint in enumerate(checkpoints)
-        for part in PARTS
-        for name, x in getattr(checkpoint, part).items()
-    }
-    return State(values, tensors)
+    steps = [sum(task.costs.usage(b) for b in draws.batches(i)) for i in range(plan.epochs * plan.steps)]
+    # A hair more than the steps cost, so that rounding does not lose the last of an epoch.
+    ends = np.cumsum(np.add(steps, task.costs.optimizer_step))[plan.steps - 1 :: plan.steps] * ROUNDING
+    trainer, model = Trainer(task, ledger, monitor), task.model(seed)
+    found: list[Checkpoint] = []
+    start: State | None = None
+    for epoch, end in enumerate(ends.tolist()):
+        leg = Leg(start, horizon=float(ends[-1]), keep=True)
+        fit = trainer.fit(model, draws, end, seed=seed, phase=SELECT, stage=STAGE, leg=leg)
+        if len(fit.flops) < (epoch + 1) * plan.steps:
+            raise BudgetError(
+                f"{STAGE}: epoch {epoch + 1} of {plan.epochs} ends after {len(fit.flops)} of "
+                f"{(epoch + 1) * plan.steps} steps, since {ledger.left:.4g} FLOPs are left: raise the budget, or lower "
+                "warmup_share or checkpoints"
+            )
+        start = fit.state
+        assert start is not None
+        # The learning rate of a step is that in the middle of what it costs.
+        middles = fit.flops - np.diff(fit.flops, prepend=0.0) / 2
+        rates = [task.recipe.rate(middle / ends[-1]) for middle in middles[-plan.steps :]]
+        found.append(_checkpoint(fit.models[0], start, len(fit.flops), float(np.mean(rates))))
+    return found
 
 
-def _restored(state: State) -> list[Checkpoint]:
-    parts: list[dict[str, dict[str, Tensor]]] = [{p: {} for p in PARTS} for _ in state.values["steps"]]
+def _checkpoint(model: nn.Module, state: State, steps: int, rate: float) -> Checkpoint:
+    """What a training run keeps to go on from, by the names of the model's parameters."""
+    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in (WEIGHTS, OPTIMIZER)}
     for key, x in state.tensors.items():
-        i, part, name = key.split("/", 2)
-        parts[int(i)][part][name] = x
-    return [
-        Checkpoint(**found, steps=steps, rate=rate)
-        for found, steps, rate in zip(parts, state.values["steps"], state.values["rates"], strict=True)
-    ]
-
-
-def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, rate: float) -> Checkpoint:
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    kept = model.state_dict().keys()
-    moments: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
-    for name, parameter in trained.items():
-        state = optimizer.state.get(parameter, {})
-        for key, found in moments.items():
-            if key in state:
-                found[name] = _copied(state[key])
+        for prefix, part in parts.items():
+            if key.startswith(prefix + LEARNER):
+                part[key.removeprefix(prefix + LEARNER)] = x
+    weights, kept = parts[WEIGHTS], model.state_dict().keys()
+    first, second = (
+        {n.removesuffix(moment): x for n, x in parts[OPTIMIZER].items() if n.endswith(moment)} for moment in MOMENTS
+    )
     return Checkpoint(
-        {n: _copied(p) for n, p in trained.items()},
-        moments["exp_avg"],
-        moments["exp_avg_sq"],
-        {n: _copied(b) for n, b in model.named_buffers() if n in kept},
+        {n: weights[n] for n, p in model.named_parameters() if p.requires_grad},
+        first,
+        second,
+        {n: weights[n] for n, _ in model.named_buffers() if n in kept},
         steps,
         rate,
     )
-
-
-def _copied(x: Tensor) -> Tensor:
-    return x.detach().to("cpu", copy=True)
 
 
 def need_adam(task: Task) -> None:

@@ -25,7 +25,7 @@ def scorer_of(task: Task) -> Task:
     """The task whose model scores examples: the proxy that the task names, or the task itself.
 
     Raises:
-        ConfigError: if the proxy is about other examples.
+        ConfigError: if the proxy is about other examples, or examples of another kind.
     """
     proxy = task.proxy
     if proxy is None:
@@ -35,6 +35,12 @@ def scorer_of(task: Task) -> Task:
             raise ConfigError(
                 f"{proxy.name} scores for {task.name}, and its {its.name} has other ids: the scorer's task must hold "
                 "the same examples"
+            )
+        own, its_own = (sorted(pool.batch([0]).inputs) for pool in (mine, its))
+        if not set(own) & set(its_own):
+            raise ConfigError(
+                f"{proxy.name} scores for {task.name}, and reads {its_own} of the {its.name} where the task reads "
+                f"{own}: the scorer's task must be of the same kind"
             )
     return proxy
 

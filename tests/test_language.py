@@ -473,3 +473,17 @@ class TestSaving:
             assert torch.allclose(task.losses(loaded.eval(), batch), expected, atol=1e-5)
         if peft is not None:
             assert all(map(torch.equal, base, task.models.base.parameters()))
+
+
+def test_a_task_is_known_by_the_weights_it_begins_with(tmp_path):
+    """Other weights under the same name are another task; another place for the same ones is not."""
+    first, second = (model_folder(tmp_path / name, "llama") for name in ("first", "second"))
+    for folder in (first, second):
+        (folder / "model.safetensors").write_bytes(np.random.default_rng(0).bytes(100_000))
+    models = [LanguageModels(str(first)), LanguageModels(str(second))]
+    assert models[0].digest == models[1].digest
+    weights = second / "model.safetensors"
+    spoilt = bytearray(weights.read_bytes())
+    spoilt[-5] ^= 1
+    weights.write_bytes(spoilt)
+    assert LanguageModels(str(second)).digest != models[0].digest

@@ -164,6 +164,17 @@ class TestCorpora:
         found = read_corpus("own", 30, {"own": file}).pairs
         assert [p.response for p in found] == ["One", "Three"]
 
+    def test_topics_of_the_chats_are_corpora_of_their_own(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(corpora, "_package", lambda corpus, name: tmp_path)
+        folder = tmp_path / "data" / "english"
+        folder.mkdir(parents=True)
+        for topic in ("food", "money"):
+            (folder / f"{topic}.yml").write_text(f"conversations: [['{topic}?', more {topic}, not this], [alone]]")
+        assert read_corpus("chat/food", 30, {}).pairs == [Pair("food?", "more food")]
+        assert len(read_corpus("chat", 30, {}).pairs) == 2
+        with pytest.raises(ConfigError, match=r"no topic 'weather': choose from \['food', 'money'\]"):
+            read_corpus("chat/weather", 30, {})
+
     def test_what_is_missing_is_named_with_its_remedy(self, tmp_path):
         with pytest.raises(ConfigError, match="apt-get install dict-jargon"):
             read_corpus("jargon", 30, {}, tmp_path)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from test_resume import resumed
 from tiny_llama import model_folder, sums, write_lines
 from torch import nn
 
@@ -20,7 +21,7 @@ from baselines.projection import ProjectionError, Sketch
 from baselines.warmup import Checkpoint, planned_flops, schedule, warm_up
 from cads.budget import SELECT, Budget, Ledger
 from cads.checkpoint import CheckpointConfig
-from cads.errors import CheckpointError, ConfigError, DataError
+from cads.errors import BudgetError, CheckpointError, ConfigError, DataError
 from cads.journal import Journal
 from cads.registry import build_selector
 from cads.task import Pool
@@ -395,6 +396,50 @@ class TestFeaturesOnDisk:
             Less(features=str(tmp_path / "f"))
 
 
+class TestAWarmUpThatIsKilled:
+    """Of 3 epochs of 4 steps, each step written down; what `killed` counts are steps and the ends of epochs."""
+
+    def work(self, task):
+        ledger = Ledger()
+        found = warm_up(task, schedule(task, 0.5, 3), seed=0, ledger=ledger)
+        return [c.content_hash for c in found], [c.rate for c in found], ledger.to_json(seconds=False)
+
+    @pytest.mark.parametrize("every", [1, 3])
+    @pytest.mark.parametrize("kills", [(1,), (6, 3), (0, 2, 4)])
+    def test_equals_one_that_was_not(self, task, tmp_path, kills, every):
+        config = CheckpointConfig(every_seconds=None, every_steps=every)
+        assert resumed(tmp_path, lambda: self.work(task), config, kills) == self.work(task)
+
+    def test_goes_on_in_the_epoch_that_was_under_way(self, task, tmp_path):
+        """Killed after the sixth step: the second process takes the other six, with moments and rates of the whole."""
+        plain, calls = task.training_losses, []
+        task.training_losses = lambda *given: calls.append(1) or plain(*given)
+        whole = self.work(task)
+        assert len(calls) == 12
+        assert resumed(tmp_path, lambda: self.work(task), kills=(5,)) == whole
+        assert len(calls) == 12 + 6
+
+    def test_an_adapter_and_running_means(self, features, tmp_path):
+        """Frozen weights are not kept, running means are."""
+        task = features(hidden=8, n=60, batch_size=8)
+        build = task._build
+        task._build = lambda: nn.Sequential(nn.BatchNorm1d(6), build().requires_grad_(False), nn.Linear(3, 3))
+        found = warm_up(task, schedule(task, 0.5, 2), seed=0, ledger=Ledger())
+        assert {n.split(".")[0] for n in found[0].parameters} == {"0", "2"}
+        assert set(found[0].buffers) == {"0.running_mean", "0.running_var", "0.num_batches_tracked"}
+        assert not torch.equal(found[0].buffers["0.running_mean"], found[1].buffers["0.running_mean"])
+        assert resumed(tmp_path, lambda: self.work(task)) == self.work(task)
+
+
+def test_a_warm_up_that_is_too_dear_is_refused(task):
+    plan = schedule(task, 0.5, 3)
+    whole = Ledger()
+    warm_up(task, plan, seed=0, ledger=whole)
+    short = Ledger(limit=0.6 * whole.total().flops)
+    with pytest.raises(BudgetError, match=r"epoch 2 of 3 ends after 7 of 8 steps.*lower warmup_share or checkpoints"):
+        warm_up(task, plan, seed=0, ledger=short)
+
+
 def test_a_journal_goes_on_where_it_stopped(task, tmp_path, monkeypatch):
     monkeypatch.setattr(baselines.influence, "SHARD_EXAMPLES", 20)
     monkeypatch.setattr("cads.scoring.SCORED_EXAMPLES", 10)
@@ -417,7 +462,7 @@ def test_a_journal_goes_on_where_it_stopped(task, tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         run(Ledger())
-    monkeypatch.setattr("baselines.warmup._train", None)
+    monkeypatch.setattr(task, "training_losses", lambda *_: pytest.fail("warmed up again"))
     np.testing.assert_array_equal(run(account), exact)
     assert account.to_json(seconds=False) == whole.to_json(seconds=False)
 

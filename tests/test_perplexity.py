@@ -7,12 +7,17 @@ import copy
 import numpy as np
 import pytest
 import torch
+from tiny_llama import model_folder, sums, tokenizer, write_lines
 
 from baselines.losses import in_order, whole_texts
 from baselines.perplexity import Perplexity, shuffled_thirds
-from cads.budget import SELECT, Ledger
+from cads.budget import SELECT, Budget, Ledger
 from cads.errors import ConfigError
+from cads.registry import build_selector
 from cads.selection import rank_by_score
+from cads.tasks.language import LanguageConfig
+from cads.tasks.language_data import TextSource
+from cads.trainer import TrainConfig
 
 
 def losses(task, model, pool=None):
@@ -137,3 +142,31 @@ def test_the_median_comes_first():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         Perplexity(**options)
+
+
+@pytest.mark.parametrize("name", ["ppl", "less", "embedding", "loss"])
+def test_a_scorer_of_another_kind_is_refused_before_compute(texts, images, name):
+    """Images of the same ids as the texts they are to score for."""
+    task, ledger = copy.copy(texts()), Ledger()
+    other = images()
+    task.proxy = copy.copy(other)
+    task.proxy.pool = other.pool.part(np.arange(len(task.pool)), "pool")
+    task.proxy.target = other.target.part(np.arange(len(task.target)), "target")
+    with pytest.raises(ConfigError, match=r"reads \['images'\] .*where the task reads .*the same kind"):
+        build_selector(name).select(task, Budget(4, "epochs"), seed=0, ledger=ledger)
+    assert not ledger.total().flops
+
+
+def test_a_model_that_is_no_language_model_cannot_score_texts(tmp_path):
+    """`selector_model` names a network for images."""
+    from transformers import ViTConfig
+
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    tokenizer().save_pretrained(tmp_path / "vit")
+    rows = TextSource(path=str(write_lines(tmp_path / "rows.jsonl", sums(30))))
+    folder = model_folder(tmp_path / "model")
+    config = LanguageConfig(
+        model=str(folder), pool=[rows], n_target=5, n_test=5, max_tokens=64, selector_model=str(tmp_path / "vit")
+    )
+    with pytest.raises(ConfigError, match=r"vit.*cannot be loaded"):
+        config.build(TrainConfig()).proxy.model(0)

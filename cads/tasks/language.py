@@ -216,6 +216,12 @@ class LanguageTask(Task):
             )
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What data it is, and the weights that its models begin with."""
+        found = super().identity | {"model": self.models.digest}
+        return found | {"selector model": self.proxy.identity["model"]} if self.proxy is not None else found
+
+    @property
     def pad(self) -> int:
         """The token id of padding."""
         return tokens_of(self.pool).pad
@@ -262,10 +268,11 @@ class LanguageTask(Task):
         inputs, places = self.model_inputs(model, batch)
         logits = answer_logits(model, inputs, places)
         wanted = batch.labels.gather(1, batch.inputs["answers"])
+        # With the classes last: transposed logits would be copied, forward and backward, at four times the time.
         losses = functional.cross_entropy(
-            logits.float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
+            logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        return losses, wanted != IGNORED
+        return losses.view_as(wanted), wanted != IGNORED
 
     def losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """The mean loss of each example over its answer tokens, in nats, shape (B,)."""

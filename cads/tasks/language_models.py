@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import json
 import logging
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 Dtype = Literal["float32", "bfloat16", "float16"]
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 """Files that hold weights; a folder without any describes a model that begins with random ones."""
+PROBES, PROBE_BYTES = 64, 2**16
+"""Pieces of each file of weights that its digest reads, the first and the last among them, and their length."""
 BASE_SEED = 0
 """Of a frozen base with random weights: all adapters stand on the same one."""
 
@@ -103,6 +106,27 @@ class LanguageModels:
         """Whether there are no weights to begin with."""
         folder = Path(self.name)
         return folder.is_dir() and not any(True for pattern in WEIGHTS for _ in folder.glob(pattern))
+
+    @cached_property
+    def digest(self) -> str:
+        """What the models begin with: a hash of the configuration and of the weights in a folder, or the hub's commit.
+
+        Of large files pieces at even distances are read: other weights of the same architecture differ everywhere.
+        """
+        about = self.config.to_diff_dict()
+        for elsewhere in ("transformers_version", "_name_or_path"):
+            about.pop(elsewhere, None)
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+        folder = Path(self.name)
+        for file in sorted(f for pattern in WEIGHTS for f in folder.glob(pattern)) if folder.is_dir() else ():
+            size = file.stat().st_size
+            digest.update(f"{file.name}\0{size}\0".encode())
+            with file.open("rb") as opened:
+                for i in range(PROBES):
+                    opened.seek(max(0, size - PROBE_BYTES) * i // (PROBES - 1))
+                    digest.update(opened.read(PROBE_BYTES))
+        digest.update(str(getattr(self.config, "_commit_hash", None)).encode())
+        return digest.hexdigest()
 
     def build(self, seed: int) -> nn.Module:
         """A fresh model on the CPU; the seed is that of everything that begins at random."""
@@ -255,6 +279,12 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 @contextmanager
 def _loading(what: str, name: str) -> Iterator[None]:
+    from transformers.utils import logging as reports
+
+    # A folder is read in seconds: a bar for it would stand in the middle of what the command says.
+    shown = Path(name).is_dir() and reports.is_progress_bar_enabled()
+    if shown:
+        reports.disable_progress_bar()
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
@@ -264,6 +294,9 @@ def _loading(what: str, name: str) -> Iterator[None]:
                 "trust it, or use another model"
             ) from error
         raise ConfigError(f"the {what} {name!r} cannot be loaded: {error}") from error
+    finally:
+        if shown:
+            reports.enable_progress_bar()
 
 
 class Kept:
