@@ -1,0 +1,489 @@
+"""An amortised policy: its gradients against references, what it learns, what it costs, and what leaves it as it is."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import expit
+from scipy.stats import rankdata
+from test_resume import resumed
+
+from cads.amortised import CadsAmortised, apply_policy, explore, filled, probabilities_of
+from cads.amortised_budget import EXPLORING, STEPS, Parts, affordable, divide_allowance, exploring
+from cads.amortised_sample import Penalty, Sample, candidates, learn_from, visit_order
+from cads.budget import SELECT, Budget, Ledger
+from cads.checkpoint import CheckpointConfig
+from cads.errors import CheckpointError, ConfigError
+from cads.estimator import enumerate_masks
+from cads.feature_policy import (
+    AmortisedPolicy,
+    corrected_slope,
+    mean_loss,
+    mean_loss_slope,
+    mirrored,
+    penalty_direction,
+)
+from cads.features import ENTROPY, GROUP, LENGTH, LOSS, MARGIN, SOURCE, FreeFeatures, ReadFeatures
+from cads.inner import Inner
+from cads.monitor import Monitor
+from cads.outcome import train_on
+from cads.registry import build_selector
+from cads.selection import Selection
+from cads.task import Pool
+from cads.tasks.sources import SourceSpec
+from cads.tasks.vision import VisionConfig
+from cads.trainer import TrainConfig
+
+
+def random_policy(rng, features=2):
+    shape = (features,)
+    return AmortisedPolicy(
+        tuple(f"feature {i}" for i in range(features)),
+        rng.normal(size=shape),
+        rng.uniform(0.5, 2, shape),
+        rng.normal(size=shape),
+        float(rng.normal()),
+    )
+
+
+class TestPolicy:
+    def test_probabilities_are_the_formula(self):
+        rng = np.random.default_rng(0)
+        policy, x = random_policy(rng, 3), rng.normal(size=(50, 3))
+        logits = torch.from_numpy((x - policy.centre) / policy.scale) @ torch.from_numpy(policy.weights) + policy.bias
+        np.testing.assert_allclose(policy.probabilities(x), torch.sigmoid(logits).numpy(), rtol=1e-12)
+
+    def test_the_gradient_of_the_penalty_in_w_is_autograds(self):
+        rng = np.random.default_rng(1)
+        policy, x, losses = random_policy(rng, 3), rng.normal(size=(40, 3)), rng.exponential(size=40)
+        v = torch.from_numpy(policy.parameters).requires_grad_()
+        s = torch.sigmoid(torch.from_numpy(policy.standardised(x)) @ v[:-1] + v[-1])
+        mean = (s * torch.from_numpy(losses)).sum() / s.sum()
+        mean.backward()
+        assert mean_loss(policy, x, losses) == pytest.approx(mean.item(), rel=1e-12)
+        np.testing.assert_allclose(mean_loss_slope(policy, x, losses), v.grad.numpy(), rtol=1e-9, atol=1e-12)
+
+    def test_the_chain_rule_against_enumeration(self):
+        """The gradient in v of E_m[F(m)] for any F, by autograd through the probability of each of 2^8 masks."""
+        rng = np.random.default_rng(2)
+        policy, x = random_policy(rng), rng.normal(size=(8, 2))
+        masks, values = torch.from_numpy(enumerate_masks(8)), torch.from_numpy(rng.normal(size=256))
+        s = torch.from_numpy(policy.probabilities(x)).requires_grad_()
+        in_s = torch.autograd.grad((torch.where(masks, s, 1 - s).prod(dim=1) * values).sum(), s)[0]
+        v = torch.from_numpy(policy.parameters).requires_grad_()
+        s = torch.sigmoid(torch.from_numpy(policy.standardised(x)) @ v[:-1] + v[-1])
+        in_v = torch.autograd.grad((torch.where(masks, s, 1 - s).prod(dim=1) * values).sum(), v)[0]
+        np.testing.assert_allclose(policy.chain(x, in_s.numpy()), in_v.numpy(), rtol=1e-9, atol=1e-12)
+
+    def test_the_direction_is_the_gradient_at_the_uniform_policy(self):
+        rng = np.random.default_rng(3)
+        x, signal = rng.normal(size=(200, 3)) * [1, 10, 0.1] + [0, 5, 1], rng.exponential(size=200)
+        centre, scale, direction = penalty_direction(x, signal)
+        uniform = AmortisedPolicy(("a", "b", "c"), centre, scale, np.zeros(3), 0.3)
+        slope = mean_loss_slope(uniform, x, signal)[:-1]
+        cosine = slope @ direction / np.linalg.norm(slope) / np.linalg.norm(direction)
+        assert cosine == pytest.approx(1, abs=1e-9)
+
+    def test_it_is_read_back_as_it_was(self, tmp_path):
+        policy, x = random_policy(np.random.default_rng(4)), np.random.default_rng(5).normal(size=(9, 2))
+        policy.save(tmp_path / "policy.json")
+        np.testing.assert_array_equal(
+            AmortisedPolicy.load(tmp_path / "policy.json").probabilities(x), policy.probabilities(x)
+        )
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"schema_version": 2}, {"weights": [1.0]}, {"weights": "x"}, {"scale": [0.0, 1.0]}, {"bias": None},
+            {"bias": float("nan")}, {"names": [1, 2]}, {"names": ["a", "a"]}, {"centre": [[1.0, 2.0]]},
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_what_is_no_policy_is_refused(self, tmp_path, change):
+        record = random_policy(np.random.default_rng(4)).to_json() | change
+        (tmp_path / "policy.json").write_text(json.dumps(record))
+        with pytest.raises(CheckpointError, match=r"policy\.json"):
+            AmortisedPolicy.load(tmp_path / "policy.json")
+
+    @pytest.mark.parametrize("text", ["", "[]", "null", '{"schema_version": 1}', "[" * 100_000])
+    def test_other_files_are_refused(self, tmp_path, text):
+        (tmp_path / "policy.json").write_text(text)
+        with pytest.raises(CheckpointError, match="no policy can be read"):
+            AmortisedPolicy.load(tmp_path / "policy.json")
+        with pytest.raises(CheckpointError, match="no policy can be read"):
+            AmortisedPolicy.load(tmp_path / "missing.json")
+
+    def test_other_columns_are_refused(self):
+        with pytest.raises(ConfigError, match="one column for each"):
+            random_policy(np.random.default_rng(0)).probabilities(np.zeros((4, 3)))
+
+
+class TestCorrectedGradient:
+    """F is any function of masks of 8 examples, J(mu) = E_v E_m[F(m)], v ~ N(mu, sigma^2), m ~ Bernoulli(s(v))."""
+
+    @pytest.fixture
+    def world(self):
+        rng = np.random.default_rng(6)
+        x, losses = rng.normal(size=(8, 1)), rng.exponential(size=8)
+        policy = AmortisedPolicy(("x",), np.zeros(1), np.ones(1), np.array([0.7]), -0.2)
+        masks = enumerate_masks(8)
+        selected = np.maximum(masks.sum(axis=1), 1)
+        values = 3 * (masks @ losses / selected) ** 2 + 0.3 * rng.normal(size=256)
+        return policy, x, losses, masks, values
+
+    @staticmethod
+    def expected(policy, x, masks, values, v):
+        s = policy.at(v).probabilities(x)
+        return float(np.where(masks, s, 1 - s).prod(axis=1) @ values)
+
+    def test_it_is_unbiased_against_enumeration(self, world):
+        policy, x, losses, masks, values = world
+        centre, sigma = policy.parameters, np.array([0.6, 0.4])
+        nodes, widths = np.polynomial.hermite_e.hermegauss(24)
+        grid = [(centre + sigma * [a, b], wa * wb / (2 * np.pi)) for a, wa in zip(nodes, widths, strict=True)
+                for b, wb in zip(nodes, widths, strict=True)]  # fmt: skip
+        truth = sum(w * self.expected(policy, x, masks, values, v) * (v - centre) / sigma**2 for v, w in grid)
+        slope = sum(w * mean_loss_slope(policy.at(v), x, losses) for v, w in grid)
+        rng, found = np.random.default_rng(7), {0.0: [], 3.0: []}
+        for _ in range(1000):
+            draws = mirrored(centre, sigma, 30, rng)
+            s = expit(draws[:, :1] @ x.T + draws[:, 1:])
+            f = values[(rng.random(s.shape) < s) @ 2 ** np.arange(8)]
+            for c, estimates in found.items():
+                held = c * (s @ losses) / s.sum(axis=1)
+                estimates.append(corrected_slope(centre, sigma, draws, f, held, c * slope))
+        for estimates in map(np.array, found.values()):
+            error = estimates.std(axis=0) / np.sqrt(len(estimates))
+            assert (np.abs(estimates.mean(axis=0) - truth) < 4 * error).all()
+            assert (error < 0.15 * np.abs(truth).max()).all()
+        # Where the penalty says all there is to say, nothing is left to chance.
+        exact = corrected_slope(centre, sigma, draws, held, held, 3 * slope)
+        np.testing.assert_allclose(exact, 3 * slope, rtol=1e-12)
+
+    def test_a_constant_cancels_and_what_is_held_stays(self, world):
+        policy, *_ = world
+        sigma = np.array([0.5, 0.0])
+        draws = mirrored(policy.parameters, sigma, 3, np.random.default_rng(0))
+        assert (draws[:, 1] == policy.bias).all()
+        np.testing.assert_allclose(draws[::2] + draws[1::2], 2 * policy.parameters[None].repeat(3, axis=0), rtol=1e-12)
+        slope = corrected_slope(policy.parameters, sigma, draws, np.full(6, 1e6), np.zeros(6), np.array([0.3, 0.7]))
+        np.testing.assert_allclose(slope, [0.3, 0.0], atol=1e-8)
+
+    def test_the_penalty_is_fitted_to_what_was_tried(self):
+        rng = np.random.default_rng(8)
+        x, theta, u = rng.normal(size=(100, 2)), rng.exponential(size=100), rng.exponential(size=100)
+        sample = Sample(np.arange(100), x, ("a", "b"), theta, u)
+        policies = [random_policy(rng) for _ in range(400)]
+        policies = [AmortisedPolicy(("a", "b"), np.zeros(2), np.ones(2), p.weights, p.bias) for p in policies]
+        gains = np.array([2 * mean_loss(p, x, theta) - mean_loss(p, x, u) for p in policies])
+        penalty = Penalty.fitted(sample, policies, gains)
+        assert (penalty.c1, penalty.c2) == (pytest.approx(2, rel=0.05), pytest.approx(1, rel=0.1))
+        v, nudge = policies[0].parameters, 1e-6
+        numeric = [
+            (penalty.value(policies[0].at(v + e)) - penalty.value(policies[0].at(v - e))) / (2 * nudge)
+            for e in nudge * np.eye(3)
+        ]
+        np.testing.assert_allclose(penalty.slope(policies[0]), numeric, rtol=1e-4, atol=1e-8)
+
+
+WITHOUT_U = [(kept, weight) for kept, weight in STEPS if not weight]
+SOURCES = [SourceSpec("clean"), SourceSpec("half", label_noise=0.5), SourceSpec("noisy", label_noise=0.9)]
+RECIPE = TrainConfig(batch_size=16, learning_rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    """Digits of which about half are mislabelled; the truth is in `task.truth.corrupted`."""
+    return VisionConfig(hidden=32, n_target=200, n_test=150, sources=SOURCES).build(RECIPE)
+
+
+def without_sources(task):
+    other = copy.copy(task)
+    other.pool = Pool(task.pool.ids, task.pool.examples)
+    return other
+
+
+def choose(task, budget, seed=0, **options):
+    ledger = Ledger()
+    return build_selector("cads-amortised", options).select(task, budget, seed=seed, ledger=ledger), ledger
+
+
+def area(score, positive):
+    """Probability that a positive one scores above a negative one (Mann-Whitney)."""
+    ranks = rankdata(score)
+    n = int(positive.sum())
+    return (ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(score) - n))
+
+
+class TestFeatures:
+    def test_free_columns_are_what_they_say(self, noisy, texts):
+        free = FreeFeatures(noisy, noisy.pool)
+        assert [n for n in free.names if not n.startswith(GROUP)] == [SOURCE + s.name for s in SOURCES]
+        assert sum(n.startswith(GROUP) for n in free.names) == 10
+        positions = np.array([5, 900, 3])
+        columns = free.values([*free.names, SOURCE + "unknown"], positions)
+        labels = noisy.groups(noisy.pool)[positions]
+        for row, position, label in zip(columns, positions, labels, strict=True):
+            on = {n for n, x in zip([*free.names, "?"], row, strict=True) if x}
+            assert on == {SOURCE + SOURCES[noisy.pool.sources[position]].name, f"{GROUP}{label}"}
+        task = texts()
+        assert FreeFeatures(task, task.pool, ["length"]).names == [LENGTH]
+        known = FreeFeatures(task, task.pool).values([LENGTH], positions[[0, 2]])[:, 0]
+        np.testing.assert_allclose(np.exp(known), task.pool.examples.lengths()[positions[[0, 2]]])
+
+    def test_read_columns_are_what_they_say_in_one_forward_pass(self, noisy):
+        model, calls = noisy.model(0).eval(), []
+        model.register_forward_hook(lambda *_: calls.append(1))
+        ledger, positions = Ledger(), np.array([700, 3, 40, 41])
+        read = ReadFeatures(noisy, model, "cpu")
+        assert read.names == [LOSS, ENTROPY, MARGIN]
+        columns = read.of(noisy.pool, positions, ledger=ledger, stage="R")
+        assert len(calls) == 1
+        batch = noisy.pool.batch(positions)
+        assert ledger.entries[SELECT, "R"].flops == noisy.costs.forward(batch)
+        with torch.no_grad():
+            p = torch.softmax(noisy.logits(model, batch).double(), dim=1).numpy()
+        own = p[np.arange(4), batch.labels]
+        rest = np.where(np.eye(10)[batch.labels] > 0, 0, p).max(axis=1)
+        expected = np.column_stack([-np.log(own), -(p * np.log(p)).sum(axis=1), np.log(own) - np.log(rest)])
+        np.testing.assert_allclose(columns, expected, rtol=1e-5, atol=1e-5)
+
+    def test_a_task_without_classes_has_its_loss(self, texts):
+        task = texts()
+        read = ReadFeatures(task, task.model(0), "cpu")
+        assert read.names == [LOSS]
+        got = read.of(task.pool, np.arange(80), ledger=Ledger(), stage="R")[:, 0]
+        with torch.no_grad():
+            one = task.losses(task.model(0), task.pool.batch(np.array([7]))).item()
+        assert got[7] == pytest.approx(one, rel=1e-5)
+
+
+class TestVisit:
+    @pytest.mark.parametrize("sources", [True, False])
+    def test_a_permutation_of_the_pool_does_not_change_it(self, noisy, sources):
+        pool = noisy.pool if sources else without_sources(noisy).pool
+        shuffle = np.random.default_rng(1).permutation(len(pool))
+        codes = None if pool.sources is None else pool.sources[shuffle]
+        other = Pool(pool.ids.take(shuffle), pool.examples.take(shuffle), codes, pool.source_names)
+        before, after = visit_order(pool, 3), visit_order(other, 3)
+        assert sorted(before) == list(range(len(pool)))
+        assert pool.ids.take(before).equals(other.ids.take(after))
+        assert not np.array_equal(before, visit_order(pool, 4))
+
+    def test_any_beginning_holds_each_source_in_proportion(self, noisy):
+        order, pool = visit_order(noisy.pool, 0), noisy.pool
+        for share in (0.05, 0.3, 0.77):
+            seen = np.bincount(pool.sources[order[: round(share * len(pool))]], minlength=3)
+            assert np.abs(seen - share * pool.source_sizes).max() <= 2
+
+    def test_copies_stand_together(self):
+        sources = [SourceSpec("once", size=60), SourceSpec("copied", size=60, duplicates=4)]
+        pool = VisionConfig(n_pool=200, n_target=20, n_test=20, sources=sources).build(RECIPE).pool
+        for source in (0, 1):
+            order = [i for i in visit_order(pool, 0) if pool.sources[i] == source]
+            codes = pool.contents[order]
+            assert (np.diff(codes) != 0).sum() + 1 == len(np.unique(codes))
+
+
+BUDGET = Budget(24, "epochs", count_selection=True)
+READING = {"allowance": 0.5}
+"""Enough for a pass over the pool at `BUDGET`."""
+
+
+@pytest.fixture(scope="module")
+def read_whole(noisy):
+    """(selection, ledger) without sources, where the whole pool is read."""
+    return choose(without_sources(noisy), BUDGET, **READING)
+
+
+class TestSearch:
+    def test_it_separates_clean_from_noisy_among_unseen_examples(self, noisy, tmp_path):
+        """Learned on a sample, applied to the rest: ranks at least 85 % of pairs rightly."""
+        task = without_sources(noisy)
+        inner = Inner(task, Ledger(limit=0.5 * BUDGET.flops(task)), Monitor(), held_out=True)
+        parts = divide_allowance(inner, BUDGET.flops(task), ["loss", "confidence"], None)
+        parts = replace(parts, sample=512, read=512)
+        sample = learn_from(inner, parts, ["loss", "confidence"], visit_order(task.pool, 0), 0)
+        policy = candidates(sample, parts.steps)[0].policy
+        # The rest stands for a shard that was not there when the policy was learned; the policy comes from a file.
+        unseen = np.sort(sample.order[parts.sample :])
+        shard = task.pool.part(unseen, "shard")
+        policy.save(tmp_path / "policy.json")
+        loaded, ledger = AmortisedPolicy.load(tmp_path / "policy.json"), Ledger()
+        everything = np.arange(len(shard))
+        found = probabilities_of(loaded, task, shard, everything, read=sample.read, ledger=ledger)
+        assert ledger.entries[SELECT, "pass"].flops == pytest.approx(task.costs.forward_pool(shard))
+        assert area(found, ~np.asarray(noisy.truth.corrupted)[unseen]) > 0.85
+        probability, read = apply_policy(inner, replace(parts, read=len(task.pool)), policy, sample)
+        assert read == len(task.pool)
+        np.testing.assert_allclose(probability[unseen], found, rtol=1e-6)
+
+    def test_every_class_keeps_its_share(self, noisy):
+        rng, n = np.random.default_rng(0), 3000
+        groups = rng.integers(0, 3, n)
+        features = np.column_stack([rng.exponential(size=n) + groups, *(groups == g for g in range(3))]).astype(float)
+        names = (LOSS, *(f"{GROUP}{g}" for g in range(3)))
+        for proposal in candidates(Sample(np.arange(n), features, names, features[:, 0], None), WITHOUT_U):
+            kept = proposal.policy.probabilities(features) > 0.5
+            shares = np.bincount(groups, weights=kept) / np.bincount(groups)
+            np.testing.assert_allclose(shares, proposal.kept, atol=0.01)
+            assert features[kept, 0].mean() < features[~kept, 0].mean()
+
+    def test_features_that_do_not_vary_give_no_candidate(self):
+        groups = np.eye(2)[np.arange(100) % 2]
+        losses = np.random.default_rng(0).exponential(size=100)
+        assert not candidates(Sample(np.arange(100), groups, (f"{GROUP}0", f"{GROUP}1"), losses, None), WITHOUT_U)
+        same = np.column_stack([np.ones(100), groups])
+        assert not candidates(Sample(np.arange(100), same, (LOSS, f"{GROUP}0", f"{GROUP}1"), losses, None), WITHOUT_U)
+
+    def test_what_is_read_is_in_the_ledger(self, noisy, read_whole):
+        selection, ledger = read_whole
+        assert selection.notes["way"] == "the whole pool was read"
+        n, forward = len(noisy.pool), noisy.costs.forward_pool(noisy.pool)
+        sample = selection.notes["sample"]
+        assert 512 <= sample < n == selection.notes["read"]
+        assert ledger.entries[SELECT, "R"].flops == pytest.approx(forward * sample / n)
+        assert ledger.entries[SELECT, "pass"].flops == pytest.approx(forward * (n - sample) / n)
+        assert ledger.entries[SELECT, "pass"].tokens == n - sample
+        assert {"theta", "policy"} <= {stage for _, stage in ledger.entries}
+        planned = build_selector("cads-amortised", READING).plan(without_sources(noisy), BUDGET)
+        assert planned.total().flops == pytest.approx(ledger.total().flops, rel=0.01)
+        clean = ~np.asarray(noisy.truth.corrupted)
+        assert clean[selection.selected].mean() > clean.mean() + 0.15
+
+    def test_the_policy_travels_with_the_selection(self, read_whole, tmp_path):
+        selection, _ = read_whole
+        loaded = Selection.load(selection.save(tmp_path / "s"))
+        policy = AmortisedPolicy.from_json(loaded.notes["policy"])
+        assert policy.to_json() == selection.notes["policy"]
+        assert policy.names[:3] == (LOSS, ENTROPY, MARGIN)
+
+    @pytest.mark.parametrize("sources", [True, False])
+    def test_a_permutation_of_the_pool_changes_nothing(self, noisy, sources):
+        task = noisy if sources else without_sources(noisy)
+        shuffle = np.random.default_rng(1).permutation(len(task.pool))
+        codes = None if task.pool.sources is None else task.pool.sources[shuffle]
+        other = copy.copy(task)
+        other.pool = Pool(task.pool.ids.take(shuffle), task.pool.examples.take(shuffle), codes, task.pool.source_names)
+        budget = Budget(8, "epochs", count_selection=True)
+        before, after = (choose(t, budget, allowance=0.5, guard=False)[0].table().sort_by("id") for t in (task, other))
+        assert not all(before["selected"].to_pylist())
+        assert before.equals(after)
+
+    def test_free_features_select_from_all_where_a_pass_is_too_dear(self, noisy):
+        budget = Budget(7, "epochs", count_selection=True)
+        selection, ledger = choose(noisy, budget, allowance=0.25, guard=False)
+        assert "free" in selection.notes["way"]
+        assert all(n.startswith((SOURCE, GROUP)) for n in selection.notes["policy"]["names"])
+        assert (SELECT, "pass") not in ledger.entries
+        # A function of source and label: those of one source and one label have one probability.
+        groups = noisy.groups(noisy.pool) * 3 + noisy.pool.sources
+        for group in np.unique(groups):
+            assert len(np.unique(selection.probability[groups == group])) == 1
+        means = [selection.probability[noisy.pool.sources == s].mean() for s in range(3)]
+        assert means[0] > means[2]
+
+    def test_without_any_a_share_is_read_and_filled_up(self, noisy):
+        task, budget = without_sources(noisy), Budget(7, "epochs", count_selection=True)
+        selection, ledger = choose(task, budget, allowance=0.25, guard=False)
+        notes = selection.notes
+        assert "random share" in notes["way"]
+        assert notes["sample"] <= notes["read"] < len(task.pool)
+        forward = task.costs.forward_pool(task.pool) / len(task.pool)
+        charged = sum(
+            ledger.entries[SELECT, stage].flops for stage in ("R", "pass") if (SELECT, stage) in ledger.entries
+        )
+        assert charged == pytest.approx(forward * notes["read"])
+        # The training sees 2,025 examples four times: more than there are, so that all that were not read are taken.
+        assert selection.selected.sum() > len(task.pool) - notes["read"]
+        assert (selection.probability == 1).sum() == len(task.pool) - notes["read"]
+        outcome = train_on(task, selection, budget, seed=0)
+        assert outcome.ledger.total(SELECT).flops <= 0.2 * budget.flops(task) * (1 + 1e-9)
+
+    def test_a_share_that_is_asked_for_is_read(self, noisy):
+        selection, _ = choose(noisy, BUDGET, share=0.5, guard=False, **READING)
+        assert selection.notes["read"] == round(0.5 * len(noisy.pool))
+        assert LOSS in selection.notes["policy"]["names"]
+
+    @pytest.mark.parametrize("kinds", [["source"], ["loss"], ["loss", "source"]])
+    def test_only_what_is_asked_for_is_looked_at(self, noisy, kinds):
+        selection, _ = choose(noisy, BUDGET, features=kinds, guard=False, **READING)
+        names = [n for n in selection.notes["policy"]["names"] if not n.startswith(GROUP)]
+        assert {n.split(":")[0] for n in names} == set(kinds)
+
+    @pytest.mark.parametrize(
+        "options", [{"share": 0}, {"share": 1.5}, {"features": []}, {"features": ["colour"]}], ids=str
+    )
+    def test_bad_options_are_refused(self, options):
+        with pytest.raises(ConfigError, match=r"share|features"):
+            build_selector("cads-amortised", options)
+
+    def test_exploring_is_planned_and_charged(self, noisy):
+        """On top of the training there is room for many runs: half of the first rung explores, and all is planned."""
+        task, budget = noisy, Budget(8, "epochs")
+        selector = CadsAmortised()
+        planned = selector.plan(task, budget)
+        inner = Inner(task, Ledger(limit=planned.limit), Monitor(), held_out=True)
+        parts = divide_allowance(inner, budget.flops(task), selector.kinds, None)
+        rungs = affordable(inner, parts, budget.flops(task))
+        assert not exploring(rungs, len(rungs) - 1)
+        assert rungs[0].runs >= EXPLORING
+        selection, ledger = choose(task, budget)
+        assert planned.total().flops == pytest.approx(ledger.total().flops, rel=0.01)
+        assert planned.total().usages == pytest.approx(ledger.total().usages, rel=0.01)
+        assert selection.notes["origin"] in ("candidate", "draw", "corrected gradient")
+
+    def test_a_run_that_was_killed_goes_on(self, noisy, tmp_path):
+        task, budget = without_sources(noisy), Budget(8, "epochs", count_selection=True)
+
+        def work():
+            return choose(task, budget, allowance=0.5, guard=False)[0]
+
+        work().save(tmp_path / "one")
+        every = CheckpointConfig(every_seconds=None, every_steps=20)
+        resumed(tmp_path, work, every, kills=(10, 60, 100)).save(tmp_path / "two")
+        for file in ("selection.json", "scores.parquet"):
+            assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+    def test_texts_of_many_lengths(self, texts):
+        task, budget = texts(n=1500, batch_size=8), Budget(10, "epochs", count_selection=True)
+        selection, ledger = choose(task, budget, allowance=0.5, guard=False)
+        assert {LOSS, LENGTH} <= set(selection.notes["policy"]["names"])
+        planned = build_selector("cads-amortised", {"allowance": 0.5}).plan(task, budget)
+        assert ledger.total().flops <= planned.limit
+        assert planned.total().flops == pytest.approx(ledger.total().flops, rel=0.1)
+
+
+def test_the_step_leads_downhill(noisy, monkeypatch):
+    """Where the objective falls with the weight of one feature, the corrected gradient raises that weight."""
+    rng, n = np.random.default_rng(0), 400
+    sample = Sample(np.arange(n), rng.normal(size=(n, 2)), ("a", "b"), rng.exponential(size=n), None)
+    field = candidates(sample, WITHOUT_U)
+    parts = Parts(1.0, 0.0, n, n, True, 0.0, 2)
+
+    def compare(inner, parts, sample, policies, rung, seed, height):
+        return np.array([5.0 - p.weights[1] for p in policies])
+
+    monkeypatch.setattr("cads.amortised.compare", compare)
+    inner = Inner(noisy, Ledger(), Monitor())
+    made, values = explore(inner, parts, sample, field, np.full(len(field), -0.1), 5.0, 8, None, 0)
+    assert [p.origin for p in made] == ["draw"] * 8 + ["corrected gradient"]
+    assert len(values) == len(made)
+    assert made[-1].policy.weights[1] > field[0].policy.weights[1]
+
+
+def test_filling_up_takes_the_next_in_the_order_of_the_visit():
+    order = np.array([4, 2, 0, 5, 1, 3])
+    parts = partial(Parts, 1.0, 0.0, 2, 3, True, columns=1)
+    probability = np.array([0.9, 0, 0.2, 0, 0.8, 0])
+    selected, found = filled(parts(least=3), probability, order, 3)
+    np.testing.assert_array_equal(np.flatnonzero(selected), [0, 4, 5])
+    np.testing.assert_allclose(found, [0.9, 1 / 3, 0.2, 1 / 3, 0.8, 1 / 3])
+    assert filled(parts(least=2), probability, order, 3)[0].sum() == 2
+    assert filled(parts(least=0), np.zeros(6), order, 6)[0].all()
