@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -14,6 +15,10 @@ from cads.task import Batch, Pool
 
 WINDOW = 64
 """Batches of examples with a length that are drawn together and then sorted, so that hardly anything is padding."""
+SHUFFLED = 2**20
+"""Positions whose whole order is drawn at once, up to here; of more, places are computed as they are asked for."""
+ROUNDS = 6
+"""Of the cipher that does so."""
 
 
 class Stream(Protocol):
@@ -31,6 +36,9 @@ class Stream(Protocol):
 
 class Epochs:
     """All `positions` once an epoch, in an order drawn anew for each epoch from (seed, epoch).
+
+    Up to `SHUFFLED` of them are shuffled. Of more, a cipher says what stands at a place, so that a short run over a
+    large pool takes time and memory by what it sees, not by what there is.
 
     Raises:
         DataError: if there is no position.
@@ -53,10 +61,18 @@ class Epochs:
         pieces = []
         while count > 0:
             epoch, offset = divmod(start, len(self._positions))
-            piece = self._permutation(epoch)[offset : offset + count]
+            piece = self._part(epoch, offset, min(count, len(self._positions) - offset))
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
         return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+
+    def _part(self, epoch: int, offset: int, count: int) -> np.ndarray:
+        """What stands at `count` places of an epoch, from `offset` on."""
+        n = len(self._positions)
+        if n <= SHUFFLED:
+            return self._permutation(epoch)[offset : offset + count]
+        keys = np.random.SeedSequence((self._seed, epoch)).generate_state(ROUNDS, np.uint64)
+        return self._positions[enciphered(np.arange(offset, offset + count), n, keys)]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
@@ -83,13 +99,44 @@ class Weighted:
     @property
     def period(self) -> int:
         """The number of positions that can be drawn."""
-        return int(np.count_nonzero(np.diff(self._cumulative, prepend=0.0)))
+        grown = np.count_nonzero(self._cumulative[1:] > self._cumulative[:-1])
+        return int(grown) + int(self._cumulative[0] > 0)
 
     def take(self, start: int, count: int) -> np.ndarray:
         """Elements start .. start+count-1; the generator is seeded by (seed, start)."""
         u = np.random.default_rng((self._seed, start)).random(count) * self._cumulative[-1]
         drawn = np.searchsorted(self._cumulative, u, side="right")
         return np.minimum(drawn, len(self._cumulative) - 1).astype(np.int64)
+
+
+def enciphered(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Where a keyed permutation of 0..n-1 takes `places`, int64 like them.
+
+    A Feistel network on pairs of digits in base m, the least m with m^2 >= n; what falls on n or above (at most
+    2 sqrt(n) + 1 of the m^2 pairs stand for that) goes through it again until it does not.
+
+    Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, method "generalized Feistel" with
+    cycle walking; the round function is the finalizer of SplitMix64.
+
+    Args:
+        places: in 0..n-1. keys: uint64, one a round.
+    """
+    m = np.uint64(math.isqrt(n - 1) + 1)
+    found = np.asarray(places, dtype=np.uint64)
+    outside = np.ones(len(found), dtype=bool)
+    while outside.any():
+        left, right = np.divmod(found[outside], m)
+        for key in keys:
+            left, right = right, (left + _mixed(right ^ key) % m) % m
+        found[outside] = left * m + right
+        outside = found >= n
+    return found.astype(np.int64)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 class Bucketed:
@@ -176,11 +223,11 @@ class Draws:
         """Examples of a step and replica that come from the pool: they stand before those of the target."""
         return self.batch_size - self._from_target
 
-    def only(self, stream: Stream) -> Draws:
-        """The draws of one replica alone."""
+    def only(self, *streams: Stream) -> Draws:
+        """The draws of some of the replicas alone."""
         alone = copy.copy(self)
-        alone.streams = [stream]
-        alone._in_batches = [self._batched(self.pool, stream, self.batch_size - self._from_target)]
+        alone.streams = list(streams)
+        alone._in_batches = [self._batched(self.pool, s, self.batch_size - self._from_target) for s in streams]
         return alone
 
     def ids(self, pieces: list[Batch]) -> list[str]:

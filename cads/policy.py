@@ -20,8 +20,8 @@ from safetensors.numpy import save as to_safetensors
 from scipy.special import entr, erf, ndtr, ndtri
 
 from cads.errors import CadsError, CheckpointError, ConfigError
+from cads.simplex import Floats, blocks, check_cap, finite_array, project, project_capped_simplex
 
-Floats = NDArray[np.float64]
 Masks = NDArray[np.bool_]
 P = TypeVar("P", bound="Policy")
 
@@ -79,7 +79,7 @@ class Policy(ABC):
 
     @abstractmethod
     def _project(self, values: Floats) -> Floats:
-        """Return the nearest parameters (n,) that this policy admits."""
+        """Return the nearest parameters (n,) that this policy admits; `values` may be overwritten."""
 
     def step(self, gradient: ArrayLike, size: float) -> None:
         """Projected descent: parameters <- projection(parameters - size * gradient), in place.
@@ -92,8 +92,11 @@ class Policy(ABC):
             raise ConfigError(f"gradient has shape {direction.shape}, the policy has {self.n} parameters")
         if not (np.isfinite(size) and size >= 0):
             raise ConfigError(f"step size must be finite and >= 0, got {size}")
+        moved = np.empty(self.n)
         with np.errstate(over="ignore"):
-            moved = self._values - size * direction
+            for part in blocks(self.n):
+                np.multiply(direction[part], -size, out=moved[part])
+                moved[part] += self._values[part]
         self._values = self._project(finite_array("the parameters after the step", moved))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -181,7 +184,7 @@ class BernoulliPolicy(Policy):
         if not 0 < floor < 0.5:
             raise ConfigError(f"floor must be in (0, 0.5), got {floor}")
         if cap is not None:
-            _check_cap(cap)
+            check_cap(cap)
             if self._values.sum() > cap + CAP_TOLERANCE * max(1.0, cap):
                 raise ConfigError(
                     f"probabilities sum to {self._values.sum()}, above cap {cap}: "
@@ -198,18 +201,25 @@ class BernoulliPolicy(Policy):
     def sample(self, count: int, rng: np.random.Generator) -> Masks:
         """Draw masks, bool (count, n).
 
-        The uniforms are float32, one row at a time: probabilities are honoured to 2^-24, exactly at 0 and 1.
+        The uniforms are float32: probabilities are honoured to 2^-24, exactly at 0 and 1.
         """
         masks = np.empty((_check_count(count), self.n), dtype=np.bool_)
         for row in masks:
-            np.less(rng.random(self.n, dtype=np.float32), self._values, out=row)
+            # A generator's stream does not depend on how it is cut.
+            for part in blocks(self.n):
+                np.less(rng.random(part.stop - part.start, dtype=np.float32), self._values[part], out=row[part])
         return masks
 
     def log_prob(self, draws: Masks) -> Floats:
         """log p(m; s) = sum_i m_i log s_i + (1 - m_i) log(1 - s_i), masks (K, n) -> (K,) nats."""
-        with np.errstate(divide="ignore"):
-            selected, rejected = np.log(self._values), np.log1p(-self._values)
-        return np.array([np.where(row, selected, rejected).sum() for row in self._checked(draws)], dtype=float)
+        total = np.zeros(len(self._checked(draws)))
+        for part in blocks(self.n):
+            s = self._values[part]
+            with np.errstate(divide="ignore"):
+                selected, rejected = np.log(s), np.log1p(-s)
+            for k, row in enumerate(draws[:, part]):
+                total[k] += np.where(row, selected, rejected).sum()
+        return total
 
     def score(self, draws: Masks) -> Floats:
         """Score d log p / d s_i = (m_i - s_i) / (c_i (1 - c_i)), c = clip(s, floor, 1 - floor), masks (K, n).
@@ -219,15 +229,22 @@ class BernoulliPolicy(Policy):
         s = 0 and s = 1 for the only mask that can be drawn there, so such an item stays where it is until
         another gradient or the projection moves it.
         """
-        clipped = np.clip(self._values, self.floor, 1 - self.floor)
-        return (self._checked(draws) - self._values) / (clipped * (1 - clipped))
+        score = np.empty(self._checked(draws).shape)
+        for part in blocks(self.n):
+            s = self._values[part]
+            clipped = np.clip(s, self.floor, 1 - self.floor)
+            variance = clipped * (1 - clipped)
+            np.subtract(draws[:, part], s, out=score[:, part])
+            score[:, part] /= variance
+        return score
 
     def entropy(self) -> float:
         """Entropy -sum_i [ s_i log s_i + (1 - s_i) log(1 - s_i) ], in nats."""
-        return float((entr(self._values) + entr(1 - self._values)).sum())
+        parts = (self._values[part] for part in blocks(self.n))
+        return sum(float((entr(s) + entr(1 - s)).sum()) for s in parts)
 
     def _project(self, values: Floats) -> Floats:
-        return project_capped_simplex(values, self.n if self.cap is None else self.cap)
+        return project(values, self.n if self.cap is None else self.cap)
 
     def _checked(self, draws: NDArray[Any]) -> NDArray[Any]:
         if draws.dtype != np.bool_:
@@ -319,86 +336,6 @@ class MixturePolicy(Policy):
         a = -self._values / self.sigma
         b = (1 - self._values) / self.sigma
         return a, b, (erf(b / np.sqrt(2)) + erf(-a / np.sqrt(2))) / 2
-
-
-def project_capped_simplex(s: ArrayLike, k: float) -> Floats:
-    """Euclidean projection onto {0 <= x <= 1, sum x <= k}: x = clip(s - tau, 0, 1) with the least tau >= 0.
-
-    The threshold is found by safeguarded Newton steps, O(N) time each and O(N) memory; the sum is exact to
-    rounding, whatever the magnitude of s.
-
-    Args:
-        s: shape (N,), finite.
-        k: the largest sum, >= 0.
-
-    Raises:
-        ConfigError: if s is empty, not finite or not one-dimensional, or k is not a number >= 0.
-    """
-    point = finite_array("s", s)
-    _check_cap(k)
-    clipped = np.clip(point, 0.0, 1.0)
-    if k == 0:
-        return np.zeros_like(point)
-    if clipped.sum() <= k:
-        return clipped
-    # tau >= 0, so negative entries end at 0 wherever they start.
-    shifted = np.maximum(point, 0.0)
-    # A large tau is coarser than the sum must be. Subtracting it is exact for the entries near it, so each
-    # solve starts 52 bits finer than the last: two for entries of ordinary size, 20 for the largest float64.
-    for _ in range(20):
-        tau = _threshold(shifted, k)
-        if tau == 0:
-            break
-        shifted -= tau
-    return np.clip(shifted, 0.0, 1.0, out=shifted)
-
-
-def _threshold(s: Floats, k: float) -> float:
-    """Root of sum clip(s - tau, 0, 1) = k in tau, 0 < k < N: piecewise linear and non-increasing in tau.
-
-    Newton is exact once it stands on the root's linear piece (the root's active set); every third step halves
-    the bracket, for s whose pieces would make Newton cycle.
-    """
-    low, high = float(s.min()) - 1.0, float(s.max())
-    tau = float(np.clip(0.0, low, high))
-    rounding = 4 * np.finfo(float).eps * (k + s.size)
-    x = np.empty_like(s)
-    iteration = 0
-    while True:
-        np.clip(np.subtract(s, tau, out=x), 0.0, 1.0, out=x)
-        excess = float(x.sum()) - k
-        if abs(excess) <= rounding:
-            return tau
-        low, high = (tau, high) if excess > 0 else (low, tau)
-        iteration += 1
-        free = np.count_nonzero((x > 0) & (x < 1))
-        newton = tau + excess / free if free and iteration % 3 else np.nan
-        following = newton if low < newton < high else low / 2 + high / 2
-        if not low < following < high:
-            return tau
-        tau = following
-
-
-def finite_array(name: str, values: ArrayLike, dimensions: int = 1) -> Floats:
-    """`values` as non-empty float64 with that many dimensions.
-
-    Raises:
-        ConfigError: naming `name`, if they are not numbers, not finite, empty or of another shape.
-    """
-    try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name} must be numbers: {error}") from error
-    if array.ndim != dimensions or array.size == 0:
-        raise ConfigError(f"{name} must be non-empty with {dimensions} dimension(s), got shape {array.shape}")
-    if not np.isfinite(array).all():
-        raise ConfigError(f"{name} must be finite, but entry {int(np.argmin(np.isfinite(array)))} is not")
-    return array
-
-
-def _check_cap(k: float) -> None:
-    if not (np.isfinite(k) and k >= 0):
-        raise ConfigError(f"the cap must be a finite number >= 0, got {k}")
 
 
 def _check_count(count: int) -> int:

@@ -21,14 +21,15 @@ from cads.errors import BudgetError, CadsError, ConfigError, DataError, Selectio
 from cads.folders import whole_folder
 from cads.monitor import Monitor
 from cads.optimizer import check_step
+from cads.order import best_first, distinct
+from cads.score_files import COLUMNS
 from cads.scorers import scorer_of
-from cads.selection import Selection, check_folder, rank_by_score
+from cads.selection import Selection, check_folder
 from cads.task import Pool, Task
 from cads.untrusted import JSON_LIMIT, read_scores
 
 SCHEMA_VERSION = 1
 FILES = ("ranking.json", "scores.parquet")
-COLUMNS = {"id": pa.string(), "score": pa.float64()}
 HEADER: dict[str, type] = {
     "method": str,
     "config": dict,
@@ -70,14 +71,16 @@ class Ranking:
         Raises:
             DataError: if an example of the pool has no score, or one that is not finite.
         """
-        found = pc.index_in(pool.ids, value_set=self.ids)
-        if found.null_count:
-            missing = pool.ids.filter(pc.is_null(found))
-            raise DataError(
-                f"{found.null_count} examples of the {pool.name} have no score by {self.method}, such as "
-                f"{missing[:3].to_pylist()}: rank the pool that is trained on"
-            )
-        score = self.score[found.to_numpy()]
+        score = self.score
+        if not self.ids.equals(pool.ids):
+            found = pc.index_in(pool.ids, value_set=self.ids)
+            if found.null_count:
+                missing = pool.ids.filter(pc.is_null(found))
+                raise DataError(
+                    f"{found.null_count} examples of the {pool.name} have no score by {self.method}, such as "
+                    f"{missing[:3].to_pylist()}: rank the pool that is trained on"
+                )
+            score = score[found.to_numpy()]
         if not np.isfinite(score).all():
             bad = pool.ids.take(np.flatnonzero(~np.isfinite(score))[:5]).to_pylist()
             raise DataError(f"{self.method} scores examples such as {bad} with NaN or infinity: look at these examples")
@@ -95,7 +98,7 @@ class Ranking:
         header |= {"schema_version": SCHEMA_VERSION, "ledger": self.ledger.to_json(seconds=False)}
         with whole_folder(folder) as partial:
             table = pa.table({"id": self.ids, "score": self.score}, schema=pa.schema(list(COLUMNS.items())))
-            pq.write_table(table, partial / "scores.parquet")
+            pq.write_table(table, partial / "scores.parquet", use_dictionary=False)
             (partial / "ranking.json").write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
         return folder
 
@@ -123,7 +126,7 @@ class Ranking:
             wrong = [name for name, kind in HEADER.items() if not isinstance(header[name], kind)]
             if wrong or table["id"].null_count or table["score"].null_count:
                 raise SelectionError(f"fields of another type, {wrong}, or missing scores")
-            if pc.count_distinct(table["id"]).as_py() != len(table):
+            if not distinct(table["id"]):
                 raise SelectionError("ids that are not unique")
             return cls(
                 ids=table["id"].combine_chunks(),
@@ -237,7 +240,7 @@ class Ranker(ABC):
         training = self._afford(task, budget, ledger.total(SELECT).flops)
         score = ranking.scores_of(task.pool)
         selected = np.zeros(len(task.pool), dtype=bool)
-        order = np.argsort(rank_by_score(task.pool.ids, score), kind="stable")
+        order = best_first(task.pool.ids, score)
         selected[order[: self._size(task, order, training)]] = True
         return Selection.of(
             task.pool,

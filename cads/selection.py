@@ -22,7 +22,9 @@ from cads.budget import Budget, Ledger
 from cads.checkpoint import State
 from cads.draws import Epochs, Stream, Weighted
 from cads.errors import CadsError, SelectionError
+from cads.fingerprint import add_column
 from cads.folders import whole_folder
+from cads.order import distinct, rank_by_score
 from cads.start import START_FILES, read_start, write_start
 from cads.task import Pool
 from cads.untrusted import JSON_LIMIT, read_scores
@@ -30,6 +32,8 @@ from cads.untrusted import JSON_LIMIT, read_scores
 SCHEMA_VERSION = 1
 FILES = ("selection.json", "scores.parquet", "timings.json", *START_FILES)
 """What a saved Selection consists of; the last two only where it has a start."""
+LISTED = 2**16
+"""Positions that a sampler holds as Python numbers at once."""
 LIBRARIES = ("cads-select", "torch", "numpy", "accelerate")
 COLUMNS = {
     "id": pa.string(),
@@ -64,7 +68,8 @@ class Selection:
         score: higher is better, shape (N,).
         probability: of being selected, shape (N,).
         selected: bool, shape (N,); may be empty only if `target_fraction` is 1.
-        sources: the name of each example's source, or None.
+        sources: the name of each example's source (given as a list or as Arrow strings, kept as a dictionary array
+            of 4 bytes an example), or None.
         source_probability: probability of each source, for selectors that choose sources.
         target_fraction: share of each training batch drawn from the target (0: pool only).
         weighted: whether training draws examples in proportion to their probability, with replacement, instead
@@ -85,7 +90,7 @@ class Selection:
     budget: Budget
     ledger: Ledger
     pool_hash: str
-    sources: list[str] | None = None
+    sources: pa.DictionaryArray | None = None
     source_probability: dict[str, float] = field(default_factory=dict)
     target_fraction: float = 0.0
     weighted: bool = False
@@ -96,6 +101,9 @@ class Selection:
 
     def __post_init__(self) -> None:
         n = len(self.ids)
+        self.sources = _dictionary(self.sources)
+        if self.sources is not None and (len(self.sources) != n or self.sources.null_count):
+            raise SelectionError(f"{len(self.sources) - self.sources.null_count} sources for {n} ids")
         for name in ("score", "probability", "selected"):
             values = getattr(self, name)
             if values.shape != (n,):
@@ -128,7 +136,7 @@ class Selection:
         plain = np.asarray(selected, dtype=np.float64)
         names = None
         if pool.sources is not None:
-            names = [pool.source_names[code] for code in pool.sources]
+            names = pa.DictionaryArray.from_arrays(pool.sources, pa.array(pool.source_names, pa.string()))
         return cls(
             ids=pool.ids,
             score=plain if score is None else np.asarray(score, dtype=np.float64),
@@ -147,10 +155,11 @@ class Selection:
     def content_hash(self) -> str:
         """Of all that is saved but the times: two selections with the same hash are trained on alike."""
         digest = hashlib.sha256(json.dumps(self._header(), sort_keys=True).encode())
-        for name in ("id", "source"):
-            digest.update("\0".join(str(x) for x in self.table()[name].to_pylist()).encode())
+        add_column(digest, self.ids)
+        if self.sources is not None:
+            add_column(digest, self.sources)
         for values in (self.score, self.probability, self.selected):
-            digest.update(np.ascontiguousarray(values).tobytes())
+            digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
 
     @cached_property
@@ -168,6 +177,8 @@ class Selection:
         Raises:
             SelectionError: if a selected id is not in the pool.
         """
+        if self.ids.equals(pool.ids):
+            return np.flatnonzero(self.selected)
         wanted = self.ids.filter(pa.array(self.selected))
         found = pc.index_in(wanted, value_set=pool.ids)
         if found.null_count:
@@ -188,7 +199,8 @@ class Selection:
         if not self.weighted:
             return Epochs(positions, seed)
         weights = np.zeros(len(pool))
-        weights[positions] = self.probability[pc.index_in(pool.ids.take(positions), value_set=self.ids).to_numpy()]
+        place = pc.index_in(pool.ids.take(pa.array(positions)), value_set=self.ids).to_numpy()
+        weights[positions] = self.probability[place]
         return Weighted(weights, seed)
 
     def apply(self, dataset: Any, id_column: str = "id") -> Any:
@@ -199,7 +211,7 @@ class Selection:
         """
         if id_column not in dataset.column_names:
             raise SelectionError(f"the dataset has no column {id_column!r}: it has {dataset.column_names}")
-        ids = pa.array([str(i) for i in dataset[id_column]], pa.string())
+        ids = _as_strings(dataset, id_column)
         wanted = self.ids.filter(pa.array(self.selected))
         found = pc.index_in(wanted, value_set=ids)
         if found.null_count:
@@ -216,14 +228,15 @@ class Selection:
 
     def by_source(self) -> list[tuple[str, int, int, float]]:
         """For each source (or the whole pool): name, examples, selected examples, mean probability."""
-        names, codes = np.unique(np.array(self.sources or ["(all)"] * len(self.ids)), return_inverse=True)
-        examples = np.bincount(codes)
+        if self.sources is None:
+            names, codes = ["(all)"], np.zeros(len(self.ids), dtype=np.int32)
+        else:
+            names, codes = self.sources.dictionary.to_pylist(), self.sources.indices.to_numpy()
+        examples = np.bincount(codes, minlength=len(names))
         selected = np.bincount(codes[self.selected], minlength=len(names))
-        probability = np.bincount(codes, weights=self.probability) / examples
-        return [
-            (str(n), int(e), int(s), float(p))
-            for n, e, s, p in zip(names, examples, selected, probability, strict=True)
-        ]
+        probability = np.bincount(codes, weights=self.probability, minlength=len(names)) / np.maximum(examples, 1)
+        rows = zip(names, examples, selected, probability, strict=True)
+        return [(str(n), int(e), int(s), float(p)) for n, e, s, p in sorted(rows) if e]
 
     def mixture(self) -> dict[str, float]:
         """The share of each source among what is trained on, for `datasets.interleave_datasets`.
@@ -253,7 +266,8 @@ class Selection:
         folder = Path(folder)
         check_folder(folder)
         with whole_folder(folder) as partial:
-            pq.write_table(self.table(), partial / "scores.parquet")
+            # A dictionary of unique ids would only be built and thrown away.
+            pq.write_table(self.table(), partial / "scores.parquet", use_dictionary=["source"])
             (partial / "selection.json").write_text(json.dumps(self._header(), indent=2, sort_keys=True) + "\n")
             self.ledger.save(partial / "timings.json")
             if self.start is not None:
@@ -262,10 +276,11 @@ class Selection:
 
     def table(self) -> pa.Table:
         """One row an example: id, source, score, probability, rank, selected."""
+        sources = pa.nulls(len(self.ids)) if self.sources is None else self.sources
         return pa.table(
             {
                 "id": self.ids,
-                "source": pa.nulls(len(self.ids), pa.string()) if self.sources is None else self.sources,
+                "source": sources.cast(pa.string()),
                 "score": self.score,
                 "probability": self.probability,
                 "rank": self.rank,
@@ -338,7 +353,7 @@ class Selection:
         missing = [n for n in ("id", "score", "probability", "selected") if table[n].null_count]
         if missing:
             raise SelectionError(f"the columns {missing} of the scores have missing values")
-        if pc.count_distinct(table["id"]).as_py() != len(table):
+        if not distinct(table["id"]):
             raise SelectionError("ids of the scores are not unique")
         counts = {"pool": len(table), "selected": pc.sum(table["selected"]).as_py() or 0}
         if header["counts"] != counts:
@@ -349,7 +364,7 @@ class Selection:
             score=table["score"].to_numpy(),
             probability=table["probability"].to_numpy(),
             selected=table["selected"].to_numpy().astype(bool),
-            sources=None if sources.null_count else sources.to_pylist(),
+            sources=None if sources.null_count else sources,
             budget=Budget(**header["budget"]),
             ledger=Ledger.from_json(header["ledger"]),
             start=start,
@@ -357,12 +372,25 @@ class Selection:
         )
 
 
-def rank_by_score(ids: pa.Array, score: np.ndarray) -> np.ndarray:
-    """Place of each example by falling score (shape (N,)), 0 is best, ties by id; int64, shape (N,)."""
-    order = pc.sort_indices(pa.table({"id": ids, "score": -score}), [("score", "ascending"), ("id", "ascending")])
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order.to_numpy()] = np.arange(len(order))
-    return rank
+def _dictionary(names: pa.Array | Sequence[str] | None) -> pa.DictionaryArray | None:
+    """Names as a dictionary array of int32 codes."""
+    if names is None:
+        return None
+    column = names if isinstance(names, pa.Array) else pa.array(names, pa.string())
+    return column if isinstance(column, pa.DictionaryArray) else column.dictionary_encode()
+
+
+def _as_strings(dataset: Any, column: str) -> pa.ChunkedArray:
+    """A column of a `datasets.Dataset`, of strings or of numbers.
+
+    Raises:
+        SelectionError: if it holds something else.
+    """
+    values = dataset.select_columns([column]).with_format("arrow")[:][column]
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowException as error:
+        raise SelectionError(f"column {column!r} holds {values.type}: name one of strings or numbers") from error
 
 
 def check_folder(folder: Path | str, files: Sequence[str] = FILES) -> None:
@@ -403,7 +431,9 @@ class SelectionSampler(Sampler[int]):
         return self._count
 
     def __iter__(self) -> Iterator[int]:
-        yield from self._stream.take(self._epoch * self._count, self._count).tolist()
+        drawn = self._stream.take(self._epoch * self._count, self._count)
+        for start in range(0, len(drawn), LISTED):
+            yield from drawn[start : start + LISTED].tolist()
 
 
 def versions() -> dict[str, str]:

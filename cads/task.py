@@ -25,6 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cads.errors import ConfigError, DataError
+from cads.fingerprint import add_pairs
+from cads.order import distinct
 
 if TYPE_CHECKING:
     from cads.flops import Costs
@@ -122,8 +124,8 @@ class Examples(Protocol):
         """
         ...
 
-    def digests(self) -> list[bytes]:
-        """A content hash of what the model reads of each example, in order."""
+    def digests(self) -> pa.Array | list[bytes]:
+        """A content hash of what the model reads of each example, in order; large pools give a binary array."""
         ...
 
     def label_digest(self) -> bytes:
@@ -158,7 +160,12 @@ class Pool:
             ids = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.string())
         except (pa.ArrowException, TypeError) as error:
             raise DataError(f"the {name} has ids that are not strings ({error}): give one string an example") from error
-        self.ids: pa.Array = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+        try:
+            self.ids: pa.Array = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+        except pa.ArrowInvalid as error:
+            raise DataError(f"the {name} has ids of more than 2 GB ({error}): divide it into shards") from error
+        if self.ids.type != pa.string():
+            raise DataError(f"the {name} has ids of type {self.ids.type}: give strings")
         self.examples = examples
         self.sources = None if sources is None else np.asarray(sources, dtype=np.int32)
         self.source_names = tuple(source_names)
@@ -175,7 +182,7 @@ class Pool:
             )
         if self.ids.null_count:
             raise DataError(f"the {self.name} has {self.ids.null_count} missing ids: every example needs one")
-        if pc.count_distinct(self.ids).as_py() != len(self.ids):
+        if not distinct(self.ids):
             counts = pc.value_counts(self.ids)
             twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
             raise DataError(
@@ -230,21 +237,25 @@ class Pool:
             raise DataError(f"the {self.name} has no sources: name a source column, or select per example")
         return np.flatnonzero(np.asarray(mask, dtype=bool)[self.sources])
 
+    @property
+    def digests(self) -> pa.Array:
+        """A hash of what the model reads of each example, whatever the label; large binary, shape (N,)."""
+        found = self.examples.digests()
+        return (found if isinstance(found, pa.Array) else pa.array(found, pa.binary())).cast(pa.large_binary())
+
     @cached_property
     def contents(self) -> np.ndarray:
         """Which examples are copies of each other: one code a content, whatever the label, int64, shape (N,)."""
-        return pa.array(self.examples.digests(), pa.binary()).dictionary_encode().indices.to_numpy().astype(np.int64)
+        return self.digests.dictionary_encode().indices.to_numpy().astype(np.int64)
 
     @cached_property
     def content_hash(self) -> str:
         """Hash of ids, contents, labels and sources: two pools with the same hash give the same results."""
         digest = hashlib.sha256()
-        for identity, content in zip(self.ids.to_pylist(), self.examples.digests(), strict=True):
-            digest.update(f"{identity}\0".encode())
-            digest.update(content)
+        add_pairs(digest, self.ids, self.digests)
         digest.update(self.examples.label_digest())
         if self.sources is not None:
-            digest.update(self.sources.tobytes())
+            digest.update(np.ascontiguousarray(self.sources).data)
             digest.update("\0".join(self.source_names).encode())
         return digest.hexdigest()
 
@@ -261,6 +272,7 @@ class Task(ABC):
         pool: the candidates. target: what selection optimises for. test: held out, seen by no selector.
         recipe: how the model is trained: batch size, optimizer, learning rate, precision.
         outer: the metric of `metrics` (lower is better) that selection minimises on the target.
+        maximised: metrics of which more is better: none of them can be `outer`.
         source_outer: another one where whole sources are chosen; None for the same.
         accounting: how FLOPs are counted: `measured`, `analytic` or `paper`.
         mergeable: whether its models have adapters that can be written into the weights they stand on.
@@ -270,6 +282,7 @@ class Task(ABC):
 
     name: str = "task"
     outer: str = "loss"
+    maximised: tuple[str, ...] = ("accuracy",)
     source_outer: str | None = None
     accounting: str = "measured"
     mergeable: bool = False
@@ -407,9 +420,21 @@ class Task(ABC):
         if callable(outer):
             return float(outer(self, model, pool or self.target))
         metrics = self.metrics(model, pool or self.target)
-        if outer not in metrics:
-            raise ConfigError(f"outer = {outer!r} is no metric of {self.name}: choose from {sorted(metrics)}")
+        known = sorted(set(metrics) - set(self.maximised))
+        if outer not in known:
+            raise ConfigError(
+                f"outer = {outer!r} is no metric of {self.name} that can be minimised: choose from {known}"
+            )
         return metrics[outer]
+
+    def check_outer(self, outer: str | Objective | None) -> None:
+        """Refuse an outer objective by a name that is not known, before anything is spent: it is tried on one example.
+
+        Raises:
+            ConfigError: naming those there are.
+        """
+        if isinstance(outer, str):
+            self.objective(self.model(0), outer, self.target.part(np.arange(1), self.target.name))
 
     def check(self) -> None:
         """Refuse a target that leaks into the pool or the test set, by id or by content.
@@ -417,7 +442,7 @@ class Task(ABC):
         Raises:
             DataError: naming the first examples that stand on both sides.
         """
-        target_content = list(zip(self.target.examples.digests(), self.target.ids.to_pylist(), strict=True))
+        contents = self.target.digests
         for other in (self.pool, self.test):
             shared = self.target.ids.filter(pc.is_in(self.target.ids, value_set=other.ids))
             if len(shared):
@@ -425,8 +450,8 @@ class Task(ABC):
                     f"{len(shared)} ids of the target are also in the {other.name}, such as "
                     f"{shared[:3].to_pylist()}: the target must be held out from both pool and test"
                 )
-            contents = set(other.examples.digests())
-            copies = [identity for content, identity in target_content if content in contents]
+            copied = pc.is_in(contents, value_set=other.digests)
+            copies = self.target.ids.filter(copied).to_pylist()
             if len(copies) > LEAK_TOLERANCE * len(self.target):
                 raise DataError(
                     f"{len(copies)} of {len(self.target)} target examples have exact copies in the "

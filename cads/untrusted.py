@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -37,14 +37,36 @@ def read_scores(path: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
         DataError: if it has other columns, another compression, or is larger than this machine can hold.
         pyarrow.ArrowException, OSError, ValueError: if it is no Parquet file.
     """
-    text = [name for name, kind in columns.items() if kind == pa.string()]
     # Not read_table: it makes columns of folders in the path that are called `name=value`.
     with pq.ParquetFile(path) as file:
         _check_footer(path, file, columns)
-    with pq.ParquetFile(path, read_dictionary=text) as file:
-        table = file.read()
+        _check_size(path, file, columns, range(file.metadata.num_row_groups))
+    with pq.ParquetFile(path, read_dictionary=_text(columns)) as file:
+        return _spelt_out(path, file.read(), columns)
+
+
+def read_score_groups(path: Path, columns: Mapping[str, pa.DataType]) -> Iterator[pa.Table]:
+    """The row groups of such a file one by one, each once it is known that it fits in memory.
+
+    Raises:
+        As for `read_scores`.
+    """
+    with pq.ParquetFile(path) as file:
+        _check_footer(path, file, columns)
+    with pq.ParquetFile(path, read_dictionary=_text(columns)) as file:
+        for group in range(file.metadata.num_row_groups):
+            _check_size(path, file, columns, [group])
+            yield _spelt_out(path, file.read_row_group(group), columns)
+
+
+def _text(columns: Mapping[str, pa.DataType]) -> list[str]:
+    return [name for name, kind in columns.items() if kind == pa.string()]
+
+
+def _spelt_out(path: Path, table: pa.Table, columns: Mapping[str, pa.DataType]) -> pa.Table:
+    """The table with its text as strings, once it is measured."""
     limit = memory_limit()
-    for name in text:
+    for name in _text(columns):
         column = table[name].unify_dictionaries()
         spelt = sum(_spelt_bytes(chunk) for chunk in column.chunks)
         if spelt > limit:
@@ -62,15 +84,23 @@ def _check_footer(path: Path, file: pq.ParquetFile, columns: Mapping[str, pa.Dat
     chunks = [group.column(j) for group in groups for j in range(group.num_columns)]
     if odd := sorted({chunk.compression for chunk in chunks} - set(CODECS)):
         raise DataError(f"{path} is compressed by {odd[0]}: write it with one of {list(CODECS)}")
-    rows = max(footer.num_rows, sum(group.num_rows for group in groups))
-    needed = rows * sum(8 if kind == pa.string() else kind.bit_width / 8 for kind in columns.values())
+    if footer.num_rows > sum(group.num_rows for group in groups):
+        raise DataError(f"{path} promises {footer.num_rows} rows, more than it has: its footer is damaged")
     unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
+    if unpacked > LARGEST_EXPANSION * path.stat().st_size:
+        raise DataError(f"{path} unpacks to {unpacked} bytes from {path.stat().st_size}: its footer is damaged")
+
+
+def _check_size(path: Path, file: pq.ParquetFile, columns: Mapping[str, pa.DataType], groups: Iterable[int]) -> None:
+    """Refuse to read row groups together that are larger than memory."""
+    footers = [file.metadata.row_group(i) for i in groups]
+    rows = sum(group.num_rows for group in footers)
+    needed = rows * sum(8 if kind == pa.string() else kind.bit_width / 8 for kind in columns.values())
+    unpacked = sum(group.column(j).total_uncompressed_size for group in footers for j in range(group.num_columns))
     if needed + unpacked > memory_limit():
         raise DataError(
             f"{path} has {rows} rows, which take {needed + unpacked:.3g} bytes: more than memory holds here"
         )
-    if unpacked > LARGEST_EXPANSION * path.stat().st_size:
-        raise DataError(f"{path} unpacks to {unpacked} bytes from {path.stat().st_size}: its footer is damaged")
 
 
 def _spelt_bytes(chunk: pa.DictionaryArray) -> int:

@@ -89,7 +89,7 @@ def test_selection_is_of_the_pool(task, chosen, name):
     selection = chosen(name).selection
     assert selection.ids.equals(task.pool.ids)
     assert selection.pool_hash == task.pool.content_hash
-    assert selection.sources == [task.pool.source_names[s] for s in task.pool.sources]
+    assert selection.sources.to_pylist() == [task.pool.source_names[s] for s in task.pool.sources]
     assert selection.method == name
     assert selection.seed == 0
     assert selection.budget == BUDGET

@@ -237,7 +237,7 @@ def test_metrics_agree_with_losses_and_restore_modes(noisy):
 def test_metrics_do_not_depend_on_the_batch_size(noisy, monkeypatch):
     model = noisy.model(0)
     whole = noisy.metrics(model, noisy.test)
-    monkeypatch.setattr("cads.tasks.vision.CHUNK", 7)
+    monkeypatch.setattr("cads.tasks.images.CHUNK", 7)
     assert noisy.metrics(model, noisy.test) == pytest.approx(whole, rel=1e-6)
 
 

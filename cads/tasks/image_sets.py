@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from cads.errors import ConfigError, DataError
 from cads.interrupt import Interrupted
-from cads.tasks.images import ImageData, ImageFiles, ImageTensors
+from cads.tasks.images import ImageArrays, ImageData, ImageFiles, Images, ImageTensors
 
 SYSTEM_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package dataset-fashion-mnist puts its files."""
@@ -208,6 +211,69 @@ def _folder_payload(files: list[Path], classes: tuple[str, ...], size: int | Non
     return ImageFiles([(f,) for f in files], 0, [codes[f.parent.name] for f in files], size)
 
 
+def load_arrays(root: str | Path, size: int | None = None) -> ImageData:
+    """Images in `.npy` files, mapped into memory: images.npy, labels.npy and, if there are any, sources.npy.
+
+    They lie in `root`, or in root/train and root/test. Images are uint8 of shape (N, H, W), (N, H, W, C) or
+    (N, C, H, W); labels and sources are whole numbers from 0, shape (N,), which stand for themselves.
+
+    Args:
+        root: the folder. size: as for `ImageArrays`.
+
+    Raises:
+        DataError: if a file is missing, damaged, or of another kind.
+    """
+    root = Path(root)
+    split = (root / "train").is_dir()
+    train, n_classes = _array_split(root / "train" if split else root, size)
+    test = None
+    if split and (root / "test").is_dir():
+        test, n_more = _array_split(root / "test", size)
+        if test.shape != train.shape or n_more > n_classes:
+            raise DataError(
+                f"{root / 'test'} has images of shape {test.shape} and {n_more} classes, where the training split has "
+                f"{train.shape} and {n_classes}: give the same kind"
+            )
+    classes = tuple(str(i) for i in range(n_classes))
+    given = (root / "train" if split else root) / "sources.npy"
+    if not given.is_file():
+        return ImageData(train, test, classes)
+    names, sources = np.unique(_whole_numbers(given, len(train)), return_inverse=True)
+    return ImageData(train, test, classes, sources, tuple(str(name) for name in names))
+
+
+def _array_split(folder: Path, size: int | None) -> tuple[ImageArrays, int]:
+    """The images of one folder, and the number of their classes."""
+    images = _mapped(folder / "images.npy")
+    labels = _whole_numbers(folder / "labels.npy", len(images))
+    try:
+        return ImageArrays([images], labels, size), int(labels.max()) + 1
+    except DataError as error:
+        raise DataError(f"{folder / 'images.npy'}: {error}") from error
+
+
+def _mapped(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: name a folder with images.npy and labels.npy (--task.path)")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read: {error}; write it with numpy.save") from error
+    if not isinstance(array, np.ndarray) or array.ndim == 0:
+        raise DataError(f"{path} is no array: write it with numpy.save")
+    return array
+
+
+def _whole_numbers(path: Path, n: int) -> np.ndarray:
+    array = _mapped(path)
+    if array.shape != (n,) or array.dtype.kind not in "iu":
+        raise DataError(f"{path} holds {array.dtype} of shape {array.shape}: give one whole number for each of {n}")
+    numbers = np.array(array, dtype=np.int64)
+    if n and numbers.min() < 0:
+        raise DataError(f"{path} holds {numbers.min()}: give whole numbers from 0")
+    return numbers
+
+
 def load_hub(
     name: str,
     image_column: str = "image",
@@ -217,9 +283,11 @@ def load_hub(
 ) -> ImageData:
     """Any image data set that `datasets` can load: split "train", and "test" if there is one.
 
+    It stays on disk: images are decoded, or copied from the mapped file, when a batch asks for them.
+
     Args:
         name: a name on the Hugging Face hub, a local folder, or a folder written by `save_to_disk`.
-        image_column: holds the images (feature `datasets.Image`).
+        image_column: holds the images: feature `datasets.Image`, or `Array2D` or `Array3D` of uint8.
         label_column: class names, class labels, or integers from 0.
         source_column: of the training split: where each image comes from; None: no sources.
         size: as for `ImageFiles`.
@@ -249,19 +317,44 @@ def load_hub(
     test = None
     if "test" in splits:
         labels, _ = _codes(splits["test"], label_column, "label_column", classes)
-        test = _hub_payload(splits["test"], image_column, labels, size).reshaped(train.shape)
+        test = _hub_payload(splits["test"], image_column, labels, size)
+        if isinstance(test, ImageFiles):
+            test = test.reshaped(train.shape)
+        elif test.shape != train.shape:
+            raise DataError(f"the test split has images of shape {test.shape}, the training split of {train.shape}")
     if source_column is None:
         return ImageData(train, test, classes)
     sources, names = _codes(splits["train"], source_column, "source_column")
     return ImageData(train, test, classes, sources, names)
 
 
-def _hub_payload(split: Any, column: str, labels: np.ndarray, size: int | None) -> ImageFiles:
+def _hub_payload(split: Any, column: str, labels: np.ndarray, size: int | None) -> Images:
     import datasets
 
-    if not isinstance(_feature(split, column, "image_column"), datasets.Image):
+    feature = _feature(split, column, "image_column")
+    if isinstance(feature, datasets.Array2D | datasets.Array3D) and feature.dtype == "uint8":
+        return _arrow_images(split, column, feature.shape, labels, size)
+    if not isinstance(feature, datasets.Image):
         raise ConfigError(f"image_column = {column!r} holds {split.features[column]}: name a column of images")
     return ImageFiles(split.select_columns([column]), column, labels, size)
+
+
+def _arrow_images(split: Any, column: str, shape: tuple[int, ...], labels: np.ndarray, size: int | None) -> Images:
+    """A column of arrays as it lies in its file: nothing is copied or read."""
+    chunks = []
+    for chunk in split.data.column(column).chunks:
+        values = chunk.storage
+        while not pa.types.is_uint8(values.type):
+            values = values.flatten()
+        if len(values) != len(chunk) * math.prod(shape):
+            raise DataError(f"image_column = {column!r} has images that are missing or not of shape {shape}: fill them")
+        chunks.append(values.to_numpy(zero_copy_only=False).reshape(-1, *shape))
+    # `select`, `shuffle` and `train_test_split` leave the file as it is, and an index into it.
+    if split._indices is None:
+        return ImageArrays(chunks, labels, size)
+    index = split._indices.column(0).to_numpy()
+    whole = ImageArrays(chunks, np.zeros(sum(map(len, chunks)), dtype=np.int64), size)
+    return whole.take(index).relabel(torch.from_numpy(labels))
 
 
 def _feature(split: Any, column: str, setting: str) -> Any:
@@ -277,18 +370,19 @@ def _codes(
     import datasets
 
     feature = _feature(split, column, setting)
-    values = split.select_columns([column])[:][column]
-    if any(value is None for value in values):
-        raise DataError(f"{setting} = {column!r} has {sum(v is None for v in values)} missing values: fill them")
-    if isinstance(feature, datasets.ClassLabel):
-        return np.array(values, dtype=np.int64), tuple(feature.names)
-    if all(isinstance(value, int) for value in values):
-        return np.array(values, dtype=np.int64), names or tuple(str(i) for i in range(max(values) + 1))
-    if not all(isinstance(value, str) for value in values):
+    values = split.select_columns([column]).with_format("arrow")[:][column]
+    if values.null_count:
+        raise DataError(f"{setting} = {column!r} has {values.null_count} missing values: fill them")
+    if pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
+        codes = values.cast(pa.int64()).to_numpy()
+        if isinstance(feature, datasets.ClassLabel):
+            return codes, tuple(feature.names)
+        return codes, names or tuple(str(i) for i in range(int(codes.max()) + 1))
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         raise ConfigError(f"{setting} = {column!r} holds {feature}: it must hold names or whole numbers")
-    names = names or tuple(sorted(set(values)))
-    codes = {name: code for code, name in enumerate(names)}
-    unknown = sorted(set(values) - codes.keys())
+    present = sorted(values.unique().to_pylist())
+    names = names or tuple(present)
+    unknown = [name for name in present if name not in set(names)]
     if unknown:
         raise DataError(f"{setting} = {column!r} has values that the training split lacks: {unknown[:3]}")
-    return np.array([codes[value] for value in values], dtype=np.int64), names
+    return pc.index_in(values, value_set=pa.array(names, values.type)).to_numpy().astype(np.int64), names

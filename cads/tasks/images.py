@@ -1,9 +1,10 @@
-"""Images as the payload of a pool, in memory or behind files."""
+"""Images as the payload of a pool: in memory, in files mapped into memory, or in image files."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from cads.errors import DataError
+from cads.fingerprint import row_digests
 from cads.task import Batch
 
 CHUNK = 1024
 """Most images in memory at once when all of a payload is read."""
+CHUNK_VALUES = 2**24
+"""Most values of them: 64 MB as float32."""
+CHANNELS = (1, 3)
+"""Channels of an image: grey, or colour."""
 
 
 class Images(ABC):
@@ -61,7 +68,7 @@ class Images(ABC):
         """All images cost the same."""
         return np.zeros(1, dtype=np.int64), np.zeros(len(self), dtype=np.int64)
 
-    def digests(self) -> list[bytes]:
+    def digests(self) -> pa.Array:
         """A hash of each image's pixels; labels do not count, so that a relabelled copy is still a copy."""
         return self._digests
 
@@ -70,12 +77,19 @@ class Images(ABC):
         return hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=16).digest()
 
     @cached_property
-    def _digests(self) -> list[bytes]:
-        digests: list[bytes] = []
-        for start in range(0, len(self), CHUNK):
-            rows = self.pixels(np.arange(start, min(start + CHUNK, len(self)))).flatten(1).numpy()
-            digests += [hashlib.blake2b(row, digest_size=16).digest() for row in rows]
-        return digests
+    def _digests(self) -> pa.Array:
+        count = chunk_size(self.shape)
+        return pa.concat_arrays(
+            [
+                row_digests(self.pixels(np.arange(start, min(start + count, len(self)))).flatten(1).numpy())
+                for start in range(0, len(self), count)
+            ]
+        )
+
+
+def chunk_size(shape: tuple[int, ...]) -> int:
+    """Images of `shape` (C, H, W) that are in memory at once where all of a payload is read."""
+    return max(1, min(CHUNK, CHUNK_VALUES // math.prod(shape)))
 
 
 class ImageTensors(Images):
@@ -109,10 +123,89 @@ class ImageTensors(Images):
         return ImageTensors(self.pixels(positions), self.labels[torch.tensor(positions, dtype=torch.int64)])
 
     def resize(self, size: int) -> ImageTensors:
-        """The images at `size` x `size`, bilinear with antialiasing."""
-        from torchvision.transforms import functional
+        """The images at `size` x `size`; see `resized`."""
+        return ImageTensors(resized(self.images, size), self.labels)
 
-        return ImageTensors(functional.resize(self.images, [size, size], antialias=True), self.labels)
+
+class ImageArrays(Images):
+    """Images in arrays that may be files mapped into memory: what a batch asks for is read, and nothing else.
+
+    Args:
+        arrays: uint8, one after the other, each of shape (n, H, W), (n, H, W, C) or (n, C, H, W), with C = 1 or 3.
+            Where both ends could be channels, the last axis is.
+        labels: one integer an image.
+        size: pixels of both sides, scaled as they are read (bilinear, antialiased); None: as they are.
+
+    Raises:
+        DataError: if types, shapes or lengths are not these.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray], labels: np.ndarray, size: int | None = None) -> None:
+        self._arrays = [array for array in arrays if len(array)]
+        if not self._arrays:
+            raise DataError("there are no images: give at least one")
+        first = self._arrays[0]
+        for array in self._arrays:
+            if array.dtype != np.uint8 or array.shape[1:] != first.shape[1:]:
+                raise DataError(
+                    f"images of type {array.dtype} and shape {array.shape} beside {first.dtype} and {first.shape}: "
+                    "give uint8 of one shape"
+                )
+        self._axes, (channels, height, width) = _layout(first.shape)
+        self._ends = np.cumsum([len(array) for array in self._arrays])
+        if labels.shape != (self._ends[-1],):
+            raise DataError(f"{self._ends[-1]} images with labels of shape {labels.shape}: give one each")
+        self._size = size
+        self._index: np.ndarray | None = None
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.shape = (channels, height, width) if size is None else (channels, size, size)
+
+    def pixels(self, positions: np.ndarray) -> Tensor:
+        """The images at `positions`, copied out of their arrays."""
+        rows = np.asarray(positions if self._index is None else self._index[positions], dtype=np.int64)
+        found = np.empty((len(rows), *self._arrays[0].shape[1:]), dtype=np.uint8)
+        holder = np.searchsorted(self._ends, rows, side="right")
+        order = np.argsort(holder, kind="stable")
+        for group in np.split(order, np.flatnonzero(np.diff(holder[order])) + 1) if len(order) else ():
+            which = holder[group[0]]
+            found[group] = self._arrays[which][rows[group] - (self._ends[which] - len(self._arrays[which]))]
+        images = torch.from_numpy(found.reshape(len(rows), *self._axes.stored)).permute(self._axes.order).contiguous()
+        return images if self._size is None else resized(images, self._size)
+
+    def take(self, positions: np.ndarray) -> ImageArrays:
+        """The images at `positions`; nothing is read."""
+        positions = np.asarray(positions, dtype=np.int64)
+        taken = copy.copy(self)
+        taken.__dict__.pop("_digests", None)
+        taken._index = positions if self._index is None else self._index[positions]
+        taken.labels = self.labels[torch.from_numpy(positions)]
+        return taken
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """How one array lies: the shape of an image with its channel axis, and the order that makes it (C, H, W)."""
+
+    stored: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+def _layout(shape: tuple[int, ...]) -> tuple[_Axes, tuple[int, int, int]]:
+    if len(shape) == 3:
+        return _Axes((1, *shape[1:]), (0, 1, 2, 3)), (1, shape[1], shape[2])
+    if len(shape) == 4 and shape[3] in CHANNELS:
+        return _Axes(shape[1:], (0, 3, 1, 2)), (shape[3], shape[1], shape[2])
+    if len(shape) == 4 and shape[1] in CHANNELS:
+        return _Axes(shape[1:], (0, 1, 2, 3)), (shape[1], shape[2], shape[3])
+    raise DataError(f"images of shape {shape}: give (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3")
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images (uint8, shape (B, C, H, W)) at `size` x `size`, bilinear with antialiasing."""
+    from torchvision.transforms import functional
+
+    scaled: Tensor = functional.resize(images, [size, size], antialias=True)
+    return scaled
 
 
 class ImageFiles(Images):

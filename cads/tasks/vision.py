@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,8 +19,15 @@ from cads.errors import ConfigError, DataError
 from cads.scoring import evaluating
 from cads.task import Batch, Metrics, Pool, Task
 from cads.tasks.calibration import calibrated_nll
-from cads.tasks.image_sets import load_cifar, load_digits, load_fashion_mnist, load_hub, load_image_folder
-from cads.tasks.images import CHUNK, ImageData, Images, ImageTensors
+from cads.tasks.image_sets import (
+    load_arrays,
+    load_cifar,
+    load_digits,
+    load_fashion_mnist,
+    load_hub,
+    load_image_folder,
+)
+from cads.tasks.images import ImageData, Images, ImageTensors, chunk_size
 from cads.tasks.networks import Network
 from cads.tasks.sources import SourcedImages, SourceSpec, make_sources
 
@@ -28,10 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder", "hub"]
-
-CHUNK_VALUES = 2**24
-"""Most input values in a forward pass of `metrics`: 64 MB as float32."""
+Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays", "hub"]
 
 MOMENTS_FROM = 10_000
 """Images, evenly spaced over the pool, from which mean and standard deviation are computed."""
@@ -45,7 +50,8 @@ class VisionConfig:
     """Image classification: which images, in which sources, and which network."""
 
     dataset: Dataset = "digits"
-    """digits (scikit-learn), fashion-mnist, cifar10, cifar100, folder (image files), or hub (`datasets`)."""
+    """digits (scikit-learn), fashion-mnist, cifar10, cifar100, folder (image files), arrays (`.npy` files, mapped
+    into memory), or hub (`datasets`: a name, or a folder that `save_to_disk` wrote, which stays on disk)."""
     path: str | None = None
     """Folder of the data, or name of a hub data set; null: where it is usually installed or downloaded."""
     download: bool = False
@@ -82,7 +88,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if self.dataset not in get_args(Dataset):
             raise ConfigError(f"dataset = {self.dataset!r}: choose from {list(get_args(Dataset))}")
-        if self.dataset in ("folder", "hub") and not self.path:
+        if self.dataset in ("folder", "arrays", "hub") and not self.path:
             raise ConfigError(f"dataset = {self.dataset!r} needs a path: the folder, or the name on the hub")
         for name in ("image_size", "n_target", "n_test", "n_pool"):
             value = getattr(self, name)
@@ -107,7 +113,7 @@ class VisionConfig:
         truth: SourcedImages | None = None
         if self.sources:
             clean = data.train.take(positions)
-            _check_labels(clean, n_classes, ids.tolist(), "pool")
+            _check_labels(clean, n_classes, ids, "pool")
             truth = make_sources(clean, self.sources, n_classes, self.data_seed)
             pool = _sourced_pool(truth, ids)
         else:
@@ -136,6 +142,8 @@ class VisionConfig:
     def _load(self) -> ImageData:
         if self.dataset == "folder":
             return load_image_folder(str(self.path), self.image_size)
+        if self.dataset == "arrays":
+            return load_arrays(str(self.path), self.image_size)
         if self.dataset == "hub":
             columns = (self.image_column, self.label_column, self.source_column)
             return load_hub(str(self.path), *columns, size=self.image_size)
@@ -147,20 +155,20 @@ class VisionConfig:
             data = load_cifar(self.dataset, self.path, self.download)
         return data if self.image_size is None else _resized(data, self.image_size)
 
-    def _divide(self, data: ImageData) -> tuple[np.ndarray, np.ndarray, Pool, Pool]:
+    def _divide(self, data: ImageData) -> tuple[np.ndarray, pa.Array, Pool, Pool]:
         """Positions of the candidates in the training split and their ids; target; test. All disjoint."""
         ids = _ids("train", len(data.train))
         order = np.random.default_rng((SPLIT, self.data_seed)).permutation(len(data.train))
         n_test, n_target, n_pool = self.sizes(len(data.train), None if data.test is None else len(data.test))
         if data.test is None:
             where, order = np.sort(order[:n_test]), order[n_test:]
-            test = Pool(ids[where].tolist(), data.train.take(where), name="test set")
+            test = Pool(ids.take(pa.array(where)), data.train.take(where), name="test set")
         else:
             test = self._own_test(data.test)
         where = np.sort(order[:n_target])
-        target = Pool(ids[where].tolist(), data.train.take(where), name="target")
+        target = Pool(ids.take(pa.array(where)), data.train.take(where), name="target")
         where = np.sort(order[n_target : n_target + n_pool])
-        return where, ids[where], target, test
+        return where, ids.take(pa.array(where)), target, test
 
     def sizes(self, n_train: int, n_own_test: int | None) -> tuple[int, int, int]:
         """Examples of test set, target and pool; without a test split of its own, the test set is of the training's."""
@@ -185,7 +193,7 @@ class VisionConfig:
                 raise DataError(f"n_test = {self.n_test}: the test split has {len(images)} examples; ask for fewer")
             rng = np.random.default_rng((TEST, self.data_seed))
             where = np.sort(rng.permutation(len(images))[: self.n_test])
-        return Pool(_ids("test", len(images))[where].tolist(), images.take(where), name="test set")
+        return Pool(_ids("test", len(images)).take(pa.array(where)), images.take(where), name="test set")
 
 
 class VisionTask(Task):
@@ -228,7 +236,7 @@ class VisionTask(Task):
         self.name = name
         self._build_model = build_model
         for part in (pool, target, test):
-            _check_labels(images_of(part), len(self.classes), part.ids.to_pylist(), part.name)
+            _check_labels(images_of(part), len(self.classes), part.ids, part.name)
         self.mean, self.std = channel_moments(images_of(pool))
 
     def model(self, seed: int) -> nn.Module:
@@ -287,7 +295,7 @@ class VisionTask(Task):
         single examples are chosen by their loss, what is left makes networks sure of themselves whatever it is worth.
         """
         device = next(model.parameters()).device
-        labels, size = images_of(pool).labels, _chunk_size(images_of(pool))
+        labels, size = images_of(pool).labels, chunk_size(images_of(pool).shape)
         with evaluating(model):
             pieces = [self.logits(model, batch.to(device)).cpu() for batch in pool.batches(size)]
         logits = torch.cat(pieces).double()
@@ -303,16 +311,12 @@ class VisionTask(Task):
         }
 
 
-def _chunk_size(images: Images) -> int:
-    return max(1, min(CHUNK, CHUNK_VALUES // math.prod(images.shape)))
-
-
 def channel_moments(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel in grey levels, from exact sums: the order is no matter."""
     n = min(len(images), MOMENTS_FROM)
     positions = np.arange(n) * len(images) // n
     total = torch.zeros(2, images.shape[0], dtype=torch.int64)
-    for chunk in np.array_split(positions, -(-n // _chunk_size(images))):
+    for chunk in np.array_split(positions, -(-n // chunk_size(images.shape))):
         x = images.pixels(chunk).long()
         total += torch.stack([x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3))])
     mean, square = (total.double() / (n * images.shape[1] * images.shape[2])).unbind()
@@ -332,35 +336,35 @@ def images_of(pool: Pool) -> Images:
     return pool.examples
 
 
-def _check_labels(images: Images, n_classes: int, ids: Sequence[str], name: str) -> None:
-    wrong = torch.nonzero((images.labels < 0) | (images.labels >= n_classes)).flatten().tolist()
-    if wrong:
+def _check_labels(images: Images, n_classes: int, ids: pa.Array, name: str) -> None:
+    wrong = torch.nonzero((images.labels < 0) | (images.labels >= n_classes)).flatten()
+    if len(wrong):
         raise DataError(
             f"{len(wrong)} labels of the {name} are not in 0..{n_classes - 1}, such as those of "
-            f"{[ids[i] for i in wrong[:3]]}: correct or remove them"
+            f"{ids.take(pa.array(wrong[:3].numpy())).to_pylist()}: correct or remove them"
         )
 
 
-def _ids(split: str, n: int) -> np.ndarray:
-    width = max(5, len(str(n - 1)))
-    return np.array([f"{split}-{i:0{width}d}" for i in range(n)], dtype=object)
+def _ids(split: str, n: int) -> pa.Array:
+    numbers = pc.utf8_lpad(pa.array(np.arange(n)).cast(pa.string()), max(5, len(str(n - 1))), "0")
+    return pc.binary_join_element_wise(pa.scalar(split), numbers, "-")
 
 
-def _sourced_pool(truth: SourcedImages, ids: np.ndarray) -> Pool:
-    named = zip(ids[truth.origins], truth.copies, strict=True)
-    unique = [f"{identity}#{copy}" if copy else identity for identity, copy in named]
-    return Pool(unique, truth.images, truth.sources, truth.names)
+def _sourced_pool(truth: SourcedImages, ids: pa.Array) -> Pool:
+    named, copies = ids.take(pa.array(truth.origins)), pa.array(truth.copies)
+    numbered = pc.binary_join_element_wise(named, copies.cast(pa.string()), "#")
+    return Pool(pc.if_else(pc.greater(copies, 0), numbered, named), truth.images, truth.sources, truth.names)
 
 
-def _given_pool(data: ImageData, positions: np.ndarray, ids: np.ndarray) -> Pool:
+def _given_pool(data: ImageData, positions: np.ndarray, ids: pa.Array) -> Pool:
     images = data.train.take(positions)
     if data.sources is None:
-        return Pool(ids.tolist(), images)
+        return Pool(ids, images)
     present, codes = np.unique(data.sources[positions], return_inverse=True)
     if len(present) < len(data.source_names):
         absent = [s for i, s in enumerate(data.source_names) if i not in present]
         log.warning("no example of the sources %s was drawn into the pool: they are left out", absent)
-    return Pool(ids.tolist(), images, codes, [data.source_names[i] for i in present])
+    return Pool(ids, images, codes, [data.source_names[i] for i in present])
 
 
 def _resized(data: ImageData, size: int) -> ImageData:

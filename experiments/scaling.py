@@ -1,0 +1,192 @@
+"""How time and memory grow with the pool, from 10^5 to 10^7 examples, and what 10^9 would take.
+
+    python -m experiments.scaling --out experiments/results/scaling.md
+
+Each section is measured at each size in a process of its own, one at a time, on one thread. The rows are written beside
+the table as JSON, from which `--render` makes table, figure and plan again; what is measured anew replaces its rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from cads.plan import size
+from experiments.scaling_plan import markdown as plan_markdown
+from experiments.scaling_steps import SECTIONS, WHOLE_UPDATE, Row
+
+SIZES: dict[str, tuple[int, ...]] = {
+    "policy": (10**5, 10**6, 10**7),
+    "pool": (10**5, 10**6, 10**7),
+    "selection": (10**5, 10**6, 10**7),
+    "scores": (10**5, 10**6, 10**7),
+    "cads-e": (10**5, 10**6),
+    "texts": (10**5, 10**6),
+}
+"""Examples, by section."""
+FLAT, MOST_BYTES = 2.0, 40.0
+"""What is asked of an update of a policy: the time of an example may vary by this factor over the sizes, and it may
+take this many bytes beyond the parameters."""
+TITLES = {
+    "policy": "Policy: one Bernoulli draw, its log-probability and score, and a projected step",
+    "pool": "Pool of images 8x8 in a mapped `.npy` file, and the batches drawn from it",
+    "selection": "A Selection: ranking, files",
+    "scores": "Scores streamed to Parquet, and the best of them by external top-k",
+    "cads-e": "CADS-E end to end: 8x8 images in a mapped file, an MLP of 32 hidden units, a budget of one pass",
+    "texts": "BM25, and embeddings, of texts of 10 to 60 words",
+}
+NOTES = {
+    "policy": "The best of nine times; memory as numpy allocates it, beyond the parameters.",
+    "pool": "Files that are mapped count in the peak as far as they have been read, and can be dropped at any time.",
+    "cads-e": "Scores, short runs and comparison on the target included; see the ledger's FLOPs.",
+    "texts": "Words follow Zipf's law (exponent 1.1, 200,000 words). The encoder of the embedding is a layer of 64 "
+    "random features of words hashed to 512 places, since a sentence encoder (MiniLM) would take hours on this "
+    "machine: what is measured is everything around it.",
+}
+DRAWN = {
+    ("policy", WHOLE_UPDATE): "policy update",
+    ("pool", "content hashes of all examples"): "hash of an image",
+    ("selection", "save"): "selection, save",
+    ("selection", "load"): "selection, load",
+    ("scores", "the best 10,000"): "external top-k",
+    ("cads-e", "select"): "CADS-E",
+    ("texts", "BM25"): "BM25",
+    ("texts", "embedding"): "embedding",
+}
+"""Steps that the figure shows, and what it calls them."""
+
+
+def measure(section: str, n: int) -> list[Row]:
+    """One section at one size, in a process of its own on one thread."""
+    command = [sys.executable, "-m", "experiments.scaling", "--measure", section, "--n", str(n)]
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stderr}")
+    return [Row(**record) for record in json.loads(done.stdout.splitlines()[-1])]
+
+
+def markdown(rows: Sequence[Row], command: str) -> str:
+    """The results file."""
+    parts = [
+        "# Growth with the pool\n",
+        f"    {command}\n",
+        f"One thread of a machine with {os.cpu_count()} cores ({platform.machine()}), other processes beside it; each "
+        "section at each size in a process of its own, whose modules take some 650 MB of the peak. Extra: bytes at the "
+        "peak of a step beyond what was in memory before it.\n",
+        f"![growth]({FIGURE})\n",
+        _verdict(rows),
+    ]
+    for section, title in TITLES.items():
+        here = [r for r in rows if r.section == section]
+        if here:
+            parts += [f"## {title}\n", _table(here)]
+            if section in NOTES:
+                parts.append(NOTES[section] + "\n")
+    return "\n".join([*parts, plan_markdown(rows)])
+
+
+FIGURE = "scaling.png"
+"""Name of the figure, beside the table."""
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    updates = [r for r in rows if (r.section, r.step) == ("policy", WHOLE_UPDATE)]
+    if not updates:
+        return ""
+    each = [r.seconds / r.n for r in updates]
+    low, high, most = 1e9 * min(each), 1e9 * max(each), max(r.extra / r.n for r in updates)
+    return (
+        f"An update of a policy takes {low:.0f} to {high:.0f} ns an example, a factor of {high / low:.2f} "
+        f"({'within' if high <= FLAT * low else 'NOT within'} {FLAT:g}), and {most:.1f} bytes an example beyond the "
+        f"parameters ({'below' if most < MOST_BYTES else 'NOT below'} {MOST_BYTES:g}).\n"
+    )
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = ["| step | examples | seconds | each, us | extra | extra each, bytes | peak | FLOPs |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for step in dict.fromkeys(r.step for r in rows):
+        for r in sorted((r for r in rows if r.step == step), key=lambda r: r.n):
+            flops = f"{r.flops:.3g}" if r.flops else ""
+            lines.append(
+                f"| {r.step} | {r.n:,} | {r.seconds:.3g} | {r.seconds / r.n * 1e6:.3g} | {size(r.extra)} | "
+                f"{r.extra / r.n:.3g} | {size(r.peak)} | {flops} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Time and extra memory of an example against the size of the pool."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    from cads.study.figures import AXES_HEIGHT, PNG_DPI, RC, WIDTH
+    from cads.study.style import FAINT, MARKERS, SERIES
+
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(2 * WIDTH, AXES_HEIGHT + 1), layout="constrained")
+        panels = figure.subplots(1, 2)
+        for i, ((section, step), label) in enumerate(DRAWN.items()):
+            line = sorted((r for r in rows if (r.section, r.step) == (section, step)), key=lambda r: r.n)
+            if not line:
+                continue
+            look = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.4}
+            sizes = [r.n for r in line]
+            panels[0].plot(sizes, [r.seconds / r.n * 1e6 for r in line], label=label, **look)
+            panels[1].plot(sizes, [max(r.extra / r.n, 1e-2) for r in line], **look)
+        for axes, label in zip(panels, ("microseconds an example", "extra bytes an example"), strict=True):
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xlabel("examples")
+            axes.set_ylabel(label)
+            axes.grid(color=FAINT, alpha=0.3)
+        figure.legend(loc="outside lower center", ncols=4)
+        figure.savefig(path, dpi=PNG_DPI)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and tabulate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the table here; figure and rows beside it")
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="what to measure")
+    parser.add_argument("--sizes", nargs="+", type=int, help="examples; default: by section, up to 10^7")
+    parser.add_argument("--render", action="store_true", help="measure nothing: read the rows beside --out")
+    parser.add_argument("--measure", choices=list(SECTIONS), help="one section in this process: rows to stdout")
+    parser.add_argument("--n", type=int, default=10**5, help="with --measure: examples")
+    given = parser.parse_args(argv)
+    if given.measure:
+        import torch
+
+        torch.set_num_threads(1)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = SECTIONS[given.measure](given.n, Path(folder))
+        print(json.dumps([asdict(row) for row in rows]))
+        return 0
+    if given.out is None:
+        parser.error("--out is missing: name the table, such as experiments/results/scaling.md")
+    stored = given.out.with_suffix(".json")
+    rows = [Row(**record) for record in json.loads(stored.read_text())] if stored.exists() else []
+    if not given.render:
+        for section in given.sections:
+            for n in given.sizes or SIZES[section]:
+                found = measure(section, n)
+                print(f"{section} {n:,}: {sum(r.seconds for r in found):.1f} s", flush=True)
+                rows = [r for r in rows if (r.section, r.n) != (section, n)] + found
+                stored.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    draw(rows, given.out.with_name(FIGURE))
+    given.out.write_text(markdown(rows, f"python -m experiments.scaling --out {shlex.quote(str(given.out))}"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,135 @@
+"""A plan for 10^9 examples, from closed forms for a stated model and from what was measured of each example here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from cads.budget import Budget
+from cads.examples import CadsExamples
+from cads.plan import Plannable, duration, make_plan, size
+from cads.published import PUBLISHED
+from cads.tasks.sketch import LanguageSketch
+from cads.trainer import TrainConfig
+from experiments.scaling_steps import WHOLE_UPDATE, Row
+
+N = 10**9
+PLANNED = 10**6
+"""Examples that are planned for; every stage but those on the target is linear in them."""
+MODELS = Path(__file__).parent / "configs" / "models"
+TOKENS = 512
+"""Positions of an example."""
+GPU_FLOPS = 0.4 * 312e12
+"""Of one GPU: 40 % of what an A100 does in bfloat16."""
+GPUS, CORES, MEMORY = 8, 64, 512 * 2**30
+"""Of one machine."""
+HOURS = 24.0
+"""In which selection is to end."""
+TEXT_BYTES, ID_BYTES = 2000, 20
+"""Of an example on disk: its text in Arrow, and its id."""
+SHARD = 2**24
+"""Examples of a shard: what a machine has open at a time."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One way to select from `N` examples.
+
+    Attributes:
+        method: its name. flops: of the selection. hours: of one GPU. machines: that end it in `HOURS`.
+        share: of the FLOPs of one pass of training over all.
+    """
+
+    method: str
+    flops: float
+    hours: float
+    machines: int
+    share: float
+
+
+def sketch() -> LanguageSketch:
+    """Llama-2 7B with LoRA trained on `PLANNED` examples, scored by itself; BERT-base as sentence encoder."""
+    llama = str(MODELS / "llama-2-7b.json")
+    return LanguageSketch(
+        model=llama, selector_model=llama, embedding_model=str(MODELS / "bert-base.json"), tokens=TOKENS,
+        n_pool=PLANNED,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def on_gpus() -> tuple[Line, ...]:
+    """What selection by models costs, by `cads plan`, the cheapest first."""
+    task = sketch().sketch(TrainConfig(batch_size=128, precision="bf16"))
+    task.accounting = "analytic"
+    methods: dict[str, Plannable] = {"cads-e": CadsExamples(), **PUBLISHED}
+    plan = make_plan(task, Budget(1, "epochs"), methods, flops_per_second=GPU_FLOPS)
+    lines = []
+    for m in plan.methods:
+        flops = m.selection * N / PLANNED
+        hours = flops / GPU_FLOPS / 3600
+        lines.append(Line(m.method, flops, hours, math.ceil(hours / HOURS / GPUS), m.selection / plan.flops))
+    return tuple(sorted(lines, key=lambda line: line.flops))
+
+
+def on_cores(rows: Sequence[Row]) -> list[tuple[str, str, float, float]]:
+    """Steps without a model: (engine, what it does, core hours for `N`, bytes on a machine that does it)."""
+    engines = {
+        ("texts", "BM25"): ("two passes over Arrow shards; document frequencies of shards add up", SHARD),
+        ("scores", "stream to Parquet"): ("`cads.score_files.ScoreWriter`, a row group at a time", 0),
+        ("scores", "the best 10,000"): ("`cads.topk.Best` over score files; lists of shards merge", 0),
+        ("policy", WHOLE_UPDATE): ("one policy a shard, each with its share of the cap", SHARD),
+        ("pool", "content hashes of all examples"): ("a pass over each shard", SHARD),
+        ("selection", "save"): ("one Selection a shard", SHARD),
+    }
+    found = []
+    for (section, step), (engine, held) in engines.items():
+        of_step = [r for r in rows if (r.section, r.step) == (section, step)]
+        if of_step:
+            r = max(of_step, key=lambda r: r.n)
+            memory = r.extra / r.n * held if held else float(r.extra)
+            found.append((f"{section}: {step}", engine, r.seconds / r.n * N / 3600, memory))
+    return found
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The plan as Markdown."""
+    lines = [
+        f"## A plan for {N:,} examples",
+        "",
+        f"Computed by the script. Model: Llama-2 7B with LoRA (rank 128), examples of {TOKENS} positions, analytic "
+        f"accounting by `cads plan` for {PLANNED:,} examples and one pass of training, times {N // PLANNED:,} (stages "
+        f"on the target do not grow, so this is an upper bound). A GPU does {GPU_FLOPS:.3g} FLOP/s, a machine has "
+        f"{GPUS} of them, {CORES} cores and {size(MEMORY)}; selection is to end in {HOURS:.0f} hours.",
+        "",
+        f"Engine: Arrow shards of {SHARD:,} examples on shared storage ({size(N * TEXT_BYTES)} of text at "
+        f"{TEXT_BYTES:,} bytes each), {math.ceil(N / SHARD)} of them; each machine scores its shards into Parquet "
+        f"({size(N * (8 + ID_BYTES))} of ids and scores in all), one pass with `cads.topk.Best` finds what is kept, "
+        "and training reads that alone. No step holds all ids or scores of the pool in one memory.",
+        "",
+        "| selection | FLOPs | of one pass of training | GPU hours | machines for a day |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for line in on_gpus():
+        lines.append(
+            f"| {line.method} | {line.flops:.2e} | {line.share:.1%} | {line.hours:,.0f} | {max(line.machines, 1):,} |"
+        )
+    lines += [
+        "",
+        "Steps without a model, from the largest pool measured here (one core of this machine), linear in the pool:",
+        "",
+        "| step | engine | core hours | machines for a day | memory on one machine |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for what, engine, hours, memory in on_cores(rows):
+        machines = max(1, math.ceil(hours / HOURS / CORES))
+        lines.append(f"| {what} | {engine} | {hours:.3g} ({duration(3600 * hours)}) | {machines} | {size(memory)} |")
+    lines += [
+        "",
+        "What is not there yet: a run of `cads select` holds the ids and a few numbers for each example of its pool, "
+        "so one process takes one shard, and a driver that starts them and merges their score files is the user's. "
+        "BM25 shares its document frequencies between shards only within one process.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,229 @@
+"""What is measured of a pool of n examples: seconds and peak memory of each step, in a process of its own."""
+
+from __future__ import annotations
+
+import re
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from baselines.bm25 import Bm25
+from baselines.embedding import Embedding
+from cads.budget import SELECT, Budget, Ledger
+from cads.draws import Epochs, Weighted
+from cads.examples import CadsExamples
+from cads.optimizer import subsample
+from cads.order import rank_by_score
+from cads.policy import BernoulliPolicy, project_capped_simplex
+from cads.score_files import ScoreWriter
+from cads.selection import Selection
+from cads.task import Pool
+from cads.tasks.images import ImageArrays
+from cads.topk import best_of_files
+from cads.trainer import TrainConfig
+from experiments.scaling_data import TextTask, digit_config, write_digits, write_texts
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+UPDATES = 9
+"""Updates of a policy, of which the fastest counts: what else runs on the machine interrupts some."""
+WHOLE_UPDATE = "draw, log-probability, score, step"
+"""An outer update of a policy."""
+KEPT = 0.3
+"""Share of the pool that a policy may select in expectation."""
+STEPS, BATCH = 2000, 64
+"""Training steps whose examples are drawn, and examples in each."""
+BEST = 10_000
+"""Examples that an external top-k keeps."""
+PIECE = 2**18
+"""Scores that are made at once."""
+PASSES = 1
+"""Budget of CADS-E, in passes over the pool."""
+T = TypeVar("T")
+
+
+@dataclass
+class Row:
+    """One step on n examples.
+
+    Attributes:
+        seconds: it took. extra: bytes at its peak beyond what was in memory before it. peak: bytes of the process at
+            that moment, files that are mapped included. flops: charged to the ledger.
+    """
+
+    section: str
+    step: str
+    n: int
+    seconds: float
+    extra: int
+    peak: int
+    flops: float = 0.0
+
+
+class Meter:
+    """Measures the steps of one section."""
+
+    def __init__(self, section: str, n: int) -> None:
+        self._section, self._n = section, n
+        self.rows: list[Row] = []
+
+    def __call__(self, step: str, work: Callable[[], T]) -> T:
+        """Do `work`, and write down what it took."""
+        before = _memory("VmRSS")
+        CLEAR.write_text("5")  # The peak counts from now on.
+        start = time.perf_counter()
+        result = work()
+        seconds, peak = time.perf_counter() - start, _memory("VmHWM")
+        self.rows.append(Row(self._section, step, self._n, seconds, max(0, peak - before), peak))
+        return result
+
+    def arrays(self, step: str, work: Callable[[], T]) -> T:
+        """The same for work on numpy arrays alone: the best of `UPDATES` times, and exactly what it allocates.
+
+        Memory that was freed before hides what is allocated from the figures of the process.
+        """
+        times = []
+        for _ in range(UPDATES):
+            start = time.perf_counter()
+            result = work()
+            times.append(time.perf_counter() - start)
+            del result
+        tracemalloc.start()
+        result = work()
+        extra = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        self.rows.append(Row(self._section, step, self._n, min(times), extra, _memory("VmHWM")))
+        return result
+
+    def charged(self, flops: float) -> None:
+        """Say what the last step has cost."""
+        self.rows[-1].flops = flops
+
+
+def _memory(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def policy(n: int, folder: Path) -> list[Row]:
+    """One outer update of a policy over n examples: draw, log-probability, score, projected step."""
+    meter, rng = Meter("policy", n), np.random.default_rng(0)
+    start = BernoulliPolicy(project_capped_simplex(KEPT * rng.random(n), KEPT * n), cap=KEPT * n)
+
+    def update() -> None:
+        masks = start.sample(1, rng)
+        start.log_prob(masks)
+        # A step that would raise most probabilities, so that the projection has a cap to find.
+        gradient = start.score(masks)[0]
+        gradient -= 1.0
+        start.step(gradient, 1e-3)
+
+    meter.arrays(WHOLE_UPDATE, update)
+    masks = meter.arrays("draw alone", lambda: start.sample(1, rng))
+    meter.arrays("log-probability alone", lambda: start.log_prob(masks))
+    gradient = meter.arrays("score alone", lambda: start.score(masks))[0]
+    gradient -= 1.0
+    meter.arrays("step with projection alone", lambda: start.step(gradient, 1e-3))
+    return meter.rows
+
+
+def pool(n: int, folder: Path) -> list[Row]:
+    """A pool of images in a mapped file, and the training steps drawn from it."""
+    meter = Meter("pool", n)
+    write_digits(folder / "digits", n)
+    images = np.load(folder / "digits" / "images.npy", mmap_mode="r")
+    labels = np.load(folder / "digits" / "labels.npy").astype(np.int64)
+    ids = _ids(n)
+    sources = (np.arange(n) % 5).astype(np.int32)
+    made = meter("ids are unique", lambda: Pool(ids, ImageArrays([images], labels), sources, "abcde"))
+    meter("content hashes of all examples", lambda: made.digests)
+    meter("content hash of the pool", lambda: made.content_hash)
+    meter("copies of each other", lambda: made.contents)
+    meter("a tenth of each source", lambda: subsample(made, 0.1, 0))
+    everything = np.arange(n)
+    epochs = meter("stream by epochs", lambda: Epochs(everything, 0))
+    meter(f"{STEPS} batches of {BATCH}", lambda: [made.batch(epochs.take(i * BATCH, BATCH)) for i in range(STEPS)])
+    weights = np.random.default_rng(0).random(n)
+    weighted = meter("stream by weight", lambda: Weighted(weights, 0))
+    meter(f"{STEPS} batches by weight", lambda: [made.batch(weighted.take(i * BATCH, BATCH)) for i in range(STEPS)])
+    return meter.rows
+
+
+def selection(n: int, folder: Path) -> list[Row]:
+    """A Selection of n examples: ranked, hashed, saved, loaded, applied."""
+    meter, rng = Meter("selection", n), np.random.default_rng(0)
+    ids, score = _ids(n), rng.random(n)
+    sources = pa.DictionaryArray.from_arrays(pa.array((np.arange(n) % 5).astype(np.int32)), list("abcde"))
+    meter("ranking", lambda: rank_by_score(ids, score))
+    made = Selection(ids, score, score, score > 0.5, "scaling", 0, Budget(1.0), Ledger(), "", sources)
+    meter("content hash", lambda: made.content_hash)
+    meter("save", lambda: made.save(folder / "selection"))
+    loaded = meter("load", lambda: Selection.load(folder / "selection"))
+    meter("table by source", loaded.by_source)
+    return meter.rows
+
+
+def scores(n: int, folder: Path) -> list[Row]:
+    """n scores streamed to Parquet, and the best of them by one pass over the file."""
+    meter, path = Meter("scores", n), folder / "scores.parquet"
+
+    def write() -> None:
+        with ScoreWriter(path) as writer:
+            for start in range(0, n, PIECE):
+                count = min(PIECE, n - start)
+                writer.write(_ids(count, start), np.random.default_rng(start).random(count))
+
+    meter("stream to Parquet", write)
+    meter(f"the best {BEST:,}", lambda: best_of_files([path], BEST))
+    return meter.rows
+
+
+def cads_e(n: int, folder: Path) -> list[Row]:
+    """CADS-E end to end on n images in a mapped file: from the file to a saved Selection."""
+    meter, ledger = Meter("cads-e", n), Ledger()
+    write_digits(folder / "digits", n)
+    recipe = TrainConfig(batch_size=256, learning_rate=3e-3)
+    task = meter("task from the mapped file", lambda: digit_config(folder / "digits", n).build(recipe))
+    meter("leaks are looked for", task.check)
+    budget = Budget(PASSES, "epochs")
+    chosen = meter("select", lambda: CadsExamples().select(task, budget, seed=0, ledger=ledger))
+    meter.charged(ledger.total(SELECT).flops)
+    meter("save", lambda: chosen.save(folder / "selection"))
+    return meter.rows
+
+
+def texts(n: int, folder: Path) -> list[Row]:
+    """BM25, and embeddings by random features of hashed words, on n texts in a mapped file."""
+    meter = Meter("texts", n)
+    write_texts(folder / "texts.arrow", n)
+    task = meter("task from the mapped file", lambda: TextTask(folder / "texts.arrow"))
+    meter("content hash of the pool", lambda: task.pool.content_hash)
+    for method, name in ((Bm25(), "BM25"), (Embedding(), "embedding")):
+        ledger = Ledger()
+        meter(name, lambda m=method, account=ledger: m.rank(task, seed=0, ledger=account))  # type: ignore[misc]
+        meter.charged(ledger.total(SELECT).flops)
+    return meter.rows
+
+
+def _ids(n: int, start: int = 0) -> pa.Array:
+    """Ids of 15 characters."""
+    digits = pc.utf8_lpad(pa.array(np.arange(start, start + n)).cast(pa.string()), 9, "0")
+    return pc.binary_join_element_wise(pa.scalar("train"), digits, "-")
+
+
+SECTIONS: dict[str, Callable[[int, Path], list[Row]]] = {
+    "policy": policy,
+    "pool": pool,
+    "selection": selection,
+    "scores": scores,
+    "cads-e": cads_e,
+    "texts": texts,
+}
+"""What can be measured, by name."""
