@@ -10,7 +10,7 @@ import numpy as np
 from cads.budget import Ledger, PlannedLedger
 from cads.monitor import Monitor
 from cads.ranking import Ranker, Ranking
-from cads.seeds import derive
+from cads.seeds import derive_each
 from cads.task import Pool, Task
 
 
@@ -36,4 +36,4 @@ class Random(Ranker):
 
 def random_scores(pool: Pool, seed: int) -> np.ndarray:
     """A uniform number in [0, 1) for each id, whatever its place in the pool; shape (N,)."""
-    return np.array([derive(seed, identity) for identity in pool.ids.to_pylist()]) / 2.0**63
+    return derive_each(seed, pool.ids) / 2.0**63

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cads.processes import Processes
+from cads.replicas import Learner
 from cads.task import Batch
 
 
@@ -36,7 +37,7 @@ def mixes_examples(model: nn.Module) -> bool:
 
 def accumulate(
     accelerator: Accelerator,
-    learner: nn.Module,
+    learner: Learner,
     pieces: Sequence[Batch],
     replicas: int,
     world: Processes,
@@ -45,7 +46,8 @@ def accumulate(
     """Leave the gradient of the mean loss of each replica in the parameters of `learner`.
 
     Each process takes its share of every piece, which may be empty, and the sum over the processes is the gradient of
-    the whole batch. Where examples of a piece mix, all take the whole, and the mean over them counts.
+    the whole batch. Where examples of a piece mix, all take the whole, and the mean over them counts. Where a pass
+    is one of all processes, those with an empty share take an example that counts nothing.
 
     Args:
         learner: gives losses of shape (K, B). pieces: of one step, each with its share of all K replicas.
@@ -67,6 +69,8 @@ def accumulate(
             if len(room):
                 room[:] = losses[0, : len(room)].detach().double().cpu().numpy()
             loss += means.detach().double().cpu().numpy()
+        elif learner.together:
+            accelerator.backward(0.0 * learner(piece.split(len(piece))[0].to(accelerator.device)).sum())
         place += len(piece) // replicas
     if world.size > 1:
         loss, each = _added(learner, loss, each if divided else each / world.size, world)
@@ -81,11 +85,15 @@ def _share(piece: Batch, world: Processes) -> tuple[int, Batch | None]:
     return sum(len(share) for share in shares[: world.rank]), own
 
 
-def _added(learner: nn.Module, loss: np.ndarray, each: np.ndarray, world: Processes) -> tuple[np.ndarray, np.ndarray]:
+def _added(learner: Learner, loss: np.ndarray, each: np.ndarray, world: Processes) -> tuple[np.ndarray, np.ndarray]:
     """The losses of all processes; their gradients are added up in place."""
     parameters = [p for p in learner.parameters() if p.requires_grad]
-    with_gradient = np.array([p.grad is not None for p in parameters], dtype=np.float64)
-    whole = world.add(np.concatenate([loss, each, with_gradient]))
+    whole = world.add(np.concatenate([loss, each, learner.touched()]))
     loss, each, with_gradient = np.split(whole, [len(loss), len(loss) + len(each)])
-    world.add_gradients(parameters, with_gradient > 0)
+    if not learner.together:
+        world.add_gradients(parameters, with_gradient > 0)
+        return loss, each
+    for parameter, there in zip(parameters, with_gradient > 0, strict=True):
+        if not there:
+            parameter.grad = None
     return loss, each

@@ -21,14 +21,14 @@ from cads.amortised_sample import Penalty, Proposal, Sample, candidates, learn_f
 from cads.budget import Budget, Ledger
 from cads.draws import Epochs
 from cads.errors import ConfigError
-from cads.examples import entropy
+from cads.examples import entropy, most_probable
 from cads.feature_policy import AmortisedPolicy, corrected_slope, mirrored
 from cads.features import KINDS, FreeFeatures, Kind, ReadFeatures
 from cads.inner import Inner, Planned
 from cads.optimizer import Rung
 from cads.policy import Floats
 from cads.scoring import score_pool
-from cads.search import NOTHING, Search, verdict
+from cads.search import NOTHING, Search, check_reference, verdict
 from cads.seeds import derive
 from cads.selection import Selection
 from cads.task import Batch, Pool, Task
@@ -52,7 +52,8 @@ class CadsAmortised(Search):
     features: list[Kind] | None = None
     """What the policy looks at, of loss, confidence (entropy and margin), source and length; null: all there is."""
     share: float | None = None
-    """Share of the pool that is read and selected from; null: what the budget pays for."""
+    """Share of the pool that is read and selected from; null: what the budget pays for. Where all features are free,
+    they select from the whole pool."""
 
     method: ClassVar[str] = "cads-amortised"
     held_out: ClassVar[bool] = True
@@ -85,12 +86,15 @@ class CadsAmortised(Search):
         available = len(parts.steps)
         for height, rung in enumerate(rungs):
             tried = exploring(rungs, height)
-            available = min(rung.runs - tried - 1, available)
+            available = min(rung.runs - 1 - tried - (tried > 0), available)
+            _, count = parts.seen(len(purse.task.pool), rung.data)
+            purse.learn(parts.comparing_flops(available + tried + (tried > 0), count))
             purse.run(1 + available, rung.flops, stage=rung.stage)
             if tried:
                 available += tried + 1
                 purse.run(tried, rung.flops, stage=rung.stage)
                 purse.learn(parts.exploring_flops(tried))
+                purse.run(1, rung.flops, stage=rung.stage)
         if rungs:
             if parts.forward and parts.read > parts.sample:
                 purse.losses(parts.read - parts.sample, stage="pass")
@@ -158,8 +162,9 @@ def climb(
     field, gains, best = proposals, np.zeros(len(proposals)), None
     for height, rung in enumerate(rungs if proposals else []):
         tried = exploring(rungs, height)
-        field = field[: rung.runs - tried - 1]
+        field = field[: rung.runs - 1 - tried - (tried > 0)]
         objective = compare(inner, parts, sample, [None, *(p.policy for p in field)], rung, seed, height)
+        check_reference(float(objective[0]), rung.stage)
         gains = objective[1:] - objective[0]
         if tried and np.isfinite(gains).any():
             drawn, values = explore(inner, parts, sample, field, gains, float(objective[0]), tried, rung, seed)
@@ -185,19 +190,25 @@ def compare(
     A run is the final training in small: of the rung's share of the pool a policy has what would be read of it, and
     what would be added to that, so that it sees its examples as often.
     """
-    n, read = len(inner.task.pool), parts.read / len(inner.task.pool)
-    everything = max(1, round(min(rung.data * n, parts.known / read)))
-    count = min(parts.known, max(1, round(everything * read)))
-    features = sample.first(count)
+    n = len(inner.task.pool)
+    everything, count = parts.seen(n, rung.data)
+    inner.learn(parts.comparing_flops(sum(policy is not None for policy in policies), count))
     least = round(parts.least * everything / n)
     shuffled = derive(seed, "rung", height)
+    visited = sample.order[:everything]
+    kept: list[list[np.ndarray]] = [[] for _ in policies]
+    for start in range(0, count, SHARD):
+        part = slice(start, min(start + SHARD, count))
+        features = sample.rows(part)
+        for policy, found in zip(policies, kept, strict=True):
+            if policy is not None:
+                found.append(visited[part][policy.probabilities(features) > 0.5])
     streams = []
-    for policy in policies:
-        chosen = sample.order[:everything]
+    for policy, found in zip(policies, kept, strict=True):
+        chosen = visited
         if policy is not None:
-            kept = chosen[:count][policy.probabilities(features) > 0.5]
-            chosen = np.concatenate([kept, chosen[count:][: max(0, least - len(kept))]])
-        streams.append(Epochs(chosen if len(chosen) else sample.order[:everything], shuffled))
+            chosen = np.concatenate([*found, visited[count:][: max(0, least - sum(map(len, found)))]])
+        streams.append(Epochs(chosen if len(chosen) else visited, shuffled))
     return inner.run(streams, rung.flops, seed=shuffled, stage=rung.stage).objective
 
 
@@ -212,12 +223,12 @@ def explore(
     rung: Rung,
     seed: int,
 ) -> tuple[list[Proposal], Floats]:
-    """Draw policies around the best candidate, try them, and step along the corrected gradient in v = (w, b).
+    """Draw policies around the best candidate, step along the corrected gradient in v = (w, b), and try all of them.
 
     The control variate is the penalty, c1 R - c2 l*, with c1 and c2 from the candidates, which are other draws.
 
     Returns:
-        the policies drawn, and the one that the step leads to; their gains, for the latter the best so far.
+        the policies drawn, and the one that the step leads to; their gains.
     """
     origin = field[int(np.nanargmin(gains))]
     centre = origin.policy.parameters
@@ -239,7 +250,7 @@ def explore(
     if length := float(np.linalg.norm(gradient)):
         stepped = centre - STEP * float(np.linalg.norm(sigma)) * gradient / length
         made.append(Proposal(origin.policy.at(stepped), origin.reach_weight, origin.kept, "corrected gradient"))
-        values = np.append(values, np.nanmin(np.append(gains, values)))
+        values = np.append(values, compare(inner, parts, sample, [made[-1].policy], rung, seed, 0) - reference)
     return made, values
 
 
@@ -274,12 +285,19 @@ def probabilities_of(
 
     Args:
         read: gives the first features of the policy by the model that it was learned with; None if they are all free.
+
+    Raises:
+        ConfigError: if the policy looks at something that this pool or `read` does not have.
     """
     free = FreeFeatures(task, pool)
+    if not len(positions):
+        return np.empty(0)
     if read is None:
         shards = [positions[start : start + SHARD] for start in range(0, len(positions), SHARD)]
         return np.concatenate([policy.probabilities(free.values(policy.names, shard)) for shard in shards])
     names = policy.names[len(read.names) :]
+    if policy.names[: len(read.names)] != tuple(read.names):
+        raise ConfigError(f"the policy looks at {policy.names}, and {read.names} are read: read what it was learned on")
 
     def score(batch: Batch) -> torch.Tensor:
         own, others = read(batch).cpu().numpy(), free.values(names, batch.positions.cpu().numpy())
@@ -303,7 +321,7 @@ def filled(parts: Parts, probability: Floats, order: np.ndarray, read: int) -> t
     if len(unread):
         probability = probability.copy()
         probability[unread] = len(added) / len(unread)
-    return (selected if selected.any() else np.ones(len(selected), dtype=bool)), probability
+    return most_probable(selected), probability
 
 
 def watch(

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cads.examples import REFERENCE_SHARE, THETA_PASSES, THETA_SHARE, comparisons, shortest
 from cads.features import Kind, free_names, read_names
 from cads.inner import Purse
 from cads.optimizer import LOWEST, Rung
 from cads.scoring import lengths
 
-THETA_SHARE, THETA_PASSES, THETA_MOST = 0.2, 20, 0.4
-"""theta is fitted to the target for this share of C, for no more passes over it than this, and for no more than this
-share of what the allowance leaves beside `LEAST_RUNS`."""
-REFERENCE_SHARE, REFERENCE_PASSES, REFERENCE_MOST = 0.25, 4, 0.1
-"""The same of u, which is trained on the sample."""
+THETA_MOST = 0.4
+"""theta is fitted as in CADS-E, but for no more than this share of what the allowance leaves beside `LEAST_RUNS`."""
+REFERENCE_PASSES, REFERENCE_MOST = 4, 0.1
+"""u is trained on the sample, for no more passes over it than this, and for no more than this share."""
 SAMPLE_SHARE, LEAST_SAMPLE = 0.1, 512
 """Share of it that reading the sample may take, and examples below which nothing can be learned from it."""
 PASS_SHARE = 0.4
@@ -30,20 +30,22 @@ STEPS = (
 )  # fmt: skip
 """Steps that are tried, the widest spread first: the share of the sample that is kept, and the weight c2/c1 of l*; see
 `cads.examples`."""
-LEAST_STEPS = 40
-"""Steps of the shortest run that compares policies."""
 LEAST_RUNS = 2
-"""Short runs that are kept back, before the allowance is divided, to compare a policy with the full pool."""
+"""Short runs that are kept back, before the allowance is divided, to compare a policy with the full pool. They may be
+shorter than those of CADS-E: of a pool that is large beside the budget an eighth is more than the allowance."""
 PADDING = 1.1
 """What a part of a pool of texts may cost more than its share of the pool's price."""
-EXPLORING = 9
-"""Runs of the first rung from which on half of them explore policies around the best candidate."""
-CONTROL_DRAWS = 16
-"""Pairs of draws over which the slope of the control variate is averaged."""
-COVARIANCE_FLOPS = 8
-"""Per entry of the features: mean and deviation 4, standardised 2, product with the signal 2."""
-FLOPS_PER_EXAMPLE = 8
-"""Beside the product of weights and features: standardising a column, the logistic function and a comparison."""
+EXPLORING = 7
+"""Runs of the first rung from which on half of those beside the full pool's and the last explore policies around the
+best candidate, and the last tries the one to which the corrected gradient leads."""
+CONTROL_DRAWS, SLOPE_PASSES = 16, 3
+"""Pairs of draws over which the slope of the control variate is averaged; for one draw and one loss it takes as much as
+the probabilities this many times."""
+COVARIANCE_FLOPS = 12
+"""Per entry of the features: mean and deviation 4, standardised 2, product with the signal 2, and z 4."""
+FLOPS_PER_COLUMN, FLOPS_PER_EXAMPLE = 4, 8
+"""Of a probability: each column standardised, weighed and summed; the bias, the weight of the group and the logistic
+function. One column in each group is 1 and the others are 0: that is a look-up."""
 
 
 @dataclass(frozen=True)
@@ -76,25 +78,39 @@ class Parts:
         """Examples whose features are known before the policy is applied: all of them where they are free."""
         return self.sample if self.forward else self.read
 
+    def seen(self, n: int, share: float) -> tuple[int, int]:
+        """What a short run on a share of a pool of n sees: examples, and those of them to which a policy is applied.
+
+        Of what the run sees it is applied to the same part as in the end, though to no more than are known.
+        """
+        part = self.read / n
+        everything = max(1, round(min(share * n, self.known / part)))
+        return everything, min(self.known, max(1, round(everything * part)))
+
     @property
     def learning_flops(self) -> float:
-        """Standardised features, their covariance with the signal, and the policy, for every candidate."""
-        covariance = self.sample * COVARIANCE_FLOPS * self.columns
-        return len(self.steps) * (covariance + self.known * self.per_example)
+        """The steps of all candidates, and one policy on what is known: to look at it, and in the end."""
+        return len(self.steps) * self.sample * COVARIANCE_FLOPS * self.columns + self.comparing_flops(1, self.known)
+
+    def comparing_flops(self, policies: int, examples: int) -> float:
+        """The probabilities of some examples by each of some policies."""
+        return policies * examples * self.per_example
 
     def exploring_flops(self, tried: int) -> float:
-        """The draws on the sample, and the slope of the control variate."""
-        return (tried + 4 * CONTROL_DRAWS) * self.known * self.per_example
+        """The control variate of all policies that were tried, and its slope, on the sample."""
+        n_losses = 2 if self.u else 1
+        passes = n_losses * (len(self.steps) + tried + 2 * CONTROL_DRAWS * SLOPE_PASSES)
+        return passes * self.sample * self.per_example
 
     @property
     def applying_flops(self) -> float:
         """The policy's probability of every example that it is applied to and that is not known yet."""
-        return (self.read - self.known) * self.per_example
+        return self.comparing_flops(1, self.read - self.known)
 
     @property
     def per_example(self) -> float:
         """The policy's probability of one example."""
-        return 2.0 * self.columns + FLOPS_PER_EXAMPLE
+        return float(FLOPS_PER_COLUMN * self.columns + FLOPS_PER_EXAMPLE)
 
     def way(self, n: int) -> str:
         """What the policy is applied to in a pool of n, for the notes."""
@@ -117,8 +133,8 @@ def divide_allowance(purse: Purse, training: float, kinds: Sequence[Kind], share
     """
     task, n = purse.task, len(purse.task.pool)
     scan, per_usage = purse.scoring_flops(1), purse.step_flops / task.recipe.batch_size
-    usages, shortest = training / per_usage, max(LOWEST * training, LEAST_STEPS * purse.step_flops)
-    left = purse.ledger.left - LEAST_RUNS * (shortest + purse.measuring_flops)
+    usages, short = training / per_usage, shortest(purse, training, LOWEST) * training
+    left = purse.ledger.left - LEAST_RUNS * (short + purse.measuring_flops)
     if left <= 0:
         return None
     theta = min(purse.target_flops(THETA_SHARE, THETA_PASSES, training), THETA_MOST * left)
@@ -130,17 +146,18 @@ def divide_allowance(purse: Purse, training: float, kinds: Sequence[Kind], share
     for reference in (u, 0.0) if u else (u,):
         parts = Parts(theta, reference, sample, n, False, least, free + forward)
         scoring = sample * scan * (2 if reference else 1) + (purse.measuring_flops if reference else 0.0)
-        over = left - theta - reference - scoring - parts.learning_flops
-        affordable_read = sample + max(
-            0, int(min(over, PASS_SHARE * left) / (scan * padding(purse) + parts.per_example))
-        )
+        over = left - theta - reference - scoring
+        own = replace(parts, read=sample, forward=True)
+        rest = min(over - own.learning_flops - own.comparing_flops(LEAST_RUNS, sample), PASS_SHARE * left)
+        affordable_read = sample + max(0, int(rest / (scan * padding(purse) + parts.per_example)))
         read = min(n, max(sample, min(affordable_read, int(READ_PER_USAGE * usages))))
         if share is not None:
             read = max(1, round(share * n))
             parts = replace(parts, sample=min(sample, read))
         if forward and not (share is None and read < n and free):
             parts = replace(parts, read=read, forward=True)
-        if theta >= purse.step_flops and reserve(purse, parts) <= over:
+        kept = parts.learning_flops + parts.comparing_flops(LEAST_RUNS, parts.known) + reserve(purse, parts)
+        if theta >= purse.step_flops and kept <= over:
             return parts
     return None
 
@@ -157,15 +174,22 @@ def padding(purse: Purse) -> float:
 
 
 def affordable(purse: Purse, parts: Parts, training: float) -> list[Rung]:
-    """The ladder that what is left buys beside the pass, with an update of the policy where it explores."""
+    """The short runs that what is left buys beside the pass, with an update of the policy where they explore."""
+
+    def bought(kept: float) -> list[Rung]:
+        per_run = parts.comparing_flops(1, parts.known)
+        return comparisons(purse, training, lowest=LOWEST, least_runs=LEAST_RUNS, per_run=per_run, reserve=kept)
+
     kept = reserve(purse, parts)
-    rungs = purse.ladder(training, least=LEAST_STEPS, reserve=kept)
-    if not rungs or not (tried := exploring(rungs, 0)):
-        return rungs
-    return purse.ladder(training, least=LEAST_STEPS, reserve=kept + parts.exploring_flops(tried))
+    rungs = bought(kept)
+    tried = exploring(rungs, 0) if rungs else 0
+    return bought(kept + parts.exploring_flops(tried)) if tried else rungs
 
 
 def exploring(rungs: Sequence[Rung], height: int) -> int:
-    """Runs of a rung that try policies around the best candidate: an even number; none where no rung follows."""
+    """Draws that a rung tries around the best candidate: an even number; none where no rung follows.
+
+    One more run of the rung belongs to them, that of the policy to which they lead.
+    """
     runs = rungs[height].runs
-    return runs // 4 * 2 if height == 0 and len(rungs) > 1 and runs >= EXPLORING else 0
+    return (runs - 2) // 4 * 2 if height == 0 and len(rungs) > 1 and runs >= EXPLORING else 0

@@ -51,11 +51,11 @@ class Sample:
     free: FreeFeatures | None = None
     read: ReadFeatures | None = None
 
-    def first(self, count: int) -> Floats:
-        """The features of the first `count` examples of the visit, which may be more than n where they are free."""
+    def rows(self, part: slice) -> Floats:
+        """The features of a part of the visit, which may reach beyond the sample where they are free."""
         if self.read is None and self.free is not None:
-            return self.free.values(self.names, self.order[:count])
-        return self.features[:count]
+            return self.free.values(self.names, self.order[part])
+        return self.features[part]
 
     @property
     def grouped(self) -> np.ndarray:

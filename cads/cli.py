@@ -62,9 +62,10 @@ commands:
 
 `cads COMMAND --help` explains every field; `cads COMMAND --print_config` writes the whole configuration.
 
-several processes: `accelerate launch --multi_gpu --num_processes N -m cads COMMAND ...` (GPUs), or
-`torchrun --nproc_per_node N -m cads COMMAND ...` (also on CPUs). They divide training, replicas, scoring and gradients;
-the result is that of one process up to rounding. One waits {TIMEOUT:g} s for another, or {TIMEOUT_VARIABLE} seconds."""
+several processes: `accelerate launch --multi_gpu --num_processes N -m cads COMMAND ...`, or
+`torchrun --nproc_per_node N -m cads COMMAND ...`; on CPUs where there is no GPU, or with ACCELERATE_USE_CPU=true.
+They divide training, replicas, scoring and gradients; the result is that of one process up to rounding. One waits
+{TIMEOUT:g} s for another, or {TIMEOUT_VARIABLE} seconds."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

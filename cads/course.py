@@ -108,10 +108,13 @@ class Course:
         flops = (self.total - total) * self.replicas
         ledger.charge(phase, stage, flops, usages=usages, tokens=tokens, answer_tokens=answers, seconds=self.seconds)
 
-    def state(self, optimizer: torch.optim.Optimizer | None) -> State:
+    def state(self, optimizer: torch.optim.Optimizer | None, *, everywhere: bool = True) -> State:
         """All that is needed to go on; without the optimizer, all that is left when it has ended.
 
         Frozen weights are left out: they are what they were at the start.
+
+        Args:
+            everywhere: whether tensors that are divided are put together in all processes, or in the first alone.
         """
         values = {
             "total": self.total,
@@ -123,9 +126,10 @@ class Course:
             # A scaler serves all runs of a trainer, so that the next one begins where this one ends.
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
-        tensors = {f"{WEIGHTS}{name}": x for name, x in changing(self.learner)}
+        changed = [(f"{WEIGHTS}{name}", x) for name, x in changing(self.learner)]
         if optimizer is not None:
-            tensors |= {f"{OPTIMIZER}{name}": x for name, x in optimizer_state(self.learner, optimizer).items()}
+            changed += [(f"{OPTIMIZER}{name}", x) for name, x in optimizer_state(self.learner, optimizer).items()]
+        tensors = self.learner.whole(changed, everywhere=everywhere)
         tensors["losses"] = torch.from_numpy(np.array(self.losses, dtype=np.float64).reshape(-1, self.replicas))
         tensors["spent"] = torch.tensor(self.spent, dtype=torch.float64)
         if self.example_losses is not None:
@@ -166,7 +170,7 @@ class Course:
                         f"the weights {name} have shape {tuple(x.shape)} and type {x.dtype}, in the checkpoint "
                         f"{tuple(stored.shape)} and {stored.dtype}: it is of another model"
                     )
-                x.copy_(stored)
+                x.copy_(self.learner.part(stored, x))
         if optimizer is not None:
             load_optimizer_state(
                 self.learner,
@@ -220,7 +224,7 @@ def load_optimizer_state(learner: Learner, optimizer: torch.optim.Optimizer, sto
         if x.dim() and x.shape != parameter.shape:
             shape = tuple(x.shape)
             raise CheckpointError(f"the optimizer's {what} of {owner} has shape {shape}: it is of another model")
-        optimizer.state[parameter][what] = x.to(parameter.device)
+        optimizer.state[parameter][what] = learner.part(x, parameter)
 
 
 def _checked(failure: Any) -> dict[str, Any] | None:

@@ -64,7 +64,7 @@ class Epochs:
             piece = self._part(epoch, offset, min(count, len(self._positions) - offset))
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
-        return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+        return pieces[0] if len(pieces) == 1 else np.concatenate([self._positions[:0], *pieces])
 
     def _part(self, epoch: int, offset: int, count: int) -> np.ndarray:
         """What stands at `count` places of an epoch, from `offset` on."""
@@ -242,7 +242,7 @@ class Draws:
     def batches(self, step: int) -> list[Batch]:
         """The pieces of one step, each holding its share of all K replicas, replica by replica.
 
-        Pool and target examples stand in one piece where their shapes are equal.
+        Pool and target examples stand in one piece where their shapes are equal, and they do not share rows.
         """
         pieces = []
         count = self.batch_size - self._from_target
@@ -252,7 +252,7 @@ class Draws:
         if self._from_target and self._target is not None:
             positions = [self._target_batches(step)]
             pieces.append(self._target.batch(np.concatenate(positions * self.replicas)))
-        if len(pieces) == 2 and pieces[0].shape == pieces[1].shape:
+        if len(pieces) == 2 and pieces[0].shape == pieces[1].shape and "row" not in pieces[0].inputs:
             return [_interleave(pieces, self.replicas)]
         return pieces
 

@@ -21,7 +21,7 @@ from cads.monitor import Monitor
 from cads.one_run import OneRunSearch, by_example
 from cads.operations import candidates_flops
 from cads.optimizer import Rung, data_share, strata, subsample
-from cads.search import NOTHING, verdict
+from cads.search import NOTHING, check_reference, verdict
 from cads.seeds import derive
 from cads.selection import Selection
 from cads.task import Pool
@@ -49,18 +49,74 @@ SHARPNESS = 3.0
 """Slope of the probabilities in the standardised signal."""
 
 
-@dataclass
-class Candidate:
-    """A policy over examples: probabilities, shape (N,), and how it was made."""
+@dataclass(frozen=True)
+class Signals:
+    """What the candidates are made of.
 
-    probability: np.ndarray
+    Attributes:
+        from_theta: losses, nats, shape (N,). from_u: the same, or None without u.
+        groups: index of the examples of each group within which they compete; one for all of them if there are none.
+    """
+
+    from_theta: np.ndarray
+    from_u: np.ndarray | None
+    groups: Sequence[np.ndarray | slice] = (slice(None),)
+
+    @classmethod
+    def of(cls, from_theta: np.ndarray, from_u: np.ndarray | None, groups: np.ndarray | None = None) -> Signals:
+        """With the group of each example, shape (N,), or None."""
+        if groups is None:
+            return cls(from_theta, from_u)
+        order = np.argsort(groups, kind="stable")
+        return cls(from_theta, from_u, np.split(order, np.flatnonzero(np.diff(groups[order])) + 1))
+
+    @property
+    def everything(self) -> Candidate:
+        """The full pool."""
+        return Candidate(self, 0.0, 1.0)
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """Policies one gradient step away from the uniform one, for each of `STEPS` that can be taken."""
+        steps = affordable_steps(with_reach=self.from_u is not None)
+        return [Candidate(self, weight, kept) for kept, weight in steps]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy over examples, known by how it is made: that of a large pool is computed when it is asked for.
+
+    Attributes:
+        signals: what it is made of. reach_weight: c2/c1, of l*.
+        kept: share of the pool with s_i > 1/2, the length of the step; 1 for all of it.
+    """
+
+    signals: Signals
     reach_weight: float
     kept: float
 
     @property
-    def selected(self) -> np.ndarray:
-        """The most probable mask, bool, shape (N,)."""
-        return self.probability > 0.5
+    def flops(self) -> float:
+        """Of computing it."""
+        return 0.0 if self.kept == 1 else candidates_flops(len(self.signals.from_theta), 1)
+
+    def probability(self) -> np.ndarray:
+        """s of each example, shape (N,).
+
+        The Rao-Blackwellised gradient in s_i is proportional to `l_i(theta) - (c2/c1) l_i(u)` minus its mean. A
+        step in the logits leaves `s_i = sigmoid(k (q - z_i))`, z the standardised signal; its length is given by
+        the share of the pool with s_i > 1/2, so q is that quantile of z, in each group.
+        """
+        from_theta, from_u = self.signals.from_theta, self.signals.from_u
+        if self.kept == 1:
+            return np.ones(len(from_theta))
+        signal = from_theta if from_u is None else from_theta - self.reach_weight * from_u
+        z = signal - signal.mean()
+        z /= max(float(signal.std()), 1e-12)
+        for group in self.signals.groups:
+            z[group] -= np.quantile(z[group], self.kept)
+        z *= -SHARPNESS
+        return np.asarray(expit(z))
 
 
 @dataclass
@@ -89,45 +145,44 @@ class CadsExamples(OneRunSearch):
             purse.run(1, u, stage="u")
             purse.losses(n, stage="l*")
         steps = affordable_steps(with_reach=u > 0)
-        purse.learn(candidates_flops(n, len(steps)))
-        rungs = comparisons(purse, training)
+        rungs = comparisons(purse, training, per_run=candidates_flops(n, 1))
         for rung in rungs:
-            purse.run(min(rung.runs, 1 + len(steps)), rung.flops, stage=rung.stage)
+            runs = min(rung.runs, 1 + len(steps))
+            # All but the full pool's, and the best one once more.
+            purse.learn(candidates_flops(n, runs))
+            purse.run(runs, rung.flops, stage=rung.stage)
         return bool(rungs)
 
     def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
         """theta, u, the candidates, and the ladder; see `Search`."""
         task, monitor = inner.task, inner.monitor
-        signals = example_losses(inner, training, seed)
-        policies = candidates(*signals, task.groups(task.pool))
-        inner.learn(candidates_flops(len(task.pool), len(policies)))
-        rungs = comparisons(inner, training)
+        signals = Signals.of(*example_losses(inner, training, seed), task.groups(task.pool))
+        rungs = comparisons(inner, training, per_run=candidates_flops(len(task.pool), 1))
         if not rungs:
             return self.full_pool(task, budget, seed, ledger, NOTHING)
-        everything = Candidate(np.ones(len(task.pool)), 0.0, 1.0)
-        field = [everything, *policies]
-        gains = np.zeros(len(field))
+        everything = signals.everything
+        field = [everything, *signals.candidates]
         for height, rung in enumerate(rungs):
             field = field[: rung.runs]
             gains = compare(inner, field, rung, seed, height)
             order = [0, *(1 + np.argsort(np.nan_to_num(gains[1:], nan=np.inf), kind="stable"))]
             field, gains = [field[i] for i in order], gains[order]
-            best = field[1] if len(field) > 1 and gains[1] < 0 else everything
-            watch_penalty(monitor, best, signals, height)
-            watch_sources(monitor, task.pool, best.probability, height)
+            chosen = len(field) > 1 and (gains[1] < 0 or (np.isfinite(gains[1]) and not self.guard))
+            best, gain = (field[1], -float(gains[1])) if chosen else (everything, 0.0)
+            inner.learn(best.flops)
+            probability = best.probability()
+            watch_penalty(monitor, signals, probability, height)
+            watch_sources(monitor, task.pool, probability, height)
             monitor.scalar("outer/best_gain", float(np.nanmin(gains)), height)
-            monitor.scalar("outer/entropy", entropy(best.probability), height)
+            monitor.scalar("outer/entropy", entropy(probability), height)
             monitor.scalar("control/c2_over_c1", best.reach_weight, height)
-            monitor.histogram("outer/probabilities", best.probability, height)
-        if not self.guard and len(field) > 1 and np.isfinite(gains[1]):
-            best = field[1]
-        gain = 0.0 if best is everything else -float(gains[1])
-        monitor.panels(task.pool, best.probability, len(rungs), task.describe)
+            monitor.histogram("outer/probabilities", probability, height)
+        monitor.panels(task.pool, probability, len(rungs), task.describe)
         return Selection.of(
             task.pool,
-            selected=best.selected,
-            score=best.probability,
-            probability=best.probability,
+            selected=most_probable(probability),
+            score=probability,
+            probability=probability,
             method=self.method,
             seed=seed,
             budget=budget,
@@ -148,8 +203,8 @@ def score_flops(purse: Purse, training: float) -> tuple[float, float]:
     theta = purse.target_flops(min(THETA_SHARE, each), THETA_PASSES, training)
     n = len(purse.task.pool)
     scoring = purse.scoring_flops(n)
-    comparing = LEAST_RUNS * (shortest(purse, training, FIDELITIES[0]) * training + purse.measuring_flops)
-    most = purse.ledger.left - comparing - candidates_flops(n, len(STEPS))
+    per_run = purse.measuring_flops + candidates_flops(n, 1)
+    most = purse.ledger.left - LEAST_RUNS * (shortest(purse, training, FIDELITIES[0]) * training + per_run)
     if theta < purse.step_flops or theta + scoring > most:
         return 0.0, 0.0
     u = min(REFERENCE_SHARE, each) * training
@@ -158,17 +213,31 @@ def score_flops(purse: Purse, training: float) -> tuple[float, float]:
     return theta, u
 
 
-def comparisons(purse: Purse, training: float) -> list[Rung]:
-    """The short runs that what is left of the ledger buys: of candidates, and of the best one against the full pool."""
-    left, passes = purse.ledger.left, purse.passes(training)
-    small, usual, confirmed = (shortest(purse, training, f) for f in FIDELITIES)
-    price = {f: f * training + purse.measuring_flops for f in (small, usual, confirmed)}
+def comparisons(
+    purse: Purse,
+    training: float,
+    *,
+    lowest: float = FIDELITIES[0],
+    least_runs: int = LEAST_RUNS,
+    per_run: float = 0.0,
+    reserve: float = 0.0,
+) -> list[Rung]:
+    """The short runs that what is left of the ledger buys: of candidates, and of the best one against the full pool.
+
+    Args:
+        lowest: share of C of the runs where the allowance is small.
+        least_runs: of the full pool and of candidates; where fewer can be paid, there are none.
+        per_run: FLOPs on top of training and measuring, for the policy. reserve: FLOPs that are not to be spent.
+    """
+    left, passes = purse.ledger.left - reserve, purse.passes(training)
+    small, usual, confirmed = (shortest(purse, training, f) for f in (lowest, *FIDELITIES[1:]))
+    price = {f: f * training + purse.measuring_flops + per_run for f in (small, usual, confirmed)}
     if (first := int((left - 2 * price[confirmed]) / price[usual])) >= LEAST_RUNS and usual < confirmed:
         runs = {usual: first, confirmed: 2}
     else:
         f = usual if left >= LEAST_RUNS * price[usual] else small
         runs = {f: int(left / price[f])}
-    if min(runs) > 1 or next(iter(runs.values())) < LEAST_RUNS:
+    if min(runs) > 1 or next(iter(runs.values())) < least_runs:
         return []
     return [Rung(f, f * training, data_share(f, passes, decides=True), n) for f, n in runs.items()]
 
@@ -200,37 +269,25 @@ def affordable_steps(*, with_reach: bool) -> list[tuple[float, float]]:
     return [(kept, weight) for kept, weight in STEPS if with_reach or not weight]
 
 
-def candidates(from_theta: np.ndarray, from_u: np.ndarray | None, groups: np.ndarray | None = None) -> list[Candidate]:
-    """Policies one gradient step away from the uniform one, for each of `STEPS`.
-
-    The Rao-Blackwellised gradient in s_i is proportional to `l_i(theta) - (c2/c1) l_i(u)` minus its mean. A
-    step in the logits leaves `s_i = sigmoid(k (q - z_i))`, z the standardised signal; its length is given by
-    the share of the pool with s_i > 1/2, so q is that quantile of z, in each of `groups` (shape (N,)) if given.
-    """
-    members = (
-        [np.arange(len(from_theta))] if groups is None else [np.flatnonzero(groups == g) for g in np.unique(groups)]
-    )
-    found = []
-    for kept, weight in affordable_steps(with_reach=from_u is not None):
-        signal = from_theta if from_u is None else from_theta - weight * from_u
-        z = (signal - signal.mean()) / max(float(signal.std()), 1e-12)
-        for group in members:
-            z[group] -= np.quantile(z[group], kept)
-        found.append(Candidate(expit(-SHARPNESS * z), weight, kept))
-    return found
-
-
 def compare(inner: Inner, field: Sequence[Candidate], rung: Rung, seed: int, height: int) -> np.ndarray:
     """The objective of each candidate less that of the first (the full pool), after a short run; shape (K,)."""
     positions = subsample(inner.task.pool, rung.data, derive(seed, "subsample"))
     order = derive(seed, "rung", height)
     streams = []
     for candidate in field:
-        chosen = positions[candidate.selected[positions]]
-        streams.append(Epochs(chosen if len(chosen) else positions, order))
+        inner.learn(candidate.flops)
+        chosen = positions[most_probable(candidate.probability()[positions])]
+        streams.append(Epochs(chosen, order))
     runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage)
+    check_reference(float(runs.objective[0]), rung.stage)
     inner.monitor.scalar("outer/objective", float(np.nanmin(runs.objective)), height)
     return np.asarray(runs.objective - runs.objective[0])
+
+
+def most_probable(probability: np.ndarray) -> np.ndarray:
+    """The most probable mask, bool, shape (N,); where that is empty, everything: groups of one example have s = 1/2."""
+    selected = probability > 0.5
+    return selected if selected.any() else np.ones(len(selected), dtype=bool)
 
 
 def entropy(probability: np.ndarray) -> float:
@@ -239,16 +296,14 @@ def entropy(probability: np.ndarray) -> float:
     return float(-(p * np.log(p) + (1 - p) * np.log1p(-p)).mean())
 
 
-def watch_penalty(
-    monitor: Monitor, candidate: Candidate, signals: tuple[np.ndarray, np.ndarray | None], step: int
-) -> None:
-    """Record R, l* and the gap in expectation over the candidate's policy."""
-    from_theta, from_u = signals
-    monitor.scalar("outer/R", float(np.average(from_theta, weights=candidate.probability)), step)
-    if from_u is not None:
-        monitor.scalar("outer/l*", float(np.average(from_u, weights=candidate.probability)), step)
-        gap = float(np.average(from_theta - from_u, weights=candidate.probability))
-        monitor.scalar("outer/gap", gap, step)
+def watch_penalty(monitor: Monitor, signals: Signals, probability: np.ndarray, step: int) -> None:
+    """Record R, l* and the gap in expectation over a policy (shape (N,))."""
+    risk = float(np.average(signals.from_theta, weights=probability))
+    monitor.scalar("outer/R", risk, step)
+    if signals.from_u is not None:
+        reach = float(np.average(signals.from_u, weights=probability))
+        monitor.scalar("outer/l*", reach, step)
+        monitor.scalar("outer/gap", risk - reach, step)
 
 
 def watch_sources(monitor: Monitor, pool: Pool, probability: np.ndarray, step: int) -> None:

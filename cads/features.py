@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from cads.budget import SELECT, Ledger
+from cads.errors import ConfigError
 from cads.journal import in_shards
 from cads.policy import Floats
-from cads.scoring import lengths, scoring_batches
+from cads.scoring import check_finite, lengths, scoring_batches
 from cads.task import Batch, Pool, Task
 
 SOURCE, GROUP, LENGTH = "source: ", "group: ", "log length"
@@ -43,23 +44,31 @@ class FreeFeatures:
         self._sources, self._source_names = pool.sources, pool.source_names
         self._groups, self._lengths = task.groups(pool), lengths(pool)
         self.names = free_names(pool, kinds)
-        if self._groups is not None and len(found := np.unique(self._groups)) <= MOST_LEVELS:
-            self.names += [f"{GROUP}{group}" for group in found]
+        found = [] if self._groups is None else np.unique(self._groups).tolist()
+        self._group_of = {f"{GROUP}{group}": group for group in found}
+        if len(found) <= MOST_LEVELS:
+            self.names += self._group_of
 
     def values(self, names: Sequence[str], positions: np.ndarray) -> Floats:
         """The columns `names` of the examples at `positions` (shape (n,)), shape (n, len(names)).
 
         A source or a group that this pool does not have is a column of zeros.
+
+        Raises:
+            ConfigError: if a name is that of no free column, or these examples have no length.
         """
         columns = np.zeros((len(positions), len(names)))
         for column, name in zip(columns.T, names, strict=True):
-            if name.startswith(SOURCE) and self._sources is not None:
-                if (source := name.removeprefix(SOURCE)) in self._source_names:
+            if name.startswith(SOURCE):
+                if self._sources is not None and (source := name.removeprefix(SOURCE)) in self._source_names:
                     column[:] = self._sources[positions] == self._source_names.index(source)
-            elif name.startswith(GROUP) and self._groups is not None:
-                column[:] = self._groups[positions] == int(name.removeprefix(GROUP))
+            elif name.startswith(GROUP):
+                if self._groups is not None and name in self._group_of:
+                    column[:] = self._groups[positions] == self._group_of[name]
             elif name == LENGTH and self._lengths is not None:
                 column[:] = np.log(np.maximum(self._lengths[positions], 1))
+            else:
+                raise ConfigError(f"the feature {name!r} is not free here: read it by the model it was learned with")
         return columns
 
 
@@ -86,11 +95,17 @@ class ReadFeatures:
             logs = torch.log_softmax(self.task.logits(once, batch).double(), dim=1)
             own = logs.gather(1, batch.labels[:, None])[:, 0]
             others = logs.scatter(1, batch.labels[:, None], -torch.inf).amax(dim=1)
-            columns += [-(logs.exp() * logs).sum(dim=1), own - others]
+            # A single class has no others.
+            margin = own - others if logs.shape[1] > 1 else torch.zeros_like(own)
+            columns += [-(logs.exp() * logs).sum(dim=1), margin]
         return torch.stack(columns, dim=1)
 
     def of(self, pool: Pool, positions: np.ndarray, *, ledger: Ledger, stage: str) -> Floats:
-        """The columns of the examples at `positions` (shape (n,)), shape (n, len(names)), charged as they are read."""
+        """The columns of the examples at `positions` (shape (n,)), shape (n, len(names)), charged as they are read.
+
+        Raises:
+            DataError: if a number is not finite, naming the examples.
+        """
         batches = scoring_batches(pool, positions=positions)
 
         def shard(i: int) -> np.ndarray:
@@ -102,7 +117,9 @@ class ReadFeatures:
         found = in_shards("reading", [stage, len(positions)], ledger, len(batches), shard)
         rows = np.empty(len(pool), dtype=np.int64)
         rows[np.concatenate(batches)] = np.arange(len(positions))
-        return np.asarray(found[rows[positions]])
+        columns = np.asarray(found[rows[positions]])
+        check_finite(columns.sum(axis=1), pool, stage, positions)
+        return columns
 
 
 def free_names(pool: Pool, kinds: Sequence[Kind] = KINDS) -> list[str]:

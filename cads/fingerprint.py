@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +13,8 @@ import pyarrow.compute as pc
 
 ROWS = 2**16
 """Rows of a column that are copied at once."""
+SIZE = 16
+"""Bytes of the digest of a row."""
 
 
 class Digest(Protocol):
@@ -21,14 +25,20 @@ class Digest(Protocol):
         ...
 
 
-def row_digests(rows: np.ndarray) -> pa.Array:
-    """One digest a row (BLAKE2b), binary of 16 bytes, shape (n,): equal rows have equal ones.
+def digests(contents: Iterable[np.ndarray]) -> pa.Array:
+    """A digest of each content (BLAKE2b), large binary of `SIZE` bytes, shape (n,): equal contents have equal ones.
 
-    Args:
-        rows: uint8, shape (n, L).
+    Made in blocks of `ROWS`, so that only so many are Python objects at once.
     """
-    rows = np.ascontiguousarray(rows)
-    return pa.array([hashlib.blake2b(row, digest_size=16).digest() for row in rows], pa.binary())
+    made, remaining = [], iter(contents)
+    while block := [hashlib.blake2b(content.data, digest_size=SIZE).digest() for content in islice(remaining, ROWS)]:
+        made.append(pa.array(block, pa.large_binary()))
+    return pa.concat_arrays(made) if made else pa.array([], pa.large_binary())
+
+
+def row_digests(rows: np.ndarray) -> pa.Array:
+    """A digest of each row (uint8, shape (n, L)); see `digests`."""
+    return digests(np.ascontiguousarray(rows))
 
 
 def add_pairs(digest: Digest, first: pa.Array, second: pa.Array) -> None:

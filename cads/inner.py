@@ -15,7 +15,7 @@ from cads.checkpoint import State
 from cads.draws import Draws, Stream
 from cads.journal import perform, perform_apart
 from cads.monitor import Monitor
-from cads.optimizer import MIN_STEPS, Rung, ladder
+from cads.optimizer import Rung, ladder
 from cads.processes import current
 from cads.rounds import Operation, Progress, Standing
 from cads.scoring import planned_flops, score_pool
@@ -84,12 +84,10 @@ class Purse:
         batch_size = self.task.recipe.batch_size
         return min(share * training, passes * self._step(self.fitted) / batch_size * len(self.fitted))
 
-    def ladder(
-        self, training: float, per_rung: float = 0.0, least: int = MIN_STEPS, reserve: float = 0.0
-    ) -> list[Rung]:
-        """The short runs that what is left of the ledger, less `reserve`, buys for a final training of `training`."""
-        left = max(0.0, self.ledger.left - reserve)
-        return ladder(training, left, self.step_flops, self.measuring_flops, self.passes(training), per_rung, least)
+    def ladder(self, training: float, per_rung: float = 0.0) -> list[Rung]:
+        """The short runs that what is left of the ledger buys for a final training of `training` FLOPs."""
+        left = self.ledger.left
+        return ladder(training, left, self.step_flops, self.measuring_flops, self.passes(training), per_rung)
 
     def passes(self, training: float) -> float:
         """Over the pool, that `training` FLOPs buy."""
@@ -211,7 +209,8 @@ class Inner(Purse):
 
         def settle(state: State) -> None:
             self.ledger.charge(SELECT, stage, self.measuring_flops)
-            self.ledger.charge(SELECT, stage, 0.0, seconds=state.values.pop("seconds"))
+            # They are measured at the same time.
+            self.ledger.charge(SELECT, stage, 0.0, seconds=state.values.pop("seconds") / len(models))
 
         operations = [Operation("measuring", [stage], settle) for _ in models]
         states = perform_apart(operations, self.ledger, part, join)

@@ -8,8 +8,6 @@ checkpoint. Nothing of this is asked of the selector.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,16 +19,14 @@ import numpy as np
 import torch
 
 from cads.budget import Entry, Ledger
-from cads.checkpoint import CheckpointConfig, Checkpoints, State
+from cads.checkpoint import CheckpointConfig, State
 from cads.errors import CheckpointError, NonFiniteError
 from cads.interrupt import Interrupted, Interrupts
 from cads.processes import ProcessError, Processes, current
-from cads.records import Charges, Record, charges_since, key_of, records_of, restore, state_of
+from cads.record_store import RecordStore
+from cads.records import Charges, Record, charges_since, key_of, restore
 from cads.rounds import Join, Operation, Part, Progress, Rounds, Standing, divide
 
-log = logging.getLogger(__name__)
-
-FINISHED, UNDERWAY = "finished", "underway"
 SHARDS_AT_ONCE = 4
 """Shards that each of several processes computes before they exchange what they have."""
 
@@ -152,18 +148,12 @@ class Journal:
         config: CheckpointConfig | None = None,
         interrupts: Interrupts | None = None,
     ) -> None:
-        self.checkpoints = Checkpoints(folder, identity)
+        self.store = RecordStore(folder, identity, config or CheckpointConfig())
         self.interrupts = interrupts or Interrupts()
         self.inside = False
         self._world: Processes = current()
-        self._config = config or CheckpointConfig()
-        self._finished: dict[int, Record] = {}
-        self._pending: dict[int, Record] = {}
-        self._underway: dict[int, Record] = {}
         self._next = 0
-        self._steps = 0
-        self._written = time.monotonic()
-        self._resumed = bool(self._world.on_first(self._read))
+        self._resumed = bool(self._world.on_first(self.store.read))
 
     @property
     def resumed(self) -> bool:
@@ -181,7 +171,7 @@ class Journal:
         try:
             yield self
         except (Interrupted, NonFiniteError, CheckpointError, ProcessError, OSError):
-            self._flush()
+            self.store.flush()
             raise
         finally:
             _CURRENT.reset(token)
@@ -211,7 +201,7 @@ class Journal:
         finally:
             self.inside = False
         self._note(index, name, key, state, charges_since(before, ledger))
-        self._steps += 1
+        self.store.count()
         self._pause(f"after {name}")
         return state
 
@@ -246,7 +236,7 @@ class Journal:
             state = _known(states[i])
             operation.settle(state)
             self._note(first + i, operation.name, key, state, charges_since(before, ledger))
-        self._steps += len(operations)
+        self.store.count(len(operations))
         self._pause(f"after {operations[0].name}")
         return [_known(state) for state in states]
 
@@ -254,8 +244,8 @@ class Journal:
         """The rounds of operations, which are written down under their own numbers."""
 
         def ask() -> tuple[int, bool]:
-            self._steps += 1
-            return self.interrupts.pending or 0, self._world.first and self._due()
+            self.store.count()
+            return self.interrupts.pending or 0, self._world.first and self.store.due
 
         def keep(states: list[State | None], signal: int) -> None:
             records = {
@@ -269,7 +259,7 @@ class Journal:
 
     def step(self, index: int, record: Callable[[], Record]) -> None:
         """The operation under way has done one step."""
-        self._steps += 1
+        self.store.count()
         signal, due = self._agreed()
         if signal or due:
             now = record()
@@ -281,35 +271,18 @@ class Journal:
         Raises:
             Interrupted: if a process was asked to stop by `signal`.
         """
-        written = not self._world.first or self._save(records)
+        written = self._world.on_first(lambda: self.store.save(records))
         self._stop(signal, f"during {name}" + ("" if written else " (its checkpoint could not be written)"))
-
-    def _read(self) -> bool:
-        """Take in what an earlier process has written; whether there was anything."""
-        self.checkpoints.sweep()
-        for path, values, tensors in self.checkpoints.read(FINISHED):
-            for index, record in records_of(path, values, tensors):
-                self._finished.setdefault(index, record)
-        for path, values, tensors in self.checkpoints.read(UNDERWAY):
-            self._underway = dict(records_of(path, values, tensors))
-            break
-        return bool(self._finished) or bool(self._underway)
 
     def _recall(self, index: int) -> _Recalled | None:
         """What is known of an operation, in all processes."""
 
         def look() -> State:
-            finished, begun = self._finished.pop(index, None), self._underway.pop(index, None)
-            record = finished or begun
-            if finished is None:
-                # Writing this operation anew removes the file of those that were under way with it, or after it where
-                # its own record was damaged.
-                for later, other in self._underway.items():
-                    self._underway[later] = replace(other, tensors=other.state().tensors)
+            record, finished = self.store.take(index)
             if record is None:
                 return State({"name": None})
             state = record.state()
-            about = {"name": record.name, "key": record.key, "finished": finished is not None}
+            about = {"name": record.name, "key": record.key, "finished": finished}
             return State({**about, "charges": record.charges, "values": state.values}, state.tensors)
 
         found = self._world.from_first(look)
@@ -323,13 +296,14 @@ class Journal:
         if known.key != key:
             raise CheckpointError(
                 f"operation {index} of this run is {name}, with other arguments than {known.name} in the journal "
-                f"{self.checkpoints.folder}: this run does not repeat the one before; begin anew with --overwrite true"
+                f"{self.store.checkpoints.folder}: this run does not repeat the one before; begin anew with "
+                "--overwrite true"
             )
 
     def _note(self, index: int, name: str, key: str, state: State, charges: Charges) -> None:
         if self._world.first:
             kept = state.detached()
-            self._pending[index] = Record(name, key, kept.values, charges, kept.tensors)
+            self.store.keep(index, Record(name, key, kept.values, charges, kept.tensors))
 
     def _meet(self, name: str, key: Any) -> None:
         """Before an operation: all processes do the same, and end here if one of them was asked to stop."""
@@ -341,12 +315,12 @@ class Journal:
         """Between two operations: write if it is time, and end if a process was asked to."""
         signal, due = self._agreed()
         if signal or due:
-            self._flush()
+            self.store.flush()
         self._stop(signal, where)
 
     def _agreed(self) -> tuple[int, bool]:
         """The signal by which some process was asked to stop, or 0; whether the first finds it time to write."""
-        due = self._world.first and self._due()
+        due = self._world.first and self.store.due
         signal, write = self._world.largest([self.interrupts.pending or 0, int(due)])
         return signal, bool(write)
 
@@ -354,30 +328,6 @@ class Journal:
         if signal:
             self.interrupts.pending = signal
             self.interrupts.raise_if_pending(where)
-
-    def _due(self) -> bool:
-        seconds, steps = self._config.every_seconds, self._config.every_steps
-        late = seconds is not None and time.monotonic() - self._written >= seconds
-        return late or (steps is not None and self._steps >= steps)
-
-    def _flush(self) -> bool:
-        """Write the finished operations that are not yet written; returns whether all are."""
-        self._steps, self._written = 0, time.monotonic()
-        if not self._pending:
-            return True
-        if self.checkpoints.write(FINISHED, state_of(self._pending)) is None:
-            return False
-        self._pending.clear()
-        self.checkpoints.prune(UNDERWAY, keep=0)
-        return True
-
-    def _save(self, records: dict[int, Record]) -> bool:
-        """Write where operations under way are, after all that was finished before them."""
-        whole = self._flush()
-        if self.checkpoints.write(UNDERWAY, state_of({**self._underway, **records})) is None:
-            return False
-        self.checkpoints.prune(UNDERWAY)
-        return whole
 
 
 class _Underway(Progress):

@@ -31,6 +31,8 @@ passes hide what will be learned by heart, fewer examples make quantity look dea
 MIN_STEPS = 10
 """Steps of the shortest run. Runs from the same weights over the same order differ by their data alone: after ten
 steps they already rank subsets of sources with a Spearman correlation of 0.75 to 0.97 (`experiments/results`)."""
+LEAST_RUNS = 4
+"""Short runs, the full pool's among them, below which nothing is spent."""
 
 
 class Selector(Protocol):
@@ -130,26 +132,26 @@ def ladder(
     per_run: float,
     passes: float,
     per_rung: float = 0.0,
-    least: int = MIN_STEPS,
 ) -> list[Rung]:
     """Short runs that spend `allowance`.
 
-    The smallest run follows from the budget: at least `least` steps, at most the whole training. Rungs
-    that would hold fewer than two runs (one is always the full pool) are left out, the highest first.
+    The smallest run follows from the budget: at least `MIN_STEPS`, at most the whole training. Rungs
+    that would hold fewer than two runs (one is always the full pool) are left out, the highest first; a single one
+    needs `LEAST_RUNS`, since one candidate or two are no search.
 
     Args:
         training: C, FLOPs of the final training. allowance: FLOPs for all runs. step: FLOPs of one step.
         per_run: FLOPs on top of each run, for measuring it. passes: over the pool, that `training` buys.
-        per_rung: FLOPs on top of each rung, for learning from it. least: steps of the shortest run.
+        per_rung: FLOPs on top of each rung, for learning from it.
     """
-    lowest = max(LOWEST, least * step / training)
+    lowest = max(LOWEST, MIN_STEPS * step / training)
     fidelities = sorted({min(1.0, lowest * STEP**height) for height in range(len(SHARES))})
     while fidelities:
         rungs = []
         for f, share in zip(fidelities, SHARES[len(fidelities) - 1], strict=True):
             runs = int(max(0.0, allowance * share - per_rung) / (f * training + per_run))
             rungs.append(Rung(f, f * training, data_share(f, passes, decides=f == fidelities[-1]), runs))
-        if all(r.runs >= 2 for r in rungs):
+        if all(r.runs >= (2 if len(rungs) > 1 else LEAST_RUNS) for r in rungs):
             return rungs
         fidelities.pop()
     return []

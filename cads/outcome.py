@@ -19,6 +19,7 @@ from cads.errors import BudgetError, CheckpointError
 from cads.folders import whole_file
 from cads.journal import Progress, perform
 from cads.monitor import Monitor
+from cads.processes import current
 from cads.seeds import derive
 from cads.selection import Selection
 from cads.speed import matmul_flops_per_second
@@ -37,7 +38,7 @@ class Outcome:
         metrics: on the test set.
         ledger: selection, training and evaluation.
         fit: the course of the training.
-        utilisation: FLOP/s of the training over those of a matrix product on the same device.
+        utilisation: FLOP/s of the training over those of matrix products on the devices of all processes.
         task: what was trained, which knows how its models are written.
     """
 
@@ -147,7 +148,7 @@ def train_on(
     metrics: Metrics = {name: tested.number(name) for name in tested.values}
     for name in evaluations:
         metrics |= _evaluated(task, fit.models[0], name, ledger)
-    limit = matmul_flops_per_second(str(trainer.accelerator.device), task.recipe.precision)
+    limit = matmul_flops_per_second(str(trainer.accelerator.device), task.recipe.precision) * current().size
     utilisation = fit.flops_per_second / limit
     monitor.scalar("trainer/mfu", utilisation, len(fit.losses))
     monitor.ledger(ledger)

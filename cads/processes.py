@@ -33,6 +33,8 @@ TIMEOUT_VARIABLE, TIMEOUT = "CADS_PROCESS_TIMEOUT", 600.0
 """Seconds that a process waits for the others before it gives up: the variable, and what holds without it."""
 SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers (torchrun, accelerate, MPI) say how many processes there are."""
+WHEREABOUTS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Where launchers say which of the processes this is, and where they meet."""
 SHARDED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -162,8 +164,8 @@ class Group(Processes):
 
     def gather(self, compute: Callable[[], State]) -> list[State]:
         """See `Processes`."""
-        mine, failure = _attempt(compute)
-        said = [json.loads(text) for text in self._gather_bytes(_header(mine, failure))]
+        mine, failure, header = _attempt(compute)
+        said = [json.loads(text) for text in self._gather_bytes(header)]
         self._raise_first([about["error"] for about in said], failure)
         return [self._broadcast(about, mine, rank) for rank, about in enumerate(said)]
 
@@ -180,10 +182,8 @@ class Group(Processes):
 
     def from_first(self, compute: Callable[[], State]) -> State:
         """See `Processes`."""
-        mine, failure = _attempt(compute) if self.first else (State(), None)
-        size = torch.tensor([0], dtype=torch.int64, device=self._device)
-        header = _header(mine, failure) if self.first else b""
-        size[0] = len(header)
+        mine, failure, header = _attempt(compute) if self.first else (State(), None, b"")
+        size = torch.tensor([len(header)], dtype=torch.int64, device=self._device)
         with self._reaching():
             dist.broadcast(size, 0)
         text = _as_bytes(header) if self.first else torch.empty(int(size), dtype=torch.uint8)
@@ -286,16 +286,23 @@ def everyone() -> Processes:
     if size == 1 and "MASTER_ADDR" in os.environ and str_true("ACCELERATE_USE_CPU"):
         log.warning(
             "`accelerate launch --cpu` has started one process, whatever --num_processes says: for several on CPUs "
-            "use `torchrun --nproc_per_node N -m cads ...`"
+            "leave out --cpu and use `accelerate launch --multi_gpu --num_processes N -m cads ...`"
         )
     if size == 1:
         return ALONE
     seconds = _timeout()
     for name, kind in SHARDED.items():
         if str_true(name):
-            raise ConfigError(f"{kind} is not supported: launch without it; every process holds the whole model")
+            raise ConfigError(f"{kind} is not supported: launch without it; sharding = 'full' divides a model")
     cpu = str_true("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
+    try:
+        state = PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
+    except (RuntimeError, ValueError) as error:
+        where = ", ".join(f"{name}={os.environ.get(name, '')}" for name in WHEREABOUTS)
+        raise ProcessError(
+            f"this process does not find the {size - 1} others within {seconds:g} s ({where}): start all of them by "
+            f"one launcher, or unset these variables to run alone: {str(error).splitlines()[0]}"
+        ) from error
     return Group(state, seconds) if state.num_processes > 1 else ALONE
 
 
@@ -311,7 +318,7 @@ def is_shared(error: BaseException) -> bool:
 
 
 def digest(value: Any) -> int:
-    """A number of 62 bits for a JSON value."""
+    """A number of 60 bits for a JSON value."""
     return int(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:15], 16)
 
 
@@ -331,13 +338,20 @@ def _timeout() -> float:
     return seconds
 
 
-def _attempt(compute: Callable[[], State]) -> tuple[State, Exception | None]:
-    """What is computed apart from the others, or why not."""
+def _attempt(compute: Callable[[], State]) -> tuple[State, Exception | None, bytes]:
+    """What is computed apart from the others, or why not, and how that is told to them.
+
+    Raises:
+        ProcessError: if the others were lost meanwhile: there is nobody to tell.
+    """
     try:
         with apart():
-            return compute(), None
+            mine = compute()
+        return mine, None, _header(mine, None)
+    except ProcessError:
+        raise
     except Exception as error:
-        return State(), error
+        return State(), error, _header(State(), error)
 
 
 def _header(state: State, failure: Exception | None) -> bytes:

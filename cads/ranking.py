@@ -22,6 +22,7 @@ from cads.folders import whole_folder
 from cads.monitor import Monitor
 from cads.optimizer import check_step
 from cads.order import best_first, distinct
+from cads.processes import current
 from cads.score_files import COLUMNS
 from cads.scorers import scorer_of
 from cads.selection import Selection, check_folder
@@ -183,10 +184,10 @@ class Ranker(ABC):
         Raises:
             SelectionError: if `folder` holds something that is no ranking.
         """
-        folder, made_from = Path(folder), self.made_from(task, seed)
-        check_folder(folder, FILES)
-        if (folder / FILES[0]).exists():
-            kept = Ranking.load(folder)
+        folder, made_from, world = Path(folder), self.made_from(task, seed), current()
+        world.on_first(lambda: check_folder(folder, FILES))
+        if world.on_first((folder / FILES[0]).exists):
+            kept = world.each(lambda: Ranking.load(folder))
             if kept.made_from == made_from:
                 ledger.merge(kept.ledger)
                 return kept
@@ -196,7 +197,7 @@ class Ranker(ABC):
         finally:
             ledger.merge(spent)
         ranking.made_from = made_from
-        ranking.save(folder)
+        world.on_first(lambda: str(ranking.save(folder)))
         return ranking
 
     def made_from(self, task: Task, seed: int) -> str:
@@ -204,7 +205,8 @@ class Ranker(ABC):
         scorer = scorer_of(task)
         options = {name: value for name, value in asdict(self).items() if name not in CUTS}
         pools = [part.content_hash for t in (task, scorer) for part in (t.pool, t.target)]
-        settings = [self.method, options, seed, task.name, scorer.name, task.accounting, asdict(scorer.recipe), pools]
+        recipe = scorer.recipe.decisive()
+        settings = [self.method, options, seed, task.name, scorer.name, task.accounting, recipe, pools]
         # Which examples are averaged is no content of the pool.
         subtasks = scorer.subtasks(scorer.target)
         settings.append(None if subtasks is None else np.asarray(subtasks).tolist())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cads.errors import ConfigError
 
@@ -38,6 +38,10 @@ class TrainConfig:
     """Processes that load data."""
     replicas: Literal["auto", "batched", "loop"] = "auto"
     """How the inner runs of a selector train: as one batched model where it is dense, or one by one."""
+    sharding: Literal["none", "full"] = "none"
+    """Whether several processes divide parameters, gradients and optimizer state of a model while it trains, for models
+    whose training does not fit into one; inner runs then train one after another. When it is trained each holds it
+    whole. One process is the same without."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(TrainConfig).items():
@@ -58,6 +62,14 @@ class TrainConfig:
             raise ConfigError(f"accumulate = {self.accumulate} splits a batch of only {self.batch_size} examples")
         if self.non_finite == "skip" and self.replicas == "batched":
             raise ConfigError("non_finite = 'skip' needs replicas = 'auto' or 'loop': batched ones share each update")
+        if self.sharding == "full" and self.replicas == "batched":
+            raise ConfigError("sharding = 'full' needs replicas = 'auto' or 'loop': sharded ones train one by one")
+        if self.sharding == "full" and self.precision == "fp16":
+            raise ConfigError("sharding = 'full' needs precision = 'no' or 'bf16': fp16 scales the loss")
+
+    def decisive(self) -> dict[str, Any]:
+        """The fields on which a result depends by more than rounding, as JSON values."""
+        return {name: value for name, value in asdict(self).items() if name != "sharding"}
 
     def rate(self, progress: float) -> float:
         """The learning rate when `progress` (0 to 1) of the budget is spent."""

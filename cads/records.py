@@ -75,7 +75,7 @@ def state_of(records: Mapping[int, Record]) -> State:
 
 
 def records_of(path: Path, values: dict[str, Any], tensors: StoredTensors) -> Iterator[tuple[int, Record]]:
-    """What `_state_of` put together.
+    """What `state_of` put together.
 
     Raises:
         CheckpointError: if the values are not such as it writes.

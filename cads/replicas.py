@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,13 @@ def can_stack(model: nn.Module) -> bool:
 
 
 class Learner(nn.Module):
-    """Anything the trainer can train: `forward(batch)` gives the losses (nats) of K replicas, shape (K, B)."""
+    """Anything the trainer can train: `forward(batch)` gives the losses (nats) of K replicas, shape (K, B).
+
+    Attributes:
+        together: whether each pass, forward and backward, is one of all processes, which adds up their gradients.
+    """
+
+    together = False
 
     @abstractmethod
     def clip(self, largest: float | None) -> np.ndarray:
@@ -45,6 +51,22 @@ class Learner(nn.Module):
     @abstractmethod
     def trained(self) -> list[nn.Module]:
         """The K models with their current weights."""
+
+    def touched(self) -> np.ndarray:
+        """Which trainable parameters this process has a gradient of, bool, one a parameter."""
+        return np.array([p.grad is not None for p in self.parameters() if p.requires_grad])
+
+    def whole(self, tensors: Iterable[tuple[str, Tensor]], *, everywhere: bool) -> dict[str, Tensor]:
+        """Tensors of its parameters' shapes by name, put together where they are divided over processes.
+
+        Args:
+            everywhere: whether in all processes, or in the first alone, and the others lack them.
+        """
+        return dict(tensors)
+
+    def part(self, x: Tensor, like: Tensor) -> Tensor:
+        """Of `x`, which is whole, what this process holds of `like`, where that is."""
+        return x.to(like.device)
 
 
 class Single(Learner):

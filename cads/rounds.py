@@ -12,7 +12,7 @@ import torch
 from cads.budget import Ledger
 from cads.checkpoint import State
 from cads.interrupt import Interrupted
-from cads.processes import Processes, current, is_shared
+from cads.processes import ProcessError, Processes, current, is_shared
 
 
 class Progress:
@@ -104,7 +104,8 @@ class Rounds(Progress):
         except _Elsewhere:
             return State()
         except Exception as error:
-            if not (is_shared(error) or isinstance(error, Interrupted)):
+            # Others know of what they have raised too, and cannot be told once they are lost.
+            if not (is_shared(error) or isinstance(error, Interrupted | ProcessError)):
                 self._world.largest([0, 0, 0, 1])
             raise
         return mine

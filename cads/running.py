@@ -101,7 +101,10 @@ class Run:
 
     def _begun(self) -> bool:
         finished = self._compare(self._identity)
-        if not finished:
+        if finished:
+            # One that was killed at its very end has left them.
+            self._tidy()
+        else:
             self._write_record(finished=False)
         return not finished
 
@@ -120,6 +123,10 @@ class Run:
 
     def _finish(self) -> None:
         self._write_record(finished=True)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove the checkpoints of a run that needs them no more."""
         Checkpoints(self._checkpoints, {}).clear()
         if self._checkpoints.parent.is_dir() and not any(self._checkpoints.parent.iterdir()):
             self._checkpoints.parent.rmdir()

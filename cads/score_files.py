@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +20,8 @@ import torch
 
 from cads.budget import Ledger
 from cads.errors import CadsError, DataError
+from cads.folders import sync
+from cads.processes import current
 from cads.scoring import SCORED_TOKENS, BatchPrice, Score, score_pool
 from cads.task import Pool
 from cads.untrusted import read_score_groups
@@ -60,6 +64,8 @@ class ScoreWriter:
 
     def write(self, ids: pa.Array, scores: np.ndarray) -> None:
         """Append one score an id (float64, shape (n,))."""
+        if ids.type != pa.string() or ids.null_count:
+            raise DataError(f"ids of type {ids.type}, {ids.null_count} of them missing: give a string to each example")
         if scores.shape != (len(ids),):
             raise DataError(f"scores of shape {scores.shape} for {len(ids)} ids: give one each")
         if not np.isfinite(scores).all():
@@ -80,7 +86,9 @@ class ScoreWriter:
                 self._flush()
             self._file.close()
             if kind is None:
+                sync(self._partial)
                 os.replace(self._partial, self.path)
+                sync(self.path.parent)
         except OSError as failure:
             raise DataError(f"{self.path} cannot be written: {failure}") from failure
         finally:
@@ -127,6 +135,8 @@ def stream_scores(
 ) -> None:
     """Score all of `pool` into the file at `path`, shard by shard: `score_pool` in memory bounded by a shard.
 
+    Several processes score together, and the first writes.
+
     Args:
         score, price, ledger, stage, device, tokens: as for `score_pool`.
         shard: examples that are scored together.
@@ -134,8 +144,15 @@ def stream_scores(
     Raises:
         DataError: if a score is not finite, or the file cannot be written.
     """
-    with ScoreWriter(path) as writer:
+    world, writer = current(), ScoreWriter(path)
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(writer)
+
+        world.on_first(begin)
         for start in range(0, len(pool), shard):
             part = pool.part(np.arange(start, min(start + shard, len(pool))), pool.name)
             found = score_pool(part, score, price, ledger=ledger, stage=stage, device=device, tokens=tokens)
-            writer.write(part.ids, found)
+            world.on_first(partial(writer.write, part.ids, found))
+        world.on_first(stack.close)

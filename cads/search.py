@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cads.budget import Budget, Ledger, PlannedLedger
-from cads.errors import ConfigError
+from cads.errors import ConfigError, DataError
 from cads.inner import Inner, Planned
 from cads.monitor import Monitor
 from cads.optimizer import Division, divide, uniform
@@ -57,11 +58,11 @@ class Search(ABC):
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
         """Choose what to train on; see `cads.optimizer.Selector`."""
+        scorer_of(task).check_outer(self.outer)
         if note := self.plan(task, budget).note:
             log.warning("%s: %s", self.method, note)
             return self.full_pool(task, budget, seed, ledger, note)
         scorer, division = self.setting(task, budget)
-        scorer.check_outer(self.outer)
         spent = Ledger(limit=division.selection)
         outer = self.outer or (scorer.source_outer if self.whole_sources else None)
         inner = Inner(scorer, spent, monitor or Monitor(), outer, held_out=self.held_out)
@@ -121,6 +122,19 @@ def _in_order(chosen: Selection, pool: Pool) -> Selection:
         selected=chosen.selected[place],
         sources=None if chosen.sources is None else chosen.sources.take(pa.array(place)),
     )
+
+
+def check_reference(objective: float, stage: str) -> None:
+    """Refuse to go on where the run on the full pool, which all others are measured against, has no finite objective.
+
+    Raises:
+        DataError: naming the stage.
+    """
+    if not math.isfinite(objective):
+        raise DataError(
+            f"{stage}: the run on the full pool met a loss that is not finite, and nothing can be compared with it: "
+            "lower the learning rate, or look at the pool"
+        )
 
 
 def verdict(beaten: bool) -> str:

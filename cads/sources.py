@@ -14,7 +14,7 @@ import numpy as np
 from cads.budget import Budget, Ledger
 from cads.control import Control
 from cads.design import d_optimal, n_columns
-from cads.errors import ConfigError, DataError
+from cads.errors import ConfigError
 from cads.estimator import corrected, direct, enumerate_masks, expected_gradient
 from cads.inner import Inner, Planned, Purse, Runs
 from cads.one_run import OneRunSearch, by_source
@@ -22,7 +22,7 @@ from cads.operations import design_flops, source_policy_flops
 from cads.optimizer import Rung, distinct, subsample
 from cads.penalty import FittedReach, extrapolate, mean_over_sources
 from cads.policy import BernoulliPolicy, MixturePolicy, Policy
-from cads.search import NOTHING, verdict
+from cads.search import NOTHING, check_reference, verdict
 from cads.seeds import derive
 from cads.selection import Selection
 from cads.space import Masks, Mixtures, Space
@@ -283,11 +283,7 @@ def run_rung(inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: in
     order = derive(seed, "rung", height)
     streams = [space.stream(draw, positions, order) for draw in draws]
     runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage)
-    if not np.isfinite(runs.objective[0]):
-        raise DataError(
-            f"{rung.stage}: the run on the full pool met a loss that is not finite, and nothing can be compared with "
-            "it: lower the learning rate, or look at the pool"
-        )
+    check_reference(float(runs.objective[0]), rung.stage)
     return runs
 
 

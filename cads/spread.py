@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cads.checkpoint import State
 from cads.course import OPTIMIZER, WEIGHTS, Course
+from cads.draws import Draws
 from cads.errors import NonFiniteError
 from cads.fit import Fit
 from cads.journal import perform_apart
@@ -27,16 +28,19 @@ if TYPE_CHECKING:
 def spread_stack(trainer: Trainer, models: Sequence[nn.Module], run: TrainingRun) -> Fit:
     """Train a batched model of K replicas in contiguous chunks, one a process.
 
+    Where examples differ in cost, a chunk alone would be padded otherwise, and cost something else than within the
+    whole: then the first process trains all of it.
+
     Args:
         models: the replicas. run: of all of them, which has not begun.
 
     Raises: as `Trainer.fit_replicas`.
     """
     world, count = current(), len(models)
-    chunks = np.array_split(np.arange(count), world.size)
+    chunks = np.array_split(np.arange(count), world.size if _cost_alike(run.draws) else 1)
 
     def part(progress: Progress, standing: list[Standing]) -> State:
-        rows = chunks[world.rank]
+        rows = chunks[world.rank] if world.rank < len(chunks) else np.arange(0)
         if not len(rows):
             return State()
         learner = Stacked(trainer.task, [models[k] for k in rows])
@@ -49,8 +53,12 @@ def spread_stack(trainer: Trainer, models: Sequence[nn.Module], run: TrainingRun
     def join(parts: list[State]) -> list[State | None]:
         return [_joined([part for part in parts if part.tensors])]
 
-    operation = Operation("training", run.about, partial(_settle, trainer, run))
-    (state,) = perform_apart([operation], trainer.ledger, part, join)
+    def settle(state: State) -> None:
+        _settle(trainer, run, state)
+        # The first process has shown its chunk.
+        run.course.begun = True
+
+    (state,) = perform_apart([Operation("training", run.about, settle)], trainer.ledger, part, join)
     return trainer.finish(run, state)
 
 
@@ -72,13 +80,22 @@ def _wave(trainer: Trainer, runs: Sequence[TrainingRun]) -> list[Fit | None]:
     def part(progress: Progress, standing: list[Standing]) -> State:
         if rank >= len(runs) or standing[rank].finished:
             return State()
-        progress.restored = standing[rank].state
+        begun = standing[rank].state
+        if begun is not None and begun.values["failure"] is not None:
+            # It has failed, and waited for the others: the step that failed is not paid for again.
+            return begun
+        progress.restored = begun
         return trainer.steps(runs[rank], progress)
 
     def join(parts: list[State]) -> list[State | None]:
         return [state if state.tensors else None for state in parts[: len(runs)]]
 
-    operations = [Operation("training", run.about, partial(_settle, trainer, run)) for run in runs]
+    def settle(run: TrainingRun, state: State) -> None:
+        # They train at the same time.
+        state.values["seconds"] /= len(runs)
+        _settle(trainer, run, state)
+
+    operations = [Operation("training", run.about, partial(settle, run)) for run in runs]
     states = perform_apart(operations, trainer.ledger, part, join)
     fits: list[Fit | None] = []
     for run, state in zip(runs, states, strict=True):
@@ -93,8 +110,12 @@ def _settle(trainer: Trainer, run: TrainingRun, state: State) -> None:
     """Take in what was trained, here or elsewhere, and charge for it."""
     run.course.learner.to(trainer.accelerator.device).train()
     run.course.restore(state, None)
-    run.course.begun = True
     run.course.charge(trainer.ledger, run.phase, run.stage)
+
+
+def _cost_alike(draws: Draws) -> bool:
+    """Whether all examples have one shape, so that replicas take the same steps whichever train beside them."""
+    return len(draws.pool.examples.shapes()[0]) == 1
 
 
 def _joined(parts: Sequence[State]) -> State:
@@ -115,14 +136,16 @@ def _along(name: str, x: Tensor, parts: list[Tensor]) -> Tensor:
 
 
 def _rows_of(state: State, rows: np.ndarray, count: int) -> State:
-    """The state of some of `count` replicas, which have taken equal parts in all counts."""
+    """The state of some of `count` replicas, in a row, which take equal parts in all counts."""
     index = torch.from_numpy(rows)
     tensors = {}
     for name, x in state.tensors.items():
         axis = _axis(name, x)
         tensors[name] = x if axis is None else x.index_select(axis, index)
     values = dict(state.values)
-    values["counts"] = [n * len(rows) // count for n in values["counts"]]
+    start, stop = int(rows[0]), int(rows[-1]) + 1
+    # Shares of all chunks add up to the whole.
+    values["counts"] = [n * stop // count - n * start // count for n in values["counts"]]
     values["diverged"] = [values["diverged"][k] for k in rows]
     return State(values, tensors)
 

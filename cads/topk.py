@@ -49,9 +49,14 @@ class Best:
             score: shape (n,). cost: of each example, > 0, shape (n,); None: 1 each.
 
         Raises:
-            DataError: if a score or a cost is not such a number.
+            DataError: if a score or a cost is not such a number, or there is not one an id.
         """
         cost = np.ones(len(ids)) if cost is None else np.asarray(cost, dtype=np.float64)
+        if ids.type != pa.string() or not score.shape == cost.shape == (len(ids),):
+            raise DataError(
+                f"{len(ids)} ids of type {ids.type} with scores of shape {score.shape} and costs of {cost.shape}: give "
+                "strings, and one of each to each"
+            )
         if not (np.isfinite(score).all() and np.isfinite(cost).all() and (cost > 0).all()):
             raise DataError("a score that is not finite, or a cost that is not positive: look at these examples")
         # What is worse than the first that does not fit need not be sorted; what is as good may win by its id.

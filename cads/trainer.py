@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,9 +33,6 @@ from cads.task import Batch, Task
 
 MOST_SKIPPED = 20
 """Batches in a row that are skipped before a run is given up: then it is not the batch that is wrong."""
-
-AfterStep = Callable[[int, float, torch.optim.Optimizer], None]
-"""(step, learning rate, optimizer): looks at the model and its optimizer's state after an update."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Trainer:
     """Trains on a task within budgets and charges a ledger for it.
 
     Several processes divide each batch of one model, or the replicas: each of these trains on one process. All end with
-    all models, and with the same account.
+    all models, and with the same account. With `sharding` they divide the model too, and train replicas in turn.
 
     Args:
         task: whose model, losses, recipe and costs are used.
@@ -80,6 +77,10 @@ class Trainer:
         self.ledger = ledger
         self.monitor = monitor or Monitor()
         self.accelerator = _accelerator(task.recipe.precision)
+        if self._shards:
+            from cads.sharding import check_backend
+
+            check_backend(self.accelerator.device)
 
     def fit(
         self,
@@ -90,25 +91,24 @@ class Trainer:
         seed: int,
         phase: str,
         stage: str,
-        after_step: AfterStep | None = None,
         leg: Leg = WHOLE,
     ) -> Fit:
         """Train `model` in place on `draws` for at most `flops`, and at most what the ledger has left.
 
         Args:
             flops: what a run has spent when it ends, earlier parts included; they are not charged again.
-            after_step: called after each update. A run that is watched is not written to a journal.
             leg: which part of a run it is. A later part goes on with the step, the weights and the optimizer of the
                 one before it, so that two parts with the same draws equal one.
 
         Raises:
             BudgetError: if not even one step is affordable.
             CheckpointError: if the run began with another model.
+            ConfigError: if there is nothing to train, or it is to be divided and cannot.
             DataError: if a batch has no answer token.
             NonFiniteError: if the loss or the gradient becomes NaN or infinite, before the update.
         """
         learner = Single(self.task, model)
-        return self._run(self.prepare(learner, draws, flops, seed, phase, stage, after_step, leg))
+        return self._run(self.prepare(learner, draws, flops, seed, phase, stage, leg))
 
     def fit_replicas(
         self, models: Sequence[nn.Module], draws: Draws, flops: float, *, seed: int, phase: str, stage: str
@@ -120,8 +120,9 @@ class Trainer:
         """
         flops = min(flops, self.ledger.left / len(models))
         way = self.task.recipe.replicas
-        several = current().size > 1
-        if way == "batched" or (way == "auto" and len(models) > 1 and can_stack(models[0]) and not self._skips):
+        several = current().size > 1 and not self._shards
+        stackable = len(models) > 1 and can_stack(models[0]) and not self._skips and not self._shards
+        if way == "batched" or (way == "auto" and stackable):
             run = self.prepare(Stacked(self.task, models), draws, flops, seed, phase, stage)
             return spread_stack(self, models, run) if several else self._run(run)
         alone = [draws.only(stream) for stream in draws.streams]
@@ -140,10 +141,7 @@ class Trainer:
         return side_by_side(list(models), fits)
 
     def _run(self, run: TrainingRun) -> Fit:
-        if run.after_step is None:
-            state = perform("training", run.about, self.ledger, lambda progress: self._train(run, progress))
-        else:
-            state = self._train(run, Progress())
+        state = perform("training", run.about, self.ledger, lambda progress: self._train(run, progress))
         return self.finish(run, state)
 
     def prepare(
@@ -154,7 +152,6 @@ class Trainer:
         seed: int,
         phase: str,
         stage: str,
-        after_step: AfterStep | None = None,
         leg: Leg = WHOLE,
     ) -> TrainingRun:
         """A run that has not begun.
@@ -172,8 +169,8 @@ class Trainer:
         course = Course(learner, draws.replicas, self.accelerator.scaler)
         if leg.keep:
             course.example_losses = np.full(len(draws.pool), np.nan)
-        about = [phase, stage, flops, seed, type(learner).__name__, asdict(self.task.recipe), fingerprint(draws)]
-        return TrainingRun(course, draws, flops, seed, phase, stage, [*about, *leg.about()], after_step, leg)
+        about = [phase, stage, flops, seed, type(learner).__name__, self.task.recipe.decisive(), fingerprint(draws)]
+        return TrainingRun(course, draws, flops, seed, phase, stage, [*about, *leg.about()], leg)
 
     def finish(self, run: TrainingRun, state: State) -> Fit:
         """What a run has left behind, which ended in `state`, in this process or in another.
@@ -211,6 +208,13 @@ class Trainer:
 
         Raises: as `fit`.
         """
+        if not self._shards:
+            return self._steps(run, progress)
+        from cads.sharding import divided
+
+        return divided(self.task, run.course, self.accelerator.device, lambda: self._steps(run, progress))
+
+    def _steps(self, run: TrainingRun, progress: Progress) -> State:
         course, recipe = run.course, self.task.recipe
         course.begun = True
         plain = _optimizer(recipe, course.learner, scaled=course.scaler is not None)
@@ -248,11 +252,9 @@ class Trainer:
                     optimizer.zero_grad(set_to_none=True)
                     if course.failure is not None:
                         break
-                    if run.after_step is not None:
-                        run.after_step(course.steps - 1, rate, plain)
                     advance(course.total, course.mean_loss(-1), rate)
                     course.seconds = before + time.perf_counter() - started
-                    progress.step(lambda: course.state(plain))
+                    progress.step(lambda: course.state(plain, everywhere=False))
         finally:
             # accelerate keeps whatever it has prepared.
             self.accelerator._models.clear()
@@ -264,7 +266,8 @@ class Trainer:
                 f"which costs {cost:.4g}: raise the budget or lower batch_size"
             )
         # What a run that failed leaves is its last good state, optimizer included; so is what one leaves to go on from.
-        return course.state(plain if run.leg.keep or course.failure is not None else None)
+        last = plain if run.leg.keep or course.failure is not None else None
+        return course.state(last, everywhere=run.leg.keep)
 
     def _judge(self, run: TrainingRun, pieces: list[Batch], loss: np.ndarray, norm: np.ndarray, rate: float) -> bool:
         """Note the losses of a step (nats, shape (K,)) in its course; returns whether to update the weights."""
@@ -290,13 +293,17 @@ class Trainer:
     def _skips(self) -> bool:
         return self.task.recipe.non_finite == "skip"
 
+    @property
+    def _shards(self) -> bool:
+        return self.task.recipe.sharding == "full" and current().size > 1
+
     def _seed(self, seed: int) -> None:
         """Seed the global generators that dropout draws from (`torch.manual_seed` is slow without a GPU)."""
         torch.default_generator.manual_seed(seed)
         if self.accelerator.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _placed(self, learner: Learner, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    def _placed(self, learner: Learner, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Learner and optimizer as accelerate prepares them: on their device, in their precision."""
         if everyone().size == 1:
             prepared, wrapped = self.accelerator.prepare(learner, optimizer)
@@ -312,7 +319,7 @@ class Trainer:
     def _cost(self, pieces: list[Batch]) -> float:
         return sum(self.task.costs.usage(piece) for piece in pieces)
 
-    def _backward(self, run: TrainingRun, learner: nn.Module, pieces: list[Batch]) -> np.ndarray:
+    def _backward(self, run: TrainingRun, learner: Learner, pieces: list[Batch]) -> np.ndarray:
         """Accumulate the gradient of the mean loss of each replica; returns those means, shape (K,)."""
         replicas = run.course.replicas
         micro = [m for piece in pieces for m in piece.split(self.task.recipe.accumulate, replicas)]
@@ -338,7 +345,6 @@ class TrainingRun:
     phase: str
     stage: str
     about: list[Any]
-    after_step: AfterStep | None = None
     leg: Leg = WHOLE
 
     @property
@@ -372,8 +378,10 @@ def _optimizer(recipe: TrainConfig, learner: Learner, *, scaled: bool) -> torch.
     rate, decay = recipe.learning_rate, recipe.weight_decay
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
-    # Where loss scaling skips the first step, fused SGD (PyTorch 2.14) goes on with momentum it has never written.
-    return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=0.9, nesterov=True, fused=not scaled)
+    # Where loss scaling skips the first step, fused SGD (PyTorch 2.14) goes on with momentum it has never written; and
+    # it takes no tensors that are divided over processes.
+    fused = not (scaled or learner.together)
+    return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=0.9, nesterov=True, fused=fused)
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -121,7 +121,7 @@ def pretrained(
     found = {}
     for size, shape in shapes.items():
         recipe = config.recipe(shape)
-        about = [asdict(shape), asdict(recipe), config.tokens, config.vocabulary, config.seed, contents]
+        about = [asdict(shape), recipe.decisive(), config.tokens, config.vocabulary, config.seed, contents]
         folder = kept / f"{size}-{content_key([*about, CONTEXT, TEXT_TOKENS, HEAD_WIDTH])}"
         if not folder.exists():
             _pretrain(folder, shape, recipe, text, more, config, console)

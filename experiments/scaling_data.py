@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cads.fingerprint import row_digests
+from cads.fingerprint import SIZE, row_digests
 from cads.task import Batch, Metrics, Pool, Task
 from cads.tasks.image_sets import load_digits
 from cads.tasks.vision import VisionConfig
@@ -109,7 +109,8 @@ class Texts:
         words = pc.split_pattern(self.take(positions).texts(), " ")
         coded = words.flatten().dictionary_encode()
         letters = np.array(coded.dictionary.to_pylist(), dtype=f"S{LONGEST_WORD}")
-        place = np.frombuffer(row_digests(letters.view(np.uint8).reshape(len(letters), -1)).buffers()[1], "<u4")[::4]
+        _, _, hashes = row_digests(letters.view(np.uint8).reshape(len(letters), -1)).buffers()
+        place = np.frombuffer(hashes, np.uint8)[: SIZE * len(letters)].view("<u4")[:: SIZE // 4]
         sizes = np.diff(words.offsets.to_numpy())
         column = (place % HASHED)[coded.indices.to_numpy()]
         flat = np.repeat(np.arange(len(sizes)), sizes) * HASHED + column

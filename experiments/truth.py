@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,7 @@ def worth(
 
 def content_key(task: Task, flops: float, about: Any) -> str:
     """Name of what depends on the contents of pool and test set, the recipe, the network, the budget and `about`."""
-    settings = [TRUTH_VERSION, task.pool.content_hash, task.test.content_hash, asdict(task.recipe), flops, about]
+    settings = [TRUTH_VERSION, task.pool.content_hash, task.test.content_hash, task.recipe.decisive(), flops, about]
     network = str(task.model(0))
     return hashlib.sha256(json.dumps([*settings, network], sort_keys=True).encode()).hexdigest()[:24]
 

@@ -35,7 +35,7 @@ class World:
 
     def settings(self) -> dict[str, Any]:
         """All that its results depend on."""
-        return {"task": asdict(self.task), "train": asdict(self.train)}
+        return {"task": asdict(self.task), "train": self.train.decisive()}
 
 
 def read_world(path: Path) -> World:

@@ -14,13 +14,14 @@ from scipy.special import expit
 from scipy.stats import rankdata
 from test_resume import resumed
 
-from cads.amortised import CadsAmortised, apply_policy, explore, filled, probabilities_of
+from cads.amortised import CadsAmortised, apply_policy, compare, explore, filled, probabilities_of
 from cads.amortised_budget import EXPLORING, STEPS, Parts, affordable, divide_allowance, exploring
 from cads.amortised_sample import Penalty, Sample, candidates, learn_from, visit_order
 from cads.budget import SELECT, Budget, Ledger
 from cads.checkpoint import CheckpointConfig
-from cads.errors import CheckpointError, ConfigError
+from cads.errors import CheckpointError, ConfigError, DataError
 from cads.estimator import enumerate_masks
+from cads.examples import FIDELITIES
 from cads.feature_policy import (
     AmortisedPolicy,
     corrected_slope,
@@ -30,8 +31,9 @@ from cads.feature_policy import (
     penalty_direction,
 )
 from cads.features import ENTROPY, GROUP, LENGTH, LOSS, MARGIN, SOURCE, FreeFeatures, ReadFeatures
-from cads.inner import Inner
+from cads.inner import Inner, Planned, Runs
 from cads.monitor import Monitor
+from cads.optimizer import Rung
 from cads.outcome import train_on
 from cads.registry import build_selector
 from cads.selection import Selection
@@ -254,6 +256,33 @@ class TestFeatures:
         expected = np.column_stack([-np.log(own), -(p * np.log(p)).sum(axis=1), np.log(own) - np.log(rest)])
         np.testing.assert_allclose(columns, expected, rtol=1e-5, atol=1e-5)
 
+    def test_what_is_not_there_is_refused_and_not_zero(self, noisy):
+        free = FreeFeatures(noisy, noisy.pool)
+        for name in (LOSS, LENGTH, "colour"):
+            with pytest.raises(ConfigError, match=f"'{name}' is not free"):
+                free.values([name], np.arange(3))
+        assert not free.values([f"{GROUP}other", f"{GROUP}77"], np.arange(3)).any()
+        read = ReadFeatures(noisy, noisy.model(0), "cpu", ["loss"])
+        policy = AmortisedPolicy((ENTROPY,), np.zeros(1), np.ones(1), np.ones(1), 0.0)
+        with pytest.raises(ConfigError, match="read what it was learned on"):
+            probabilities_of(policy, noisy, noisy.pool, np.arange(3), read=read, ledger=Ledger())
+        for kind in (read, None):
+            assert not len(probabilities_of(policy, noisy, noisy.pool, np.arange(0), read=kind, ledger=Ledger()))
+
+    def test_losses_that_are_not_finite_are_named(self, noisy):
+        model = noisy.model(0)
+        with torch.no_grad():
+            next(iter(model.parameters())).fill_(torch.nan)
+        with pytest.raises(DataError, match=f"such as.*{noisy.pool.ids[3].as_py()}.*are not finite"):
+            ReadFeatures(noisy, model, "cpu").of(noisy.pool, np.array([3]), ledger=Ledger(), stage="R")
+
+    def test_a_single_class_has_no_margin(self, noisy, monkeypatch):
+        monkeypatch.setattr(type(noisy), "logits", lambda self, model, batch: torch.ones(len(batch), 1))
+        task = copy.copy(noisy)
+        task.pool = noisy.pool.part(np.flatnonzero(noisy.pool.examples.labels.numpy() == 0), "pool")
+        read = ReadFeatures(task, task.model(0), "cpu", ["confidence"])
+        assert not read.of(task.pool, np.arange(4), ledger=Ledger(), stage="R").any()
+
     def test_a_task_without_classes_has_its_loss(self, texts):
         task = texts()
         read = ReadFeatures(task, task.model(0), "cpu")
@@ -425,19 +454,87 @@ class TestSearch:
             build_selector("cads-amortised", options)
 
     def test_exploring_is_planned_and_charged(self, noisy):
-        """On top of the training there is room for many runs: half of the first rung explores, and all is planned."""
+        """Where there is room for many runs, about half of the first rung explores, and all of it is planned."""
         task, budget = noisy, Budget(8, "epochs")
-        selector = CadsAmortised()
+        selector = CadsAmortised(allowance=4)
         planned = selector.plan(task, budget)
         inner = Inner(task, Ledger(limit=planned.limit), Monitor(), held_out=True)
         parts = divide_allowance(inner, budget.flops(task), selector.kinds, None)
         rungs = affordable(inner, parts, budget.flops(task))
         assert not exploring(rungs, len(rungs) - 1)
         assert rungs[0].runs >= EXPLORING
-        selection, ledger = choose(task, budget)
+        selection, ledger = choose(task, budget, allowance=4)
         assert planned.total().flops == pytest.approx(ledger.total().flops, rel=0.01)
         assert planned.total().usages == pytest.approx(ledger.total().usages, rel=0.01)
+        assert planned.entries[SELECT, "policy"].flops == pytest.approx(ledger.entries[SELECT, "policy"].flops)
         assert selection.notes["origin"] in ("candidate", "draw", "corrected gradient")
+
+    def test_what_wins_short_runs_and_loses_longer_ones_is_not_returned(self, noisy, monkeypatch):
+        seen = []
+
+        def compare(inner, parts, sample, policies, rung, seed, height):
+            seen.append((rung.fidelity, len(policies)))
+            # Against the full pool, 5.0: each policy is better in the short runs, and worse in the long one.
+            others = 4.0 if rung.fidelity < FIDELITIES[2] else 5.1
+            return np.array([5.0 if policy is None else others for policy in policies])
+
+        monkeypatch.setattr("cads.amortised.compare", compare)
+        budget = Budget(16, "epochs")
+        chosen, _ = choose(noisy, budget)
+        assert [fidelity for fidelity, _ in seen] == [FIDELITIES[1], FIDELITIES[2]]
+        assert seen[-1][1] == 2
+        assert chosen.selected.all()
+        assert chosen.notes["guard"] == "the full pool was not beaten"
+        forced, _ = choose(noisy, budget, guard=False)
+        assert not forced.selected.all()
+        assert forced.notes["gain"] == pytest.approx(-0.1)
+
+    def test_a_full_pool_that_diverges_is_named(self, noisy, monkeypatch):
+        monkeypatch.setattr(type(noisy), "objective", lambda *_: float("nan"))
+        with pytest.raises(DataError, match="full pool met a loss that is not finite"):
+            choose(noisy, Budget(16, "epochs"))
+
+    @pytest.mark.parametrize("passes", [1.5, 3.0, 8.0])
+    @pytest.mark.parametrize("allowance", [0.3, 0.6, 1.0, 2.0])
+    def test_what_is_learned_can_be_compared(self, noisy, passes, allowance):
+        """Nothing is spent on a policy unless two runs at least can follow, and all that is planned can be paid for."""
+        for task in (noisy, without_sources(noisy)):
+            selector, budget = CadsAmortised(allowance=allowance), Budget(passes, "epochs")
+            planned = selector.plan(task, budget)
+            assert planned.total().flops <= planned.limit
+            purse = Planned(task, planned.limit, held_out=True)
+            if divide_allowance(purse, budget.flops(task), selector.kinds, None) is not None:
+                runs = [e for (_, stage), e in planned.entries.items() if stage.startswith("short runs")]
+                assert runs
+
+    def test_policies_are_compared_block_by_block(self, noisy, monkeypatch):
+        """Of features that are free, those of all that a run sees are never there at once."""
+        task, n = noisy, len(noisy.pool)
+        inner = Inner(task, Ledger(), Monitor(), held_out=True)
+        free = FreeFeatures(task, task.pool)
+        sample = Sample(visit_order(task.pool, 0), np.empty((0, 13)), tuple(free.names), np.empty(0), None, free)
+        shape = (len(free.names),)
+        policies = [
+            AmortisedPolicy(
+                sample.names, np.zeros(shape), np.ones(shape), np.random.default_rng(i).normal(size=shape), 0.1
+            )
+            for i in range(3)
+        ]
+        rung, parts = Rung(0.25, 1e6, 0.6, 4), Parts(1.0, 0.0, 10, n, False, 0.0, 3)
+        seen = []
+
+        def run(streams, flops, *, seed, stage):
+            seen.append([np.sort(s.take(0, s.period)).tolist() for s in streams])
+            return Runs(np.zeros(len(streams)), *(np.empty(0) for _ in range(3)), models=[])
+
+        monkeypatch.setattr(inner, "run", run)
+        for block in (17, n):
+            monkeypatch.setattr("cads.amortised.SHARD", block)
+            compare(inner, parts, sample, [None, *policies], rung, 0, 0)
+        visited = sample.order[: round(0.6 * n)]
+        chosen = [visited[p.probabilities(free.values(free.names, visited)) > 0.5] for p in policies]
+        assert seen[0] == seen[1] == [np.sort(x).tolist() for x in (visited, *chosen)]
+        assert inner.ledger.entries[SELECT, "policy"].flops == 2 * parts.comparing_flops(3, len(visited))
 
     def test_a_run_that_was_killed_goes_on(self, noisy, tmp_path):
         task, budget = without_sources(noisy), Budget(8, "epochs", count_selection=True)
@@ -476,6 +573,8 @@ def test_the_step_leads_downhill(noisy, monkeypatch):
     assert [p.origin for p in made] == ["draw"] * 8 + ["corrected gradient"]
     assert len(values) == len(made)
     assert made[-1].policy.weights[1] > field[0].policy.weights[1]
+    # What it gains is measured, as that of the others.
+    np.testing.assert_allclose(values, [-p.policy.weights[1] for p in made], atol=1e-12)
 
 
 def test_filling_up_takes_the_next_in_the_order_of_the_visit():

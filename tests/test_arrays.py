@@ -99,6 +99,7 @@ def test_they_are_scaled_as_they_are_read():
         ([np.zeros((2, 4, 4), np.uint8), np.zeros((2, 4, 5), np.uint8)], np.zeros(4), "one shape"),
         ([np.zeros((2, 4, 4, 2), np.uint8)], np.zeros(2), "C = 1 or 3"),
         ([np.zeros((2, 4), np.uint8)], np.zeros(2), "C = 1 or 3"),
+        ([np.zeros((2, 0, 4), np.uint8)], np.zeros(2), "no pixels"),
         ([np.zeros((2, 4, 4), np.uint8)], np.zeros(3), "one each"),
     ],
 )
@@ -118,6 +119,52 @@ def test_a_folder_of_arrays_is_mapped(tmp_path):
     write(tmp_path / "b" / "train", images, labels)
     write(tmp_path / "b" / "test", images[:5], labels[:5])
     assert len(load_arrays(tmp_path / "b").test) == 5
+
+
+def npy(header: str) -> bytes:
+    """A file with this header, and some bytes."""
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(64)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "{",
+        "((((",
+        "{'descr': ('|u1'",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (2, 4, 4)}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (4611686018427387904, 4611686018427387904, 4)}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999999999999999, 1, 1)}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 0, 4)}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (True, 4, 4)}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (-2, 4, 4)}",
+        "{'descr': [('a', '|u1')], 'fortran_order': False, 'shape': (2, 4, 4)}",
+    ],
+)
+def test_headers_of_strangers_are_refused(tmp_path, header):
+    folder = write(tmp_path / "a", *pictures(2, (4, 4)))
+    (folder / "images.npy").write_bytes(npy(header))
+    with pytest.raises(DataError, match=r"(images|labels)\.npy"):
+        load_arrays(folder)
+
+
+def test_a_label_does_not_make_a_name_for_each_number_below_it(tmp_path):
+    images, labels = pictures()
+    labels[7] = 10**15
+    with pytest.raises(DataError, match=r"labels\.npy holds 1000000000000000"):
+        load_arrays(write(tmp_path / "a", images, labels))
+    with pytest.raises(DataError, match="label_column = 'label' holds 0 to 1000000000000000"):
+        load_hub(str(saved(tmp_path / "d", images, labels)))
+    with pytest.raises(DataError, match="holds -5 to"):
+        load_hub(str(saved(tmp_path / "e", images, np.minimum(labels, 3) - 5)))
+
+
+def test_a_saved_data_set_without_rows_is_named(tmp_path):
+    images, labels = pictures()
+    with pytest.raises(DataError, match="has no rows"):
+        load_hub(str(saved(tmp_path / "d", images, labels, [])))
 
 
 def test_bad_folders_are_named(tmp_path):

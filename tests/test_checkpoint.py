@@ -18,7 +18,8 @@ from cads.budget import SELECT, Ledger
 from cads.checkpoint import KEPT, MANIFEST, TENSORS, VALUES, CheckpointConfig, Checkpoints, State, differences
 from cads.errors import CheckpointError, ConfigError
 from cads.folders import remove_folder, whole_file, whole_folder
-from cads.journal import FINISHED, UNDERWAY, Journal, perform
+from cads.journal import Journal, perform
+from cads.record_store import FINISHED, UNDERWAY
 
 IDENTITY = {"settings": {"seed": 0, "train": {"batch_size": 8}}, "pool": "abc"}
 
@@ -225,7 +226,7 @@ class TestFullDisk:
         self.full(monkeypatch, after)
         with Journal(tmp_path / "j", {}, EVERY_STEP).open() as journal:
             same_fit(trained(task), trained(task))
-            assert sum(1 for _ in journal.checkpoints.read(UNDERWAY)) == min(after, KEPT)
+            assert sum(1 for _ in journal.store.checkpoints.read(UNDERWAY)) == min(after, KEPT)
 
 
 def test_a_name_stands_for_a_whole_folder(tmp_path):
@@ -280,7 +281,7 @@ def test_a_finished_operation_is_written_when_its_time_has_come(tmp_path):
         with journal.open():
             for i in range(times):
                 perform("doing", [], Ledger(), lambda _, i=i: State({"i": i}))
-        return sum(1 for _ in journal.checkpoints.read(FINISHED))
+        return sum(1 for _ in journal.store.checkpoints.read(FINISHED))
 
     assert written(CheckpointConfig(every_seconds=1000), 5) == 0
     assert written(CheckpointConfig(every_seconds=0), 5) == 5

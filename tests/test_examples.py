@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cads.examples
-from cads.budget import Budget, Ledger
-from cads.examples import FIDELITIES, LEAST_RUNS, LEAST_STEPS, CadsExamples, comparisons, score_flops
+from cads.budget import SELECT, Budget, Ledger
+from cads.examples import (
+    FIDELITIES,
+    LEAST_RUNS,
+    LEAST_STEPS,
+    SHARPNESS,
+    STEPS,
+    CadsExamples,
+    Signals,
+    comparisons,
+    score_flops,
+)
 from cads.inner import Planned
+from cads.operations import candidates_flops
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +57,62 @@ def test_comparisons_fit_into_what_is_left_and_are_worth_making(purse, passes, a
 
 
 @settings(deadline=None, max_examples=60)
+@given(passes=st.floats(0.5, 100), allowance=st.floats(0, 4), kept=st.floats(0, 1))
+def test_what_is_kept_back_and_what_a_run_takes_beside_are_left(purse, passes, allowance, kept):
+    purse, training = purse(passes, allowance)
+    reserve, per_run = kept * purse.ledger.left, kept * purse.measuring_flops
+    rungs = comparisons(purse, training, lowest=1 / 16, least_runs=2, per_run=per_run, reserve=reserve)
+    cost = sum(r.runs * (r.flops + purse.measuring_flops + per_run) for r in rungs)
+    assert cost + reserve <= purse.ledger.left * (1 + 1e-9) or not rungs
+    assert not rungs or rungs[0].runs >= 2
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_policies_are_steps_of_their_length_in_each_group(grouped):
+    rng, n = np.random.default_rng(0), 4000
+    theta, u, groups = rng.exponential(size=n), rng.exponential(size=n), rng.integers(0, 3, n) * 5
+    signals = Signals.of(theta, u, groups if grouped else None)
+    for candidate, (kept, weight) in zip(signals.candidates, STEPS, strict=True):
+        z = (theta - weight * u - (theta - weight * u).mean()) / (theta - weight * u).std()
+        expected = np.empty(n)
+        for members in [groups == g for g in (0, 5, 10)] if grouped else [np.ones(n, dtype=bool)]:
+            expected[members] = 1 / (1 + np.exp(SHARPNESS * (z[members] - np.quantile(z[members], kept))))
+        np.testing.assert_allclose(candidate.probability(), expected, rtol=1e-9)
+    assert (signals.everything.probability() == 1).all()
+    assert signals.everything.flops == 0
+    assert [c.reach_weight for c in Signals.of(theta, None).candidates] == [0.0] * sum(w == 0 for _, w in STEPS)
+
+
+def test_candidates_take_no_memory_until_they_are_asked_for():
+    n = 200_000
+    losses = np.random.default_rng(0).exponential(size=n)
+    tracemalloc.start()
+    field = Signals.of(losses, losses[::-1].copy()).candidates
+    kept = tracemalloc.get_traced_memory()[0] / n
+    for candidate in field:
+        candidate.probability()
+    peak = tracemalloc.get_traced_memory()[1] / n
+    tracemalloc.stop()
+    assert len(field) == len(STEPS)
+    # The copy of the losses, and the arrays of one candidate: signal, z, and what the quantile sorts.
+    assert kept < 9
+    assert peak < 8 + 5 * 8
+
+
+def test_what_policies_cost_is_planned_and_charged(features):
+    task, budget, ledger = features(batch_size=8), Budget(16, "epochs"), Ledger()
+    planned = CadsExamples().plan(task, budget)
+    CadsExamples(guard=False).select(task, budget, seed=0, ledger=ledger)
+    made = ledger.entries[SELECT, "policy"].flops
+    assert made == pytest.approx(planned.entries[SELECT, "policy"].flops)
+    # Each candidate of the first rung, the best of them to look at it, and both again for the confirmation.
+    each = Planned(task, planned.limit, held_out=True).measuring_flops
+    stages = [s for _, s in planned.entries if s.startswith("short runs") and s.endswith("measuring")]
+    runs = [round(planned.entries[SELECT, s].flops / each) for s in stages]
+    assert made == candidates_flops(len(task.pool), sum(runs))
+
+
+@settings(deadline=None, max_examples=60)
 @given(passes=st.floats(0.5, 100), allowance=st.floats(0, 4))
 def test_scores_are_bought_only_where_something_can_be_compared_afterwards(purse, passes, allowance):
     purse, training = purse(passes, allowance)
@@ -73,3 +142,13 @@ def test_what_wins_short_runs_and_loses_longer_ones_is_not_returned(features, mo
     assert chosen.notes["guard"] == "the full pool was not beaten"
     forced = CadsExamples(guard=False).select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
     assert not forced.selected.all()
+
+
+def test_a_policy_that_selects_nothing_is_the_full_pool(features, monkeypatch):
+    """Every group has one example, so that none is better than the others of its own."""
+    monkeypatch.setattr(cads.examples, "compare", lambda inner, field, *_: -np.arange(len(field), dtype=float))
+    task = features(batch_size=8)
+    monkeypatch.setattr(type(task), "groups", lambda self, pool: np.arange(len(pool)))
+    chosen = CadsExamples().select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
+    assert (chosen.probability == 0.5).all()
+    assert chosen.selected.all()

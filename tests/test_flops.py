@@ -21,7 +21,7 @@ from cads.architecture import from_config, read_config
 from cads.counting import attention_self_test, count_flops, measure
 from cads.errors import ConfigError
 from cads.estimator import enumerate_masks
-from cads.examples import STEPS, candidates
+from cads.examples import STEPS, Signals
 from cads.flops import ADAMW_FLOPS, CLIP_FLOPS, Costs, read_transformer
 from cads.operations import (
     adam_direction_flops,
@@ -396,7 +396,10 @@ def test_the_policies_of_cads_e_cost_what_they_execute():
     rng = np.random.default_rng(0)
     signals = [rng.random(3000).view(Counting) for _ in range(2)]
     Counting.flops = 0
-    assert len(candidates(*signals)) == len(STEPS)
+    made = Signals(*signals).candidates
+    assert len(made) == len(STEPS)
+    for candidate in made:
+        candidate.probability()
     assert candidates_flops(3000, len(STEPS)) == pytest.approx(Counting.flops, rel=0.05)
 
 

@@ -24,8 +24,9 @@ from cads.budget import SELECT, Budget, Ledger
 from cads.checkpoint import MANIFEST, TENSORS, VALUES, CheckpointConfig, State, read_checkpoint
 from cads.cli import main
 from cads.errors import CadsError, CheckpointError, DataError, SelectionError
-from cads.journal import FINISHED, Journal, in_shards, perform
+from cads.journal import Journal, in_shards, perform
 from cads.ranking import Ranking
+from cads.record_store import FINISHED
 from cads.running import Run
 from cads.selection import COLUMNS, Selection
 

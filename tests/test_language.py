@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,6 +143,20 @@ class TestLosses:
             task.losses(model, task.pool.batch(np.arange(8))).mean().backward()
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert torch.allclose(*gradients, atol=1e-6)
+
+    def test_packed_pool_and_target_stand_apart(self, build):
+        """A step that takes from both learns what it would learn unpacked, also where they are of one shape."""
+        steps, found = [], []
+        for packing in (False, True):
+            task = build(packing=packing)
+            draws = Draws(task.pool, [Epochs(np.arange(40), 0)], 4, target=task.target, target_fraction=0.5)
+            model = sharpened(task.model(0))
+            steps = [draws.batches(step) for step in range(8)]
+            with torch.no_grad():
+                losses = [torch.cat([task.losses(model, piece) for piece in pieces]) for pieces in steps]
+            found.append(torch.stack([x.sort().values for x in losses]))
+        assert any(pool.shape == target.shape for pool, target in steps)
+        assert torch.allclose(*found, atol=1e-5)
 
     def test_packing_is_refused_where_it_does_not_go(self, build):
         with pytest.raises(ConfigError, match="accumulate = 2: packed batches are not cut"):
@@ -487,3 +502,12 @@ def test_a_task_is_known_by_the_weights_it_begins_with(tmp_path):
     spoilt[-5] ^= 1
     weights.write_bytes(spoilt)
     assert LanguageModels(str(second)).digest != models[0].digest
+
+
+def test_a_proxy_without_weights_to_tell_is_known_by_its_name(build, monkeypatch):
+    task, proxy = build(), build()
+    monkeypatch.setattr(task, "proxy", proxy)
+    assert task.identity["selector model"] == proxy.models.digest
+    plain = SimpleNamespace(name="words", identity={"pool": "p"})
+    monkeypatch.setattr(task, "proxy", plain)
+    assert task.identity["selector model"] == "words"

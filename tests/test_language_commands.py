@@ -64,7 +64,7 @@ def selected(folder):
     return folder / "random"
 
 
-@pytest.mark.parametrize(("method", "tokens"), [("cads-s", 2000), ("cads-e", 4000)])
+@pytest.mark.parametrize(("method", "tokens"), [("cads-s", 8000), ("cads-e", 24000)])
 def test_select_and_train(folder, tmp_path, method, tokens):
     config = folder / "lora.yaml"
     for name in ("one", "two"):

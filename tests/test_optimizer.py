@@ -29,7 +29,7 @@ POSITIVE = st.floats(1e-2, 1e4)
 
 @settings(deadline=None, max_examples=40)
 @given(
-    epochs=st.floats(1, 50),
+    epochs=st.floats(2, 50),
     allowance=st.one_of(st.none(), st.floats(0, 10)),
     default=st.floats(0, 10),
     counted=st.booleans(),

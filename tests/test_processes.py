@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,18 +21,19 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from cads import journal as journal_module
-from cads import processes
+from cads import outcome, processes
 from cads.budget import SELECT, TRAIN, Budget, Ledger
 from cads.checkpoint import CheckpointConfig, State
 from cads.cli import main
 from cads.draws import Draws, Epochs
 from cads.errors import CadsError, ConfigError, DataError, NonFiniteError
 from cads.inner import Inner
-from cads.journal import in_shards
+from cads.journal import Journal, in_shards
 from cads.monitor import Monitor
 from cads.processes import RemoteError, everyone
 from cads.registry import build_selector
-from cads.rounds import divide
+from cads.rounds import Progress, divide
+from cads.score_files import read_groups, stream_scores
 from cads.selection import Selection
 from cads.trainer import Leg, Trainer
 
@@ -36,6 +42,7 @@ PATIENCE = 120
 TOLERANCE = 1e-4
 """How far probabilities and weights may be from those of one process: sums of gradients are rounded otherwise."""
 EVERY_STEP = CheckpointConfig(every_seconds=None, every_steps=1)
+README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def _free_port():
@@ -294,17 +301,59 @@ class TestReplicas:
                 np.testing.assert_allclose(mine, its, rtol=1e-5, atol=1e-6)
             assert found[0][-1] == one[-1]
 
-    def test_replicas_of_unequal_length(self, sentences, tmp_path):
-        """Their steps differ in cost, so processes end at different steps; one has nothing to do in the end."""
-        task = sentences(batch_size=4)
+    @pytest.mark.parametrize("way", ["batched", "loop"])
+    def test_replicas_whose_examples_differ_in_cost(self, sentences, tmp_path, way):
+        """One by one they take other numbers of steps; batched ones are padded together, and would not be in chunks."""
+        task = sentences(batch_size=2, replicas=way)
 
         def work():
             ledger = Ledger()
             streams = [Epochs(np.arange(k, 100 - 20 * k), k) for k in range(3)]
-            runs = Inner(task, ledger, Monitor()).run(streams, 2e4, seed=0, stage="short runs")
+            runs = Inner(task, ledger, Monitor()).run(streams, 1e4, seed=0, stage="short runs")
             return [runs.objective.tolist(), runs.losses.tolist(), [weights(m) for m in runs.models], entries(ledger)]
 
         assert spread(2, work, tmp_path) == [json.loads(json.dumps(work()))] * 2
+
+    def test_one_that_failed_is_not_paid_for_again(self, features, tmp_path):
+        """Its step that failed is in the checkpoint that is written while the other goes on."""
+        task, journal, said = features(batch_size=4, replicas="loop"), tmp_path / "journal", tmp_path / "said"
+        task.pool.examples.rows.flags.writeable = True
+        task.pool.examples.rows[7] = np.nan
+        usage = task.costs.per_usage(task.pool, 4)
+
+        def run():
+            ledger = Ledger()
+            streams = [Epochs(np.arange(20, 60), 0), Epochs(np.arange(12), 1)]
+            runs = Inner(task, ledger, Monitor()).run(streams, 160 * usage, seed=0, stage="short runs")
+            return [runs.objective.tolist()[:1], entries(ledger)]
+
+        def work(steps=None):
+            if steps is not None:
+                mortal(steps)
+            with Journal(journal, {}, EVERY_STEP).open():
+                return run()
+
+        try:
+            one = run()
+            killed(2, lambda: work(steps=20), said)
+            assert spread(2, work, said) == [one] * 2
+        finally:
+            task.pool.examples.rows[7] = 0.0
+
+    def test_the_first_shows_what_others_trained_and_time_is_counted_once(self, features, tmp_path):
+        task = features(batch_size=4, replicas="loop")
+
+        def work():
+            ledger, shown, began = Ledger(), [], time.perf_counter()
+            monitor = Monitor()
+            monitor.scalar = lambda tag, value, step: shown.append([tag, value])
+            streams = [Epochs(np.arange(k, 100, 3), k) for k in range(3)]
+            Inner(task, ledger, monitor).run(streams, 2e5, seed=0, stage="short runs")
+            return [shown, ledger.total().seconds <= time.perf_counter() - began]
+
+        (first, second), one = spread(2, work, tmp_path), json.loads(json.dumps(work()))
+        assert sorted(first[0]) == sorted(one[0])
+        assert [first[1], second[1]] == [True, True]
 
     def test_one_that_diverges_is_marked(self, features, tmp_path):
         for way in ("batched", "loop"):
@@ -376,6 +425,31 @@ class TestExchange:
         assert a[0] == b[0] == [a[2], b[2]]
         assert a[1] == b[1] == a[2]
 
+    def test_what_cannot_be_sent_is_an_error_of_all(self, tmp_path):
+        first, second = spread(2, lambda: everyone().gather(self.odd), tmp_path)
+        assert second[0] == "TypeError"
+        assert first[0] == "RemoteError"
+        assert "process 1: TypeError" in first[1]
+
+    def odd(self):
+        return State({} if everyone().first else {"odd": object()})
+
+    def test_others_that_are_not_there_are_missed_in_a_sentence(self, tmp_path):
+        alone = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+
+        def work():
+            os.environ.update({**alone, "LOCAL_RANK": "1", processes.TIMEOUT_VARIABLE: "1"})
+            AcceleratorState._reset_state(reset_partial_state=True)
+            everyone.cache_clear()
+            try:
+                everyone()
+            except CadsError as error:
+                (tmp_path / "said").write_text(f"{type(error).__name__}: {error}")
+
+        ended([_alone(work)])
+        said = (tmp_path / "said").read_text()
+        assert said.startswith("ProcessError: this process does not find the 1 others within 1 s (RANK=1, WORLD_SIZE=2")
+
     def test_processes_that_are_not_given_the_same_are_refused(self, tmp_path):
         found = spread(2, lambda: everyone().check_alike("the data", everyone().rank), tmp_path)
         assert [f[0] for f in found] == ["ProcessError"] * 2
@@ -404,14 +478,14 @@ class TestTheEnd:
     def train(self, task, steps=10_000, after=None):
         draws = Draws(task.pool, [Epochs(np.arange(50), 0)], 4)
         flops = steps * 4 * task.costs.per_usage(task.pool, 4)
-        return Trainer(task, Ledger()).fit(
-            task.model(0), draws, flops, seed=1, phase=TRAIN, stage="x", after_step=after
-        )
+        if after is not None:
+            after_steps(after)
+        return Trainer(task, Ledger()).fit(task.model(0), draws, flops, seed=1, phase=TRAIN, stage="x")
 
     def test_one_that_raises_ends_the_others(self, features, tmp_path):
         task = self.task(features)
 
-        def odd(step, rate, optimizer):
+        def odd(step):
             if step == 5 and not everyone().first:
                 raise MemoryError("no room")
 
@@ -425,7 +499,7 @@ class TestTheEnd:
     def test_one_that_is_killed_ends_the_others(self, features, tmp_path):
         task = self.task(features)
 
-        def killed(step, rate, optimizer):
+        def killed(step):
             if step == 5 and not everyone().first:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -435,7 +509,7 @@ class TestTheEnd:
     def test_one_that_hangs_is_waited_for_until_the_time_out(self, features, tmp_path):
         task = self.task(features)
 
-        def sleeps(step, rate, optimizer):
+        def sleeps(step):
             if step == 5 and not everyone().first:
                 time.sleep(8)
 
@@ -444,6 +518,33 @@ class TestTheEnd:
         kind, message = json.loads((tmp_path / "0.json").read_text())["error"]
         assert kind == "ProcessError"
         assert "for 2 s (CADS_PROCESS_TIMEOUT)" in message
+
+    def replicas(self, features):
+        """Two replicas, one a process."""
+        task = features(batch_size=4, replicas="loop")
+        streams = [Epochs(np.arange(50), k) for k in range(2)]
+        return Inner(task, Ledger(), Monitor()).run(streams, 1e9, seed=0, stage="short runs")
+
+    def test_a_checkpoint_that_the_first_cannot_write_is_an_error_of_all(self, features, tmp_path):
+        """Also where all are about to stop."""
+
+        def work():
+            with Journal(tmp_path / "journal", {}).open() as journal:
+
+                def odd(kind, state):
+                    raise ZeroDivisionError("odd")
+
+                def stop(kind):
+                    if not everyone().first:
+                        journal.interrupts.pending = signal.SIGTERM
+
+                journal.store.checkpoints.write = odd
+                before_steps(stop)
+                return self.replicas(features)
+
+        first, second = spread(2, work, tmp_path, seconds=20)
+        assert first == ("ZeroDivisionError", "odd")
+        assert second == ("RemoteError", "process 0: ZeroDivisionError: odd")
 
 
 CONFIG = """
@@ -548,6 +649,67 @@ class TestCommands:
         assert scores[0] == scores[1]
         assert spread(2, work, tmp_path / "said") == [0, 0]
 
+    def test_the_launcher_of_the_readme_starts_several_on_cpus(self, tmp_path):
+        """Each divides the scores; were they alone, one would find the folder in use, or the work done."""
+        (command,) = re.findall(r"^    accelerate launch (.*--out) \S+$", README.read_text(), re.MULTILINE)
+        words = [str(tmp_path / "config.yaml") if w == "CONFIG" else w for w in command.split()]
+        words[words.index("--num_processes") + 1] = "2"
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", _free_port()]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*launcher, *words, str(tmp_path / "two"), "--method", "loss"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Selection: ") == 1
+        assert "nothing to do" not in done.stdout
+        assert self.run(tmp_path, "select", "--out", tmp_path / "one", "--method", "loss") == 0
+        one, two = (chosen(Selection.load(tmp_path / name / "selection")) for name in ("one", "two"))
+        _close(two, one, TOLERANCE)
+
+    def test_a_report_is_written_once(self, tmp_path, monkeypatch):
+        from cads.study import report
+
+        made = report.Made(tmp_path / "report.html", tmp_path / "fits.json", tmp_path / "figures", ["so"])
+        monkeypatch.setattr(report, "write_report", lambda *given: (tmp_path / "page").touch(exist_ok=False) or made)
+        assert spread(2, lambda: main(["report", str(tmp_path)]), tmp_path / "said") == [0, 0]
+
+    def test_rankings_and_streamed_scores_are_written_once(self, features, tmp_path):
+        task = features(n=60)
+        ranking, scores = tmp_path / "out" / "ranking", tmp_path / "out" / "scores.parquet"
+        (tmp_path / "out").mkdir()
+
+        def work():
+            watch_writes(tmp_path / "out")
+            ledger, found = Ledger(), []
+            for _ in range(2):
+                made = build_selector("loss", {}).rank_once(task, ranking, seed=0, ledger=ledger)
+                found.append(made.score.tolist())
+            price = task.costs.forward
+            losses = partial(task.losses, task.model(0))
+            stream_scores(task.pool, losses, price, scores, ledger=ledger, stage="scoring", shard=25)
+            return [found, entries(ledger)]
+
+        (first, second), one = spread(2, work, tmp_path / "said"), _moved(work, ranking)
+        assert first == second == json.loads(json.dumps(one))
+        assert sum(len(ids) for ids, _ in read_groups([scores])) == 60
+
+    def test_utilisation_is_that_of_all(self, features, tmp_path, monkeypatch):
+        task = features(n=60)
+        monkeypatch.setattr(outcome, "matmul_flops_per_second", lambda *given: 1.0)
+
+        def work():
+            chosen = build_selector("full", {}).select(task, Budget.parse("2 epochs"), seed=0, ledger=Ledger())
+            found = outcome.train_on(task, chosen, Budget.parse("2 epochs"), seed=0)
+            return found.fit.flops_per_second / found.utilisation
+
+        assert spread(2, work, tmp_path) == pytest.approx([2.0, 2.0])
+        assert work() == pytest.approx(1.0)
+
     def test_a_folder_in_use_is_refused_in_all(self, tmp_path, capfd):
         from cads.lock import RunLock
 
@@ -565,6 +727,12 @@ def _scores(folder):
     return [{name: row[name] for name in kept} for row in rows]
 
 
+def _moved(work, folder):
+    """What `work()` returns once `folder` is out of the way."""
+    folder.rename(folder.with_name("moved"))
+    return work()
+
+
 def before_steps(do):
     """Call `do` with the kind of progress before each step of an operation, in this process."""
     for kind in (journal_module._Underway, journal_module.Rounds):
@@ -574,6 +742,12 @@ def before_steps(do):
             step(self, state)
 
         kind.step = stepped
+
+
+def after_steps(do):
+    """Call `do` with the number of each step of a run that no journal keeps, in this process."""
+    numbers = itertools.count()
+    Progress.step = lambda self, state: do(next(numbers))
 
 
 def mortal(steps):

@@ -23,6 +23,7 @@ from cads.interrupt import Interrupted, Interrupts
 from cads.journal import Journal, Progress, in_shards, perform
 from cads.monitor import Monitor
 from cads.outcome import train_on
+from cads.record_store import FINISHED
 from cads.registry import build_selector
 from cads.tasks.sources import SourceSpec
 from cads.tasks.vision import VisionConfig
@@ -155,7 +156,7 @@ class TestTraining:
         same_fit(work(), resumed(tmp_path, work))
         with Journal(tmp_path / "other", IDENTITY, EVERY_STEP).open() as journal:
             work()
-            ((_, _, tensors),) = journal.checkpoints.read(journal_module.FINISHED)
+            ((_, _, tensors),) = journal.store.checkpoints.read(FINISHED)
             names = set(tensors.load())
         assert {n for n in names if "weights" in n} == {"0/weights/model.2.weight", "0/weights/model.2.bias"}
 
@@ -207,7 +208,7 @@ class TestFailures:
         with Journal(folder, IDENTITY, EVERY_STEP).open():
             assert failing() == plain
         journal = Journal(folder, IDENTITY, EVERY_STEP)
-        ((_, _, tensors),) = journal.checkpoints.read(journal_module.FINISHED)
+        ((_, _, tensors),) = journal.store.checkpoints.read(FINISHED)
         state = tensors.load("0/")
         assert all(x.isfinite().all() for n, x in state.items() if n.startswith(("weights", "optimizer")))
         assert any(n.endswith("exp_avg_sq") for n in state) or plain[1] == 0
@@ -402,7 +403,7 @@ class TestJournal:
     def test_another_run_is_refused_by_what_differs(self, tmp_path):
         with self.journal(tmp_path, settings={"train": {"batch_size": 8}}).open() as journal:
             self.do([], 1)
-            journal._flush()
+            journal.store.flush()
         with pytest.raises(CheckpointError, match=r"settings\.train\.batch_size was 8, now 16"):
             self.journal(tmp_path, settings={"train": {"batch_size": 16}})
         with pytest.raises(CheckpointError, match="pool was None, now 'abc'"):
@@ -547,6 +548,10 @@ class TestCommands:
         status, said = cads("select", "--out", run)
         assert (status, "nothing to do" in said) == (0, True)
         assert (run / "selection").stat().st_mtime_ns == made
+        # A process that is killed when all is done but tidying up.
+        (run / "checkpoints" / "select" / "000001-finished").mkdir(parents=True)
+        assert cads("select", "--out", run)[0] == 0
+        assert sorted(f.name for f in run.iterdir()) == ["config.yaml", "select.json", "selection"]
 
         assert not killed(lambda: cads("train", "--selection", run, *every), 9)
         assert cads("train", "--selection", run)[0] == 0

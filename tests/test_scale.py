@@ -14,25 +14,27 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import chisquare
+from scipy.stats import chisquare, kstest
 
 from baselines import bm25
 from baselines.bm25 import Bm25, Okapi
-from cads import draws, fingerprint, simplex
+from baselines.random import random_scores
+from cads import draws, fingerprint, seeds, simplex
 from cads.budget import Budget, Ledger
 from cads.draws import Epochs, enciphered
 from cads.errors import ConfigError, DataError, SelectionError
-from cads.fingerprint import add_column, add_pairs, row_digests
+from cads.fingerprint import add_column, add_pairs, digests, row_digests
 from cads.optimizer import subsample
 from cads.order import ascending, best_first, distinct, rank_by_score
 from cads.policy import BernoulliPolicy, project_capped_simplex
 from cads.score_files import ScoreWriter, read_groups, stream_scores
 from cads.scoring import score_pool
+from cads.seeds import derive, derive_each
 from cads.selection import Selection
 from cads.task import Pool
 from cads.topk import Best, best_of_files
 from experiments import scaling
-from experiments.scaling_data import Texts, write_texts
+from experiments.scaling_data import HASHED, LONGEST_WORD, Texts, write_texts
 from experiments.scaling_plan import on_gpus
 from experiments.scaling_steps import SECTIONS, WHOLE_UPDATE, Row
 
@@ -124,8 +126,56 @@ class TestFingerprint:
         add_column(other, pa.array(["a", "bc"]))
         assert one.hexdigest() != other.hexdigest()
 
+    @given(st.lists(st.binary(max_size=9), max_size=20), st.integers(1, 9))
+    def test_digests_are_those_of_each_content(self, contents, rows):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fingerprint, "ROWS", rows)
+            found = digests(np.frombuffer(x, np.uint8) for x in contents)
+        assert found.type == pa.large_binary()
+        assert found.to_pylist() == [hashlib.blake2b(x, digest_size=16).digest() for x in contents]
+
+
+class TestSeeds:
+    @settings(deadline=None)
+    @given(
+        st.lists(st.text(max_size=5), max_size=20),
+        st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 2**32 - 1, 2**32])),
+        st.integers(1, 7),
+    )
+    def test_many_at_once_are_those_of_each(self, names, seed, block):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(seeds, "BLOCK", block)
+            found = derive_each(seed, pa.array(names, pa.string()))
+        assert found.tolist() == [derive(seed, name) for name in names]
+
+    @pytest.mark.parametrize("own", [[0], [7], [3, 9]])
+    def test_words_that_are_zero_count_as_numpy_counts_them(self, own, monkeypatch):
+        numbers = np.array([0, 5, 2**32, 2**32 - 1, 2**40 + 1], np.uint64)
+        whole = sum(word << 32 * i for i, word in enumerate(own))
+        monkeypatch.setattr(seeds, "_hashed", lambda name: int(name).to_bytes(8, "little"))
+        expected = [int(np.random.SeedSequence([whole, int(x)]).generate_state(1, np.uint64)[0] >> 1) for x in numbers]
+        assert derive_each(whole, pa.array(list(map(str, numbers)))).tolist() == expected
+
+    @pytest.mark.parametrize("seed", [-1, 2**64])
+    def test_a_seed_that_is_none_is_refused(self, seed):
+        with pytest.raises(ConfigError, match="seed ="):
+            derive_each(seed, pa.array(["a"]))
+
+    def test_random_scores_travel_with_ids(self, features):
+        pool = features().pool
+        order = np.random.default_rng(0).permutation(len(pool))
+        scores = random_scores(pool, 3)
+        assert (random_scores(pool.part(order, "pool"), 3) == scores[order]).all()
+        assert scores[4] == derive(3, pool.ids[4].as_py()) / 2**63
+        assert kstest(scores, "uniform").pvalue > 1e-3
+
 
 class TestStreams:
+    @pytest.mark.parametrize("shuffled", [1, 100])
+    def test_nothing_can_be_taken(self, monkeypatch, shuffled):
+        monkeypatch.setattr(draws, "SHUFFLED", shuffled)
+        assert Epochs(np.arange(5), 0).take(3, 0).tolist() == []
+
     @settings(deadline=None)
     @given(st.integers(1, 3000), st.integers(0, 2**63 - 1))
     def test_the_cipher_is_a_permutation(self, n, seed):
@@ -262,6 +312,13 @@ class TestBest:
             Best(0)
         with pytest.raises(DataError, match="not finite"):
             Best(1).add(pa.array(["a"]), np.array([np.nan]))
+        for ids, score, cost in (
+            (pa.array(["a", "b"]), np.zeros(1), None),
+            (pa.array([1]), np.zeros(1), None),
+            (pa.array(["a"]), np.zeros(1), np.ones(2)),
+        ):
+            with pytest.raises(DataError, match="one of each"):
+                Best(1).add(ids, score, cost)
         best = Best(3)
         for _ in range(2):
             best.add(pa.array(["a", "b"]), np.array([1.0, 0.0]))
@@ -293,6 +350,12 @@ class TestScoreFiles:
 
         with pytest.raises(DataError, match=r"not finite"):
             fail()
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("ids", [pa.array([1]), pa.array([None], pa.string()), pa.array(["a"], pa.large_string())])
+    def test_ids_that_are_no_strings_are_not_written(self, tmp_path, ids):
+        with pytest.raises(DataError, match="ids of type"), ScoreWriter(tmp_path / "s.parquet") as writer:
+            writer.write(ids, np.zeros(1))
         assert list(tmp_path.iterdir()) == []
 
     def test_what_is_no_score_file_is_refused(self, tmp_path):
@@ -381,6 +444,17 @@ class TestExperiment:
             rows = section(5000, folder)
             assert {r.section for r in rows} == {name}
             assert all(r.seconds >= 0 and r.peak > 0 for r in rows)
+
+    def test_words_are_counted_where_their_hash_says(self, tmp_path):
+        write_texts(tmp_path / "t.arrow", 30)
+        texts = Texts.of(tmp_path / "t.arrow")
+        counted = texts.batch(np.arange(30)).inputs["x"].numpy()
+        for row, text in zip(counted, texts.texts().to_pylist(), strict=True):
+            expected = np.zeros(HASHED)
+            for word in text.split(" "):
+                padded = word.encode().ljust(LONGEST_WORD, b"\0")
+                expected[int.from_bytes(hashlib.blake2b(padded, digest_size=16).digest()[:4], "little") % HASHED] += 1
+            np.testing.assert_allclose(row, expected / expected.sum(), rtol=1e-6)
 
     def test_texts_in_pieces_are_those_of_the_file(self, tmp_path, monkeypatch):
         monkeypatch.setattr("experiments.scaling_data.PIECE", 64)

@@ -86,13 +86,18 @@ def report(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, help="HTML file (default: DIR/report.html); fits and figures go beside it")
     parser.add_argument("--metric", help="another metric of the test set than the one of the grid")
     given = parser.parse_args(list(argv))
+    everyone().on_first(lambda: _report(given.folder, given.out, given.metric))
+
+
+def _report(folder: Path, out: Path | None, metric: str | None) -> None:
+    """Write the report on the results in `folder`, and say what is in it."""
     try:
         from cads.study.report import write_report
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"`cads report` needs {error.name}, which is not installed: pip install 'cads-select[report]'"
         ) from error
-    made = write_report(given.folder, given.out, given.metric)
+    made = write_report(folder, out, metric)
     console = Console()
     for sentence in itertools.islice(made.answers, 12):
         console.print(sentence, highlight=False, markup=False)

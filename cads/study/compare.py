@@ -234,7 +234,7 @@ class Study:
                 # The other processes do not know of it, and wait.
                 raise
             if not isinstance(error, CadsError):
-                log.warning("%s failed", plan.key, exc_info=error)
+                log.error("%s failed", plan.key, exc_info=error)
             status = OVER_BUDGET if isinstance(error, BudgetError) else FAILED
             row = describe(plan, task, metric) | made
             row |= {"status": status, "error": f"{type(error).__name__}: {error}"}

@@ -141,7 +141,7 @@ class Setting:
     def describe(self) -> dict[str, Any]:
         """All that the results depend on, besides the data, the method and the budget."""
         config: Any = self.config
-        return {"kind": self.kind, "task": asdict(config), "train": asdict(self.train), "seed": self.seed}
+        return {"kind": self.kind, "task": asdict(config), "train": self.train.decisive(), "seed": self.seed}
 
 
 @dataclass(frozen=True)

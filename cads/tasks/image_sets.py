@@ -7,6 +7,7 @@ import math
 import os
 import zlib
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ SYSTEM_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 IDX_UINT8 = 0x08
 """Type code of unsigned bytes, third byte of the magic number of an idx file; the fourth is the rank."""
+
+MOST_CLASSES = 2**20
+"""Classes above this number are taken for a mistake: labels that are numbers name as many as the largest of them."""
 
 FASHION_CLASSES = (
     "t-shirt",
@@ -234,7 +238,7 @@ def load_arrays(root: str | Path, size: int | None = None) -> ImageData:
                 f"{root / 'test'} has images of shape {test.shape} and {n_more} classes, where the training split has "
                 f"{train.shape} and {n_classes}: give the same kind"
             )
-    classes = tuple(str(i) for i in range(n_classes))
+    classes = _numbered(n_classes)
     given = (root / "train" if split else root) / "sources.npy"
     if not given.is_file():
         return ImageData(train, test, classes)
@@ -247,17 +251,27 @@ def _array_split(folder: Path, size: int | None) -> tuple[ImageArrays, int]:
     images = _mapped(folder / "images.npy")
     labels = _whole_numbers(folder / "labels.npy", len(images))
     try:
-        return ImageArrays([images], labels, size), int(labels.max()) + 1
+        made, n_classes = ImageArrays([images], labels, size), int(labels.max()) + 1
     except DataError as error:
         raise DataError(f"{folder / 'images.npy'}: {error}") from error
+    if n_classes > MOST_CLASSES:
+        raise DataError(f"{folder / 'labels.npy'} holds {n_classes - 1}: number the classes from 0")
+    return made, n_classes
+
+
+def _numbered(n_classes: int) -> tuple[str, ...]:
+    """Names of classes that have none."""
+    return tuple(str(i) for i in range(n_classes))
 
 
 def _mapped(path: Path) -> np.ndarray:
     if not path.is_file():
         raise DataError(f"{path} does not exist: name a folder with images.npy and labels.npy (--task.path)")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        # A header may promise more than any file holds, which NumPy finds out by an overflow.
+        with np.errstate(over="ignore"):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError, TypeError, TokenError) as error:
         raise DataError(f"{path} cannot be read: {error}; write it with numpy.save") from error
     if not isinstance(array, np.ndarray) or array.ndim == 0:
         raise DataError(f"{path} is no array: write it with numpy.save")
@@ -371,13 +385,17 @@ def _codes(
 
     feature = _feature(split, column, setting)
     values = split.select_columns([column]).with_format("arrow")[:][column]
+    if not len(values):
+        raise DataError(f"{setting} = {column!r} has no rows: give at least one example")
     if values.null_count:
         raise DataError(f"{setting} = {column!r} has {values.null_count} missing values: fill them")
     if pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
         codes = values.cast(pa.int64()).to_numpy()
         if isinstance(feature, datasets.ClassLabel):
             return codes, tuple(feature.names)
-        return codes, names or tuple(str(i) for i in range(int(codes.max()) + 1))
+        if codes.min() < 0 or codes.max() >= MOST_CLASSES:
+            raise DataError(f"{setting} = {column!r} holds {codes.min()} to {codes.max()}: number them from 0")
+        return codes, names or _numbered(int(codes.max()) + 1)
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         raise ConfigError(f"{setting} = {column!r} holds {feature}: it must hold names or whole numbers")
     present = sorted(values.unique().to_pylist())

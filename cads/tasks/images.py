@@ -152,6 +152,8 @@ class ImageArrays(Images):
                     "give uint8 of one shape"
                 )
         self._axes, (channels, height, width) = _layout(first.shape)
+        if not height * width:
+            raise DataError(f"images of shape {first.shape} have no pixels: give at least one")
         self._ends = np.cumsum([len(array) for array in self._arrays])
         if labels.shape != (self._ends[-1],):
             raise DataError(f"{self._ends[-1]} images with labels of shape {labels.shape}: give one each")

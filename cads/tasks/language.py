@@ -219,7 +219,10 @@ class LanguageTask(Task):
     def identity(self) -> dict[str, str]:
         """What data it is, and the weights that its models begin with."""
         found = super().identity | {"model": self.models.digest}
-        return found | {"selector model": self.proxy.identity["model"]} if self.proxy is not None else found
+        if self.proxy is None:
+            return found
+        # A proxy of one's own may have no weights to tell.
+        return found | {"selector model": self.proxy.identity.get("model", self.proxy.name)}
 
     @property
     def pad(self) -> int:

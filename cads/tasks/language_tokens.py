@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cads.errors import DataError
+from cads.fingerprint import digests
 from cads.task import Batch
 
 IGNORED = -100
@@ -125,8 +126,8 @@ class Tokens:
         _, representatives, codes = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
         return representatives, codes.reshape(-1)
 
-    def digests(self) -> list[bytes]:
-        """A hash of each sequence's tokens; which of them are learned does not count."""
+    def digests(self) -> pa.Array:
+        """A hash of each sequence's tokens, large binary, shape (N,); which of them are learned does not count."""
         return self._digests
 
     def label_digest(self) -> bytes:
@@ -134,9 +135,9 @@ class Tokens:
         return hashlib.blake2b(np.packbits(self.learned).tobytes(), digest_size=16).digest()
 
     @cached_property
-    def _digests(self) -> list[bytes]:
-        content, ends = np.ascontiguousarray(self.ids, dtype=np.int32), self.offsets.tolist()
-        return [hashlib.blake2b(content[start:end].data, digest_size=16).digest() for start, end in pairwise(ends)]
+    def _digests(self) -> pa.Array:
+        content = np.ascontiguousarray(self.ids, dtype=np.int32)
+        return digests(content[start:end] for start, end in pairwise(self.offsets))
 
     def _width(self, size: int) -> int:
         return int(self._widths(np.array([size]))[0])
