@@ -125,7 +125,7 @@ def ran(world, tmp_path_factory):
         "sizes": ["tiny"],
         "task": {"max_tokens": 96},
         "train": {"batch_size": 4, "learning_rate": 0.003},
-        "budgets": ["4 epochs"],
+        "budgets": ["8 epochs"],
         "seeds": 2,
         "metric": "loss",
         "evaluations": ["choices"],
