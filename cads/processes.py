@@ -351,6 +351,7 @@ def _attempt(compute: Callable[[], State]) -> tuple[State, Exception | None, byt
     except ProcessError:
         raise
     except Exception as error:
+        # Whatever it is, the others wait to be told; it is raised again once they are.
         return State(), error, _header(State(), error)
 
 

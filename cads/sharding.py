@@ -60,6 +60,7 @@ class Sharded(Single):
             for module in (*layers, self):
                 fully_shard(module, mesh=mesh)
         except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+            # What torch cannot divide it says in any of these ways.
             raise ConfigError(f"the model of {task.name} cannot be divided ({error}): {NO_SHARDS}") from error
         for module in self._divided():
             # Losses are divided by the number of examples of the whole batch: gradients add up to that of their mean.
