@@ -15,7 +15,7 @@ import numpy as np
 
 from baselines.adam import FLOPS as ADAM_FLOPS
 from baselines.adam import Adam
-from baselines.source_search import RungSearch, train_draws
+from baselines.source_search import RungSearch, kept, train_draws
 from cads.errors import ConfigError
 from cads.estimator import Baseline, direct
 from cads.inner import Inner, Purse
@@ -51,8 +51,9 @@ class Bilevel(RungSearch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.draws < 2:
-            raise ConfigError(f"draws = {self.draws}: the leave-one-out baseline needs at least 2")
+        # The mean of one value is that value, and of the others there are none.
+        if self.draws < (least := 1 if self.baseline == "none" else 2):
+            raise ConfigError(f"draws = {self.draws}: with baseline = {self.baseline!r} it must be at least {least}")
         if not 0 < self.share <= 1:
             raise ConfigError(f"share = {self.share}: a share of the budget, above 0 and at most 1")
         if self.cap is not None and not (math.isfinite(self.cap) and self.cap > 0):
@@ -85,12 +86,9 @@ class Bilevel(RungSearch):
             masks = np.concatenate([masks, np.tile(likeliest, (self.draws - len(masks), 1))])
             runs = train_draws(inner, space, masks.astype(np.float64), rung, derive(seed, "outer", step), rung.stage)
             values, sound = runs.objective, np.isfinite(runs.objective)
-            if sound.any():
-                values = np.where(sound, values, values[sound].max())
-                policy.step(adam(direct(values, policy.score(masks), self.baseline)), RATE)
+            values = np.where(sound, values, values[sound].max())
+            policy.step(adam(direct(values, policy.score(masks), self.baseline)), RATE)
             inner.learn(self.learning(space, self.draws))
             inner.monitor.scalar("outer/objective", float(np.mean(values)), step)
             inner.monitor.probabilities(space.pool.source_names, policy.probabilities, step)
-        chosen = policy.probabilities > 0.5
-        chosen[np.argmax(policy.probabilities)] = True
-        return chosen.astype(np.float64), policy
+        return kept(policy.probabilities), policy

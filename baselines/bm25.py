@@ -1,7 +1,8 @@
 """BM25: the words that a text shares with the target, by the Okapi formula.
 
 Source: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009, with the floor on
-negative idf of `rank_bm25.BM25Okapi`; as a selector: CCDS (arXiv 2410.16208).
+negative idf of `rank_bm25.BM25Okapi`; as a selector: CCDS (arXiv 2410.16208), whose mean over all queries is
+`aggregate = mean`; the best mean of a subtask, as in LESS, is the default here.
 
 The mean over queries is one product: scores are linear in the counts of query terms, so these are averaged first.
 """

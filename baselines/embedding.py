@@ -1,6 +1,8 @@
 """Embedding: how close an example is to the target, in the space of an encoder or of the task's own features.
 
-Source: CCDS (arXiv 2410.16208), representation-based selection: the mean cosine to the target examples.
+Source: CCDS (arXiv 2410.16208), representation-based selection: the mean cosine to the target examples, which is
+`aggregate = mean`; the best mean of a subtask, as in LESS, is the default here. CCDS cuts texts at 256 tokens and takes
+the mean over them; here an encoder's own length and pooling hold.
 """
 
 from __future__ import annotations

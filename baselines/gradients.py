@@ -1,7 +1,8 @@
 """Gradients of single examples, in batches: hooks meet each layer's inputs with the gradient of its outputs.
 
 One backward pass serves the whole batch. Each layer's gradients are handed out as soon as its output's gradient is
-known, for a chunk of examples at a time, and forgotten: no batch of whole gradients ever exists.
+known, for a chunk of examples at a time, and forgotten. Those of a parameter that is used more than once have to be
+added up first, for all examples of a pass: batches are cut so that there are not too many.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 CHUNK_VALUES = 2**20
 """Most entries of gradients of one layer that are held at once, or one example's: 4 MB as float32, which stays in the
 cache of a core while it is preconditioned and projected (7 ns an entry; with 64 MB 12.5)."""
+SHARED_VALUES = 2**27
+"""Most entries of gradients of the parameters that layers share, which are held for all examples of a pass at once, or
+one example's: 512 MB as float32."""
 CHECK_TOLERANCE = 1e-3, 1e-5
 """How far the gradients of a parameter may be from autograd's in `PerExample.check`: relative to its norm, and to that
 of the whole gradient."""
@@ -67,6 +71,9 @@ class PerExample:
             raise ConfigError(f"the model of {task.name} has no trainable parameter to take gradients of")
         self.sizes = {name: p.numel() for name, p in self.parameters.items()}
         self._layers = _layers(model, self.parameters)
+        owners = Counter(name for layer in self._layers.values() for name in layer.names.values())
+        shared = sum(self.sizes[name] for name, count in owners.items() if count > 1)
+        self._most = max(1, SHARED_VALUES // shared) if shared else None
         self.batched = True
         without = [name for name, layer in self._layers.items() if layer.rule is None]
         if without:
@@ -81,9 +88,11 @@ class PerExample:
             receive: called once for each parameter and chunk of examples; the tensor is its own to change.
         """
         if self.batched:
+            size = self._most or len(batch)
             try:
-                with self._passes():
-                    self._in_batches(batch, receive)
+                for start in range(0, len(batch), size):
+                    with self._passes():
+                        self._in_batches(rows_of(batch, start, start + size), partial(_shifted, receive, start))
                 return
             except _Mixed as reason:
                 raise ConfigError(
@@ -139,7 +148,8 @@ class PerExample:
             found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         for (name, parameter), g in zip(self.parameters.items(), found, strict=True):
             whole = torch.zeros_like(parameter) if g is None else g
-            receive(name, 0, _precise(whole).reshape(1, -1))
+            # Parameters that are added to each other are given one and the same tensor by autograd.
+            receive(name, 0, _widened(whole).reshape(1, -1).clone())
 
     def _in_batches(self, batch: Batch, receive: Receive) -> None:
         """One forward and backward pass for all of them.
@@ -228,7 +238,7 @@ class _Backward:
         size = max(1, CHUNK_VALUES // entries)
         for start in range(0, self._n, size):
             part = slice(start, start + size)
-            found = layer.rule(module, _precise(a[part]), _precise(g[part]))
+            found = layer.rule(module, _widened(a[part]), _widened(g[part]))
             for local, name in layer.names.items():
                 self._give(name, start, found[local].flatten(1))
         for name in layer.names.values():
@@ -287,21 +297,23 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
 
 
 def last_layer(model: nn.Module) -> list[str]:
-    """Names of the trainable parameters of the last layer that has any.
+    """Names of the trainable parameters of the last layer that has any, as `model.named_parameters` has them.
 
     Raises:
         ConfigError: if no layer has.
     """
+    # A layer that shares its weights with an earlier one has them under that one's name.
+    names = {id(p): name for name, p in model.named_parameters()}
     found: list[str] = []
-    for path, module in model.named_modules():
-        own = [n for n, p in module.named_parameters(path, recurse=False) if p.requires_grad]
+    for module in model.modules():
+        own = [names[id(p)] for p in module.parameters(recurse=False) if p.requires_grad]
         found = own or found
     if not found:
         raise ConfigError("the model has no trainable parameter to take gradients of")
     return found
 
 
-def _precise(x: Tensor) -> Tensor:
+def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 

@@ -12,12 +12,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from baselines.regression import Ridge, pairs_flops, with_pairs
+from baselines.regression import Ridge, pairs_flops, predict, with_pairs
 from baselines.source_search import RungSearch, best_of_runs, fidelity, random_masks, train_draws
 from cads.estimator import enumerate_masks
 from cads.inner import Inner, Purse
 from cads.optimizer import Rung, distinct
 from cads.policy import BernoulliPolicy, Policy
+from cads.search import check_reference
 from cads.seeds import derive
 from cads.space import Space
 
@@ -72,13 +73,11 @@ class Halving(RungSearch):
                 ranked = everything[np.argsort(predicted, kind="stable")]
                 masks = distinct([space.full, *ranked])[: rung.runs]
             runs = train_draws(inner, space, masks, rung, derive(seed, "rung", height), rung.stage)
+            check_reference(float(runs.objective[0]), rung.stage)
             here = runs.objective - runs.objective[0]
             draws, gains = np.concatenate([draws, masks]), np.concatenate([gains, here])
             trust = np.concatenate([trust, np.full(len(masks), rung.fidelity)])
-            if np.isfinite(gains).any():
-                predicted = Ridge(with_pairs(draws), gains, trust)(with_pairs(everything))
-            else:
-                predicted = np.zeros(len(everything))
+            predicted = predict(Ridge(with_pairs(draws), gains, trust), everything, with_pairs)
             inner.learn(self.learning(space, len(gains)))
             inner.monitor.scalar("outer/best_gain", float(np.min(here, initial=0.0, where=np.isfinite(here))), height)
         best = masks[best_of_runs(here)]

@@ -138,11 +138,14 @@ def _with_bias(layer: nn.Module, found: ParameterGradients, g: Tensor) -> Parame
 
 
 def _scale(layer: nn.Module, normal: Tensor, g: Tensor, shape: tuple[int, ...] | torch.Size) -> ParameterGradients:
-    """`y = weight * normal + bias` with parameters of `shape`, the last dimensions."""
+    """`y = weight * normal + bias` with parameters of `shape`, the last dimensions.
+
+    Autograd still needs `g` for earlier layers: what is handed out to be changed is a copy of it.
+    """
     inner = range(1, g.dim() - len(shape))
     found = {"weight": (g * normal).sum(dim=tuple(inner)) if inner else g * normal}
     if getattr(layer, "bias", None) is not None:
-        found["bias"] = g.sum(dim=tuple(inner)) if inner else g
+        found["bias"] = g.sum(dim=tuple(inner)) if inner else g.clone()
     return found
 
 
@@ -150,5 +153,5 @@ def _channels(layer: nn.Module, normal: Tensor, g: Tensor) -> ParameterGradients
     """`y = weight * normal + bias` with one weight and bias a channel, the second dimension."""
     found = {"weight": (g * normal).flatten(2).sum(dim=2) if g.dim() > 2 else g * normal}
     if getattr(layer, "bias", None) is not None:
-        found["bias"] = g.flatten(2).sum(dim=2) if g.dim() > 2 else g
+        found["bias"] = g.flatten(2).sum(dim=2) if g.dim() > 2 else g.clone()
     return found

@@ -24,7 +24,7 @@ from cads.draws import Weighted
 from cads.errors import ConfigError
 from cads.inner import Inner, Planned, Purse
 from cads.policy import MixturePolicy, Policy
-from cads.scoring import scoring_batches
+from cads.scoring import reading_flops
 from cads.seeds import derive
 from cads.space import SIGMA, Mixtures, Space
 
@@ -107,8 +107,7 @@ class LivePenalty(SourceSearch):
 
         Where examples differ in length so does what measuring costs, and training has to make room for it.
         """
-        pool, forward = purse.task.pool, purse.task.costs.forward
-        reading = sum(forward(pool.batch(rows)) for rows in scoring_batches(pool, positions=there))
+        reading = reading_flops(purse.task.costs.forward, purse.task.pool, there)
         # Both are shares of one sum: what rounding has lost must not cost the last step of the last turn.
         return (self.available(purse, training) / turns - 2 * reading - self._learning(space)) / 2 * (1 - 1e-9)
 

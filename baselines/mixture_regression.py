@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from baselines.regression import Ridge, with_pairs
+from baselines.regression import Ridge, n_columns, predict, with_pairs
 from baselines.source_search import RungSearch, fidelity, train_draws
 from cads.errors import ConfigError
 from cads.inner import Inner, Purse
@@ -38,7 +38,7 @@ class MixtureRegression(RungSearch):
     """RegMix: as many runs at C/16 on random mixtures as the allowance buys."""
 
     regression: Literal["linear", "pairs"] = "pairs"
-    """On the ratios alone, or on their products too."""
+    """On the ratios alone, or on their products too; above 128 sources on the ratios alone."""
 
     method: ClassVar[str] = "mixture-regression"
     ranges_over: ClassVar[type[Space]] = Mixtures
@@ -57,7 +57,7 @@ class MixtureRegression(RungSearch):
     def learning(self, space: Space, runs: int) -> float:
         """The regression, and its prediction for all candidates."""
         n = len(space.sizes)
-        columns = n if self.regression == "linear" else n * (n + 1) / 2
+        columns = float(n if self.regression == "linear" else n_columns(n))
         return regression_flops(runs, columns) + 3 * CANDIDATES * columns
 
     def choose(self, inner: Inner, space: Space, training: float, seed: int) -> tuple[np.ndarray, Policy]:
@@ -80,7 +80,7 @@ class MixtureRegression(RungSearch):
             candidates: ratios, shape (M, S).
         """
         features = with_pairs if self.regression == "pairs" else np.asarray
-        predicted = Ridge(features(mixtures), objective)(features(candidates))
+        predicted = predict(Ridge(features(mixtures), objective), candidates, features)
         return np.asarray(candidates[np.argsort(predicted, kind="stable")[:AVERAGED]].mean(axis=0))
 
 

@@ -1,6 +1,8 @@
 """Perplexity: the loss of an example under a scorer that may have been fine-tuned on the target.
 
-Source: CCDS (arXiv 2410.16208), whose PPL ranks by the perplexity of prompt and answer.
+Source: CCDS (arXiv 2410.16208), whose PPL ranks by the perplexity of prompt and answer. CCDS reads longer texts in
+strided windows and takes the mean of their losses; here `recipe = paper`, too, reads a text as the task does, which
+cuts it at its longest sequence (`max_tokens`).
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from baselines.random import random_scores
 from cads.budget import Ledger, PlannedLedger
 from cads.errors import ConfigError
 from cads.monitor import Monitor
+from cads.order import rank_by_score
 from cads.ranking import Ranker, Ranking
 from cads.scorers import check_passes, on_target, plan_training, scorer_of
 from cads.scoring import SCORED_TOKENS
 from cads.seeds import derive
-from cads.selection import rank_by_score
 from cads.task import Pool, Task
 
 Recipe = Literal["cads", "paper"]

@@ -5,12 +5,18 @@ It stands apart from the control variate of CADS, so that the methods CADS is co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from cads.operations import regression_flops
 
 STRENGTHS = np.logspace(-6, 2, 17)
 """Strengths of shrinkage that are tried, relative to the number of rows."""
+MOST_PAIRED = 128
+"""Sources above which a regression is linear: a few dozen runs say nothing of more than 8,256 columns."""
+BLOCK_VALUES = 2**24
+"""Entries of the features that are in memory at once while rows are predicted: 128 MB."""
 
 
 class Ridge:
@@ -50,12 +56,28 @@ class Ridge:
 
 
 def with_pairs(x: np.ndarray) -> np.ndarray:
-    """The columns and the products of each two of them: (K, S) -> (K, S + S (S - 1) / 2)."""
+    """The columns and the products of each two of them: (K, S) -> (K, `n_columns(S)`).
+
+    The columns alone where there are more than `MOST_PAIRED`.
+    """
+    if x.shape[1] > MOST_PAIRED:
+        return x
     i, j = np.triu_indices(x.shape[1], k=1)
     return np.hstack([x, x[:, i] * x[:, j]])
 
 
+def n_columns(n_sources: int) -> int:
+    """How many columns `with_pairs` gives."""
+    return n_sources if n_sources > MOST_PAIRED else n_sources * (n_sources + 1) // 2
+
+
+def predict(ridge: Ridge, x: np.ndarray, features: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The prediction for each row of x (M, S), shape (M,), with the features of a block of rows in memory at a time."""
+    rows = max(1, BLOCK_VALUES // features(x[:1]).shape[1])
+    return np.concatenate([ridge(features(x[start : start + rows])) for start in range(0, len(x), rows)])
+
+
 def pairs_flops(n_sources: int, runs: int, predicted: int) -> float:
     """Fitting `Ridge` on pairs to `runs` rows, and predicting `predicted` others."""
-    columns = n_sources * (n_sources + 1) / 2
+    columns = float(n_columns(n_sources))
     return regression_flops(runs, columns) + 3 * predicted * columns

@@ -69,7 +69,11 @@ class Shards:
 
 
 def _write(path: Path, key: str, shard: Shard) -> None:
-    """Whole or not at all."""
+    """Whole or not at all.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     spent = {stage: asdict(entry) for stage, entry in shard.spent.items()}
     header = {"format": FORMAT, "key": key, "sha256": _digest(shard.features), "spent": json.dumps(spent)}
@@ -78,9 +82,10 @@ def _write(path: Path, key: str, shard: Shard) -> None:
     try:
         save_file({"features": shard.features.contiguous()}, partial, header)
         os.replace(partial, path)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written ({error}): look at the disk, or keep no features") from error
+    finally:
         Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def _read(path: Path, key: str, shape: tuple[int, int]) -> Shard:
@@ -94,8 +99,12 @@ def _read(path: Path, key: str, shape: tuple[int, int]) -> Shard:
             header: dict[str, Any] = file.metadata() or {}
             if header.get("format") != FORMAT or header.get("key") != key:
                 raise CheckpointError(f"{path} holds no features of this run")
+            stored = file.get_slice("features")
+            # Nothing is read of a file that holds something else, however large it is.
+            if stored.get_dtype() != "F32" or tuple(stored.get_shape()) != shape:
+                raise CheckpointError(f"{path} is damaged")
             features = file.get_tensor("features")
-        if features.dtype != torch.float32 or tuple(features.shape) != shape or _digest(features) != header["sha256"]:
+        if _digest(features) != header["sha256"]:
             raise CheckpointError(f"{path} is damaged")
         spent = {stage: Entry(**entry) for stage, entry in json.loads(header["spent"]).items()}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -9,10 +9,11 @@ from typing import ClassVar
 import numpy as np
 
 from cads.budget import Budget, Ledger
+from cads.errors import DataError
 from cads.inner import Inner, Planned, Purse, Runs
 from cads.optimizer import Rung, distinct, subsample
 from cads.policy import Policy
-from cads.search import Search, verdict
+from cads.search import Search, check_reference, verdict
 from cads.seeds import derive
 from cads.selection import Selection
 from cads.sources import nonempty, source_selection
@@ -65,6 +66,7 @@ class SourceSearch(Search):
         if self.guard:
             pair = np.stack([space.full, draw])
             runs = train_draws(inner, space, pair, self._guard_rung(inner, training), derive(seed, "guard"), "guard")
+            check_reference(float(runs.objective[0]), "guard")
             beaten = bool(runs.objective[1] < runs.objective[0])
             draw = draw if beaten else space.full
             notes["guard"] = verdict(beaten)
@@ -122,16 +124,33 @@ def fidelity(purse: Purse, training: float, share: float) -> float:
 
 
 def train_draws(inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: int, stage: str) -> Runs:
-    """Train each draw (K, S) on the rung's share of the pool, all from the same weights and in the same order."""
+    """Train each draw (K, S) on the rung's share of the pool, all from the same weights; as `cads.sources.run_rung`.
+
+    Raises:
+        DataError: if all of them met a loss that is not finite: there is nothing to choose by.
+    """
     positions = subsample(inner.task.pool, rung.data, derive(seed, "subsample"))
     streams = [space.stream(draw, positions, seed) for draw in draws]
-    return inner.run(streams, rung.flops, seed=seed, stage=stage)
+    runs = inner.run(streams, rung.flops, seed=seed, stage=stage)
+    if not np.isfinite(runs.objective).any():
+        raise DataError(
+            f"{stage}: all {len(draws)} runs met a loss that is not finite, and nothing can be chosen by them: lower "
+            "the learning rate, or look at the pool"
+        )
+    return runs
 
 
 def random_masks(space: Space, count: int, seed: int, *, full_first: bool) -> np.ndarray:
     """Distinct, non-empty masks, each source in with probability 1/2; float, shape (K, S), K <= count."""
     drawn = nonempty(space.policy().sample(OVERDRAWN * count, np.random.default_rng(seed))).astype(np.float64)
     return distinct([space.full, *drawn] if full_first else list(drawn))[:count]
+
+
+def kept(probabilities: np.ndarray) -> np.ndarray:
+    """The sources with a probability above 1/2, and at least the likeliest: 0 or 1, shape (S,)."""
+    chosen = probabilities > 0.5
+    chosen[np.argmax(probabilities)] = True
+    return chosen.astype(np.float64)
 
 
 def best_of_runs(objective: np.ndarray) -> int:

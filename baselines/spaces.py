@@ -205,7 +205,8 @@ def load_encoder(name: str) -> Any:
             f"encoder = {name!r} needs sentence-transformers: pip install 'cads-select[sentence-transformers]'"
         ) from error
     try:
-        model = SentenceTransformer(name, trust_remote_code=False)
+        # By default the weights keep the type they are stored in.
+        model = SentenceTransformer(name, trust_remote_code=False, model_kwargs={"dtype": torch.float32})
     except Interrupted:
         raise
     except Exception as error:

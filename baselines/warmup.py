@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from baselines.random import random_scores
-from cads.budget import SELECT, Ledger
+from cads.budget import ROUNDING, SELECT, Ledger
 from cads.checkpoint import State
 from cads.course import OPTIMIZER, WEIGHTS
 from cads.draws import Draws, Epochs
 from cads.errors import BudgetError, CheckpointError, ConfigError
 from cads.monitor import Monitor
-from cads.scorers import ROUNDING
+from cads.order import rank_by_score
 from cads.scoring import lengths
 from cads.seeds import derive
-from cads.selection import rank_by_score
 from cads.task import Batch, Task
 from cads.trainer import Leg, Trainer
 

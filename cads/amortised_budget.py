@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cads.errors import ConfigError
 from cads.examples import REFERENCE_SHARE, THETA_PASSES, THETA_SHARE, comparisons, shortest
 from cads.features import Kind, free_names, read_names
 from cads.inner import Purse
@@ -130,8 +131,16 @@ def divide_allowance(purse: Purse, training: float, kinds: Sequence[Kind], share
     Args:
         training: C, FLOPs of the final training. kinds: of features.
         share: of the pool that is to be read; None for what is affordable.
+
+    Raises:
+        ConfigError: if this task has no feature of these kinds.
     """
     task, n = purse.task, len(purse.task.pool)
+    free, forward = len(free_names(task.pool, kinds)), len(read_names(task, kinds))
+    if not free + forward:
+        raise ConfigError(
+            f"features = {list(kinds)}: examples of {task.name} have none of these that tells them apart: add 'loss'"
+        )
     scan, per_usage = purse.scoring_flops(1), purse.step_flops / task.recipe.batch_size
     usages, short = training / per_usage, shortest(purse, training, LOWEST) * training
     left = purse.ledger.left - LEAST_RUNS * (short + purse.measuring_flops)
@@ -141,7 +150,6 @@ def divide_allowance(purse: Purse, training: float, kinds: Sequence[Kind], share
     sample = min(n, max(LEAST_SAMPLE, int(SAMPLE_SHARE * left / (2 * scan))))
     u = min(REFERENCE_SHARE * training, REFERENCE_MOST * left, REFERENCE_PASSES * sample * per_usage)
     u = u if u >= purse.step_flops else 0.0
-    free, forward = len(free_names(task.pool, kinds)), len(read_names(task, kinds))
     least = min(n, usages / FRESH_PASSES)
     for reference in (u, 0.0) if u else (u,):
         parts = Parts(theta, reference, sample, n, False, least, free + forward)
@@ -157,7 +165,7 @@ def divide_allowance(purse: Purse, training: float, kinds: Sequence[Kind], share
         if forward and not (share is None and read < n and free):
             parts = replace(parts, read=read, forward=True)
         kept = parts.learning_flops + parts.comparing_flops(LEAST_RUNS, parts.known) + reserve(purse, parts)
-        if theta >= purse.step_flops and kept <= over:
+        if theta >= purse.target_step_flops and kept <= over:
             return parts
     return None
 

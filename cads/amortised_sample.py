@@ -17,6 +17,7 @@ from cads.inner import Inner
 from cads.optimizer import strata
 from cads.policy import Floats
 from cads.scoring import by_id
+from cads.search import check_reference
 from cads.seeds import derive
 from cads.task import Pool
 
@@ -39,7 +40,7 @@ class Sample:
         order: all positions of the pool as they are visited, shape (N,).
         features: of the sample, shape (n, P). names: of their columns.
         from_theta, from_u: losses of the sample, nats, shape (n,); None without u.
-        free: gives the features that cost nothing, of all examples; None where there are no others to compare on.
+        free: gives the features that cost nothing, of any example; None where those of the sample are all there are.
         read: reads the features that take a forward pass; None where the policy looks at none.
     """
 
@@ -99,8 +100,9 @@ def learn_from(inner: Inner, parts: Parts, kinds: Sequence[Kind], order: np.ndar
     from_u = None
     if parts.u:
         shuffled = derive(seed, "reference")
-        u = inner.run([Epochs(positions, shuffled)], parts.u, seed=shuffled, stage="u").models[0]
-        from_u = inner.losses(u, positions, stage="l*")
+        runs = inner.run([Epochs(positions, shuffled)], parts.u, seed=shuffled, stage="u")
+        check_reference(float(runs.objective[0]), "u", "a sample of the pool")
+        from_u = inner.losses(runs.models[0], positions, stage="l*")
     free = FreeFeatures(task, task.pool, kinds)
     features, names, read = free.values(free.names, positions), tuple(free.names), None
     if parts.forward:

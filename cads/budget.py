@@ -33,6 +33,8 @@ UNITS = {
     "tokens": "tokens",
 }
 SELECT, TRAIN, EVALUATE = "select", "train", "evaluate"
+ROUNDING = 1 + 1e-9
+"""What floating-point sums may add to costs that fit exactly: without it they would lose the last step or example."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Ledger:
         """
         if not (math.isfinite(flops) and flops >= 0):
             raise BudgetError(f"{phase}/{stage} charges {flops} FLOPs: a charge is a finite number >= 0")
-        if self.limit is not None and phase != EVALUATE and flops > self.left * (1 + 1e-9):
+        if self.limit is not None and phase != EVALUATE and flops > self.left * ROUNDING:
             raise BudgetError(
                 f"{phase}/{stage} would spend {flops:.4g} FLOPs where {self.left:.4g} of {self.limit:.4g} are left"
             )

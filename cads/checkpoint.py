@@ -34,9 +34,25 @@ HASHED_AT_ONCE = 2**20
 """Bytes that are read at a time while a file is hashed."""
 
 
+class OtherRunError(CheckpointError):
+    """Checkpoints of a run with other settings, other data or other versions.
+
+    Attributes:
+        changed: what differs, one phrase each.
+    """
+
+    def __init__(self, message: str, changed: list[str]) -> None:
+        super().__init__(message)
+        self.changed = changed
+
+
 @dataclass
 class CheckpointConfig:
-    """How often a long command writes down where it is. It changes no result."""
+    """How often a long command writes down where it is. It changes no result.
+
+    What has finished since then is held in memory, the weights of each trained model among it: all of it where nothing
+    can be written (a full disk), or is to be (null for both).
+    """
 
     every_seconds: float | None = 60.0
     """Seconds between checkpoints, or null."""
@@ -129,7 +145,7 @@ class Checkpoints:
         """The sound checkpoints of a kind, newest first; a damaged one is passed over with a warning.
 
         Raises:
-            CheckpointError: if one was written by another run: other settings, pool or versions.
+            OtherRunError: if one was written by another run: other settings, pool or versions.
         """
         for _, _, path in sorted((entry for entry in self._numbered() if entry[1] == kind), reverse=True):
             try:
@@ -139,9 +155,10 @@ class Checkpoints:
                 self._damaged.add(path)
                 continue
             if changed := differences(identity, self.identity):
-                raise CheckpointError(
+                raise OtherRunError(
                     f"{path} is of another run: {'; '.join(changed)}; go on with what it was begun with, choose "
-                    "another folder, or begin anew with --overwrite true"
+                    "another folder, or begin anew with --overwrite true",
+                    changed,
                 )
             yield path, values, tensors
 

@@ -231,6 +231,10 @@ def _run(command: str, parser: ArgumentParser, config: Namespace, objects: Names
     """The run of a command: what decides on its result is its whole configuration but `WITHOUT_EFFECT`."""
     settings = yaml.safe_load(parser.dump(config, skip_unset=False))
     settings = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
+    settings["train"] |= objects.train.decisive()
+    if hasattr(objects.task, "decisive"):
+        decisive = objects.task.decisive()
+        settings["task"] = {name: value for name, value in settings["task"].items() if name in decisive}
     return Run(out, command, settings, PRODUCTS[command], objects.checkpoint, overwrite=config.overwrite)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from cads.estimator import fit_control
 
 RIDGES = np.logspace(-3, 3, 13)
-"""Strengths of shrinkage among which leave-one-out chooses, relative to the summed weight of the runs."""
+"""Strengths of shrinkage among which leave-one-out chooses, relative to the number of runs, of weight 1 at most."""
 
 HORIZON = 2.0
 """h is read off at this multiple of the highest fidelity measured, though at most at the whole budget: trends over
@@ -37,7 +37,8 @@ class Control:
     Attributes:
         c1, c2: the weights of the penalty.
         horizon: the fidelity at which h is read off.
-        loo_error: root mean square of the left-out residuals of the regression, in the unit of the values.
+        loo_error: root mean square of the left-out residuals of the regression by the weights, in the unit of the
+            values.
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class Control:
         self._x_scale[self._x_scale < 1e-9] = np.inf
         self.horizon = min(1.0, HORIZON * float(fidelity[sound].max()))
         root = np.sqrt(weights)[:, None]
-        self._coefficients, self.loo_error = _ridge(root * (x / self._x_scale), root[:, 0] * (y - self._y_mean))
+        self._coefficients, error = _ridge(root * (x / self._x_scale), root[:, 0] * (y - self._y_mean))
+        self.loo_error = error / float(np.sqrt(weights.mean()))
 
     def __call__(self, draws: np.ndarray, fidelity: float | None = None) -> np.ndarray:
         """h of each row of draws (M, S) after a run of that fidelity (None: the horizon), shape (M,)."""

@@ -22,6 +22,31 @@ WEIGHTS, OPTIMIZER = "weights/", "optimizer/"
 EXAMPLE_LOSSES = "example_losses"
 
 
+@dataclass(frozen=True)
+class Leg:
+    """One part of a training run that is done in parts.
+
+    Attributes:
+        start: where the part before it ended; None at the beginning.
+        horizon: FLOPs of the whole run, which the learning rate follows; None if this part is the last.
+        keep: whether its `Fit` holds the state to go on from, and the loss of each example.
+    """
+
+    start: State | None = None
+    horizon: float | None = None
+    keep: bool = False
+
+    def about(self) -> list[Any]:
+        """What a journal has to know of it; nothing of a run in one part."""
+        if self == WHOLE:
+            return []
+        return [None if self.start is None else self.start.digest, self.horizon, self.keep]
+
+
+WHOLE = Leg()
+"""A run in one part."""
+
+
 @dataclass
 class Course:
     """One training run of K replicas, as far as it has come.
@@ -36,6 +61,7 @@ class Course:
         counts: usages, tokens, answer tokens.
         diverged: replicas that met a loss or gradient that is not finite, bool, shape (K,).
         skipped: batches that were skipped for that.
+        overflows: steps in a row up to now that the scaler has skipped, since their gradients were not finite.
         seconds: wall-clock time, in all processes that worked on it.
         example_losses: the latest loss of each pool example in its own training step, nats, shape (N,), NaN before
             the first; None if they are not kept.
@@ -52,6 +78,7 @@ class Course:
     counts: np.ndarray = field(default_factory=lambda: np.zeros(3, dtype=np.int64))
     diverged: np.ndarray = field(init=False)
     skipped: int = 0
+    overflows: int = 0
     seconds: float = 0.0
     failure: dict[str, Any] | None = None
     begun: bool = False
@@ -69,8 +96,9 @@ class Course:
 
     @property
     def skipped_in_a_row(self) -> int:
-        """Batches that were skipped since the last update."""
-        return sum(1 for _ in itertools.takewhile(lambda loss: np.isnan(loss).all(), reversed(self.losses)))
+        """Batches since the last update, which were skipped, or which the scaler skipped."""
+        bad = sum(1 for _ in itertools.takewhile(lambda loss: np.isnan(loss).all(), reversed(self.losses)))
+        return max(bad, self.overflows)
 
     def mean_loss(self, step: int) -> float:
         """Mean over the replicas that have not diverged, nats; NaN if all have."""
@@ -94,6 +122,19 @@ class Course:
         """A step is done; `loss`: nats, shape (K,)."""
         self.losses.append(loss)
         self.spent.append(self.total)
+
+    def fail(self, ids: list[str], loss: float, norm: float, rate: float) -> None:
+        """Stop at this step, on the examples `ids`, at the learning rate `rate`: what `NonFiniteError` has to say."""
+        step, skipped = self.steps, self.skipped_in_a_row
+        after = f", after {skipped} batches skipped in a row" if skipped else ""
+        self.failure = {
+            "message": f"loss {loss:g} and gradient norm {norm:g} at step {step} (learning rate {rate:.3g}, examples "
+            f"{ids[:5]}{'...' if len(ids) > 5 else ''}){after}: "
+            "the weights were not updated; look at these examples, lower the learning rate or set clip_norm",
+            "step": step,
+            "ids": ids,
+            "learning_rate": rate,
+        }
 
     def see(self, positions: np.ndarray, losses: np.ndarray) -> None:
         """Keep the losses (nats, shape (n,)) of the pool examples at `positions`, those that are finite."""
@@ -126,6 +167,8 @@ class Course:
             # A scaler serves all runs of a trainer, so that the next one begins where this one ends.
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
+        if self.scaler is not None:
+            values["overflows"] = self.overflows
         changed = [(f"{WEIGHTS}{name}", x) for name, x in changing(self.learner)]
         if optimizer is not None:
             changed += [(f"{OPTIMIZER}{name}", x) for name, x in optimizer_state(self.learner, optimizer).items()]
@@ -185,6 +228,7 @@ class Course:
         self.counts = np.array(values["counts"], dtype=np.int64).reshape(3)
         self.diverged = np.array(values["diverged"], dtype=bool).reshape(self.replicas)
         self.skipped, self.seconds = int(values["skipped"]), float(values["seconds"])
+        self.overflows = int(values.get("overflows", 0))
         self.failure = _checked(values["failure"])
         if self.example_losses is not None and EXAMPLE_LOSSES in tensors:
             self.example_losses = tensors[EXAMPLE_LOSSES].numpy().reshape(self.example_losses.shape).copy()

@@ -7,7 +7,7 @@ import numpy as np
 PAIR_SCALE = 0.5
 """Pairs of sources are expected to matter half as much as single sources."""
 MOST_COLUMNS = 256
-"""Above it the pairs are left out: their number grows with the square of the number of sources."""
+"""Above it pairs are left out, of designs as of regressions: their number grows with the square of that of sources."""
 PRIOR = 0.1
 """Ridge that stands for what is known beforehand."""
 
@@ -40,9 +40,18 @@ def d_optimal(draws: np.ndarray, count: int) -> np.ndarray:
 
 
 def n_columns(n_sources: int) -> int:
-    """P, columns of the design matrix."""
+    """P, columns of a design or a regression: each source, each pair unless they are too many, and one more."""
     full = 1 + n_sources + n_sources * (n_sources - 1) // 2
     return full if full <= MOST_COLUMNS else 1 + n_sources
+
+
+def pairs(x: np.ndarray) -> np.ndarray:
+    """The products of every two columns of x (K, S): (K, S (S - 1) / 2), or none, (K, 0), where they are too many."""
+    n_sources = x.shape[1]
+    if n_columns(n_sources) == 1 + n_sources:
+        return x[:, :0]
+    i, j = np.triu_indices(n_sources, k=1)
+    return np.asarray(x[:, i] * x[:, j])
 
 
 def _columns(draws: np.ndarray) -> np.ndarray:
@@ -50,8 +59,4 @@ def _columns(draws: np.ndarray) -> np.ndarray:
     lowest, highest = draws.min(axis=0), draws.max(axis=0)
     spread = np.where(highest > lowest, highest - lowest, 1.0)
     x = np.where(highest > lowest, 2 * (draws - lowest) / spread - 1, 1.0)
-    columns = [np.ones((len(x), 1)), x]
-    if n_columns(x.shape[1]) > 1 + x.shape[1]:
-        i, j = np.triu_indices(x.shape[1], k=1)
-        columns.append(PAIR_SCALE * x[:, i] * x[:, j])
-    return np.hstack(columns)
+    return np.hstack([np.ones((len(x), 1)), x, PAIR_SCALE * pairs(x)])

@@ -1,5 +1,8 @@
 """Gradients of E_{m ~ p(.; s)} [ F(m) ] in s: score-function estimators, exact means, control variates.
 
+`expected`, `expected_gradient` and `expected_mean` are exact: the references that the estimators are checked against,
+and `expected_gradient` is that of the control variate where masks are few.
+
 Letters, throughout: K draws, n items, F_k = F(m_k) the value of draw k (any unit; nats for losses), score_k
 the gradient of log p(m_k; s) in s, shape (n,) (`cads.policy.Policy.score`), s the inclusion probabilities.
 Gradients have shape (n,) and the unit of F.
@@ -95,6 +98,8 @@ def penalty(
 def expected_mean(values: ArrayLike, s: ArrayLike, weights: ArrayLike | None = None, empty: float = 0.0) -> float:
     """Exact E_m[R(m)] of R(m) = sum_i m_i a_i l_i / sum_i m_i a_i, R(no item) = `empty`, m ~ Bernoulli(s).
 
+    The reference for `rao_blackwell`, whose integral it is.
+
     From 1/x = int_0^inf exp(-x u) du, with e_i = exp(-a_i u), q_i = 1 - s_i + s_i e_i = E[exp(-a_i m_i u)]
     and Q = prod_i q_i: E[R] = int Q sum_i s_i a_i l_i e_i / q_i du + empty prod_i (1 - s_i).
 
@@ -161,7 +166,7 @@ def enumerate_masks(n: int) -> NDArray[np.bool_]:
 
 
 def expected(function_values: ArrayLike, s: ArrayLike) -> float:
-    """Exact E_m[h(m)] = sum_m h(m) prod_i s_i^{m_i} (1 - s_i)^{1 - m_i}.
+    """Exact E_m[h(m)] = sum_m h(m) prod_i s_i^{m_i} (1 - s_i)^{1 - m_i}, the reference for all that samples masks.
 
     Args:
         function_values: h in the order of `enumerate_masks`, shape (2^n,).

@@ -18,13 +18,12 @@ from cads.budget import Budget, Ledger
 from cads.draws import Epochs
 from cads.inner import Inner, Planned, Purse
 from cads.monitor import Monitor
-from cads.one_run import OneRunSearch, by_example
+from cads.one_run import OneRunSearch, by_example, watch_sources
 from cads.operations import candidates_flops
-from cads.optimizer import Rung, data_share, strata, subsample
+from cads.optimizer import Rung, data_share, subsample
 from cads.search import NOTHING, check_reference, verdict
 from cads.seeds import derive
 from cads.selection import Selection
-from cads.task import Pool
 
 THETA_SHARE, THETA_PASSES = 0.2, 20
 """theta is fitted to the target for this share of C, but for no more passes over it than this."""
@@ -205,7 +204,7 @@ def score_flops(purse: Purse, training: float) -> tuple[float, float]:
     scoring = purse.scoring_flops(n)
     per_run = purse.measuring_flops + candidates_flops(n, 1)
     most = purse.ledger.left - LEAST_RUNS * (shortest(purse, training, FIDELITIES[0]) * training + per_run)
-    if theta < purse.step_flops or theta + scoring > most:
+    if theta < purse.target_step_flops or theta + scoring > most:
         return 0.0, 0.0
     u = min(REFERENCE_SHARE, each) * training
     if u < purse.step_flops or theta + u + 2 * scoring + purse.measuring_flops > most:
@@ -237,7 +236,8 @@ def comparisons(
     else:
         f = usual if left >= LEAST_RUNS * price[usual] else small
         runs = {f: int(left / price[f])}
-    if min(runs) > 1 or next(iter(runs.values())) < least_runs:
+    lowest_share, compared = next(iter(runs.items()))
+    if lowest_share > 1 or compared < least_runs:
         return []
     return [Rung(f, f * training, data_share(f, passes, decides=True), n) for f, n in runs.items()]
 
@@ -260,8 +260,9 @@ def example_losses(inner: Inner, training: float, seed: int) -> tuple[np.ndarray
     if not reference_flops:
         return from_theta, None
     order = derive(seed, "reference")
-    u = inner.run([Epochs(everything, order)], reference_flops, seed=order, stage="u").models[0]
-    return from_theta, inner.losses(u, everything, stage="l*")
+    runs = inner.run([Epochs(everything, order)], reference_flops, seed=order, stage="u")
+    check_reference(float(runs.objective[0]), "u")
+    return from_theta, inner.losses(runs.models[0], everything, stage="l*")
 
 
 def affordable_steps(*, with_reach: bool) -> list[tuple[float, float]]:
@@ -304,10 +305,3 @@ def watch_penalty(monitor: Monitor, signals: Signals, probability: np.ndarray, s
         reach = float(np.average(signals.from_u, weights=probability))
         monitor.scalar("outer/l*", reach, step)
         monitor.scalar("outer/gap", risk - reach, step)
-
-
-def watch_sources(monitor: Monitor, pool: Pool, probability: np.ndarray, step: int) -> None:
-    """Record the mean probability in each source, where there are sources."""
-    if pool.sources is not None:
-        means = np.bincount(strata(pool), weights=probability) / pool.source_sizes
-        monitor.probabilities(pool.source_names, means, step)

@@ -145,11 +145,22 @@ class _Once:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._seen: tuple[tuple[Any, ...], Any] | None = None
+        self._seen: tuple[Any, Any] | None = None
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        if options:
-            return self._model(*inputs, **options)
-        if self._seen is None or not all(map(torch.equal, self._seen[0], inputs)):
-            self._seen = inputs, self._model(*inputs)
+        if self._seen is None or not _same(self._seen[0], (inputs, options)):
+            self._seen = (inputs, options), self._model(*inputs, **options)
         return self._seen[1]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether a model is given the same: equal tensors, in equal places and under equal names."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a is b or (a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+    return a is b or (isinstance(a, bool | int | float | str) and a == b)

@@ -51,10 +51,15 @@ class Fit:
 
         Skipped batches have no part in it; where a replica diverged it is NaN.
         """
-        tail = self.losses[-max(1, round(TAIL * len(self.losses))) :]
-        known = np.isfinite(tail)
-        reached = np.where(known, tail, 0.0).sum(axis=0) / np.maximum(1, known.sum(axis=0))
+        last = tail(self.losses)
+        known = np.isfinite(last)
+        reached = np.where(known, last, 0.0).sum(axis=0) / np.maximum(1, known.sum(axis=0))
         return np.where(self.diverged | ~known.any(axis=0), np.nan, reached)
+
+
+def tail(losses: np.ndarray) -> np.ndarray:
+    """The last steps of a course of losses, shape (T, ...), at least one."""
+    return losses[-max(1, round(TAIL * len(losses))) :]
 
 
 def side_by_side(models: list[nn.Module], fits: list[Fit | None]) -> Fit:

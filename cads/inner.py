@@ -66,6 +66,15 @@ class Purse:
         """One mean training step on the pool."""
         return self._step(self.task.pool)
 
+    @cached_property
+    def target_step_flops(self) -> float:
+        """One step of theta on the dearest examples of the target, which may differ in length from those of the pool.
+
+        What buys it buys a step, whatever is drawn first.
+        """
+        costs, batch_size = self.task.costs, self.task.recipe.batch_size
+        return float(costs.usages(self.fitted).max() + costs.optimizer_step / batch_size) * batch_size
+
     @property
     def measuring_flops(self) -> float:
         """Measuring one model on the target."""
@@ -115,10 +124,10 @@ class Planned(Purse):
         self._train(self.task.pool, runs, flops, stage)
         self.ledger.charge(SELECT, f"{stage}, measuring", runs * self.measuring_flops)
 
-    def losses(self, count: int, *, stage: str) -> None:
-        """Score `count` examples of the pool."""
+    def losses(self, count: int, *, stage: str, flops: float | None = None) -> None:
+        """Score `count` examples of the pool for `flops`, or at the price of a mean example."""
         tokens = round(count * self.task.costs.tokens_per_example(self.task.pool))
-        self.ledger.charge(SELECT, stage, self.scoring_flops(count), tokens=tokens)
+        self.ledger.charge(SELECT, stage, self.scoring_flops(count) if flops is None else flops, tokens=tokens)
         self.ledger.scored.append(self.task)
 
     def fit_target(self, flops: float, *, stage: str) -> None:
@@ -187,9 +196,7 @@ class Inner(Purse):
         def compute(_: Progress) -> State:
             self.ledger.charge(SELECT, stage, self.measuring_flops)
             with self.ledger.timed(SELECT, stage):
-                found = self._objective(model)
-            # All decide by the same bits.
-            return State({"objective": current().on_first(lambda: found)})
+                return State({"objective": self._objective(model)})
 
         return perform("measuring", [stage], self.ledger, compute).number("objective")
 

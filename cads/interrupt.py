@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from cads.errors import CadsError
-from cads.processes import everyone
+from cads.processes import current, everyone
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -36,10 +36,14 @@ class Interrupts:
 
     Several processes stop together, at the next step that all of them take: there a signal to one is noted, and no
     more. A launcher passes on what a terminal has already sent, so that a second one means nothing.
+
+    Args:
+        overwriting: whether the command begins anew, whatever there is to go on from.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, overwriting: bool = False) -> None:
         self.pending: int | None = None
+        self._again = "the same command without --overwrite" if overwriting else "the same command"
         self._held = 0
 
     @contextmanager
@@ -77,7 +81,17 @@ class Interrupts:
         """
         if self.pending is not None:
             name = signal.Signals(self.pending).name
-            raise Interrupted(f"stopped by {name} {where}; the same command goes on from here", self.pending)
+            raise Interrupted(f"stopped by {name} {where}; {self._again} goes on from here", self.pending)
+
+    def stop_together(self, where: str) -> None:
+        """Between operations: end the run, in all processes, if one of them was asked to stop.
+
+        Raises:
+            Interrupted: saying `where` the run is.
+        """
+        (number,) = current().largest([self.pending or 0])
+        self.pending = number or None
+        self.raise_if_pending(where)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again, self.pending = self.pending is not None, number

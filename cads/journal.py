@@ -160,6 +160,11 @@ class Journal:
         """Whether there was something to go on from."""
         return self._resumed
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of work on this run so far, those of earlier processes included, as the first process knows."""
+        return self.store.seconds
+
     @contextmanager
     def open(self) -> Iterator[Journal]:
         """Let `perform` answer from this journal within the block.
@@ -198,9 +203,9 @@ class Journal:
         try:
             with self.interrupts.held():
                 state = compute(progress)
+                self._note(index, name, key, state, charges_since(before, ledger))
         finally:
             self.inside = False
-        self._note(index, name, key, state, charges_since(before, ledger))
         self.store.count()
         self._pause(f"after {name}")
         return state

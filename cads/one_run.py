@@ -49,6 +49,7 @@ heart, so that its losses tell what does not fit rather than what can be reached
 SHARPNESS = 4.0
 """k in the weights `sigmoid(1 - k z)`."""
 TOO_SMALL = "the budget is too small to tell examples apart in one run: everything is trained on, with the target"
+NO_ALLOWANCE = "allowance = 0 leaves nothing for telling examples apart: everything is trained on, with the target"
 
 Weigh = Callable[[Pool, np.ndarray], np.ndarray]
 """(pool, standardised signal of each example or zeros, shape (N,)) -> weights in (0, 1), shape (N,)."""
@@ -148,7 +149,7 @@ class OneRun:
         purse = Planned(task, budget.flops(task))
         parts = self._divide(purse)
         if parts is None:
-            return PlannedLedger(note=TOO_SMALL)
+            return PlannedLedger(note=self._why_not)
         if parts.theta:
             purse.fit_target(parts.theta, stage="theta")
             purse.losses(len(task.pool), stage="R")
@@ -170,11 +171,11 @@ class OneRun:
         spent = Ledger(limit=budget.flops(task))
         inner = Inner(task, spent, monitor)
         parts = self._divide(inner)
-        notes: dict[str, object] = {} if parts else {"one run": TOO_SMALL}
+        notes: dict[str, object] = {} if parts else {"one run": self._why_not}
         everything = uniform(task, budget, method=self.method, seed=seed, ledger=ledger, notes=notes)
         everything.target_fraction, everything.config = self.target_fraction, self.config
         if parts is None:
-            log.warning("%s: %s", self.method, TOO_SMALL)
+            log.warning("%s: %s", self.method, self._why_not)
             return everything
         try:
             from_theta = self._theta(inner, parts, seed)
@@ -202,6 +203,11 @@ class OneRun:
             notes={"one run": "selected", "theta": bool(parts.theta), "first": float(fit.flops[-1])},
             start=fit.state,
         )
+
+    @property
+    def _why_not(self) -> str:
+        """Why nothing is selected, where `_divide` finds no parts."""
+        return NO_ALLOWANCE if self.allowance == 0 else TOO_SMALL
 
     def _check(self, task: Task) -> None:
         """Refuse what can be known before anything is spent: a pool that cannot be weighed, a target that leaves none.
@@ -233,7 +239,7 @@ class OneRun:
         scoring = purse.scoring_flops(n)
         few, many = (purse.target_flops(1.0, passes, total) for passes in THETA_PASSES)
         theta = min(many, most - scoring - reading - weighing)
-        if theta < few or theta < purse.step_flops:
+        if theta < few or theta < purse.target_step_flops:
             theta = scoring = 0.0
         if theta + scoring + reading + weighing > most:
             return None
@@ -314,6 +320,11 @@ def watch(monitor: Monitor, task: Task, z: np.ndarray, weights: np.ndarray) -> N
     """Record the signal, the weights, and their means by source."""
     monitor.histogram("outer/signal", z, 0)
     monitor.histogram("outer/probabilities", weights, 0)
-    if means := source_means(task.pool, weights):
-        monitor.probabilities(task.pool.source_names, np.array(list(means.values())), 0)
+    watch_sources(monitor, task.pool, weights, 0)
     monitor.panels(task.pool, weights, 0, task.describe)
+
+
+def watch_sources(monitor: Monitor, pool: Pool, weights: np.ndarray, step: int) -> None:
+    """Record the mean weight in each source, where there are sources."""
+    if means := source_means(pool, weights):
+        monitor.probabilities(pool.source_names, np.array(list(means.values())), step)

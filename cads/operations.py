@@ -48,18 +48,6 @@ def bm25_flops(n_postings: float, n_matches: float) -> float:
     return BM25_WEIGHT_FLOPS * _count(n_postings, "n_postings") + 2 * _count(n_matches, "n_matches")
 
 
-def cluster_flops(n: float, n_cells: float, dimension: float, iterations: float) -> float:
-    """Building an index of cells by Lloyd's algorithm: inner products with all centres, then new means."""
-    assigned = similarity_flops(n, n_cells, dimension)
-    return _count(iterations, "iterations") * (assigned + n * dimension + n_cells * dimension)
-
-
-def search_flops(n_queries: float, n_items: float, n_cells: float, probed: float, dimension: float) -> float:
-    """Searching an index: inner products with all centres, then with the items of `probed` cells of mean size."""
-    items = _count(n_items, "n_items") * min(1.0, _count(probed, "probed") / max(1.0, n_cells))
-    return similarity_flops(n_queries, n_cells + items, dimension)
-
-
 def adam_direction_flops(n: float, dimension: float) -> float:
     """n gradients turned into the directions that Adam's moments give them (LESS)."""
     return ADAM_DIRECTION_FLOPS * _count(n, "n") * _count(dimension, "dimension")
@@ -81,6 +69,10 @@ def regression_flops(n_rows: float, n_columns: float) -> float:
 
 def source_policy_flops(n_sources: int, n_features: int, n_drawn: int, n_runs: float, steps: int) -> float:
     """CADS-S: a policy over S sources, moved by `steps` corrected gradients after a rung of short runs.
+
+    A round number, on which the lengths of searches depend: a regression on P columns, which is read off anew in each
+    step. `cads.control` has 2P columns (phi, and phi log f) and l* is fitted besides, in as many unknowns as there are
+    runs; where masks are enumerated, on the other hand, all of them are read off once.
 
     Args:
         n_sources: S. n_features: P, of the control variate.

@@ -29,8 +29,8 @@ KEPT_PASSES = 16
 share of the data is multiplied by the root of the excess). What is worth training on changes with both: fewer
 passes hide what will be learned by heart, fewer examples make quantity look dear."""
 MIN_STEPS = 10
-"""Steps of the shortest run. Runs from the same weights over the same order differ by their data alone: after ten
-steps they already rank subsets of sources with a Spearman correlation of 0.75 to 0.97 (`experiments/results`)."""
+"""Steps of the shortest run. Runs from the same weights differ by their data and its order alone: after ten steps they
+already rank subsets of sources with a Spearman correlation of 0.75 to 0.97 (`experiments/results`)."""
 LEAST_RUNS = 4
 """Short runs, the full pool's among them, below which nothing is spent."""
 

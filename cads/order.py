@@ -6,6 +6,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+DIGITS = 5
+"""Least digits of the number in an id."""
+
+
+def numbered(name: str, count: int) -> pa.Array:
+    """Ids for examples that have none, `name-00000` and so on: they ascend."""
+    numbers = pc.utf8_lpad(pa.array(np.arange(count)).cast(pa.string()), max(DIGITS, len(str(count - 1))), "0")
+    return pc.binary_join_element_wise(pa.scalar(name), numbers, "-")
+
 
 def ascending(ids: pa.Array | pa.ChunkedArray) -> bool:
     """Whether each id is greater than the one before it, as those of most data sets are: then none is twice there."""

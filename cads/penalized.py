@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -23,12 +23,13 @@ from cads.estimator import penalty
 from cads.inner import Inner, Planned, Purse
 from cads.monitor import Monitor
 from cads.operations import source_policy_flops
-from cads.optimizer import Division, Rung, distinct, divide, uniform
+from cads.optimizer import Division, Rung, check_step, distinct, uniform
 from cads.penalty import FittedReach, extrapolate, mean_over_sources
 from cads.policy import BernoulliPolicy
+from cads.search import ONE_SOURCE, has_one_source
 from cads.seeds import derive
 from cads.selection import Selection
-from cads.sources import nonempty, probes, run_rung, source_selection
+from cads.sources import mean_losses, nonempty, probes, probing_flops, run_rung, source_selection
 from cads.space import Masks
 from cads.task import Task
 
@@ -41,6 +42,7 @@ THETA_SHARE = 0.5
 POLICY_STEPS, POLICY_STEP = 20, 0.05
 """Steps of the policy in each round, and their length in the largest probability."""
 
+Reach = Literal["fitted", "extrapolated", "exact"]
 NOTHING = "the budget does not cover the runs of the penalty: the full pool is returned"
 
 
@@ -50,7 +52,7 @@ class PenalizedSources:
 
     alpha: float = 0.1
     """Weight of the penalty."""
-    reach: Literal["fitted", "extrapolated", "exact"] = "fitted"
+    reach: Reach = "fitted"
     """l*: the losses that short runs reach, those extrapolated to C, or those of runs for all of C."""
     masks: int = 8
     """Masks that are trained for l*, which is then fitted over all masks."""
@@ -65,6 +67,8 @@ class PenalizedSources:
         for name, least in (("masks", 1), ("rounds", 1), ("draws", 2)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)}: it must be at least {least}")
+        if self.reach not in get_args(Reach):
+            raise ConfigError(f"reach = {self.reach!r}: choose from {list(get_args(Reach))}")
 
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
@@ -72,9 +76,12 @@ class PenalizedSources:
         """Choose sources; see `cads.optimizer.Selector`."""
         monitor = monitor or Monitor()
         division = self._division(task, budget)
-        if division is None:
-            log.warning("cads-s-penalty: %s", NOTHING)
-            return uniform(task, budget, method="cads-s-penalty", seed=seed, ledger=ledger, notes={"guard": NOTHING})
+        if isinstance(division, str):
+            log.warning("cads-s-penalty: %s", division)
+            everything = uniform(
+                task, budget, method="cads-s-penalty", seed=seed, ledger=ledger, notes={"guard": division}
+            )
+            return replace(everything, config=asdict(self))
         spent = Ledger(limit=division.selection)
         inner, space = Inner(task, spent, monitor), Masks(task.pool)
         try:
@@ -99,32 +106,48 @@ class PenalizedSources:
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `cads.optimizer.Selector`."""
         division = self._division(task, budget)
-        if division is None:
-            return PlannedLedger(note=NOTHING)
+        if isinstance(division, str):
+            return PlannedLedger(note=division)
         purse, space = Planned(task, division.selection), Masks(task.pool)
         rung = self._rung(division.training, space)
         purse.run(rung.runs, rung.flops, stage=rung.stage)
         for _ in range(self.rounds):
             purse.fit_target(THETA_SHARE * division.training / self.rounds, stage="theta")
-            purse.losses(sum(len(p) for p in probes(space)), stage="R")
+            purse.losses(sum(len(p) for p in probes(space)), stage="R", flops=probing_flops(purse, space))
             purse.learn(self._update_flops(space))
         return purse.ledger
 
-    def _division(self, task: Task, budget: Budget) -> Division | None:
+    def _division(self, task: Task, budget: Budget) -> Division | str:
         """FLOPs for training and for selection, which spends in proportion to training and a little besides.
 
         Returns:
-            None if the budget does not cover selection, or its runs would not come to a step.
+            why nothing is searched, if the pool has one source, the budget does not cover selection, or its runs would
+            not come to the steps they need.
+
+        Raises:
+            BudgetError: if the budget does not buy one step.
+            ConfigError: if theta's batches would hold the target alone, or nothing of it.
         """
-        total = divide(task, budget, 0.0, 0.0).training
+        total = budget.flops(task)
+        check_step(task, total)
+        batch_size, from_target = task.recipe.batch_size, round(task.recipe.batch_size / (1 + self.alpha))
+        if not 0 < from_target < batch_size:
+            raise ConfigError(
+                f"alpha = {self.alpha}: of a batch of {batch_size} theta would take {from_target} examples from the "
+                "target, and it needs some from the pool too: choose an alpha nearer to 1, or raise batch_size"
+            )
         purse, space = Purse(task, Ledger()), Masks(task.pool)
+        if has_one_source(task.pool):
+            return ONE_SOURCE
         runs = min(self.masks, space.count)
         share = runs * self._share + THETA_SHARE
-        round_flops = purse.scoring_flops(sum(len(p) for p in probes(space))) + self._update_flops(space)
+        round_flops = probing_flops(purse, space) + self._update_flops(space)
         fixed = runs * purse.measuring_flops + self.rounds * round_flops
         training = (total - fixed) / (1 + share) if budget.count_selection else total
-        if min(self._share, THETA_SHARE / self.rounds) * training < purse.step_flops:
-            return None
+        # A line through a curve takes two points of it.
+        steps = 2 if self.reach == "extrapolated" else 1
+        if min(self._share / steps, THETA_SHARE / self.rounds) * training < purse.step_flops:
+            return NOTHING
         return Division(training, (share * training + fixed) * (1 + 1e-9))
 
     @property
@@ -163,7 +186,7 @@ class PenalizedSources:
                 stream=Weighted(np.maximum(policy.probabilities, 1e-9)[task.pool.sources], order),
                 target_fraction=1 / (1 + self.alpha),
             )
-            risks = np.array([inner.losses(theta, p, stage="R").mean() for p in probes(space)])
+            risks = mean_losses(inner, space, theta)
             for step in range(POLICY_STEPS):
                 rng = np.random.default_rng(derive(seed, "policy", turn, step))
                 masks = policy.sample(self.draws, rng)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from cads.design import pairs
 from cads.errors import ConfigError
+from cads.fit import tail
 
 SKIPPED = 0.2
 """Share of a training curve, at its start, that the extrapolation leaves out: there the loss is no power law."""
@@ -24,7 +26,8 @@ def extrapolate(flops: np.ndarray, losses: np.ndarray, budget: float) -> np.ndar
         budget: C, in FLOPs.
 
     Returns:
-        nats, shape (K,); never above the end of the curve, since a loss that rises there is noise.
+        nats, shape (K,). The line never rises, since a loss that does is noise. It is fitted to the steps with a finite
+        loss; NaN where there are not two of them, or none at the end of the curve: that run diverged.
 
     Raises:
         ConfigError: if there are fewer than two steps.
@@ -32,8 +35,18 @@ def extrapolate(flops: np.ndarray, losses: np.ndarray, budget: float) -> np.ndar
     if len(flops) < 2:
         raise ConfigError(f"a curve of {len(flops)} steps cannot be extrapolated: it needs at least two")
     begin = min(int(SKIPPED * len(flops)), len(flops) - 2)
-    x = np.log(flops[begin:])
-    y = np.log(np.maximum(losses[begin:], FLOOR))
+    x, y = np.log(flops[begin:]), np.log(np.maximum(losses[begin:], FLOOR))
+    known = np.isfinite(y)
+    y[~known] = np.nan
+    found = _continued(x, y, budget)
+    for k in np.flatnonzero(~known.all(axis=0)):
+        if known[:, k].sum() >= 2 and np.isfinite(tail(losses[:, k])).any():
+            found[k] = _continued(x[known[:, k]], y[known[:, k], k : k + 1], budget)[0]
+    return found
+
+
+def _continued(x: np.ndarray, y: np.ndarray, budget: float) -> np.ndarray:
+    """The falling lines through log losses y (T, K) over log FLOPs x (T,), read off at the budget; nats, shape (K,)."""
     centred = x - x.mean()
     slope = np.minimum(centred @ y / (centred @ centred), 0.0)
     return np.asarray(np.exp(y.mean(axis=0) + slope * (np.log(budget) - x.mean())))
@@ -71,7 +84,7 @@ class FittedReach:
     """l*_C over all masks of sources, from a few: `log l*` linear in mixture ratios, their pairs and log size.
 
     A fit on ratios alone misleads, since the amount of data matters as much as the mixture; and the loss of a
-    union is no combination of its parts' (two easy problems make a hard one), hence the pairs.
+    union is no combination of its parts' (two easy problems make a hard one), hence the pairs (`cads.design.pairs`).
 
     Args:
         weights: what was trained on, as in `effective_size`, shape (K, S).
@@ -92,8 +105,9 @@ class FittedReach:
         y = np.log(np.maximum(reached[sound], FLOOR))
         self._x_mean, self._y_mean = x.mean(axis=0), y.mean()
         x = x - self._x_mean
-        gram = x.T @ x + ridge * len(x) * np.eye(x.shape[1])
-        self._coefficients = np.linalg.solve(gram, x.T @ (y - self._y_mean))
+        # In the dual form there are as many unknowns as runs, which are fewer than pairs where sources are many.
+        gram = x @ x.T + ridge * len(x) * np.eye(len(x))
+        self._coefficients = x.T @ np.linalg.solve(gram, y - self._y_mean)
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         """l*_C of each row of `weights`, shape (M, S): nats, shape (M,)."""
@@ -102,6 +116,5 @@ class FittedReach:
     def _features(self, weights: np.ndarray) -> np.ndarray:
         amount = np.asarray(weights, dtype=np.float64) * self._sizes
         ratios = amount / amount.sum(axis=1, keepdims=True)
-        i, j = np.triu_indices(len(self._sizes), k=1)
         size = np.log(effective_size(weights, self._sizes))[:, None]
-        return np.hstack([ratios, ratios[:, i] * ratios[:, j], size])
+        return np.hstack([ratios, pairs(ratios), size])

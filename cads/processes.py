@@ -283,7 +283,7 @@ def current() -> Processes:
 def everyone() -> Processes:
     """All processes that were launched, whether or not this one works by itself at the moment."""
     size = max((int(os.environ[name]) for name in SIZE_VARIABLES if os.environ.get(name, "").isdigit()), default=1)
-    if size == 1 and "MASTER_ADDR" in os.environ and str_true("ACCELERATE_USE_CPU"):
+    if size == 1 and "MASTER_ADDR" in os.environ and is_set("ACCELERATE_USE_CPU"):
         log.warning(
             "`accelerate launch --cpu` has started one process, whatever --num_processes says: for several on CPUs "
             "leave out --cpu and use `accelerate launch --multi_gpu --num_processes N -m cads ...`"
@@ -292,9 +292,9 @@ def everyone() -> Processes:
         return ALONE
     seconds = _timeout()
     for name, kind in SHARDED.items():
-        if str_true(name):
+        if is_set(name):
             raise ConfigError(f"{kind} is not supported: launch without it; sharding = 'full' divides a model")
-    cpu = str_true("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    cpu = is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     try:
         state = PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
     except (RuntimeError, ValueError) as error:
@@ -322,7 +322,7 @@ def digest(value: Any) -> int:
     return int(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:15], 16)
 
 
-def str_true(name: str) -> bool:
+def is_set(name: str) -> bool:
     """Whether an environment variable says yes."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
 

@@ -27,11 +27,11 @@ from cads.score_files import COLUMNS
 from cads.scorers import scorer_of
 from cads.selection import Selection, check_folder
 from cads.task import Pool, Task
-from cads.untrusted import JSON_LIMIT, read_scores
+from cads.untrusted import check_fields, read_header, read_scores
 
 SCHEMA_VERSION = 1
 FILES = ("ranking.json", "scores.parquet")
-HEADER: dict[str, type] = {
+HEADER: dict[str, type | tuple[type, ...]] = {
     "method": str,
     "config": dict,
     "seed": int,
@@ -112,21 +112,12 @@ class Ranking:
         """
         folder = Path(folder)
         header_file, scores_file = (folder / name for name in FILES)
-        for file in (header_file, scores_file):
-            if not file.is_file():
-                raise SelectionError(f"{file} does not exist: give the folder of a ranking")
-            if file.is_symlink():
-                raise SelectionError(f"{file} is a symbolic link: a ranking has its own files")
-        if header_file.stat().st_size > JSON_LIMIT:
-            raise SelectionError(f"{header_file} has {header_file.stat().st_size} bytes: this is no ranking")
+        header = read_header(header_file, scores_file, SCHEMA_VERSION, "ranking")
         try:
-            header = json.loads(header_file.read_text())
             table = read_scores(scores_file, COLUMNS)
-            if header["schema_version"] != SCHEMA_VERSION:
-                raise SelectionError(f"schema version {header['schema_version']}, expected {SCHEMA_VERSION}")
-            wrong = [name for name, kind in HEADER.items() if not isinstance(header[name], kind)]
-            if wrong or table["id"].null_count or table["score"].null_count:
-                raise SelectionError(f"fields of another type, {wrong}, or missing scores")
+            check_fields(header, HEADER)
+            if table["id"].null_count or table["score"].null_count:
+                raise SelectionError("missing ids or scores")
             if not distinct(table["id"]):
                 raise SelectionError("ids that are not unique")
             return cls(
@@ -179,7 +170,8 @@ class Ranker(ABC):
     ) -> Ranking:
         """The ranking in `folder` if it was made from the same things, or else a new one that is left there.
 
-        The ledger is charged what the ranking costs, whenever it was paid.
+        For scripts that cut one ranking to many budgets; studies keep theirs in their tables. The ledger is charged
+        what the ranking costs, whenever it was paid.
 
         Raises:
             SelectionError: if `folder` holds something that is no ranking.

@@ -8,6 +8,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cads.errors import ConfigError
 
+ONE_BY_ONE = {
+    ("non_finite", "skip"): "batched ones share each update",
+    ("precision", "fp16"): "batched ones share the scale of the loss",
+    ("sharding", "full"): "sharded ones train one by one",
+}
+"""Settings with which replicas cannot be batched, and why."""
+
 
 @dataclass
 class TrainConfig:
@@ -37,7 +44,7 @@ class TrainConfig:
     workers: int = 0
     """Processes that load data."""
     replicas: Literal["auto", "batched", "loop"] = "auto"
-    """How the inner runs of a selector train: as one batched model where it is dense, or one by one."""
+    """How the inner runs of a selector train: as one batched model where it is dense, or one by one, as with fp16."""
     sharding: Literal["none", "full"] = "none"
     """Whether several processes divide parameters, gradients and optimizer state of a model while it trains, for models
     whose training does not fit into one; inner runs then train one after another. When it is trained each holds it
@@ -60,16 +67,19 @@ class TrainConfig:
             raise ConfigError(f"clip_norm = {self.clip_norm}: it must be positive, or null for no clipping")
         if self.accumulate > self.batch_size:
             raise ConfigError(f"accumulate = {self.accumulate} splits a batch of only {self.batch_size} examples")
-        if self.non_finite == "skip" and self.replicas == "batched":
-            raise ConfigError("non_finite = 'skip' needs replicas = 'auto' or 'loop': batched ones share each update")
-        if self.sharding == "full" and self.replicas == "batched":
-            raise ConfigError("sharding = 'full' needs replicas = 'auto' or 'loop': sharded ones train one by one")
+        for (name, value), why in ONE_BY_ONE.items():
+            if self.replicas == "batched" and getattr(self, name) == value:
+                raise ConfigError(f"{name} = {value!r} needs replicas = 'auto' or 'loop': {why}")
         if self.sharding == "full" and self.precision == "fp16":
             raise ConfigError("sharding = 'full' needs precision = 'no' or 'bf16': fp16 scales the loss")
 
     def decisive(self) -> dict[str, Any]:
-        """The fields on which a result depends by more than rounding, as JSON values."""
-        return {name: value for name, value in asdict(self).items() if name != "sharding"}
+        """The fields on which a result depends by more than rounding, as JSON values.
+
+        Results are known by a hash of them. `workers`, on which nothing depends, is among them with its default.
+        """
+        fields = {**asdict(self), "workers": TrainConfig.workers}
+        return {name: value for name, value in fields.items() if name != "sharding"}
 
     def rate(self, progress: float) -> float:
         """The learning rate when `progress` (0 to 1) of the budget is spent."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cads.checkpoint import CheckpointConfig, Checkpoints
-from cads.records import Record, records_of, state_of
+from cads.records import Record, records_of, seconds_of, state_of
 
 FINISHED, UNDERWAY = "finished", "underway"
 """The kinds of checkpoints."""
@@ -30,7 +30,8 @@ class RecordStore:
         self._pending: dict[int, Record] = {}
         self._underway: dict[int, Record] = {}
         self._steps = 0
-        self._written = time.monotonic()
+        self._written = self._began = time.monotonic()
+        self._before = 0.0
 
     def read(self) -> bool:
         """Take in what an earlier process has written; whether there was anything.
@@ -40,9 +41,11 @@ class RecordStore:
         """
         self.checkpoints.sweep()
         for path, values, tensors in self.checkpoints.read(FINISHED):
+            self._before = max(self._before, seconds_of(path, values))
             for index, record in records_of(path, values, tensors):
                 self._finished.setdefault(index, record)
         for path, values, tensors in self.checkpoints.read(UNDERWAY):
+            self._before = max(self._before, seconds_of(path, values))
             self._underway = dict(records_of(path, values, tensors))
             break
         return bool(self._finished) or bool(self._underway)
@@ -67,6 +70,11 @@ class RecordStore:
         self._steps += steps
 
     @property
+    def seconds(self) -> float:
+        """Seconds of work on the run: here, and in processes before this one up to what they wrote last."""
+        return self._before + time.monotonic() - self._began
+
+    @property
     def due(self) -> bool:
         """Whether it is time to write."""
         seconds, steps = self._config.every_seconds, self._config.every_steps
@@ -74,20 +82,35 @@ class RecordStore:
         return late or (steps is not None and self._steps >= steps)
 
     def flush(self) -> bool:
-        """Write the finished operations that are not yet written; returns whether all are."""
-        self._steps, self._written = 0, time.monotonic()
-        if not self._pending:
-            return True
-        if self.checkpoints.write(FINISHED, state_of(self._pending)) is None:
+        """Write the finished operations that are not yet written; returns whether all are.
+
+        Several operations may have been under way in processes of which there are fewer now: those that nobody has
+        gone on with are written anew, without those that have finished.
+        """
+        some = bool(self._pending)
+        if not self._write_finished():
             return False
-        self._pending.clear()
-        self.checkpoints.prune(UNDERWAY, keep=0)
+        if some and not self._underway:
+            self.checkpoints.prune(UNDERWAY, keep=0)
+        elif some and self._write_underway(self._underway):
+            self.checkpoints.prune(UNDERWAY, keep=1)
         return True
 
     def save(self, records: Mapping[int, Record]) -> bool:
         """Write operations under way, after all that was finished before them; returns whether all is written."""
-        whole = self.flush()
-        if self.checkpoints.write(UNDERWAY, state_of({**self._underway, **records})) is None:
+        whole = self._write_finished()
+        if not self._write_underway({**self._underway, **records}):
             return False
         self.checkpoints.prune(UNDERWAY)
         return whole
+
+    def _write_finished(self) -> bool:
+        self._steps, self._written = 0, time.monotonic()
+        if self._pending:
+            if self.checkpoints.write(FINISHED, state_of(self._pending, self.seconds)) is None:
+                return False
+            self._pending.clear()
+        return True
+
+    def _write_underway(self, records: Mapping[int, Record]) -> bool:
+        return self.checkpoints.write(UNDERWAY, state_of(records, self.seconds)) is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -63,15 +63,19 @@ def restore(ledger: Ledger, charges: Charges) -> None:
         entry.seconds += charge["seconds"]
 
 
-def state_of(records: Mapping[int, Record]) -> State:
-    """Records as one checkpoint: their values in a list, their tensors under the number of each."""
+def state_of(records: Mapping[int, Record], seconds: float) -> State:
+    """Records as one checkpoint: their values in a list, their tensors under the number of each.
+
+    Args:
+        seconds: of work on the run so far.
+    """
     values, tensors = [], {}
     for index, record in records.items():
         about = {"index": index, "name": record.name, "key": record.key}
         values.append({**about, "values": record.values, "charges": record.charges})
         loaded = record.state().tensors
         tensors.update({f"{index}/{name}": x for name, x in loaded.items()})
-    return State({"operations": values}, tensors)
+    return State({"operations": values, "seconds": seconds}, tensors)
 
 
 def records_of(path: Path, values: dict[str, Any], tensors: StoredTensors) -> Iterator[tuple[int, Record]]:
@@ -90,10 +94,26 @@ def records_of(path: Path, values: dict[str, Any], tensors: StoredTensors) -> It
         raise CheckpointError(f"checkpoint {path} does not hold a journal: {type(error).__name__}: {error}") from error
 
 
+def seconds_of(path: Path, values: dict[str, Any]) -> float:
+    """The seconds that `state_of` was given; 0 where none are told.
+
+    Raises:
+        CheckpointError: if they are no number of seconds.
+    """
+    seconds = values.get("seconds", 0.0)
+    if not _is_amount(seconds):
+        raise CheckpointError(f"checkpoint {path} does not hold a journal: seconds = {seconds!r}")
+    return float(seconds)
+
+
 def _checked(charge: dict[str, Any]) -> dict[str, Any]:
     """A charge, if all its parts are there and are numbers that a ledger can hold."""
     amounts = [charge[f.name] for f in fields(Entry)]
-    sound = all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < math.inf for x in amounts)
-    if not (sound and isinstance(charge["phase"], str) and isinstance(charge["stage"], str)):
+    if not (all(map(_is_amount, amounts)) and isinstance(charge["phase"], str) and isinstance(charge["stage"], str)):
         raise ValueError(f"charge {charge!r}")
     return charge
+
+
+def _is_amount(x: Any) -> bool:
+    """Whether it is a number that a sum of floats can take in."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= sys.float_info.max

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
@@ -70,9 +70,16 @@ def build_selector(name: str, options: Mapping[str, Any] | None = None) -> Selec
     """The selector called `name` with `options`.
 
     Raises:
-        ConfigError: if the name or an option is unknown, an option is missing, or its value is refused.
+        ConfigError: if the name or an option is unknown, an option is missing, its value is refused, or what is
+            installed is no dataclass.
     """
-    found: Any = selector_class(name)
+    installed = selector_class(name)
+    if not (isinstance(installed, type) and is_dataclass(installed)):
+        raise ConfigError(
+            f"method {name!r} is installed as {installed!r}, which is no dataclass: its package must name one, and its "
+            "fields are the options"
+        )
+    found: Any = installed
     known = {f.name for f in fields(found)}
     if not isinstance(options, Mapping | None):
         raise ConfigError(f"options {options!r} of method {name!r} must map names to values")

@@ -131,7 +131,7 @@ class Stacked(Learner):
     def clip(self, largest: float | None) -> np.ndarray:
         """Clip each replica by its own norm, as `torch.nn.utils.clip_grad_norm_` would."""
         gradients = [p.grad for p in self.stacked if p.grad is not None]
-        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+        norms = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in gradients]).norm(dim=0)
         if largest is not None:
             scale = (largest / (norms + 1e-6)).clamp(max=1.0)
             for g in gradients:

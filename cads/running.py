@@ -24,6 +24,25 @@ log = logging.getLogger(__name__)
 RECORD_VERSION = 1
 
 
+@contextmanager
+def going_on(
+    what: str,
+    folder: Path,
+    identity: Mapping[str, Any],
+    config: CheckpointConfig | None = None,
+    interrupts: Interrupts | None = None,
+) -> Iterator[Journal]:
+    """A journal that is open in the block; if there is something to go on from, it is said of `what`.
+
+    Args, raises: as `Journal`.
+    """
+    journal = Journal(folder, identity, config, interrupts)
+    if journal.resumed and current().first:
+        log.warning("%s: going on from the checkpoints in %s", what, folder)
+    with journal.open():
+        yield journal
+
+
 class Run:
     """One command at work in its folder; the same command goes on from where the one before it came to.
 
@@ -60,7 +79,7 @@ class Run:
         self._overwrite = overwrite
         self._record = self.folder / f"{command}.json"
         self._checkpoints = self.folder / "checkpoints" / command
-        self._interrupts = Interrupts()
+        self._interrupts = Interrupts(overwriting=overwrite)
         self._world = current()
         self._stack = ExitStack()
 
@@ -111,10 +130,7 @@ class Run:
     @contextmanager
     def journal(self) -> Iterator[Journal]:
         """What is done in the block is written down, and what was done before is not done again."""
-        journal = Journal(self._checkpoints, self._identity, self._config, self._interrupts)
-        if journal.resumed and self._world.first:
-            log.warning("%s: going on from the checkpoints in %s", self.command, self._checkpoints)
-        with journal.open():
+        with going_on(self.command, self._checkpoints, self._identity, self._config, self._interrupts) as journal:
             yield journal
 
     def finish(self) -> None:

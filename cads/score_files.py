@@ -135,7 +135,8 @@ def stream_scores(
 ) -> None:
     """Score all of `pool` into the file at `path`, shard by shard: `score_pool` in memory bounded by a shard.
 
-    Several processes score together, and the first writes.
+    For pools whose scores do not fit in memory: `cads.topk.best_of_files` selects from what is written. Several
+    processes score together, and the first writes.
 
     Args:
         score, price, ledger, stage, device, tokens: as for `score_pool`.

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import torch
 from torch import nn
 
-from cads.budget import SELECT, Ledger, PlannedLedger
+from cads.budget import ROUNDING, SELECT, Ledger, PlannedLedger
 from cads.draws import Draws, Epochs
 from cads.errors import ConfigError, DataError
 from cads.monitor import Monitor
@@ -16,9 +16,6 @@ from cads.scoring import by_id
 from cads.seeds import derive
 from cads.task import Pool, Task
 from cads.trainer import Trainer
-
-ROUNDING = 1 + 1e-9
-"""What floating-point sums may add to a number of steps, which would cost the last one."""
 
 
 def scorer_of(task: Task) -> Task:

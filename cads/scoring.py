@@ -143,6 +143,16 @@ def planned_flops(price: BatchPrice, pool: Pool, *, tokens: int = SCORED_TOKENS)
     return sum(price(pool.batch(rows)) for rows in seen) * len(batches) / count
 
 
+def reading_flops(price: BatchPrice, pool: Pool, positions: np.ndarray) -> float:
+    """What `score_pool` will charge for the examples at `positions`, padding included."""
+    if lengths(pool) is None:
+        representatives, _ = pool.examples.shapes()
+        if len(representatives) == 1:
+            # One price for all: nothing has to be read.
+            return price(pool.batch(representatives)) * len(positions)
+    return sum(price(pool.batch(rows)) for rows in scoring_batches(pool, positions=positions))
+
+
 def score_pool(
     pool: Pool,
     score: Score,

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 ALLOWANCE = 2.75
 """Selection FLOPs in units of the training budget, if the budget need not cover selection."""
 NOTHING = "the allowance buys no scores, or no short runs: the full pool is returned"
+ONE_SOURCE = "the pool has one source, and nothing can be chosen among sources: the full pool is returned"
 
 
 @dataclass
@@ -79,6 +80,8 @@ class Search(ABC):
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `cads.optimizer.Selector`."""
         scorer, division = self.setting(task, budget)
+        if self.whole_sources and has_one_source(task.pool):
+            return PlannedLedger(division.selection, ONE_SOURCE)
         purse = Planned(scorer, division.selection, held_out=self.held_out)
         return purse.ledger if self.spend(purse, division.training) else PlannedLedger(division.selection, NOTHING)
 
@@ -111,6 +114,11 @@ class Search(ABC):
         """Find something to train on with the ledger of `inner`, for a final training of `training` FLOPs."""
 
 
+def has_one_source(pool: Pool) -> bool:
+    """Whether all examples come from the same source: then there is no choice of sources."""
+    return pool.sources is not None and len(pool.source_names) == 1
+
+
 def _in_order(chosen: Selection, pool: Pool) -> Selection:
     """The same Selection in the order of `pool`: that of a proxy may be another one."""
     place = pc.index_in(pool.ids, value_set=chosen.ids).to_numpy()
@@ -124,15 +132,18 @@ def _in_order(chosen: Selection, pool: Pool) -> Selection:
     )
 
 
-def check_reference(objective: float, stage: str) -> None:
+def check_reference(objective: float, stage: str, data: str = "the full pool") -> None:
     """Refuse to go on where the run on the full pool, which all others are measured against, has no finite objective.
+
+    Args:
+        data: what the run was on, where it was something else.
 
     Raises:
         DataError: naming the stage.
     """
     if not math.isfinite(objective):
         raise DataError(
-            f"{stage}: the run on the full pool met a loss that is not finite, and nothing can be compared with it: "
+            f"{stage}: the run on {data} met a loss that is not finite, and nothing can be compared with it: "
             "lower the learning rate, or look at the pool"
         )
 

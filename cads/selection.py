@@ -27,7 +27,7 @@ from cads.folders import whole_folder
 from cads.order import distinct, rank_by_score
 from cads.start import START_FILES, read_start, write_start
 from cads.task import Pool
-from cads.untrusted import JSON_LIMIT, read_scores
+from cads.untrusted import check_fields, read_header, read_scores
 
 SCHEMA_VERSION = 1
 FILES = ("selection.json", "scores.parquet", "timings.json", *START_FILES)
@@ -322,19 +322,9 @@ class Selection:
         folder = Path(folder)
         if (folder / "selection" / "selection.json").exists():
             folder = folder / "selection"
-        header_file, scores_file = folder / "selection.json", folder / "scores.parquet"
-        for file in (header_file, scores_file):
-            if not file.is_file():
-                raise SelectionError(f"{file} does not exist: give the folder that `cads select` wrote")
-            if file.is_symlink():
-                raise SelectionError(f"{file} is a symbolic link: a selection has its own files")
-        if header_file.stat().st_size > JSON_LIMIT:
-            raise SelectionError(f"{header_file} has {header_file.stat().st_size} bytes: this is no selection")
+        scores_file = folder / "scores.parquet"
+        header = read_header(folder / "selection.json", scores_file, SCHEMA_VERSION, "selection")
         try:
-            header = json.loads(header_file.read_text())
-            found = header.get("schema_version") if isinstance(header, dict) else None
-            if found != SCHEMA_VERSION:
-                raise SelectionError(f"{header_file} has schema version {found}; this library reads {SCHEMA_VERSION}")
             table = read_scores(scores_file, COLUMNS)
             digest = header.pop("start", None)
             start = None if digest is None else read_start(folder, digest)
@@ -347,9 +337,7 @@ class Selection:
 
     @classmethod
     def _build(cls, header: dict[str, Any], table: pa.Table, start: State | None) -> Selection:
-        for name, kind in HEADER.items():
-            if not isinstance(header[name], kind) or (kind is not bool and isinstance(header[name], bool)):
-                raise SelectionError(f"{name} = {header[name]!r} has the wrong type")
+        check_fields(header, HEADER)
         missing = [n for n in ("id", "score", "probability", "selected") if table[n].null_count]
         if missing:
             raise SelectionError(f"the columns {missing} of the scores have missing values")

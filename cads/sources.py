@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from torch import nn
 
 from cads.budget import Budget, Ledger
 from cads.control import Control
@@ -22,6 +23,7 @@ from cads.operations import design_flops, source_policy_flops
 from cads.optimizer import Rung, distinct, subsample
 from cads.penalty import FittedReach, extrapolate, mean_over_sources
 from cads.policy import BernoulliPolicy, MixturePolicy, Policy
+from cads.scoring import reading_flops
 from cads.search import NOTHING, check_reference, verdict
 from cads.seeds import derive
 from cads.selection import Selection
@@ -42,12 +44,14 @@ SAMPLED = 2048
 """Draws for that sample, and for candidates of the next rung."""
 LARGEST_RATIO = 5.0
 """Importance ratios above it are cut off, when a policy has moved away from where its masks were drawn."""
+WEIGHT_DIGITS = 12
+"""Digits in which weights of examples must differ for training to draw by them."""
 
 
 @dataclass
 class Trials:
     """All short runs so far: draws (n, S), objective relative to the full pool's at the same fidelity (n,),
-    fidelity (n,), and training loss reached relative to the full pool's (n,)."""
+    fidelity (n,), and training loss reached, nats (n,)."""
 
     draws: np.ndarray
     gains: np.ndarray
@@ -80,9 +84,9 @@ class Trials:
 class CadsSources(OneRunSearch):
     """CADS-S, corrected estimator: a policy over sources, learned on a ladder of short runs.
 
-    Each rung trains a few draws of the policy, and always the full pool, on a share of each source (passes
-    kept), measures the outer objective relative to the full pool, refits the control variate, and moves the
-    policy along the corrected gradient. The best of the last rung is returned, if it beats the full pool.
+    Each rung trains a few draws of the policy, and always the full pool, on a share of each source, measures the
+    outer objective relative to the full pool, refits the control variate, and moves the policy along the corrected
+    gradient. The best of the last rung is returned, if it beats the full pool.
     """
 
     policy: Literal["bernoulli", "mixture"] = "bernoulli"
@@ -104,7 +108,7 @@ class CadsSources(OneRunSearch):
         space = self._space(purse.task)
         if flops := theta_flops(purse, space, training):
             purse.fit_target(flops, stage="theta")
-            purse.losses(sum(len(p) for p in probes(space)), stage="R")
+            purse.losses(sum(len(p) for p in probes(space)), stage="R", flops=probing_flops(purse, space))
         done = 0
         for rung in affordable(purse, space, training):
             runs = rung.runs if space.count is None else min(rung.runs, space.count)
@@ -240,11 +244,23 @@ def probes(space: Space) -> list[np.ndarray]:
     return [np.flatnonzero(space.pool.sources == source)[:PROBE_EXAMPLES] for source in range(len(space.sizes))]
 
 
+def probing_flops(purse: Purse, space: Space) -> float:
+    """What `mean_losses` will charge: where lengths differ, not what a mean example costs."""
+    pool, forward = purse.task.pool, purse.task.costs.forward
+    return sum(reading_flops(forward, pool, there) for there in probes(space))
+
+
+def mean_losses(inner: Inner, space: Space, theta: nn.Module) -> np.ndarray:
+    """The mean loss of theta in each source, of which R is made, nats, shape (S,)."""
+    return np.array([inner.losses(theta, there, stage="R").mean() for there in probes(space)])
+
+
 def theta_flops(purse: Purse, space: Space, training: float) -> float:
     """What theta is trained for; 0 if it and its losses would take too much of what the ledger has left."""
     flops = purse.target_flops(THETA_SHARE, THETA_PASSES, training)
-    probing = purse.scoring_flops(sum(len(p) for p in probes(space)))
-    return 0.0 if flops < purse.step_flops or flops + probing > MOST_FOR_THETA * purse.ledger.left else flops
+    probing = probing_flops(purse, space)
+    too_dear = flops + probing > MOST_FOR_THETA * purse.ledger.left
+    return 0.0 if flops < purse.target_step_flops or too_dear else flops
 
 
 def update_flops(space: Space, runs: int) -> float:
@@ -270,11 +286,13 @@ def source_risks(inner: Inner, space: Space, training: float, seed: int) -> np.n
     if not flops:
         return np.zeros(len(space.sizes))
     theta = inner.fit_target(flops, seed=derive(seed, "theta"), stage="theta")
-    return np.array([inner.losses(theta, p, stage="R").mean() for p in probes(space)])
+    return mean_losses(inner, space, theta)
 
 
 def run_rung(inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: int, height: int) -> Runs:
-    """Train each draw on the rung's share of the pool, all from the same weights and in the same order.
+    """Train each draw on the rung's share of the pool, all from the same weights and with the same dropout.
+
+    What two draws have in common comes in another order in each: orders are drawn over all that a draw selects.
 
     Raises:
         DataError: if the run on the full pool, which all others are measured against, has no finite objective.
@@ -293,12 +311,14 @@ def source_selection(task: Task, space: Space, draw: np.ndarray, policy: Policy,
     assert pool.sources is not None
     marginals = source_marginals(policy)
     weights = space.weights(draw[None])[0]
+    # Equal weights may differ in their last bits where they are quotients of ratios and sizes.
+    relative = np.round(weights / weights.max(), WEIGHT_DIGITS)
     return Selection.of(
         pool,
-        selected=(weights > 0)[pool.sources],
+        selected=(relative > 0)[pool.sources],
         score=marginals[pool.sources],
         probability=(weights / weights.max())[pool.sources],
-        weighted=not np.isin(weights, (0, weights.max())).all(),
+        weighted=not np.isin(relative, (0, 1)).all(),
         source_probability=dict(zip(pool.source_names, marginals.tolist(), strict=True)),
         **about,
     )

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from cads.control import Function
+from cads.design import n_columns, pairs
 from cads.draws import Epochs, Stream, Weighted
 from cads.penalty import effective_size
 from cads.policy import BernoulliPolicy, MixturePolicy, Policy
@@ -65,15 +66,13 @@ class Space(ABC):
     @property
     def n_features(self) -> int:
         """P."""
-        n = len(self.sizes)
-        return n + n * (n - 1) // 2 + 1
+        return n_columns(len(self.sizes))
 
     def features(self, draws: np.ndarray) -> np.ndarray:
-        """phi for the regression: each source, each pair, and the log of the effective size; (K, P)."""
+        """phi for the regression: each source, `cads.design.pairs`, and the log of the effective size; (K, P)."""
         x = np.asarray(draws, dtype=np.float64)
-        i, j = np.triu_indices(x.shape[1], k=1)
         size = np.log(effective_size(self.weights(draws), self.sizes))[:, None]
-        return np.hstack([x, x[:, i] * x[:, j], size])
+        return np.hstack([x, pairs(x), size])
 
 
 class Masks(Space):

@@ -9,12 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cads.budget import ROUNDING
 from cads.errors import ConfigError, DataError
 from cads.order import best_first, distinct
 from cads.score_files import read_groups
-
-ROUNDING = 1 + 1e-9
-"""What floating-point sums may add to costs that fit exactly."""
 
 
 class Best:

@@ -17,7 +17,7 @@ from torch import nn
 from cads.accumulation import accumulate, mixes_examples
 from cads.budget import Ledger
 from cads.checkpoint import State
-from cads.course import EXAMPLE_LOSSES, Course
+from cads.course import EXAMPLE_LOSSES, WHOLE, Course, Leg
 from cads.draws import Draws
 from cads.errors import BudgetError, ConfigError, NonFiniteError
 from cads.fit import Fit, side_by_side
@@ -32,32 +32,7 @@ from cads.spread import spread_one_by_one, spread_stack
 from cads.task import Batch, Task
 
 MOST_SKIPPED = 20
-"""Batches in a row that are skipped before a run is given up: then it is not the batch that is wrong."""
-
-
-@dataclass(frozen=True)
-class Leg:
-    """One part of a training run that is done in parts.
-
-    Attributes:
-        start: where the part before it ended; None at the beginning.
-        horizon: FLOPs of the whole run, which the learning rate follows; None if this part is the last.
-        keep: whether its `Fit` holds the state to go on from, and the loss of each example.
-    """
-
-    start: State | None = None
-    horizon: float | None = None
-    keep: bool = False
-
-    def about(self) -> list[Any]:
-        """What a journal has to know of it; nothing of a run in one part."""
-        if self == WHOLE:
-            return []
-        return [None if self.start is None else self.start.digest, self.horizon, self.keep]
-
-
-WHOLE = Leg()
-"""A run in one part."""
+"""Batches in a row that a run skips, or its scaler, before it is given up: then it is not the batch that is wrong."""
 
 
 class Trainer:
@@ -115,13 +90,15 @@ class Trainer:
     ) -> Fit:
         """Train K models, each on its own stream of `draws`, each for at most `flops`.
 
-        Dense models train as one batched model (`torch.func`), others one after another; both give the same
-        losses to 1e-5. A replica that diverges is marked, and does not disturb the others.
+        Dense models train as one batched model (`torch.func`), others one after another, and all where the loss is
+        scaled; both give the same losses to 1e-5. A replica that diverges is marked, and does not disturb the others.
         """
         flops = min(flops, self.ledger.left / len(models))
         way = self.task.recipe.replicas
         several = current().size > 1 and not self._shards
-        stackable = len(models) > 1 and can_stack(models[0]) and not self._skips and not self._shards
+        alike = len(models) > 1 and can_stack(models[0])
+        # One scaler skips the update of all replicas where one of them overflows.
+        stackable = alike and self.accelerator.scaler is None and not self._skips and not self._shards
         if way == "batched" or (way == "auto" and stackable):
             run = self.prepare(Stacked(self.task, models), draws, flops, seed, phase, stage)
             return spread_stack(self, models, run) if several else self._run(run)
@@ -237,19 +214,7 @@ class Trainer:
                     cost = self._cost(pieces) / course.replicas + self.task.costs.optimizer_step
                     if course.total + cost > run.flops:
                         break
-                    check_answers(run.draws, pieces, course.steps)
-                    self._seed(derive(run.seed, course.steps, *own))
-                    rate = recipe.rate((course.total + cost / 2) / run.horizon)
-                    _set_rate(optimizer, rate)
-                    course.pay(cost, pieces)
-                    course.remember_buffers()
-                    loss = self._backward(run, prepared, pieces)
-                    if course.scaler is not None:
-                        course.scaler.unscale_(plain)
-                    norm = course.learner.clip(recipe.clip_norm)
-                    if self._judge(run, pieces, loss, norm, rate):
-                        optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                    rate = self._step(run, prepared, optimizer, plain, pieces, cost, own)
                     if course.failure is not None:
                         break
                     advance(course.total, course.mean_loss(-1), rate)
@@ -269,25 +234,64 @@ class Trainer:
         last = plain if run.leg.keep or course.failure is not None else None
         return course.state(last, everywhere=run.leg.keep)
 
+    def _step(
+        self,
+        run: TrainingRun,
+        learner: Learner,
+        optimizer: Any,
+        plain: torch.optim.Optimizer,
+        pieces: list[Batch],
+        cost: float,
+        own: tuple[Any, ...],
+    ) -> float:
+        """Take one step: pay, backward, judge, update.
+
+        Args:
+            learner, optimizer: as they were prepared; `plain` is the optimizer within.
+            pieces: its batch. cost: of it, FLOPs a replica. own: what sets the dropout of this process apart.
+
+        Returns:
+            the learning rate.
+        """
+        course, recipe = run.course, self.task.recipe
+        check_answers(run.draws, pieces, course.steps)
+        self._seed(derive(run.seed, course.steps, *own))
+        rate = recipe.rate((course.total + cost / 2) / run.horizon)
+        _set_rate(optimizer, rate)
+        course.pay(cost, pieces)
+        course.remember_buffers()
+        loss = self._backward(run, learner, pieces)
+        if course.scaler is not None:
+            course.scaler.unscale_(plain)
+        norm = course.learner.clip(recipe.clip_norm)
+        if self._judge(run, pieces, loss, norm, rate):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return rate
+
     def _judge(self, run: TrainingRun, pieces: list[Batch], loss: np.ndarray, norm: np.ndarray, rate: float) -> bool:
         """Note the losses of a step (nats, shape (K,)) in its course; returns whether to update the weights."""
         course = run.course
-        # A scaler expects gradients that overflow: it skips the step and lowers its scale.
-        bad = ~(np.isfinite(loss) & (np.isfinite(norm) | (course.scaler is not None)))
-        if not (bad.any() and isinstance(course.learner, Single)):
+        # A scaler expects gradients that overflow: it skips the step and lowers its scale, though not for ever.
+        forgiven = course.scaler is not None and course.overflows < MOST_SKIPPED
+        bad = ~(np.isfinite(loss) & (np.isfinite(norm) | forgiven))
+        lost = bad.any() and isinstance(course.learner, Single)
+        if not lost:
             course.diverged |= bad
             course.note(loss)
-            return True
-        course.put_buffers_back()
-        if not self._skips or course.skipped_in_a_row >= MOST_SKIPPED:
-            course.failure = _failure(run, pieces, loss, norm, rate)
-            return False
-        course.skipped += 1
-        course.note(np.full(1, np.nan))
-        self.monitor.scalar(f"{run.stage}/skipped_batches", course.skipped, course.steps)
+        else:
+            course.put_buffers_back()
+            if not self._skips or course.skipped_in_a_row >= MOST_SKIPPED:
+                course.fail(run.draws.ids(pieces), float(loss[0]), float(norm[0]), rate)
+            else:
+                course.skipped += 1
+                course.note(np.full(1, np.nan))
+                self.monitor.scalar(f"{run.stage}/skipped_batches", course.skipped, course.steps)
         if course.scaler is not None:
-            course.scaler.update()
-        return False
+            course.overflows = 0 if np.isfinite(norm).all() else course.overflows + 1
+            if lost:
+                course.scaler.update()
+        return not lost
 
     @property
     def _skips(self) -> bool:
@@ -351,19 +355,6 @@ class TrainingRun:
     def horizon(self) -> float:
         """FLOPs that the learning rate follows."""
         return self.flops if self.leg.horizon is None else self.leg.horizon
-
-
-def _failure(run: TrainingRun, pieces: list[Batch], loss: np.ndarray, norm: np.ndarray, rate: float) -> dict[str, Any]:
-    """What `NonFiniteError` has to say, as JSON values."""
-    ids, step, skipped = run.draws.ids(pieces), run.course.steps, run.course.skipped_in_a_row
-    return {
-        "message": f"loss {loss[0]:g} and gradient norm {norm[0]:g} at step {step} (learning rate {rate:.3g}, examples "
-        f"{ids[:5]}{'...' if len(ids) > 5 else ''}){f', after {skipped} batches skipped in a row' if skipped else ''}: "
-        "the weights were not updated; look at these examples, lower the learning rate or set clip_norm",
-        "step": step,
-        "ids": ids,
-        "learning_rate": rate,
-    }
 
 
 def _show(course: Course, recipe: TrainConfig, flops: float, advance: Advance) -> None:

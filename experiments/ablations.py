@@ -22,8 +22,9 @@ from rich.console import Console
 
 from cads.budget import Budget
 from cads.errors import CadsError, ConfigError
+from cads.study.summary import half_width
 from experiments.oracle import BUILT_IN, Contender, Oracle, run
-from experiments.oracle_report import LONG_FROM, Cell, Reference, Summary, interval, summary_of
+from experiments.oracle_report import LONG_FROM, Cell, Reference, Summary, summary_of
 from experiments.truth import write_whole
 from experiments.worlds import read_world
 
@@ -126,7 +127,7 @@ def difference(cells: Sequence[Cell], label: str) -> tuple[float, float]:
         if method == label:
             by_seed.setdefault(seed, []).append(value - regret[world, budget, seed, BASE.label])
     means = [float(np.mean(values)) for values in by_seed.values()]
-    return float(np.mean(means)), interval(means)
+    return float(np.mean(means)), half_width(means)
 
 
 def _points(mean: float, width: float, sign: str = "") -> str:

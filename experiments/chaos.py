@@ -46,6 +46,7 @@ GRID = {
     "seeds": 1,
     "task": {**TASK, "sources": SOURCES},
     "train": {"batch_size": 16},
+    "checkpoint": {"every_seconds": 0.05},
 }
 QUIET = ("--progress", "false", "--tensorboard", "false", "--checkpoint.every_seconds", "0.05")
 DAMAGES = ("cut", "flip", "remove")

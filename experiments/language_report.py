@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from cads.selection import Selection
 from cads.study.grid import Grid
 from cads.study.results import DONE, read_runs
-from cads.study.summary import CONFIDENCE, Point, answers, by_group, higher_is_better, points_of
+from cads.study.summary import Point, answers, by_group, half_width, points_of
 from cads.study.tables import intervals, markdown_table
 
 N_EXAMPLES = 10
@@ -48,7 +48,7 @@ def report(grid: Grid, title: str, command: str, about: Sequence[str], out: Path
         parts += ["## Multiple choice: the likeliest of four answers", markdown_table(points_of(runs, CHOICES))]
     sentences = [f"- {a.sentence}" for group in by_group(points).values() for a in answers(group)]
     parts += ["## What to use", "\n".join(sentences)]
-    better = "above" if higher_is_better(points[0].metric) else "below"
+    better = "above" if points[0].maximised else "below"
     said = f"Of test {points[0].metric}, paired over seeds: {better} 0 the method is better than the one it is against."
     parts += ["## Differences", said, differences(points), "## Learned probabilities", probabilities(runs)]
     return "\n\n".join([*parts, *examples(runs, out, texts)]) + "\n"
@@ -74,13 +74,8 @@ def _difference(a: Point, b: Point) -> str:
     pairs = np.array([left[s] - right[s] for s in sorted(set(left) & set(right))])
     if not len(pairs):
         return "- | -"
-    width = _half_width(pairs)
-    return f"{pairs.mean():+.4f} | {'-' if width is None else f'± {width:.4f}'}"
-
-
-def _half_width(values: np.ndarray) -> float | None:
-    n = len(values)
-    return None if n < 2 else float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    width = half_width(pairs)
+    return f"{pairs.mean():+.4f} | {'-' if math.isnan(width) else f'± {width:.4f}'}"
 
 
 def probabilities(runs: Sequence[Mapping[str, Any]]) -> str:

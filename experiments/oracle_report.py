@@ -11,11 +11,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from rich.table import Table
-from scipy import stats
+
+from cads.study.summary import CONFIDENCE, half_width
 
 mpl.use("Agg")
 
-CONFIDENCE = 0.95
 WORSE = 0.005
 """Accuracy below uniform from which a cell counts as worse than it."""
 LONG_FROM = 4
@@ -112,14 +112,6 @@ class Summary(Row):
     worse: list[str] = field(default_factory=list)
 
 
-def interval(values: Sequence[float]) -> float:
-    """Half width of the t-interval of the mean; NaN for fewer than two values."""
-    n = len(values)
-    if n < 2:
-        return float("nan")
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
-
-
 def rows_of(cells: Iterable[Cell]) -> list[Row]:
     """One row a method; `cells` are of one world and budget."""
     rows = []
@@ -167,7 +159,7 @@ def _by_seed(cells: Iterable[Cell], name: str) -> list[float]:
 
 
 def _mean_and_width(values: Sequence[float]) -> tuple[float, float]:
-    return float(np.mean(values)), interval(values)
+    return float(np.mean(values)), half_width(values)
 
 
 def _costs(cells: Sequence[Cell]) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 
 from cads.study.style import FAINT, INK, Look, looks
-from experiments.oracle_report import CONFIDENCE, interval
+from cads.study.summary import CONFIDENCE, half_width
 
 mpl.use("Agg")
 
@@ -82,7 +82,7 @@ def curve(points: Sequence[Point]) -> Curve:
         cost = float(np.mean([p.cost for p in here]))
         if not made or cost > made[-1].cost:
             seconds = float(np.mean([p.seconds for p in here]))
-            made.append(Mean(cost, seconds, float(np.mean(by_seed)), interval(by_seed)))
+            made.append(Mean(cost, seconds, float(np.mean(by_seed)), half_width(by_seed)))
     return made
 
 

@@ -24,7 +24,7 @@ from torch.func import functional_call, grad, grad_and_value
 
 from baselines.adam import FLOPS as ADAM_FLOPS
 from baselines.adam import Adam
-from baselines.source_search import SourceSearch
+from baselines.source_search import SourceSearch, kept
 from cads.budget import SELECT, Ledger
 from cads.counting import count_flops
 from cads.draws import Epochs
@@ -140,6 +140,7 @@ class Unrolled(SourceSearch):
     default_allowance: ClassVar[float] = 30.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.share <= 1:
             raise ConfigError(f"share = {self.share}: a share of the budget, above 0 and at most 1")
         if self.unroll < 1:
@@ -240,13 +241,6 @@ class Batches:
         """The batch of a step, and the source of each of its examples, int64, shape (B,)."""
         positions = self._stream.take(step * self._size, self._size)
         return self._pool.batch(positions), self._sources[torch.from_numpy(positions)]
-
-
-def kept(weights: np.ndarray) -> np.ndarray:
-    """The sources with a weight above 1/2, and at least the one with the largest: 0 or 1, shape (S,)."""
-    chosen = weights > 0.5
-    chosen[np.argmax(weights)] = True
-    return chosen.astype(np.float64)
 
 
 def unrolled_products(task: Task, steps: int) -> float:

@@ -30,7 +30,7 @@ from cads.feature_policy import (
     mirrored,
     penalty_direction,
 )
-from cads.features import ENTROPY, GROUP, LENGTH, LOSS, MARGIN, SOURCE, FreeFeatures, ReadFeatures
+from cads.features import ENTROPY, GROUP, LENGTH, LOSS, MARGIN, SOURCE, FreeFeatures, ReadFeatures, _Once
 from cads.inner import Inner, Planned, Runs
 from cads.monitor import Monitor
 from cads.optimizer import Rung
@@ -269,6 +269,28 @@ class TestFeatures:
         for kind in (read, None):
             assert not len(probabilities_of(policy, noisy, noisy.pool, np.arange(0), read=kind, ledger=Ledger()))
 
+    def test_a_model_called_by_name_is_called_once_too(self):
+        class Doubled(torch.nn.Module):
+            calls = 0
+
+            def forward(self, x, *, scale, mask=None):
+                self.calls += 1
+                return scale * x
+
+        model = Doubled()
+        once, x = _Once(model), torch.arange(4.0)
+        first = once(x, scale=2.0, mask={"a": [x]})
+        assert once(x.clone(), mask={"a": [x.clone()]}, scale=2.0) is first
+        for inputs, options in (
+            ((x,), {"scale": 3.0}),
+            ((x,), {"scale": 3.0, "mask": {"a": [x]}}),
+            ((x,), {"scale": 3.0, "mask": {"a": [x + 1]}}),
+            ((x.double(),), {"scale": 3.0, "mask": {"a": [x + 1]}}),
+        ):
+            before = model.calls
+            assert torch.equal(once(*inputs, **options), model(*inputs, **options))
+            assert model.calls == before + 2
+
     def test_losses_that_are_not_finite_are_named(self, noisy):
         model = noisy.model(0)
         with torch.no_grad():
@@ -404,6 +426,15 @@ class TestSearch:
         before, after = (choose(t, budget, allowance=0.5, guard=False)[0].table().sort_by("id") for t in (task, other))
         assert not all(before["selected"].to_pylist())
         assert before.equals(after)
+
+    @pytest.mark.parametrize("kinds", [["source"], ["length"], ["source", "length"]])
+    def test_features_that_do_not_apply_are_refused_before_compute(self, noisy, kinds):
+        ledger, selector = Ledger(), build_selector("cads-amortised", {"features": kinds})
+        with pytest.raises(ConfigError, match=r"features = \["):
+            selector.plan(without_sources(noisy), BUDGET)
+        with pytest.raises(ConfigError, match=r"features = \[.*add 'loss'"):
+            selector.select(without_sources(noisy), BUDGET, seed=0, ledger=ledger)
+        assert not ledger.entries
 
     def test_free_features_select_from_all_where_a_pass_is_too_dear(self, noisy):
         budget = Budget(7, "epochs", count_selection=True)

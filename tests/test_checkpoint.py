@@ -19,7 +19,8 @@ from cads.checkpoint import KEPT, MANIFEST, TENSORS, VALUES, CheckpointConfig, C
 from cads.errors import CheckpointError, ConfigError
 from cads.folders import remove_folder, whole_file, whole_folder
 from cads.journal import Journal, perform
-from cads.record_store import FINISHED, UNDERWAY
+from cads.record_store import FINISHED, UNDERWAY, RecordStore
+from cads.records import Record
 
 IDENTITY = {"settings": {"seed": 0, "train": {"batch_size": 8}}, "pool": "abc"}
 
@@ -286,6 +287,47 @@ def test_a_finished_operation_is_written_when_its_time_has_come(tmp_path):
     assert written(CheckpointConfig(every_seconds=1000), 5) == 0
     assert written(CheckpointConfig(every_seconds=0), 5) == 5
     assert written(CheckpointConfig(every_seconds=None, every_steps=2), 5) == 2
+
+
+def record(value):
+    return Record("doing", f"key {value}", {"value": value}, [], {"x": torch.full((3,), float(value))})
+
+
+def held(store, index):
+    found, finished = store.take(index)
+    return None if found is None else (found.values["value"], found.state().tensors["x"].tolist(), finished)
+
+
+def test_what_several_processes_had_under_way_outlives_those_that_go_on_with_less(tmp_path):
+    """Three operations at once, then one after another: those still to come are where they were."""
+    stored = RecordStore(tmp_path, IDENTITY, CheckpointConfig())
+    assert stored.save({0: record(10), 1: record(11), 2: record(12)})
+    for done in range(3):
+        store = RecordStore(tmp_path, IDENTITY, CheckpointConfig())
+        store.read()
+        for before in range(done):
+            assert held(store, before) == (20 + before, [20.0 + before] * 3, True)
+        assert held(store, done) == (10 + done, [10.0 + done] * 3, False)
+        store.keep(done, record(20 + done))
+        assert store.flush()
+    kinds = [path.name.partition("-")[2] for path in tmp_path.iterdir()]
+    assert sorted(kinds) == [FINISHED] * 3, "nothing is under way any more"
+
+
+def test_a_full_disk_keeps_what_was_under_way(tmp_path, monkeypatch):
+    RecordStore(tmp_path, IDENTITY, CheckpointConfig()).save({0: record(10), 1: record(11)})
+    store = RecordStore(tmp_path, IDENTITY, CheckpointConfig())
+    store.read()
+    store.take(0)
+    store.keep(0, record(20))
+    write = Checkpoints.write
+    monkeypatch.setattr(Checkpoints, "write", lambda self, kind, s: None if kind == UNDERWAY else write(self, kind, s))
+    assert store.flush()
+    monkeypatch.undo()
+    again = RecordStore(tmp_path, IDENTITY, CheckpointConfig())
+    again.read()
+    assert held(again, 0) == (20, [20.0] * 3, True)
+    assert held(again, 1) == (11, [11.0] * 3, False)
 
 
 def test_a_ledger_with_a_limit_is_restored(tmp_path):

@@ -275,9 +275,10 @@ class TestRun:
             run(tmp_path, metric="acuracy")
 
     def test_another_metric(self, tmp_path):
+        assert run(tmp_path, "usual", seeds=1, budgets=["2 epochs"], methods=["full"])[0]["maximised"] is True
         rows = run(tmp_path, seeds=1, budgets=["2 epochs"], methods=["full"], metric="loss")
         assert rows[0]["score"] == json.loads(rows[0]["metrics"])["loss"]
-        assert rows[0]["stderr"] is None
+        assert (rows[0]["maximised"], rows[0]["stderr"]) == (False, None)
 
     def test_methods_that_do_not_apply_are_said_once(self, tmp_path, capsys):
         console = Console(force_terminal=False, width=300)

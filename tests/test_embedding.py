@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from baselines.embedding import Embedding
-from baselines.spaces import FeatureSpace, SentenceSpace, backbone_network
+from baselines.spaces import FeatureSpace, SentenceSpace, backbone_network, load_encoder
 from cads.budget import SELECT, Budget, Ledger
 from cads.counting import count_flops
 from cads.errors import ConfigError, DataError
@@ -151,6 +151,16 @@ class TestSentences:
             model.encode(task.texts(part), normalize_embeddings=True, batch_size=1) for part in (task.pool, task.target)
         )
         assert ranking.score == pytest.approx((pool @ target.T).max(axis=1), abs=1e-5)
+
+    def test_weights_in_another_type_are_read_in_float32(self, minilm, tmp_path):
+        from sentence_transformers import SentenceTransformer
+
+        stored = SentenceTransformer(minilm).bfloat16()
+        stored.save(str(tmp_path))
+        loaded = load_encoder(str(tmp_path))
+        for mine, its in zip(loaded.parameters(), stored.parameters(), strict=True):
+            assert mine.dtype == torch.float32
+            assert torch.equal(mine, its.float())
 
     def test_what_it_executes_is_planned_and_charged(self, texts, minilm):
         task, ledger = texts(n=12), Ledger()

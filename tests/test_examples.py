@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tracemalloc
 
 import numpy as np
@@ -17,6 +18,7 @@ from cads.examples import (
     LEAST_STEPS,
     SHARPNESS,
     STEPS,
+    THETA_SHARE,
     CadsExamples,
     Signals,
     comparisons,
@@ -36,6 +38,26 @@ def purse(features):
         return Planned(task, allowance * training, held_out=True), training
 
     return build
+
+
+@pytest.mark.parametrize("dearer", [False, True])
+def test_theta_has_to_afford_a_step_on_the_target(texts, dearer):
+    """Whose examples may be longer than those of the pool, or shorter."""
+    task = copy.copy(texts(batch_size=4))
+    order = np.argsort(task.pool.examples.lengths(), kind="stable")
+    task.target = task.pool.part(order[-20:] if dearer else order[:20], "target")
+    rng, trained = np.random.default_rng(0), []
+    purse = Planned(task, 1.0, held_out=True)
+    for _ in range(50):
+        batch = purse.fitted.batch(rng.choice(len(purse.fitted), 4, replace=False))
+        assert task.costs.usage(batch) + task.costs.optimizer_step <= purse.target_step_flops * (1 + 1e-9)
+    assert (purse.target_step_flops > purse.step_flops) == dearer
+    for steps in np.linspace(0.1, 4, 60):
+        training = steps * purse.step_flops / THETA_SHARE
+        theta, _ = score_flops(Planned(task, 1e5 * purse.step_flops, held_out=True), training)
+        assert (theta > 0) == (steps * purse.step_flops >= purse.target_step_flops * (1 - 1e-12))
+        trained.append(theta > 0)
+    assert set(trained) == {False, True}
 
 
 @settings(deadline=None, max_examples=60)

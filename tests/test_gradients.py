@@ -67,6 +67,7 @@ def collected(gradients, batch):
         rows = found[name][start : start + len(g)]
         assert rows.isnan().all(), f"{name} was handed out twice"
         rows.copy_(g)
+        g.zero_()  # It is the receiver's to change.
 
     gradients.each(batch, receive)
     return torch.cat(list(found.values()), dim=1), pieces
@@ -244,6 +245,17 @@ class Around(nn.Module):
         return self.inner(x) @ self.inner.weight
 
 
+class Added(nn.Module):
+    """Two parameters that autograd gives one and the same gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(4, 6))
+
+    def forward(self, x):
+        return x * (self.one + self.other)
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -268,6 +280,7 @@ FALLING_BACK = {
     "two positions": (Crossed, FLOATS[:, :2]),
     "bare": (Bare, FLOATS),
     "around": (Around, FLOATS),
+    "added": (Added, FLOATS),
     "attention": (Attention, FLOATS),
     "recurrent": (Recurrent, FLOATS),
     "reflected": (lambda: nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect"), IMAGES),
@@ -301,6 +314,29 @@ def test_only_named_parameters_are_handed_out():
     torch.testing.assert_close(found, whole[:, -15:], rtol=1e-5, atol=1e-7)
     with pytest.raises(ConfigError, match="no trainable parameter"):
         last_layer(nn.ReLU())
+
+
+def test_the_last_layer_may_share_its_weights_with_the_first():
+    model = seeded(Tied)
+    names = last_layer(model)
+    assert names == ["table.weight"]
+    found, _ = collected(PerExample(Stub(), model, names), batch_of(WORDS))
+    whole = reference(Stub(), model, batch_of(WORDS))
+    torch.testing.assert_close(found, whole[:, : VOCABULARY * 6], rtol=1e-5, atol=1e-7)
+
+
+def test_batches_are_cut_where_shared_parameters_would_fill_the_memory(monkeypatch):
+    model, batch = seeded(Tied), batch_of(WORDS)
+    whole, pieces = collected(PerExample(Stub(), model), batch)
+    table = VOCABULARY * 6
+    monkeypatch.setattr(baselines.gradients, "SHARED_VALUES", 2 * table + 1)
+    held = []
+    new_zeros = torch.Tensor.new_zeros
+    monkeypatch.setattr(torch.Tensor, "new_zeros", lambda x, *shape: held.append(shape) or new_zeros(x, *shape))
+    cut, more = collected(PerExample(Stub(), model), batch)
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-7)
+    assert (pieces, more) == (3, 9)
+    assert max(rows for rows, entries in held if entries == table) == 2
 
 
 def test_frozen_models_are_refused():

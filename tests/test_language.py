@@ -17,6 +17,7 @@ from cads.counting import count_flops
 from cads.draws import Draws, Epochs
 from cads.errors import ConfigError
 from cads.seeds import derive
+from cads.task import Pool
 from cads.tasks.language import LanguageConfig, tokens_of
 from cads.tasks.language_data import TextSource
 from cads.tasks.language_models import LanguageModels, answer_logits
@@ -370,7 +371,17 @@ class TestCosts:
         task.accounting = "paper"
         [n] = {sum(p.numel() for p in task.models.base.parameters())}
         batch = task.pool.batch(np.array([0]))
-        assert task.costs.usage(batch) == 6 * n * tokens_of(task.pool).lengths()[0]
+        lengths = tokens_of(task.pool).lengths()
+        assert task.costs.usage(batch) == 6 * n * lengths[0]
+        # Lengths that are padded to one shape differ, and each is charged for its own.
+        assert len(np.unique(lengths)) > len(task.pool.examples.shapes()[0])
+        np.testing.assert_allclose(task.costs.usages(task.pool), 6 * n * lengths, rtol=1e-12)
+        assert task.costs.tokens_per_example(task.pool) == lengths.mean()
+        assert task.costs.forward_pool(task.pool) == pytest.approx(2 * n * lengths.sum(), rel=1e-12)
+        for packed in (False, True):
+            pool = Pool(task.pool.ids, replace(task.pool.examples, packed=packed))
+            for rows in np.array_split(np.arange(len(pool)), 5):
+                assert task.costs.usage(pool.batch(rows)) == pytest.approx(6 * n * lengths[rows].sum(), rel=1e-12)
 
 
 class TestMeasures:

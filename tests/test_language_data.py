@@ -311,6 +311,9 @@ class TestTokenizers:
             self.config(folder, tmp_path, pad_token="zzz").build(TrainConfig())
         task = self.config(folder, tmp_path, pad_token="</s>").build(TrainConfig())
         assert tokens_of(task.pool).pad == 2
+        unknown = tokenizer(pad=None).unk_token
+        task = self.config(folder, tmp_path, pad_token=unknown).build(TrainConfig())
+        assert tokens_of(task.pool).pad == tokenizer().unk_token_id
 
     def test_more_tokens_than_the_embedding(self, tmp_path):
         folder = model_folder(tmp_path / "m")

@@ -3,11 +3,14 @@
 import copy
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from scipy.stats import spearmanr
 from test_resume import resumed
 from tiny_llama import model_folder, sums, write_lines
@@ -18,6 +21,7 @@ from baselines.directions import AdamDirection
 from baselines.influence import GradientFeatures
 from baselines.less import Less
 from baselines.projection import ProjectionError, Sketch
+from baselines.shards import Shard, Shards
 from baselines.warmup import Checkpoint, planned_flops, schedule, warm_up
 from cads.budget import SELECT, Budget, Ledger
 from cads.checkpoint import CheckpointConfig
@@ -375,6 +379,30 @@ class TestFeaturesOnDisk:
         second.write_bytes(swapped)
         np.testing.assert_array_equal(self.run(task, tmp_path)[0], scores)
         assert "holds no features of this run" in caplog.text
+
+    def test_what_has_another_shape_is_not_even_read(self, tmp_path, monkeypatch):
+        shards = Shards(tmp_path)
+        features = torch.arange(6.0).view(2, 3)
+        shards.get("key", 2, 3, lambda: Shard(features, {}))
+        opened = baselines.shards.safe_open
+
+        @contextmanager
+        def watched(*args):
+            with opened(*args) as file:
+                yield SimpleNamespace(metadata=file.metadata, get_slice=file.get_slice, get_tensor=pytest.fail)
+
+        monkeypatch.setattr(baselines.shards, "safe_open", watched)
+        other = Shard(torch.zeros(5, 3), {})
+        assert shards.get("key", 5, 3, lambda: other) is other
+
+    def test_a_shard_that_cannot_be_written_is_said(self, tmp_path, monkeypatch):
+        def full(*args):
+            raise SafetensorError("no space left on device")
+
+        monkeypatch.setattr(baselines.shards, "save_file", full)
+        with pytest.raises(CheckpointError, match=r"cannot be written .*no space left"):
+            Shards(tmp_path).get("key", 1, 1, lambda: Shard(torch.zeros(1, 1), {}))
+        assert list(tmp_path.iterdir()) == []
 
     def test_other_features_have_other_names(self, task, tmp_path):
         for options in ({}, {"recipe": "paper"}, {"layers": "last", "dimension": 20}):

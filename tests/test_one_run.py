@@ -208,6 +208,12 @@ class TestTheRun:
         one, other = (train_on(task, s, small, seed=0) for s in (selection, joint))
         assert_same_weights(one.model, other.model)
 
+    def test_without_an_allowance_it_is_not_the_budget_that_is_blamed(self, features):
+        selection, ledger = choose(features(batch_size=8), Budget(100, "epochs"), allowance=0.0)
+        assert selection.start is None
+        assert not ledger.entries
+        assert "allowance = 0 leaves nothing" in selection.notes["one run"]
+
     @pytest.mark.parametrize("method", METHODS)
     def test_a_run_that_was_killed_goes_on(self, features, tmp_path, method):
         task = features(batch_size=8, n=80)

@@ -12,10 +12,11 @@ from cads.budget import Budget, Ledger
 from cads.errors import ConfigError
 from cads.registry import build_selector
 from cads.selection import Selection
+from cads.study.summary import half_width
 from experiments import oracle
 from experiments.bound import Trained, bound, neighbours, sample
 from experiments.oracle import contenders, main, value_of
-from experiments.oracle_report import Cell, Reference, draw, interval, markdown, rows_of, summary_of, weights
+from experiments.oracle_report import Cell, Reference, draw, markdown, rows_of, summary_of, weights
 from experiments.truth import Truth, truth, worth
 from experiments.worlds import read_world
 
@@ -218,7 +219,7 @@ class TestReport:
         assert [r.method for r in rows] == ["m", "n"]
         # t(0.975, 2) = 4.302653 and the standard deviation of 1, 2, 3 is 1: 4.302653 / sqrt(3) = 2.484138.
         assert (rows[0].regret_acc, rows[0].width_acc) == pytest.approx((0.02, 0.02484138))
-        assert np.isnan(interval([1.0]))
+        assert np.isnan(half_width([1.0]))
 
     def test_the_summary_counts_cells_that_lose_to_uniform(self):
         references = [known_at("w", 1.0, 0.01), known_at("w", 4.0, 0.02), known_at("v", 4.0, 0.03)]

@@ -10,12 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cads.control import Control
+from cads.design import n_columns
 from cads.errors import ConfigError
 from cads.penalty import FittedReach, effective_size, extrapolate, mean_over_sources
+from cads.space import Masks
+from cads.task import Pool
 
 SIZES = np.array([50, 100, 200, 400])
 MASKS = np.array([m for m in itertools.product([0.0, 1.0], repeat=4) if any(m)])
 SEEDS = st.integers(0, 2**32 - 1)
+
+
+class Nothing:
+    """Examples of which only the number is known."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
 
 
 # Extrapolation.
@@ -59,6 +72,25 @@ def test_a_curve_that_diverged_does_not_disturb_the_others():
     found, expected = extrapolate(flops, spoilt, 40.0), extrapolate(flops, losses, 40.0)
     assert np.isnan(found).tolist() == [False, True, False]
     np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_batches_that_were_skipped_are_left_out_of_their_curve_alone(scale):
+    """On a power law every part of the curve says the same, and of a rising end the level of what is left."""
+    flops = np.arange(1.0, 21)
+    losses = scale * np.stack([flops**-0.5, flops**-0.2, np.full(20, 2.0)], axis=1)
+    spoilt = losses.copy()
+    spoilt[[6, 11, 19], [0, 0, 0]] = np.nan, np.inf, np.nan
+    spoilt[12, 2] = np.nan
+    np.testing.assert_allclose(extrapolate(flops, spoilt, 80.0), scale * np.array([80**-0.5, 80**-0.2, 2.0]))
+
+
+def test_two_finite_steps_are_the_least():
+    flops, losses = np.arange(1.0, 6), np.full((5, 2), np.nan)
+    losses[3:, 0], losses[4:, 1] = 1.0, 1.0
+    found = extrapolate(flops, losses, 10.0)
+    assert found[0] == pytest.approx(1.0)
+    assert np.isnan(found[1])
 
 
 def test_a_loss_of_zero_is_reached_and_one_step_is_no_curve():
@@ -149,6 +181,47 @@ def test_runs_that_diverged_are_left_out():
         FittedReach(MASKS, np.full(len(MASKS), np.nan), SIZES)
 
 
+@settings(deadline=None, max_examples=30)
+@given(SEEDS, st.integers(2, 40), st.floats(1e-3, 1))
+def test_the_fit_is_the_ridge_regression(seed, runs, ridge):
+    """Against least squares on rows that stand for the shrinkage."""
+    rng = np.random.default_rng(seed)
+    weights, reached = rng.uniform(0.1, 1, (runs, 4)), rng.uniform(0.1, 3, runs)
+
+    def phi(w):
+        i, j = np.triu_indices(4, k=1)
+        r = ratios(w)
+        return np.hstack([r, r[:, i] * r[:, j], np.log(effective_size(w, SIZES))[:, None]])
+
+    x, y = phi(weights), np.log(reached)
+    rows = np.vstack([x - x.mean(axis=0), np.sqrt(ridge * runs) * np.eye(11)])
+    slope = np.linalg.lstsq(rows, np.concatenate([y - y.mean(), np.zeros(11)]), rcond=None)[0]
+    others = rng.uniform(0.1, 1, (20, 4))
+    expected = np.exp((phi(others) - x.mean(axis=0)) @ slope + y.mean())
+    np.testing.assert_allclose(FittedReach(weights, reached, SIZES, ridge)(others), expected, rtol=1e-8)
+
+
+def test_many_sources_have_no_pairs_and_are_fitted_in_no_time():
+    """Of 2,000 sources there would be two million pairs, and a matrix of their squares."""
+    n = 2000
+    rng = np.random.default_rng(0)
+    sizes, draws = rng.integers(1, 9, n).astype(float), (rng.random((12, n)) < 0.5).astype(float)
+    trend = effective_size(draws, sizes) / sizes.sum()
+    fitted = FittedReach(draws, np.exp(-trend), sizes, ridge=1e-6)
+    np.testing.assert_allclose(fitted(draws), np.exp(-trend), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("sources", "columns"), [(1, 2), (5, 16), (22, 254), (23, 24), (300, 301)])
+def test_features_are_as_many_as_are_charged_for(sources, columns):
+    pool = Pool(
+        [str(i) for i in range(sources)], Nothing(sources), np.arange(sources), [f"s{i}" for i in range(sources)]
+    )
+    space = Masks(pool)
+    draws = np.tri(sources)[-3:]
+    assert space.features(draws).shape == (len(draws), columns)
+    assert space.n_features == columns == n_columns(sources)
+
+
 def test_one_run_says_the_same_of_all():
     np.testing.assert_allclose(FittedReach(MASKS[-1:], np.array([0.7]), SIZES)(MASKS), 0.7)
 
@@ -237,6 +310,15 @@ def test_a_constant_and_the_order_of_runs_change_nothing(seed, constant):
     expected = control(CUBE, values, weights)(CUBE)
     np.testing.assert_allclose(control(CUBE[order], values[order], weights[order])(CUBE), expected, atol=1e-7)
     np.testing.assert_allclose(control(CUBE, values + constant, weights)(CUBE), expected + constant, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25, 1 / 16])
+def test_the_error_left_out_is_in_the_unit_of_the_values(weight):
+    """Where nothing can be learned it is the deviation of each value from the mean of the others."""
+    values = np.random.default_rng(0).normal(size=12)
+    others = (values.sum() - values) / 11
+    fitted = control(np.ones((12, 5)), values, np.full(12, weight))
+    assert fitted.loo_error == pytest.approx(np.sqrt(np.mean((values - others) ** 2)))
 
 
 def test_the_trend_over_fidelities_goes_on_to_the_horizon():

@@ -13,8 +13,8 @@ from baselines.losses import in_order, whole_texts
 from baselines.perplexity import Perplexity, shuffled_thirds
 from cads.budget import SELECT, Budget, Ledger
 from cads.errors import ConfigError
+from cads.order import rank_by_score
 from cads.registry import build_selector
-from cads.selection import rank_by_score
 from cads.tasks.language import LanguageConfig
 from cads.tasks.language_data import TextSource
 from cads.trainer import TrainConfig

@@ -25,6 +25,7 @@ from cads.published import PUBLISHED
 from cads.ranking import Ranker
 from cads.registry import SELECTORS, build_selector, names
 from cads.speed import matmul_flops_per_second
+from cads.tasks.shaped import Field, Shaped, shaped_pool
 from cads.tasks.sketch import LanguageSketch
 from cads.tasks.sources import SourceSpec
 from cads.tasks.vision import VisionConfig
@@ -119,6 +120,20 @@ def test_a_sketch_costs_what_the_task_costs(config):
     if config.sources:
         assert sketch.pool.source_names == task.pool.source_names
         assert abs(sketch.pool.source_sizes - task.pool.source_sizes).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("n", "shape", "sources", "message"),
+    [
+        (0, (3,), None, "0 examples"),
+        (-2, (3,), None, "-2 examples"),
+        (4, (3, 0), None, r"inputs of shape .*\(3, 0\)"),
+        (4, (3,), {"a": 5, "b": -1}, "source 'b' has size -1"),
+    ],
+)
+def test_shapes_without_examples_are_refused(n, shape, sources, message):
+    with pytest.raises(ConfigError, match=message):
+        shaped_pool("pool", Shaped(n, {"x": Field(shape)}, Field(())), sources)
 
 
 def test_a_sketch_has_no_weights_and_no_data():

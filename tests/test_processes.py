@@ -649,6 +649,40 @@ class TestCommands:
         assert scores[0] == scores[1]
         assert spread(2, work, tmp_path / "said") == [0, 0]
 
+    def test_compare_goes_on_with_other_numbers_of_processes(self, tmp_path):
+        """Two stop in a ranking by a signal to one of them, one goes on and is killed, and two end it."""
+        grid, out, said = tmp_path / "grid.yaml", tmp_path / "out", tmp_path / "said"
+        grid.write_text(
+            "task: {hidden: 8, n_pool: 100, n_target: 40, n_test: 40, sources: [{name: a}, {name: b}]}\n"
+            "train: {batch_size: 8}\nbudgets: ['8 epochs']\nseeds: 1\nmethods: [rho]\ncheckpoint: {every_steps: 1}\n"
+        )
+
+        def work(out=out, signalled=None, steps=None):
+            taken = []
+
+            def stop(_):
+                taken.append(1)
+                if len(taken) == signalled and not everyone().first:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            if signalled is not None or steps is None:
+                before_steps(stop)
+            if steps is not None:
+                mortal(steps)
+            return [main(["compare", str(grid), "--out", str(out)]), len(taken)]
+
+        (status, whole), _ = spread(2, lambda: work(tmp_path / "whole"), said)
+        assert status == 0
+        assert spread(2, lambda: work(signalled=8), said) == [[128 + signal.SIGTERM, 8]] * 2
+        (place,) = (out / "checkpoints").iterdir()
+        assert place.name.startswith("rho-0-")
+        killed(1, lambda: work(steps=10), said)
+        (first, left), (second, _) = spread(2, work, said)
+        assert (first, second) == (0, 0)
+        assert 0 < left < whole - 8
+        assert _scores(out) == _scores(tmp_path / "whole")
+        assert not (out / "checkpoints").exists()
+
     def test_the_launcher_of_the_readme_starts_several_on_cpus(self, tmp_path):
         """Each divides the scores; were they alone, one would find the folder in use, or the work done."""
         (command,) = re.findall(r"^    accelerate launch (.*--out) \S+$", README.read_text(), re.MULTILINE)

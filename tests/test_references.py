@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from baselines import best_of, best_source, bilevel, halving, mixture_regression
+from baselines import best_of, best_source, bilevel, halving, mixture_regression, regression
 from baselines.adam import Adam
 from baselines.bilevel import Bilevel
 from baselines.halving import Halving
 from baselines.live_penalty import weight_gradient
 from baselines.mixture_regression import MixtureRegression, sample_mixtures
-from baselines.regression import Ridge, with_pairs
+from baselines.regression import MOST_PAIRED, Ridge, n_columns, predict, with_pairs
+from baselines.source_search import kept
 from cads.budget import SELECT, Budget, Ledger
 from cads.errors import ConfigError, DataError
 from cads.estimator import enumerate_masks
-from cads.inner import Runs
+from cads.inner import Inner, Runs
 from cads.registry import build_selector
 from cads.tasks.sources import SourceSpec
 from cads.tasks.vision import VisionConfig
@@ -97,9 +98,15 @@ class TestBilevel:
         monkeypatch.setattr(bilevel, "train_draws", Oracle(lambda m: -float(m.sum())))
         assert sum(choose(task, "bilevel", cap=1.5).source_probability.values()) <= 1.5 + 1e-9
 
-    def test_runs_that_all_diverge_change_nothing(self, task, monkeypatch):
-        monkeypatch.setattr(bilevel, "train_draws", Oracle(lambda m: np.nan))
-        assert set(choose(task, "bilevel").source_probability.values()) == {0.5}
+    def test_one_draw_is_enough_without_a_baseline(self, task, monkeypatch):
+        cost = np.array([-1, 1, -1, 1])
+        oracle = Oracle(lambda m: float(cost @ m))
+        monkeypatch.setattr(bilevel, "train_draws", oracle)
+        selection = choose(task, "bilevel", draws=1, baseline="none", allowance=300)
+        assert {len(masks) for masks, _ in oracle.asked} == {1}
+        assert len(oracle.asked) > 200
+        probability = np.array(list(selection.source_probability.values()))
+        assert probability[cost < 0].min() > probability[cost > 0].max()
 
 
 class TestRidge:
@@ -124,8 +131,36 @@ class TestRidge:
     def test_pairs(self):
         assert with_pairs(np.array([[2.0, 3.0, 5.0]])).tolist() == [[2, 3, 5, 6, 10, 15]]
 
+    def test_of_many_columns_there_are_no_pairs(self):
+        assert with_pairs(np.ones((2, MOST_PAIRED))).shape == (2, n_columns(MOST_PAIRED))
+        assert with_pairs(np.ones((2, MOST_PAIRED + 1))).shape == (2, n_columns(MOST_PAIRED + 1))
+        assert n_columns(MOST_PAIRED + 1) == MOST_PAIRED + 1
+
+    def test_predictions_come_in_blocks_of_bounded_size(self, monkeypatch):
+        rng, seen = np.random.default_rng(0), []
+        x, unseen = rng.normal(size=(20, 5)), rng.normal(size=(101, 5))
+        ridge = Ridge(with_pairs(x), rng.normal(size=20))
+        monkeypatch.setattr(regression, "BLOCK_VALUES", 15 * 10)
+
+        def features(rows):
+            seen.append(len(rows))
+            return with_pairs(rows)
+
+        assert predict(ridge, unseen, features) == pytest.approx(ridge(with_pairs(unseen)), rel=1e-12)
+        assert (max(seen), sum(seen)) == (10, 101 + 1)
+
+
+def test_the_likeliest_sources_are_kept():
+    assert kept(np.array([0.6, 0.5, 0.4])).tolist() == [1, 0, 0]
+    assert kept(np.array([0.2, 0.4, 0.3])).tolist() == [0, 1, 0]
+
 
 class TestHalving:
+    def test_a_full_pool_that_diverges_is_no_reference(self, task, monkeypatch):
+        monkeypatch.setattr(halving, "train_draws", Oracle(lambda m: np.nan if m.all() else 1.0))
+        with pytest.raises(DataError, match="the run on the full pool met a loss that is not finite"):
+            choose(task, "halving")
+
     def test_the_rungs_of_the_recipe(self, task, monkeypatch):
         sources = [SourceSpec(f"s{i}") for i in range(5)]
         large = VisionConfig(hidden=16, n_pool=400, n_target=40, n_test=10, sources=sources).build(TrainConfig())
@@ -242,6 +277,23 @@ def test_the_guard_returns_the_full_pool_where_the_choice_loses(task, monkeypatc
     assert selection.notes["guard"].startswith("the full pool" if worse else "better")
 
 
+def test_the_guard_needs_the_full_pool(task, monkeypatch):
+    monkeypatch.setattr(best_source, "train_draws", Oracle(lambda m: -m[2]))
+    monkeypatch.setattr("baselines.source_search.train_draws", Oracle(lambda m: np.nan if m.all() else 1.0))
+    with pytest.raises(DataError, match="guard: the run on the full pool met"):
+        choose(task, "best-source", guard=True)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "live-penalty"])
+def test_runs_that_all_diverge_are_said(task, monkeypatch, name):
+    def diverging(inner, streams, *_, **__):
+        return Runs(np.full(len(streams), np.nan), np.empty((0, 0)), np.empty(0), np.empty(0), [])
+
+    monkeypatch.setattr(Inner, "run", diverging)
+    with pytest.raises(DataError, match=r"all \d+ runs met a loss that is not finite"):
+        choose(task, name)
+
+
 @pytest.mark.parametrize("guard", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_guard_is_planned_and_allowances_are_kept(task, name, guard):
@@ -266,6 +318,7 @@ def test_a_pool_without_sources_is_refused(name):
     ("name", "options"),
     [
         ("bilevel", {"draws": 1}),
+        ("bilevel", {"draws": 0, "baseline": "none"}),
         ("bilevel", {"share": 0.0}),
         ("bilevel", {"cap": -1.0}),
         ("best-of", {"share": 1.5}),
@@ -276,7 +329,7 @@ def test_a_pool_without_sources_is_refused(name):
     ],
 )
 def test_bad_options_are_refused_by_name(name, options):
-    (option,) = options
+    option = next(iter(options))
     with pytest.raises(ConfigError, match=f"{option} = "):
         build_selector(name, options)
 

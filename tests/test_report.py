@@ -17,8 +17,8 @@ from PIL import Image
 
 from cads.cli import main
 from cads.study.frontier import jaccard
-from cads.study.report import write_report
-from cads.study.results import DONE, FAILED, NOT_APPLICABLE, import_points, write_rows
+from cads.study.report import spent_flops, write_report
+from cads.study.results import DONE, FAILED, IMPORTED, NOT_APPLICABLE, import_points, write_rows
 from cads.study.style import PALETTE, colour_of, looks
 
 EXCERPT = Path(__file__).parent / "data" / "ccds_points.csv"
@@ -102,6 +102,19 @@ def made(tmp_path_factory):
         patch.setattr("cads.study.evidence.MOST_BUDGETS", 2)
         patch.setattr("cads.study.fits.N_RESAMPLES", 20)
         return write_report(folder)
+
+
+def test_a_ranking_that_runs_share_is_counted_once():
+    def run(selector, seed, options="{}", status=DONE, selection=100.0):
+        row = {"task": "t", "model": "", "seed": seed, "selector": selector, "options": options, "status": status}
+        return row | {"selection_flops_spent": selection, "training_flops": 1.0}
+
+    ranked = [run("ppl", seed, options) for seed in (0, 1) for options in ('{"epochs": 1}', '{"fraction": 0.5}')]
+    assert spent_flops(ranked) == 4 + 200
+    assert spent_flops([*ranked, run("ppl", 0, '{"recipe": "paper"}')]) == 5 + 300
+    assert spent_flops([run("cads-s", 0), run("cads-s", 0), run("not installed", 0)]) == 3 + 300
+    assert spent_flops([run("ppl", 0, status=IMPORTED), run("ppl", 0, status=IMPORTED)]) == 2 + 200
+    assert spent_flops([run("ppl", 0, None, FAILED, None)]) == 1
 
 
 class Tags(HTMLParser):

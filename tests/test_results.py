@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
+import cads.untrusted
 from cads.cli import main
 from cads.errors import ConfigError, DataError
 from cads.study.fits import analyse, fixed_selection, to_json
@@ -33,6 +35,7 @@ from cads.study.summary import (
     affordable,
     answers,
     best_of,
+    budgets_of,
     higher_is_better,
     points_of,
     regrets,
@@ -87,8 +90,31 @@ class TestTables:
         path = write_rows(tmp_path, "runs", "a", [row("a")])
         table = pq.read_table(path)
         pq.write_table(table.replace_schema_metadata({VERSION_KEY: b"99"}), path)
-        with pytest.raises(DataError, match="schema version 99; this library reads 1"):
+        with pytest.raises(DataError, match="schema version 99; this library reads 1, 2"):
             read_runs(tmp_path)
+
+    def test_files_of_the_first_schema_are_read(self, tmp_path):
+        path = write_rows(tmp_path, "runs", "a", [row("a", score=0.25, maximised=True)])
+        assert read_runs(tmp_path)[0]["maximised"] is True
+        old = pq.read_table(path).drop_columns(["maximised"])
+        pq.write_table(old.replace_schema_metadata({VERSION_KEY: b"1"}), path)
+        (read,) = read_runs(tmp_path)
+        assert (read["score"], read["maximised"], list(read)) == (0.25, None, RUNS.names)
+        pq.write_table(old.replace_schema_metadata({VERSION_KEY: b"2"}), path)
+        with pytest.raises(DataError, match="has columns"):
+            read_runs(tmp_path)
+
+    def test_files_that_unpack_beyond_memory_are_refused_unread(self, tmp_path, monkeypatch):
+        examples = [{"cell": "a", "id": str(i), "text": "long " * 1000, "image": b"x" * 1000} for i in range(500)]
+        path = write_rows(tmp_path, "examples", "a", examples)
+        assert path.stat().st_size < 50_000
+        assert [r["image"] for r in read_rows(tmp_path, "examples")] == [b"x" * 1000] * 500
+        monkeypatch.setattr(cads.untrusted, "memory_limit", lambda: 1e6)
+        with pytest.raises(DataError, match=r"'text' of .* more than memory holds"):
+            read_rows(tmp_path, "examples")
+        monkeypatch.setattr(cads.untrusted, "memory_limit", lambda: 1e3)
+        with pytest.raises(DataError, match=r"has 500 rows, which take .* more than memory holds"):
+            read_rows(tmp_path, "examples")
 
     @pytest.mark.parametrize("broken", [b"no parquet", b""])
     def test_damaged_files_are_named(self, tmp_path, broken):
@@ -199,17 +225,21 @@ def test_fits_of_the_published_points(tmp_path, path):
         assert simulated["crossovers"]["ppl/gradient"] == pytest.approx([7.8e18], rel=0.005)
 
 
-def point(method="m", budget=1.0, scores=(0.5,), selection=0.0, metric="accuracy", training=None) -> Point:
+def point(
+    method="m", budget=1.0, scores=(0.5,), selection=0.0, metric="accuracy", training=None, budgets=None, seeds=None
+) -> Point:
+    """A point; `budgets` in FLOPs of each seed, by default what the budget is called."""
     return Point(
         task="t",
         model="",
         method=method,
         selector=method,
         budget=f"{budget:g} epochs",
-        budget_flops=budget,
         metric=metric,
-        seeds=tuple(range(len(scores))),
+        maximised=higher_is_better(metric),
+        seeds=tuple(range(len(scores))) if seeds is None else seeds,
         scores=tuple(scores),
+        budgets=(budget,) * len(scores) if budgets is None else budgets,
         selection=selection,
         spent=selection,
         training=budget - selection if training is None else training,
@@ -222,6 +252,7 @@ def point(method="m", budget=1.0, scores=(0.5,), selection=0.0, metric="accuracy
 class TestPoints:
     def test_means_over_seeds_of_finished_runs(self):
         about = {"task": "t", "model": "", "budget": "1", "budget_flops": 1.0, "method": "m", "selector": "m"}
+        about |= {"maximised": None}
         flops = {"selection_flops": 1.0, "selection_flops_spent": 2.0, "training_flops": 3.0, "full_flops": 1.0}
         sizes = {"n_selected": 1, "n_pool": 2, "metrics": '{"accuracy": 0.5, "loss": 2.0}'}
         rows = [row(f"c{s}", **about, **flops, **sizes) | {"seed": s, "score": v} for s, v in enumerate((0.2, 0.4))]
@@ -257,10 +288,52 @@ class TestPoints:
     def test_affordable_is_the_costliest_run_within_the_total(self):
         points = [point("free", b) for b in (1, 2, 4)]
         points += [point("dear", b, selection=1.5, training=b) for b in (1, 2, 4)]
-        assert {(p.method, p.budget_flops) for p in affordable(points, 4.0)} == {("free", 4), ("dear", 2)}
-        assert {(p.method, p.budget_flops) for p in affordable(points, 2.0)} == {("free", 2)}
+        one, two, four = budgets_of(points)
+        assert [limit.flops for limit in (one, two, four)] == [1, 2, 4]
+        assert {(p.method, p.budget_flops) for p in affordable(points, four)} == {("free", 4), ("dear", 2)}
+        assert {(p.method, p.budget_flops) for p in affordable(points, two)} == {("free", 2)}
 
-    @pytest.mark.parametrize(("metric", "best"), [("accuracy", "b"), ("loss", "a"), ("calibrated_loss", "a")])
+    def test_budgets_that_differ_by_seed_are_held_against_runs_of_the_same_seeds(self):
+        """One percent apart, as where seeds draw examples of other lengths: each method spends all it may."""
+        flops = {0: 1.00, 1: 1.01, 2: 1.02}
+
+        def of(method, score, seeds, scale=1.0):
+            own = tuple(scale * flops[s] for s in seeds)
+            scores = [score + 0.01 * s for s in seeds]
+            return point(method, scale, scores, budgets=own, seeds=seeds, training=float(np.mean(own)))
+
+        for order in itertools.permutations((0, 1, 2)):
+            points = [of("a", 0.5, order), of("late", 0.6, order[1:]), of("b", 0.3, order)]
+            points += [of("a", 0.7, order, 2.0), of("late", 0.5, order[1:], 2.0), of("b", 0.9, order, 2.0)]
+            found = answers(points)
+            assert [(a.budget, a.flops, a.best.method) for a in found] == [
+                ("1 epochs", pytest.approx(1.01), "late"),
+                ("2 epochs", pytest.approx(2.02), "b"),
+            ]
+            assert all("of 1 epochs" not in a.sentence for a in found)
+            assert {m: len(rows) for m, rows in regrets(points).items()} == {"a": 2, "late": 2, "b": 2}
+
+    def test_a_budget_given_in_two_ways_is_one(self):
+        points = [point("a", 1.0), dataclasses.replace(point("b", 1.0), budget="1e0 FLOPs")]
+        assert [limit.budget for limit in budgets_of(points)] == ["1 epochs"]
+
+    def test_the_direction_is_what_the_run_says(self):
+        about = {"task": "t", "model": "", "budget": "1", "budget_flops": 1.0, "selector": "m"}
+        about |= {"metric": "utility_loss"}
+        flops = {"selection_flops": 1.0, "selection_flops_spent": 2.0, "training_flops": 3.0, "full_flops": 1.0}
+        sizes = {"n_selected": 1, "n_pool": 2, "metrics": '{"utility_loss": 0.5, "bits_per_byte": 2.0}'}
+        for said, best in ((True, "b"), (False, "a"), (None, "a")):
+            rows = [
+                row(m, **about, **flops, **sizes) | {"method": m, "score": v, "maximised": said}
+                for m, v in (("a", 0.2), ("b", 0.4))
+            ]
+            assert best_of(points_of(rows)).method == best
+            assert not points_of(rows, "bits_per_byte")[0].maximised
+
+    @pytest.mark.parametrize(
+        ("metric", "best"),
+        [("accuracy", "b"), ("loss", "a"), ("calibrated_loss", "a"), ("test_nll", "a"), ("mae", "a")],
+    )
     def test_best_by_the_direction_of_the_metric(self, metric, best):
         points = [point("a", scores=(0.2,), metric=metric), point("b", scores=(0.3,), metric=metric)]
         assert best_of(points).method == best
@@ -288,7 +361,7 @@ class TestPoints:
             "a": [(1, 0.0), (2, pytest.approx(0.4))],
             "b": [(1, pytest.approx(0.2)), (2, 0.0)],
         }
-        assert regrets([dataclasses.replace(p, metric="loss") for p in points])["b"] == [
+        assert regrets([dataclasses.replace(p, metric="loss", maximised=False) for p in points])["b"] == [
             (1, 0.0),
             (2, pytest.approx(0.4)),
         ]

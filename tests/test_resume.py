@@ -128,6 +128,18 @@ class TestTraining:
         task = features(batch_size=8, optimizer=optimizer)
         same_fit(trained(task, scaler=scale), resumed(tmp_path, lambda: trained(task, scaler=scale)))
 
+    def test_steps_that_the_scaler_has_skipped_are_counted_on(self, features, tmp_path):
+        task = features(batch_size=8)
+        plain = task.losses
+        task.losses = lambda model, batch: plain(model, batch) + (0 * next(model.parameters()).sum()).sqrt()
+
+        def work():
+            with pytest.raises(NonFiniteError) as caught:
+                trained(task, steps=60, scaler=2.0**10)
+            return caught.value
+
+        assert resumed(tmp_path, work).step == work().step == MOST_SKIPPED
+
     @pytest.mark.parametrize("every", [1, 2, 5, 100])
     def test_whatever_the_interval(self, features, tmp_path, every):
         task = features(batch_size=8)
@@ -499,6 +511,26 @@ class TestSignals:
         assert len(calls) == 12
         same_fit(trained(task), again)
 
+    def test_what_has_just_finished_is_not_lost(self, tmp_path, monkeypatch):
+        """A signal when all is computed, and not yet noted."""
+        interrupts, done, plain = Interrupts(), [], journal_module.charges_since
+
+        def signalled(*given):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return plain(*given)
+
+        def run():
+            with interrupts.listen(), Journal(tmp_path, IDENTITY, EVERY_STEP, interrupts).open():
+                perform("doing", [], Ledger(), lambda _: done.append(1) or State({"a": 1}))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(journal_module, "charges_since", signalled)
+            with pytest.raises(Interrupted, match="after doing"):
+                run()
+        interrupts = Interrupts()
+        run()
+        assert len(done) == 1
+
     def test_between_operations_it_stops_at_once(self):
         def stopped():
             with Interrupts().listen():
@@ -570,6 +602,11 @@ class TestCommands:
         assert cads("select", "--out", out, "--method", "random", "--seed", 1, "--overwrite", "true")[0] == 0
         assert "nothing to do" in cads("select", "--out", out, "--method", "random", "--seed", 1)[1]
 
+    def test_settings_that_change_nothing_are_no_others(self, cads, tmp_path):
+        out = tmp_path / "run"
+        assert cads("select", "--out", out, "--method", "random")[0] == 0
+        assert "nothing to do" in cads("select", "--out", out, "--method", "random", "--train.workers", 1)[1]
+
     def test_checkpoints_of_other_settings_are_refused(self, cads, tmp_path):
         out, every = tmp_path / "run", ("--checkpoint.every_steps", 3)
         assert not killed(lambda: cads("select", "--out", out, *every), 10)
@@ -578,7 +615,11 @@ class TestCommands:
         assert "settings.train.learning_rate was 0.001, now 0.5" in said
         assert cads("select", "--out", out)[0] == 0
 
-    def test_sigterm_ends_with_its_status_and_a_message(self, cads, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        ("flags", "again"),
+        [((), "the same command"), (("--overwrite", "true"), "the same command without --overwrite")],
+    )
+    def test_sigterm_ends_with_its_status_and_a_message(self, cads, tmp_path, monkeypatch, flags, again):
         out = tmp_path / "run"
         step, left = journal_module._Underway.step, iter(range(10))
 
@@ -589,9 +630,9 @@ class TestCommands:
 
         with monkeypatch.context() as patched:
             patched.setattr(journal_module._Underway, "step", stopped)
-            status, said = cads("select", "--out", out)
+            status, said = cads("select", "--out", out, *flags)
         assert status == 128 + signal.SIGTERM
-        assert "stopped by SIGTERM during training; the same command goes on from here" in said
+        assert f"stopped by SIGTERM during training; {again} goes on from here" in said
         assert "Traceback" not in said
         assert cads("select", "--out", out)[0] == 0
 

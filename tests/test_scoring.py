@@ -20,7 +20,16 @@ from cads.counting import count_flops
 from cads.errors import ConfigError, DataError
 from cads.flops import Price
 from cads.scorers import on_pool, on_target, plan_training, scorer_of
-from cads.scoring import Counted, budget_batches, by_id, lengths, planned_flops, score_pool, scoring_batches
+from cads.scoring import (
+    Counted,
+    budget_batches,
+    by_id,
+    lengths,
+    planned_flops,
+    reading_flops,
+    score_pool,
+    scoring_batches,
+)
 from cads.task import Pool
 
 
@@ -73,6 +82,14 @@ def test_batches_of_any_size_agree_with_one_at_a_time(request, kind):
         alone = [float(task.losses(model, task.pool.batch([i]))) for i in range(len(task.pool))]
     for tokens in (1, 100, 512):
         assert score(task, model, tokens=tokens)[0] == pytest.approx(alone, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["texts", "sentences", "features", "images"])
+def test_reading_some_examples_costs_what_is_said_before(request, kind):
+    task = request.getfixturevalue(kind)()
+    some = np.flatnonzero(np.random.default_rng(0).random(len(task.pool)) < 0.3)
+    said = reading_flops(task.costs.forward, task.pool, some)
+    assert score(task, task.model(0), positions=some)[1].total().flops == said > 0
 
 
 def test_a_permutation_changes_not_a_bit(texts):

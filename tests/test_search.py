@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
 
 import cads.examples
+from baselines.best_of import BestOf
 from baselines.best_source import BestSource
+from baselines.bilevel import Bilevel
+from baselines.halving import Halving
 from baselines.live_penalty import LivePenalty
 from baselines.loss import Loss
+from baselines.mixture_regression import MixtureRegression
 from baselines.rho import Rho
 from baselines.source import Source
-from cads.budget import Budget, Ledger
+from cads.amortised import CadsAmortised
+from cads.budget import SELECT, Budget, Ledger
 from cads.errors import ConfigError, DataError
 from cads.examples import CadsExamples
-from cads.sources import CadsSources
+from cads.inner import Inner
+from cads.penalized import PenalizedSources
+from cads.sources import CadsSources, source_selection
+from cads.space import Mixtures
 from cads.task import Pool
 
 
@@ -46,10 +56,81 @@ def test_a_proxy_in_another_order_selects_in_the_order_of_the_pool(features, kin
     np.testing.assert_array_equal(chosen.selected[order], alone.selected)
 
 
-@pytest.mark.parametrize("options", [{"policy": "gaussian"}, {"reach": "far"}])
-def test_unknown_choices_are_refused(options):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(CadsSources, {"policy": "gaussian"}), (CadsSources, {"reach": "far"}), (PenalizedSources, {"reach": "far"})],
+)
+def test_unknown_choices_are_refused(kind, options):
     with pytest.raises(ConfigError, match="choose from"):
-        CadsSources(**options)
+        kind(**options)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 100.0])
+def test_a_penalty_whose_batches_hold_target_or_pool_alone_is_refused_at_once(features, alpha):
+    task, ledger = features(batch_size=8), Ledger()
+    for begin in (PenalizedSources(alpha).plan, partial(PenalizedSources(alpha).select, seed=0, ledger=ledger)):
+        with pytest.raises(ConfigError, match=rf"alpha = {alpha}: of a batch of 8 theta would take [08] examples"):
+            begin(task, Budget(16, "epochs"))
+    assert not ledger.entries
+
+
+@pytest.mark.parametrize(("steps", "reach", "searched"), [(12, "fitted", True), (12, "extrapolated", False)])
+def test_a_run_of_one_step_is_no_curve(features, steps, reach, searched):
+    """Of 12 steps a short run has one, which can be fitted and not extrapolated."""
+    task, ledger = features(batch_size=8, clip_norm=None), Ledger()
+    selector = PenalizedSources(reach=reach, rounds=1)
+    chosen = selector.select(task, Budget(8 * steps, "usages"), seed=0, ledger=ledger)
+    assert bool(ledger.total(SELECT).flops) == searched
+    assert ("guard" in chosen.notes) != searched
+    assert chosen.config == asdict(selector)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        CadsSources,
+        partial(CadsSources, policy="mixture"),
+        PenalizedSources,
+        BestOf,
+        BestSource,
+        Bilevel,
+        Halving,
+        LivePenalty,
+        MixtureRegression,
+    ],
+)
+def test_one_source_is_not_searched(features, kind):
+    task, ledger, selector = features(batch_size=8, sources=1), Ledger(), kind()
+    assert "one source" in selector.plan(task, Budget(16, "epochs")).note
+    chosen = selector.select(task, Budget(16, "epochs"), seed=0, ledger=ledger)
+    assert chosen.selected.all()
+    assert not chosen.weighted
+    assert "one source" in chosen.notes["guard"]
+    assert chosen.config == asdict(selector)
+    assert not ledger.entries
+
+
+def test_examples_of_one_source_are_told_apart_all_the_same(features):
+    ledger = Ledger()
+    CadsExamples().select(features(batch_size=8, sources=1), Budget(16, "epochs"), seed=0, ledger=ledger)
+    assert ledger.total(SELECT).flops > 0
+
+
+@pytest.mark.parametrize("sizes", [(49, 37, 114), (1, 3, 196), (50, 50, 100)])
+def test_ratios_in_proportion_to_sizes_are_no_weights(features, sizes):
+    task = copy.copy(features())
+    pool = task.pool
+    task.pool = Pool(pool.ids, pool.examples, np.repeat(np.arange(3), sizes), ("a", "b", "c"))
+    space = Mixtures(task.pool)
+
+    def chosen(draw):
+        about = {"budget": Budget(1, "epochs"), "method": "m", "seed": 0, "ledger": Ledger()}
+        return source_selection(task, space, np.array(draw), space.policy(), **about)
+
+    assert not chosen(space.full).weighted
+    assert chosen(space.full).selected.all()
+    assert not chosen([sizes[0] / (sizes[0] + sizes[2]), 0.0, sizes[2] / (sizes[0] + sizes[2])]).weighted
+    assert chosen(space.full * [1, 1, 1 + 1e-9]).weighted
 
 
 @pytest.mark.parametrize("kind", [Loss, Rho])
@@ -68,6 +149,23 @@ def test_a_full_pool_that_diverges_is_named(features, monkeypatch):
     monkeypatch.setattr(type(task), "objective", lambda *_: float("nan"))
     with pytest.raises(DataError, match="full pool met a loss that is not finite"):
         CadsSources().select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
+
+
+@pytest.mark.parametrize("kind", [CadsExamples, CadsAmortised])
+def test_a_reference_that_diverges_is_named(features, monkeypatch, kind):
+    task, run, stages = features(batch_size=8), Inner.run, []
+
+    def diverging(self, streams, flops, *, seed, stage):
+        stages.append(stage)
+        runs = run(self, streams, flops, seed=seed, stage=stage)
+        if stage == "u":
+            runs.objective[:] = np.nan
+        return runs
+
+    monkeypatch.setattr(Inner, "run", diverging)
+    with pytest.raises(DataError, match=r"u: the run on .* pool met a loss that is not finite"):
+        kind().select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
+    assert stages == ["u"]
 
 
 @pytest.mark.parametrize("guard", [True, False])
@@ -94,3 +192,16 @@ def test_live_penalty_stays_in_its_allowance_where_lengths_differ(texts, options
     selector.select(task, budget, seed=0, ledger=ledger)
     assert 0 < ledger.total().flops <= planned.limit
     assert ledger.total().flops == pytest.approx(planned.total().flops, rel=0.1)
+
+
+def test_the_plain_penalty_stays_in_its_allowance_where_lengths_differ(texts):
+    """Few long texts in a source of their own: of what R is measured on they are more than of the pool."""
+    task, ledger = copy.copy(texts(n=1500, batch_size=2)), Ledger()
+    pool = task.pool
+    task.pool = Pool(pool.ids, pool.examples, (pool.examples.lengths() >= 36).astype(np.int64), ("short", "long"))
+    selector, budget = PenalizedSources(alpha=1.0, rounds=20), Budget(0.5, "epochs")
+    planned = selector.plan(task, budget)
+    selector.select(task, budget, seed=0, ledger=ledger)
+    assert 0 < ledger.total().flops <= planned.limit
+    assert ledger.total().flops == pytest.approx(planned.total().flops, rel=0.1)
+    assert ledger.entries[SELECT, "R"].flops == pytest.approx(planned.entries[SELECT, "R"].flops)

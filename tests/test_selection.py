@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from cads.budget import SELECT, Budget, Ledger
 from cads.errors import SelectionError
 from cads.outcome import train_on
-from cads.selection import COLUMNS, JSON_LIMIT, Selection
+from cads.selection import COLUMNS, Selection
 from cads.task import Pool
 from cads.tasks.sources import SourceSpec
 from cads.tasks.vision import VisionConfig
 from cads.trainer import TrainConfig
+from cads.untrusted import JSON_LIMIT
 
 SOURCES = [SourceSpec("clean"), SourceSpec("noisy", label_noise=0.9)]
 ANYWHERE = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -2,11 +2,13 @@
 
 import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
+import cads.registry
 from cads.budget import SELECT, TRAIN, Budget, Ledger
 from cads.errors import BudgetError, ConfigError
 from cads.outcome import train_on
@@ -240,6 +242,12 @@ class TestNames:
     def test_no_name(self, name):
         with pytest.raises(ConfigError, match="must be a name"):
             selector_class(name)
+
+    @pytest.mark.parametrize("installed", [object, partial(int), "a name"])
+    def test_what_is_no_dataclass_is_refused(self, installed, monkeypatch):
+        monkeypatch.setattr(cads.registry, "selector_class", lambda name: installed)
+        with pytest.raises(ConfigError, match=r"'other' is installed as .* no dataclass"):
+            build_selector("other")
 
     def test_a_missing_option_is_named(self):
         with pytest.raises(ConfigError, match=r"'source' cannot be made.*'name'"):

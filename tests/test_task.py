@@ -254,8 +254,14 @@ def test_an_example_that_does_not_fit_the_model_is_bad_data(features):
         ({"schedule": "cosin"}, "schedule"),
         ({"precision": "fp8"}, "precision"),
         ({"replicas": "stacked"}, "replicas"),
+        ({"precision": "fp16", "replicas": "batched"}, "precision = 'fp16' needs replicas = 'auto' or 'loop'"),
     ],
 )
 def test_bad_recipes_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**settings)
+
+
+def test_what_a_result_does_not_depend_on_is_no_part_of_its_name():
+    assert TrainConfig(workers=3).decisive() == TrainConfig(sharding="full").decisive() == TrainConfig().decisive()
+    assert TrainConfig(learning_rate=0.5).decisive() != TrainConfig().decisive()

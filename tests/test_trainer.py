@@ -22,7 +22,7 @@ from cads.inner import Inner
 from cads.monitor import Monitor
 from cads.replicas import can_stack
 from cads.seeds import derive
-from cads.trainer import TrainConfig, Trainer
+from cads.trainer import MOST_SKIPPED, TrainConfig, Trainer
 
 
 class StatedCosts:
@@ -347,6 +347,49 @@ def test_loss_scaling_changes_nothing(features, optimizer):
     assert not identical(models[2], models[0])
 
 
+def scaling(task, scale=2.0**10):
+    """A trainer that scales the loss as with fp16, and its scaler."""
+    trainer = Trainer(task, Ledger())
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return trainer, trainer.accelerator.scaler
+
+
+def test_a_replica_that_diverges_under_loss_scaling_disturbs_nobody(features):
+    """One scaler would skip the update of all batched replicas."""
+    task = poisoned(features(batch_size=8))
+    streams = [Epochs(np.arange(20 + k, 200), k) for k in range(2)]
+    trainer, _ = scaling(task)
+    draws = Draws(task.pool, [streams[0], Epochs(np.arange(40), 0), streams[1]], 8)
+    models = [task.model(0) for _ in draws.streams]
+    done = trainer.fit_replicas(models, draws, 20 * step_cost(task), seed=0, phase=SELECT, stage="s")
+    assert done.diverged.tolist() == [False, True, False]
+    for k, alone in zip((0, 2), fit_replicas(task, 20, streams).models, strict=True):
+        assert_close(done.models[k], alone, 1e-4)
+
+
+def test_gradients_that_overflow_at_every_scale_end_the_run(features):
+    task = sloped(features(batch_size=8))
+    trainer, _ = scaling(task)
+    model = task.model(0)
+    with pytest.raises(NonFiniteError, match=f"after {MOST_SKIPPED} batches skipped in a row") as caught:
+        trainer.fit(model, whole_pool(task), 60 * step_cost(task), seed=0, phase=TRAIN, stage="s")
+    assert caught.value.step == MOST_SKIPPED
+    assert identical(model, task.model(0))
+    assert trainer.ledger.total().flops == pytest.approx((MOST_SKIPPED + 1) * step_cost(task))
+
+
+@pytest.mark.parametrize("way", ["stop", "skip"])
+def test_a_scaler_has_seen_the_step_that_failed(features, way):
+    task = poisoned(features(batch_size=8, non_finite=way), np.inf, slice(None))
+    trainer, scaler = scaling(task, 2.0**40)
+    with pytest.raises(NonFiniteError):
+        trainer.fit(task.model(0), whole_pool(task), 60 * step_cost(task), seed=0, phase=TRAIN, stage="s")
+    assert scaler.get_scale() == 2.0 ** (40 - (1 if way == "stop" else MOST_SKIPPED + 1))
+    task.pool.examples.rows[:] = 1.0
+    after = trainer.fit(task.model(0), whole_pool(task), 6 * step_cost(task), seed=0, phase=TRAIN, stage="s")
+    assert (len(after.losses), after.skipped) == (6, 0)
+
+
 # Randomness.
 
 
@@ -477,6 +520,27 @@ def test_convolutions_train_one_by_one_and_agree_when_batched(images):
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
 
 
+class Scaled(nn.Module):
+    """One number that multiplies."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.scale * x
+
+
+def test_a_parameter_of_one_number_is_batched_and_clipped(features):
+    fits = []
+    for way in ("batched", "loop"):
+        task = features(batch_size=8, replicas=way, clip_norm=0.1)
+        build = task._build
+        task._build = lambda build=build: nn.Sequential(Scaled(), build())
+        fits.append(fit_replicas(task, 8, streams_of(task, 3)))
+    np.testing.assert_allclose(fits[0].losses, fits[1].losses, rtol=0, atol=1e-5)
+
+
 def test_a_model_with_buffers_cannot_be_batched(features):
     task = features(replicas="batched")
     build = task._build
@@ -567,11 +631,15 @@ class Until:
         return self._costs.usage(batch) if next(self._steps, None) is not None else 1e300
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update(features):
+def sloped(task):
     """The root of zero is finite, its slope is not."""
-    task = features(batch_size=8)
     plain = task.losses
     task.losses = lambda model, batch: plain(model, batch) + (0 * next(model.parameters()).sum()).sqrt()
+    return task
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(features):
+    task = sloped(features(batch_size=8))
     model = task.model(0)
     with pytest.raises(NonFiniteError, match=r"gradient norm (nan|inf) at step 0"):
         fit(task, 3e6, model=model)

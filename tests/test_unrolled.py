@@ -21,7 +21,6 @@ from experiments.unrolled import (
     Schedule,
     Unrolled,
     WeightedSgd,
-    kept,
     outer_gradient,
     unrolled_products,
 )
@@ -149,11 +148,6 @@ def test_same_seed_same_bits(task):
     assert table.equals(again)
 
 
-def test_kept():
-    assert kept(np.array([0.6, 0.5, 0.4])).tolist() == [1, 0, 0]
-    assert kept(np.array([0.2, 0.4, 0.3])).tolist() == [0, 1, 0]
-
-
 def test_a_network_with_buffers_is_refused_before_compute(task):
     other = copy.copy(task)
     other.__dict__.pop("costs", None)
@@ -165,7 +159,10 @@ def test_a_network_with_buffers_is_refused_before_compute(task):
     assert not ledger.entries
 
 
-@pytest.mark.parametrize("options", [{"share": 0}, {"share": 2}, {"unroll": 0}, {"rate": 0}, {"outer_rate": np.nan}])
+@pytest.mark.parametrize(
+    "options",
+    [{"share": 0}, {"share": 2}, {"unroll": 0}, {"rate": 0}, {"outer_rate": np.nan}, {"target_fraction": 1.0}],
+)
 def test_bad_options(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         Unrolled(**options)

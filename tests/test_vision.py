@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import pathlib
 import struct
 from functools import partial
 
@@ -302,6 +303,32 @@ def test_pretrained_weights_are_used_where_they_fit(tmp_path, monkeypatch):
     loaded = task.model(0)[1].state_dict()
     assert torch.equal(loaded["features.0.weight"], state["features.0.weight"])
     assert len(loaded["classifier.1.weight"]) == 10
+
+
+class Payload:
+    """What an attacker puts in place of weights."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_that_hold_code_are_refused_and_never_run(zipped, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    mark, url = tmp_path / "executed", torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url
+    file = tmp_path / "hub" / "checkpoints" / url.split("/")[-1]
+    file.parent.mkdir(parents=True)
+    torch.save({"features.0.weight": Payload(mark)}, file, _use_new_zipfile_serialization=zipped)
+    network = Network("squeezenet1_1", pretrained=True)
+    with pytest.raises(DataError, match="weights of squeezenet1_1 cannot be loaded"):
+        network.build((3, 32, 32), 10)
+    assert not mark.exists()
+    file.write_bytes(b"")
+    with pytest.raises(DataError, match="weights of squeezenet1_1 cannot be loaded"):
+        network.build((3, 32, 32), 10)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from cads.ranking import Ranker
 from cads.registry import build_selector
 from cads.selection import Selection
 from cads.study.grid import Cell
+from cads.study.journals import Journals
 from cads.study.rankings import Rankings
 from cads.study.results import DONE, NOT_APPLICABLE, OVER_BUDGET
 from cads.task import Task
@@ -112,64 +112,74 @@ def amortised(ledger: Ledger, sharing: float) -> Ledger:
     return shared
 
 
-def run_cell(plan: Plan, task: Task, metric: str, rankings: Rankings, place: Path) -> Record:
+def run_cell(plan: Plan, task: Task, metric: str, journals: Journals, place: Path) -> Record:
     """Select, train and test once; leaves the Selection and TensorBoard's files in `place`.
+
+    What the journal of the cell has of it is not done again. A ranking has a journal of its own: whoever makes it, it
+    is no part of the cell.
 
     Raises:
         CadsError: whatever selection or training refuses.
+        Interrupted: if this process was asked to stop.
+    """
+    cell, seed = plan.cell, plan.cell.setting.seed
+    monitor = Recorder(place / "tensorboard")
+    with monitor:
+        select, ranked = _selecting(plan, task, journals, monitor)
+        with journals.open(plan.key) as journal:
+            selection, spent = select()
+            outcome = train_on(task, selection, cell.budget, seed=seed, monitor=monitor, evaluations=cell.evaluations)
+            charged = {phase: outcome.ledger.total(phase) for phase in (SELECT, TRAIN, EVALUATE)}
+            total = charged[SELECT].flops + charged[TRAIN].flops
+            score = outcome.metrics[metric]
+            monitor.hparams(
+                {"method": cell.label, "budget": str(cell.budget), "seed": seed, "model": cell.setting.model},
+                {metric: score, "total_flops": total},
+            )
+            current().on_first(lambda: str(selection.save(place / "selection")))
+            run = describe(plan, task, metric) | {
+                "status": DONE,
+                "score": score,
+                "stderr": standard_error(metric, score, len(task.test)),
+                "metrics": json.dumps(outcome.metrics),
+                "selection_flops": charged[SELECT].flops,
+                "selection_flops_spent": spent,
+                "training_flops": charged[TRAIN].flops,
+                "evaluation_flops": charged[EVALUATE].flops,
+                "total_flops": total,
+                "n_selected": int(selection.selected.sum()),
+                "examples": charged[TRAIN].usages,
+                "tokens": charged[TRAIN].tokens,
+                "seconds": ranked + journal.seconds,
+                "ledger": json.dumps(outcome.ledger.to_json()),
+                "source_probability": json.dumps(selection.source_probability),
+                "probability_course": json.dumps(monitor.course),
+                "notes": json.dumps(selection.notes, default=str),
+            }
+            return Record(run, _selected(plan.key, selection), shown(plan.key, selection, task))
+
+
+def _selecting(
+    plan: Plan, task: Task, journals: Journals, monitor: Monitor
+) -> tuple[Callable[[], tuple[Selection, float]], float]:
+    """What selects, and the seconds that its ranking, which is made here if need be, has taken.
+
+    The selection is charged as the grid says; it comes with the FLOPs spent on it.
     """
     cell, seed = plan.cell, plan.cell.setting.seed
     selector = build_selector(cell.entry.method, cell.entry.options)
-    started = time.perf_counter()
-    monitor = Recorder(place / "tensorboard")
-    with monitor:
-        selection, spent, waited = _select(plan, selector, task, rankings, monitor)
-        outcome = train_on(task, selection, cell.budget, seed=seed, monitor=monitor, evaluations=cell.evaluations)
-        charged = {phase: outcome.ledger.total(phase) for phase in (SELECT, TRAIN, EVALUATE)}
-        total = charged[SELECT].flops + charged[TRAIN].flops
-        score = outcome.metrics[metric]
-        monitor.hparams(
-            {"method": cell.label, "budget": str(cell.budget), "seed": seed, "model": cell.setting.model},
-            {metric: score, "total_flops": total},
-        )
-    current().on_first(lambda: str(selection.save(place / "selection")))
-    run = describe(plan, task, metric) | {
-        "status": DONE,
-        "score": score,
-        "stderr": standard_error(metric, score, len(task.test)),
-        "metrics": json.dumps(outcome.metrics),
-        "selection_flops": charged[SELECT].flops,
-        "selection_flops_spent": spent,
-        "training_flops": charged[TRAIN].flops,
-        "evaluation_flops": charged[EVALUATE].flops,
-        "total_flops": total,
-        "n_selected": int(selection.selected.sum()),
-        "examples": charged[TRAIN].usages,
-        "tokens": charged[TRAIN].tokens,
-        "seconds": time.perf_counter() - started + waited,
-        "ledger": json.dumps(outcome.ledger.to_json()),
-        "source_probability": json.dumps(selection.source_probability),
-        "probability_course": json.dumps(monitor.course),
-        "notes": json.dumps(selection.notes, default=str),
-    }
-    return Record(run, _selected(plan.key, selection), shown(plan.key, selection, task))
-
-
-def _select(
-    plan: Plan, selector: Selector, task: Task, rankings: Rankings, monitor: Monitor
-) -> tuple[Selection, float, float]:
-    """The selection, charged as the grid says; FLOPs spent on it; seconds that its ranking took before."""
-    cell, seed = plan.cell, plan.cell.setting.seed
     if isinstance(selector, Ranker):
-        begun = time.perf_counter()
-        ranking, seconds = rankings.get(plan.ranking, selector, task, seed, monitor)
-        waited = seconds - (time.perf_counter() - begun)
-        selection = selector.cut(ranking, task, cell.budget, amortised(ranking.ledger, cell.sharing))
-        return selection, ranking.ledger.total(SELECT).flops, waited
-    ledger = Ledger()
-    selection = selector.select(task, cell.budget, seed=seed, ledger=ledger, monitor=monitor)
+        ranking, seconds = Rankings(journals.folder).get(plan.ranking, selector, task, seed, monitor, journals)
+        shared = amortised(ranking.ledger, cell.sharing)
+        spent = ranking.ledger.total(SELECT).flops
+        return lambda: (selector.cut(ranking, task, cell.budget, shared), spent), seconds
+    return lambda: _search(selector, cell, task, monitor), 0.0
+
+
+def _search(selector: Selector, cell: Cell, task: Task, monitor: Monitor) -> tuple[Selection, float]:
+    selection = selector.select(task, cell.budget, seed=cell.setting.seed, ledger=Ledger(), monitor=monitor)
     spent = selection.ledger.total(SELECT).flops
-    return replace(selection, ledger=amortised(selection.ledger, cell.sharing)), spent, 0.0
+    return replace(selection, ledger=amortised(selection.ledger, cell.sharing)), spent
 
 
 def describe(plan: Plan, task: Task, metric: str) -> dict[str, Any]:
@@ -191,6 +201,7 @@ def describe(plan: Plan, task: Task, metric: str) -> dict[str, Any]:
         "sharing": cell.sharing,
         "seed": setting.seed,
         "metric": metric,
+        "maximised": metric in task.maximised,
         "full_flops": usage * len(task.pool),
         "n_pool": len(task.pool),
         "learning_rate": setting.train.learning_rate,

@@ -18,7 +18,10 @@ from cads.study.results import import_points, read_runs
 from cads.study.summary import points_of
 from cads.study.tables import terminal_table
 
-COMPARE = "Run a grid of methods, budgets, seeds, model sizes and tasks; finished cells are never run twice."
+COMPARE = (
+    "Run a grid of methods, budgets, seeds, model sizes and tasks; finished cells are never run twice, "
+    "and what was under way goes on where it was."
+)
 REPORT = "Fits, figures and one page of HTML from the results of a grid or of published points."
 
 

@@ -1,6 +1,7 @@
 """Running a grid: planned before anything is spent, cell by cell, in any number of processes, resumed after any stop.
 
-A finished cell is a file of the table `runs`, named by all that its result depends on, so it is never run twice.
+A finished cell is a file of the table `runs`, named by all that its result depends on, so it is never run twice; one
+that is under way has a journal. A signal stops the grid when that is written.
 Locks belong to the process that holds them: killed with it, they keep nobody waiting.
 """
 
@@ -27,7 +28,7 @@ from rich.text import Text
 
 from cads.errors import BudgetError, CadsError, ConfigError
 from cads.folders import whole_file
-from cads.interrupt import Interrupted
+from cads.interrupt import Interrupted, Interrupts
 from cads.lock import LockedError, held_by_first
 from cads.plan import duration
 from cads.processes import ProcessError, current, is_shared
@@ -36,6 +37,7 @@ from cads.registry import build_selector, selector_class
 from cads.speed import matmul_flops_per_second
 from cads.study.cells import Plan, Record, describe, metric_of, plan_cell, run_cell
 from cads.study.grid import Cell, Grid, Setting, cells, settings
+from cads.study.journals import Journals
 from cads.study.progress import Progress
 from cads.study.rankings import Rankings
 from cads.study.results import (
@@ -111,12 +113,20 @@ class Study:
 
         Raises:
             ConfigError: if the grid's metric or an evaluation is unknown to a task; nothing has been spent then.
+            Interrupted: if this process was asked to stop.
         """
+        interrupts = Interrupts()
+        with interrupts.listen():
+            return self._run_shard(plans, shard, interrupts)
+
+    def _run_shard(self, plans: Sequence[Plan], shard: Shard, interrupts: Interrupts) -> list[str]:
         world = current()
         world.on_first(lambda: self._write_grid(plans))
         mine = list(plans)[shard.index - 1 :: shard.of]
         self._say_once(mine)
         code = code_digest(e.method for e in self.grid.methods)
+        journals = Journals(self.folder, code, self.grid.checkpoint, interrupts)
+        world.on_first(lambda: self._sweep(plans, journals))
         progress = Progress(self.console, mine)
         done = set(world.on_first(lambda: [plan.key for plan in mine if self._show_finished(plan, progress)]))
         todo = [plan for plan in mine if plan.key not in done]
@@ -133,7 +143,8 @@ class Study:
         busy = []
         with progress:
             for plan in todo:
-                if not self._attempt(plan, code, progress):
+                interrupts.stop_together("between two cells")
+                if not self._attempt(plan, journals, progress):
                     busy.append(plan.key)
         return busy
 
@@ -141,6 +152,17 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         whole_file(self.folder / "config.yaml", yaml.safe_dump(asdict(self.grid), sort_keys=False))
         whole_file(self.folder / GRID_FILE, json.dumps({"cells": [p.key for p in plans]}, indent=1) + "\n")
+
+    def _sweep(self, plans: Sequence[Plan], journals: Journals) -> None:
+        """Remove checkpoints that nobody will go on from."""
+        by_key = {plan.key: plan for plan in plans}
+
+        def is_done(key: str) -> bool:
+            if key in by_key:
+                return self._finished(by_key[key]) is not None
+            return Rankings(self.folder).path(key).exists()
+
+        journals.sweep({*by_key, *(plan.ranking for plan in plans)}, is_done)
 
     def _show_finished(self, plan: Plan, progress: Progress) -> bool:
         """Whether a cell has been finished before."""
@@ -195,21 +217,21 @@ class Study:
         row: dict[str, Any] = read_file(path, "runs").to_pylist()[0]
         return row if row["status"] == DONE else None
 
-    def _attempt(self, plan: Plan, code: str, progress: Progress) -> bool:
+    def _attempt(self, plan: Plan, journals: Journals, progress: Progress) -> bool:
         """Run one cell, unless another process holds it; False if one does."""
         try:
             with held_by_first(self.folder / "locks" / plan.key):
                 if not current().on_first(lambda: self._show_finished(plan, progress)):
                     progress.started(plan)
-                    progress.finished(plan, self._run(plan, code), resumed=False)
+                    progress.finished(plan, self._run(plan, journals), resumed=False)
         except LockedError:
             return False
         return True
 
-    def _run(self, plan: Plan, code: str) -> dict[str, Any]:
+    def _run(self, plan: Plan, journals: Journals) -> dict[str, Any]:
         """Run one cell and write its rows, `runs` last: it is what makes the cell finished."""
         setting, world = plan.cell.setting, current()
-        made = {"version": version(DISTRIBUTION), "code": code}
+        made = {"version": version(DISTRIBUTION), "code": journals.code}
         if plan.status:
             row: dict[str, Any] = {
                 "cell": plan.key,
@@ -223,10 +245,15 @@ class Study:
         task, metric = self.task(setting), self.metric(setting)
         place = self.folder / "cells" / plan.key
         partial = place.with_name(f".{plan.key}.partial")
-        world.on_first(lambda: _made_anew(partial))
+
+        def work() -> Record:
+            # A run that is gone on from shows what it has done before once more.
+            world.on_first(lambda: _made_anew(partial))
+            return run_cell(plan, task, metric, journals, partial)
+
         started = time.perf_counter()
         try:
-            record = run_cell(plan, task, metric, Rankings(self.folder), partial)
+            record = journals.begin(plan.key, work)
         except (Interrupted, ProcessError):
             raise
         except Exception as error:  # a cell that fails must not take the grid with it
@@ -242,7 +269,9 @@ class Study:
             world.on_first(lambda: str(write_rows(self.folder, "runs", plan.key, [row])))
             return row
         row = record.run | made
-        world.on_first(lambda: self._write_cell(plan, partial, place, record, row))
+        with journals.interrupts.held():
+            world.on_first(lambda: self._write_cell(plan, partial, place, record, row))
+            world.on_first(lambda: journals.forget(plan.key))
         return row
 
     def _write_cell(self, plan: Plan, partial: Path, place: Path, record: Record, row: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ def _merged(stages: Mapping[str, float], named: Sequence[str]) -> dict[str, floa
 
 
 def source_shares(folder: Path, methods: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, float]]:
-    """Share of each source in what each method selected (percent), means over seeds; none without sources."""
+    """Share of each source in what each method selected (percent), over all seeds together; none without sources."""
     shares: dict[str, dict[str, float]] = {}
     for method, rows in methods.items():
         counts: dict[str, float] = {}

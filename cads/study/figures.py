@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter
 
 from cads.study.fits import SHARED_TASKS, GroupFits, fixed_selection
-from cads.study.frontier import PerformanceCurve
+from cads.study.frontier import PerformanceCurve, amortised_flops
 from cads.study.style import FAINT, INK, SERIES, Look
-from cads.study.summary import Point, higher_is_better, in_percent
+from cads.study.summary import Point, in_percent
 
 WIDTH, AXES_HEIGHT, LEGEND_ROW = 4.5, 2.9, 0.21
 """Inches. Shown 350 pixels wide, text of `TEXT` points is then about as many pixels high."""
@@ -146,11 +146,11 @@ def _half_width(p: Point) -> float:
 
 def _limit(axes: Axes, points: Sequence[Point]) -> str:
     """Leave out what is far below the best; says so."""
-    if not in_percent(points[0].metric) or not higher_is_better(points[0].metric):
+    if not in_percent(points[0].metric) or not points[0].maximised:
         return ""
-    best: dict[float, float] = {}
+    best: dict[str, float] = {}
     for p in points:
-        best[p.budget_flops] = max(best.get(p.budget_flops, 0.0), _seen(p))
+        best[p.budget] = max(best.get(p.budget, 0.0), _seen(p))
     floor = max(0.0, min(best.values()) - SHOWN_POINTS)
     ceiling = min(100.5, max(best.values()) + SHOWN_POINTS / 8)
     low, high = axes.get_ylim()
@@ -205,7 +205,7 @@ def frontier(group: GroupFits, look: Mapping[str, Look], name: str, *, fitted: b
     lines = _by_method(group.points)
     low, high = group.span
     grid = np.geomspace(low, max(high, low * 1.01), CURVE_POINTS)
-    sign = 1 if higher_is_better(group.metric) else -1
+    sign = 1 if group.maximised else -1
     with _panel(len(lines) + (group.line is not None)) as (figure, axes):
         for method, line in lines.items():
             style = look[method]
@@ -221,6 +221,8 @@ def frontier(group: GroupFits, look: Mapping[str, Look], name: str, *, fitted: b
     caption = "Means over seeds; the dotted line is the least-squares line through the points that no other dominates."
     if fitted:
         caption = "Curves: P(C) = P0 + (Pbar - P0)(1 - exp(-lambda (C - C_select) / C(D))), by bounded least squares."
+        what = "the score of training on everything" if group.complete else "the best mean of the grid, not fitted"
+        caption += f" Pbar is {what}."
         missing = ", ".join(group.not_fitted)
         caption += f" Too few budgets for {missing}." if missing else ""
     title = f"{_where(group)}: {'fits' if fitted else 'frontier'}"
@@ -231,14 +233,14 @@ def break_even(group: GroupFits, look: Mapping[str, Look], prefix: str) -> list[
     """CCDS figure 4: the same scores if T tasks share the selection, one figure a method that pays up front."""
     made: list[Drawing] = []
     grid = np.geomspace(*group.span, CURVE_POINTS)
-    sign = 1 if higher_is_better(group.metric) else -1
+    sign = 1 if group.maximised else -1
     for method, line in _by_method(group.points).items():
         if fixed_selection(line) <= 0:
             continue
         with _panel(len(SHARED_TASKS) + 1) as (figure, axes):
             for i, tasks in enumerate(SHARED_TASKS):
                 axes.plot(
-                    [p.spent / tasks + p.training for p in line],
+                    [amortised_flops(p.spent, p.training, tasks) for p in line],
                     [_seen(p) for p in line],
                     color=look[method].colour,
                     alpha=1 - 0.2 * i,

@@ -19,6 +19,7 @@ from cads.study.frontier import (
     FrontierLine,
     PerformanceFit,
     advice,
+    amortised_flops,
     bootstrap_fits,
     bootstrap_intervals,
     break_even_tasks,
@@ -30,7 +31,7 @@ from cads.study.frontier import (
     simulate_figure1,
     smallest_optimal_ratio,
 )
-from cads.study.summary import Point, answers, budgets_of, by_group, higher_is_better, in_percent, regrets
+from cads.study.summary import Point, answers, budgets_of, by_group, in_percent, regrets
 
 FITS_VERSION = 1
 FORMS: tuple[Form, ...] = ("shifted", "published")
@@ -48,8 +49,9 @@ class GroupFits:
     """The analysis of one task at one size. Scores are turned so that higher is better, shares into percent.
 
     Attributes:
-        task, model, metric: which. points: all of them. p_bar: score of training on everything, or the best of the
-            grid. c_full: C(D), FLOPs.
+        task, model, metric: which. maximised: whether more of the metric is better. points: all of them.
+        p_bar: score of training on everything, if it was published, or the best of the grid. complete: which of both.
+        c_full: C(D), FLOPs.
         fits: shifted and published form, by method. not_fitted: why there is none.
         frontier: the points that no other one dominates, cheapest first. line: through them, if there are two.
     """
@@ -57,8 +59,10 @@ class GroupFits:
     task: str
     model: str
     metric: str
+    maximised: bool
     points: list[Point]
     p_bar: float
+    complete: bool
     c_full: float
     fits: dict[str, dict[Form, PerformanceFit]]
     not_fitted: dict[str, str]
@@ -85,7 +89,7 @@ class GroupFits:
 def turned(p: Point) -> float:
     """The mean of a point, higher is better, shares in percent."""
     value = 100 * p.mean if in_percent(p.metric) else p.mean
-    return value if higher_is_better(p.metric) else -value
+    return value if p.maximised else -value
 
 
 def fixed_selection(points: Sequence[Point]) -> float:
@@ -104,7 +108,7 @@ def _analyse(points: list[Point]) -> GroupFits:
     complete = [p for p in points if p.imported and p.selection == 0 and p.training >= (1 - SAME_COST) * p.full_flops]
     p_bar = float(np.mean([turned(p) for p in complete])) if complete else max(turned(p) for p in points)
     # A measured score may lie below zero once it is turned around; published shares never do.
-    bounds = (0.0, math.inf) if higher_is_better(first.metric) else (-math.inf, math.inf)
+    bounds = (0.0, math.inf) if first.maximised else (-math.inf, math.inf)
     fits: dict[str, dict[Form, PerformanceFit]] = {}
     not_fitted = {}
     for method in dict.fromkeys(p.method for p in points):
@@ -133,7 +137,18 @@ def _analyse(points: list[Point]) -> GroupFits:
     if len({p.total for p in frontier}) >= 2:
         line = log_linear_frontier([p.total for p in frontier], [turned(p) for p in frontier])
     return GroupFits(
-        first.task, first.model, first.metric, points, p_bar, first.full_flops, fits, not_fitted, frontier, line
+        task=first.task,
+        model=first.model,
+        metric=first.metric,
+        maximised=first.maximised,
+        points=points,
+        p_bar=p_bar,
+        complete=bool(complete),
+        c_full=first.full_flops,
+        fits=fits,
+        not_fitted=not_fitted,
+        frontier=frontier,
+        line=line,
     )
 
 
@@ -149,7 +164,7 @@ def break_even(group: GroupFits) -> list[dict[str, Any]]:
         tasks: float | None = None
         if group.line is not None and group.line.slope_per_decade > 0:
             tasks = break_even_tasks(p.spent, p.training, group.line.flops_to_reach(turned(p)))
-        shared = {str(t): p.spent / t + p.training for t in SHARED_TASKS}
+        shared = {str(t): amortised_flops(p.spent, p.training, t) for t in SHARED_TASKS}
         finite = tasks if tasks is not None and math.isfinite(tasks) else None
         rows.append(
             {"method": p.method, "budget": p.budget, "score": turned(p), "flops_by_tasks": shared, "tasks": finite}
@@ -162,7 +177,7 @@ def advices(group: GroupFits) -> list[str]:
     if not group.curves:
         return []
     horizon = None if group.imported else group.span[1]
-    return [advice(group.curves, flops, horizon=horizon) for _, flops in budgets_of(group.points)]
+    return [advice(group.curves, limit.flops, horizon=horizon) for limit in budgets_of(group.points)]
 
 
 def size_ratios(group: GroupFits) -> dict[str, float | None]:
@@ -232,7 +247,9 @@ def _fit_json(fit: PerformanceFit) -> dict[str, Any]:
     }
     if fit.form == "shifted" and not fit.degenerate:
         refits = bootstrap_fits(fit, np.random.default_rng(BOOTSTRAP_SEED), N_RESAMPLES)
-        record["intervals"] = {"lambda" if k == "lam" else k: v for k, v in bootstrap_intervals(refits).items()}
+        record["failed_refits"] = N_RESAMPLES - len(refits)
+        if refits:
+            record["intervals"] = {"lambda" if k == "lam" else k: v for k, v in bootstrap_intervals(refits).items()}
     return record
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -40,20 +41,6 @@ def _column(values: ArrayLike, name: str, n_expected: int | None = None) -> Floa
     if n_expected is not None and column.size != n_expected:
         raise DataError(f"{name} has {column.size} values for {n_expected} costs: give one for each")
     return column
-
-
-def affordable_prefix(example_flops: ArrayLike, budget: float, *, c_select: float = 0.0) -> int:
-    """Length of the longest prefix with `C_train(S) + C_select(D) <= C`, the cost-aware utility of CCDS.
-
-    `example_flops` (n,) are the training FLOPs of each example, best-ranked first; `budget` is `C`.
-    """
-    flops = _column(example_flops, "example_flops")
-    if (flops < 0).any():
-        raise DataError(f"example_flops has a negative cost, {flops.min():g}: costs are FLOPs >= 0")
-    if not (0 < budget < math.inf and 0 <= c_select <= budget):
-        raise BudgetError(f"budget {budget:.4g}, selection {c_select:.4g} FLOPs: raise it or select cheaply")
-    spent = np.cumsum(np.concatenate([[c_select], flops]))
-    return int(np.searchsorted(spent, budget, side="right")) - 1
 
 
 @dataclass(frozen=True)
@@ -180,12 +167,19 @@ def _refit(start: PerformanceFit) -> PerformanceFit:
 
 
 def bootstrap_fits(fit: PerformanceFit, rng: Generator, n_resamples: int = 500) -> list[PerformanceFit]:
-    """Refits to the fitted curve plus resampled residuals, centred and widened by `sqrt(n / (n - 2))`."""
+    """Refits to the fitted curve plus resampled residuals, centred and widened by `sqrt(n / (n - 2))`.
+
+    A refit that does not converge is left out, so that there may be fewer than `n_resamples`.
+    """
     # Residuals, not points: a few budgets drawn with replacement are often fewer than 3 distinct ones.
     residuals = np.asarray(fit.residuals)
     noise = (residuals - residuals.mean()) * math.sqrt(residuals.size / (residuals.size - 2))
     scores = fit.predict(fit.flops) + rng.choice(noise, size=(n_resamples, noise.size))
-    return [_refit(replace(fit, scores=tuple(row))) for row in scores.tolist()]
+    refits = []
+    for row in scores.tolist():
+        with suppress(CadsError):
+            refits.append(_refit(replace(fit, scores=tuple(row))))
+    return refits
 
 
 def bootstrap_intervals(refits: Sequence[PerformanceFit], confidence: float = 0.95) -> dict[str, Interval]:

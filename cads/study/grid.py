@@ -18,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from cads.budget import Budget
+from cads.checkpoint import CheckpointConfig
 from cads.errors import ConfigError
 from cads.registry import TaskConfig, build_selector, task_config_class
 from cads.task import Task
@@ -95,6 +96,8 @@ class Grid:
     """The metric of the test set that is compared; null: accuracy, or else the task's own."""
     evaluations: list[str] = field(default_factory=list)
     """Further evaluations of each trained model, as those of `cads train --eval`."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """How often what is under way is written down, to go on from; it changes no result."""
 
     def name(self, entry: Entry) -> str:
         """How a method is called in tables and figures."""
@@ -141,7 +144,8 @@ class Setting:
     def describe(self) -> dict[str, Any]:
         """All that the results depend on, besides the data, the method and the budget."""
         config: Any = self.config
-        return {"kind": self.kind, "task": asdict(config), "train": self.train.decisive(), "seed": self.seed}
+        task = config.decisive() if hasattr(config, "decisive") else asdict(config)
+        return {"kind": self.kind, "task": task, "train": self.train.decisive(), "seed": self.seed}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from cads.processes import current
 from cads.ranking import CUTS, Ranker, Ranking
 from cads.selection import rank_by_score
 from cads.study.grid import Setting, content_key, readable
+from cads.study.journals import Journals
 from cads.study.results import read_file, write_rows
 from cads.task import Task
 
@@ -39,7 +40,13 @@ class Rankings:
         parts = [setting.describe(), ranker.method, options, dict(contents), version]
         return f"{readable(f'{ranker.method}-{setting.seed}')}-{content_key(parts)}"
 
-    def get(self, key: str, ranker: Ranker, task: Task, seed: int, monitor: Monitor) -> tuple[Ranking, float]:
+    def path(self, key: str) -> Path:
+        """The file of the ranking called `key`, which is there when it has been made."""
+        return self.folder / "tables" / "rankings" / f"{key}.parquet"
+
+    def get(
+        self, key: str, ranker: Ranker, task: Task, seed: int, monitor: Monitor, journals: Journals
+    ) -> tuple[Ranking, float]:
         """The ranking called `key`, read if it is there, or else made by this process while others wait.
 
         Returns:
@@ -47,23 +54,26 @@ class Rankings:
 
         Raises:
             DataError: if the file is damaged.
+            Interrupted: if this process was asked to stop.
         """
-        path = self.folder / "tables" / "rankings" / f"{key}.parquet"
-        world = current()
+
+        def make() -> None:
+            with journals.open(key) as journal:
+                ranking = ranker.rank(task, seed=seed, ledger=Ledger(), monitor=monitor)
+                world.on_first(lambda: self._write(key, ranking, journal.seconds))
+
+        path, world = self.path(key), current()
         while not world.on_first(path.exists):
             try:
                 with held_by_first(self.folder / "locks" / key):
                     if not world.on_first(path.exists):
-                        started = time.perf_counter()
-                        ranking = ranker.rank(task, seed=seed, ledger=Ledger(), monitor=monitor)
-                        self._write_on_first(key, ranking, time.perf_counter() - started)
+                        journals.begin(key, make)
+                        world.on_first(lambda: journals.forget(key))
             except LockedError:
+                journals.interrupts.stop_together("while another process makes a ranking")
                 time.sleep(WAIT_SECONDS)
         ranking, seconds = world.each(lambda: _read(path))
         return replace(ranking, config=asdict(ranker)), seconds
-
-    def _write_on_first(self, key: str, ranking: Ranking, seconds: float) -> None:
-        current().on_first(lambda: self._write(key, ranking, seconds))
 
     def _write(self, key: str, ranking: Ranking, seconds: float) -> None:
         n = len(ranking.ids)

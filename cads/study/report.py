@@ -13,7 +13,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from cads.errors import ConfigError
 from cads.folders import whole_file
+from cads.ranking import CUTS, Ranker
+from cads.registry import selector_class
 from cads.study import evidence, figures
 from cads.study.evidence import Exhibit
 from cads.study.figures import Drawing
@@ -175,6 +178,30 @@ def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: N
     ]
 
 
+def spent_flops(runs: Sequence[Mapping[str, Any]]) -> float:
+    """FLOPs of all runs: a ranking, which runs at several budgets were cut from, is counted once."""
+    shared: dict[tuple[Any, ...], float] = {}
+    own = 0.0
+    for row in runs:
+        own += row["training_flops"] or 0.0
+        selection = row["selection_flops_spent"] or 0.0
+        if row["status"] == DONE and _ranks(row["selector"]):
+            options = {name: value for name, value in json.loads(row["options"] or "{}").items() if name not in CUTS}
+            where = (row["task"], row["model"], row["seed"], row["selector"], json.dumps(options, sort_keys=True))
+            shared[where] = selection
+        else:
+            own += selection
+    return own + sum(shared.values())
+
+
+def _ranks(selector: str) -> bool:
+    """Whether what is installed under this name ranks; what made a run may not be installed here."""
+    try:
+        return issubclass(selector_class(selector), Ranker)
+    except ConfigError:
+        return False
+
+
 def _page(
     folder: Path,
     runs: Sequence[Mapping[str, Any]],
@@ -211,7 +238,7 @@ def _page(
         unscored=unscored,
         n_done=sum(row["status"] in (DONE, IMPORTED) for row in runs),
         n_cells=len(runs),
-        flops=sum((row["selection_flops_spent"] or 0) + (row["training_flops"] or 0) for row in runs),
+        flops=spent_flops(runs),
         codes=sorted({f"{row['version']} ({row['code']})" for row in runs if row["code"]}),
         version=version("cads-select"),
     )

@@ -20,10 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cads.errors import DataError
+from cads.untrusted import read_measured
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 VERSION_KEY = b"cads_results_version"
 """Where a file's metadata holds the version of its schema."""
+ADDED = {1: {"runs": ("maximised",)}, 2: {}}
+"""By version that is read, the columns that its tables do not have yet, by table: they are null then."""
 DONE, OVER_BUDGET, NOT_APPLICABLE, FAILED, IMPORTED = "done", "over budget", "n/a", "failed", "imported"
 """States of a cell."""
 
@@ -45,6 +48,7 @@ RUNS = pa.schema(
         ("status", pa.string()),
         ("error", pa.string()),  # why there is no score
         ("metric", pa.string()),
+        ("maximised", pa.bool_()),  # whether more of the metric is better; null: as its name says
         ("score", pa.float64()),  # on the test set
         ("stderr", pa.float64()),  # of the score, from the finite test set
         ("metrics", pa.string()),  # JSON: all metrics of the test set
@@ -134,24 +138,40 @@ def write_rows(
 
 
 def read_file(path: Path, table: str) -> pa.Table:
-    """One file of a table, with its metadata.
+    """One file of a table, with its metadata, once it is known that it fits in memory.
 
     Raises:
-        DataError: if it is no Parquet, or of another schema or version.
+        DataError: if it is no Parquet, of another schema or version, or larger than this machine can hold.
     """
     try:
-        read = pq.ParquetFile(path).read()
+        found = pq.read_schema(path)
+        missing = _missing(path, found, table)
+        columns = {field.name: field.type for field in TABLES[table] if field.name not in missing}
+        if not found.equals(pa.schema(columns)):
+            raise DataError(f"{path} has columns {found.names}, expected {list(columns)}")
+        read = read_measured(path, columns)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read as a table of results: {error}; remove it and run again") from error
-    found = (read.schema.metadata or {}).get(VERSION_KEY, b"none").decode()
-    if found != str(SCHEMA_VERSION):
+    for i, field in enumerate(TABLES[table]):
+        if field.name in missing:
+            read = read.add_column(i, field, pa.nulls(len(read), field.type))
+    return read.replace_schema_metadata(found.metadata)
+
+
+def _missing(path: Path, found: pa.Schema, table: str) -> Sequence[str]:
+    """The columns that a table of this version does not have yet.
+
+    Raises:
+        DataError: if it is a version that is not read.
+    """
+    version = (found.metadata or {}).get(VERSION_KEY, b"none").decode(errors="replace")
+    known = {str(number): added for number, added in ADDED.items()}
+    if version not in known:
         raise DataError(
-            f"{path} has schema version {found}; this library reads {SCHEMA_VERSION}: use the version that wrote "
+            f"{path} has schema version {version}; this library reads {', '.join(known)}: use the version that wrote "
             "it, or another folder"
         )
-    if not read.schema.equals(TABLES[table]):
-        raise DataError(f"{path} has columns {read.schema.names}, expected {TABLES[table].names}")
-    return read
+    return known[version].get(table, ())
 
 
 def read_rows(folder: Path, table: str, keys: Iterable[str] | None = None) -> list[dict[str, Any]]:

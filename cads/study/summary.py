@@ -15,8 +15,8 @@ from cads.errors import ConfigError
 from cads.study.results import DONE, IMPORTED
 
 CONFIDENCE = 0.95
-LOWER_IS_BETTER = ("loss", "error", "perplexity", "ppl")
-"""Metrics with one of these in their name are minimised."""
+LOWER_IS_BETTER = ("loss", "error", "perplexity", "ppl", "bits_per_byte", "nll", "mae")
+"""Metrics with one of these in their name are minimised, where the run itself does not say."""
 SHARES = ("accuracy", "error", "exact_match", "choices", "choices_per_character")
 """Metrics between 0 and 1, which are shown in percent."""
 SLACK = 1 + 1e-3
@@ -28,8 +28,9 @@ class Point:
     """One method at one budget on one task at one size: means over seeds.
 
     Attributes:
-        task, model, method, selector, budget, budget_flops, metric: as in the table `runs`.
-        seeds, scores: of the runs, in the metric's own unit.
+        task, model, method, selector, budget, metric: as in the table `runs`.
+        maximised: whether more of the metric is better.
+        seeds, scores, budgets: of the runs: scores in the metric's own unit, budgets in FLOPs.
         selection: FLOPs as charged. spent: FLOPs of the whole selection. training: FLOPs.
         full_flops: C(D). selected: share of the pool, or None if unknown.
         imported: whether it was published, not run.
@@ -40,16 +41,22 @@ class Point:
     method: str
     selector: str
     budget: str
-    budget_flops: float
     metric: str
+    maximised: bool
     seeds: tuple[int, ...]
     scores: tuple[float, ...]
+    budgets: tuple[float, ...]
     selection: float
     spent: float
     training: float
     full_flops: float
     selected: float | None
     imported: bool
+
+    @property
+    def budget_flops(self) -> float:
+        """Of the budget: where examples differ in cost so do the seeds, which draw the data."""
+        return float(np.mean(self.budgets))
 
     @property
     def total(self) -> float:
@@ -64,10 +71,7 @@ class Point:
     @property
     def half_width(self) -> float:
         """Of the t-interval of the mean over seeds; NaN for one seed."""
-        n = len(self.scores)
-        if n < 2:
-            return math.nan
-        return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(self.scores, ddof=1) / math.sqrt(n))
+        return half_width(self.scores)
 
     @property
     def group(self) -> tuple[str, str]:
@@ -75,8 +79,16 @@ class Point:
         return self.task, self.model
 
 
+def half_width(values: Sequence[float] | np.ndarray) -> float:
+    """Of the t-interval (`CONFIDENCE`) of the mean of values (shape (n,)); NaN for fewer than two."""
+    n = len(values)
+    if n < 2:
+        return math.nan
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+
+
 def higher_is_better(metric: str) -> bool:
-    """Whether more of a metric is better."""
+    """Whether more of a metric is better, by its name: of a published point, and of a metric that no task knows."""
     return not any(word in metric.lower() for word in LOWER_IS_BETTER)
 
 
@@ -120,16 +132,19 @@ def _point(rows: Sequence[Mapping[str, Any]], metric: str | None) -> Point:
     def mean(column: str) -> float:
         return float(np.mean([row[column] for row in rows]))
 
+    own = first["maximised"] if metric in (None, first["metric"]) else None
+
     return Point(
         task=first["task"],
         model=first["model"],
         method=first["method"],
         selector=first["selector"],
         budget=first["budget"],
-        budget_flops=first["budget_flops"],
         metric=metric or first["metric"],
+        maximised=higher_is_better(metric or first["metric"]) if own is None else own,
         seeds=tuple(row["seed"] for row in rows),
         scores=tuple(scores),
+        budgets=tuple(row["budget_flops"] for row in rows),
         selection=mean("selection_flops"),
         spent=mean("selection_flops_spent"),
         training=mean("training_flops"),
@@ -147,25 +162,56 @@ def by_group(points: Iterable[Point]) -> dict[tuple[str, str], list[Point]]:
     return groups
 
 
-def budgets_of(points: Sequence[Point]) -> list[tuple[str, float]]:
-    """The distinct budgets of a group, as given and in FLOPs, rising."""
-    found = {p.budget_flops: p.budget for p in reversed(points)}
-    return [(found[flops], flops) for flops in sorted(found)]
+@dataclass(frozen=True)
+class Limit:
+    """One budget of a group, as given and in FLOPs.
+
+    Attributes:
+        budget: as given. flops: mean over all seeds of the group. by_seed: FLOPs for each of them.
+    """
+
+    budget: str
+    flops: float
+    by_seed: Mapping[int, float]
+
+    def on(self, seeds: Sequence[int]) -> float:
+        """FLOPs, mean over `seeds`; over all of the group where one of them never had this budget."""
+        if not all(seed in self.by_seed for seed in seeds):
+            return self.flops
+        return float(np.mean([self.by_seed[seed] for seed in seeds]))
+
+    def allows(self, p: Point) -> bool:
+        """Whether a run is within the budget: its means over seeds are held against the budget of the same seeds."""
+        return p.total <= self.on(p.seeds) * SLACK
 
 
-def affordable(points: Iterable[Point], budget_flops: float) -> list[Point]:
+def budgets_of(points: Sequence[Point]) -> list[Limit]:
+    """The distinct budgets of a group, rising. One that is given in two ways, at the same FLOPs, is there once."""
+    by_seed: dict[str, dict[int, float]] = {}
+    for p in points:
+        for seed, flops in zip(p.seeds, p.budgets, strict=True):
+            by_seed.setdefault(p.budget, {}).setdefault(seed, flops)
+    found: dict[float, Limit] = {}
+    for budget, each in by_seed.items():
+        # Sorted, so that the order of the seeds does not show in the last digit.
+        limit = Limit(budget, float(np.mean([each[seed] for seed in sorted(each)])), each)
+        found.setdefault(limit.flops, limit)
+    return [found[flops] for flops in sorted(found)]
+
+
+def affordable(points: Iterable[Point], limit: Limit) -> list[Point]:
     """Of each method the costliest run whose total is within the budget: the cost-aware utility of CCDS."""
     best: dict[str, Point] = {}
     for p in points:
         before = best.get(p.method)
-        if p.total <= budget_flops * SLACK and (before is None or p.total > before.total):
+        if limit.allows(p) and (before is None or p.total > before.total):
             best[p.method] = p
     return list(best.values())
 
 
 def better(a: Point, b: Point) -> bool:
     """Whether the mean of `a` is strictly better than that of `b`."""
-    return a.mean > b.mean if higher_is_better(a.metric) else a.mean < b.mean
+    return a.mean > b.mean if a.maximised else a.mean < b.mean
 
 
 def best_of(points: Sequence[Point]) -> Point:
@@ -188,8 +234,7 @@ def told_apart(a: Point, b: Point) -> bool | None:
     if len(seeds) < 2:
         return None
     difference = np.array([left[s] - right[s] for s in seeds])
-    width = stats.t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1) * difference.std(ddof=1) / math.sqrt(len(seeds))
-    return bool(abs(difference.mean()) > width)
+    return bool(abs(difference.mean()) > half_width(difference))
 
 
 @dataclass(frozen=True)
@@ -211,26 +256,26 @@ class Answer:
 def answers(points: Sequence[Point]) -> list[Answer]:
     """For each budget of a group, what its points say is best at that total cost."""
     made = []
-    for budget, flops in budgets_of(points):
-        rivals = affordable(points, flops)
+    for limit in budgets_of(points):
+        rivals = affordable(points, limit)
         if not rivals:
             continue
         best = best_of(rivals)
-        others = sorted(rivals, key=lambda p: -p.mean if higher_is_better(p.metric) else p.mean)
+        others = sorted(rivals, key=lambda p: -p.mean if p.maximised else p.mean)
         level = tuple(p.method for p in others if p is not best and told_apart(best, p) is False)
-        made.append(Answer(budget, flops, best, level, _sentence(budget, flops, best, level)))
+        made.append(Answer(limit.budget, limit.flops, best, level, _sentence(limit, best, level)))
     return made
 
 
-def _sentence(budget: str, flops: float, best: Point, level: Sequence[str]) -> str:
+def _sentence(limit: Limit, best: Point, level: Sequence[str]) -> str:
     unit = " %" if in_percent(best.metric) else ""
     score = shown(best.mean, best.metric)
     if not math.isnan(best.half_width):
         score += f" ± {shown(best.half_width, best.metric)}"
-    given = "" if budget.endswith("FLOPs") else f" ({budget})"
+    given = "" if limit.budget.endswith("FLOPs") else f" ({limit.budget})"
     # A run whose selection came on top belongs to a smaller budget than the one it fits into.
-    smaller = f" of {best.budget}" if best.budget_flops < flops / SLACK else ""
-    text = f"At {flops:.3g} FLOPs in all{given}: {best.method}{smaller}, {best.metric} {score}{unit}"
+    smaller = f" of {best.budget}" if best.budget_flops < limit.on(best.seeds) / SLACK else ""
+    text = f"At {limit.flops:.3g} FLOPs in all{given}: {best.method}{smaller}, {best.metric} {score}{unit}"
     if level:
         text += f"; not told apart from {', '.join(level)} by {len(best.seeds)} seeds"
     return f"{text}."
@@ -242,11 +287,11 @@ def regrets(points: Sequence[Point]) -> dict[str, list[tuple[float, float]]]:
     The best of many noisy means flatters itself: regrets are upper estimates.
     """
     found: dict[str, list[tuple[float, float]]] = {}
-    for _, flops in budgets_of(points):
-        rivals = affordable(points, flops)
+    for limit in budgets_of(points):
+        rivals = affordable(points, limit)
         if not rivals:
             continue
         best = best_of(rivals).mean
         for p in rivals:
-            found.setdefault(p.method, []).append((flops, abs(best - p.mean)))
+            found.setdefault(p.method, []).append((limit.flops, abs(best - p.mean)))
     return found

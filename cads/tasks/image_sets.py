@@ -400,7 +400,7 @@ def _codes(
         raise ConfigError(f"{setting} = {column!r} holds {feature}: it must hold names or whole numbers")
     present = sorted(values.unique().to_pylist())
     names = names or tuple(present)
-    unknown = [name for name in present if name not in set(names)]
+    unknown = sorted(set(present) - set(names))
     if unknown:
         raise DataError(f"{setting} = {column!r} has values that the training split lacks: {unknown[:3]}")
     return pc.index_in(values, value_set=pa.array(names, values.type)).to_numpy().astype(np.int64), names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -87,6 +87,9 @@ class LanguageConfig:
     """Most tokens that `--eval exact_match` generates."""
     data_seed: int = 0
     """Of what goes into target, test and pool."""
+    token_cache: str | None = None
+    """Folder in which tokens are kept and read memory-mapped, for data sets that are larger than memory, and for starts
+    that need not tokenise again; null: tokens are made anew and held in memory."""
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -102,10 +105,16 @@ class LanguageConfig:
                 raise ConfigError(f"{name} = {value}: it must be at least 1")
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ConfigError(f"max_tokens = {self.max_tokens}: one token asks, one answers: it must be at least 2")
+        if self.token_cache == "":
+            raise ConfigError("token_cache is empty: name a folder, or null")
         if self.data_seed < 0:
             raise ConfigError(f"data_seed = {self.data_seed}: it must be >= 0")
         if self.packing and str(self.attn_implementation).startswith("flash"):
             raise ConfigError(f"packing needs a mask, and {self.attn_implementation} takes none: use sdpa or eager")
+
+    def decisive(self) -> dict[str, Any]:
+        """The fields on which a result depends, as JSON values: not where tokens are kept."""
+        return {name: value for name, value in asdict(self).items() if name != "token_cache"}
 
     def build(self, recipe: TrainConfig) -> LanguageTask:
         """Load tokenizer and data; weights are loaded when the first model is made.
@@ -237,10 +246,7 @@ class LanguageTask(Task):
     @property
     def ends(self) -> list[int]:
         """Token ids that end an answer: the tokenizer's end token, and the special tokens that end one in the pool."""
-        tokens, special = tokens_of(self.pool), set(self.tokenizer.all_special_ids)
-        learned = np.append(tokens.learned, False)
-        last = np.flatnonzero(learned[:-1] & ~learned[1:])
-        found = special & set(np.unique(tokens.ids[last]).tolist())
+        found = tokens_of(self.pool).last_answers & set(self.tokenizer.all_special_ids)
         end = self.tokenizer.eos_token_id
         return sorted(found | ({end} if end is not None else set()))
 
@@ -254,7 +260,8 @@ class LanguageTask(Task):
         """T and A of the longest example of all pools, as batches fill it up."""
         pools = [tokens_of(p) for p in (self.pool, self.target, self.test)]
         longest = max(pools, key=lambda x: int(x.lengths().max()))
-        inputs = replace(longest, packed=False).batch(np.array([longest.lengths().argmax()])).inputs
+        alone = longest.take(np.array([longest.lengths().argmax()]))
+        inputs = replace(alone, packed=False).batch(np.arange(1)).inputs
         return inputs["input_ids"].shape[1], inputs["answers"].shape[1]
 
     @cached_property

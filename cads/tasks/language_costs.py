@@ -10,8 +10,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from cads.flops import Costs, Measured, Price
-from cads.scoring import planned_flops
+from cads.flops import Costs, Measured, Paper, Price
+from cads.paper import forward_flops, training_flops
+from cads.scoring import lengths, planned_flops
 from cads.task import Batch, Pool
 from cads.tasks.language_tokens import IGNORED, PAD_TO
 
@@ -33,6 +34,8 @@ class LanguageCosts(Costs):
     but the head are applied at every position, attention to every pair. The four numbers come from four counted
     batches, and are checked on the longest example; a model that keeps to no such law is counted shape by shape.
     Packed batches cost what their rows do.
+
+    `paper`: the tokens of an example are its own, so that no shape stands for others.
     """
 
     task: LanguageTask
@@ -44,11 +47,11 @@ class LanguageCosts(Costs):
 
     def forward(self, batch: Batch) -> float:
         """One forward pass of all of `batch`."""
-        return self._rows(batch).forward if "row" in batch.inputs else super().forward(batch)
+        return self._rows(batch).forward if self._in_rows(batch) else super().forward(batch)
 
     def usage(self, batch: Batch) -> float:
         """One forward and backward pass of all of `batch`."""
-        return self._rows(batch).usage if "row" in batch.inputs else super().usage(batch)
+        return self._rows(batch).usage if self._in_rows(batch) else super().usage(batch)
 
     def forward_pool(self, pool: Pool) -> float:
         """One forward pass over all of `pool` as it is measured and scored: sorted by length, padding included."""
@@ -56,7 +59,32 @@ class LanguageCosts(Costs):
             self._passes[pool] = planned_flops(self.forward, pool)
         return self._passes[pool]
 
+    def usages(self, pool: Pool) -> np.ndarray:
+        """One forward and backward pass of each example of `pool` by itself, without padding; shape (N,)."""
+        if not isinstance(self._accounting, Paper):
+            return super().usages(pool)
+        return self._nominal(pool, 1.0).usage * _lengths(pool)
+
+    def _mean(self, pool: Pool) -> Price:
+        if not isinstance(self._accounting, Paper):
+            return super()._mean(pool)
+        if pool not in self._pools:
+            self._pools[pool] = self._nominal(pool, float(_lengths(pool).mean()))
+        return self._pools[pool]
+
+    def _nominal(self, pool: Pool, tokens: float) -> Price:
+        """2ND and 6ND for D tokens."""
+        n, _ = self.task.nominal(self.model, pool.batch([0]))
+        return Price(forward_flops(n, tokens), training_flops(n, tokens), tokens)
+
+    def _in_rows(self, batch: Batch) -> bool:
+        """Whether sequences share rows, which is all the same to 6ND."""
+        return "row" in batch.inputs and not isinstance(self._accounting, Paper)
+
     def _price(self, batch: Batch) -> Price:
+        if isinstance(self._accounting, Paper):
+            # Batches of one shape differ in their padding: no price of another one would be right.
+            return self._accounting.price(batch)
         if not isinstance(self._accounting, Measured) or self._law is None:
             return super()._price(batch)
         return self._by_law(batch.inputs["input_ids"].shape[1], batch.inputs["answers"].shape[1], 1)
@@ -112,3 +140,10 @@ class LanguageCosts(Costs):
             "weight": torch.ones(1),
         }
         return Batch(inputs, labels, torch.zeros(1, dtype=torch.int64), length, n_answers)
+
+
+def _lengths(pool: Pool) -> np.ndarray:
+    """Tokens of each sequence of a pool of text, int64, shape (N,)."""
+    found = lengths(pool)
+    assert found is not None
+    return found

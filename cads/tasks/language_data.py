@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 
 from cads.errors import ConfigError, DataError
 from cads.interrupt import Interrupted
+from cads.order import numbered
 from cads.tasks.language_formats import Example, Format, Renderer, needed_columns, recognise
-from cads.tasks.language_tokens import Tokens
+from cads.tasks.language_tokens import Collected, Sequences, Sink, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ class Rows:
         format: of all rows.
         ids: one a row. name: of the source.
         sources, subtasks: a name for each row, or None.
+        where: where the rows stand in the table, ascending, int64, or None if they are all of it. Rows that were
+            drawn from a table that is on disk so stay there.
     """
 
     table: pa.Table
@@ -85,19 +88,42 @@ class Rows:
     name: str
     sources: pa.Array | None = None
     subtasks: pa.Array | None = None
+    where: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, positions: np.ndarray) -> Rows:
-        """The rows at `positions`, int64."""
+        """The rows at `positions`, ascending, int64."""
         index = pa.array(positions)
         sources, subtasks = (None if x is None else x.take(index) for x in (self.sources, self.subtasks))
-        return Rows(self.table.take(index), self.format, self.ids.take(index), self.name, sources, subtasks)
+        where = positions if self.where is None else self.where[positions]
+        return replace(self, ids=self.ids.take(index), sources=sources, subtasks=subtasks, where=where)
+
+    def shards(self) -> Iterator[tuple[pa.Array, pa.Table]]:
+        """Ids and contents of `ROWS_AT_ONCE` rows at a time, in order."""
+        size = ROWS_AT_ONCE
+        if self.where is None:
+            for start in range(0, len(self), size):
+                yield self.ids.slice(start, size), self.table.slice(start, size)
+            return
+        # A table of many chunks is copied whole by `take`.
+        batches = self.table.to_batches()
+        ends = np.cumsum([len(batch) for batch in batches])
+        for start in range(0, len(self), size):
+            wanted = self.where[start : start + size]
+            holding = np.searchsorted(ends, wanted, side="right")
+            drawn = []
+            for i in np.unique(holding).tolist():
+                first = ends[i] - len(batches[i])
+                drawn.append(batches[i].take(pa.array(wanted[holding == i] - first)))
+            yield self.ids.slice(start, size), pa.Table.from_batches(drawn)
 
 
 def load_rows(source: TextSource, seed: int, *, given_sources: bool = False) -> Rows:
     """Read a source.
+
+    A folder of `datasets` and a data set on the hub stay on disk; JSON, Parquet and CSV files are held in memory.
 
     Args:
         seed: of the rows that `limit` draws.
@@ -110,9 +136,7 @@ def load_rows(source: TextSource, seed: int, *, given_sources: bool = False) -> 
     if not len(table):
         raise DataError(f"{source.where} is empty: it needs at least one row")
     chosen, columns = _columns(source, table.column_names)
-    width = max(5, len(str(len(table) - 1)))
-    numbered = pa.array([f"{source.name}-{i:0{width}d}" for i in range(len(table))], pa.string())
-    ids = numbered if "id" not in columns else _strings(table, columns["id"], source)
+    ids = numbered(source.name, len(table)) if "id" not in columns else _strings(table, columns["id"], source)
     if given_sources and "source" in table.column_names:
         columns.setdefault("source", "source")
     sources = None if "source" not in columns else _strings(table, columns["source"], source)
@@ -207,7 +231,13 @@ def _saved(path: Path) -> pa.Table:
         raise DataError(f"{path} is no folder of `datasets`: {error}") from error
     if not isinstance(loaded, Dataset):
         raise DataError(f"{path} holds several splits {sorted(loaded)}: give the folder of one")
-    return loaded.flatten_indices().data.table
+    return _in_order(loaded)
+
+
+def _in_order(loaded: Any) -> pa.Table:
+    # Of rows that were selected or shuffled `datasets` writes a copy first.
+    ordered = loaded if loaded._indices is None else loaded.flatten_indices()
+    return ordered.data.table
 
 
 def _hub(source: TextSource) -> pa.Table:
@@ -221,7 +251,7 @@ def _hub(source: TextSource) -> pa.Table:
         raise DataError(
             f"data set {source.dataset!r} ({source.split}) cannot be loaded: {type(error).__name__}: {error}"
         ) from error
-    return loaded.flatten_indices().data.table
+    return _in_order(loaded)
 
 
 def _strings(table: pa.Table, column: str, source: TextSource) -> pa.Array:
@@ -232,6 +262,31 @@ def _strings(table: pa.Table, column: str, source: TextSource) -> pa.Array:
         return pc.cast(values, pa.string())
     except pa.ArrowException as error:
         raise DataError(f"column {column!r} of {source.where} is {values.type}: it must be text or numbers") from error
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What became of the rows of one source when they were encoded.
+
+    Attributes:
+        rows: how many there were.
+        cut: how many of those that were kept were cut.
+        left_out: positions of those without an answer token, ascending, int64.
+        left_out_cut: how many of these were cut.
+    """
+
+    rows: int
+    cut: int
+    left_out: np.ndarray
+    left_out_cut: int
+
+    def __len__(self) -> int:
+        return self.rows - len(self.left_out)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Of the rows that were kept, ascending, int64."""
+        return np.delete(np.arange(self.rows), self.left_out)
 
 
 @dataclass(frozen=True)
@@ -251,64 +306,66 @@ class Encoder:
     drop: bool = False
 
     def encode(self, rows: Rows) -> tuple[Tokens, np.ndarray]:
-        """The tokens of `rows`, and the positions in it of those that were kept.
+        """The tokens of `rows` in memory, and the positions in it of those that were kept.
 
-        What is cut is counted and said.
+        Raises: as `encode_into`.
+        """
+        collected = Collected()
+        kept = self.encode_into(rows, collected)
+        return self.tokens(collected.sequences()), kept.positions
+
+    def encode_into(self, rows: Rows, sink: Sink) -> Kept:
+        """Give the tokens of `rows` to `sink`, `ROWS_AT_ONCE` rows at a time; what was cut or left out is said.
 
         Raises:
             DataError: naming examples that have no answer token, in the text or after it was cut.
         """
-        render = self.renderer.of(rows.format)
-        ids: list[np.ndarray] = []
-        learned: list[np.ndarray] = []
-        asked: list[str] = []
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            names = rows.ids.slice(start, ROWS_AT_ONCE).to_pylist()
-            records = rows.table.slice(start, ROWS_AT_ONCE).to_pylist()
-            examples = [render(row, name) for row, name in zip(records, names, strict=True)]
-            asked += [e.asked for e in examples]
-            for encoded, marks in self._tokenize(examples, chat=self.renderer.is_chat(rows.format)):
-                ids.append(encoded)
-                learned.append(marks)
-        cut = np.array([len(x) > self.longest for x in ids])
-        ids, learned = [x[: self.longest] for x in ids], [x[: self.longest] for x in learned]
-        kept = self._answered(rows, np.array([bool(x[1:].any()) for x in learned]), cut)
-        if cut[kept].any():
-            log.warning(
-                "%s: %d of %d examples were cut to %d tokens (max_tokens)",
-                rows.name,
-                int(cut[kept].sum()),
-                len(kept),
-                self.longest,
-            )
-        sizes = [len(ids[k]) for k in kept]
-        tokens = Tokens(
-            ids=np.concatenate([ids[k] for k in kept]),
-            learned=np.concatenate([learned[k] for k in kept]),
-            offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-            texts=pa.array([asked[k] for k in kept], pa.large_string()),
-            pad=self.tokenizer.pad_token_id,
-            longest=self.longest,
-            packed=self.packed,
-        )
-        return tokens, kept
-
-    def _answered(self, rows: Rows, answered: np.ndarray, cut: np.ndarray) -> np.ndarray:
-        kept = np.flatnonzero(answered)
-        if len(kept) == len(rows):
-            return kept
-        missing = rows.ids.take(pa.array(np.flatnonzero(~answered)))
-        by_cutting = int((~answered & cut).sum())
-        what = (
-            f"{len(missing)} examples of {rows.name} have no answer token ({by_cutting} of them after they were cut to "
-            f"{self.longest} tokens), such as {missing[:3].to_pylist()}"
-        )
-        if not self.drop:
-            raise DataError(f"{what}: raise max_tokens, remove them, or set drop: true to leave them out")
-        if not len(kept):
-            raise DataError(f"{what}: nothing is left of {rows.name}")
-        log.warning("%s: they are left out", what)
+        render, chat = self.renderer.of(rows.format), self.renderer.is_chat(rows.format)
+        cut: list[np.ndarray] = []
+        answered: list[np.ndarray] = []
+        for ids, table in rows.shards():
+            records = zip(table.to_pylist(), ids.to_pylist(), strict=True)
+            examples = [render(row, name) for row, name in records]
+            encoded = self._tokenize(examples, chat=chat)
+            cut.append(np.array([len(tokens) > self.longest for tokens, _ in encoded]))
+            encoded = [(tokens[: self.longest], marks[: self.longest]) for tokens, marks in encoded]
+            answered.append(np.array([bool(marks[1:].any()) for _, marks in encoded]))
+            chosen = np.flatnonzero(answered[-1]).tolist()
+            if chosen:
+                sink.add(_shard([encoded[k] for k in chosen], [examples[k].asked for k in chosen]))
+        was_cut, has_answer = np.concatenate(cut), np.concatenate(answered)
+        left_out = np.flatnonzero(~has_answer)
+        kept = Kept(len(rows), int((was_cut & has_answer).sum()), left_out, int(was_cut[left_out].sum()))
+        self.say(rows, kept)
         return kept
+
+    def tokens(self, sequences: Sequences, subtasks: np.ndarray | None = None) -> Tokens:
+        """Sequences as a payload; see `Tokens`."""
+        return Tokens(
+            *sequences, subtasks=subtasks, pad=self.tokenizer.pad_token_id, longest=self.longest, packed=self.packed
+        )
+
+    def say(self, rows: Rows, kept: Kept) -> None:
+        """Say what was cut and left out.
+
+        Raises:
+            DataError: if nothing may be left out, or nothing is left.
+        """
+        if len(kept.left_out):
+            what = (
+                f"{len(kept.left_out)} examples of {rows.name} have no answer token ({kept.left_out_cut} of them after "
+                f"they were cut to {self.longest} tokens), such as "
+                f"{rows.ids.take(pa.array(kept.left_out[:3])).to_pylist()}"
+            )
+            if not self.drop:
+                raise DataError(f"{what}: raise max_tokens, remove them, or set drop: true to leave them out")
+            if not len(kept):
+                raise DataError(f"{what}: nothing is left of {rows.name}")
+            log.warning("%s: they are left out", what)
+        if kept.cut:
+            log.warning(
+                "%s: %d of %d examples were cut to %d tokens (max_tokens)", rows.name, kept.cut, len(kept), self.longest
+            )
 
     def _tokenize(self, examples: list[Example], *, chat: bool) -> list[tuple[np.ndarray, np.ndarray]]:
         if chat and self.renderer.marked:
@@ -332,3 +389,12 @@ class Encoder:
                 tokens, marks = np.append(tokens, np.int32(end)), np.append(marks, True)
             encoded.append((tokens, marks))
         return encoded
+
+
+def _shard(encoded: list[tuple[np.ndarray, np.ndarray]], asked: list[str]) -> Sequences:
+    return Sequences(
+        ids=np.concatenate([tokens for tokens, _ in encoded]),
+        learned=np.concatenate([marks for _, marks in encoded]),
+        offsets=np.concatenate([[0], np.cumsum([len(tokens) for tokens, _ in encoded])]).astype(np.int64),
+        texts=pa.array(asked, pa.large_string()),
+    )

@@ -47,7 +47,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool, pad_token: str | None 
             f"the tokenizer {name!r} is a slow one, which cannot say where its tokens stand: use a fast one"
         )
     if pad_token is not None:
-        if tokenizer.convert_tokens_to_ids(pad_token) in (None, tokenizer.unk_token_id):
+        # What is no token stands for the unknown one, which itself is one.
+        found = tokenizer.convert_tokens_to_ids(pad_token)
+        if found is None or (found == tokenizer.unk_token_id and pad_token != tokenizer.unk_token):
             raise ConfigError(
                 f"pad_token = {pad_token!r} is no token of {name!r}: name one that is, such as its end token"
             )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import pyarrow.compute as pc
 
 from cads.errors import DataError
 from cads.task import Pool
-from cads.tasks.language_data import Encoder, Rows, TextSource, load_rows
+from cads.tasks.language_cache import TokenCache
+from cads.tasks.language_data import Encoder, Kept, Rows, TextSource, load_rows
 from cads.tasks.language_formats import Renderer
-from cads.tasks.language_tokens import Tokens, concatenated
+from cads.tasks.language_tokens import Collected, Sequences
 
 if TYPE_CHECKING:
     from cads.tasks.language import LanguageConfig
@@ -24,6 +26,8 @@ SPLIT = 6
 
 Parts = list[Rows]
 """Rows of several sources, one after another."""
+Encode = Callable[[Parts], tuple[Sequences, list[Kept]]]
+"""Makes the tokens of rows, or finds them, and says what became of the rows of each source."""
 
 
 @dataclass(frozen=True)
@@ -78,33 +82,48 @@ def divide(
 
 
 def encode_pools(split: Split, tokenizer: Any, settings: LanguageConfig, longest: int) -> tuple[Pool, Pool, Pool]:
-    """The rows as pools of `Tokens`.
+    """The rows as pools of `Tokens`, in memory or mapped.
 
     Args:
-        settings: how examples are written. longest: tokens at which they are cut.
+        settings: how examples are written, and where their tokens are kept. longest: tokens at which they are cut.
 
     Raises:
-        ConfigError: if the tokenizer lacks a chat template that is needed.
-        DataError: if an example cannot be learned from.
+        ConfigError: if the tokenizer lacks a chat template that is needed, or tokens cannot be kept where they should.
+        DataError: if an example cannot be learned from, or tokens cannot be written.
     """
     renderer = Renderer(tokenizer, settings.separator, settings.chat)
     encoder = Encoder(tokenizer, renderer, longest, settings.packing, settings.drop)
+    encode: Encode = partial(_in_memory, encoder)
+    if settings.token_cache is not None:
+        cache = TokenCache(settings.token_cache, encoder)
+        cache.sweep()
+        encode = cache.fetch
     return (
-        _pool(split.pool, encoder, "pool", with_sources=True, named=split.named),
-        _pool(split.target, encoder, "target"),
-        _pool(split.test, encoder, "test set"),
+        _pool(split.pool, encoder, encode, "pool", with_sources=True, named=split.named),
+        _pool(split.target, encoder, encode, "target"),
+        _pool(split.test, encoder, encode, "test set"),
     )
 
 
-def _pool(parts: Parts, encoder: Encoder, name: str, *, with_sources: bool = False, named: bool = False) -> Pool:
-    encoded: list[Tokens] = []
-    kept: Parts = []
-    for rows in parts:
-        tokens, positions = encoder.encode(rows)
-        encoded.append(tokens)
-        kept.append(rows.take(positions))
+def _in_memory(encoder: Encoder, parts: Parts) -> tuple[Sequences, list[Kept]]:
+    collected = Collected()
+    kept = [encoder.encode_into(rows, collected) for rows in parts]
+    return collected.sequences(), kept
+
+
+def _pool(
+    parts: Parts,
+    encoder: Encoder,
+    encode: Encode,
+    name: str,
+    *,
+    with_sources: bool = False,
+    named: bool = False,
+) -> Pool:
+    sequences, found = encode(parts)
+    kept = [rows.take(k.positions) if len(k.left_out) else rows for rows, k in zip(parts, found, strict=True)]
     ids = pa.concat_arrays([rows.ids for rows in kept])
-    tokens = replace(concatenated(encoded), subtasks=_subtasks(kept, name))
+    tokens = encoder.tokens(sequences, _subtasks(kept, name))
     if not with_sources or not (named or kept[0].sources is not None):
         return Pool(ids, tokens, name=name)
     # An entry with a source column has several sources, others are one.

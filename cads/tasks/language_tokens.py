@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,18 +24,65 @@ IGNORED = -100
 PAD_TO = 2
 """Batches are padded to a multiple of this many positions, so that few shapes have to be counted."""
 
+SEQUENCES_AT_ONCE = 2**11
+"""Sequences that are counted, hashed or copied at once."""
+TOKENS_AT_ONCE = 2**20
+"""Tokens that are looked through at once, a multiple of 8."""
 
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """N token sequences.
 
-    The arrays may be memory-mapped: they are read, never written.
+class Sequences(NamedTuple):
+    """N token sequences, one after another.
 
     Attributes:
-        ids: all token ids, one sequence after another, int32, shape (total,).
+        ids: all token ids, int32, shape (total,).
         learned: which of them are answers, that are learned from, bool, shape (total,).
         offsets: where each sequence begins, and the end of the last, int64, shape (N + 1,).
         texts: what each example asks, as text.
+    """
+
+    ids: np.ndarray
+    learned: np.ndarray
+    offsets: np.ndarray
+    texts: pa.Array
+
+
+class Sink(Protocol):
+    """Where sequences go as they are made."""
+
+    def add(self, shard: Sequences) -> None:
+        """Take some more, at least one."""
+        ...
+
+
+class Collected:
+    """A sink that holds sequences in memory."""
+
+    def __init__(self) -> None:
+        self._shards: list[Sequences] = []
+
+    def add(self, shard: Sequences) -> None:
+        """See `Sink`."""
+        self._shards.append(shard)
+
+    def sequences(self) -> Sequences:
+        """All of them, in one piece."""
+        sizes = np.concatenate([np.diff(shard.offsets) for shard in self._shards])
+        return Sequences(
+            ids=np.concatenate([shard.ids for shard in self._shards]),
+            learned=np.concatenate([shard.learned for shard in self._shards]),
+            offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+            texts=pa.concat_arrays([shard.texts for shard in self._shards]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """N token sequences as a payload.
+
+    The arrays may be memory-mapped: they are read, never written, and nowhere copied whole.
+
+    Attributes:
+        ids, learned, offsets, texts: see `Sequences`.
         subtasks: the subtask of each, int, shape (N,), or None.
         pad: the token id that batches are filled up with; it is masked.
         longest: positions that no batch exceeds: the context of the model, or less.
@@ -48,8 +97,6 @@ class Tokens:
     pad: int = 0
     longest: int = 2**31
     packed: bool = False
-    answers: np.ndarray = field(init=False)
-    """Answer tokens of each sequence that can be predicted (the first token of a sequence cannot), shape (N,)."""
 
     def __post_init__(self) -> None:
         sizes = np.diff(self.offsets)
@@ -60,9 +107,6 @@ class Tokens:
             )
         if (sizes < 1).any():
             raise DataError(f"{int((sizes < 1).sum())} examples have no token: remove them")
-        counted = np.concatenate([[0], np.cumsum(self.learned, dtype=np.int64)])
-        first = np.asarray(self.learned)[self.offsets[:-1]]
-        object.__setattr__(self, "answers", counted[self.offsets[1:]] - counted[self.offsets[:-1]] - first)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -80,7 +124,8 @@ class Tokens:
         `IGNORED` elsewhere.
         """
         positions = np.asarray(positions, dtype=np.int64)
-        starts, sizes = self.offsets[positions], self.lengths()[positions]
+        starts = self.offsets[positions]
+        sizes = self.offsets[positions + 1] - starts
         columns = np.arange(self._width(sizes.max()))
         present = columns < sizes[:, None]
         places = np.where(present, starts[:, None] + columns, 0)
@@ -108,13 +153,18 @@ class Tokens:
     def take(self, positions: np.ndarray) -> Tokens:
         """The sequences at `positions` (repeats allowed), copied."""
         positions = np.asarray(positions, dtype=np.int64)
-        sizes = self.lengths()[positions]
+        starts = self.offsets[positions]
+        sizes = self.offsets[positions + 1] - starts
         offsets = np.concatenate([[0], np.cumsum(sizes)])
-        places = np.arange(offsets[-1]) + np.repeat(self.offsets[positions] - offsets[:-1], sizes)
+        ids, learned = np.empty(offsets[-1], dtype=np.int32), np.empty(offsets[-1], dtype=bool)
+        for piece in _pieces(len(positions)):
+            begin, end = offsets[piece.start], offsets[piece.stop]
+            places = np.arange(begin, end) + np.repeat(starts[piece] - offsets[:-1][piece], sizes[piece])
+            ids[begin:end], learned[begin:end] = self.ids[places], self.learned[places]
         return replace(
             self,
-            ids=self.ids[places],
-            learned=self.learned[places],
+            ids=ids,
+            learned=learned,
             offsets=offsets,
             texts=self.texts.take(pa.array(positions)),
             subtasks=None if self.subtasks is None else self.subtasks[positions],
@@ -122,8 +172,10 @@ class Tokens:
 
     def shapes(self) -> tuple[np.ndarray, np.ndarray]:
         """Examples cost the same that are padded to the same T and A."""
-        pairs = np.stack([self._widths(self.lengths()), self._widths(self.answers)], axis=1)
-        _, representatives, codes = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
+        widths, answers = self._widths(self.lengths()), self._widths(self.answers)
+        _, representatives, codes = np.unique(
+            widths * (answers.max(initial=0) + 1) + answers, return_index=True, return_inverse=True
+        )
         return representatives, codes.reshape(-1)
 
     def digests(self) -> pa.Array:
@@ -132,12 +184,46 @@ class Tokens:
 
     def label_digest(self) -> bytes:
         """A hash of which tokens are learned."""
-        return hashlib.blake2b(np.packbits(self.learned).tobytes(), digest_size=16).digest()
+        digest = hashlib.blake2b(digest_size=16)
+        for start in range(0, len(self.learned), TOKENS_AT_ONCE):
+            digest.update(np.packbits(self.learned[start : start + TOKENS_AT_ONCE]).data)
+        return digest.digest()
+
+    @cached_property
+    def answers(self) -> np.ndarray:
+        """Answer tokens of each sequence that can be predicted (the first of a sequence cannot), int64, shape (N,)."""
+        counts = np.empty(len(self), dtype=np.int64)
+        for piece in _pieces(len(self)):
+            starts = self.offsets[piece]
+            begin, end = starts[0], self.offsets[piece.stop]
+            learned = np.asarray(self.learned[begin:end])
+            first = learned[starts - begin]
+            counts[piece] = np.add.reduceat(learned, starts - begin, dtype=np.int64) - first
+        return counts
+
+    @cached_property
+    def last_answers(self) -> frozenset[int]:
+        """The token ids that stand at the end of an answer, somewhere."""
+        found: set[int] = set()
+        total = len(self.learned)
+        for start in range(0, total, TOKENS_AT_ONCE):
+            learned = np.asarray(self.learned[start : start + TOKENS_AT_ONCE + 1])
+            if len(learned) <= TOKENS_AT_ONCE:
+                learned = np.append(learned, False)
+            last = start + np.flatnonzero(learned[:-1] & ~learned[1:])
+            found.update(np.unique(self.ids[last]).tolist())
+        return frozenset(found)
 
     @cached_property
     def _digests(self) -> pa.Array:
+        return digests(self._each())
+
+    def _each(self) -> Iterator[np.ndarray]:
+        """The token ids of each sequence."""
         content = np.ascontiguousarray(self.ids, dtype=np.int32)
-        return digests(content[start:end] for start, end in pairwise(self.offsets))
+        for piece in _pieces(len(self)):
+            for start, end in pairwise(self.offsets[piece.start : piece.stop + 1].tolist()):
+                yield content[start:end]
 
     def _width(self, size: int) -> int:
         return int(self._widths(np.array([size]))[0])
@@ -146,18 +232,10 @@ class Tokens:
         return np.minimum(-(-np.maximum(sizes, 1) // PAD_TO) * PAD_TO, self.longest)
 
 
-def concatenated(parts: list[Tokens]) -> Tokens:
-    """The sequences of several payloads, one after another; padding and limits are those of the first."""
-    ends = np.cumsum([0, *(len(p.ids) for p in parts)])
-    offsets = [p.offsets[:-1] + end for p, end in zip(parts, ends, strict=False)]
-    return replace(
-        parts[0],
-        ids=np.concatenate([p.ids for p in parts]),
-        learned=np.concatenate([p.learned for p in parts]),
-        offsets=np.concatenate([*offsets, ends[-1:]]).astype(np.int64),
-        texts=pa.concat_arrays([p.texts for p in parts]),
-        subtasks=None,
-    )
+def _pieces(count: int) -> Iterator[slice]:
+    """`count` sequences, `SEQUENCES_AT_ONCE` at a time."""
+    for start in range(0, count, SEQUENCES_AT_ONCE):
+        yield slice(start, min(start + SEQUENCES_AT_ONCE, count))
 
 
 def _answer_places(learned: np.ndarray, counts: np.ndarray) -> np.ndarray:

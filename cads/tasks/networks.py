@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,8 +106,9 @@ class Network:
         if not (path.is_file() or self.download):
             raise DataError(f"the weights of {self.name} are not in {path}: {remedy}")
         try:
-            state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:
+            # The hash of a file that is in the cache is not checked: whoever can write there must not have code run.
+            state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise DataError(f"the weights of {self.name} cannot be loaded into {path} ({error}): {remedy}") from error
         return state
 

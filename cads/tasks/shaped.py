@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cads.errors import DataError
+from cads.errors import ConfigError, DataError
 from cads.task import Batch, Pool
 
 
@@ -29,9 +29,19 @@ class Shaped:
         inputs: what the model reads of one example, by name.
         labels: what it answers.
         tokens: positions of one example that the model computes on.
+
+    Raises:
+        ConfigError: if a number or a side of a shape is below 1.
     """
 
     def __init__(self, n: int, inputs: dict[str, Field], labels: Field, tokens: int = 1) -> None:
+        sides = [side for field in (*inputs.values(), labels) for side in field.shape]
+        if min(n, tokens, *sides) < 1:
+            shapes = {name: field.shape for name, field in inputs.items()}
+            raise ConfigError(
+                f"{n} examples of {tokens} tokens, inputs of shape {shapes} and labels of {labels.shape}: "
+                "each of these numbers must be at least 1"
+            )
         self._n, self._inputs, self._labels, self._tokens = n, inputs, labels, tokens
 
     def __len__(self) -> int:
@@ -68,7 +78,14 @@ class Shaped:
 
 
 def shaped_pool(name: str, examples: Shaped, sources: dict[str, int] | None = None) -> Pool:
-    """A pool with ids `name-0`, `name-1`, ... and sources of the given sizes."""
+    """A pool with ids `name-0`, `name-1`, ... and sources of the given sizes.
+
+    Raises:
+        ConfigError: if a source has a size below 1.
+    """
+    for source, size in (sources or {}).items():
+        if size < 1:
+            raise ConfigError(f"source {source!r} has size {size}: it must be at least 1")
     ids = pa.array([f"{name}-{i}" for i in range(len(examples))], pa.string())
     codes = np.repeat(np.arange(len(sources)), list(sources.values())) if sources else None
     return Pool(ids, examples, codes, tuple(sources or ()), name=name)

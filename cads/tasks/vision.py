@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cads.errors import ConfigError, DataError
+from cads.order import numbered
 from cads.scoring import evaluating
 from cads.task import Batch, Metrics, Pool, Task
 from cads.tasks.calibration import calibrated_nll
@@ -157,7 +158,7 @@ class VisionConfig:
 
     def _divide(self, data: ImageData) -> tuple[np.ndarray, pa.Array, Pool, Pool]:
         """Positions of the candidates in the training split and their ids; target; test. All disjoint."""
-        ids = _ids("train", len(data.train))
+        ids = numbered("train", len(data.train))
         order = np.random.default_rng((SPLIT, self.data_seed)).permutation(len(data.train))
         n_test, n_target, n_pool = self.sizes(len(data.train), None if data.test is None else len(data.test))
         if data.test is None:
@@ -193,7 +194,7 @@ class VisionConfig:
                 raise DataError(f"n_test = {self.n_test}: the test split has {len(images)} examples; ask for fewer")
             rng = np.random.default_rng((TEST, self.data_seed))
             where = np.sort(rng.permutation(len(images))[: self.n_test])
-        return Pool(_ids("test", len(images)).take(pa.array(where)), images.take(where), name="test set")
+        return Pool(numbered("test", len(images)).take(pa.array(where)), images.take(where), name="test set")
 
 
 class VisionTask(Task):
@@ -345,15 +346,10 @@ def _check_labels(images: Images, n_classes: int, ids: pa.Array, name: str) -> N
         )
 
 
-def _ids(split: str, n: int) -> pa.Array:
-    numbers = pc.utf8_lpad(pa.array(np.arange(n)).cast(pa.string()), max(5, len(str(n - 1))), "0")
-    return pc.binary_join_element_wise(pa.scalar(split), numbers, "-")
-
-
 def _sourced_pool(truth: SourcedImages, ids: pa.Array) -> Pool:
     named, copies = ids.take(pa.array(truth.origins)), pa.array(truth.copies)
-    numbered = pc.binary_join_element_wise(named, copies.cast(pa.string()), "#")
-    return Pool(pc.if_else(pc.greater(copies, 0), numbered, named), truth.images, truth.sources, truth.names)
+    repeated = pc.binary_join_element_wise(named, copies.cast(pa.string()), "#")
+    return Pool(pc.if_else(pc.greater(copies, 0), repeated, named), truth.images, truth.sources, truth.names)
 
 
 def _given_pool(data: ImageData, positions: np.ndarray, ids: pa.Array) -> Pool:
@@ -362,7 +358,8 @@ def _given_pool(data: ImageData, positions: np.ndarray, ids: pa.Array) -> Pool:
         return Pool(ids, images)
     present, codes = np.unique(data.sources[positions], return_inverse=True)
     if len(present) < len(data.source_names):
-        absent = [s for i, s in enumerate(data.source_names) if i not in present]
+        drawn = set(present.tolist())
+        absent = [s for i, s in enumerate(data.source_names) if i not in drawn]
         log.warning("no example of the sources %s was drawn into the pool: they are left out", absent)
     return Pool(ids, images, codes, [data.source_names[i] for i in present])
 

@@ -15,12 +15,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cads.errors import BudgetError, CadsError, ConfigError, DataError
+from cads.study import fits, frontier
 from cads.study.frontier import (
     FrontierLine,
     PerformanceCurve,
     PerformanceFit,
     advice,
-    affordable_prefix,
     amortised_flops,
     bootstrap_fits,
     bootstrap_intervals,
@@ -151,33 +151,6 @@ def test_simulated_winners_by_size() -> None:
     assert winners == [["bm25", "ppl"], ["bm25", "ppl", "gradient"]]
 
 
-# --- utility
-
-
-@given(
-    st.lists(st.integers(0, 1000), max_size=30),
-    st.integers(0, 500),
-    st.integers(1, 20_000),
-)
-def test_affordable_prefix_is_within_budget_and_cannot_grow(costs, c_select, budget) -> None:
-    assume(c_select <= budget)
-    n = affordable_prefix(costs, budget, c_select=c_select)
-    assert c_select + sum(costs[:n]) <= budget
-    assert n == len(costs) or c_select + sum(costs[: n + 1]) > budget
-
-
-@pytest.mark.parametrize(("budget", "c_select"), [(0, 0), (-1, 0), (math.nan, 0), (10, 11), (math.inf, 0)])
-def test_budget_that_buys_nothing_is_refused(budget: float, c_select: float) -> None:
-    with pytest.raises(BudgetError):
-        affordable_prefix([1.0], budget, c_select=c_select)
-
-
-def test_bad_costs_are_refused() -> None:
-    for bad in ([1.0, -2.0], [math.nan], [[1.0]], ["dear"]):
-        with pytest.raises(DataError, match="example_flops"):
-            affordable_prefix(bad, 10.0)
-
-
 # --- fit
 
 
@@ -297,6 +270,28 @@ def test_bootstrap_of_exact_points_has_no_width() -> None:
     fit = fit_performance("a", FRACTIONS, truth.predict(FRACTIONS), p_bar=47.0, c_full=1.0)
     low, high = bootstrap_intervals(bootstrap_fits(fit, np.random.default_rng(0), 20))["lam"]
     assert high - low < 1e-4
+
+
+@pytest.mark.parametrize("failing", [3, 1])
+def test_refits_that_do_not_converge_are_left_out_and_counted(monkeypatch, failing) -> None:
+    """Every third of them, or all: the report says so, and does not end."""
+    fit = fit_performance("a", FRACTIONS, [45.2, 45.6, 45.8, 46.3, 46.5, 47.2], p_bar=47.3, c_full=1.0)
+    usual = bootstrap_fits(fit, np.random.default_rng(fits.BOOTSTRAP_SEED), fits.N_RESAMPLES)
+    solve, calls = frontier.least_squares, itertools.count()
+
+    def sometimes(*given: Any, **options: Any) -> Any:
+        solution = solve(*given, **options)
+        solution.success = solution.success and next(calls) % failing > 0
+        return solution
+
+    monkeypatch.setattr(frontier, "least_squares", sometimes)
+    record = fits._fit_json(fit)
+    kept = [refit for i, refit in enumerate(usual) if i % failing]
+    assert record["failed_refits"] == len(usual) - len(kept) == math.ceil(fits.N_RESAMPLES / failing)
+    if kept:
+        assert record["intervals"]["lambda"] == bootstrap_intervals(kept)["lam"]
+    else:
+        assert "intervals" not in record
 
 
 # --- frontier
