@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import chain, repeat
 
 import numpy as np
 import pytest
@@ -520,9 +521,12 @@ class TestSearch:
         assert not forced.selected.all()
         assert forced.notes["gain"] == pytest.approx(-0.1)
 
-    def test_a_full_pool_that_diverges_is_named(self, noisy, monkeypatch):
-        monkeypatch.setattr(type(noisy), "objective", lambda *_: float("nan"))
-        with pytest.raises(DataError, match="full pool met a loss that is not finite"):
+    @pytest.mark.parametrize(("finite", "named"), [(0, "u"), (1, "full pool")])
+    def test_a_run_that_nothing_can_do_without_is_named_if_it_diverges(self, noisy, monkeypatch, finite, named):
+        """u is measured first."""
+        objectives = chain(repeat(1.0, finite), repeat(float("nan")))
+        monkeypatch.setattr(type(noisy), "objective", lambda *_: next(objectives))
+        with pytest.raises(DataError, match=f"{named}.* met a loss that is not finite"):
             choose(noisy, Budget(16, "epochs"))
 
     @pytest.mark.parametrize("passes", [1.5, 3.0, 8.0])
