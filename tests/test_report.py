@@ -16,10 +16,13 @@ import pytest
 from PIL import Image
 
 from cads.cli import main
+from cads.study import figures
+from cads.study.fits import analyse
 from cads.study.frontier import jaccard
 from cads.study.report import spent_flops, write_report
-from cads.study.results import DONE, FAILED, IMPORTED, NOT_APPLICABLE, import_points, write_rows
+from cads.study.results import DONE, FAILED, IMPORTED, NOT_APPLICABLE, import_points, read_runs, write_rows
 from cads.study.style import PALETTE, colour_of, looks
+from cads.study.summary import points_of, regrets
 
 EXCERPT = Path(__file__).parent / "data" / "ccds_points.csv"
 NASTY = "<script>alert('x')</script> & \"$x^{$\""
@@ -102,6 +105,28 @@ def made(tmp_path_factory):
         patch.setattr("cads.study.evidence.MOST_BUDGETS", 2)
         patch.setattr("cads.study.fits.N_RESAMPLES", 20)
         return write_report(folder)
+
+
+def test_many_methods_are_divided_among_panels(made, monkeypatch):
+    """The best first, what all are compared with in each, and no method twice or lost."""
+    runs = read_runs(made.page.parent)
+    group = analyse([p for p in points_of(runs) if p.task == "vision/digits"])[0]
+    look = looks((run["method"], run["selector"]) for run in runs)
+    assert len(figures.scores(group, look, "few").figure.axes) == 1
+    monkeypatch.setattr("cads.study.figures.MOST_LINES", 4)
+    for drawing in (
+        figures.scores(group, look, "scores"),
+        figures.regret(group, regrets(group.points), look, "regret"),
+        figures.frontier(group, look, "fits", fitted=True),
+    ):
+        legends = [part.legends[0].get_texts() for part in drawing.figure.subfigs]
+        shown = [{text.get_text() for text in texts} - {"frontier line"} for texts in legends]
+        assert len(shown) == 2
+        assert set.intersection(*shown) == {"full", "cads-s"}
+        assert set.union(*shown) >= {"random", "cads-s, all in"}
+        assert sum(map(len, shown)) == len(METHODS) + 2
+        assert any("script" in label for label in shown[-1])
+        assert "each on its own scale" in drawing.caption
 
 
 def test_a_ranking_that_runs_share_is_counted_once():

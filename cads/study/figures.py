@@ -30,6 +30,10 @@ WIDTH, AXES_HEIGHT, LEGEND_ROW = 4.5, 2.9, 0.21
 """Inches. Shown 350 pixels wide, text of `TEXT` points is then about as many pixels high."""
 TEXT = 10.5
 LONGEST_LABEL, LONGEST_STAGE = 22, 50
+MOST_LINES = 8
+"""Methods in one panel. More are divided among several, so that lines can be told apart."""
+ANCHORS = ("full", "cads-s", "cads-e")
+"""Methods that are in every panel, under these names: what a reader compares the others with."""
 SHOWN_POINTS = 25.0
 """Percentage points below the best that figures of scores show; what lies lower is in the table."""
 CURVE_POINTS = 200
@@ -97,18 +101,31 @@ class Drawing:
 
 
 @contextmanager
-def _panel(n_labels: int, columns: int = 2, height: float = AXES_HEIGHT) -> Iterator[tuple[Figure, Axes]]:
-    """An empty figure with room for a legend below the axes."""
-    rows = math.ceil(n_labels / columns)
+def _panels(
+    labels: Sequence[int], columns: int = 2, height: float = AXES_HEIGHT
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """An empty figure of panels, one below the other, each with room for a legend of so many labels below its axes."""
+    heights = [height + LEGEND_ROW * math.ceil(n / columns) for n in labels]
     with mpl.rc_context(RC):
-        figure = Figure(figsize=(WIDTH, height + LEGEND_ROW * rows), layout="constrained")
-        axes = figure.add_subplot()
-        axes.grid(color=FAINT, alpha=0.3, linewidth=0.6)
-        yield figure, axes
-        if n_labels:
-            figure.legend(
-                loc="outside lower center", ncols=columns, handlelength=1.8, columnspacing=1.0, labelspacing=0.3
-            )
+        figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+        alone = len(heights) == 1
+        parts = [figure] if alone else list(figure.subfigures(len(heights), 1, height_ratios=heights))
+        panels = [part.add_subplot() for part in parts]
+        for axes in panels:
+            axes.grid(color=FAINT, alpha=0.3, linewidth=0.6)
+        yield figure, panels
+        for part, n in zip(parts, labels, strict=True):
+            if n:
+                part.legend(
+                    loc="outside lower center", ncols=columns, handlelength=1.8, columnspacing=1.0, labelspacing=0.3
+                )
+
+
+@contextmanager
+def _panel(n_labels: int, columns: int = 2, height: float = AXES_HEIGHT) -> Iterator[tuple[Figure, Axes]]:
+    """An empty figure of one panel."""
+    with _panels([n_labels], columns, height) as (figure, panels):
+        yield figure, panels[0]
 
 
 def _short(label: str, longest: int = LONGEST_LABEL) -> str:
@@ -167,57 +184,84 @@ def _by_method(points: Sequence[Point]) -> dict[str, list[Point]]:
     return {method: sorted(line, key=lambda p: p.total) for method, line in lines.items()}
 
 
+def _divided(points: Sequence[Point]) -> list[list[str]]:
+    """The methods of each panel: all in one if they are few, else the best first, with `ANCHORS` in each."""
+    lines = _by_method(points)
+    if len(lines) <= MOST_LINES:
+        return [list(lines)]
+    sign = 1 if points[0].maximised else -1
+    best: dict[str, float] = {}
+    for p in points:
+        best[p.budget] = max(best.get(p.budget, -math.inf), sign * p.mean)
+    worth = {method: np.mean([sign * p.mean - best[p.budget] for p in line]) for method, line in lines.items()}
+    anchors = [method for method in lines if method in ANCHORS]
+    others = sorted((method for method in lines if method not in anchors), key=lambda m: (-worth[m], m))
+    n_panels = math.ceil(len(others) / (MOST_LINES - len(anchors)))
+    return [[*anchors, *part] for part in np.array_split(np.array(others), n_panels)]
+
+
+def _order_note(parts: Sequence[Sequence[str]]) -> str:
+    if len(parts) == 1:
+        return ""
+    return " Panels go from methods near the best of each budget to those far from it, each on its own scale."
+
+
 def _where(group: GroupFits) -> str:
     return " ".join(filter(None, [group.task, group.model]))
 
 
 def scores(group: GroupFits, look: Mapping[str, Look], name: str, *, training_only: bool = False) -> Drawing:
     """Scores with intervals over seeds, against total or (CCDS figure 5) training FLOPs."""
-    lines = _by_method(group.points)
-    with _panel(len(lines)) as (figure, axes):
-        for method, line in lines.items():
-            style = look[method]
-            axes.errorbar(
-                [p.training if training_only else p.total for p in line],
-                [_seen(p) for p in line],
-                yerr=[_half_width(p) for p in line],
-                color=style.colour,
-                marker=style.marker,
-                markersize=5,
-                linestyle="--" if style.dashed else "-",
-                linewidth=1.4,
-                elinewidth=0.8,
-                capsize=2,
-                label=_short(method),
-            )
-        _flops_axis(axes, TRAINING if training_only else TOTAL)
-        axes.set_ylabel(_score_label(group.metric))
-        note = _limit(axes, group.points)
+    lines, parts, notes = _by_method(group.points), _divided(group.points), []
+    with _panels(list(map(len, parts))) as (figure, panels):
+        for axes, methods in zip(panels, parts, strict=True):
+            for method in methods:
+                style, line = look[method], lines[method]
+                axes.errorbar(
+                    [p.training if training_only else p.total for p in line],
+                    [_seen(p) for p in line],
+                    yerr=[_half_width(p) for p in line],
+                    color=style.colour,
+                    marker=style.marker,
+                    markersize=5,
+                    linestyle="--" if style.dashed else "-",
+                    linewidth=1.4,
+                    elinewidth=0.8,
+                    capsize=2,
+                    label=_short(method),
+                )
+            _flops_axis(axes, TRAINING if training_only else TOTAL)
+            axes.set_ylabel(_score_label(group.metric))
+            notes.append(_limit(axes, [p for method in methods for p in lines[method]]))
     seeds = max(len(p.seeds) for p in group.points)
     text = f"Means of {seeds} seeds with 95 % t-intervals." if seeds > 1 else "One run each."
     what = "the budget of training alone" if training_only else "everything spent, selection included"
     title = f"{_where(group)}: {group.metric} against {TRAINING if training_only else 'total FLOPs'}"
-    return Drawing(name, title, f"{text} The horizontal axis is {what}.{note}", figure)
+    caption = f"{text} The horizontal axis is {what}.{_order_note(parts)}{max(notes, key=len)}"
+    return Drawing(name, title, caption, figure)
 
 
 def frontier(group: GroupFits, look: Mapping[str, Look], name: str, *, fitted: bool) -> Drawing:
     """CCDS figures 2 and 3: points with the frontier line, without and with the fitted curves."""
-    lines = _by_method(group.points)
+    lines, parts, notes = _by_method(group.points), _divided(group.points), []
     low, high = group.span
     grid = np.geomspace(low, max(high, low * 1.01), CURVE_POINTS)
     sign = 1 if group.maximised else -1
-    with _panel(len(lines) + (group.line is not None)) as (figure, axes):
-        for method, line in lines.items():
-            style = look[method]
-            x, y = [p.total for p in line], [_seen(p) for p in line]
-            axes.plot(x, y, style.marker, color=style.colour, markersize=5, label=_short(method))
-            if fitted and method in group.fits:
-                axes.plot(grid, sign * group.fits[method]["shifted"].predict(grid), color=style.colour, linewidth=1.3)
-        if group.line is not None:
-            axes.plot(grid, sign * group.line.predict(grid), ":", color=INK, linewidth=1.2, label="frontier line")
-        _flops_axis(axes, TOTAL)
-        axes.set_ylabel(_score_label(group.metric))
-        note = _limit(axes, group.points)
+    with _panels([len(part) + (group.line is not None) for part in parts]) as (figure, panels):
+        for axes, methods in zip(panels, parts, strict=True):
+            for method in methods:
+                style, line = look[method], lines[method]
+                x, y = [p.total for p in line], [_seen(p) for p in line]
+                axes.plot(x, y, style.marker, color=style.colour, markersize=5, label=_short(method))
+                if fitted and method in group.fits:
+                    curve = group.fits[method]["shifted"].predict(grid)
+                    axes.plot(grid, sign * curve, color=style.colour, linewidth=1.3)
+            if group.line is not None:
+                line_label = "frontier line"
+                axes.plot(grid, sign * group.line.predict(grid), ":", color=INK, linewidth=1.2, label=line_label)
+            _flops_axis(axes, TOTAL)
+            axes.set_ylabel(_score_label(group.metric))
+            notes.append(_limit(axes, [p for method in methods for p in lines[method]]))
     caption = "Means over seeds; the dotted line is the least-squares line through the points that no other dominates."
     if fitted:
         caption = "Curves: P(C) = P0 + (Pbar - P0)(1 - exp(-lambda (C - C_select) / C(D))), by bounded least squares."
@@ -226,7 +270,7 @@ def frontier(group: GroupFits, look: Mapping[str, Look], name: str, *, fitted: b
         missing = ", ".join(group.not_fitted)
         caption += f" Too few budgets for {missing}." if missing else ""
     title = f"{_where(group)}: {'fits' if fitted else 'frontier'}"
-    return Drawing(name, title, caption + note, figure)
+    return Drawing(name, title, caption + _order_note(parts) + max(notes, key=len), figure)
 
 
 def break_even(group: GroupFits, look: Mapping[str, Look], prefix: str) -> list[Drawing]:
@@ -299,27 +343,27 @@ def regret(
 ) -> Drawing:
     """How far each method is from the best of the grid at each budget."""
     scale = 100 if in_percent(group.metric) else 1
-    with _panel(len(rows)) as (figure, axes):
-        for method, line in rows.items():
-            style = look[method]
-            axes.plot(
-                [c for c, _ in line],
-                [scale * r for _, r in line],
-                color=style.colour,
-                marker=style.marker,
-                linestyle="--" if style.dashed else "-",
-                markersize=5,
-                linewidth=1.4,
-                label=_short(method),
-            )
-        _flops_axis(axes, "budget, total FLOPs")
-        axes.set_ylabel("regret (points)" if scale == 100 else f"regret in {group.metric}")
-        highest = max(scale * r for line in rows.values() for _, r in line)
-        axes.set_ylim(
-            -0.03 * max(highest, 1e-9), min(1.05 * max(highest, 1e-9), SHOWN_POINTS) if scale == 100 else None
-        )
+    parts = [[m for m in part if m in rows] for part in _divided(group.points)]
+    with _panels(list(map(len, parts))) as (figure, panels):
+        for axes, methods in zip(panels, parts, strict=True):
+            for method in methods:
+                style, line = look[method], rows[method]
+                axes.plot(
+                    [c for c, _ in line],
+                    [scale * r for _, r in line],
+                    color=style.colour,
+                    marker=style.marker,
+                    linestyle="--" if style.dashed else "-",
+                    markersize=5,
+                    linewidth=1.4,
+                    label=_short(method),
+                )
+            _flops_axis(axes, "budget, total FLOPs")
+            axes.set_ylabel("regret (points)" if scale == 100 else f"regret in {group.metric}")
+            highest = max(1e-9, *(scale * r for method in methods for _, r in rows[method]))
+            axes.set_ylim(-0.03 * highest, min(1.05 * highest, SHOWN_POINTS) if scale == 100 else None)
     caption = "Distance to the best affordable mean of the grid; the best of noisy means flatters itself."
-    return Drawing(name, f"{_where(group)}: regret", caption, figure)
+    return Drawing(name, f"{_where(group)}: regret", caption + _order_note(parts), figure)
 
 
 def probabilities(course: Mapping[str, np.ndarray], title: str, name: str) -> Drawing:
