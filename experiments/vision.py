@@ -22,7 +22,7 @@ from cads.study.compare import Shard
 from cads.study.fits import analyse
 from cads.study.grid import Grid, read_grid
 from cads.study.report import write_report
-from cads.study.results import read_runs
+from cads.study.results import read_runs, write_rows
 from cads.study.style import looks
 from cads.study.summary import points_of
 from cads.study.tables import intervals, markdown_table
@@ -34,11 +34,15 @@ TOTAL_BUDGET = "The budget covers selection and training."
 
 
 def write_results(grid: Grid, config: Path, out: Path, results: Path) -> None:
-    """Write the table of a finished grid as Markdown, and its figure beside it (one for each task and size)."""
+    """Write the table of a finished grid as Markdown, and its figure beside it (one for each task and size).
+
+    All runs are in NAME/tables, so that `cads report NAME` draws and fits them again.
+    """
     runs = read_runs(out)
     points = points_of(runs)
     look = looks((row["method"], row["selector"]) for row in runs)
     results.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(results.with_suffix(""), "runs", "all", runs)
     for i, group in enumerate(analyse(points)):
         name = results.stem if i == 0 else f"{results.stem}-{i + 1}"
         figures.scores(group, look, name).save(results.parent, formats=("png",))
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, help="run directory (default: runs/NAME of the config)")
-    parser.add_argument("--results", type=Path, help="also write table and figure here, as NAME.md and NAME.png")
+    parser.add_argument("--results", type=Path, help="also write table, figure and runs here: NAME.md, NAME.png, NAME/")
     given = parser.parse_args(argv)
     out = given.out or Path("runs") / given.config.stem
     console = Console()

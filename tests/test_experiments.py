@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from cads.study.grid import read_grid, settings
+from cads.study.report import write_report
 from cads.study.results import read_runs
 from cads.study.summary import points_of, shown
 from experiments.vision import main
@@ -55,6 +56,12 @@ def test_the_table_has_the_command_and_the_numbers(ran):
         assert f"{shown(point.mean, 'accuracy')} ± {shown(point.half_width, 'accuracy')}" in row[4]
         assert row[5] == ("100%" if point.method == "full" else "50%")
     assert any(row[4].startswith("*") for row in rows)
+
+
+def test_the_runs_are_kept_for_a_report(ran):
+    assert read_runs(ran / "table") == read_runs(ran / "run")
+    made = write_report(ran / "table")
+    assert made.answers == write_report(ran / "run").answers
 
 
 def test_the_figure_is_a_figure(ran):

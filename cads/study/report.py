@@ -142,6 +142,8 @@ def _of_group(group: GroupFits, look: Mapping[str, Look], name: Namer) -> list[D
 
 def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: Namer) -> list[Section]:
     spent, shares, courses, overlaps = [], [], [], []
+    # A study may be passed on without them: they are larger than everything else.
+    selections = (folder / "tables" / "selections").is_dir()
     for place, methods in evidence.by_place(runs).items():
         where = ", ".join(filter(None, place))
         spent.append(
@@ -153,7 +155,7 @@ def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: N
                 name=name("ledger"),
             )
         )
-        if share := evidence.source_shares(folder, methods):
+        if selections and (share := evidence.source_shares(folder, methods)):
             shares.append(
                 figures.stacked(
                     share,
@@ -166,7 +168,7 @@ def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: N
         for method, rows in methods.items():
             if course := evidence.course(rows):
                 courses.append(figures.probabilities(course, f"{method}: {where}", name("probabilities")))
-        if found := evidence.overlap(folder, place, methods):
+        if selections and (found := evidence.overlap(folder, place, methods)):
             overlaps.append(
                 figures.overlap(found.methods, found.matrix, found.expected, f"Overlap: {where}", name("overlap"))
             )
