@@ -37,7 +37,7 @@ from cads.score_files import read_groups, stream_scores
 from cads.selection import Selection
 from cads.trainer import Leg, Trainer
 
-PATIENCE = 120
+PATIENCE = 300
 """Seconds after which a test says that processes hang."""
 TOLERANCE = 1e-4
 """How far probabilities and weights may be from those of one process: sums of gradients are rounded otherwise."""

@@ -108,8 +108,9 @@ def _panels(
     heights = [height + LEGEND_ROW * math.ceil(n / columns) for n in labels]
     with mpl.rc_context(RC):
         figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-        alone = len(heights) == 1
-        parts = [figure] if alone else list(figure.subfigures(len(heights), 1, height_ratios=heights))
+        parts: list[Any] = [figure]
+        if len(heights) > 1:
+            parts = list(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
         panels = [part.add_subplot() for part in parts]
         for axes in panels:
             axes.grid(color=FAINT, alpha=0.3, linewidth=0.6)
