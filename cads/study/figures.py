@@ -34,6 +34,8 @@ MOST_LINES = 8
 """Methods in one panel. More are divided among several, so that lines can be told apart."""
 ANCHORS = ("full", "cads-s", "cads-e")
 """Methods that are in every panel, under these names: what a reader compares the others with."""
+MOST_NUMBERED = 12
+"""Methods up to which a matrix has its numbers written into it; beyond, they would run into each other."""
 SHOWN_POINTS = 25.0
 """Percentage points below the best that figures of scores show; what lies lower is in the table."""
 CURVE_POINTS = 200
@@ -305,18 +307,21 @@ def break_even(group: GroupFits, look: Mapping[str, Look], prefix: str) -> list[
 
 def overlap(names: Sequence[str], matrix: np.ndarray, expected: float, title: str, name: str) -> Drawing:
     """CCDS figure 6: Jaccard overlap of selections, shape (M, M)."""
-    size = 0.36 * len(names) + 1.6
+    # As wide as the page it would leave nothing but white below.
+    size = min(0.36 * len(names) + 1.6, WIDTH + 1.0)
     with _panel(0, height=max(2.2, size)) as (figure, axes):
         axes.grid(visible=False)
-        axes.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
+        shades = axes.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
         labels = [_short(n) for n in names]
         axes.set_xticks(range(len(names)), labels, rotation=60, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), labels)
         axes.spines[:].set_visible(False)
-        for i, j in np.ndindex(matrix.shape):
+        for i, j in np.ndindex(matrix.shape if len(names) <= MOST_NUMBERED else (0, 0)):
             colour = "white" if matrix[i, j] < 0.55 else "#111111"
             text = f"{matrix[i, j]:.2f}".removeprefix("0") if matrix[i, j] < 0.995 else "1"
             axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=7.5 if len(names) > 6 else TEXT - 1)
+        if len(names) > MOST_NUMBERED:
+            figure.colorbar(shades, location="top", shrink=0.8)
     caption = (
         "Jaccard overlap |A & B| / |A | B| of the first seed's selections; two random ones of the mean size would "
         f"overlap by p / (2 - p) = {expected:.2f}."
