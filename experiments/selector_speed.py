@@ -223,6 +223,7 @@ def bergson_features(task: Task, model: nn.Module, batches: Sequence[Batch]) -> 
     if collector is None or gradients is None:
         return None
 
+    # mypy knows nothing of a module that may not be there.
     class Collected(collector.HookCollectorBase):  # type: ignore[name-defined]
         """Keeps what the hooks compute."""
 

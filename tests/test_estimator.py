@@ -266,7 +266,7 @@ def test_fit_control_survives_poor_triples() -> None:
         lambda: direct([1.0, 2.0], [[1.0]]),
         lambda: direct([1.0, np.inf], [[1.0], [1.0]]),
         lambda: direct([], np.empty((0, 2)), "none"),
-        lambda: direct([1.0, 2.0], [[1.0], [1.0]], "median"),  # type: ignore[arg-type]
+        lambda: direct([1.0, 2.0], [[1.0], [1.0]], "median"),
         lambda: penalty([1.0, 2.0], [1.0], [[1.0], [1.0]], 1.0),
         lambda: penalty([1.0, 2.0], [1.0, 1.0], [[1.0], [1.0]], np.nan),
         lambda: corrected([1.0, 2.0], [1.0, 1.0], [1.0, 1.0], [[1.0], [1.0]]),
@@ -278,7 +278,7 @@ def test_fit_control_survives_poor_triples() -> None:
         lambda: expected_mean([1.0, 2.0], [0.5]),
         lambda: expected_mean([1.0], [0.5], empty=np.inf),
         lambda: rao_blackwell([1.0], [0.5], [0.0]),
-        lambda: rao_blackwell([1.0], [0.5], method="second"),  # type: ignore[arg-type]
+        lambda: rao_blackwell([1.0], [0.5], method="second"),
         lambda: rao_blackwell([1.0], [0.0], method="leading"),
         lambda: fit_control([1.0], [1.0, 2.0], [1.0]),
         lambda: fit_control([1.0], [1.0], [1.0], ridge=-1.0),

@@ -245,7 +245,7 @@ def test_steps_descend() -> None:
         lambda: MixturePolicy([0.5, 0.5], 0.0),
         lambda: MixturePolicy([0.5, 0.5], np.nan),
         lambda: BernoulliPolicy([0.5]).sample(-1, np.random.default_rng(0)),
-        lambda: BernoulliPolicy([0.5]).score(np.ones((1, 1))),  # type: ignore[arg-type]
+        lambda: BernoulliPolicy([0.5]).score(np.ones((1, 1))),
         lambda: BernoulliPolicy([0.5]).log_prob(np.ones((1, 2), dtype=bool)),
         lambda: MixturePolicy([0.5], 0.1).score(np.ones(1)),
     ],

@@ -219,6 +219,7 @@ class LanguageTask(Task):
         self.pool, self.target, self.test = pools
         self.models, self.tokenizer, self.settings, self.recipe = models, tokenizer, settings, recipe
         self.name = f"language/{Path(models.name).name}"
+        self.mergeable = models.peft is not None
         if settings.packing and recipe.accumulate > 1:
             raise ConfigError(
                 f"accumulate = {recipe.accumulate}: packed batches are not cut into pieces; lower batch_size"
@@ -237,11 +238,6 @@ class LanguageTask(Task):
     def pad(self) -> int:
         """The token id of padding."""
         return tokens_of(self.pool).pad
-
-    @property
-    def mergeable(self) -> bool:  # type: ignore[override]
-        """Whether there are adapters."""
-        return self.models.peft is not None
 
     @property
     def ends(self) -> list[int]:

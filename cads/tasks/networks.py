@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ class Network:
         try:
             # The hash of a file that is in the cache is not checked: whoever can write there must not have code run.
             state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
             raise DataError(f"the weights of {self.name} cannot be loaded into {path} ({error}): {remedy}") from error
         return state
 
