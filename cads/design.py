@@ -39,6 +39,11 @@ def d_optimal(draws: np.ndarray, count: int) -> np.ndarray:
     return np.array(taken, dtype=np.int64)
 
 
+def spaced(draws: np.ndarray, count: int) -> np.ndarray:
+    """`count` of `draws` (M, S), spaced evenly, the first and the last among them; all if there are no more."""
+    return draws[np.unique(np.linspace(0, len(draws) - 1, min(count, len(draws))).round().astype(np.int64))]
+
+
 def n_columns(n_sources: int) -> int:
     """P, columns of a design or a regression: each source, each pair unless they are too many, and one more."""
     full = 1 + n_sources + n_sources * (n_sources - 1) // 2

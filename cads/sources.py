@@ -14,7 +14,7 @@ from torch import nn
 
 from cads.budget import Budget, Ledger
 from cads.control import Control
-from cads.design import d_optimal, n_columns
+from cads.design import d_optimal, n_columns, spaced
 from cads.errors import ConfigError
 from cads.estimator import corrected, direct, enumerate_masks, expected_gradient
 from cads.inner import Inner, Planned, Purse, Runs
@@ -132,7 +132,7 @@ class CadsSources(OneRunSearch):
         trials = Trials(np.empty((0, n)), *(np.empty(0) for _ in range(3)))
         control: Control | None = None
         for height, rung in enumerate(rungs):
-            draws = self._choose(space, policy, control, trials, rung.runs, derive(seed, "draws", height))
+            draws = self._choose(space, policy, control, trials, risk, rung.runs, derive(seed, "draws", height))
             runs = run_rung(inner, space, draws, rung, seed, height)
             reached = runs.reached
             if self.reach == "extrapolated":
@@ -146,11 +146,24 @@ class CadsSources(OneRunSearch):
         return self._conclude(inner, space, policy, control, trials, rungs[-1], budget, seed, ledger)
 
     def _choose(
-        self, space: Space, policy: Policy, control: Control | None, trials: Trials, count: int, seed: int
+        self,
+        space: Space,
+        policy: Policy,
+        control: Control | None,
+        trials: Trials,
+        risk: np.ndarray,
+        count: int,
+        seed: int,
     ) -> np.ndarray:
-        """The draws of a rung, the full pool first: at first those that the policy proposes from which most can be
-        learned; then what promises most of that and of what was tried, with the neighbours of the very best."""
+        """The draws of a rung, the full pool first.
+
+        At first those that the policy proposes from which most can be learned; where they are too few to learn how much
+        each source matters, the sources without those of the largest risk. Then what promises most of what the policy
+        proposes and of what was tried, with the neighbours of the very best.
+        """
         rng = np.random.default_rng(seed)
+        if control is None and count <= len(space.sizes) and risk.any():
+            return spaced(space.nested(np.argsort(risk, kind="stable")), count)
         count = count if space.count is None else min(count, space.count)
         drawn = nonempty(space.explore(policy).sample(SAMPLED, rng)).astype(np.float64)
         if control is None:
@@ -256,11 +269,17 @@ def mean_losses(inner: Inner, space: Space, theta: nn.Module) -> np.ndarray:
 
 
 def theta_flops(purse: Purse, space: Space, training: float) -> float:
-    """What theta is trained for; 0 if it and its losses would take too much of what the ledger has left."""
+    """What theta is trained for; 0 if it and its losses would take too much of what the ledger has left.
+
+    Where short runs are too few to learn which sources matter, theta's losses are the guide: it is trained for less.
+    """
     flops = purse.target_flops(THETA_SHARE, THETA_PASSES, training)
+    most = MOST_FOR_THETA * purse.ledger.left
     probing = probing_flops(purse, space)
-    too_dear = flops + probing > MOST_FOR_THETA * purse.ledger.left
-    return 0.0 if flops < purse.target_step_flops or too_dear else flops
+    if flops + probing > most:
+        rungs = affordable(purse, space, training, reserved=most)
+        flops = most - probing if rungs and rungs[0].runs <= len(space.sizes) else 0.0
+    return 0.0 if flops < purse.target_step_flops else flops
 
 
 def update_flops(space: Space, runs: int) -> float:
@@ -270,10 +289,11 @@ def update_flops(space: Space, runs: int) -> float:
     return designed + source_policy_flops(len(space.sizes), space.n_features, drawn, runs, POLICY_STEPS)
 
 
-def affordable(purse: Purse, space: Space, training: float) -> list[Rung]:
-    """The ladder that what is left of the ledger buys, with an update of the policy after each rung."""
+def affordable(purse: Purse, space: Space, training: float, reserved: float = 0.0) -> list[Rung]:
+    """The ladder that what is left of the ledger buys, with an update of the policy after each rung, and as much as is
+    reserved."""
     most = sum(rung.runs for rung in purse.ladder(training))
-    return purse.ladder(training, update_flops(space, most))
+    return purse.ladder(training, update_flops(space, most) + reserved)
 
 
 def source_risks(inner: Inner, space: Space, training: float, seed: int) -> np.ndarray:

@@ -59,6 +59,13 @@ class Space(ABC):
         """Small changes of a draw that no draw of the policy comes to; `value` maps draws to what they promise."""
         return []
 
+    def nested(self, order: np.ndarray) -> np.ndarray:
+        """The full draw, the one without the last source of `order` (S,), without the last two, ...: shape (S, S)."""
+        n = len(self.sizes)
+        places = np.empty(n, dtype=np.int64)
+        places[order] = np.arange(n)
+        return np.asarray(self.full * (places < np.arange(n, 0, -1)[:, None]))
+
     @abstractmethod
     def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
         """What to train on for one draw (S,), among `positions` of the pool."""
@@ -146,6 +153,11 @@ class Mixtures(Space):
     def explore(self, policy: Policy) -> Policy:
         """As it is: its width does not shrink."""
         return policy
+
+    def nested(self, order: np.ndarray) -> np.ndarray:
+        """Ratios in proportion to the sizes of what is in."""
+        draws = super().nested(order)
+        return np.asarray(draws / draws.sum(axis=1, keepdims=True))
 
     def weights(self, draws: np.ndarray) -> np.ndarray:
         """Ratio over size."""

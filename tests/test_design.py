@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cads.design import MOST_COLUMNS, PRIOR, _columns, d_optimal, n_columns
+from cads.design import MOST_COLUMNS, PRIOR, _columns, d_optimal, n_columns, spaced
 from cads.estimator import enumerate_masks
 
 
@@ -55,3 +55,8 @@ def test_many_sources_are_compared_one_by_one():
 def test_a_source_that_never_changes_is_no_column_of_noise():
     draws = np.array([[1.0, 1.0], [1.0, 0.0], [1.0, 0.5]])
     assert set(d_optimal(draws, 2)) == {0, 1}
+
+
+@pytest.mark.parametrize(("n", "count", "kept"), [(6, 6, [0, 1, 2, 3, 4, 5]), (6, 4, [0, 2, 3, 5]), (3, 9, [0, 1, 2])])
+def test_draws_are_spaced_evenly(n, count, kept):
+    assert spaced(np.arange(n), count).tolist() == kept

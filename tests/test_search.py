@@ -21,12 +21,13 @@ from baselines.rho import Rho
 from baselines.source import Source
 from cads.amortised import CadsAmortised
 from cads.budget import SELECT, Budget, Ledger
+from cads.design import spaced
 from cads.errors import ConfigError, DataError
 from cads.examples import CadsExamples
 from cads.inner import Inner
 from cads.penalized import PenalizedSources
-from cads.sources import CadsSources, source_selection
-from cads.space import Mixtures
+from cads.sources import CadsSources, run_rung, source_selection
+from cads.space import Masks, Mixtures
 from cads.task import Pool
 
 
@@ -205,3 +206,40 @@ def test_the_plain_penalty_stays_in_its_allowance_where_lengths_differ(texts):
     assert 0 < ledger.total().flops <= planned.limit
     assert ledger.total().flops == pytest.approx(planned.total().flops, rel=0.1)
     assert ledger.entries[SELECT, "R"].flops == pytest.approx(planned.entries[SELECT, "R"].flops)
+
+
+@pytest.mark.parametrize("space", [Masks, Mixtures])
+def test_sources_leave_a_draw_one_by_one(features, space):
+    there = space(features().pool)
+    draws = there.nested(np.array([2, 0, 3, 1]))
+    assert (draws[0] == there.full).all()
+    assert [set(np.flatnonzero(draw)) for draw in draws] == [{0, 1, 2, 3}, {0, 2, 3}, {0, 2}, {2}]
+    weights = there.weights(draws)
+    np.testing.assert_allclose(weights, (weights > 0) * weights.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(draws.sum(axis=1), there.full.sum() if space is Mixtures else [4, 3, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("policy", "allowance", "few"),
+    [("bernoulli", 0.35, True), ("bernoulli", 1.0, False), ("mixture", 0.45, True), ("mixture", 1.0, False)],
+)
+def test_few_runs_are_spent_in_the_order_of_the_risk(features, monkeypatch, policy, allowance, few):
+    """Up to four runs for four sources: on all of them, and without the worst, which theta knows."""
+    task, seen = features(batch_size=8, hidden=64, n=1000), []
+
+    def watched(inner, space, draws, *rest):
+        seen.append((space, draws))
+        return run_rung(inner, space, draws, *rest)
+
+    monkeypatch.setattr("cads.sources.run_rung", watched)
+    ledger, budget = Ledger(), Budget(16, "epochs")
+    selector = CadsSources(allowance=allowance, policy=policy)
+    selector.select(task, budget, seed=0, ledger=ledger)
+    assert ledger.total(SELECT).flops <= allowance * budget.flops(task)
+    assert selector.plan(task, budget).total(SELECT).flops == pytest.approx(ledger.total(SELECT).flops)
+    assert "theta" in {stage for _, stage in ledger.entries}
+    space, draws = seen[0]
+    assert (len(draws) <= 4) == few
+    # Wrong labels become more from source to source.
+    in_order = np.array_equal(draws, spaced(space.nested(np.arange(4)), len(draws)))
+    assert in_order == few
