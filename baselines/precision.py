@@ -6,15 +6,14 @@ Here frozen weights stand in bfloat16 for the time of a pass, and the outputs of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
+from baselines.attention import ShortAttention
 from baselines.layers import layer_norm, rms_norm, rule_of, transformers_rms_norm, transposed_linear
 
 Precision = Literal["no", "bf16"]
@@ -24,9 +23,6 @@ CASTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (layer_norm, rms_norm, transformers_rms_norm)
 PEFT_CASTS = "cast_input_dtype_enabled"
 """Switch of PEFT's layers (see `peft.helpers.disable_input_dtype_casting`)."""
-SHORT = 384
-"""Positions below which attention is differentiated faster in float32 on a CPU: at 132 (7 x 9 heads of 64) forward and
-backward take 20 ms instead of 37, at 512 they take 54 instead of 44 (torch 2.14, one core with AMX)."""
 
 
 class Passes:
@@ -63,7 +59,7 @@ class Passes:
                 stack.callback(setattr, adapter, PEFT_CASTS, True)
                 setattr(adapter, PEFT_CASTS, False)
             stack.enter_context(self._stored())
-            stack.enter_context(_ShortAttention())
+            stack.enter_context(ShortAttention())
             stack.enter_context(torch.autocast(device, dtype=torch.bfloat16))
             yield
 
@@ -98,28 +94,3 @@ def _is_frozen(module: nn.Module) -> bool:
 
 def _halved(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output.to(torch.bfloat16)
-
-
-class _ShortAttention(TorchFunctionMode):
-    """Attention over few positions in float32, where gradients are taken on a CPU."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not functional.scaled_dot_product_attention or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        query: Tensor = args[0] if args else kwargs["query"]
-        if query.device.type != "cpu" or query.shape[-2] >= SHORT:
-            return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            exact = func(*map(_precise, args), **{name: _precise(x) for name, x in kwargs.items()})
-        return exact.to(torch.bfloat16)
-
-
-def _precise(x: Any) -> Any:
-    return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x

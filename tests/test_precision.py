@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import baselines.precision
+import baselines.attention
 from baselines.gradients import PerExample
 from baselines.less import Less
 from baselines.precision import PEFT_CASTS, Passes
@@ -162,7 +162,7 @@ def test_layers_that_train_keep_their_type(tmp_path):
     assert float(cosine_similarity(exact, half).min()) > 0.999
 
 
-def test_attention_is_in_float32_where_that_is_faster(tmp_path, monkeypatch):
+def test_attention_keeps_its_table_where_that_is_faster(tmp_path, monkeypatch):
     task = language(tmp_path)
     model, batch = adapted(task), task.pool.batch([0, 1])
     passes = Passes(model, "bf16")
@@ -172,9 +172,9 @@ def test_attention_is_in_float32_where_that_is_faster(tmp_path, monkeypatch):
             task.losses(model, batch)
         return set(seen.attention)
 
-    assert kinds(grad=True) == {torch.float32}
+    assert not kinds(grad=True)
     assert kinds(grad=False) == {torch.bfloat16}
-    monkeypatch.setattr(baselines.precision, "SHORT", 4)
+    monkeypatch.setattr(baselines.attention, "SHORT", 4)
     assert kinds(grad=True) == {torch.bfloat16}
 
 
