@@ -12,8 +12,8 @@ PRIOR = 0.1
 """Ridge that stands for what is known beforehand."""
 
 
-def d_optimal(draws: np.ndarray, count: int) -> np.ndarray:
-    """The first of `draws` (M, S), and those that with it make a D-optimal design, one after another.
+def d_optimal(draws: np.ndarray, count: int, taken: int = 1) -> np.ndarray:
+    """The first `taken` of `draws` (M, S), and those that with them make a D-optimal design, one after another.
 
     Each step takes the draw with the largest leverage given those taken before, which multiplies the determinant
     of the information matrix of a regression on sources and pairs of sources by most (Fedorov, Theory of Optimal
@@ -25,18 +25,18 @@ def d_optimal(draws: np.ndarray, count: int) -> np.ndarray:
     x = _columns(draws)
     inverse = np.eye(x.shape[1]) / PRIOR
     leverage = np.einsum("mp,mp->m", x, x) / PRIOR
-    taken: list[int] = []
+    design: list[int] = []
     best = 0
-    while len(taken) < min(count, len(draws)):
-        taken.append(best)
+    while len(design) < min(count, len(draws)):
+        design.append(best)
         # Sherman and Morrison: the inverse after one more row, and every leverage under it.
         v = inverse @ x[best]
         scale = 1 + float(x[best] @ v)
         leverage -= (x @ v) ** 2 / scale
         inverse -= np.outer(v, v) / scale
         leverage[best] = -np.inf
-        best = int(np.argmax(np.round(leverage, 9)))
-    return np.array(taken, dtype=np.int64)
+        best = len(design) if len(design) < taken else int(np.argmax(np.round(leverage, 9)))
+    return np.array(design, dtype=np.int64)
 
 
 def spaced(draws: np.ndarray, count: int) -> np.ndarray:

@@ -58,6 +58,12 @@ class Trials:
     fidelity: np.ndarray
     reached: np.ndarray
 
+    @property
+    def latest(self) -> tuple[np.ndarray, np.ndarray]:
+        """Draws (K, S) and gains (K,) of the latest rung, the full pool's first, without those that diverged."""
+        sound = (self.fidelity == self.fidelity[-1]) & np.isfinite(self.gains)
+        return self.draws[sound], self.gains[sound]
+
     def value(self, draws: np.ndarray, control: Control) -> np.ndarray:
         """What each draw promises at full fidelity, shape (M,): h, and half of what h missed in its latest run."""
         values = control(draws) - control(self.draws[:1])
@@ -142,8 +148,7 @@ class CadsSources(OneRunSearch):
             policy = improve(space, policy, control, draws, runs.objective - runs.objective[0], rung.fidelity, seed)
             inner.learn(update_flops(space, len(trials.gains)))
             self._watch(inner, space, policy, control, trials, height)
-        assert control is not None
-        return self._conclude(inner, space, policy, control, trials, rungs[-1], budget, seed, ledger)
+        return self._conclude(inner, space, policy, trials, budget, seed, ledger)
 
     def _choose(
         self,
@@ -157,23 +162,25 @@ class CadsSources(OneRunSearch):
     ) -> np.ndarray:
         """The draws of a rung, the full pool first.
 
-        At first those that the policy proposes from which most can be learned; where they are too few to learn how much
-        each source matters, the sources without those of the largest risk. Then what promises most of what the policy
-        proposes and of what was tried, with the neighbours of the very best.
+        At first the sources without those of the largest risk, and those that the policy proposes from which most can
+        be learned besides. Then the best of the latest rung, and what promises most of what the policy proposes and of
+        what was tried, with the neighbours of the very best.
         """
         rng = np.random.default_rng(seed)
-        if control is None and count <= len(space.sizes) and risk.any():
-            return spaced(space.nested(np.argsort(risk, kind="stable")), count)
         count = count if space.count is None else min(count, space.count)
         drawn = nonempty(space.explore(policy).sample(SAMPLED, rng)).astype(np.float64)
         if control is None:
-            proposed = distinct([space.full, *drawn])
-            return proposed[d_optimal(proposed, count)]
+            known = space.nested(np.argsort(risk, kind="stable")) if risk.any() else space.full[None]
+            few = count <= len(space.sizes)
+            known = spaced(known, count if few else max(1, count // 2))
+            proposed = distinct([*known, *drawn])
+            return proposed[d_optimal(proposed, count, taken=len(known))]
         proposed = distinct([*drawn, *trials.draws])
         ranked = proposed[np.argsort(trials.value(proposed, control), kind="stable")]
         tried = {row.tobytes() for row in trials.draws}
         near = [n for n in space.neighbours(ranked[0], control) if n.tobytes() not in tried]
-        return distinct([space.full, ranked[0], *near, *ranked[1:]])[:count]
+        draws, gains = trials.latest
+        return distinct([space.full, draws[np.argmin(gains)], ranked[0], *near, *ranked[1:]])[:count]
 
     def _control(self, space: Space, trials: Trials, risk: np.ndarray, rung: Rung) -> Control:
         latest = trials.fidelity == rung.fidelity
@@ -211,18 +218,15 @@ class CadsSources(OneRunSearch):
         inner: Inner,
         space: Space,
         policy: Policy,
-        control: Control,
         trials: Trials,
-        rung: Rung,
         budget: Budget,
         seed: int,
         ledger: Ledger,
     ) -> Selection:
-        """The best of the last rung by the mean of what was measured and what the regression says."""
-        draws = trials.draws[(trials.fidelity == rung.fidelity) & np.isfinite(trials.gains)]
-        value = trials.value(draws, control)
-        best = int(np.argmin(value))
-        if self.guard and value[best] >= 0:
+        """The best of the last rung, as measured: the regression, which sees further, errs by more at full fidelity."""
+        draws, gains = trials.latest
+        best = 1 + int(np.argmin(gains[1:])) if len(gains) > 1 else 0
+        if self.guard and gains[best] >= 0:
             best = 0
         return source_selection(
             inner.task,
@@ -234,7 +238,7 @@ class CadsSources(OneRunSearch):
             seed=seed,
             ledger=ledger,
             config=asdict(self),
-            notes={"guard": verdict(best > 0), "gain": -float(value[best]), "runs": len(trials.gains)},
+            notes={"guard": verdict(best > 0), "gain": -float(gains[best]), "runs": len(trials.gains)},
         )
 
 

@@ -243,3 +243,21 @@ def test_few_runs_are_spent_in_the_order_of_the_risk(features, monkeypatch, poli
     # Wrong labels become more from source to source.
     in_order = np.array_equal(draws, spaced(space.nested(np.arange(4)), len(draws)))
     assert in_order == few
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_of_a_rung_is_in_the_next_and_that_of_the_last_is_chosen(features, monkeypatch, seed):
+    task, best, tried = features(batch_size=8, hidden=64, n=1000), [], []
+
+    def watched(inner, space, draws, *rest):
+        runs = run_rung(inner, space, draws, *rest)
+        best.append(draws[np.argmin(runs.objective)])
+        tried.append(draws)
+        return runs
+
+    monkeypatch.setattr("cads.sources.run_rung", watched)
+    chosen = CadsSources(allowance=2.0).select(task, Budget(16, "epochs"), seed=seed, ledger=Ledger())
+    assert len(tried) > 1
+    assert all((draws == earlier).all(axis=1).any() for earlier, draws in zip(best, tried[1:], strict=False))
+    first = np.unique(task.pool.sources, return_index=True)[1]
+    np.testing.assert_array_equal(chosen.probability[first], best[-1])
