@@ -31,7 +31,7 @@ passes hide what will be learned by heart, fewer examples make quantity look dea
 MIN_STEPS = 10
 """Steps of the shortest run. Runs from the same weights differ by their data and its order alone: after ten steps they
 already rank subsets of sources with a Spearman correlation of 0.75 to 0.97 (`experiments/results`)."""
-LEAST_RUNS = 4
+LEAST_RUNS = 3
 """Short runs, the full pool's among them, below which nothing is spent."""
 
 
@@ -137,7 +137,7 @@ def ladder(
 
     The smallest run follows from the budget: at least `MIN_STEPS`, at most the whole training. Rungs
     that would hold fewer than two runs (one is always the full pool) are left out, the highest first; a single one
-    needs `LEAST_RUNS`, since one candidate or two are no search.
+    needs `LEAST_RUNS`, since one candidate is no search.
 
     Args:
         training: C, FLOPs of the final training. allowance: FLOPs for all runs. step: FLOPs of one step.
