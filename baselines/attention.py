@@ -1,8 +1,8 @@
-"""Attention over few positions in bfloat16, as plain products of matrices, where gradients are taken on a CPU.
+"""Attention over few positions as plain products of matrices, where gradients are taken on a CPU.
 
-The kernels of torch that keep no table of weights pay where there are many positions. For sentences the table is small,
-and products of matrices in bfloat16 are what a CPU with AMX is fast at: forward and backward over 7 x 9 heads of 132
-positions take 5.3 ms, torch's kernel 9.6 ms in float32 and 37 in bfloat16 (torch 2.14, two cores).
+The kernels of torch that keep no table of weights pay where there are many positions. For sentences the table is small:
+forward and backward over 7 x 9 heads of 132 positions take 7.1 ms in float32, torch's kernel 9.6. Products of matrices
+in bfloat16 are what a CPU with AMX is fast at: 5.3 ms, and torch's kernel 37 (torch 2.14, two cores).
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ from torch.overrides import TorchFunctionMode
 
 SHORT = 384
 """Positions below which the table of weights is kept: at 512 torch's kernel in bfloat16 is as fast."""
-LOWEST = torch.finfo(torch.bfloat16).min
-"""Added to what must not be attended to. Not minus infinity: a row of padding may see nothing at all."""
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 class ShortAttention(TorchFunctionMode):
-    """In the block, `scaled_dot_product_attention` is `attend` where that is faster, and torch's own elsewhere."""
+    """In the block, `scaled_dot_product_attention` is `attend` where that is faster, and torch's own elsewhere.
+
+    Args:
+        dtype: of the products. Inputs of another type than this and float32 are left to torch.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
 
     def __torch_function__(
         self,
@@ -36,9 +42,9 @@ class ShortAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention and torch.is_grad_enabled():
             given = {"dropout_p": 0.0, **dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
-            if _is_short(given):
+            if _is_short(given) and given["query"].dtype in (torch.float32, self._dtype):
                 del given["dropout_p"]
-                return attend(**given)
+                return attend(**given, dtype=self._dtype)
         return func(*args, **kwargs)
 
 
@@ -50,25 +56,27 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` without dropout, in bfloat16.
+    """`torch.nn.functional.scaled_dot_product_attention` without dropout.
 
     Args:
         query: (..., H, L, D). key, value: (..., H or fewer, S, D).
         attn_mask: of booleans, or to be added; broadcast to (..., H, L, S).
         is_causal: position i sees the first i + 1. scale: of the products; None for 1 / sqrt(D).
         enable_gqa: a head of key and value serves several of query.
+        dtype: of the products.
 
     Returns:
-        (..., H, L, D), bfloat16.
+        (..., H, L, D), of this type.
     """
-    query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
+    query, key, value = (x.to(dtype) for x in (query, key, value))
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None:
-        attn_mask = _added(attn_mask)
+        attn_mask = _added(attn_mask, dtype)
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
     with torch.autocast(query.device.type, enabled=False):
@@ -99,10 +107,12 @@ class _Attention(torch.autograd.Function):
         return (of_scores @ key).mul_(ctx.scale), of_scores.transpose(-1, -2) @ query, of_value, None, None
 
 
-def _added(mask: Tensor) -> Tensor:
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores. Never minus infinity: a row of padding may see nothing at all."""
+    lowest = torch.finfo(dtype).min
     if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=torch.bfloat16, device=mask.device).masked_fill_(~mask, LOWEST)
-    return mask.to(torch.bfloat16).clamp(min=LOWEST)
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
+    return mask.to(dtype).clamp(min=lowest)
 
 
 def _is_short(given: Mapping[str, Any]) -> bool:

@@ -33,7 +33,7 @@ class Passes:
 
     Args:
         model: whose passes they are; what is frozen stays frozen.
-        precision: no (float32: passes as they are) or bf16.
+        precision: no (passes as they are, but for `baselines.attention`) or bf16.
     """
 
     def __init__(self, model: nn.Module, precision: Precision) -> None:
@@ -48,7 +48,8 @@ class Passes:
     def __call__(self) -> Iterator[None]:
         """The block computes in this precision."""
         if self._precision == "no":
-            yield
+            with ShortAttention(torch.float32):
+                yield
             return
         device = next(self._model.parameters()).device.type
         with ExitStack() as stack:
@@ -59,7 +60,7 @@ class Passes:
                 stack.callback(setattr, adapter, PEFT_CASTS, True)
                 setattr(adapter, PEFT_CASTS, False)
             stack.enter_context(self._stored())
-            stack.enter_context(ShortAttention())
+            stack.enter_context(ShortAttention(torch.bfloat16))
             stack.enter_context(torch.autocast(device, dtype=torch.bfloat16))
             yield
 
