@@ -256,8 +256,9 @@ def test_the_best_of_a_rung_is_in_the_next_and_that_of_the_last_is_chosen(featur
         return runs
 
     monkeypatch.setattr("cads.sources.run_rung", watched)
-    chosen = CadsSources(allowance=2.0).select(task, Budget(16, "epochs"), seed=seed, ledger=Ledger())
+    chosen = CadsSources(allowance=5.0).select(task, Budget(16, "epochs"), seed=seed, ledger=Ledger())
     assert len(tried) > 1
+    assert len(tried[-1]) > 2
     assert all((draws == earlier).all(axis=1).any() for earlier, draws in zip(best, tried[1:], strict=False))
     first = np.unique(task.pool.sources, return_index=True)[1]
     np.testing.assert_array_equal(chosen.probability[first], best[-1])
