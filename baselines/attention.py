@@ -17,8 +17,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 SHORT, SHORT_EXACT = 384, 192
-"""Positions below which the table of weights is kept, in bfloat16 and in float32. In bfloat16 it is faster beyond too (19
-ms for 31 at 512), but the table grows with the square; in float32 it is level at 192, and slower at 380 (45 ms for 33)."""
+"""Positions below which the table of weights is kept, in bfloat16 and in float32. In bfloat16 it is faster beyond too
+(19 ms for 31 at 512), but the table grows with the square; in float32 it is level at 192, slower at 380 (45 for 33)."""
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
