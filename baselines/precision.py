@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from baselines.attention import ShortAttention
 from baselines.layers import layer_norm, rms_norm, rule_of, transformers_rms_norm, transposed_linear
+from baselines.norms import frozen_norms, short_norms
 
 Precision = Literal["no", "bf16"]
 
@@ -33,26 +34,28 @@ class Passes:
 
     Args:
         model: whose passes they are; what is frozen stays frozen.
-        precision: no (passes as they are, but for `baselines.attention`) or bf16.
+        precision: no (passes as they are, but for `baselines.attention` and `baselines.norms`) or bf16.
     """
 
     def __init__(self, model: nn.Module, precision: Precision) -> None:
         self._model, self._precision = model, precision
         modules = dict(model.named_modules()) if precision == "bf16" else {}
         self._layers = {path: m for path, m in modules.items() if type(m) in CASTED or rule_of(m) is transposed_linear}
-        self._norms = [m for m in modules.values() if rule_of(m) in NORMS and _is_frozen(m)]
+        self._short = frozen_norms(model)
+        self._norms = [m for m in modules.values() if rule_of(m) in NORMS and _is_frozen(m) and m not in self._short]
         self._adapters = [m for m in modules.values() if getattr(m, PEFT_CASTS, False)]
         self._copies: dict[str, tuple[nn.Parameter, int, nn.Parameter]] = {}
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """The block computes in this precision."""
-        if self._precision == "no":
-            with ShortAttention(torch.float32):
-                yield
-            return
-        device = next(self._model.parameters()).device.type
+        dtype = torch.float32 if self._precision == "no" else torch.bfloat16
         with ExitStack() as stack:
+            stack.enter_context(short_norms(self._short, dtype))
+            stack.enter_context(ShortAttention(dtype))
+            if self._precision == "no":
+                yield
+                return
             for norm in self._norms:
                 stack.callback(norm.register_forward_hook(_halved).remove)
             for adapter in self._adapters:
@@ -60,8 +63,7 @@ class Passes:
                 stack.callback(setattr, adapter, PEFT_CASTS, True)
                 setattr(adapter, PEFT_CASTS, False)
             stack.enter_context(self._stored())
-            stack.enter_context(ShortAttention(torch.bfloat16))
-            stack.enter_context(torch.autocast(device, dtype=torch.bfloat16))
+            stack.enter_context(torch.autocast(next(self._model.parameters()).device.type, dtype=dtype))
             yield
 
     @contextmanager

@@ -2,9 +2,10 @@
 
     python -m experiments.selector_speed --model DIR --data FILE --out experiments/results/selector_speed.md
 
-Everything is timed in one process, the ways of one table taking turns; a rate is that of the median turn, and a ratio
-the median of the ratios within a turn, which hold where times do not. A peer that is not installed is skipped with a
-word. Peers may stand in a folder of their own, where they move no version of anything:
+Everything is timed in one process, the ways of one table taking turns, batch by batch where gradients are taken; a rate
+is that of the median turn, and a ratio the median of the ratios within a turn, which hold where times do not. A peer
+that is not installed is skipped with a word. Peers may stand in a folder of their own, where they move no version of
+anything:
 
     pip install --target PEERS --no-deps bergson traker rank-bm25 jaxtyping wadler-lindig simple-parsing \\
         docstring-parser ml-dtypes petname
@@ -23,7 +24,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,8 @@ HALF_TOKENS = 1024
 """Padded tokens of a batch of losses in bf16, where larger batches pay: 1.1 times as fast as with 512."""
 N_QUERIES = 100
 """BM25: questions that are asked."""
+QUICK = 4
+"""Turns of what takes seconds, for one of what takes half a minute."""
 
 
 @dataclass
@@ -85,26 +87,33 @@ class Turns:
     """Seconds of several ways to do a thing, which took turns.
 
     Args:
-        ways: by name. repeats: turns of each, after one that does not count.
+        ways: by name; each is given a part of what there is to do.
+        repeats: turns of each with each part, after one that does not count.
+        parts: what there is to do.
+
+    Attributes:
+        seconds: by name, shape (turns, parts).
     """
 
-    def __init__(self, ways: Mapping[str, Callable[[], object]], repeats: int) -> None:
-        self.seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for way in ways.values():
-            way()
-        for _ in range(repeats):
-            for name, way in ways.items():
-                begin = time.perf_counter()
-                way()
-                self.seconds[name].append(time.perf_counter() - begin)
+    def __init__(self, ways: Mapping[str, Callable[[Any], object]], repeats: int, parts: Sequence[Any]) -> None:
+        taken: dict[str, list[list[float]]] = {name: [] for name in ways}
+        for turn in range(1 + repeats):
+            for rows in taken.values():
+                rows.append([])
+            for part in parts:
+                for name, way in ways.items():
+                    begin = time.perf_counter()
+                    way(part)
+                    taken[name][turn].append(time.perf_counter() - begin)
+        self.seconds = {name: np.array(rows[1:]) for name, rows in taken.items()}
 
     def rate(self, name: str, n: int) -> float:
-        """Things a second, of n that were done in the median turn."""
-        return n / median(self.seconds[name])
+        """Things a second, of n that all parts hold, where each took the median of its turns."""
+        return n / float(np.median(self.seconds[name], axis=0).sum())
 
     def ratio(self, name: str, other: str) -> float:
-        """How many times as fast as `other` it was: the median over turns."""
-        return median(b / a for a, b in zip(self.seconds[name], self.seconds[other], strict=True))
+        """How many times as fast as `other` it was: the median over turns and parts."""
+        return float(np.median(self.seconds[other] / self.seconds[name]))
 
 
 def peer(name: str) -> Any:
@@ -176,29 +185,20 @@ def gradient_features(task: Task, n: int, tokens: int, repeats: int) -> list[Row
     batches = [part.batch(rows) for rows in scoring_batches(part, tokens=tokens)]
     exact, half = Features(task, model), Features(task, model, "bf16")
 
-    def plain() -> None:
-        for batch in batches:
-            task.losses(model, batch).sum().backward()
-            model.zero_grad(set_to_none=True)
+    def plain(batch: Batch) -> None:
+        task.losses(model, batch).sum().backward()
+        model.zero_grad(set_to_none=True)
 
-    found: dict[str, Tensor] = {}
-
-    def ours(name: str, features: Features) -> Callable[[], None]:
-        def run() -> None:
-            found[name] = torch.cat([features(batch) for batch in batches])
-
-        return run
-
-    ways: dict[str, Callable[[], object]] = {
+    ways: dict[str, Callable[[Batch], object]] = {
         "plain forward and backward": plain,
-        "cads": ours("exact", exact),
-        "cads, bf16": ours("half", half),
+        "cads": exact,
+        "cads, bf16": half,
     }
-    collect = bergson_features(task, model, batches)
+    collect = bergson_features(task, model)
     if collect is not None:
         ways["bergson"] = collect
-    turns = Turns(ways, repeats)
-    cosine = float((found["exact"] * found["half"]).sum(dim=1).min())
+    cosine = min(float((exact(batch) * half(batch)).sum(dim=1).min()) for batch in batches)
+    turns = Turns(ways, repeats, batches)
     section = f"gradients to {PROJECTED:,}, examples/s"
     limit, own = turns.rate("plain forward and backward", n), turns.rate("cads", n)
     of_limit, of_own = turns.ratio("cads", "plain forward and backward"), turns.ratio("cads, bf16", "cads")
@@ -217,8 +217,8 @@ def gradient_features(task: Task, n: int, tokens: int, repeats: int) -> list[Row
     return [*rows, *published_less(task, model, part, own, section)]
 
 
-def bergson_features(task: Task, model: nn.Module, batches: Sequence[Batch]) -> Callable[[], None] | None:
-    """bergson's per-module two-sided projection on the same batches, or None if it is not installed."""
+def bergson_features(task: Task, model: nn.Module) -> Callable[[Batch], None] | None:
+    """bergson's per-module two-sided projection of a batch, or None if it is not installed."""
     collector, gradients = peer("bergson.collector.collector"), peer("bergson.gradients")
     if collector is None or gradients is None:
         return None
@@ -244,13 +244,12 @@ def bergson_features(task: Task, model: nn.Module, batches: Sequence[Batch]) -> 
     processor = gradients.GradientProcessor(projection_dim=BERGSON_SIDE)
     kept = Collected(model, target_modules=adapters, processor=processor)
 
-    def run() -> None:
-        for batch in batches:
-            with kept:
-                task.losses(model, batch).sum().backward()
-            torch.cat(list(kept.mod_grads.values()), dim=1)
-            kept.mod_grads.clear()
-            model.zero_grad(set_to_none=True)
+    def run(batch: Batch) -> None:
+        with kept:
+            task.losses(model, batch).sum().backward()
+        torch.cat(list(kept.mod_grads.values()), dim=1)
+        kept.mod_grads.clear()
+        model.zero_grad(set_to_none=True)
 
     return run
 
@@ -289,25 +288,25 @@ def perplexity(task: Task, n: int, repeats: int) -> list[Row]:
     model, part = adapted(task), of_length(task.pool, n)
     found: dict[str, np.ndarray] = {}
 
-    def way(name: str, tokens: int, *, autocast: bool = False) -> Callable[[], None]:
-        def run() -> None:
+    def way(name: str, tokens: int, *, autocast: bool = False) -> Callable[[Pool], None]:
+        def run(part: Pool) -> None:
             found[name] = pool_losses(
                 task, model, ledger=Ledger(), stage="scores", tokens=tokens, pool=part, autocast=autocast
             )
 
         return run
 
-    def usual() -> None:
+    def usual(part: Pool) -> None:
         found["usual"] = np.array([usual_loss(model, part.batch(np.array([i]))) for i in range(n)])
 
     task.costs.forward_pool(part)  # shapes are counted before the clock is read
-    ways: dict[str, Callable[[], object]] = {
+    ways: dict[str, Callable[[Pool], object]] = {
         "usual": usual,
         "one": way("one", 1),
         "budget": way("budget", SCORED_TOKENS),
         "half": way("half", HALF_TOKENS, autocast=True),
     }
-    turns = Turns(ways, repeats)
+    turns = Turns(ways, repeats, [part])
     off = {name: float(np.abs(x / found["usual"] - 1).max()) for name, x in found.items()}
     section, beside = "perplexity, examples/s", "one, whole head"
     budget, half = (f"cads, batches of {tokens} tokens" for tokens in (SCORED_TOKENS, HALF_TOKENS))
@@ -332,13 +331,14 @@ def bm25(task: Task, repeats: int) -> list[Row]:
     texts = task.texts(task.pool)
     documents = tokenize(texts)
     queries = documents[:N_QUERIES]
+    asked = queries.to_pylist()
     okapi = Okapi([documents])
     found: dict[str, np.ndarray] = {}
 
-    def ours() -> None:
+    def ours(queries: Any) -> None:
         found["ours"] = okapi.scores(np.asarray(okapi.count(queries).mean(axis=0)))
 
-    own = median(Turns({"ours": ours}, 10 * repeats).seconds["ours"])
+    own = float(np.median(Turns({"ours": ours}, 10 * repeats, [queries]).seconds["ours"]))
     section, note = "BM25, queries/s", f"{len(texts):,} texts, {N_QUERIES} queries"
     rank_bm25 = peer("rank_bm25")
     if rank_bm25 is None:
@@ -347,12 +347,11 @@ def bm25(task: Task, repeats: int) -> list[Row]:
             Row(section, "rank_bm25", math.nan, note="skipped: not installed"),
         ]
     index = rank_bm25.BM25Okapi(documents.to_pylist())
-    asked = queries.to_pylist()
 
-    def theirs() -> None:
+    def theirs(asked: list[list[str]]) -> None:
         found["theirs"] = np.mean([index.get_scores(query) for query in asked], axis=0)
 
-    seconds = median(Turns({"theirs": theirs}, 1).seconds["theirs"])
+    seconds = float(np.median(Turns({"theirs": theirs}, 1, [asked]).seconds["theirs"]))
     off = float(np.abs(found["ours"] - found["theirs"]).max())
     return [
         Row(section, "rank_bm25", N_QUERIES / seconds, note=note),
@@ -373,10 +372,10 @@ def embedding(task: Task, encoder: str | None, n: int, repeats: int) -> list[Row
     space = SentenceSpace(task, encoder, ENCODED_TOKENS)
     found: dict[str, Tensor] = {}
 
-    def theirs() -> None:
+    def theirs(texts: list[str]) -> None:
         found["theirs"] = torch.as_tensor(reader.encode(texts))
 
-    def ours() -> None:
+    def ours(texts: list[str]) -> None:
         # A pool of its own each time, so that its texts are cut into batches each time.
         fresh = task.pool.part(np.arange(n), "questions")
         vectors = torch.empty(n, space.dimension)
@@ -384,7 +383,7 @@ def embedding(task: Task, encoder: str | None, n: int, repeats: int) -> list[Row
             vectors[rows] = space.encode(fresh, rows).vectors.float()
         found["ours"] = vectors
 
-    turns = Turns({"theirs": theirs, "ours": ours}, repeats)
+    turns = Turns({"theirs": theirs, "ours": ours}, QUICK * repeats, [texts])
     cosine = float(functional.cosine_similarity(found["ours"], found["theirs"]).min())
     return [
         Row(section, "SentenceTransformer.encode", turns.rate("theirs", n), note=f"{n} questions"),
@@ -409,8 +408,8 @@ def report(rows: Sequence[Row], command: str, load_average: float) -> str:
         "",
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores, load of the machine at "
         f"the start {load_average:.1f}. LoRA of rank 8 on query and value; the head computes on answer positions only. "
-        "The ways of each part took turns in one process: rates are those of the median turn, ratios medians over "
-        "turns. `asked` is what a ratio should be.",
+        "The ways of each part took turns in one process, batch by batch where gradients are taken: rates are those of "
+        "the median turn, ratios medians over turns. `asked` is what a ratio should be.",
         "",
         "| what is computed | by | rate | ratio | asked | |",
         "|---|---|---:|---:|---:|---|",

@@ -43,11 +43,23 @@ def test_ratios_are_medians_over_turns(monkeypatch):
     clock = iter([0, 1, 1, 3, 3, 13, 13, 33, 33, 34, 34, 36.5])
     monkeypatch.setattr(selector_speed.time, "perf_counter", lambda: next(clock))
     calls = []
-    turns = Turns({"fast": lambda: calls.append("fast"), "slow": lambda: calls.append("slow")}, 3)
-    assert calls == ["fast", "slow"] * 4
-    assert turns.seconds == {"fast": [1, 10, 1], "slow": [2, 20, 2.5]}
-    assert turns.ratio("fast", "slow") == 2
-    assert turns.rate("fast", 5) == 5
+    ways = {"fast": lambda part: calls.append(f"fast {part}"), "slow": lambda part: calls.append(f"slow {part}")}
+    turns = Turns(ways, 2, ["a"])
+    assert calls == ["fast a", "slow a"] * 3
+    assert {name: x.tolist() for name, x in turns.seconds.items()} == {"fast": [[10], [1]], "slow": [[20], [2.5]]}
+    assert turns.ratio("fast", "slow") == 2.25
+    assert turns.rate("fast", 11) == 2
+
+
+def test_parts_take_turns(monkeypatch):
+    clock = iter([0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 3, 3, 8, 8, 38])
+    monkeypatch.setattr(selector_speed.time, "perf_counter", lambda: next(clock))
+    calls = []
+    turns = Turns({name: lambda part, name=name: calls.append(f"{name}{part}") for name in "xy"}, 1, [1, 2])
+    assert calls == ["x1", "y1", "x2", "y2"] * 2
+    assert {name: x.tolist() for name, x in turns.seconds.items()} == {"x": [[1, 5]], "y": [[2, 30]]}
+    assert turns.ratio("x", "y") == 4
+    assert turns.rate("x", 12) == 2
 
 
 def test_what_misses_is_named():
