@@ -84,7 +84,7 @@ class Row:
 
 
 class Turns:
-    """Seconds of several ways to do a thing, which took turns.
+    """Seconds of several ways to do a thing, which took turns; who is first goes round.
 
     Args:
         ways: by name; each is given a part of what there is to do.
@@ -100,10 +100,11 @@ class Turns:
         for turn in range(1 + repeats):
             for rows in taken.values():
                 rows.append([])
-            for part in parts:
-                for name, way in ways.items():
+            for place, part in enumerate(parts):
+                first = (turn + place) % len(ways)
+                for name in [*list(ways)[first:], *list(ways)[:first]]:
                     begin = time.perf_counter()
-                    way(part)
+                    ways[name](part)
                     taken[name][turn].append(time.perf_counter() - begin)
         self.seconds = {name: np.array(rows[1:]) for name, rows in taken.items()}
 

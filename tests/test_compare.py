@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from cads.cli import main
 from cads.errors import BudgetError, ConfigError
 from cads.interrupt import Interrupted
 from cads.lock import RunLock
+from cads.outcome import train_on
 from cads.selection import Selection
 from cads.study.cells import Recorder
 from cads.study.compare import Shard, Study, price
@@ -73,6 +76,10 @@ def times(folder: Path) -> dict[Path, int]:
     }
 
 
+def with_nan(outcome):
+    return replace(outcome, metrics={name: math.nan for name in outcome.metrics})
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """A folder in which the grid was run once, into `out`."""
@@ -92,6 +99,8 @@ class TestGrid:
             ({"budgets": []}, "budgets is empty"),
             ({"budgets": ["many epochs"]}, "does not parse"),
             ({"budgets": ["2 epochs", "2.0 passes"]}, "same cells"),
+            ({"methods": ["random", {"method": "random", "label": "half", "options": {"epochs": 4.0}}]}, "same cells"),
+            ({"models": [{"label": "a"}, {"label": "b", "task": {"hidden": 16}}]}, "same cells"),
             ({"methods": ["full", "full"]}, "same cells"),
             ({"methods": ["full", {"method": "full", "label": "again"}]}, "same cells"),
             ({"methods": ["full", {"method": "random", "label": "full"}]}, "same cells"),
@@ -148,10 +157,14 @@ class TestGrid:
             key(budgets=["3 epochs"]),
             key(train={"batch_size": 8, "learning_rate": 0.1}),
             key(count_selection=False),
-            key(charge="amortised: 2"),
+            key(which=1, charge="amortised: 2"),
             key(methods=[{"method": "random", "label": "full"}]),
         ]
         assert len({key(), *others}) == len(others) + 1
+
+    def test_a_search_is_paid_for_whole_where_rankings_are_shared(self, tmp_path):
+        grid = read_grid(grid_file(tmp_path, charge="amortised: 4", methods=["random", "halving"]))
+        assert {c.label: c.sharing for c in cells(grid, next(iter(settings(grid))))} == {"random": 4, "halving": 1}
 
     def test_labels_say_which_budget_is_meant(self, tmp_path):
         methods = ["full", {"method": "full", "count_selection": False}]
@@ -230,8 +243,17 @@ class TestRun:
     def test_shards_together_are_the_grid(self, ran, tmp_path):
         first = {row["cell"] for row in run(tmp_path, shard="1/2")}
         both = run(tmp_path, shard="2/2")
-        assert len(first) == 6
+        assert 0 < len(first) < 12
         assert results(both) == results(read_runs(ran / "out"))
+
+    def test_shards_have_about_the_same_to_do_and_rankings_to_themselves(self, tmp_path):
+        plans = Study(read_grid(grid_file(tmp_path, seeds=4)), tmp_path / "o", Console(quiet=True)).plan()
+        parts = [Shard(i, 3).part(plans) for i in (1, 2, 3)]
+        assert sorted(p.key for part in parts for p in part) == sorted(p.key for p in plans)
+        assert max(sum(price(part)) for part in parts) < 1.35 * min(sum(price(part)) for part in parts)
+        rankings = [{p.ranking for p in part if p.ranking} for part in parts]
+        assert len(set.union(*rankings)) == sum(map(len, rankings)) == 4
+        assert [p.key for p in plans if p in parts[0]] == [p.key for p in parts[0]]
 
     def test_a_cell_that_another_process_runs_is_left_to_it(self, tmp_path):
         study = Study(
@@ -257,6 +279,19 @@ class TestRun:
         assert {row["status"] for row in rows} == {DONE}
         assert {row["cell"]: row["seconds"] for row in rows if row["cell"] in before} == before
 
+    def test_failures_are_named_at_the_end_and_the_command_fails(self, tmp_path, monkeypatch, capsys):
+        def fail(*_, **__):
+            raise RuntimeError("out of memory")
+
+        words = ["compare", str(grid_file(tmp_path, seeds=1)), "--out", str(tmp_path / "o")]
+        with monkeypatch.context() as patch:
+            patch.setattr(Full, "select", fail)
+            assert main(words) == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert "2 of 6 cells failed" in said
+        assert said.count("RuntimeError: out of memory") == 2
+        assert main(words) == 0
+
     @pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted("stopped", signal.SIGTERM)])
     def test_a_grid_that_is_stopped_stops_and_notes_no_failure(self, tmp_path, monkeypatch, stop):
         def interrupted(*_, **__):
@@ -280,6 +315,22 @@ class TestRun:
         assert rows[0]["score"] == json.loads(rows[0]["metrics"])["loss"]
         assert (rows[0]["maximised"], rows[0]["stderr"]) == (False, None)
 
+    def test_finished_cells_are_scored_by_the_metric_that_is_asked_for_now(self, tmp_path, monkeypatch):
+        changes = {"seeds": 1, "budgets": ["2 epochs"]}
+        before = run(tmp_path, **changes, methods=["full"])
+        rows = run(tmp_path, **changes, methods=["full", "random"], metric="loss")
+        assert {row["metric"] for row in rows} == {"loss"}
+        assert rows[0]["score"] == json.loads(before[0]["metrics"])["loss"]
+        assert rows[0]["seconds"] == before[0]["seconds"], "it was not run again"
+        monkeypatch.setattr("cads.study.compare.run_cell", lambda *_: pytest.fail("a finished cell was run"))
+        assert run(tmp_path, **changes, methods=["full"]) == before
+
+    def test_a_score_that_is_no_number_is_a_failure(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("cads.study.cells.train_on", lambda *a, **k: with_nan(train_on(*a, **k)))
+        (row,) = run(tmp_path, seeds=1, budgets=["2 epochs"], methods=["full"])
+        assert row["status"] == FAILED
+        assert "accuracy of the trained model is nan" in row["error"]
+
     def test_methods_that_do_not_apply_are_said_once(self, tmp_path, capsys):
         console = Console(force_terminal=False, width=300)
         task = {name: value for name, value in GRID["task"].items() if name != "sources"}
@@ -287,7 +338,13 @@ class TestRun:
         study.run(study.plan(), Shard())
         rows = read_runs(tmp_path / "o")
         assert {(row["method"], row["status"]) for row in rows} == {("full", DONE), ("cads-s", NOT_APPLICABLE)}
-        assert capsys.readouterr().out.count("n/a: cads-s: ") == 1
+        said = capsys.readouterr().out
+        reason = next(row["error"] for row in rows if row["status"] == NOT_APPLICABLE)
+        assert said.count("n/a: cads-s: ") == said.count(reason) == 1
+
+    def test_budgets_that_come_to_the_same_flops(self, tmp_path):
+        with pytest.raises(ConfigError, match="'2 epochs' and budget '160 usages' are both"):
+            run(tmp_path, budgets=["2 epochs", "160 usages"])
 
     def test_a_grid_in_which_nothing_fits(self, tmp_path):
         with pytest.raises(BudgetError, match="does not buy one step"):

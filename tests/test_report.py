@@ -253,8 +253,9 @@ def test_figures_of_an_earlier_report_are_removed(made, tmp_path):
     drawn = {f.name for f in figures.iterdir()}
     (figures / "99-break-even.png").write_bytes(b"")
     (figures / "notes.txt").write_text("kept")
+    (figures / "fits.png").write_bytes(b"kept")
     write_report(folder)
-    assert {f.name for f in figures.iterdir()} == drawn | {"notes.txt"}
+    assert {f.name for f in figures.iterdir()} == drawn | {"notes.txt", "fits.png"}
 
 
 def test_overlaps_are_those_of_the_ids(made):
@@ -272,8 +273,11 @@ def test_overlaps_are_those_of_the_ids(made):
     }
     i, j = found.methods.index("random"), found.methods.index("cads-s")
     assert found.matrix[i, j] == found.matrix[j, i] == jaccard(ids["random"], ids["cads-s"])
-    share = np.mean([0.5, 1, 0.5, 0.5, 1])
-    assert found.expected == pytest.approx(share / (2 - share))
+    assert found.expected[i, j] == pytest.approx(1 / 3), "of halves of the pool"
+    assert found.expected[i, found.methods.index("full")] == pytest.approx(1 / 2)
+    drawn = figures.overlap(found.methods, found.matrix, found.expected, "title", "name").figure.axes[0].images[0]
+    assert drawn.get_array()[max(i, j), min(i, j)] == found.matrix[i, j]
+    assert drawn.get_array()[min(i, j), max(i, j)] == found.expected[i, j]
 
 
 @pytest.fixture(scope="module")

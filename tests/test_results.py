@@ -145,6 +145,12 @@ class TestTables:
         assert main(["report", str(tmp_path)]) == 1
         assert "holds no results" in " ".join(capsys.readouterr().err.split())
 
+    def test_a_cell_that_two_files_hold_is_refused(self, tmp_path):
+        write_rows(tmp_path, "runs", "a", [row("a")])
+        write_rows(tmp_path, "runs", "all", [row("a"), row("b")])
+        with pytest.raises(DataError, match=r"'a' is in .* more than once, in \['a.parquet', 'all.parquet'\]"):
+            read_runs(tmp_path)
+
     def test_rows_of_some_cells(self, tmp_path):
         for key in "ab":
             write_rows(tmp_path, "selections", key, [{"cell": key, "id": f"{key}{i}", "rank": i} for i in range(3)])
@@ -166,6 +172,12 @@ class TestImport:
         assert found["dear", "50 %"]["selection_flops"] == pytest.approx(0.3e18)
         assert found["free", "50 %"]["selection_flops"] == 0
         assert {r["n_parameters"] for r in found.values()} == {7e9}
+
+    def test_a_corrected_point_takes_the_place_of_the_first(self, tmp_path):
+        lines = ["t,7b,free,100,1e18,50", "t,7b,free,50,0.5e18,48"]
+        import_points(self.write(tmp_path, lines[:1]), tmp_path / "o")
+        import_points(self.write(tmp_path, ["t,7b,free,100,1e18,51", *lines[1:]]), tmp_path / "o")
+        assert [r["score"] for r in read_runs(tmp_path / "o")] == [48, 51]
 
     @pytest.mark.parametrize(
         ("lines", "match"),
@@ -307,11 +319,35 @@ class TestPoints:
             points += [of("a", 0.7, order, 2.0), of("late", 0.5, order[1:], 2.0), of("b", 0.9, order, 2.0)]
             found = answers(points)
             assert [(a.budget, a.flops, a.best.method) for a in found] == [
-                ("1 epochs", pytest.approx(1.01), "late"),
+                ("1 epochs", pytest.approx(1.01), "a"),
                 ("2 epochs", pytest.approx(2.02), "b"),
             ]
             assert all("of 1 epochs" not in a.sentence for a in found)
-            assert {m: len(rows) for m, rows in regrets(points).items()} == {"a": 2, "late": 2, "b": 2}
+            assert all({p.budget for p in affordable(points, x)} == {x.budget} for x in budgets_of(points))
+            assert {m: len(rows) for m, rows in regrets(points).items()} == {"a": 2, "b": 2}
+
+    def test_a_method_with_fewer_seeds_is_not_held_against_the_others(self):
+        points = [point("a", scores=(0.5, 0.6, 0.7)), point("lucky", scores=(0.9,)), point("b", scores=(0.4, 0.5, 0.5))]
+        (answer,) = answers(points)
+        assert answer.best.method == "a"
+        assert answer.sentence.endswith("; left out: lucky (1 of 3 seeds).")
+        assert set(regrets(points)) == {"a", "b"}
+        table = markdown_table(points)
+        assert "| *60.00 ±" in table
+        assert "| 90.00 (1 of 3 seeds) |" in table
+
+    def test_runs_scored_by_different_metrics_are_not_mixed(self):
+        about = {"task": "t", "model": "", "budget": "1", "budget_flops": 1.0, "selector": "m", "maximised": None}
+        flops = {"selection_flops": 0.0, "selection_flops_spent": 0.0, "training_flops": 3.0, "full_flops": 1.0}
+        about |= flops | {"n_selected": 1, "n_pool": 2, "metrics": '{"accuracy": 0.5, "loss": 2.0}'}
+        for methods in (("a", "a"), ("a", "b")):
+            rows = [row(m, **about) | {"method": m, "seed": i} for i, m in enumerate(methods)]
+            rows[1] |= {"metric": "loss", "score": 2.0}
+            with pytest.raises(ConfigError, match="give --metric"):
+                points_of(rows)
+            assert {p.metric for p in points_of(rows, "loss")} == {"loss"}
+        with pytest.raises(DataError, match="a has accuracy nan"):
+            points_of([row("a", **about) | {"method": "a", "score": math.nan}])
 
     def test_a_budget_given_in_two_ways_is_one(self):
         points = [point("a", 1.0), dataclasses.replace(point("b", 1.0), budget="1e0 FLOPs")]
@@ -375,6 +411,16 @@ class TestPoints:
         marked = [line for line in markdown_table(points).splitlines() if "*" in line]
         assert ["30.00" in marked[0], "90.00" in marked[1], len(marked)] == [True, True, 2]
         assert "y\\|z" in marked[0]
+
+    def test_curves_that_say_nothing_are_held_against_no_other(self):
+        """One method learns, the other goes up and down: its best curve is no better than their mean."""
+        points = [point("learns", b, (0.9 - 0.5 * math.exp(-b),)) for b in (0.5, 1.0, 2.0, 8.0)]
+        points += [point("wavers", b, (0.95 + 0.04 * (-1) ** i,)) for i, b in enumerate((0.5, 1.0, 2.0, 8.0))]
+        (group,) = analyse(points)
+        assert ([c.method for c in group.curves], group.unused) == (["learns"], ["wavers"])
+        made = to_json([group], {})["groups"][0]
+        assert (made["unused"], made["crossovers"]) == (["wavers"], [])
+        assert "(measured there: wavers, which no curve describes)" in made["advice"][0]
 
     def test_too_few_budgets_are_said_and_not_fitted(self):
         made = to_json(analyse([point("a", 1), point("a", 2, (0.6,))]), {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,13 @@ def plan_cell(task: Task, cell: Cell, key: str, ranking: str) -> Plan:
     return plan("", planned.note, selection, total - charged)
 
 
+def price(plans: Sequence[Plan]) -> tuple[float, float]:
+    """FLOPs of selection, each ranking made once, and of training."""
+    shared = {p.ranking: p.selection for p in plans if p.ranking and not p.status}
+    own = sum(p.selection for p in plans if not p.ranking and not p.status)
+    return own + sum(shared.values()), sum(p.training for p in plans if not p.status)
+
+
 def amortised(ledger: Ledger, sharing: float) -> Ledger:
     """The account of one of `sharing` tasks that share the selection."""
     shared = Ledger()
@@ -131,16 +138,20 @@ def run_cell(plan: Plan, task: Task, metric: str, journals: Journals, place: Pat
             outcome = train_on(task, selection, cell.budget, seed=seed, monitor=monitor, evaluations=cell.evaluations)
             charged = {phase: outcome.ledger.total(phase) for phase in (SELECT, TRAIN, EVALUATE)}
             total = charged[SELECT].flops + charged[TRAIN].flops
-            score = outcome.metrics[metric]
-            monitor.hparams(
-                {"method": cell.label, "budget": str(cell.budget), "seed": seed, "model": cell.setting.model},
-                {metric: score, "total_flops": total},
-            )
+            measured = scored(task, metric, outcome.metrics)
+            hparams = {
+                "task": cell.setting.task or task.name,
+                "model": cell.setting.model,
+                "method": cell.label,
+                "budget": str(cell.budget),
+                "budget_flops": cell.budget.flops(task),
+                "seed": seed,
+            }
+            monitor.hparams(hparams, {**outcome.metrics, "total_flops": total})
             current().on_first(lambda: str(selection.save(place / "selection")))
             run = describe(plan, task, metric) | {
                 "status": DONE,
-                "score": score,
-                "stderr": standard_error(metric, score, len(task.test)),
+                **measured,
                 "metrics": json.dumps(outcome.metrics),
                 "selection_flops": charged[SELECT].flops,
                 "selection_flops_spent": spent,
@@ -206,6 +217,25 @@ def describe(plan: Plan, task: Task, metric: str) -> dict[str, Any]:
         "n_pool": len(task.pool),
         "learning_rate": setting.train.learning_rate,
         "accounting": task.costs.accounting,
+    }
+
+
+def scored(task: Task, metric: str, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The columns of `runs` that say how good a trained model is by one metric.
+
+    Raises:
+        DataError: if that is no number.
+    """
+    score = metrics[metric]
+    if not math.isfinite(score):
+        raise DataError(
+            f"the {metric} of the trained model is {score}: lower the learning rate, or look at the test set"
+        )
+    return {
+        "metric": metric,
+        "maximised": metric in task.maximised,
+        "score": score,
+        "stderr": standard_error(metric, score, len(task.test)),
     }
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cads.errors import ConfigError
+from cads.errors import CadsError, ConfigError
 from cads.processes import everyone
 from cads.study.compare import Shard, Study, dry_run
 from cads.study.grid import read_grid
-from cads.study.results import import_points, read_runs
+from cads.study.results import FAILED, import_points, read_runs
 from cads.study.summary import points_of
 from cads.study.tables import terminal_table
 
@@ -22,6 +22,8 @@ COMPARE = (
     "Run a grid of methods, budgets, seeds, model sizes and tasks; finished cells are never run twice, "
     "and what was under way goes on where it was."
 )
+MOST_NAMED = 10
+"""Failed cells that are named at the end."""
 REPORT = "Fits, figures and one page of HTML from the results of a grid or of published points."
 
 
@@ -34,7 +36,7 @@ def compare(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="cads compare", description=COMPARE, allow_abbrev=False)
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="YAML file of the grid")
     parser.add_argument("--out", type=Path, help="folder of results (default: runs/NAME of the configuration)")
-    parser.add_argument("--shard", default="1/1", help="i/n: run every n-th cell from the i-th on")
+    parser.add_argument("--shard", default="1/1", help="i/n: run the i-th of n parts of the grid")
     parser.add_argument("--dry-run", action="store_true", help="print plan and price of every cell; spend nothing")
     parser.add_argument(
         "--import", dest="points", type=Path, action="append", default=[], help="CSV file of published points"
@@ -60,22 +62,30 @@ def run_grid(config: Path, out: Path, shard: Shard, console: Console, *, dry: bo
     Several processes run each cell together.
 
     Raises:
-        CadsError: if the grid cannot be used.
+        CadsError: if the grid cannot be used, or if cells of this shard have failed.
     """
     world = everyone()
     study = Study(world.each(lambda: read_grid(config)), out, console)
     plans = world.each(study.plan)
     if dry:
-        dry_run(plans, console)
+        study.check(plans)
+        part = shard.part(plans)
+        dry_run(part, study.finished(part), console)
         return
     busy = study.run(plans, shard)
     if busy:
         console.print(f"{len(busy)} cells are being run by other processes, such as {busy[0]}", markup=False)
-    found = points_of(read_runs(out)) if world.first else []
-    if found:
+    runs = read_runs(out) if world.first else []
+    if found := points_of(runs):
         console.print(terminal_table(found, str(out)))
     console.print(f"results      {out}/tables", highlight=False)
     console.print(f"TensorBoard  tensorboard --logdir {out}/cells", highlight=False, soft_wrap=True)
+    mine = {plan.key for plan in shard.part(plans)}
+    failed = [row for row in runs if row["cell"] in mine and row["status"] == FAILED]
+    if failed:
+        named = "\n".join(f"  {row['cell']}: {row['error']}" for row in failed[:MOST_NAMED])
+        more = f"\n  and {len(failed) - MOST_NAMED} more" if len(failed) > MOST_NAMED else ""
+        raise CadsError(f"{len(failed)} of {len(mine)} cells failed; the same command runs them again:\n{named}{more}")
 
 
 def report(argv: Sequence[str]) -> None:

@@ -14,18 +14,20 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cads.budget import Budget
 from cads.errors import BudgetError, CadsError, ConfigError
 from cads.folders import whole_file
 from cads.interrupt import Interrupted, Interrupts
@@ -35,7 +37,7 @@ from cads.processes import ProcessError, current, is_shared
 from cads.ranking import Ranker
 from cads.registry import build_selector, selector_class
 from cads.speed import matmul_flops_per_second
-from cads.study.cells import Plan, Record, describe, metric_of, plan_cell, run_cell
+from cads.study.cells import Plan, Record, describe, metric_of, plan_cell, price, run_cell, scored
 from cads.study.grid import Cell, Grid, Setting, cells, settings
 from cads.study.journals import Journals
 from cads.study.progress import Progress
@@ -60,10 +62,28 @@ KEPT_TASKS = 3
 
 @dataclass(frozen=True)
 class Shard:
-    """Every `of`-th cell, beginning with the `index`-th (1-based)."""
+    """One of `of` parts of a grid with about the same to compute, the `index`-th (1-based)."""
 
     index: int = 1
     of: int = 1
+
+    def part(self, plans: Sequence[Plan]) -> list[Plan]:
+        """The cells of this shard, in the order of the grid; those that one ranking serves stay together.
+
+        The dearest first, each goes where least has gone so far (Graham's longest-processing-time rule).
+        """
+        units: dict[str, list[Plan]] = {}
+        for p in plans:
+            units.setdefault(p.ranking or p.key, []).append(p)
+        loads = [0.0] * self.of
+        mine: set[str] = set()
+        for unit in sorted(units.values(), key=lambda unit: -sum(price(unit))):
+            place = loads.index(min(loads))
+            # Cells that cost nothing are dealt out as well.
+            loads[place] += sum(price(unit)) + len(unit)
+            if place == self.index - 1:
+                mine |= {p.key for p in unit}
+        return [p for p in plans if p.key in mine]
 
     @classmethod
     def parse(cls, text: str) -> Shard:
@@ -97,13 +117,40 @@ class Study:
 
         Raises:
             DataError: if a task cannot be built.
+            ConfigError: if two budgets come to the same FLOPs.
             BudgetError: if no cell can be run because none fits its budget.
         """
-        plans = [self._plan(cell) for setting in settings(self.grid) for cell in cells(self.grid, setting)]
+        plans = []
+        for setting in settings(self.grid):
+            self._refuse_same_budgets(setting)
+            plans += [self._plan(cell) for cell in cells(self.grid, setting)]
         if not any(p.status == "" for p in plans):
             reasons = list(dict.fromkeys(p.note for p in plans))
             raise BudgetError(f"no cell of the grid can be run: {reasons[0]}")
         return plans
+
+    def _refuse_same_budgets(self, setting: Setting) -> None:
+        seen: dict[float, str] = {}
+        for text in self.grid.budgets:
+            flops = Budget.parse(text).flops(self.task(setting))
+            if flops in seen:
+                raise ConfigError(f"budget {seen[flops]!r} and budget {text!r} are both {flops:.6g} FLOPs: drop one")
+            seen[flops] = text
+
+    def check(self, plans: Sequence[Plan]) -> None:
+        """Refuse a metric or an evaluation that a task does not know.
+
+        Raises:
+            ConfigError: naming it.
+        """
+        for setting in {(p.cell.setting.task, p.cell.setting.model): p.cell.setting for p in plans}.values():
+            self.metric(setting)
+            for name in self.grid.evaluations:
+                self.task(setting).check_evaluation(name)
+
+    def finished(self, plans: Sequence[Plan]) -> set[str]:
+        """Keys of the cells that need not be run again."""
+        return {plan.key for plan in plans if self._finished(plan) is not None}
 
     def run(self, plans: Sequence[Plan], shard: Shard) -> list[str]:
         """Run the cells of a shard that are not finished.
@@ -122,7 +169,8 @@ class Study:
     def _run_shard(self, plans: Sequence[Plan], shard: Shard, interrupts: Interrupts) -> list[str]:
         world = current()
         world.on_first(lambda: self._write_grid(plans))
-        mine = list(plans)[shard.index - 1 :: shard.of]
+        mine = shard.part(plans)
+        self.check(mine)
         self._say_once(mine)
         code = code_digest(e.method for e in self.grid.methods)
         journals = Journals(self.folder, code, self.grid.checkpoint, interrupts)
@@ -136,10 +184,6 @@ class Study:
                 "to run them again",
                 progress.made_by_others(code),
             )
-        for setting in {id(p.cell.setting): p.cell.setting for p in todo if not p.status}.values():
-            self.metric(setting)
-            for name in self.grid.evaluations:
-                self.task(setting).check_evaluation(name)
         busy = []
         with progress:
             for plan in todo:
@@ -168,6 +212,11 @@ class Study:
         """Whether a cell has been finished before."""
         row = self._finished(plan)
         if row is not None:
+            setting, metric = plan.cell.setting, self.metric(plan.cell.setting)
+            if row["metric"] != metric:
+                # The grid asked for another one when the cell was run: all of them were measured.
+                row |= scored(self.task(setting), metric, json.loads(row["metrics"]))
+                write_rows(self.folder, "runs", plan.key, [row])
             progress.finished(plan, row, resumed=True)
         return row is not None
 
@@ -203,11 +252,12 @@ class Study:
             reasons: dict[tuple[str, str], str] = {}
             for p in plans:
                 if p.status == status:
-                    where = p.cell.label if status == NOT_APPLICABLE else f"{p.cell.label} at {p.cell.budget}"
-                    reasons.setdefault((where, p.cell.setting.model), p.note)
-            for (where, model), note in reasons.items():
+                    what = p.cell.label if status == NOT_APPLICABLE else f"{p.cell.label} at {p.cell.budget}"
+                    where = " ".join(filter(None, [p.cell.setting.task, p.cell.setting.model]))
+                    reasons.setdefault((what, where), p.note)
+            for (what, where), note in reasons.items():
                 self.console.print(
-                    f"{status}: {where}{f' ({model})' * bool(model)}: {note}", style="yellow", markup=False
+                    f"{status}: {what}{f' ({where})' * bool(where)}: {note}", style="yellow", markup=False
                 )
 
     def _finished(self, plan: Plan) -> dict[str, Any] | None:
@@ -314,19 +364,16 @@ def code_digest(methods: Iterator[str]) -> str:
     return digest.hexdigest()[:12]
 
 
-def price(plans: Sequence[Plan]) -> tuple[float, float]:
-    """FLOPs of selection, each ranking made once, and of training."""
-    shared = {p.ranking: p.selection for p in plans if p.ranking and not p.status}
-    own = sum(p.selection for p in plans if not p.ranking and not p.status)
-    return own + sum(shared.values()), sum(p.training for p in plans if not p.status)
+def dry_run(plans: Sequence[Plan], done: Collection[str], console: Console) -> None:
+    """Print what every cell would do and cost, and the price of all; nothing is trained.
 
-
-def dry_run(plans: Sequence[Plan], console: Console) -> None:
-    """Print what every cell would do and cost, and the price of all; nothing is trained."""
-    table = Table(title="cells, FLOPs", title_justify="left")
-    for name in ("task", "budget", "method", "seeds"):
+    Args:
+        done: keys of the cells that are finished.
+    """
+    table = Table(title="cells, FLOPs (means over seeds)", title_justify="left")
+    for name in ("task", "budget", "method"):
         table.add_column(name, no_wrap=True)
-    for name in ("selection", "training"):
+    for name in ("seeds", "selection", "training"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     notes: dict[str, int] = {}
@@ -335,24 +382,27 @@ def dry_run(plans: Sequence[Plan], console: Console) -> None:
         where = " ".join(filter(None, [p.cell.setting.task, p.cell.setting.model])) or p.cell.setting.kind
         rows.setdefault((where, str(p.cell.budget), p.cell.label), []).append(p)
     for (where, budget, label), group in rows.items():
-        p = group[0]
-        costs = ("-", "-") if p.status else (f"{p.selection:.3g}", f"{p.training:.3g}")
-        mark = ""
-        if text := ": ".join(filter(None, [p.status, p.note])):
-            mark = f"[{notes.setdefault(text, len(notes) + 1)}]"
-        table.add_row(where, budget, label, str(len(group)), *costs, Text(mark))
+        running = [p for p in group if not p.status]
+        costs = ["-", "-"]
+        if running:
+            costs = [f"{np.mean([getattr(p, part) for p in running]):.3g}" for part in ("selection", "training")]
+        said = dict.fromkeys(": ".join(filter(None, [p.status, p.note])) for p in group)
+        marks = " ".join(f"[{notes.setdefault(text, len(notes) + 1)}]" for text in said if text)
+        seeds = f"{len(running)} of {len(group)}" if 0 < len(running) < len(group) else str(len(group))
+        table.add_row(where, budget, label, seeds, *costs, Text(marks))
     console.print(table)
     for text, number in notes.items():
         console.print(f"[{number}] {text}", markup=False, highlight=False, soft_wrap=True)
-    selection, training = price(plans)
-    running = [p for p in plans if not p.status]
+    todo = [p for p in plans if p.key not in done]
+    selection, training = price(todo)
     recipe = plans[0].cell.setting.train
     rate = matmul_flops_per_second("cuda" if torch.cuda.is_available() else "cpu", recipe.precision)
     total = selection + training
+    finished = f", {len(done)} finished" if done else ""
     console.print(
-        f"{len(running)} of {len(plans)} cells to run: {selection:.4g} FLOPs of selection (each ranking made once) and "
-        f"{training:.4g} of training, {total:.4g} in all; at least {duration(total / rate)} at {rate:.3g} FLOP/s "
-        "(matrix products of this machine)",
+        f"{sum(not p.status for p in todo)} of {len(plans)} cells to run{finished}: {selection:.4g} FLOPs of selection "
+        f"(each ranking made once) and {training:.4g} of training, {total:.4g} in all; at least "
+        f"{duration(total / rate)} at {rate:.3g} FLOP/s (matrix products of this machine)",
         highlight=False,
         soft_wrap=True,
     )

@@ -30,12 +30,12 @@ Place = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Overlap:
-    """Jaccard overlap of the selections at one place, shape (M, M), beside what random ones would have."""
+    """Jaccard overlap of the selections at one place, shape (M, M), and of random ones of the same sizes, (M, M)."""
 
     place: Place
     methods: list[str]
     matrix: np.ndarray
-    expected: float
+    expected: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,12 @@ class Exhibit:
     left_out: list[dict[str, Any]]
 
 
-def by_place(runs: Iterable[Row]) -> dict[Place, dict[str, list[Row]]]:
-    """Finished runs by task, model and budget, and there by method; at few budgets of each task and model."""
+def by_place(runs: Iterable[Row], most: int = MOST_BUDGETS) -> dict[Place, dict[str, list[Row]]]:
+    """Finished runs by task, model and budget, and there by method.
+
+    Args:
+        most: budgets of each task and model: the smallest, the largest, and some between; or the middle one alone.
+    """
     found: dict[Place, dict[str, list[Row]]] = {}
     for row in runs:
         if row["status"] == DONE:
@@ -59,8 +63,8 @@ def by_place(runs: Iterable[Row]) -> dict[Place, dict[str, list[Row]]]:
     for group in dict.fromkeys(place[:2] for place in found):
         budgets = [place for place in found if place[:2] == group]
         budgets.sort(key=lambda place: next(iter(found[place].values()))[0]["budget_flops"])
-        few = np.unique(np.linspace(0, len(budgets) - 1, min(MOST_BUDGETS, len(budgets))).round().astype(int))
-        kept |= {budgets[i]: found[budgets[i]] for i in few.tolist()}
+        few = np.unique(np.linspace(0, len(budgets) - 1, min(most, len(budgets))).round().astype(int)).tolist()
+        kept |= {budgets[i]: found[budgets[i]] for i in ([len(budgets) // 2] if most == 1 else few)}
     return kept
 
 
@@ -130,8 +134,9 @@ def overlap(folder: Path, place: Place, methods: Mapping[str, Sequence[Row]]) ->
     for i in range(len(names)):
         for j in range(i):
             matrix[i, j] = matrix[j, i] = jaccard(ids[names[i]], ids[names[j]])
-    share = float(np.mean([first[name]["n_selected"] / first[name]["n_pool"] for name in names]))
-    return Overlap(place, names, matrix, expected_jaccard(share))
+    shares = np.array([first[name]["n_selected"] / first[name]["n_pool"] for name in names])
+    expected = np.array([[expected_jaccard(p, q) for q in shares] for p in shares])
+    return Overlap(place, names, matrix, expected)
 
 
 def exhibits(folder: Path, place: Place, methods: Mapping[str, Sequence[Row]]) -> list[Exhibit]:

@@ -92,10 +92,11 @@ class Drawing:
         return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text))
 
     def save(self, folder: Path, formats: Sequence[str] = ("svg", "png")) -> None:
-        """Write NAME.svg, without a background, and NAME.png, on white."""
+        """Write NAME.svg and NAME.png, on white."""
         folder.mkdir(parents=True, exist_ok=True)
         if "svg" in formats:
-            (folder / f"{self.name}.svg").write_text(self._rendered, encoding="utf-8")
+            text = self._rendered.replace("<svg ", '<svg style="background: white" ', 1)
+            (folder / f"{self.name}.svg").write_text(text, encoding="utf-8")
         if "png" not in formats:
             return
         with mpl.rc_context(RC):
@@ -227,7 +228,7 @@ def scores(group: GroupFits, look: Mapping[str, Look], name: str, *, training_on
                     color=style.colour,
                     marker=style.marker,
                     markersize=5,
-                    linestyle="--" if style.dashed else "-",
+                    linestyle=style.line,
                     linewidth=1.4,
                     elinewidth=0.8,
                     capsize=2,
@@ -238,6 +239,8 @@ def scores(group: GroupFits, look: Mapping[str, Look], name: str, *, training_on
             notes.append(_limit(axes, [p for method in methods for p in lines[method]]))
     seeds = max(len(p.seeds) for p in group.points)
     text = f"Means of {seeds} seeds with 95 % t-intervals." if seeds > 1 else "One run each."
+    if fewer := sorted({p.method for p in group.points if len(p.seeds) < seeds}):
+        text += f" Of fewer seeds at some budget: {', '.join(fewer)}."
     what = "the budget of training alone" if training_only else "everything spent, selection included"
     title = f"{_where(group)}: {group.metric} against {TRAINING if training_only else 'total FLOPs'}"
     caption = f"{text} The horizontal axis is {what}.{_order_note(parts)}{max(notes, key=len)}"
@@ -250,15 +253,24 @@ def frontier(group: GroupFits, look: Mapping[str, Look], name: str, *, fitted: b
     low, high = group.span
     grid = np.geomspace(low, max(high, low * 1.01), CURVE_POINTS)
     sign = 1 if group.maximised else -1
+    curves = {curve.method: curve for curve in group.curves} if fitted else {}
     with _panels([len(part) + (group.line is not None) for part in parts]) as (figure, panels):
         for axes, methods in zip(panels, parts, strict=True):
             for method in methods:
                 style, line = look[method], lines[method]
                 x, y = [p.total for p in line], [_seen(p) for p in line]
                 axes.plot(x, y, style.marker, color=style.colour, markersize=5, label=_short(method))
-                if fitted and method in group.fits:
-                    curve = group.fits[method]["shifted"].predict(grid)
-                    axes.plot(grid, sign * curve, color=style.colour, linewidth=1.3)
+                if method in curves:
+                    axes.plot(
+                        grid,
+                        sign * curves[method].predict(grid),
+                        style.line,
+                        color=style.colour,
+                        linewidth=1.3,
+                        marker=style.marker,
+                        markersize=3,
+                        markevery=CURVE_POINTS // 4,
+                    )
             if group.line is not None:
                 line_label = "frontier line"
                 axes.plot(grid, sign * group.line.predict(grid), ":", color=INK, linewidth=1.2, label=line_label)
@@ -272,6 +284,7 @@ def frontier(group: GroupFits, look: Mapping[str, Look], name: str, *, fitted: b
         caption += f" Pbar is {what}."
         missing = ", ".join(group.not_fitted)
         caption += f" Too few budgets for {missing}." if missing else ""
+        caption += f" No such curve describes {', '.join(group.unused)}." if group.unused else ""
     title = f"{_where(group)}: {'fits' if fitted else 'frontier'}"
     return Drawing(name, title, caption + _order_note(parts) + max(notes, key=len), figure)
 
@@ -305,26 +318,27 @@ def break_even(group: GroupFits, look: Mapping[str, Look], prefix: str) -> list[
     return made
 
 
-def overlap(names: Sequence[str], matrix: np.ndarray, expected: float, title: str, name: str) -> Drawing:
-    """CCDS figure 6: Jaccard overlap of selections, shape (M, M)."""
+def overlap(names: Sequence[str], matrix: np.ndarray, expected: np.ndarray, title: str, name: str) -> Drawing:
+    """CCDS figure 6: Jaccard overlap of selections, and of random ones of the same sizes, both of shape (M, M)."""
+    shown = np.tril(matrix) + np.triu(expected, k=1)
     # As wide as the page it would leave nothing but white below.
     size = min(0.36 * len(names) + 1.6, WIDTH + 1.0)
     with _panel(0, height=max(2.2, size)) as (figure, axes):
         axes.grid(visible=False)
-        shades = axes.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
+        shades = axes.imshow(shown, vmin=0, vmax=1, cmap="cividis")
         labels = [_short(n) for n in names]
         axes.set_xticks(range(len(names)), labels, rotation=60, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), labels)
         axes.spines[:].set_visible(False)
         for i, j in np.ndindex(matrix.shape if len(names) <= MOST_NUMBERED else (0, 0)):
-            colour = "white" if matrix[i, j] < 0.55 else "#111111"
-            text = f"{matrix[i, j]:.2f}".removeprefix("0") if matrix[i, j] < 0.995 else "1"
+            colour = "white" if shown[i, j] < 0.55 else "#111111"
+            text = f"{shown[i, j]:.2f}".removeprefix("0") if shown[i, j] < 0.995 else "1"
             axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=7.5 if len(names) > 6 else TEXT - 1)
         if len(names) > MOST_NUMBERED:
             figure.colorbar(shades, location="top", shrink=0.8)
     caption = (
-        "Jaccard overlap |A & B| / |A | B| of the first seed's selections; two random ones of the mean size would "
-        f"overlap by p / (2 - p) = {expected:.2f}."
+        "Below the diagonal: Jaccard overlap |A & B| / |A | B| of the first seed's selections. Above it: of two random "
+        "ones of the same sizes, p q / (p + q - p q)."
     )
     return Drawing(name, title, caption, figure)
 
@@ -359,13 +373,13 @@ def regret(
                     [scale * r for _, r in line],
                     color=style.colour,
                     marker=style.marker,
-                    linestyle="--" if style.dashed else "-",
+                    linestyle=style.line,
                     markersize=5,
                     linewidth=1.4,
                     label=_short(method),
                 )
             _flops_axis(axes, "budget, total FLOPs")
-            axes.set_ylabel("regret (points)" if scale == 100 else f"regret in {group.metric}")
+            axes.set_ylabel("regret (points)" if scale == 100 else f"regret in {_score_label(group.metric)}")
             highest = max(1e-9, *(scale * r for method in methods for _, r in rows[method]))
             axes.set_ylim(-0.03 * highest, min(1.05 * highest, SHOWN_POINTS) if scale == 100 else None)
     caption = "Distance to the best affordable mean of the grid; the best of noisy means flatters itself."
@@ -392,15 +406,26 @@ def probabilities(course: Mapping[str, np.ndarray], title: str, name: str) -> Dr
     return Drawing(name, title, "Probability of selecting each source, mean over seeds.", figure)
 
 
-def stacked(rows: Mapping[str, Mapping[str, float]], *, title: str, xlabel: str, caption: str, name: str) -> Drawing:
-    """A stacked bar for each row, by part."""
-    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
+def stacked(
+    rows: Mapping[str, Mapping[str, float]],
+    *,
+    title: str,
+    xlabel: str,
+    caption: str,
+    name: str,
+    order: Sequence[str] = (),
+) -> Drawing:
+    """A stacked bar for each row, by part; parts have the colours of their places in `order`, and then of the rest."""
+    own = list(dict.fromkeys(part for row in rows.values() for part in row))
+    place = {part: i for i, part in enumerate(dict.fromkeys([*order, *own]))}
+    parts = sorted(own, key=place.__getitem__)
     columns = 1 if max(map(len, parts)) > LONGEST_LABEL else 2
     with _panel(len(parts), columns, height=0.28 * len(rows) + 1.0) as (figure, axes):
         left = np.zeros(len(rows))
-        for i, part in enumerate(parts):
+        for part in parts:
+            i = place[part]
             widths = np.array([row.get(part, 0.0) for row in rows.values()])
-            hatch = "" if i < len(SERIES) else "///"
+            hatch = ("", "///", "...", "xxx")[min(3, i // len(SERIES))]
             axes.barh(
                 range(len(rows)),
                 widths,

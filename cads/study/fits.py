@@ -24,6 +24,7 @@ from cads.study.frontier import (
     bootstrap_intervals,
     break_even_tasks,
     compute_optimal,
+    compute_optimal_method,
     crossovers,
     fit_performance,
     log_linear_frontier,
@@ -39,6 +40,8 @@ SHARED_TASKS = (1, 5, 10, 20)
 """Tasks that share one selection, in the break-even analysis of CCDS."""
 SAME_COST = 0.01
 """Selection whose cost differs by less than this share over budgets is paid once, before any training."""
+EXPLAINED = 0.5
+"""Share of the variance of its points that a curve must explain to be held against others."""
 N_RESAMPLES, BOOTSTRAP_SEED = 200, 0
 SIMULATED_SIZES = (7.5e9, 7.5e10, 1.5e12)
 """Parameters of the trained model in the panels of CCDS figure 1."""
@@ -71,8 +74,13 @@ class GroupFits:
 
     @property
     def curves(self) -> list[PerformanceFit]:
-        """The shifted fits. A degenerate one is still the best curve through its points, if not the only one."""
-        return [forms["shifted"] for forms in self.fits.values()]
+        """The shifted fits that say something of their points: neither degenerate nor far from them."""
+        return [forms["shifted"] for forms in self.fits.values() if is_telling(forms["shifted"])]
+
+    @property
+    def unused(self) -> list[str]:
+        """Methods whose shifted fit says nothing, and is used for no crossover and no advice."""
+        return [method for method, forms in self.fits.items() if not is_telling(forms["shifted"])]
 
     @property
     def span(self) -> tuple[float, float]:
@@ -84,6 +92,12 @@ class GroupFits:
     def imported(self) -> bool:
         """Whether the points were published."""
         return all(p.imported for p in self.points)
+
+
+def is_telling(fit: PerformanceFit) -> bool:
+    """Whether a curve is determined by its points and explains `EXPLAINED` of their variance at least."""
+    variance = float(np.var(fit.scores))
+    return not fit.degenerate and float(np.mean(np.square(fit.residuals))) <= (1 - EXPLAINED) * variance
 
 
 def turned(p: Point) -> float:
@@ -173,16 +187,26 @@ def break_even(group: GroupFits) -> list[dict[str, Any]]:
 
 
 def advices(group: GroupFits) -> list[str]:
-    """What the fitted curves say for each budget, in a sentence each."""
+    """What the fitted curves say for each budget, in a sentence each, and where the runs say otherwise."""
     if not group.curves:
         return []
     horizon = None if group.imported else group.span[1]
-    return [advice(group.curves, limit.flops, horizon=horizon) for limit in budgets_of(group.points)]
+    measured = {a.flops: a for a in answers(group.points)}
+    fitted = {c.method for c in group.curves}
+    made = []
+    for limit in budgets_of(group.points):
+        sentence = advice(group.curves, limit.flops, horizon=horizon)
+        found, said = measured.get(limit.flops), compute_optimal_method(group.curves, limit.flops)
+        if found is not None and said not in (None, found.best.method, *found.level):
+            why = "" if found.best.method in fitted else ", which no curve describes"
+            sentence += f" (measured there: {found.best.method}{why})"
+        made.append(sentence)
+    return made
 
 
 def size_ratios(group: GroupFits) -> dict[str, float | None]:
     """For each method that pays before training: the smallest ratio of trained model to scorer at which it is
-    compute-optimal somewhere; None if there is none. The scorer is taken to be as large as this trained model."""
+    compute-optimal somewhere; None if there is none. The scorer is as large as this trained model."""
     curves = group.curves
     ratios = {c.method: smallest_optimal_ratio(c.method, curves) for c in curves if c.c_select > 0}
     return {method: ratio if math.isfinite(ratio) else None for method, ratio in ratios.items()}
@@ -192,7 +216,7 @@ def to_json(groups: Sequence[GroupFits], smallest: Mapping[str, str]) -> dict[st
     """All of it for machines. Costs are FLOPs; scores are turned so that higher is better.
 
     Args:
-        smallest: by task, the model whose size is also the scorer's: where size ratios are looked for.
+        smallest: by task, the smallest model that selects for itself: where size ratios are looked for.
     """
     return {
         "version": FITS_VERSION,
@@ -214,6 +238,7 @@ def _group_json(group: GroupFits, *, ratios: bool) -> dict[str, Any]:
         "c_full": group.c_full,
         "fits": {m: {form: _fit_json(fit) for form, fit in forms.items()} for m, forms in group.fits.items()},
         "not_fitted": group.not_fitted,
+        "unused": group.unused,
         "frontier": [{"method": p.method, "flops": p.total, "score": turned(p)} for p in group.frontier],
         "line": group.line
         and {"slope_per_decade": group.line.slope_per_decade, "score_at_1e17": group.line.score_at_reference},
@@ -242,6 +267,7 @@ def _fit_json(fit: PerformanceFit) -> dict[str, Any]:
         "lambda": fit.lam,
         "c_select": fit.c_select,
         "degenerate": fit.degenerate,
+        "used": is_telling(fit),
         "residuals": list(fit.residuals),
         "rmse": float(np.sqrt(np.mean(np.square(fit.residuals)))),
     }

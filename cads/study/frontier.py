@@ -346,11 +346,15 @@ def jaccard(a: Iterable[object], b: Iterable[object]) -> float:
     return len(set_a & set_b) / len(set_a | set_b)
 
 
-def expected_jaccard(fraction: float) -> float:
-    """`p / (2 - p)`, the overlap of two independent random selections of a fraction p of a large pool."""
-    if not 0 < fraction <= 1:
-        raise ConfigError(f"fraction {fraction}: a share of the pool lies in (0, 1]")
-    return fraction / (2 - fraction)
+def expected_jaccard(p: float, q: float | None = None) -> float:
+    """`p q / (p + q - p q)`, the overlap of two independent random selections of fractions p and q of a large pool.
+
+    For one fraction, q = p: `p / (2 - p)`.
+    """
+    q = p if q is None else q
+    if not (0 < p <= 1 and 0 < q <= 1):
+        raise ConfigError(f"fractions {p} and {q}: a share of the pool lies in (0, 1]")
+    return p * q / (p + q - p * q)
 
 
 def _short(flops: float) -> str:

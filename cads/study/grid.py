@@ -20,7 +20,8 @@ from jsonargparse import ArgumentParser
 from cads.budget import Budget
 from cads.checkpoint import CheckpointConfig
 from cads.errors import ConfigError
-from cads.registry import TaskConfig, build_selector, task_config_class
+from cads.ranking import Ranker
+from cads.registry import TaskConfig, build_selector, selector_class, task_config_class
 from cads.task import Task
 from cads.trainer import TrainConfig
 
@@ -91,7 +92,8 @@ class Grid:
     count_selection: bool = True
     """Budgets cover selection and training (equal total FLOPs), or training alone."""
     charge: str = EACH
-    """`each`: every run pays for its selection; `amortised: T`: T tasks share it."""
+    """`each`: every run pays for its selection; `amortised: T`: T tasks share each ranking (a search serves one
+    training alone, and is paid for whole)."""
     metric: str | None = None
     """The metric of the test set that is compared; null: accuracy, or else the task's own."""
     evaluations: list[str] = field(default_factory=list)
@@ -109,7 +111,7 @@ class Grid:
 
     @property
     def sharing(self) -> float:
-        """Number of tasks that share the cost of one selection.
+        """Number of tasks that share the cost of one ranking.
 
         Raises:
             ConfigError: if `charge` is no rule.
@@ -224,18 +226,19 @@ def check_grid(grid: Grid) -> None:
             raise ConfigError(f"{name} is empty: give at least one")
     if grid.seeds < 1:
         raise ConfigError(f"seeds = {grid.seeds}: run at least one")
-    sharing = grid.sharing
-    for entry in grid.methods:
-        build_selector(entry.method, entry.options)
     budgets = [str(Budget.parse(text)) for text in grid.budgets]
     _refuse_twice("budget", grid.budgets, budgets)
     names = [grid.name(e) for e in grid.methods]
     _refuse_twice("method", names, names)
-    same = [content_key([e.method, e.options, _counted(grid, e), sharing]) for e in grid.methods]
+    selectors: list[Any] = [build_selector(e.method, e.options) for e in grid.methods]
+    same = [content_key([e.method, asdict(s), _counted(grid, e)]) for e, s in zip(grid.methods, selectors, strict=True)]
     _refuse_twice("method", names, same)
     for what, labels in (("model", [m.label for m in grid.models]), ("task", [t.label for t in grid.tasks])):
         _refuse_twice(what, labels, labels)
-    list(settings(grid))
+    first = [setting for setting in settings(grid) if setting.seed == 0]
+    places = [" ".join(filter(None, [s.task, s.model])) for s in first]
+    _refuse_twice("setting", places, [content_key(s.describe()) for s in first])
+    cells(grid, first[0])
 
 
 def settings(grid: Grid) -> Iterator[Setting]:
@@ -260,7 +263,8 @@ def cells(grid: Grid, setting: Setting) -> list[Cell]:
     made = []
     for budget, entry in itertools.product(grid.budgets, grid.methods):
         counted = Budget.parse(budget, count_selection=_counted(grid, entry))
-        made.append(Cell(setting, grid.name(entry), entry, counted, grid.sharing, tuple(grid.evaluations)))
+        sharing = grid.sharing if issubclass(selector_class(entry.method), Ranker) else 1.0
+        made.append(Cell(setting, grid.name(entry), entry, counted, sharing, tuple(grid.evaluations)))
     return made
 
 

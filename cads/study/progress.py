@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console, Group
@@ -13,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cads.plan import duration
-from cads.study.cells import Plan
+from cads.study.cells import Plan, price
 from cads.study.results import DONE
 
 REFRESHES = 2.0
@@ -56,19 +57,24 @@ class Progress:
 
     def finished(self, plan: Plan, row: dict[str, Any], *, resumed: bool) -> None:
         """A cell has ended, as `row` of `runs` says; `resumed`: in an earlier run."""
+        before = self._left()
         self._rows[plan.key] = row
         if resumed:
             return
         if row["status"] == DONE:
-            self._spent_now += plan.selection + plan.training
+            self._spent_now += before - self._left()
             result = f"{row['metric']} {row['score']:.4f} in {row['seconds']:.1f} s"
+        elif plan.status:
+            # Why is said once, before the first cell.
+            result = row["status"]
         else:
             result = f"{row['status']}: {row['error']}"
         if self._live is None:
             done = f"{len(self._rows)}/{len(self._plans)}"
             setting = plan.cell.setting
             where = " ".join(filter(None, [setting.task, setting.model, f"seed {setting.seed}", str(plan.cell.budget)]))
-            self._console.print(f"{done} {where}: {plan.cell.label:14s} {result}", highlight=False, markup=False)
+            text = f"{done} {where}: {plan.cell.label:14s} {result}{self._time_left()}"
+            self._console.print(text, highlight=False, markup=False)
 
     def made_by_others(self, code: str) -> int:
         """How many of the finished cells were made by other code than this."""
@@ -76,13 +82,25 @@ class Progress:
 
     def footer(self) -> str:
         """Cells done, FLOPs spent, time left."""
-        left = sum(p.selection + p.training for p in self._plans if p.key not in self._rows and not p.status)
-        spent = sum(row.get("total_flops") or 0.0 for row in self._rows.values())
-        text = f"{len(self._rows)} of {len(self._plans)} cells, {spent:.3g} FLOPs spent, {left:.3g} to go"
-        if self._spent_now:
-            rate = self._spent_now / (time.perf_counter() - self._began)
-            text += f", about {duration(left / rate)} left" if left else ""
+        left = self._left()
+        done = [p for p in self._plans if p.key in self._rows and self._rows[p.key]["status"] == DONE]
+        text = f"{len(self._rows)} of {len(self._plans)} cells, {sum(price(done)):.3g} FLOPs spent, {left:.3g} to go"
+        text += self._time_left()
         return f"{text}; {self._running}" if left else text
+
+    def _left(self) -> float:
+        """FLOPs of the cells that are not done, and of the rankings that no cell that is done was cut from."""
+        done = {key for key, row in self._rows.items() if row["status"] == DONE}
+        made = {p.ranking for p in self._plans if p.ranking and p.key in done}
+        todo = [p for p in self._plans if p.key not in self._rows]
+        return sum(price([replace(p, selection=0.0) if p.ranking in made else p for p in todo]))
+
+    def _time_left(self) -> str:
+        left = self._left()
+        if not (left and self._spent_now):
+            return ""
+        rate = self._spent_now / (time.perf_counter() - self._began)
+        return f", about {duration(left / rate)} left"
 
     def _table(self) -> Group:
         scores: dict[tuple[str, str], list[float]] = defaultdict(list)

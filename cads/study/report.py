@@ -18,7 +18,6 @@ from cads.folders import whole_file
 from cads.ranking import CUTS, Ranker
 from cads.registry import selector_class
 from cads.study import evidence, figures
-from cads.study.evidence import Exhibit
 from cads.study.figures import Drawing
 from cads.study.fits import SIMULATED_SIZES, GroupFits, advices, analyse, to_json
 from cads.study.frontier import simulate_figure1
@@ -84,15 +83,19 @@ def write_report(folder: Path, out: Path | None = None, metric: str | None = Non
 
 
 def _sweep(figures: Path, drawn: set[str]) -> None:
-    """Remove what an earlier report drew and this one did not."""
-    for file in figures.glob("*"):
+    """Remove what an earlier report drew and this one did not; files that no report names stay."""
+    for file in figures.glob("[0-9][0-9]-*"):
         if file.suffix in (".svg", ".png") and file.stem not in drawn:
             file.unlink()
 
 
 def _smallest(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """By task, the model with the fewest parameters: the scorer's own size, where no proxy says otherwise."""
-    sized = [row for row in runs if row["n_parameters"] is not None]
+    """By task, the model with the fewest parameters, of those that no proxy selects for."""
+    sized = [
+        row
+        for row in runs
+        if row["n_parameters"] is not None and row["selector_parameters"] in (None, row["n_parameters"])
+    ]
     smallest: dict[str, tuple[float, str]] = {}
     for row in sized:
         size = row["n_parameters"], row["model"]
@@ -144,11 +147,15 @@ def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: N
     spent, shares, courses, overlaps = [], [], [], []
     # A study may be passed on without them: they are larger than everything else.
     selections = (folder / "tables" / "selections").is_dir()
-    for place, methods in evidence.by_place(runs).items():
+    places = evidence.by_place(runs)
+    accounts = {place: evidence.ledgers(methods) for place, methods in places.items()}
+    stages = list(dict.fromkeys(stage for account in accounts.values() for row in account.values() for stage in row))
+    for place, methods in places.items():
         where = ", ".join(filter(None, place))
         spent.append(
             figures.stacked(
-                evidence.ledgers(methods),
+                accounts[place],
+                order=stages,
                 title=f"Ledger: {where}",
                 xlabel="FLOPs",
                 caption="Compute by stage, mean over seeds, without evaluation on the test set.",
@@ -217,11 +224,11 @@ def _page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown: list[Exhibit] = []
-    places = evidence.by_place(runs)
-    if places:
-        place = list(places)[-1]
-        shown = evidence.exhibits(folder, place, places[place])
+    shown = [
+        e
+        for place, methods in evidence.by_place(runs, most=1).items()
+        for e in [evidence.exhibits(folder, place, methods)]
+    ]
     tables = [(_name(g), header(g.points), texts(g.points)) for g, _ in sentences]
     unscored: dict[tuple[str, str], list[str]] = {}
     for row in runs:
@@ -236,7 +243,7 @@ def _page(
         # Matplotlib has escaped the names in its SVG.
         svg={d.name: Markup(d.svg()) for s in sections for d in s.drawings},
         tables=tables,
-        exhibits=shown,
+        exhibits=[(", ".join(filter(None, e[0].place)), e) for e in shown if e],
         unscored=unscored,
         n_done=sum(row["status"] in (DONE, IMPORTED) for row in runs),
         n_cells=len(runs),

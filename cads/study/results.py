@@ -12,6 +12,7 @@ import json
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -187,17 +188,32 @@ def read_rows(folder: Path, table: str, keys: Iterable[str] | None = None) -> li
 
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:
-    """The runs of a study: cells of its grid, in the order of the grid, and imported points.
+    """The runs of a study: cells of its grid, in the order of the grid, and imported points, the cheapest first.
 
     Raises:
-        DataError: if the folder holds no runs, or a table of another schema version.
+        DataError: if the folder holds no runs, one of them twice, or a table of another schema version.
     """
     rows = read_rows(folder, "runs")
     if not rows:
         raise DataError(f"{folder} holds no results: give the folder of `cads compare`")
+    _refuse_twice(folder, rows)
     order = {key: i for i, key in enumerate(grid_cells(folder))}
     rows = [row for row in rows if row["status"] == IMPORTED or row["cell"] in order or not order]
-    return sorted(rows, key=lambda row: order.get(row["cell"], len(order)))
+    imported = [row for row in rows if row["status"] == IMPORTED]
+    imported.sort(key=lambda row: (row["task"], row["n_parameters"] or 0.0, row["total_flops"], row["method"]))
+    own = [row for row in rows if row["status"] != IMPORTED]
+    return [*sorted(own, key=lambda row: order.get(row["cell"], len(order))), *imported]
+
+
+def _refuse_twice(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a cell that two files hold: its seeds would be counted twice."""
+    cells = [row["cell"] for row in rows]
+    twice = next((cell for cell, count in Counter(cells).items() if count > 1), None)
+    if twice is None:
+        return
+    files = sorted((folder / "tables" / "runs").glob("*.parquet"))
+    both = [f.name for f in files if twice in read_file(f, "runs")["cell"].to_pylist()]
+    raise DataError(f"{twice!r} is in {folder / 'tables' / 'runs'} more than once, in {both}: keep one")
 
 
 def grid_cells(folder: Path) -> list[str]:
@@ -227,7 +243,7 @@ def import_points(path: Path | str, folder: Path) -> int:
         DataError: if columns are missing, values are no numbers, a task and size has no point at 100 percent, or a
             point is given twice.
     """
-    text, points = _read_points(Path(path))
+    points = _read_points(Path(path))
     full: dict[tuple[str, str], float] = {}
     for p in points:
         if p["budget_pct"] == 100:
@@ -243,11 +259,13 @@ def import_points(path: Path | str, folder: Path) -> int:
             raise DataError(f"{path}: {name} is given twice: keep one of the points")
         seen.add(name)
         rows.append(_published_row(p, full[group], name))
-    write_rows(folder, "runs", f"import-{hashlib.sha256(text.encode()).hexdigest()[:12]}", rows)
+    for row in rows:
+        # A file each, so that a point that is imported again, or corrected, takes the place of what it was.
+        write_rows(folder, "runs", f"import-{hashlib.sha256(row['cell'].encode()).hexdigest()[:12]}", [row])
     return len(rows)
 
 
-def _read_points(path: Path) -> tuple[str, list[dict[str, Any]]]:
+def _read_points(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -268,7 +286,7 @@ def _read_points(path: Path) -> tuple[str, list[dict[str, Any]]]:
         points.append({**row, **numbers})
     if not points:
         raise DataError(f"{path} has no points: it holds a header alone")
-    return text, points
+    return points
 
 
 def _published_row(point: Mapping[str, Any], full: float, name: str) -> dict[str, Any]:

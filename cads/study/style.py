@@ -44,18 +44,18 @@ OF_METHOD = {
 """Colours of known methods; others take the one that their name falls on."""
 RESERVED = ("vermilion", "blue")
 """Colours that no unknown method takes: those of the two selectors that a reader looks for."""
-MARKERS = "osD^vPX<>ph*"
+MARKERS, LINES = "osD^vPX<>ph*", ("-", "--", "-.")
 SERIES = ("#35608d", "#b98300", "#00947f", "#c2488f", "#7d8085", "#d55e00", "#8867c7", "#6b8e23")
 """For things that are no methods: sources, stages."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """Of one method: colour, marker, and whether its line is dashed."""
+    """Of one method: colour, marker, and style of its line."""
 
     colour: str
     marker: str
-    dashed: bool
+    line: str
 
 
 def colour_of(selector: str) -> str:
@@ -70,7 +70,7 @@ def looks(methods: Iterable[tuple[str, str]]) -> dict[str, Look]:
 
     Args:
         methods: (label, selector) of all methods in it; labels of one selector share its colour and differ in
-            marker, as do methods whose colours coincide.
+            marker and line, as do methods whose colours coincide.
     """
     made: dict[str, Look] = {}
     taken: dict[str, int] = {}
@@ -81,5 +81,5 @@ def looks(methods: Iterable[tuple[str, str]]) -> dict[str, Look]:
         n_before = taken.get(colour, 0)
         taken[colour] = n_before + 1
         first = list(PALETTE.values()).index(colour)
-        made[label] = Look(colour, MARKERS[(first + n_before) % len(MARKERS)], n_before > 0)
+        made[label] = Look(colour, MARKERS[(first + n_before) % len(MARKERS)], LINES[n_before % len(LINES)])
     return made

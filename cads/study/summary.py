@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from cads.errors import ConfigError
+from cads.errors import ConfigError, DataError
 from cads.study.results import DONE, IMPORTED
 
 CONFIDENCE = 0.95
@@ -110,13 +110,20 @@ def points_of(runs: Iterable[Mapping[str, Any]], metric: str | None = None) -> l
         metric: another one than the runs were made for.
 
     Raises:
-        ConfigError: if runs have no such metric.
+        ConfigError: if runs have no such metric (published points, which have one, are then left out), or if runs
+            that are compared were scored by different ones.
+        DataError: if a score is no number.
     """
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in runs:
-        if row["status"] in (DONE, IMPORTED):
+        if row["status"] == DONE or (row["status"] == IMPORTED and metric in (None, row["metric"])):
             groups.setdefault(tuple(row[k] for k in ("task", "model", "budget", "method")), []).append(row)
-    return [_point(rows, metric) for rows in groups.values()]
+    points = [_point(rows, metric) for rows in groups.values()]
+    for place, group in by_group(points).items():
+        if len(metrics := sorted({p.metric for p in group})) > 1:
+            where = " ".join(filter(None, place)) or "this study"
+            raise ConfigError(f"runs of {where} were scored by {metrics}: give --metric, or run `cads compare` again")
+    return points
 
 
 def _point(rows: Sequence[Mapping[str, Any]], metric: str | None) -> Point:
@@ -127,6 +134,10 @@ def _point(rows: Sequence[Mapping[str, Any]], metric: str | None) -> Point:
         if name not in values:
             raise ConfigError(f"metric {name!r} was not measured: choose from {sorted(values)}")
         scores.append(float(values[name]))
+        if not math.isfinite(scores[-1]):
+            raise DataError(f"{row['cell']} has {name} {scores[-1]}: remove it from the tables, and run it again")
+    if len({row["metric"] for row in rows}) > 1 and metric is None:
+        raise ConfigError(f"runs of {first['method']} were scored by different metrics: give --metric")
     sizes = [row["n_selected"] / row["n_pool"] for row in rows if row["n_selected"] is not None]
 
     def mean(column: str) -> float:
@@ -242,8 +253,8 @@ class Answer:
     """What to do with one budget.
 
     Attributes:
-        budget, flops: as given, and in FLOPs. best: the best that is affordable. level: other affordable methods
-            that cannot be told apart from it. sentence: the same in words.
+        budget, flops: as given, and in FLOPs. best: the best that is affordable, of those with all seeds. level:
+            other affordable methods that cannot be told apart from it. sentence: the same in words.
     """
 
     budget: str
@@ -260,14 +271,22 @@ def answers(points: Sequence[Point]) -> list[Answer]:
         rivals = affordable(points, limit)
         if not rivals:
             continue
-        best = best_of(rivals)
-        others = sorted(rivals, key=lambda p: -p.mean if p.maximised else p.mean)
+        ranked = complete(rivals)
+        best = best_of(ranked)
+        others = sorted(ranked, key=lambda p: -p.mean if p.maximised else p.mean)
         level = tuple(p.method for p in others if p is not best and told_apart(best, p) is False)
-        made.append(Answer(limit.budget, limit.flops, best, level, _sentence(limit, best, level)))
+        partly = [f"{p.method} ({len(p.seeds)} of {len(best.seeds)} seeds)" for p in rivals if p not in ranked]
+        made.append(Answer(limit.budget, limit.flops, best, level, _sentence(limit, best, level, partly)))
     return made
 
 
-def _sentence(limit: Limit, best: Point, level: Sequence[str]) -> str:
+def complete(rivals: Sequence[Point]) -> list[Point]:
+    """Those with scores for as many seeds as any: seeds draw the data, so that fewer are another comparison."""
+    most = max(len(p.seeds) for p in rivals)
+    return [p for p in rivals if len(p.seeds) == most]
+
+
+def _sentence(limit: Limit, best: Point, level: Sequence[str], partly: Sequence[str]) -> str:
     unit = " %" if in_percent(best.metric) else ""
     score = shown(best.mean, best.metric)
     if not math.isnan(best.half_width):
@@ -278,6 +297,8 @@ def _sentence(limit: Limit, best: Point, level: Sequence[str]) -> str:
     text = f"At {limit.flops:.3g} FLOPs in all{given}: {best.method}{smaller}, {best.metric} {score}{unit}"
     if level:
         text += f"; not told apart from {', '.join(level)} by {len(best.seeds)} seeds"
+    if partly:
+        text += f"; left out: {', '.join(partly)}"
     return f"{text}."
 
 
@@ -291,7 +312,8 @@ def regrets(points: Sequence[Point]) -> dict[str, list[tuple[float, float]]]:
         rivals = affordable(points, limit)
         if not rivals:
             continue
-        best = best_of(rivals).mean
-        for p in rivals:
+        ranked = complete(rivals)
+        best = best_of(ranked).mean
+        for p in ranked:
             found.setdefault(p.method, []).append((limit.flops, abs(best - p.mean)))
     return found

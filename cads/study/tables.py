@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from cads.study.summary import CONFIDENCE, Point, best_of, in_percent, shown
+from cads.study.summary import CONFIDENCE, Point, best_of, complete, in_percent, shown
 
 
 def header(points: Sequence[Point]) -> list[str]:
@@ -20,7 +20,7 @@ def header(points: Sequence[Point]) -> list[str]:
 def texts(points: Sequence[Point]) -> list[list[str]]:
     """One row a point, a budget after the other; the best of each budget is marked by a star.
 
-    Intervals are t-intervals over seeds.
+    Intervals are t-intervals over seeds; a point with fewer seeds than others says so, and is never the best.
     """
     columns = header(points)
     blocks: dict[tuple[str, str, str], list[Point]] = {}
@@ -28,11 +28,14 @@ def texts(points: Sequence[Point]) -> list[list[str]]:
         blocks.setdefault((p.task, p.model, p.budget), []).append(p)
     rows = []
     for block in blocks.values():
-        best = best_of(block)
+        ranked = complete(block)
+        best = best_of(ranked)
         for p in block:
-            score = ("*" if p.mean == best.mean else "") + shown(p.mean, p.metric)
+            score = ("*" if p.mean == best.mean and p in ranked else "") + shown(p.mean, p.metric)
             if not math.isnan(p.half_width):
                 score += f" ± {shown(p.half_width, p.metric)}"
+            if p not in ranked:
+                score += f" ({len(p.seeds)} of {len(best.seeds)} seeds)"
             selected = "-" if p.selected is None else f"{p.selected:.0%}"
             where = [getattr(p, name) for name in columns if name in ("task", "model")]
             rows.append([*where, p.budget, p.method, f"{p.selection:.3g}", f"{p.training:.3g}", score, selected])
