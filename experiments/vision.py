@@ -8,12 +8,11 @@ Finished cells are kept in the run directory, so that a run that was stopped goe
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
 
 from cads.errors import CadsError
 from cads.study import figures
@@ -21,11 +20,11 @@ from cads.study.commands import run_grid
 from cads.study.compare import Shard
 from cads.study.fits import analyse
 from cads.study.grid import Grid, read_grid
-from cads.study.report import write_report
+from cads.study.report import Made, write_report
 from cads.study.results import read_runs, write_rows
 from cads.study.style import looks
 from cads.study.summary import points_of
-from cads.study.tables import intervals, markdown_table
+from cads.study.tables import intervals, markdown_table, wide_console
 
 TRAINING_BUDGET = (
     "The budget is that of the training, and selection comes on top; for methods marked 'all in' it covers both."
@@ -33,10 +32,15 @@ TRAINING_BUDGET = (
 TOTAL_BUDGET = "The budget covers selection and training."
 
 
-def write_results(grid: Grid, config: Path, out: Path, results: Path) -> None:
+EVERY, MIDDLE = ("regret", "frontier", "fits"), ("overlap", "ledger", "sources")
+"""Figures of a report that results keep: of each task and size; of the budget in the middle."""
+
+
+def write_results(grid: Grid, config: Path, out: Path, made: Made, results: Path) -> None:
     """Write the table of a finished grid as Markdown, and its figure beside it (one for each task and size).
 
-    All runs are in NAME/tables, so that `cads report NAME` draws and fits them again.
+    All runs are in NAME/tables, so that `cads report NAME` draws and fits them again; the fits and some figures of the
+    grid's own report, which knows the selections too, stand beside them.
     """
     runs = read_runs(out)
     points = points_of(runs)
@@ -46,6 +50,7 @@ def write_results(grid: Grid, config: Path, out: Path, results: Path) -> None:
     for i, group in enumerate(analyse(points)):
         name = results.stem if i == 0 else f"{results.stem}-{i + 1}"
         figures.scores(group, look, name).save(results.parent, formats=("png",))
+    keep_figures(made, results.with_suffix(""))
     note = (
         "FLOPs of selection and of training; * marks the best of each budget. "
         f"{TOTAL_BUDGET if grid.count_selection else TRAINING_BUDGET}"
@@ -53,6 +58,18 @@ def write_results(grid: Grid, config: Path, out: Path, results: Path) -> None:
     command = f"python -m experiments.vision {config} --results {results}"
     title = f"{config.stem}: {intervals(points)}"
     results.write_text(f"# {title}\n\n    {command}\n\n{note}\n\n{markdown_table(points)}")
+
+
+def keep_figures(made: Made, folder: Path) -> None:
+    """Copy the fits of a report, and `EVERY` and `MIDDLE` of its figures without their numbers, into `folder`."""
+    shutil.copyfile(made.fits, folder / "fits.json")
+    (folder / "figures").mkdir(exist_ok=True)
+    for kind in EVERY + MIDDLE:
+        drawn = sorted(made.figures.glob(f"[0-9][0-9]-{kind}.png"))
+        if kind in MIDDLE:
+            drawn = drawn[len(drawn) // 2 :][:1]
+        for i, file in enumerate(drawn):
+            shutil.copyfile(file, folder / "figures" / f"{kind}{f'-{i + 1}' if i else ''}.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,14 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="also write table, figure and runs here: NAME.md, NAME.png, NAME/")
     given = parser.parse_args(argv)
     out = given.out or Path("runs") / given.config.stem
-    console = Console()
+    console = wide_console()
     started = time.perf_counter()
     try:
         grid = read_grid(given.config)
         run_grid(given.config, out, Shard(), console)
         made = write_report(out)
         if given.results:
-            write_results(grid, given.config, out, given.results)
+            write_results(grid, given.config, out, made, given.results)
     except CadsError as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
         return 1

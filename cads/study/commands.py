@@ -16,7 +16,7 @@ from cads.study.compare import Shard, Study, dry_run
 from cads.study.grid import read_grid
 from cads.study.results import FAILED, import_points, read_runs
 from cads.study.summary import points_of
-from cads.study.tables import terminal_table
+from cads.study.tables import terminal_table, wide_console
 
 COMPARE = (
     "Run a grid of methods, budgets, seeds, model sizes and tasks; finished cells are never run twice, "
@@ -48,7 +48,7 @@ def compare(argv: Sequence[str]) -> None:
         raise ConfigError("--out is missing: say where the imported points go")
     out = given.out or Path("runs") / given.config.stem
     world = everyone()
-    shard, console = Shard.parse(given.shard), Console(quiet=not world.first)
+    shard, console = Shard.parse(given.shard), wide_console(quiet=not world.first)
     for path in given.points:
         imported = world.on_first(partial(import_points, path, out))
         console.print(f"{imported} points imported from {path} to {out}", highlight=False)

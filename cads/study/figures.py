@@ -36,6 +36,8 @@ ANCHORS = ("full", "cads-s", "cads-e")
 """Methods that are in every panel, under these names: what a reader compares the others with."""
 MOST_NUMBERED = 12
 """Methods up to which a matrix has its numbers written into it; beyond, they would run into each other."""
+MATRIX_TEXT = 6.5
+"""Points, of the labels of such a matrix: as high as its rows."""
 SHOWN_POINTS = 25.0
 """Percentage points below the best that figures of scores show; what lies lower is in the table."""
 CURVE_POINTS = 200
@@ -327,14 +329,18 @@ def overlap(names: Sequence[str], matrix: np.ndarray, expected: np.ndarray, titl
         axes.grid(visible=False)
         shades = axes.imshow(shown, vmin=0, vmax=1, cmap="cividis")
         labels = [_short(n) for n in names]
-        axes.set_xticks(range(len(names)), labels, rotation=60, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), labels)
+        many = len(names) > MOST_NUMBERED
+        size_of_text = MATRIX_TEXT if many else TEXT - 1
+        axes.set_xticks(range(len(names)), labels, rotation=90 if many else 60, ha="right", fontsize=size_of_text)
+        for label in axes.get_xticklabels():
+            label.set(rotation_mode="anchor", va="center" if many else "top")
+        axes.set_yticks(range(len(names)), labels, fontsize=size_of_text)
         axes.spines[:].set_visible(False)
-        for i, j in np.ndindex(matrix.shape if len(names) <= MOST_NUMBERED else (0, 0)):
+        for i, j in np.ndindex((0, 0) if many else matrix.shape):
             colour = "white" if shown[i, j] < 0.55 else "#111111"
             text = f"{shown[i, j]:.2f}".removeprefix("0") if shown[i, j] < 0.995 else "1"
             axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=7.5 if len(names) > 6 else TEXT - 1)
-        if len(names) > MOST_NUMBERED:
+        if many:
             figure.colorbar(shades, location="top", shrink=0.8)
     caption = (
         "Below the diagonal: Jaccard overlap |A & B| / |A | B| of the first seed's selections. Above it: of two random "

@@ -5,9 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from rich.console import Console
 from rich.table import Table
 
 from cads.study.summary import CONFIDENCE, Point, best_of, complete, in_percent, shown
+
+WIDTH = 132
+"""Columns of tables where there is no terminal."""
+
+
+def wide_console(*, quiet: bool = False) -> Console:
+    """A console on which tables are whole also where there is no terminal to ask for its width."""
+    console = Console(quiet=quiet)
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
 
 
 def header(points: Sequence[Point]) -> list[str]:
