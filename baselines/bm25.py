@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
@@ -34,8 +35,9 @@ K1, B, EPSILON = 1.5, 0.75, 0.25
 """`rank_bm25`'s defaults: saturation of the term frequency, correction for length, floor of a negative idf."""
 PUNCTUATION = r"[!-/:-@\[-`{-~]"
 """`string.punctuation` as a class of RE2."""
-CHUNK = 2**16
-"""Texts whose tokens are in memory as strings at once."""
+CHUNK, CHUNK_CHARACTERS = 2**16, 2**28
+"""Texts, and characters of them, whose tokens are in memory as strings at once: at four bytes a character half of the
+2 GB that Arrow's strings hold."""
 KEPT = 2**24
 """Most postings whose weights are kept: 200 MB. Of more, the texts are read again when they are scored."""
 STAGE = "index and scores"
@@ -190,6 +192,9 @@ def okapi_scores(documents: Sequence[Sequence[str]], queries: Sequence[Sequence[
         asked = pa.array(queries, pa.list_(pa.string()))
     except (pa.ArrowException, TypeError) as error:
         raise DataError(f"documents and queries must be lists of tokens that are strings: {error}") from error
+    for name, found in (("documents", lists), ("queries", asked)):
+        if found.null_count or found.flatten().null_count:
+            raise DataError(f"{name} has tokens, or lists of them, that are None: leave them out")
     okapi = Okapi([lists])
     return okapi.scores(np.asarray(okapi.count(asked).mean(axis=0)))
 
@@ -282,7 +287,12 @@ class _Texts:
         for start in range(0, n, CHUNK):
             rows = np.arange(start, min(start + CHUNK, n))
             part = self._pool if n <= CHUNK else self._pool.part(rows, self._pool.name)
-            yield tokenize(self._task.texts(part))
+            texts = self._task.texts(part)
+            characters = np.cumsum([len(text) for text in texts])
+            # Neighbours that end within the same multiple: more than that by one text at most.
+            cuts = np.flatnonzero(np.diff(characters // CHUNK_CHARACTERS)) + 1
+            for first, last in pairwise([0, *cuts.tolist(), len(texts)]):
+                yield tokenize(texts[first:last])
 
 
 def _best(weights: csr_array, queries: Sequence[np.ndarray]) -> np.ndarray:

@@ -28,6 +28,7 @@ from cads.scorers import check_passes, on_pool, plan_training, scorer_of
 from cads.scoring import check_finite
 from cads.seeds import derive
 from cads.task import Pool, Task
+from cads.trainer import Trainer
 
 Aggregate = Literal["subtask", "mean", "max", "top"]
 ENCODED_TOKENS = 1024
@@ -91,6 +92,7 @@ class Embedding(Ranker):
         target = torch.empty(len(scorer.target), space.dimension, dtype=torch.float64)
         found = self._encoded(space, scorer.target, ledger, lambda unit: unit)
         target[np.concatenate(space.batches(scorer.target))] = torch.from_numpy(found)
+        check_finite(target.sum(dim=1).numpy(), scorer.target, self.method)
         reference = self._reference(scorer, target)
         ledger.charge(SELECT, COMPARING, self._products(scorer, space, len(reference)))
         score = np.empty(len(pool))
@@ -138,9 +140,10 @@ class Embedding(Ranker):
             return
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive(seed, "backbone"))
-            space.model = backbone_network(
+            network = backbone_network(
                 task, self.backbone, self.backbone_size, pretrained=self.pretrained, download=self.download
             )
+        space.model = network.to(Trainer(task, ledger).accelerator.device)
 
     def _encoded(self, space: Space, pool: Pool, ledger: Ledger, use: Callable[[Tensor], Tensor]) -> np.ndarray:
         """What `use` makes of the unit vectors (float64) of each batch of a pool, batch after batch; charged."""

@@ -7,10 +7,11 @@ added up first, for all examples of a pass: batches are cut so that there are no
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -37,6 +38,9 @@ of the whole gradient."""
 
 Receive = Callable[[str, int, Tensor], None]
 """(name of the parameter, first example, gradients (b, entries)): takes the gradients of b examples of the batch."""
+
+Context = Callable[[], AbstractContextManager[None]]
+"""Makes the context of one forward and backward pass."""
 
 
 class PerExample:
@@ -65,6 +69,11 @@ class PerExample:
         self.model = model.eval()
         self._losses = task.losses
         self._passes = Passes(model, precision)
+        # In float32 the check sees what passes replace, and falls back to autograd without it. In bfloat16 rounding
+        # alone would fail it.
+        exact = precision == "no"
+        self._checked: Context = self._passes if exact else nullcontext
+        self._single: Context = nullcontext if exact else self._passes
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.parameters = trainable if names is None else {n: trainable[n] for n in names}
         if not self.parameters:
@@ -100,7 +109,7 @@ class PerExample:
                     "two examples worked; use batch_size = 1"
                 ) from None
         for i in range(len(batch)):
-            with self._passes():
+            with self._single():
                 self._alone(rows_of(batch, i, i + 1), partial(_shifted, receive, i))
 
     def check(self, batch: Batch) -> int:
@@ -121,7 +130,8 @@ class PerExample:
                 found[name] = g[0].clone()
 
         try:
-            self._in_batches(two, first)
+            with self._checked():
+                self._in_batches(two, first)
         except _Mixed as reason:
             self._fall_back(str(reason))
             return 1 + len(two)
@@ -310,6 +320,27 @@ def last_layer(model: nn.Module) -> list[str]:
         found = own or found
     if not found:
         raise ConfigError("the model has no trainable parameter to take gradients of")
+    return found
+
+
+def only_last_layer(task: Task) -> Task:
+    """`task` with a model of which the last layer alone is trained: a usage goes back to that layer and no further.
+
+    It is there to be accounted for; its weights are those of `task.costs.model`, not copies of them.
+
+    Raises:
+        ConfigError: if the model has no trainable parameter.
+    """
+    model = task.costs.model
+    names = set(last_layer(model))
+    kept: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) if p.requires_grad and n not in names else p
+        for n, p in model.named_parameters()
+    }
+    narrowed = copy.deepcopy(model, kept)
+    found = copy.copy(task)
+    found.__dict__.pop("costs", None)
+    found.__dict__["model"] = lambda seed: narrowed
     return found
 
 

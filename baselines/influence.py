@@ -56,6 +56,7 @@ class GradientFeatures:
         names = last_layer(model) if options.layers == "last" else None
         self._gradients = PerExample(task, self._model, names, options.precision)
         self._size = sum(self._gradients.sizes.values())
+        self._price = options.price(task)
         self._projection: Projection = make_projection(
             self._gradients.sizes, options.dimension, derive(seed, "projection"), self._device
         )
@@ -190,7 +191,7 @@ class GradientFeatures:
         (ledger or self._ledger).charge(
             SELECT,
             stage,
-            self._options.price(self._task, self._size, batch),
+            self._price(batch),
             usages=len(batch),
             tokens=batch.tokens,
             answer_tokens=batch.answer_tokens,

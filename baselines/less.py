@@ -6,13 +6,12 @@ Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning", 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
 from baselines.directions import AdamDirection, Recipe
-from baselines.gradients import last_layer
+from baselines.gradients import last_layer, only_last_layer
 from baselines.influence import POOL, PROJECTIONS, SIMILARITIES, TARGET, GradientFeatures, unpacked
 from baselines.precision import Precision
 from baselines.projection import Dimension, check_dimension, make_projection
@@ -25,8 +24,9 @@ from cads.monitor import Monitor
 from cads.operations import normalisation_flops, similarity_flops
 from cads.ranking import Ranker, Ranking
 from cads.scorers import scorer_of
+from cads.scoring import BatchPrice
 from cads.scoring import planned_flops as planned_scoring
-from cads.task import Batch, Task
+from cads.task import Task
 
 BATCH_TOKENS = 1024
 """Padded tokens in one forward and backward pass."""
@@ -109,7 +109,7 @@ class Less(Ranker):
         usages = k * plan.steps * batch_size
         tokens = scorer.costs.tokens_per_example(scorer.pool)
         ledger.charge(SELECT, STAGE, planned_flops(scorer, plan), usages=usages, tokens=round(usages * tokens))
-        price = partial(self.price, scorer, size)
+        price = self.price(scorer)
         for stage, part, extra in ((TARGET, unpacked(scorer.target), 1 + min(2, m)), (POOL, unpacked(scorer.pool), 0)):
             flops = planned_scoring(price, part, tokens=self.batch_tokens)
             usages = k * len(part) + extra
@@ -123,11 +123,9 @@ class Less(Ranker):
         ledger.trained.append((scorer, 1))
         return ledger
 
-    def price(self, task: Task, size: int, batch: Batch) -> float:
-        """What the gradients of `batch` cost: a usage, or for the last layer a forward pass and its own gradient."""
-        if self.layers == "all":
-            return task.costs.usage(batch)
-        return task.costs.forward(batch) + 2.0 * size * batch.tokens
+    def price(self, task: Task) -> BatchPrice:
+        """What the gradients of a batch cost: a usage, which for the last layer goes back no further than to it."""
+        return (task if self.layers == "all" else only_last_layer(task)).costs.usage
 
     def _sizes(self, task: Task) -> dict[str, int]:
         """Entries of the parameters whose gradients are taken.

@@ -6,18 +6,19 @@ torch keeps five steps of it, and goes back through each: forward and backward o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from baselines.layers import rule_of, transformers_rms_norm
 
-PROBE = 2
-"""Rows that tell whether a module computes what is computed here."""
+PROBE = (1.0, 1e-3, 0.0)
+"""Scales of the rows that tell whether a module computes what is computed here: of the last two eps is most."""
 
 
 def frozen_norms(model: nn.Module) -> list[nn.Module]:
@@ -30,18 +31,27 @@ def frozen_norms(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def short_norms(norms: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """In the block, `norms` compute as is done here, in float32, and write `dtype`."""
-    replaced = []
+    """In the block, `norms` compute as is done here, in float32, and write `dtype`.
+
+    Inputs of another type than this and float32 are left to what was there before. Blocks may be nested.
+    """
+    replaced: list[tuple[nn.Module, Any]] = []
     try:
         for norm in norms:
+            replaced.append((norm, vars(norm).get("forward")))
             # On the instance: hooks are still called, and classes and other models are as they were.
             weight: Any = norm.weight
-            norm.forward = partial(normalized, weight=weight, eps=_eps(norm), dtype=dtype)
-            replaced.append(norm)
+            norm.forward = partial(_short, norm.forward, weight, _eps(norm), dtype)
         yield
     finally:
-        for norm in replaced:
+        for norm, before in reversed(replaced):
             del norm.forward
+            if before is not None:
+                norm.forward = before
+
+
+def _short(own: Callable[[Tensor], Tensor], weight: Tensor, eps: float, dtype: torch.dtype, x: Tensor) -> Tensor:
+    return normalized(x, weight, eps, dtype) if x.dtype in (torch.float32, dtype) else own(x)
 
 
 def normalized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,6 +76,7 @@ class _RmsNorm(torch.autograd.Function):
         return torch.mul(normal, weight, out=torch.empty(x.shape, dtype=dtype, device=x.device))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         normal, scale, weight = ctx.saved_tensors
         scaled = gradient * weight
@@ -85,6 +96,6 @@ def _is_plain(norm: nn.Module) -> bool:
         return False
     if weight.device.type != "cpu" or "forward" in vars(norm):
         return False
-    probe = torch.linspace(-1, 2, PROBE * len(weight)).reshape(PROBE, -1)
+    probe = torch.tensor(PROBE)[:, None] * torch.linspace(-1, 2, len(weight))
     expected: Tensor = norm(probe)
     return torch.allclose(normalized(probe, weight, _eps(norm)), expected, rtol=1e-5, atol=1e-6)

@@ -124,19 +124,24 @@ class FeatureSpace(Space):
 class SentenceSpace(Space):
     """A sentence-transformers model, fed in length-sorted batches by token budget.
 
+    Vectors are those of its `encode`: behind its default prompt, and of its `truncate_dim` if it has one.
+
     Args:
         task: whose texts are encoded.
         name: of the model on the hub, or its folder.
         tokens: padded tokens of a batch.
 
     Raises:
-        ConfigError: if the task has no texts, sentence-transformers is not installed, or the model cannot be loaded.
+        ConfigError: if the task has no texts, sentence-transformers is not installed, or the model cannot be loaded or
+            reads no sequences of tokens.
     """
 
     def __init__(self, task: Task, name: str, tokens: int) -> None:
         task.texts(task.target)  # A task without texts says so before the encoder is loaded.
         self._task, self._tokens = task, tokens
         self._model = load_encoder(name)
+        self._prompt = self._model.prompts.get(self._model.default_prompt_name)
+        self._check(name)
         self._law = self._count()
         self._cuts: dict[Pool, _Cut] = {}
 
@@ -149,9 +154,9 @@ class SentenceSpace(Space):
         cut = self._cut(pool)
         inputs = self._tokenize(self._texts(pool, positions))
         with torch.inference_mode():
-            made = self._model({name: x.to(self._model.device) for name, x in inputs.items()})
+            vectors = self._vectors(inputs)
         width = cut.width(positions)
-        return Encoded(made["sentence_embedding"], self._price(width) * len(positions), width * len(positions))
+        return Encoded(vectors, self._price(width) * len(positions), width * len(positions))
 
     def flops(self, pool: Pool) -> float:
         """By the length to which each batch is padded; see `Space`."""
@@ -171,10 +176,24 @@ class SentenceSpace(Space):
         """The texts at `positions`: those of a whole pool may not fit in memory."""
         return self._task.texts(pool.part(positions, pool.name))
 
-    def _tokenize(self, texts: list[str]) -> dict[str, Tensor]:
-        model = self._model
-        made = model.preprocess(texts) if hasattr(model, "preprocess") else model.tokenize(texts)
-        return {name: x for name, x in made.items() if isinstance(x, Tensor)}
+    def _tokenize(self, texts: list[str]) -> dict[str, Any]:
+        """Tensors by token, and what else the model wants to know, such as the length of the prompt."""
+        made: dict[str, Any] = self._model.preprocess(texts, prompt=self._prompt)
+        return made
+
+    def _vectors(self, inputs: dict[str, Any]) -> Tensor:
+        device = self._model.device
+        made = self._model({name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()})
+        vectors: Tensor = made["sentence_embedding"][:, : self._model.truncate_dim]
+        return vectors
+
+    def _check(self, name: str) -> None:
+        inputs = self._tokenize(["word"])
+        if any(getattr(inputs.get(key), "ndim", 0) != 2 for key in ("input_ids", "attention_mask")):
+            raise ConfigError(
+                f"encoder = {name!r} reads {sorted(inputs)}, and no rows of input_ids with an attention_mask, by which "
+                "texts are batched and FLOPs counted: name a transformer"
+            )
 
     def _price(self, length: int) -> float:
         """FLOPs of one text of `length` tokens."""
@@ -185,10 +204,10 @@ class SentenceSpace(Space):
         inputs = self._tokenize(["word " * max(COUNTED_LENGTHS)])
         costs = []
         for length in COUNTED_LENGTHS:
-            cut = {name: x[:, :length].to(self._model.device) for name, x in inputs.items()}
+            cut = {name: x[:, :length] if isinstance(x, Tensor) else x for name, x in inputs.items()}
             with torch.no_grad():
-                self.dimension = int(self._model(dict(cut))["sentence_embedding"].shape[1])
-                costs.append(count_flops(partial(self._model, dict(cut))))
+                self.dimension = self._vectors(cut).shape[1]
+                costs.append(count_flops(partial(self._vectors, cut)))
         return np.linalg.solve(np.vander(COUNTED_LENGTHS, increasing=True).astype(float), np.array(costs, dtype=float))
 
 
@@ -221,6 +240,8 @@ def load_encoder(name: str) -> Any:
 def backbone_network(task: Task, name: str, size: int | None, *, pretrained: bool, download: bool) -> nn.Module:
     """A torchvision classifier for the images of `task`, scaled to `size` pixels square if that is given.
 
+    The task normalises images by the moments of its pool; pretrained weights read them as they were trained to.
+
     Raises:
         ConfigError: if the task has no images. DataError: if pretrained weights are missing.
     """
@@ -229,7 +250,28 @@ def backbone_network(task: Task, name: str, size: int | None, *, pretrained: boo
     channels, *sides = task.pool.batch(np.zeros(1, dtype=np.int64)).inputs["images"].shape[1:]
     height, width = sides if size is None else (size, size)
     network = Network(name, pretrained=pretrained, download=download).build((channels, height, width), N_UNUSED)
-    if size is None:
-        return network
-    scale = nn.Upsample(size=(size, size), mode="bilinear")
-    return nn.Sequential(scale, network)
+    before: list[nn.Module] = [] if size is None else [nn.Upsample(size=(size, size), mode="bilinear")]
+    if pretrained:
+        before.append(_AsTrained(task, name))
+    return nn.Sequential(*before, network)
+
+
+class _AsTrained(nn.Module):
+    """Images normalised by the moments of a task, (B, C, H, W), as torchvision's weights of `name` read them."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, task: VisionTask, name: str) -> None:
+        super().__init__()
+        import torchvision
+
+        weights = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+        moments = task.mean, task.std, weights.mean, weights.std
+        mean, std, its_mean, its_std = (torch.tensor(x)[:, None, None] for x in moments)
+        self.register_buffer("scale", std / 255 / its_std)
+        self.register_buffer("shift", (mean / 255 - its_mean) / its_std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """In colour where the weights are."""
+        return images * self.scale + self.shift

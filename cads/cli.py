@@ -47,6 +47,8 @@ SECTIONS = ("task", "train", "options", "selectors", "checkpoint")
 """The parts of a configuration file that map names to values themselves."""
 PRODUCTS = {"select": ("selection",), "train": ("model.safetensors", "results.json")}
 """What is in the folder of a run when a command has finished."""
+READING = ("plan", "select", "train")
+"""Commands that read their data once, and say how."""
 WITHOUT_EFFECT = ("out", "overwrite", "tensorboard", "progress", "checkpoint", "selection")
 """Settings that do not decide on the result: a selection is known by its contents, not by where it is."""
 USAGE = f"""usage: cads COMMAND [CONFIG] [flags]
@@ -90,8 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"cads: command {argv[0]!r} is unknown: use one of {', '.join(commands)}", style="red")
         return 2
     try:
-        if not everyone().first:
+        first = everyone().first
+        if not first:
             logging.getLogger().setLevel(logging.ERROR)
+        logging.getLogger("cads.tasks").setLevel(logging.INFO if first and argv[0] in READING else logging.NOTSET)
         commands[argv[0]](argv[1:])
         close()
     except Interrupted as stopped:
@@ -172,7 +176,7 @@ def select(argv: list[str]) -> None:
                 {"selected_share": share, "selection_flops": ledger.total(SELECT).flops},
             )
             world.on_first(lambda: str(chosen.save(out / "selection")))
-        world.on_first(lambda: _write_config(parser, config, out))
+        world.on_first(lambda: _write_config(parser, config, task, out))
         run.finish()
     console.print(summary(chosen))
     console.print(ledger.table())
@@ -206,7 +210,7 @@ def train(argv: list[str]) -> None:
                 {**outcome.metrics, "total_flops": outcome.ledger.total().flops},
             )
             world.on_first(lambda: str(outcome.save(out, merge=config.merge)))
-        world.on_first(lambda: _write_config(parser, config, out))
+        world.on_first(lambda: _write_config(parser, config, task, out))
         run.finish()
     console.print(outcome.ledger.table())
     table = Table(title="test set", title_justify="left")
@@ -373,8 +377,11 @@ def _monitor(config: Namespace, out: Path, command: str) -> Monitor:
     return Monitor(folder, Console(stderr=True) if config.progress and sys.stderr.isatty() else None)
 
 
-def _write_config(parser: ArgumentParser, config: Namespace, out: Path) -> None:
-    """Write the whole configuration, which replays the run."""
+def _write_config(parser: ArgumentParser, config: Namespace, task: Task, out: Path) -> None:
+    """Write the whole configuration, which replays the run, and `data.json`, where the task counts what was cut and
+    left out."""
+    if counts := getattr(task, "counts", None):
+        whole_file(out / "data.json", json.dumps(counts, indent=2) + "\n")
     replayed = config.clone()
     replayed.overwrite = False
     whole_file(out / "config.yaml", parser.dump(replayed, skip_unset=False))

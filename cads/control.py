@@ -23,7 +23,7 @@ class Control:
 
     c1, c2 >= 0 are fitted first (`estimator.fit_control`); a ridge regression on phi, with the strength chosen
     by leave-one-out, takes what they leave. Where the penalty is blind c1 and c2 vanish; where it is sharp the
-    rest does.
+    rest does. With alpha the penalty is that of the penalty form, alpha (R - l*).
 
     Args:
         draws: what was run, shape (K, S).
@@ -33,6 +33,7 @@ class Control:
         features: phi, maps draws (M, S) to (M, P).
         risk: R, maps draws to nats (M,).
         reach: l*, maps draws to nats (M,).
+        alpha: c1 = c2, held; None to fit them.
 
     Attributes:
         c1, c2: the weights of the penalty.
@@ -51,11 +52,13 @@ class Control:
         features: Function,
         risk: Function,
         reach: Function,
+        alpha: float | None = None,
     ) -> None:
         sound = np.isfinite(values)
         draws, values, weights = draws[sound], values[sound], weights[sound]
         self._features, self.risk, self.reach = features, risk, reach
-        self.c1, self.c2 = fit_control(values, risk(draws), reach(draws))
+        held = None if alpha is None else (alpha, alpha)
+        self.c1, self.c2 = held or fit_control(values, risk(draws), reach(draws))
         x, y = self._inputs(draws, fidelity[sound]), values - self._penalty(draws)
         total = weights.sum()
         self._x_mean, self._y_mean = weights @ x / total, float(weights @ y / total)

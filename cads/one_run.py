@@ -13,7 +13,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -173,7 +173,7 @@ class OneRun:
         parts = self._divide(inner)
         notes: dict[str, object] = {} if parts else {"one run": self._why_not}
         everything = uniform(task, budget, method=self.method, seed=seed, ledger=ledger, notes=notes)
-        everything.target_fraction, everything.config = self.target_fraction, self.config
+        everything = replace(everything, target_fraction=self.target_fraction, config=self.config)
         if parts is None:
             log.warning("%s: %s", self.method, self._why_not)
             return everything

@@ -18,7 +18,7 @@ from cads.monitor import Monitor
 from cads.optimizer import Division, divide, uniform
 from cads.scorers import scorer_of
 from cads.selection import Selection
-from cads.task import Pool, Task
+from cads.task import Objective, Pool, Task
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,9 @@ class Search(ABC):
     allowance: float | None = None
     """Selection FLOPs at most, in units of the training FLOPs; null: 2.75 times what training the scorer would take,
     and no more than 1/3 if the budget counts selection, or 1/12 for each pass it buys, up to 1."""
-    outer: str | None = None
-    """The metric to minimise on the target; null for the task's own."""
+    outer: str | Objective | None = None
+    """The metric to minimise on the target, by name or, in Python, any function of task, model and pool; null for the
+    task's own."""
     guard: bool = True
     """Return the full pool unless the choice beat it on the target."""
     target_fraction: float | None = None

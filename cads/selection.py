@@ -74,7 +74,7 @@ class Selection:
         target_fraction: share of each training batch drawn from the target (0: pool only).
         weighted: whether training draws examples in proportion to their probability, with replacement, instead
             of going through the selected ones epoch by epoch.
-        method, config, seed, budget, ledger: how it was made.
+        method, config, seed, budget, ledger: how it was made; of functions in the config, the names.
         pool_hash: content hash of the pool it was made from.
         notes: what the selector has to say, such as the guard's verdict.
         start: where training goes on from, if the selector has begun the run of the final model (`cads.one_run`):
@@ -117,6 +117,7 @@ class Selection:
         if not self.selected.any() and self.target_fraction < 1:
             raise SelectionError(f"{self.method} selected no example: lower its threshold or raise the budget")
         self.versions = self.versions or versions()
+        self.config = {option: _named(value) for option, value in self.config.items()}
 
     @classmethod
     def of(
@@ -358,6 +359,13 @@ class Selection:
             start=start,
             **{name: header[name] for name in HEADER},
         )
+
+
+def _named(value: Any) -> Any:
+    """The full name of a function, or of the class of another callable; anything else as it is."""
+    if not callable(value):
+        return value
+    return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
 def _dictionary(names: pa.Array | Sequence[str] | None) -> pa.DictionaryArray | None:

@@ -6,6 +6,7 @@ with the penalty of CADS (arXiv 2510.16806), and a regression on the runs so far
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -36,8 +37,8 @@ MOST_FOR_THETA = 0.1
 """Share of the allowance that theta and R may take: where budgets are small, short runs tell more."""
 PROBE_EXAMPLES = 256
 """Examples of each source on which R is measured."""
-POLICY_STEPS, POLICY_STEP = 60, 0.05
-"""Steps of the policy after each rung, and their length in the largest probability."""
+POLICY_STEP = 0.05
+"""Length of the steps of the policy in the largest probability; it falls to 0 over those after a rung."""
 ENUMERATED = 10
 """Up to this many sources the gradient of E[h] is exact; above, it is sampled."""
 SAMPLED = 2048
@@ -99,6 +100,11 @@ class CadsSources(OneRunSearch):
     """Subsets of sources, or mixture ratios."""
     reach: Literal["fitted", "extrapolated"] = "fitted"
     """l*: fitted over masks to the losses the short runs reached, or to those extrapolated to the budget."""
+    alpha: float | None = None
+    """Weight of the penalty in the control variate, c1 = c2 = alpha, or 0 where the budget buys no R; null: c1 and c2
+    are fitted to the short runs."""
+    policy_steps: int = 60
+    """Steps of the policy after each rung; 0: it stays where it starts."""
 
     method: ClassVar[str] = "cads-s"
     weigh = staticmethod(by_source)
@@ -108,19 +114,23 @@ class CadsSources(OneRunSearch):
         for name, known in (("policy", ("bernoulli", "mixture")), ("reach", ("fitted", "extrapolated"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: choose from {list(known)}")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise ConfigError(f"alpha = {self.alpha}: it must be at least 0 and finite, or null to be fitted")
+        if not (isinstance(self.policy_steps, int) and self.policy_steps >= 0):
+            raise ConfigError(f"policy_steps = {self.policy_steps}: it must be a whole number, at least 0")
 
     def spend(self, purse: Planned, training: float) -> bool:
         """What `search` would do; see `Search`."""
         space = self._space(purse.task)
-        if flops := theta_flops(purse, space, training):
+        if flops := theta_flops(purse, space, training, self.policy_steps):
             purse.fit_target(flops, stage="theta")
             purse.losses(sum(len(p) for p in probes(space)), stage="R", flops=probing_flops(purse, space))
         done = 0
-        for rung in affordable(purse, space, training):
+        for rung in affordable(purse, space, training, self.policy_steps):
             runs = rung.runs if space.count is None else min(rung.runs, space.count)
             purse.run(runs, rung.flops, stage=rung.stage)
             done += runs
-            purse.learn(update_flops(space, done))
+            purse.learn(update_flops(space, done, self.policy_steps))
         return done > 0
 
     def _space(self, task: Task) -> Space:
@@ -129,8 +139,8 @@ class CadsSources(OneRunSearch):
     def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
         """theta, and rung by rung draws, runs, control variate and policy; see `Search`."""
         task, space = inner.task, self._space(inner.task)
-        risk = source_risks(inner, space, training, seed)
-        rungs = affordable(inner, space, training)
+        risk = source_risks(inner, space, training, self.policy_steps, seed)
+        rungs = affordable(inner, space, training, self.policy_steps)
         if not rungs:
             return self.full_pool(task, budget, seed, ledger, NOTHING)
         policy = space.policy()
@@ -145,8 +155,9 @@ class CadsSources(OneRunSearch):
                 reached = extrapolate(runs.flops, runs.losses, training)
             trials = trials.extended(draws, runs, reached, rung.fidelity)
             control = self._control(space, trials, risk, rung)
-            policy = improve(space, policy, control, draws, runs.objective - runs.objective[0], rung.fidelity, seed)
-            inner.learn(update_flops(space, len(trials.gains)))
+            gains = runs.objective - runs.objective[0]
+            policy = improve(space, policy, control, draws, gains, rung.fidelity, self.policy_steps, seed)
+            inner.learn(update_flops(space, len(trials.gains), self.policy_steps))
             self._watch(inner, space, policy, control, trials, height)
         return self._conclude(inner, space, policy, trials, budget, seed, ledger)
 
@@ -193,6 +204,7 @@ class CadsSources(OneRunSearch):
             features=space.features,
             risk=lambda draws: mean_over_sources(space.weights(draws), space.sizes, risk),
             reach=lambda draws: reach(space.weights(draws)),
+            alpha=self.alpha if self.alpha is None or risk.any() else 0.0,
         )
 
     def _watch(self, inner: Inner, space: Space, policy: Policy, control: Control, trials: Trials, height: int) -> None:
@@ -272,41 +284,50 @@ def mean_losses(inner: Inner, space: Space, theta: nn.Module) -> np.ndarray:
     return np.array([inner.losses(theta, there, stage="R").mean() for there in probes(space)])
 
 
-def theta_flops(purse: Purse, space: Space, training: float) -> float:
+def theta_flops(purse: Purse, space: Space, training: float, steps: int) -> float:
     """What theta is trained for; 0 if it and its losses would take too much of what the ledger has left.
 
     Where short runs are too few to learn which sources matter, theta's losses are the guide: it is trained for less.
+
+    Args:
+        steps: of the policy after each rung.
     """
     flops = purse.target_flops(THETA_SHARE, THETA_PASSES, training)
     most = MOST_FOR_THETA * purse.ledger.left
     probing = probing_flops(purse, space)
     if flops + probing > most:
-        rungs = affordable(purse, space, training, reserved=most)
+        rungs = affordable(purse, space, training, steps, reserved=most)
         flops = most - probing if rungs and rungs[0].runs <= len(space.sizes) else 0.0
     return 0.0 if flops < purse.target_step_flops else flops
 
 
-def update_flops(space: Space, runs: int) -> float:
-    """Learning from a rung: the regression on `runs` short runs, and the steps of the policy."""
+def update_flops(space: Space, runs: int, steps: int) -> float:
+    """Learning from a rung: the regression on `runs` short runs, and `steps` of the policy."""
     drawn = SAMPLED if space.count is None or len(space.sizes) > ENUMERATED else space.count
     designed = design_flops(drawn, n_columns(len(space.sizes)), runs)
-    return designed + source_policy_flops(len(space.sizes), space.n_features, drawn, runs, POLICY_STEPS)
+    return designed + source_policy_flops(len(space.sizes), space.n_features, drawn, runs, steps)
 
 
-def affordable(purse: Purse, space: Space, training: float, reserved: float = 0.0) -> list[Rung]:
-    """The ladder that what is left of the ledger buys, with an update of the policy after each rung, and as much as is
+def affordable(purse: Purse, space: Space, training: float, steps: int, reserved: float = 0.0) -> list[Rung]:
+    """The ladder that what is left of the ledger buys, with `steps` of the policy after each rung, and as much as is
     reserved."""
-    most = sum(rung.runs for rung in purse.ladder(training))
-    return purse.ladder(training, update_flops(space, most) + reserved)
+    most, rungs = 0, purse.ladder(training)
+    # A ladder of fewer rungs can hold more runs, from which it takes more to learn.
+    while (runs := sum(rung.runs for rung in rungs)) > most:
+        most, rungs = runs, purse.ladder(training, update_flops(space, runs, steps) + reserved)
+    return rungs
 
 
-def source_risks(inner: Inner, space: Space, training: float, seed: int) -> np.ndarray:
+def source_risks(inner: Inner, space: Space, training: float, steps: int, seed: int) -> np.ndarray:
     """Mean loss in each source of theta, a model fitted to the target.
+
+    Args:
+        steps: of the policy after each rung.
 
     Returns:
         nats, shape (S,); all 0 if the budget does not buy theta.
     """
-    flops = theta_flops(inner, space, training)
+    flops = theta_flops(inner, space, training, steps)
     if not flops:
         return np.zeros(len(space.sizes))
     theta = inner.fit_target(flops, seed=derive(seed, "theta"), stage="theta")
@@ -355,9 +376,10 @@ def improve(
     draws: np.ndarray,
     gains: np.ndarray,
     fidelity: float,
+    steps: int,
     seed: int,
 ) -> Policy:
-    """Move the policy along the corrected gradient, on the latest runs, weighted as it moves away from them.
+    """Move the policy by `steps` along the corrected gradient, on the latest runs, weighted as it moves away from them.
 
     The first draw is the full pool, which the policy did not propose: it is no sample. With fewer than two
     samples the control variate is all there is.
@@ -376,7 +398,7 @@ def improve(
         values = np.empty(len(masks))
         values[1:] = control(masks[1:])
         values[0] = values[1:].max()
-    for step in range(POLICY_STEPS):
+    for step in range(steps):
         here = space.explore(policy)
         ratio = np.minimum(np.exp(here.log_prob(draws) - start), LARGEST_RATIO)
         if masks is not None:
@@ -390,5 +412,5 @@ def improve(
         largest = float(np.abs(gradient).max())
         if largest == 0:
             break
-        policy.step(gradient / largest, POLICY_STEP * (1 - step / POLICY_STEPS))
+        policy.step(gradient / largest, POLICY_STEP * (1 - step / steps))
     return policy

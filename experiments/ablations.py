@@ -1,7 +1,11 @@
-"""What each part of CADS-S is for: one part at a time replaced, in worlds whose truth is known; one table.
+"""What each part of CADS-S is for, in worlds whose truth is known; one table.
 
     python -m experiments.ablations --budgets 1,4,16,64 --seeds 3 --json runs/ablations.json \
         [--results experiments/results/ablations.md]
+
+Each line replaces one option of what the first line of its part does. Two parts have another selector there than
+CADS-S: the direct estimator has the baselines and K, the plain penalty an exact l*. The part `estimator` compares the
+three selectors whole: they differ in more than the estimator, such as the search by short runs and the guard.
 
 The cells are those of `experiments.oracle`, under the same --cache: a run that was stopped goes on where it was, and
 one that names several worlds reads what was run for each.
@@ -23,14 +27,12 @@ from rich.console import Console
 from cads.budget import Budget
 from cads.errors import CadsError, ConfigError
 from cads.study.summary import half_width
-from experiments.oracle import BUILT_IN, Contender, Oracle, run
+from experiments.oracle import Contender, Oracle, run
 from experiments.oracle_report import LONG_FROM, Cell, Reference, Summary, summary_of
 from experiments.truth import write_whole
-from experiments.worlds import read_world
+from experiments.worlds import SHORT, read_world, shipped
 
-WORLDS = ("complementary", "domains", "noise", "redundant")
 BASE = Contender("cads-s", "cads-s")
-"""What every other line is compared with."""
 PENALTY = Contender("cads-s-penalty", "cads-s-penalty")
 DIRECT_OPTIONS = {"allowance": 2.75, "share": 1 / 8}
 """The direct estimator at what CADS-S may spend: whole runs would not fit."""
@@ -39,7 +41,8 @@ DIRECT = Contender("direct", "bilevel", DIRECT_OPTIONS)
 
 @dataclass(frozen=True)
 class Variant:
-    """A line of the table: which part, what stands in its place, and who does that."""
+    """A line of the table: which part, what stands in its place, and who does that; others are compared with the first
+    of the part."""
 
     part: str
     value: str
@@ -63,24 +66,27 @@ VARIANTS = (
     Variant("estimator", "plain penalty", PENALTY),
     Variant("estimator", "direct, runs of C/8", DIRECT),
     Variant("baseline of direct", "leave-one-out", DIRECT),
-    Variant("baseline of direct", "mean", _direct("mean", baseline="mean")),
     Variant("baseline of direct", "none", _direct("no baseline", baseline="none")),
-    Variant("K of direct", "2", _direct("K = 2", draws=2)),
     Variant("K of direct", "5", DIRECT),
+    Variant("K of direct", "2", _direct("K = 2", draws=2)),
     Variant("K of direct", "10", _direct("K = 10", draws=10)),
-    Variant("alpha", "fitted (CADS-S)", BASE),
-    Variant("alpha", "0.1 (plain penalty)", PENALTY),
-    Variant("alpha", "1 (plain penalty)", _penalty("alpha = 1", alpha=1.0)),
-    Variant("l*", "fitted (CADS-S)", BASE),
-    Variant("l*", "extrapolated (CADS-S)", _cads("l* extrapolated", reach="extrapolated")),
-    Variant("l*", "fitted (plain penalty)", PENALTY),
-    Variant("l*", "extrapolated (plain penalty)", _penalty("l* extrapolated", reach="extrapolated")),
-    Variant("l*", "exact (plain penalty)", _penalty("l* exact", reach="exact")),
+    Variant("alpha", "c1 and c2 fitted", BASE),
+    Variant("alpha", "0, no penalty", _cads("alpha = 0", alpha=0.0)),
+    Variant("alpha", "0.1", _cads("alpha = 0.1", alpha=0.1)),
+    Variant("alpha", "1", _cads("alpha = 1", alpha=1.0)),
+    Variant("policy gradient", "on", BASE),
+    Variant("policy gradient", "off, policy held at 1/2", _cads("policy held at 1/2", policy_steps=0)),
+    Variant("l*", "fitted", BASE),
+    Variant("l*", "extrapolated", _cads("l* extrapolated", reach="extrapolated")),
+    Variant("l* of the plain penalty", "fitted", PENALTY),
+    Variant("l* of the plain penalty", "extrapolated", _penalty("l* extrapolated", reach="extrapolated")),
+    Variant("l* of the plain penalty", "exact", _penalty("l* exact", reach="exact")),
     Variant("policy", "Bernoulli", BASE),
     Variant("policy", "mixture", _cads("mixture", policy="mixture")),
     Variant("guard", "on", BASE),
     Variant("guard", "off", _cads("no guard", guard=False)),
-    Variant("outer", "calibrated loss", BASE),
+    Variant("outer", "tempered loss (default)", BASE),
+    Variant("outer", "calibrated loss", _cads("outer calibrated loss", outer="calibrated_loss")),
     Variant("outer", "loss", _cads("outer loss", outer="loss")),
     Variant("outer", "error", _cads("outer error", outer="error")),
 )
@@ -90,9 +96,12 @@ OUTER = "outer"
 NOTE = (
     "Regret in points of test accuracy and in nats of calibrated test loss, and selection FLOPs in units of C, as "
     "`experiments.oracle` defines them: means over worlds, budgets and seeds, ± half a 95% t-interval over seeds. The "
-    "difference is to CADS-S as it is by default, seed by seed. The direct estimator may spend what CADS-S may, on "
-    "runs of C/8; with its baseline `mean` the gradient is (K - 1)/K times that with leave-one-out, and Adam does not "
-    "see a factor. The plain penalty has no allowance: it spends what its rounds and runs take."
+    "difference is to the first line of the part, seed by seed. Within a part one option changes, but for `estimator`: "
+    "there whole selectors are compared, which differ in their search, guard and cost too. The direct estimator may "
+    "spend what CADS-S may, on runs of C/8; the mean is no line among its baselines, since it gives (K - 1)/K times "
+    "the gradient with leave-one-out, and Adam does not see a factor. The plain penalty has no allowance: it spends "
+    "what its rounds and runs take. A held alpha is the weight of R and of l* in the control variate where the budget "
+    "buys R, and 0 elsewhere; the regression on the sources remains in all lines."
 )
 COLUMNS = (
     "part",
@@ -108,24 +117,23 @@ COLUMNS = (
 
 
 def contenders(parts: Sequence[str]) -> list[Contender]:
-    """Everyone in these parts once, and CADS-S as it is first.
+    """Everyone in these parts, once.
 
     Raises:
         ConfigError: if there is no such part.
     """
     if stray := sorted(set(parts) - set(PARTS)):
         raise ConfigError(f"--parts {stray}: choose from {list(PARTS)}")
-    who = {BASE.label: BASE} | {v.who.label: v.who for v in VARIANTS if v.part in parts}
-    return list(who.values())
+    return list({v.who.label: v.who for v in VARIANTS if v.part in parts}.values())
 
 
-def difference(cells: Sequence[Cell], label: str) -> tuple[float, float]:
-    """Regret in accuracy of a contender less that of CADS-S on the same cells, and half its interval over seeds."""
+def difference(cells: Sequence[Cell], label: str, base: str) -> tuple[float, float]:
+    """Regret in accuracy of a contender less that of `base` on the same cells, and half its interval over seeds."""
     regret = {(c.world, c.budget, c.seed, c.method): c.regret_acc for c in cells}
     by_seed: dict[int, list[float]] = {}
     for (world, budget, seed, method), value in regret.items():
         if method == label:
-            by_seed.setdefault(seed, []).append(value - regret[world, budget, seed, BASE.label])
+            by_seed.setdefault(seed, []).append(value - regret[world, budget, seed, base])
     means = [float(np.mean(values)) for values in by_seed.values()]
     return float(np.mean(means)), half_width(means)
 
@@ -136,12 +144,13 @@ def _points(mean: float, width: float, sign: str = "") -> str:
 
 def _row(variant: Variant, row: Summary, cells: Sequence[Cell]) -> list[str]:
     places = len({(c.world, c.budget) for c in row.cells})
-    own = variant.who.label == BASE.label
+    base = next(v.who.label for v in VARIANTS if v.part == variant.part)
+    own = variant.who.label == base
     return [
         variant.part,
         variant.value,
         _points(row.regret_acc, row.width_acc),
-        "" if own else _points(*difference(cells, variant.who.label), sign="+"),
+        "" if own else _points(*difference(cells, variant.who.label, base), sign="+"),
         "-" if np.isnan(row.long_acc) else _points(row.long_acc, row.long_width),
         f"{row.regret_val:.3f}",
         f"{row.selection:.2f}",
@@ -156,7 +165,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(cells: Sequence[Cell], references: Sequence[Reference], parts: Sequence[str]) -> str:
-    """The table of all parts, and the outer objectives world by world."""
+    """The table of all parts, and the regret of each outer objective world by world."""
     summary = {row.method: row for row in summary_of(cells, references)}
     rows = [_row(v, summary[v.who.label], cells) for v in VARIANTS if v.part in parts]
     worlds = list(dict.fromkeys(r.world for r in references))
@@ -165,14 +174,21 @@ def markdown(cells: Sequence[Cell], references: Sequence[Reference], parts: Sequ
     where = f"Worlds: {', '.join(worlds)}; passes: {', '.join(f'{b:g}' for b in budgets)}; {seeds} seeds."
     text = f"{NOTE}\n\n{where}\n\n{_table(COLUMNS, rows)}"
     if OUTER in parts:
-        lines: list[list[str]] = []
-        for variant in (v for v in VARIANTS if v.part == OUTER):
-            here = [[c.regret_acc for c in cells if (c.method, c.world) == (variant.who.label, w)] for w in worlds]
-            lines.append([variant.value, *(f"{100 * np.mean(values):.2f}" for values in here)])
-        text += (
-            f"\nThe outer objective of CADS-S, world by world, regret in points:\n\n{_table((OUTER, *worlds), lines)}"
-        )
+        title = "The outer objective of CADS-S, world by world, regret in points; `*`: the lowest in the world"
+        text += f"\n{title}:\n\n{_table((OUTER, *worlds), outer_by_world(cells, worlds))}"
     return text
+
+
+def outer_by_world(cells: Sequence[Cell], worlds: Sequence[str]) -> list[list[str]]:
+    """A line an outer objective: its name, and its mean regret in each world in points, the lowest marked by `*`."""
+    variants = [v for v in VARIANTS if v.part == OUTER]
+    columns = []
+    for world in worlds:
+        here = [[c.regret_acc for c in cells if (c.method, c.world) == (v.who.label, world)] for v in variants]
+        texts = [f"{100 * np.mean(values):.2f}" for values in here]
+        lowest = min(texts, key=float)
+        columns.append([f"{text} *" if text == lowest else text for text in texts])
+    return [[v.value, *row] for v, row in zip(variants, zip(*columns, strict=True), strict=True)]
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -186,8 +202,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="also write the tables here")
     parser.add_argument("--cache", type=Path, default=Path("runs/oracle"), help="folder of the cells")
     parser.add_argument("--truth", type=Path, default=Path("runs/truth"), help="folder of the truth")
+    parser.add_argument("--fresh", action="append", default=[], help="a label whose kept cells are run again")
     given = parser.parse_args(argv)
-    given.world = given.world or [BUILT_IN / f"{name}.yaml" for name in WORLDS]
+    given.world = given.world or shipped(SHORT)
     return given
 
 
@@ -203,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.seeds < 1:
             raise ConfigError(f"--seeds {given.seeds}: at least one is needed")
         worlds = [read_world(path) for path in given.world]
-        oracle = Oracle(given.cache, given.truth, given.truth_seeds, bound_seconds=600.0)
+        oracle = Oracle(given.cache, given.truth, given.truth_seeds, bound_seconds=600.0, fresh=given.fresh)
         cells, references = run(worlds, budgets, who, given.seeds, oracle, console)
     except CadsError as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False)

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from cads.budget import SELECT, Budget, Ledger
 from cads.errors import CadsError, ConfigError
+from cads.optimizer import Selector
 from cads.outcome import train_on, training_flops
 from cads.registry import build_selector
 from cads.selection import Selection
@@ -34,11 +35,12 @@ from cads.task import Task
 from experiments.bound import bound
 from experiments.oracle_report import Cell, Reference, draw, markdown, tables
 from experiments.truth import ENUMERATED, MEASURED_ON, TRUTH_VERSION, Truth, truth, worth, write_whole
-from experiments.worlds import World, read_world
+from experiments.worlds import SHIPPED, World, read_world, shipped
 
 ORACLE_VERSION = 1
 """Part of every cell's key: raise it when what a cell holds changes its meaning."""
-BUILT_IN = Path(__file__).parent / "configs" / "worlds"
+LATER = {"alpha": None, "policy_steps": 60}
+"""Options younger than kept cells, at what was done before they came: these are no part of a key."""
 WIDTH = 132
 """Columns of the tables where there is no terminal to ask."""
 
@@ -82,6 +84,11 @@ def contenders(labels: Sequence[str], settings: Sequence[str]) -> list[Contender
         made[-1].options = options
         build_selector(made[-1].method, options)
     return made
+
+
+def settings_of(selector: Selector) -> dict[str, str]:
+    """What a cell's key has of a selector: also options that were not given, since another default is another cell."""
+    return {name: repr(value) for name, value in vars(selector).items() if (name, value) not in LATER.items()}
 
 
 def chosen_of(selection: Selection, task: Task) -> list[float]:
@@ -139,8 +146,7 @@ class Oracle:
         """Select, and look up or train what was selected; read from the cache if it was done before."""
         selector = build_selector(who.method, who.options)
         about = [ORACLE_VERSION, TRUTH_VERSION, world.settings(), passes, asdict(who), seed, self.truth_seeds]
-        # With the options that were not given: another default is another cell.
-        about.append({name: repr(value) for name, value in vars(selector).items()})
+        about.append(settings_of(selector))
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
         file = self.cache / f"{world.name}-{passes:g}-{who.label.replace('/', '_')}-{seed}-{digest}.json"
         if who.label in self.fresh or not file.exists():
@@ -194,7 +200,14 @@ def run(
     oracle: Oracle,
     console: Console,
 ) -> tuple[list[Cell], list[Reference]]:
-    """All cells, world by world and budget by budget."""
+    """All cells, world by world and budget by budget.
+
+    Raises:
+        ConfigError: if a label whose kept cells are not to be used is no contender's.
+    """
+    labels = [contender.label for contender in who]
+    if stray := sorted(oracle.fresh - set(labels)):
+        raise ConfigError(f"--fresh {stray}: choose from {labels}")
     cells, references = [], []
     for world in worlds:
         task = world.build()
@@ -216,7 +229,7 @@ def run(
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--world", type=Path, action="append", help="a YAML file; again for more (default: all shipped)"
+        "--world", type=Path, action="append", help=f"a YAML file; again for more (default: {', '.join(SHIPPED)})"
     )
     parser.add_argument("--budgets", default="1,4,16,64", help="passes over the pool, separated by commas")
     parser.add_argument("--methods", default="full,cads-s", help="selectors, or labels that --options explains")
@@ -230,7 +243,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--truth", type=Path, default=Path("runs/truth"), help="folder of the truth")
     parser.add_argument("--fresh", action="append", default=[], help="a label whose kept cells are run again")
     given = parser.parse_args(argv)
-    given.world = given.world or sorted(BUILT_IN.glob("*.yaml"))
+    given.world = given.world or shipped(SHIPPED)
     return given
 
 
@@ -246,8 +259,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         worlds = [read_world(path) for path in given.world]
         if given.seeds < 1:
             raise ConfigError(f"--seeds {given.seeds}: at least one is needed")
-        if stray := sorted(set(given.fresh) - set(labels)):
-            raise ConfigError(f"--fresh {stray}: no such label among --methods {labels}")
         oracle = Oracle(given.cache, given.truth, given.truth_seeds, given.bound_seconds, given.fresh)
         cells, references = run(worlds, budgets, who, given.seeds, oracle, console)
     except CadsError as error:

@@ -36,16 +36,14 @@ from cads.selection import Selection
 from cads.sources import source_selection
 from cads.space import Masks
 from cads.task import Task
-from experiments.oracle import BUILT_IN, Oracle, chosen_of, value_of
+from experiments.oracle import Oracle, chosen_of, settings_of, value_of
 from experiments.speedup_report import Point, draw, markdown, summary_lines
 from experiments.truth import TRUTH_VERSION, Truth, write_whole
 from experiments.unrolled import Unrolled, kept
-from experiments.worlds import World, read_world
+from experiments.worlds import BUILT_IN, SHORT, World, read_world, shipped
 
 SPEEDUP_VERSION = 1
 """Part of every cell's key: raise it when what a cell holds changes its meaning."""
-WORLDS = ("complementary", "domains", "noise", "redundant")
-"""Worlds of the first part: all of their subsets are trained."""
 NESTED_WORLD = "many"
 NESTED = (
     "clean",
@@ -98,8 +96,11 @@ METHODS = {
     "bilevel, C/8": Method("bilevel", _up_to(8), {"share": 1 / 8}, course=True),
     "unrolled": Method("unrolled", _up_to(11), course=True),
     "unrolled, C/4": Method("unrolled", _up_to(5.5), {"share": 1 / 4}, course=True),
+    "unrolled, C/4, rate 0.03": Method("unrolled", _up_to(5.5), {"share": 1 / 4, "rate": 0.03}, course=True),
+    "unrolled, C/4, rate 0.3": Method("unrolled", _up_to(5.5), {"share": 1 / 4, "rate": 0.3}, course=True),
 }
-"""By label: what the tables call it. The first is what the others are measured against."""
+"""By label: what the tables call it. The first is what the others are measured against. Whether another rate of the
+inner SGD would serve `unrolled` better is asked where its runs are cheap."""
 
 
 class Steps(Monitor):
@@ -199,8 +200,7 @@ def cell(world: World, task: Task, known: Truth, label: str, passes: float, seed
     """The sweep of one method; read from the cache if it was done before."""
     method = METHODS[label]
     about: list[Any] = [SPEEDUP_VERSION, TRUTH_VERSION, world.settings(), passes, asdict(method), seed]
-    # With the options that were not given: another default is another cell.
-    about += [oracle.truth_seeds, {n: repr(v) for n, v in vars(method.selector(1.0)).items()}]
+    about += [oracle.truth_seeds, settings_of(method.selector(1.0))]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     file = oracle.cache / f"{world.name}-{passes:g}-{label.replace('/', '_')}-{seed}-{digest}.json"
     if label in oracle.fresh or not file.exists():
@@ -284,7 +284,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--truth", type=Path, default=Path("runs/truth"), help="folder of the truth")
     parser.add_argument("--fresh", action="append", default=[], help="a label whose kept cells are run again")
     given = parser.parse_args(argv)
-    given.world = given.world or [BUILT_IN / f"{name}.yaml" for name in WORLDS]
+    given.world = given.world or shipped(SHORT)
     return given
 
 

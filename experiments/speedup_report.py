@@ -22,14 +22,15 @@ BUDGET, SOURCES = "passes", "sources"
 NOTE = (
     "Regret in points of test accuracy, against the best subset of the sources that is known (all are trained up to 6 "
     "sources; above, a search gives a bound). Costs are selection FLOPs in units of C, the training budget, all "
-    "included; seconds are of selection by the wall, on one thread. A method reaches a regret at the least cost in "
-    "its sweep whose mean over worlds and seeds is that low; cost 0 is the full pool, which is what a method returns "
-    "that cannot afford one step. `x` is the cost or time in units of that of the first method; `> x`: not reached "
-    "within the sweep, whose largest cost stands for it; `< x`: the first method does not reach it. The sweeps of the "
-    "bilevel methods have more points, each a chance to be low, so the ratios flatter them rather than CADS-S. Their "
-    "steps follow `baselines/bilevel.py` (K = 5 masks, each trained for C or the share named) and "
-    "`experiments/unrolled.py` (weights of sources; the derivative through the last 64 steps of a training for C or "
-    "the share named, of a loss that must be differentiable)."
+    "included; seconds are CPU seconds of selection, which other jobs on the machine hardly change. A method reaches "
+    "a regret at the least cost in its sweep whose mean over worlds and seeds is that low; cost 0 is the full pool, "
+    "which is what a method returns that cannot afford one step. `x` is the cost or time in units of that of the "
+    "first method; `> x`: not reached within the sweep, whose largest cost stands for it; `< x`: the first method "
+    "does not reach it. The sweeps of the bilevel methods have more points, each a chance to be low, so the ratios "
+    "flatter them rather than CADS-S. Their steps follow `baselines/bilevel.py` (K = 5 masks, each trained for C or "
+    "the share named) and `experiments/unrolled.py` (weights of sources; the derivative through the last 64 steps of "
+    "a training for C or the share named, of a loss that must be differentiable; the inner SGD has the rate 0.1 where "
+    "none is named)."
 )
 
 
@@ -64,7 +65,7 @@ class Mean:
     """One allowance of one method: means over worlds and seeds, and half the interval of the regret over seeds."""
 
     cost: float
-    seconds: float
+    cpu_seconds: float
     regret: float
     width: float
 
@@ -81,8 +82,8 @@ def curve(points: Sequence[Point]) -> Curve:
         by_seed = [float(np.mean([p.regret_acc for p in here if p.seed == s])) for s in sorted({p.seed for p in here})]
         cost = float(np.mean([p.cost for p in here]))
         if not made or cost > made[-1].cost:
-            seconds = float(np.mean([p.seconds for p in here]))
-            made.append(Mean(cost, seconds, float(np.mean(by_seed)), half_width(by_seed)))
+            cpu_seconds = float(np.mean([p.cpu_seconds for p in here]))
+            made.append(Mean(cost, cpu_seconds, float(np.mean(by_seed)), half_width(by_seed)))
     return made
 
 
@@ -144,16 +145,16 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _spent(sweep: Curve, regret: float) -> tuple[float | None, float | None]:
-    """Cost and seconds where the mean regret is first as low as `regret`."""
+    """Cost and CPU seconds where the mean regret is first as low as `regret`."""
     found = reach(sweep, regret)
-    return (None, None) if found is None else (found.cost, found.seconds)
+    return (None, None) if found is None else (found.cost, found.cpu_seconds)
 
 
 def _reaching(points: Sequence[Point], what: str) -> str:
-    """Cost and time to reach each target, with their ratios."""
+    """Cost and CPU time to reach each target, with their ratios."""
     columns = [what, "method"]
     for target in TARGETS:
-        columns += [f"C to <= {100 * target:g}", "x", "seconds", "x"]
+        columns += [f"C to <= {100 * target:g}", "x", "CPU seconds", "x"]
     rows = []
     for value, sweeps in _curves(points, what).items():
         first = next(iter(sweeps.values()))
@@ -165,7 +166,7 @@ def _reaching(points: Sequence[Point], what: str) -> str:
                     f"> {sweep[-1].cost:.2f}" if theirs[0] is None else f"{theirs[0]:.2f}",
                     ratio(ours[0], first[-1].cost, theirs[0], sweep[-1].cost),
                     "-" if theirs[1] is None else f"{theirs[1]:.1f}",
-                    ratio(ours[1], first[-1].seconds, theirs[1], sweep[-1].seconds),
+                    ratio(ours[1], first[-1].cpu_seconds, theirs[1], sweep[-1].cpu_seconds),
                 ]
             rows.append(row)
     return _table(columns, rows)
@@ -261,7 +262,7 @@ def _line(axes: mpl.axes.Axes, sweep: Curve, look: Look, label: str) -> None:
         [100 * m.regret for m in sweep],
         color=look.colour,
         marker=look.marker,
-        linestyle="--" if look.dashed else "-",
+        linestyle=look.line,
         markersize=5,
         label=label,
     )

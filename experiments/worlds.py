@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,17 @@ from jsonargparse import ArgumentParser
 from cads.errors import ConfigError
 from cads.tasks.vision import VisionConfig, VisionTask
 from cads.trainer import TrainConfig
+
+BUILT_IN = Path(__file__).parent / "configs" / "worlds"
+SHORT = ("complementary", "domains", "noise", "redundant")
+"""Shipped worlds of about 2,000 examples whose subsets are all trained."""
+SHIPPED = ("complementary", "domains", "many", "noise-5000", "noise", "redundant")
+"""What the benchmark runs if no world is named: not those that belong to one question, such as noise-5000-200."""
+
+
+def shipped(names: Sequence[str]) -> list[Path]:
+    """The files of shipped worlds."""
+    return [BUILT_IN / f"{name}.yaml" for name in names]
 
 
 @dataclass

@@ -72,3 +72,10 @@ def test_without_gradients_torchs_own_is_used():
     given = inputs(dtype=torch.float64)
     with ShortAttention(torch.float32):
         assert scaled_dot_product_attention(*given).dtype == torch.float64
+
+
+def test_a_second_derivative_is_refused():
+    given = inputs()
+    first = torch.autograd.grad(attend(*given).float().square().sum(), given, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first[0].sum().backward()

@@ -98,6 +98,9 @@ def test_tokens_are_words_without_case_and_punctuation(text):
         ([["a"]], [], "queries is empty"),
         (["a b"], [["a"]], "split them into tokens"),
         ([[3]], [["a"]], "tokens that are strings"),
+        ([["a", None]], [["a"]], "documents has tokens, or lists of them, that are None"),
+        ([["a"], None], [["a"]], "documents has tokens, or lists of them, that are None"),
+        ([["a"]], [["a", None]], "queries has tokens, or lists of them, that are None"),
     ],
 )
 def test_bad_input_is_refused(documents, queries, message):
@@ -127,6 +130,19 @@ def test_the_best_mean_within_a_subtask(texts, aggregate, monkeypatch):
         for words in documents
     )
     assert ledger.total().flops == bm25_flops(postings, matches)
+
+
+@pytest.mark.parametrize("most", [1, 100, 1000])
+def test_chunks_hold_so_many_characters(texts, most, monkeypatch):
+    task, held = texts(), []
+    expected = Bm25().rank(task, seed=0, ledger=Ledger()).score
+    monkeypatch.setattr(bm25, "CHUNK_CHARACTERS", most)
+    monkeypatch.setattr(bm25, "tokenize", lambda texts: held.append([len(t) for t in texts]) or tokenize(texts))
+    assert (Bm25().rank(task, seed=0, ledger=Ledger()).score == expected).all()
+    documents = [size for sizes in held[1:] for size in sizes]
+    assert documents == [len(text) for text in task.texts(task.pool)]
+    assert len(held) > 2
+    assert all(sum(sizes) < most + max(documents) for sizes in held[1:])
 
 
 def test_without_subtasks_both_aggregates_agree(texts):

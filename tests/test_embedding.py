@@ -5,18 +5,23 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
+import baselines.embedding
+import baselines.spaces
 from baselines.embedding import Embedding
 from baselines.spaces import FeatureSpace, SentenceSpace, backbone_network, load_encoder
 from cads.budget import SELECT, Budget, Ledger
 from cads.counting import count_flops
 from cads.errors import ConfigError, DataError
 from cads.operations import normalisation_flops, similarity_flops
+from cads.tasks.networks import Network
 
 
 def cosines(task, model):
@@ -79,6 +84,20 @@ def test_every_flop_is_charged(texts, aggregate):
     assert ledger.entries[SELECT, "similarities"].flops == normalisation_flops(n + m, d) + products
 
 
+def test_a_target_without_a_vector_is_named_before_the_pool_is_read(texts):
+    task, ledger = texts(), Ledger()
+    plain, first = task.features, task.target.batch([7]).inputs["input_ids"][0, :5]
+
+    def spoilt(model, batch):
+        wrong = (batch.inputs["input_ids"][:, :5] == first).all(dim=1)
+        return plain(model, batch).masked_fill(wrong[:, None], np.nan)
+
+    task.features = spoilt
+    with pytest.raises(DataError, match=r"1 examples of the target, such as \['target-7'\], are not finite"):
+        Embedding().rank(task, seed=0, ledger=ledger)
+    assert ledger.total().flops == Embedding()._space(task).flops(task.target)
+
+
 def test_a_warm_up_is_trained_and_charged(images):
     task, ledger = images(batch_size=10), Ledger()
     selector = Embedding(warm_up=2)
@@ -111,6 +130,31 @@ class TestBackbone:
             task.pool = pool
         assert (one == two).all()
         assert one.std() > 0
+
+    @pytest.mark.parametrize("size", [None, 40])
+    def test_pretrained_weights_read_images_as_they_were_trained_to(self, images, size, monkeypatch):
+        monkeypatch.setattr(Network, "_weights", lambda self: {})
+        task = images()
+        model = backbone_network(task, "resnet18", size, pretrained=True, download=False).eval()
+        first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+        read = []
+        first.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        batch = task.pool.batch(np.arange(7))
+        task.features(model, batch)
+        pixels = batch.inputs["images"].float()
+        if size is not None:
+            pixels = functional.interpolate(pixels, (size, size), mode="bilinear")
+        mean, std = (torch.tensor(x)[:, None, None] for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+        torch.testing.assert_close(read[0], (pixels / 255 - mean) / std, rtol=1e-4, atol=1e-4)
+
+    def test_it_is_where_models_are_trained(self, images, monkeypatch):
+        device = torch.device("meta")
+        trainer = SimpleNamespace(accelerator=SimpleNamespace(device=device))
+        monkeypatch.setattr(baselines.embedding, "Trainer", lambda *_: trainer)
+        task, selector = images(), Embedding(backbone="resnet18", pretrained=False)
+        space = selector._space(task)
+        selector._fill(space, task, 0, Ledger(), None)
+        assert {x.device for x in space.model.state_dict().values()} == {device}
 
     def test_missing_weights_are_said_before_compute(self, images, monkeypatch, tmp_path):
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -161,6 +205,40 @@ class TestSentences:
         for mine, its in zip(loaded.parameters(), stored.parameters(), strict=True):
             assert mine.dtype == torch.float32
             assert torch.equal(mine, its.float())
+
+    @pytest.mark.parametrize("include", [True, False])
+    def test_the_encoders_own_prompt_and_dimension(self, texts, minilm, tmp_path, monkeypatch, include):
+        from sentence_transformers import SentenceTransformer
+
+        prompts = {"query": "asked by somebody who wonders: ", "document": ""}
+        model = SentenceTransformer(minilm, prompts=prompts, default_prompt_name="query", truncate_dim=50)
+        model.set_pooling_include_prompt(include)
+        model.save(str(tmp_path))
+
+        def load(name):
+            loaded = load_encoder(name)
+            loaded.truncate_dim = 50
+            return loaded
+
+        monkeypatch.setattr(baselines.spaces, "load_encoder", load)
+        task = texts(n=9)
+        space = SentenceSpace(task, str(tmp_path), 512)
+        assert space.dimension == 50
+        for rows in space.batches(task.pool):
+            expected = model.encode(task.texts(task.pool.part(rows, "some")))
+            np.testing.assert_allclose(space.encode(task.pool, rows).vectors, expected, atol=1e-5)
+        bare = SentenceTransformer(minilm, truncate_dim=50).encode(task.texts(task.pool.part(rows, "some")))
+        assert np.abs(expected - bare).max() > 0.01
+
+    def test_an_encoder_without_rows_of_tokens_is_refused(self, texts, minilm, tmp_path):
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+        tokenizer = SentenceTransformer(minilm).tokenizer
+        module = StaticEmbedding(tokenizer, embedding_dim=8)
+        SentenceTransformer(modules=[module]).save(str(tmp_path))
+        with pytest.raises(ConfigError, match=r"reads \['input_ids', 'offsets'\].*name a transformer"):
+            Embedding(encoder=str(tmp_path)).rank_plan(texts())
 
     def test_what_it_executes_is_planned_and_charged(self, texts, minilm):
         task, ledger = texts(n=12), Ledger()

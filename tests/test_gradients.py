@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import baselines.gradients
+import baselines.norms
 from baselines.gradients import PerExample, last_layer, rows_of
 from cads.errors import ConfigError
 from cads.task import Batch
@@ -302,6 +303,20 @@ def test_the_check_says_what_it_took():
     assert PerExample(Stub(), seeded(BATCHED["linear"][0])).check(batch) == 3
     assert PerExample(Stub(), seeded(BATCHED["linear"][0])).check(rows_of(batch, 0, 1)) == 2
     assert PerExample(Stub(), seeded(Bare)).check(batch) == 0
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_check_sees_what_passes_replace(precision, monkeypatch, caplog):
+    model, batch = seeded(lambda: with_lora(llama())).eval(), batch_of(WORDS)
+    gradients = PerExample(Tokens(), model, precision=precision)
+    exact = reference(Tokens(), model, batch)
+    right = baselines.norms.normalized
+    monkeypatch.setattr(baselines.norms, "normalized", lambda *given: 1.1 * right(*given))
+    gradients.check(batch)
+    assert gradients.batched == (precision == "bf16")  # which it would only round
+    if precision == "no":
+        assert caplog.text.count("one example at a time") == 1
+        torch.testing.assert_close(collected(gradients, batch)[0], exact, rtol=1e-5, atol=1e-7)
 
 
 def test_only_named_parameters_are_handed_out():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -9,12 +10,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_llama import write_lines
+from torch import nn
 
 from cads.draws import WINDOW, Draws, Epochs, Weighted
 from cads.task import Pool
+from cads.tasks.language import tokens_of
+from cads.tasks.language_data import TextSource, load_rows
+from cads.tasks.language_encoding import Encoder
+from cads.tasks.language_formats import Renderer
+from cads.tasks.language_models import load_tokenizer
 from cads.tasks.language_tokens import Tokens
+from experiments.pretraining import Shape, write_blank
 
 SEEDS = st.integers(0, 2**63 - 1)
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -99,29 +109,48 @@ def padding(examples, size):
     return 1 - real / sum(p.tokens for p in batches)
 
 
-def words(text):
-    """About as many tokens as a tokenizer makes of it: four characters each."""
-    return max(2, len(text) // 4)
+def encoded(folder, rows, longest):
+    """Prompts and responses as tokens of a tokenizer that was trained on some of them."""
+    lines = [{"prompt": p, "response": r} for p, r in rows]
+    file, some = write_lines(folder / "rows.jsonl", lines), write_lines(folder / "some.jsonl", lines[::10])
+    write_blank(folder / "blank", Shape(32, 1, 32), [some], 1000)
+    tokens = load_tokenizer(str(folder / "blank"), trust_remote_code=False)
+    kept = load_rows(TextSource(path=str(file)), 0)
+    found, _ = Encoder(tokens, Renderer(tokens), longest).encode(kept)
+    return Pool(kept.ids, found)
 
 
-@pytest.mark.parametrize("size", [8, 32])
-def test_hardly_any_padding_on_gsm8k(size):
+def docstrings():
+    """What the functions of a library are called and do: every installation has them."""
+    found = {}
+    for module in (np, np.linalg, np.random, np.fft, np.ma, torch, torch.linalg, nn.functional, torch.special):
+        for name in dir(module):
+            text = inspect.getdoc(getattr(module, name))
+            if callable(getattr(module, name)) and text:
+                found[text] = f"What does {module.__name__}.{name} do?"
+    return [(name, text) for text, name in found.items() if text.strip()][::3]
+
+
+def gsm8k():
     file = SHARED / "gsm8k_train.jsonl"
     if not file.exists():
         pytest.skip(f"{file.name} is not there")
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert padding(pool([words(r["question"] + r["answer"]) for r in rows]), size) < 0.1
+    return [(r["question"], r["answer"]) for r in map(json.loads, file.read_text().splitlines()[:600])]
 
 
-@pytest.mark.parametrize("size", [8, 32])
-def test_hardly_any_padding_on_chatterbot(size):
+def chats():
     corpus = pytest.importorskip("chatterbot_corpus")
-    import yaml
+    files = sorted((Path(corpus.__file__).parent / "data" / "english").glob("*.yml"))
+    turns = [turns for file in files for turns in yaml.safe_load(file.read_text())["conversations"]]
+    return [(str(t[0]), str(t[1])) for t in turns if len(t) > 1 and str(t[1]).strip()]
 
-    sizes = []
-    for file in sorted((Path(corpus.__file__).parent / "data" / "english").glob("*.yml")):
-        for turns in yaml.safe_load(file.read_text())["conversations"]:
-            # In a chat template every turn has four more tokens around it.
-            sizes.append(8 + words(" ".join(map(str, turns[:2]))))
-    assert len(sizes) > 1000
-    assert padding(pool(sizes), size) < 0.1
+
+@pytest.mark.parametrize(("texts", "longest"), [(docstrings, 1024), (gsm8k, 384), (chats, 128)])
+def test_hardly_any_padding_on_real_text(tmp_path, texts, longest):
+    """Cut where the configurations of these data cut."""
+    examples = encoded(tmp_path, texts(), longest)
+    lengths = tokens_of(examples).lengths()
+    assert len(lengths) > 500
+    assert lengths.std() > 0.3 * lengths.mean()
+    for size in (8, 32):
+        assert padding(examples, size) < 0.1

@@ -30,7 +30,8 @@ from cads.study.grid import Setting
 from cads.tasks import language_cache, language_data, language_tokens
 from cads.tasks.language import LanguageConfig, tokens_of
 from cads.tasks.language_cache import ABANDONED, ARRAYS, MANIFEST, TokenCache, decisive, rows_digest
-from cads.tasks.language_data import Encoder, Rows, TextSource, load_rows
+from cads.tasks.language_data import Rows, TextSource, load_rows
+from cads.tasks.language_encoding import Encoder
 from cads.tasks.language_formats import Renderer
 from cads.tasks.language_tokens import Tokens
 from cads.trainer import TrainConfig
@@ -97,6 +98,7 @@ class TestTheSameAsInMemory:
             (sums(60), {"packing": True, "chat": False, "separator": "##", "max_tokens": 30, "drop": True}),
             (conversations(30), {"n_pool": 9}),
             (texts(), {"drop": True}),
+            ([r if i % 4 else {**r, "response": ""} for i, r in enumerate(sums(40))], {"drop": True}),
         ],
     )
     def test_pools_and_what_is_said_of_them(self, tmp_path, model, caplog, rows, options):

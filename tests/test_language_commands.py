@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import runpy
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ from cads.cli import main
 from cads.counting import count_flops
 from cads.errors import ConfigError, DataError
 from cads.outcome import train_on
+from cads.processes import ALONE
 from cads.registry import build_selector
 from cads.selection import Selection
 from cads.tasks.language import LanguageConfig
@@ -92,6 +94,54 @@ def check_panels(folder):
     text = events.Tensors(shown[0])[0].tensor_proto.string_val[0].decode()
     assert "what is" in text
     assert "p = " in text
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_recognised_is_said_once_by_the_first_process(folder, selected, tmp_path, monkeypatch, capsys, first):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.WARNING)
+    monkeypatch.setattr(type(ALONE), "first", first)
+    monkeypatch.setattr("cads.cli.close", lambda: None)
+    rows = [*sums(40), {"id": "e", "prompt": "nothing", "response": "", "source": "right", "kind": "small"}]
+    pool = write_lines(tmp_path / "pool.jsonl", rows)
+    target = write_lines(tmp_path / "target.jsonl", [{"question": r["prompt"], "answer": "1."} for r in sums(20, 1)])
+    given = [f"--task.pool=[{{path: {pool}}}]", f"--task.target=[{{name: t, path: {target}}}]", "--task.drop=true"]
+    select = ["select", "--method", "random", "--options.fraction", "0.9", "--out", tmp_path / "s"]
+    plan = ["plan", "--methods", "[random]", "--flops_per_second", "1e9"]
+    train = ["train", "--selection", tmp_path / "s", "--out", tmp_path / "t"]
+    for command, *flags in (plan, select, train) if first else (plan,):
+        run(command, folder / "full.yaml", *given, *flags)
+        said = "".join(capsys.readouterr().err.split())
+        for text in (
+            f"pool ({pool}): recognised as prompt, from columns prompt, response, id, source",
+            f"t ({target}): recognised as prompt, from columns prompt = question, response = answer",
+            "1 examples of pool have no answer token",
+        ):
+            assert said.count("".join(text.split())) == first
+
+
+def test_what_was_cut_and_left_out_is_counted_beside_the_results(folder, selected, tmp_path):
+    rows = [*sums(40), {"id": "e", "prompt": "nothing", "response": "", "source": "right", "kind": "small"}]
+    pool = write_lines(tmp_path / "rows.jsonl", rows)
+    given = [f"--task.pool=[{{path: {pool}}}]", "--task.drop=true", "--task.max_tokens=33", "--task.n_target=4"]
+    given.append(f"--task.selector_model={folder / 'small'}")
+    run("select", folder / "full.yaml", *given, "--method", "ppl", "--out", tmp_path / "s")
+    run("train", folder / "full.yaml", *given, "--selection", tmp_path / "s")
+    written = [json.loads((tmp_path / f"{name}data.json").read_text()) for name in ("s/", "s/train/")]
+    assert written[0] == written[1]
+    assert written[0]["max_tokens"] == 33
+    found = [written[0]["selector"][part] for part in ("pool", "target", "test set")]
+    assert sum(source["rows"] for (source,) in found) == 41
+    left_out = sum(source["left_out"] for (source,) in found)
+    cut = sum(source["cut"] + source["left_out_cut"] for (source,) in found)
+    lengths = [len(tokenizer().apply_chat_template(turns(r), return_dict=True)["input_ids"]) for r in rows[:40]]
+    assert cut == sum(n > 33 for n in lengths) > 0
+    assert left_out >= 1
+
+
+def turns(row):
+    """As a chat."""
+    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
 
 
 def test_the_same_seed_trains_the_same_weights(folder, selected, tmp_path):

@@ -16,12 +16,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_llama import MARKED, conversations, model_folder, sums, tokenizer, write_lines
+from tiny_llama import MARKED, TEMPLATE, conversations, model_folder, sums, tokenizer, write_lines
+from tokenizers.processors import TemplateProcessing
 
 from cads.errors import ConfigError, DataError
 from cads.interrupt import Interrupted
+from cads.tasks import language_data
 from cads.tasks.language import LanguageConfig, tokens_of
-from cads.tasks.language_data import Encoder, TextSource, load_rows
+from cads.tasks.language_data import TextSource, load_rows
+from cads.tasks.language_encoding import Encoder
 from cads.tasks.language_formats import Renderer
 from cads.tasks.language_tokens import IGNORED, PAD_TO, Tokens, layout
 from cads.trainer import TrainConfig
@@ -130,6 +133,33 @@ class TestLimits:
         ):
             encode(tmp_path, rows, longest=20)
 
+    @pytest.mark.parametrize("template", [TEMPLATE, MARKED, None])
+    def test_empty_answers_are_left_out_where_they_may_be(self, tmp_path, caplog, monkeypatch, template):
+        """Everything else is as if they were not there, also where many follow each other."""
+        monkeypatch.setattr(language_data, "ROWS_AT_ONCE", 2)
+        tok = tokenizer(template)
+        if template is None:
+            # A token at the beginning and one at the end are no answer either.
+            begin = TemplateProcessing(single="<|system|> $A", special_tokens=[("<|system|>", 3)])
+            tok.backend_tokenizer.post_processor = begin
+        texts = ["one", "", "two", "  ", "\n", "", "three"]
+        rows = [{"id": str(i), "prompt": "q", "response": text} for i, text in enumerate(texts)]
+        if template is not None:
+            rows = [{"id": r["id"], "messages": [ask("q"), tell(r["response"])]} for r in rows]
+            rows[1]["messages"] = [ask("q")]
+            rows[3]["messages"] = [ask("q"), tell("a"), ask("q"), tell(" ")]
+        tokens, kept = encode(tmp_path, rows, tok=tok, drop=True)
+        assert kept.tolist() == [0, 2, 6]
+        assert "4 examples of rows have no answer token (0 of them after they were cut" in caplog.text
+        assert "['1', '3', '4']: they are left out" in caplog.text
+        expected, _ = encode(tmp_path, [rows[i] for i in kept], tok=tok)
+        assert np.array_equal(tokens.ids, expected.ids)
+        assert np.array_equal(tokens.learned, expected.learned)
+        with pytest.raises(DataError, match=r"'1' has (an empty|no) answer: .*drop: true"):
+            encode(tmp_path, rows, tok=tok)
+        with pytest.raises(DataError, match="nothing is left of rows"):
+            encode(tmp_path, rows[3:6], tok=tok, drop=True)
+
     def test_context_of_the_model(self, model, tmp_path):
         file = write_lines(tmp_path / "sums.jsonl", sums(10))
         config = LanguageConfig(model=str(model), pool=[TextSource(path=str(file))], max_tokens=129)
@@ -160,17 +190,21 @@ class TestFiles:
         assert len(load_rows(TextSource(path=str(tmp_path / "a.jsonl")), 0)) == 2
 
     def test_the_format_is_recognised_and_said(self, tmp_path, caplog):
-        file = write_lines(tmp_path / "a.jsonl", [{"question": "1?", "answer": "2"}])
+        row = {"instruction": "1?", "input": "", "output": "2", "id": "x", "source": "s"}
+        file = write_lines(tmp_path / "a.jsonl", [row])
         with caplog.at_level(logging.INFO):
-            rows = load_rows(TextSource(path=str(file)), 0)
+            rows = load_rows(TextSource(path=str(file)), 0, given_sources=True)
         assert rows.format == "prompt"
-        assert rows.ids.to_pylist() == ["a-00000"]
-        assert "recognised as prompt, from columns {'prompt': 'question', 'response': 'answer'}" in caplog.text
+        assert rows.ids.to_pylist() == ["x"]
+        columns = "prompt = instruction, response = output, context = input, id, source"
+        assert f"a ({file}): recognised as prompt, from columns {columns}" in caplog.text
 
-    def test_or_named(self, tmp_path):
+    def test_or_named(self, tmp_path, caplog):
+        caplog.set_level(logging.INFO)
         file = write_lines(tmp_path / "a.jsonl", [{"q": "1?", "r": "2", "text": "other", "key": 7}])
-        named = TextSource(path=str(file), columns={"prompt": "q", "response": "r", "id": "key"})
+        named = TextSource(path=str(file), format="prompt", columns={"prompt": "q", "response": "r", "id": "key"})
         rows = load_rows(named, 0)
+        assert not caplog.records
         assert (rows.format, rows.ids.to_pylist()) == ("prompt", ["7"])
         assert load_rows(TextSource(path=str(file), format="text"), 0).format == "text"
 
@@ -213,6 +247,14 @@ class TestFiles:
     def test_sources_that_are_refused(self, options, message):
         with pytest.raises(ConfigError, match=message):
             TextSource(**options)
+
+
+def ask(text):
+    return {"role": "user", "content": text}
+
+
+def tell(text):
+    return {"role": "assistant", "content": text}
 
 
 def talk(*turns):

@@ -8,16 +8,17 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from tiny_llama import conversations, model_folder, tokenizer, write_lines
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from cads.cli import main as cads
 from cads.errors import ConfigError, DataError
 from cads.study.grid import read_grid, settings
 from cads.study.results import read_runs
-from experiments import corpora, language, language_report, pretraining
+from experiments import corpora, from_gguf, language, language_report, pretraining
 from experiments.corpora import Pair, read_corpus
 from experiments.language import prepare
 from experiments.language_data import (
@@ -366,8 +367,68 @@ class TestExperiment:
         assert not (tmp_path / "out").exists()
 
 
+class TestGguf:
+    def refused(self, capsys, *words):
+        assert from_gguf.main(list(map(str, words))) == 1
+        return " ".join(capsys.readouterr().out.split())
+
+    def test_what_cannot_be_converted_is_refused(self, tmp_path, monkeypatch, capsys):
+        model, other = tmp_path / "model.gguf", tmp_path / "other.gguf"
+        model.write_bytes(b"GGUF and nothing of use")
+        other.write_bytes(b"PK")
+        assert "cannot be read: No such file" in self.refused(capsys, tmp_path / "absent.gguf", tmp_path / "out")
+        assert "is no GGUF file: it begins with b'PK'" in self.refused(capsys, other, tmp_path / "out")
+        assert "exists: remove it" in self.refused(capsys, model, tmp_path)
+        monkeypatch.setattr(from_gguf, "find_spec", lambda name: None)
+        assert "is missing, which reads such files: pip install gguf" in self.refused(capsys, model, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_damaged_file_is_refused(self, tmp_path, capsys):
+        pytest.importorskip("gguf")
+        file = tmp_path / "model.gguf"
+        file.write_bytes(b"GGUF and nothing of use")
+        assert "cannot be converted" in self.refused(capsys, file, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_weights_and_tokens_are_those_of_the_file(self, tmp_path):
+        gguf = pytest.importorskip("gguf")
+        names = {"token_embd": (40, 16), "output_norm": (16,), "blk.0.attn_norm": (16,), "blk.0.ffn_norm": (16,)}
+        names |= {f"blk.0.attn_{part}": (16, 16) for part in ("q", "k", "v", "output")}
+        names |= {"blk.0.ffn_gate": (32, 16), "blk.0.ffn_up": (32, 16), "blk.0.ffn_down": (16, 32)}
+        writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+        writer.add_context_length(64)
+        writer.add_embedding_length(16)
+        writer.add_block_count(1)
+        writer.add_feed_forward_length(32)
+        writer.add_head_count(1)
+        writer.add_head_count_kv(1)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_vocab_size(40)
+        writer.add_tokenizer_model("gpt2")
+        letters = [chr(97 + i) for i in range(26)]
+        tokens = ["<unk>", "</s>", *letters, "ab", *(f"<{i}>" for i in range(11))]
+        writer.add_token_list(tokens)
+        writer.add_token_types([3, 3, *[1] * 27, *[3] * 11])
+        writer.add_token_merges(["a b"])
+        writer.add_unk_token_id(0)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(1)
+        rng = np.random.default_rng(0)
+        weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
+        for name, values in weights.items():
+            writer.add_tensor(f"{name}.weight", values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        assert from_gguf.main([str(tmp_path / "tiny.gguf"), str(tmp_path / "out")]) == 0
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert np.array_equal(model.model.embed_tokens.weight.detach().numpy(), weights["token_embd"])
+        assert np.array_equal(model.model.layers[0].mlp.up_proj.weight.detach().numpy(), weights["blk.0.ffn_up"])
+        assert AutoTokenizer.from_pretrained(tmp_path / "out")("cab")["input_ids"] == [4, 28]
+
+
 def test_examples_are_the_most_and_the_least_probable(tmp_path):
-    import numpy as np
     import pyarrow as pa
 
     from cads.budget import Budget, Ledger
@@ -405,7 +466,7 @@ def test_the_comparison_of_methods_is_read():
 
 
 def stand_in(kind: str, path: Path, start: int) -> Path:
-    """Rows with the columns of a published data set."""
+    """Rows with the columns of a published data set, and its empty answers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "messages":
         made = [{"dataset": path.stem, **row} for row in conversations(20)]
@@ -414,13 +475,15 @@ def stand_in(kind: str, path: Path, start: int) -> Path:
             row["messages"][0]["content"] += f" {path.stem} {i}"
         return write_lines(path, made)
     texts = [(f"add {start + i}", "please" * (i % 2), f"sum {start + i + 1}.") for i in range(20)]
+    if kind == "alpaca":
+        texts.append((f"say nothing to {start}", "", ""))
     return write_lines(
         path, [{"instruction": a, "input": b, "output": c, "text": f"{a}{b}{c}", "subtask": "s"} for a, b, c in texts]
     )
 
 
 PUBLISHED = {
-    "gpt2-alpaca": ("pairs", GPT2Config()),
+    "gpt2-alpaca": ("alpaca", GPT2Config()),
     "llama-2-7b-ccds": ("messages", LlamaConfig.from_json_file(str(CONFIGS / "models" / "llama-2-7b.json"))),
     "smollm2-gsm8k": ("pairs", None),
 }
@@ -435,7 +498,7 @@ def test_published_settings_are_planned_at_their_size_and_run_on_a_stand_in(tmp_
         for i, source in enumerate(task[part]):
             for key in ("dataset", "split"):
                 source.pop(key, None)
-            shape = "messages" if kind == "messages" and part == "pool" else "pairs"
+            shape = "pairs" if kind == "messages" and part != "pool" else kind
             source["path"] = str(
                 stand_in(shape, tmp_path / part / f"{source['name']}.jsonl", 100 * i + 1000 * len(part))
             )
@@ -469,3 +532,7 @@ def test_published_settings_are_planned_at_their_size_and_run_on_a_stand_in(tmp_
     assert cads(["select", str(tmp_path / "tiny.yaml"), "--options.allowance", "0.5", "--out", out, *quiet]) == 0
     assert cads(["train", str(tmp_path / "tiny.yaml"), "--selection", out, "--budget", "1 epochs", *quiet]) == 0
     assert json.loads((tmp_path / "out" / "train" / "results.json").read_text())["metrics"]["loss"] > 0
+    for folder in (tmp_path / "out", tmp_path / "out" / "train"):
+        counted = json.loads((folder / "data.json").read_text())
+        assert [s["source"] for s in counted["pool"]] == [s["name"] for s in task["pool"]]
+        assert {s["left_out"] for part in ("pool", "target", "test set") for s in counted[part]} == {kind == "alpaca"}

@@ -16,15 +16,18 @@ from test_resume import resumed
 from tiny_llama import model_folder, sums, write_lines
 from torch import nn
 
+import baselines.attention
 import baselines.influence
 from baselines.directions import AdamDirection
-from baselines.influence import GradientFeatures
+from baselines.gradients import PerExample, last_layer
+from baselines.influence import POOL, TARGET, GradientFeatures
 from baselines.less import Less
 from baselines.projection import ProjectionError, Sketch
 from baselines.shards import Shard, Shards
 from baselines.warmup import Checkpoint, planned_flops, schedule, warm_up
 from cads.budget import SELECT, Budget, Ledger
 from cads.checkpoint import CheckpointConfig
+from cads.counting import count_flops
 from cads.errors import BudgetError, CheckpointError, ConfigError, DataError
 from cads.journal import Journal
 from cads.registry import build_selector
@@ -308,6 +311,59 @@ def adapters(task, model, pool, i):
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(task.losses(model, pool.batch([i])).sum(), parameters)
     return torch.cat([g.flatten() for g in found]).double().numpy()
+
+
+class Tied(nn.Module):
+    """Its last layer has the weights of its first."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.inner, self.head = nn.Embedding(60, 4), nn.Linear(4, 4), nn.Linear(4, 60, bias=False)
+        self.head.weight = self.table.weight
+
+    def hidden(self, tokens):
+        return torch.relu(self.inner(self.table(tokens)))
+
+
+class TestWhatTheLastLayerCosts:
+    def check(self, task, *, deep):
+        """It is charged what is executed; `deep`: more than a forward pass and the layer's own gradient."""
+        less, model, batch = Less(layers="last", checkpoints=1), task.model(0), task.pool.batch([0, 1, 2])
+        gradients = PerExample(task, model, last_layer(model))
+        executed = count_flops(lambda: gradients.each(batch, lambda *_: None))
+        assert gradients.batched
+        assert less.price(task)(batch) == executed
+        own = task.costs.forward(batch) + 2 * sum(gradients.sizes.values()) * batch.tokens
+        assert (executed > own) == deep
+        assert task.costs.forward(batch) < executed < task.costs.usage(batch)
+        accounted = dict(task.costs.model.named_parameters())
+        assert [p.requires_grad for p in accounted.values()] == [p.requires_grad for p in model.parameters()]
+        assert all(p.grad is None for p in accounted.values())
+        ledger = Ledger()
+        less.rank(task, seed=0, ledger=ledger)
+        planned = less.rank_plan(task).entries
+        for key in ((SELECT, TARGET), (SELECT, POOL)):
+            assert planned[key].flops == pytest.approx(ledger.entries[key].flops, rel=0.02), key
+
+    @pytest.mark.parametrize("model", ["cnn", "mlp"])
+    def test_where_it_gives_the_logits(self, images, model):
+        self.check(images(model=model, batch_size=8), deep=False)
+
+    def test_where_its_weights_are_those_of_the_first(self, texts):
+        task = texts(batch_size=8)
+        task._build = Tied
+        self.check(task, deep=True)
+
+    def test_where_it_is_an_adapter_under_other_layers(self, tmp_path, monkeypatch):
+        # Torch's own attention is what is counted, and the table that is kept for short texts one product less.
+        monkeypatch.setattr(baselines.attention, "SHORT_EXACT", 0)
+        self.check(TestLanguage().task(tmp_path, peft=LORA), deep=True)
+
+    def test_by_the_account_of_papers_it_is_a_usage(self, tmp_path):
+        task = TestLanguage().task(tmp_path, peft=LORA)
+        task.accounting = "paper"
+        batch = task.pool.batch([0, 1])
+        assert Less(layers="last").price(task)(batch) == task.costs.usage(batch)
 
 
 class TestProxy:

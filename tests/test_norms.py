@@ -8,6 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from baselines.layers import rule_of, transformers_rms_norm
 from baselines.norms import frozen_norms, normalized, short_norms
 
 PLAIN = LlamaRMSNorm, Qwen3RMSNorm, Olmo2RMSNorm
@@ -73,6 +74,40 @@ def wrapped():
     return norm
 
 
+class OtherRMSNorm(LlamaRMSNorm):
+    """Its eps has a name of its own."""
+
+    __module__ = "transformers.models.other"
+
+    def __init__(self, width, eps):
+        super().__init__(width, eps)
+        del self.variance_epsilon
+        self.epsilon = eps
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon)
+
+
+class TwiceRMSNorm(OtherRMSNorm):
+    """It has the usual name for what is not its eps."""
+
+    __module__ = OtherRMSNorm.__module__
+
+    def __init__(self, width, eps):
+        super().__init__(width, 2 * eps)
+        self.variance_epsilon = eps
+
+
+@pytest.mark.parametrize(
+    ("kind", "eps", "known"),
+    [(kind, eps, True) for kind in PLAIN for eps in (1e-12, 1e-6)]
+    + [(OtherRMSNorm, 1e-12, False), (OtherRMSNorm, 1e-6, False), (TwiceRMSNorm, 1e-6, False)],
+)
+def test_a_norm_is_known_by_its_eps(kind, eps, known):
+    assert rule_of(norm := frozen(kind, eps=eps)) is transformers_rms_norm
+    assert frozen_norms(norm) == [norm] * known
+
+
 @pytest.mark.parametrize("make", [lambda: frozen(GemmaRMSNorm), trained, halved, wrapped, lambda: nn.RMSNorm(12)])
 def test_what_computes_something_else_is_left_alone(make):
     assert frozen_norms(make()) == []
@@ -83,3 +118,35 @@ def test_norms_are_as_they_were_when_a_pass_fails():
     with pytest.raises(ZeroDivisionError), short_norms([norm], torch.float32):
         1 / 0  # noqa: B018
     assert "forward" not in vars(norm)
+
+
+def test_blocks_within_blocks_leave_what_was_there():
+    norm, x = frozen(LlamaRMSNorm), torch.randn(3, 12)
+    with short_norms([norm], torch.bfloat16):
+        for fails in (False, True):
+            try:
+                with short_norms([norm, norm], torch.float32):
+                    assert norm(x).dtype == torch.float32
+                    if fails:
+                        raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                assert fails
+            assert norm(x).dtype == torch.bfloat16
+    assert "forward" not in vars(norm)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_inputs_of_another_type_are_left_to_the_norm(dtype):
+    norm, x = frozen(LlamaRMSNorm), torch.randn(3, 12, dtype=dtype)
+    expected = norm(x)
+    with short_norms([norm], torch.float32):
+        found = norm(x)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(3, 12, requires_grad=True)
+    (first,) = torch.autograd.grad(normalized(x, torch.ones(12), 1e-5).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

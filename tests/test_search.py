@@ -25,7 +25,9 @@ from cads.design import spaced
 from cads.errors import ConfigError, DataError
 from cads.examples import CadsExamples
 from cads.inner import Inner
+from cads.monitor import Monitor
 from cads.penalized import PenalizedSources
+from cads.selection import Selection
 from cads.sources import CadsSources, run_rung, source_selection
 from cads.space import Masks, Mixtures
 from cads.task import Pool
@@ -38,6 +40,50 @@ def test_the_full_pool_keeps_the_options_that_were_asked_for(features, kind):
     assert chosen.selected.all()
     assert chosen.target_fraction == 0.25
     assert chosen.config["allowance"] == 0.0
+
+
+def confidence_lost(task, model, pool):
+    return task.metrics(model, pool)["loss"] ** 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "passes"),
+    [
+        (CadsSources, 16),
+        (partial(CadsSources, allowance=0), 16),
+        (CadsExamples, 16),
+        (Bilevel, 16),
+        (partial(CadsSources, one_run=True), 64),
+        (partial(CadsSources, one_run=True), 1),
+    ],
+)
+def test_a_selection_by_a_function_of_ones_own_is_saved_with_its_name(features, kind, passes, tmp_path):
+    task = features(batch_size=8)
+    made = kind(outer=confidence_lost).select(task, Budget(passes, "epochs"), seed=0, ledger=Ledger())
+    loaded = Selection.load(made.save(tmp_path / "selection"))
+    assert loaded.config["outer"] == "test_search.confidence_lost"
+    assert loaded.config == made.config
+    assert loaded.content_hash == made.content_hash
+
+
+def test_a_callable_without_a_name_goes_by_its_class(features):
+    task = features(batch_size=8)
+    measure = partial(confidence_lost)
+    made = CadsSources(outer=measure).select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
+    assert made.config["outer"] == "functools.partial"
+    assert made.content_hash
+
+
+def test_the_function_asked_for_is_what_is_measured(features):
+    """The square of the loss has the order of the loss, and other gains."""
+    task = features(batch_size=8)
+    budget = Budget(16, "epochs")
+    by_name, squared = (
+        CadsSources(outer=outer, guard=False).select(task, budget, seed=0, ledger=Ledger())
+        for outer in ("loss", confidence_lost)
+    )
+    assert by_name.notes["runs"] == squared.notes["runs"]
+    assert by_name.notes["gain"] != squared.notes["gain"]
 
 
 @pytest.mark.parametrize("kind", [CadsSources, CadsExamples, BestSource])
@@ -64,6 +110,60 @@ def test_a_proxy_in_another_order_selects_in_the_order_of_the_pool(features, kin
 def test_unknown_choices_are_refused(kind, options):
     with pytest.raises(ConfigError, match="choose from"):
         kind(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha": -0.1}, {"alpha": float("nan")}, {"alpha": float("inf")}, {"policy_steps": -1}, {"policy_steps": 1.5}],
+)
+def test_weights_and_steps_out_of_range_are_refused(options):
+    with pytest.raises(ConfigError, match=rf"{next(iter(options))} = .*must be"):
+        CadsSources(**options)
+
+
+class Watched(Monitor):
+    """Remembers the scalars, and the probabilities of the sources."""
+
+    def __init__(self):
+        super().__init__()
+        self.scalars, self.marginals = {}, []
+
+    def scalar(self, name, value, step):
+        self.scalars.setdefault(name, []).append(value)
+
+    def probabilities(self, names, values, step):
+        self.marginals.append(np.array(values))
+
+
+def watched_search(task, **options):
+    monitor, selector, ledger = Watched(), CadsSources(**options), Ledger()
+    selector.select(task, Budget(16, "epochs"), seed=0, ledger=ledger, monitor=monitor)
+    assert ledger.total(SELECT).flops == pytest.approx(selector.plan(task, Budget(16, "epochs")).total(SELECT).flops)
+    return monitor
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+def test_a_held_alpha_weighs_the_whole_penalty(features, alpha):
+    scalars = watched_search(features(batch_size=8), alpha=alpha).scalars
+    assert set(scalars["control/c1"]) == set(scalars["control/c2"]) == {alpha}
+    assert scalars["outer/R"][0] > 0
+
+
+def test_without_theta_there_is_no_penalty_to_weigh(features, monkeypatch):
+    monkeypatch.setattr("cads.sources.theta_flops", lambda *args: 0.0)
+    scalars = watched_search(features(batch_size=8), alpha=1.0).scalars
+    assert set(scalars["outer/R"]) == set(scalars["control/c1"]) == set(scalars["control/c2"]) == {0.0}
+
+
+@pytest.mark.parametrize("policy", ["bernoulli", "mixture"])
+def test_a_policy_without_steps_stays_where_it_starts(features, policy):
+    task = features(batch_size=8)
+    start = 0.5 if policy == "bernoulli" else task.pool.source_sizes / len(task.pool)
+    for marginals in watched_search(task, policy=policy, policy_steps=0).marginals:
+        np.testing.assert_allclose(marginals, np.broadcast_to(start, marginals.shape))
+    moved = watched_search(task, policy=policy, policy_steps=1).marginals
+    assert moved
+    assert np.abs(moved[-1] - start).max() > 0.01
 
 
 @pytest.mark.parametrize("alpha", [0.01, 100.0])

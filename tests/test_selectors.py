@@ -28,7 +28,9 @@ FREE = ("full", "joint", "random", "source", "target-only")
 READERS = ("bm25", "embedding", "ppl")
 """They read the pool, and by default train nothing."""
 TEXT_ONLY = ("bm25",)
-"""They have nothing to read in images, and are tried on texts."""
+"""They have nothing to read in images."""
+TEXT_TOO = ("embedding", "less", "loss", "ppl")
+"""They are made for texts, and apply to images."""
 BUDGET = Budget(16, "epochs")
 SOURCES = [SourceSpec("clean"), SourceSpec("noisy", label_noise=0.9)]
 
@@ -40,15 +42,16 @@ def tasks(texts):
     return {"images": config.build(TrainConfig(batch_size=8)), "texts": texts(batch_size=8)}
 
 
-def task_for(tasks, name):
-    return tasks["texts" if name in TEXT_ONLY else "images"]
+@pytest.fixture
+def kind():
+    """Of the task, where a test does not say."""
+    return "images"
 
 
 @pytest.fixture
-def task(request, tasks):
-    """The task that the selector under test applies to."""
-    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    return task_for(tasks, params.get("name"))
+def task(tasks, kind):
+    """The task that the selector under test is tried on."""
+    return tasks[kind]
 
 
 @dataclass
@@ -67,17 +70,27 @@ def choose(task, name, budget=BUDGET, seed=0, **options):
 
 
 every = pytest.mark.parametrize("name", names(SELECTORS))
+everywhere = pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "images") for name in names(SELECTORS) if name not in TEXT_ONLY]
+    + [(name, "texts") for name in (*TEXT_ONLY, *TEXT_TOO)],
+)
 
 
 @pytest.fixture(scope="module")
-def chosen(tasks):
+def made():
+    """What each selector chose, by its name and the kind of the task."""
+    return {}
+
+
+@pytest.fixture
+def chosen(made, task, kind):
     """One call of each selector, made when it is first asked for."""
-    made = {}
 
     def get(name):
-        if name not in made:
-            made[name] = choose(task_for(tasks, name), name)
-        return made[name]
+        if (name, kind) not in made:
+            made[name, kind] = choose(task, name)
+        return made[name, kind]
 
     return get
 
@@ -86,7 +99,7 @@ def test_the_promised_selectors_are_installed():
     assert {*FREE, "cads-s", "cads-e"} <= set(names(SELECTORS))
 
 
-@every
+@everywhere
 def test_selection_is_of_the_pool(task, chosen, name):
     selection = chosen(name).selection
     assert selection.ids.equals(task.pool.ids)
@@ -100,7 +113,7 @@ def test_selection_is_of_the_pool(task, chosen, name):
         assert set(selection.source_probability) == set(task.pool.source_names)
 
 
-@every
+@everywhere
 def test_it_is_read_back_as_it_was(chosen, name, tmp_path):
     selection = chosen(name).selection
     loaded = Selection.load(selection.save(tmp_path / "s"))
@@ -108,7 +121,7 @@ def test_it_is_read_back_as_it_was(chosen, name, tmp_path):
     assert loaded._header() == selection._header()
 
 
-@every
+@everywhere
 def test_every_flop_is_charged_to_selection(chosen, name):
     made = chosen(name)
     assert {phase for phase, _ in made.ledger.entries} <= {SELECT}
@@ -125,7 +138,7 @@ def test_selection_stays_within_its_allowance(task, name, allowance):
     assert made.ledger.total(SELECT).flops <= allowance * BUDGET.flops(task) * (1 + 1e-9)
 
 
-@every
+@everywhere
 @pytest.mark.parametrize("amount", [0.2, 1, 16])
 def test_a_budget_that_counts_selection_covers_both(task, name, amount):
     budget = Budget(amount, "epochs", count_selection=True)
@@ -144,13 +157,13 @@ def test_a_budget_that_counts_selection_covers_both(task, name, amount):
     assert spent <= budget.flops(task) * (1 + 1e-9)
 
 
-@every
+@everywhere
 def test_training_alone_stays_within_a_budget_that_does_not(task, chosen, name):
     outcome = train_on(task, chosen(name).selection, BUDGET, seed=0)
     assert 0 < outcome.ledger.total(TRAIN).flops <= BUDGET.flops(task)
 
 
-@every
+@everywhere
 def test_same_seed_same_bytes(task, chosen, name, tmp_path):
     chosen(name).selection.save(tmp_path / "one")
     np.random.default_rng().random(3)
@@ -169,7 +182,7 @@ def permuted(task):
     return other
 
 
-@every
+@everywhere
 def test_a_permuted_pool_changes_nothing(task, chosen, name):
     if name.startswith("cads-") or issubclass(selector_class(name), Search):
         pytest.skip("short runs visit the pool in an order drawn by position, so their losses differ slightly")
@@ -207,7 +220,7 @@ class Untouched:
         return getattr(self._task, name)
 
 
-@every
+@everywhere
 @pytest.mark.parametrize("count_selection", [False, True])
 def test_less_than_one_step_is_refused_before_compute(task, name, count_selection):
     assert task.costs.optimizer_step >= 0  # counted here, since counting may build a model

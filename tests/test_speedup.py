@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from cads.errors import ConfigError
 from experiments import ablations, oracle, speedup
 from experiments.oracle_report import Cell
 from experiments.speedup import NESTED, NESTED_WORLD, Method, choices, nested_world
-from experiments.speedup_report import Mean, Point, curve, ratio, reach
+from experiments.speedup_report import Mean, Point, curve, markdown, ratio, reach
+from experiments.unrolled import Unrolled
 from experiments.worlds import read_world
 
 SPECS = ("{name: a, size: 60}", "{name: b, size: 60, label_noise: 0.9}", "{name: c, size: 60, classes: [0, 1, 2, 3]}")
@@ -131,11 +133,25 @@ def point(allowance, cost, regret, seed=0, world="w"):
 def test_a_curve_is_the_mean_and_leaves_out_what_buys_nothing_more():
     points = [point(1, 0.0, 0.04), point(2, 1.6, 0.02), point(2, 2.0, 0.01, seed=1), point(3, 1.8, 0.015)]
     points += [point(4, 3.0, 0.0, world=w) for w in "wv"]
-    assert [(m.cost, m.seconds, m.regret) for m in curve(points)] == [
+    assert [(m.cost, m.cpu_seconds, m.regret) for m in curve(points)] == [
         (0.0, 0.0, 0.04),
-        (1.8, 0.9, 0.015),
-        (3.0, 1.5, 0.0),
+        (1.8, 1.8, 0.015),
+        (3.0, 3.0, 0.0),
     ]
+
+
+def test_the_table_has_the_seconds_that_other_jobs_do_not_change():
+    points = [replace(point(a, a, 0.0), seconds=1e6 * a, cpu_seconds=7.0 * a) for a in (1, 2)]
+    header, _, row = markdown(points, []).split("\n\n")[2].splitlines()[:3]
+    assert header.count("CPU seconds") == 2
+    assert "| 7.0 |" in row
+
+
+def test_other_rates_of_the_unrolled_sgd_are_contenders():
+    rates = {m.options.get("rate", Unrolled.rate) for m in speedup.METHODS.values() if m.name == "unrolled"}
+    assert rates == {0.03, 0.1, 0.3}
+    for method in speedup.METHODS.values():
+        method.selector(1.0)
 
 
 def test_a_regret_is_reached_at_the_least_cost():
@@ -172,13 +188,51 @@ def test_ablations_run_and_go_on_where_they_were(folder, monkeypatch):
     assert ablations.main(list(map(str, words))) == 0
     record = json.loads((folder / "ablations.json").read_text())
     cells = [Cell(**c) for c in record["cells"]]
-    assert len(cells) == 2 * len({c.method for c in cells}) == 2 * 7
+    assert len(cells) == 2 * len({c.method for c in cells}) == 2 * 8
     text = (folder / "ablations.md").read_text()
     assert text.count("| guard |") == 2
-    assert text.count("| outer |") == 4
+    assert text.count("| outer |") == 5
+    assert text.count(" * |") >= 1
     monkeypatch.setattr(oracle, "value_of", None)
     assert ablations.main(list(map(str, words))) == 0
     assert (folder / "ablations.md").read_text() == text
+    assert ablations.main([*map(str, words), "--fresh", "halving"]) == 1
+    with pytest.raises(TypeError):
+        ablations.main([*map(str, words), "--fresh", "direct"])
+
+
+def test_each_line_of_a_part_changes_one_option_of_the_first():
+    for part in set(ablations.PARTS) - {"estimator"}:
+        first, *others = [v.who for v in ablations.VARIANTS if v.part == part]
+        assert others
+        base = vars(oracle.build_selector(first.method, first.options))
+        for who in others:
+            assert who.method == first.method
+            here = vars(oracle.build_selector(who.method, who.options))
+            assert len([name for name in base if here[name] != base[name]]) == 1
+
+
+def test_the_default_outer_objective_is_called_what_it_is(folder):
+    first = next(v for v in ablations.VARIANTS if v.part == ablations.OUTER)
+    assert first.value == f"{read_world(folder / 'tiny.yaml').build().source_outer} (default)".replace("_", " ")
+
+
+def test_the_lowest_regret_of_each_world_is_marked():
+    regret = {("u", "cads-s"): 0.02, ("u", "cads-s, outer error"): 0.01, ("v", "cads-s, outer loss"): -0.01}
+    labels = [v.who.label for v in ablations.VARIANTS if v.part == ablations.OUTER]
+    cells = [Cell(w, 4.0, m, 0, [1.0], 0.0, regret.get((w, m), 0.03), 0.0, 0.0, [], []) for w in "uv" for m in labels]
+    rows = ablations.outer_by_world(cells, ["u", "v"])
+    assert [row[0] for row in rows if row[1].endswith(" *")] == ["error"]
+    assert [row[0] for row in rows if row[2].endswith(" *")] == ["loss"]
+
+
+def test_an_option_younger_than_a_cell_leaves_its_key_as_it_was():
+    for method in ("cads-s", "cads-s-penalty"):
+        plain = oracle.build_selector(method)
+        assert "policy_steps" not in oracle.settings_of(plain)
+        assert ("alpha" in oracle.settings_of(plain)) == (method == "cads-s-penalty")
+    given = oracle.settings_of(oracle.build_selector("cads-s", {"alpha": 0.0, "policy_steps": 0}))
+    assert (given["alpha"], given["policy_steps"]) == ("0.0", "0")
 
 
 def test_a_difference_is_taken_cell_by_cell():
@@ -187,7 +241,7 @@ def test_a_difference_is_taken_cell_by_cell():
 
     cells = [cell("cads-s", s, w, 0.1 * s + r) for s in (0, 1) for w, r in (("u", 0.0), ("v", 0.5))]
     cells += [cell("other", s, w, 0.1 * s + r + 0.02 + 0.02 * s) for s in (0, 1) for w, r in (("u", 0.0), ("v", 0.5))]
-    mean, width = ablations.difference(cells, "other")
+    mean, width = ablations.difference(cells, "other", "cads-s")
     assert mean == pytest.approx(0.03)
     # t(1 degree of freedom) = 12.706; the standard error of 0.02 and 0.04 is 0.01.
     assert width == pytest.approx(0.12706, rel=1e-3)
@@ -196,7 +250,7 @@ def test_a_difference_is_taken_cell_by_cell():
 def test_every_variant_can_be_built_and_unknown_parts_are_refused():
     labels = [c.label for c in ablations.contenders(ablations.PARTS)]
     assert labels[0] == "cads-s"
-    assert len(set(labels)) == len(labels) == 15
+    assert len(set(labels)) == len(labels) == 18
     for who in ablations.contenders(ablations.PARTS):
         oracle.build_selector(who.method, who.options)
     with pytest.raises(ConfigError, match="colour"):

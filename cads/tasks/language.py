@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,9 +25,9 @@ from cads.tasks.language_tokens import IGNORED, Tokens, pack
 if TYPE_CHECKING:
     from cads.trainer import TrainConfig
 
-log = logging.getLogger(__name__)
-
 Weighting = Literal["example", "token"]
+ADDED = ("selector_pad_token", "selector_peft")
+"""Fields that are named among those a result depends on only where they are set: older results stay what they are."""
 
 
 @dataclass
@@ -43,6 +42,8 @@ class LanguageConfig:
     """A smaller model on which selectors work, at its own cost; null: the trained one."""
     selector_tokenizer: str | None = None
     """Tokenizer of the selector's model; null: the one that comes with it."""
+    selector_pad_token: str | None = None
+    """As pad_token, for the selector's tokenizer; null: pad_token, if it is one of its tokens."""
     trust_remote_code: bool = False
     """Run code that comes with a model."""
     pad_token: str | None = None
@@ -55,6 +56,8 @@ class LanguageConfig:
     """Recompute layers in the backward pass, to save memory."""
     peft: dict[str, Any] | None = None
     """Adapters: the type and options of any PEFT configuration, such as {type: lora, r: 8}; null: train all weights."""
+    selector_peft: dict[str, Any] | None = None
+    """Adapters of the selector's model; null: as peft; {}: all its weights are trained."""
     pool: list[TextSource] = field(default_factory=list)
     """The candidates. Several entries are the sources; one entry has those of its source column, if any."""
     target: list[TextSource] = field(default_factory=list)
@@ -68,9 +71,11 @@ class LanguageConfig:
     n_test: int | None = None
     """Examples of the test set; null: all that are given, or half the target's data, or a fifth of the pool."""
     max_tokens: int | None = None
-    """Tokens at which an example is cut; null: the context of the model."""
+    """Tokens at which an example is cut; null: the context of the model. The selector's model cuts at its own context
+    if that is shorter."""
     drop: bool = False
-    """Leave out examples that have no answer token, instead of refusing them."""
+    """Leave out examples that have no answer token, for the model or for the selector's, instead of refusing them;
+    `data.json` in the folder of a run counts them."""
     chat: bool | None = None
     """Write prompt and response by the chat template; null: if there is one."""
     separator: str = "\n"
@@ -90,6 +95,9 @@ class LanguageConfig:
     token_cache: str | None = None
     """Folder in which tokens are kept and read memory-mapped, for data sets that are larger than memory, and for starts
     that need not tokenise again; null: tokens are made anew and held in memory."""
+
+    prefix: ClassVar[str] = ""
+    """What the names of fields begin with where they are set for this model."""
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -114,7 +122,8 @@ class LanguageConfig:
 
     def decisive(self) -> dict[str, Any]:
         """The fields on which a result depends, as JSON values: not where tokens are kept."""
-        return {name: value for name, value in asdict(self).items() if name != "token_cache"}
+        unset = [name for name in ADDED if getattr(self, name) is None]
+        return {name: value for name, value in asdict(self).items() if name not in ("token_cache", *unset)}
 
     def build(self, recipe: TrainConfig) -> LanguageTask:
         """Load tokenizer and data; weights are loaded when the first model is made.
@@ -123,21 +132,13 @@ class LanguageConfig:
             ConfigError: if model, tokenizer and settings do not fit each other.
             DataError: if data is missing, damaged, too small, or has nothing to learn from.
         """
-        split = self.split()
-        task = self._task(split, recipe, LanguageTask)
-        if self.selector_model is not None:
-            task.proxy = self.selector()._task(split, recipe, LanguageTask)
-        return task
+        return self._built(recipe, LanguageTask)
 
     def sketch(self, recipe: TrainConfig) -> LanguageTask:
         """The task with its examples and without weights; see `cads.tasks.language_sketch`."""
         from cads.tasks.language_sketch import SketchedLanguageTask
 
-        split = self.split()
-        task = self._task(split, recipe, SketchedLanguageTask)
-        if self.selector_model is not None:
-            task.proxy = self.selector()._task(split, recipe, SketchedLanguageTask)
-        return task
+        return self._built(recipe, SketchedLanguageTask)
 
     def split(self) -> Split:
         """The rows of pool, target and test set."""
@@ -145,9 +146,25 @@ class LanguageConfig:
         return divide(self.pool, self.target, self.test, sizes, self.data_seed)
 
     def selector(self) -> LanguageConfig:
-        """The same settings for the selector's model."""
-        return replace(
-            self, model=str(self.selector_model), tokenizer=self.selector_tokenizer, selector_model=None, pad_token=None
+        """The same settings for the selector's model; see `cads.tasks.language_selector`."""
+        from cads.tasks.language_selector import SelectorConfig
+
+        return SelectorConfig.of(self)
+
+    def load_tokenizer(self, spare_pad: str | None = None) -> Any:
+        """The tokenizer of the model.
+
+        Args:
+            spare_pad: the token to pad with where neither tokenizer nor settings name one, if it is one.
+
+        Raises: as `load_tokenizer`.
+        """
+        return load_tokenizer(
+            self.tokenizer or self.model,
+            trust_remote_code=self.trust_remote_code,
+            pad_token=self.pad_token,
+            spare_pad=spare_pad,
+            field=f"{self.prefix}pad_token",
         )
 
     def models(self) -> LanguageModels:
@@ -159,6 +176,7 @@ class LanguageConfig:
             attention=self.attn_implementation,
             checkpointing=self.gradient_checkpointing,
             peft=self.peft,
+            peft_field=f"{self.prefix}peft",
         )
 
     def longest(self, models: LanguageModels) -> int:
@@ -174,19 +192,31 @@ class LanguageConfig:
             raise ConfigError(f"max_tokens = {self.max_tokens}: the context of {self.model} has {context} positions")
         return int(self.max_tokens or context or 0)
 
+    def _built(self, recipe: TrainConfig, kind: type[LanguageTask]) -> LanguageTask:
+        split = self.split()
+        if self.selector_model is None:
+            return self._task(split, recipe, kind)
+        # Selectors need the same examples of both: what one of the two leaves out is left out by the other.
+        selector = self.selector()
+        proxy = selector._task(split, recipe, kind)
+        task = self._task(split.kept_by(proxy.pool, proxy.target), recipe, kind)
+        if (len(task.pool), len(task.target)) != (len(proxy.pool), len(proxy.target)):
+            proxy = selector._task(split.kept_by(task.pool, task.target), recipe, kind)
+        task.proxy = proxy
+        task.counts = {**task.counts, "selector": proxy.counts}
+        return task
+
     def _task(self, split: Split, recipe: TrainConfig, kind: type[LanguageTask]) -> LanguageTask:
         models = self.models()
-        tokenizer = load_tokenizer(
-            self.tokenizer or self.model, trust_remote_code=self.trust_remote_code, pad_token=self.pad_token
-        )
+        tokenizer = self.load_tokenizer()
         rows = embedding_rows(models.config)
         if rows is not None and len(tokenizer) > rows:
             raise ConfigError(
                 f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and the embedding of "
                 f"{self.model} {rows} rows: use the model's own tokenizer, or a model whose embedding was enlarged"
             )
-        pools = encode_pools(split, tokenizer, self, self.longest(models))
-        return kind(pools, models, tokenizer, settings=self, recipe=recipe)
+        pools, counts = encode_pools(split, tokenizer, self, self.longest(models))
+        return kind(pools, models, tokenizer, settings=self, recipe=recipe, counts=counts)
 
 
 class LanguageTask(Task):
@@ -202,6 +232,7 @@ class LanguageTask(Task):
         tokenizer: of the pools.
         settings: of weighting, packing and evaluation.
         recipe: how the final model is trained.
+        counts: what was cut and left out of each source, and by the selector's model, as JSON values.
 
     Raises:
         ConfigError: if packing does not go with recipe or model.
@@ -215,7 +246,9 @@ class LanguageTask(Task):
         *,
         settings: LanguageConfig,
         recipe: TrainConfig,
+        counts: Mapping[str, Any],
     ) -> None:
+        self.counts = counts
         self.pool, self.target, self.test = pools
         self.models, self.tokenizer, self.settings, self.recipe = models, tokenizer, settings, recipe
         self.name = f"language/{Path(models.name).name}"

@@ -27,7 +27,8 @@ from cads.fingerprint import Digest, add_column
 from cads.folders import whole_folder
 from cads.lock import LockedError, RunLock
 from cads.processes import digest as number_of
-from cads.tasks.language_data import Encoder, Kept, Rows
+from cads.tasks.language_data import Rows
+from cads.tasks.language_encoding import Encoder, Kept
 from cads.tasks.language_tokens import Sequences
 
 log = logging.getLogger(__name__)
@@ -183,9 +184,7 @@ class TokenFiles:
             about: what they were made of, as JSON values. kept: what became of the rows of each source.
         """
         self._append("left_out", np.concatenate([k.left_out for k in kept]))
-        parts = [
-            {"rows": k.rows, "cut": k.cut, "left_out": len(k.left_out), "left_out_cut": k.left_out_cut} for k in kept
-        ]
+        parts = [k.counts for k in kept]
         files = {n: {"bytes": f.tell(), "sha256": self._hashes[n].hexdigest()} for n, f in self._files.items()}
         manifest = {"schema_version": ENTRY_VERSION, **about, "parts": parts, "files": files}
         text = json.dumps({**manifest, "check": number_of(manifest)}, indent=1)

@@ -1,4 +1,4 @@
-"""Text data from files and from the hub: rows, their columns and ids, and their tokens."""
+"""Text data from files and from the hub: rows, their columns and ids."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ import pyarrow.compute as pc
 from cads.errors import ConfigError, DataError
 from cads.interrupt import Interrupted
 from cads.order import numbered
-from cads.tasks.language_formats import Example, Format, Renderer, needed_columns, recognise
-from cads.tasks.language_tokens import Collected, Sequences, Sink, Tokens
+from cads.tasks.language_formats import Format, needed_columns, recognise
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +122,8 @@ class Rows:
 def load_rows(source: TextSource, seed: int, *, given_sources: bool = False) -> Rows:
     """Read a source.
 
-    A folder of `datasets` and a data set on the hub stay on disk; JSON, Parquet and CSV files are held in memory.
+    A folder of `datasets` and a data set on the hub stay on disk; JSON, Parquet and CSV files are held in memory. A
+    format or column that is not named is recognised, and said.
 
     Args:
         seed: of the rows that `limit` draws.
@@ -139,6 +139,9 @@ def load_rows(source: TextSource, seed: int, *, given_sources: bool = False) -> 
     ids = numbered(source.name, len(table)) if "id" not in columns else _strings(table, columns["id"], source)
     if given_sources and "source" in table.column_names:
         columns.setdefault("source", "source")
+    if (chosen, columns) != (source.format, source.columns):
+        read_as = ", ".join(role if role == name else f"{role} = {name}" for role, name in columns.items())
+        log.info("%s (%s): recognised as %s, from columns %s", source.name, source.where, chosen, read_as)
     sources = None if "source" not in columns else _strings(table, columns["source"], source)
     subtasks = None if "subtask" not in columns else _strings(table, columns["subtask"], source)
     kept = {role: name for role, name in columns.items() if role not in ("id", "source", "subtask")}
@@ -151,7 +154,7 @@ def load_rows(source: TextSource, seed: int, *, given_sources: bool = False) -> 
 
 
 def _columns(source: TextSource, present: Sequence[str]) -> tuple[Format, dict[str, str]]:
-    """The format, and which column stands for what; what is not given is recognised, and said."""
+    """The format, and which column stands for what; what is not given is recognised."""
     columns = {"id": "id", **source.columns} if "id" in present else dict(source.columns)
     absent = sorted(set(source.columns.values()) - set(present))
     if absent:
@@ -161,7 +164,6 @@ def _columns(source: TextSource, present: Sequence[str]) -> tuple[Format, dict[s
         return given[0], columns
     if source.format is None:
         chosen, found = recognise(present, source.where)
-        log.info("%s: recognised as %s, from columns %s", source.where, chosen, found)
         if chosen == "prompt" and found["prompt"] == "instruction" and "input" in present:
             found["context"] = "input"
         return chosen, {**found, **columns}
@@ -262,139 +264,3 @@ def _strings(table: pa.Table, column: str, source: TextSource) -> pa.Array:
         return pc.cast(values, pa.string())
     except pa.ArrowException as error:
         raise DataError(f"column {column!r} of {source.where} is {values.type}: it must be text or numbers") from error
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What became of the rows of one source when they were encoded.
-
-    Attributes:
-        rows: how many there were.
-        cut: how many of those that were kept were cut.
-        left_out: positions of those without an answer token, ascending, int64.
-        left_out_cut: how many of these were cut.
-    """
-
-    rows: int
-    cut: int
-    left_out: np.ndarray
-    left_out_cut: int
-
-    def __len__(self) -> int:
-        return self.rows - len(self.left_out)
-
-    @property
-    def positions(self) -> np.ndarray:
-        """Of the rows that were kept, ascending, int64."""
-        return np.delete(np.arange(self.rows), self.left_out)
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Turns rows into tokens.
-
-    Attributes:
-        tokenizer: a fast tokenizer. renderer: of its chats.
-        longest: tokens at which an example is cut. packed: see `Tokens`.
-        drop: leave out examples without an answer token, instead of refusing them.
-    """
-
-    tokenizer: Any
-    renderer: Renderer
-    longest: int
-    packed: bool = False
-    drop: bool = False
-
-    def encode(self, rows: Rows) -> tuple[Tokens, np.ndarray]:
-        """The tokens of `rows` in memory, and the positions in it of those that were kept.
-
-        Raises: as `encode_into`.
-        """
-        collected = Collected()
-        kept = self.encode_into(rows, collected)
-        return self.tokens(collected.sequences()), kept.positions
-
-    def encode_into(self, rows: Rows, sink: Sink) -> Kept:
-        """Give the tokens of `rows` to `sink`, `ROWS_AT_ONCE` rows at a time; what was cut or left out is said.
-
-        Raises:
-            DataError: naming examples that have no answer token, in the text or after it was cut.
-        """
-        render, chat = self.renderer.of(rows.format), self.renderer.is_chat(rows.format)
-        cut: list[np.ndarray] = []
-        answered: list[np.ndarray] = []
-        for ids, table in rows.shards():
-            records = zip(table.to_pylist(), ids.to_pylist(), strict=True)
-            examples = [render(row, name) for row, name in records]
-            encoded = self._tokenize(examples, chat=chat)
-            cut.append(np.array([len(tokens) > self.longest for tokens, _ in encoded]))
-            encoded = [(tokens[: self.longest], marks[: self.longest]) for tokens, marks in encoded]
-            answered.append(np.array([bool(marks[1:].any()) for _, marks in encoded]))
-            chosen = np.flatnonzero(answered[-1]).tolist()
-            if chosen:
-                sink.add(_shard([encoded[k] for k in chosen], [examples[k].asked for k in chosen]))
-        was_cut, has_answer = np.concatenate(cut), np.concatenate(answered)
-        left_out = np.flatnonzero(~has_answer)
-        kept = Kept(len(rows), int((was_cut & has_answer).sum()), left_out, int(was_cut[left_out].sum()))
-        self.say(rows, kept)
-        return kept
-
-    def tokens(self, sequences: Sequences, subtasks: np.ndarray | None = None) -> Tokens:
-        """Sequences as a payload; see `Tokens`."""
-        return Tokens(
-            *sequences, subtasks=subtasks, pad=self.tokenizer.pad_token_id, longest=self.longest, packed=self.packed
-        )
-
-    def say(self, rows: Rows, kept: Kept) -> None:
-        """Say what was cut and left out.
-
-        Raises:
-            DataError: if nothing may be left out, or nothing is left.
-        """
-        if len(kept.left_out):
-            what = (
-                f"{len(kept.left_out)} examples of {rows.name} have no answer token ({kept.left_out_cut} of them after "
-                f"they were cut to {self.longest} tokens), such as "
-                f"{rows.ids.take(pa.array(kept.left_out[:3])).to_pylist()}"
-            )
-            if not self.drop:
-                raise DataError(f"{what}: raise max_tokens, remove them, or set drop: true to leave them out")
-            if not len(kept):
-                raise DataError(f"{what}: nothing is left of {rows.name}")
-            log.warning("%s: they are left out", what)
-        if kept.cut:
-            log.warning(
-                "%s: %d of %d examples were cut to %d tokens (max_tokens)", rows.name, kept.cut, len(kept), self.longest
-            )
-
-    def _tokenize(self, examples: list[Example], *, chat: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-        if chat and self.renderer.marked:
-            return [(np.array(ids, np.int32), marks) for ids, marks in (e.encoded for e in examples if e.encoded)]
-        # A chat template writes the special tokens itself.
-        found = self.tokenizer(
-            [e.text for e in examples],
-            add_special_tokens=not chat,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        encoded = []
-        end = self.tokenizer.eos_token_id
-        for example, ids, where in zip(examples, found["input_ids"], found["offset_mapping"], strict=True):
-            tokens, spans = np.array(ids, dtype=np.int32), np.array(where, dtype=np.int64).reshape(-1, 2)
-            marks = np.zeros(len(tokens), dtype=bool)
-            for begin, until in example.answers:
-                marks |= (spans[:, 0] >= begin) & (spans[:, 1] <= until) & (spans[:, 1] > spans[:, 0])
-            if not chat and end is not None and (not len(tokens) or tokens[-1] != end):
-                tokens, marks = np.append(tokens, np.int32(end)), np.append(marks, True)
-            encoded.append((tokens, marks))
-        return encoded
-
-
-def _shard(encoded: list[tuple[np.ndarray, np.ndarray]], asked: list[str]) -> Sequences:
-    return Sequences(
-        ids=np.concatenate([tokens for tokens, _ in encoded]),
-        learned=np.concatenate([marks for _, marks in encoded]),
-        offsets=np.concatenate([[0], np.cumsum([len(tokens) for tokens, _ in encoded])]).astype(np.int64),
-        texts=pa.array(asked, pa.large_string()),
-    )

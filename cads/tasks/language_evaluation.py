@@ -19,7 +19,8 @@ from cads.errors import ConfigError, DataError
 from cads.interrupt import Interrupted
 from cads.scoring import evaluating, scoring_batches
 from cads.task import Metrics, Pool
-from cads.tasks.language_data import Encoder, Rows
+from cads.tasks.language_data import Rows
+from cads.tasks.language_encoding import Encoder
 from cads.tasks.language_formats import Renderer
 from cads.tasks.language_tokens import Tokens
 

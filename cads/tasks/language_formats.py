@@ -19,6 +19,10 @@ PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"
 """Pairs of columns that are recognised as prompt and response."""
 
 
+class UnansweredError(DataError):
+    """An example has nothing to learn from: no answer, or an empty one."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One example as text.
@@ -32,6 +36,10 @@ class Example:
     asked: str
     answers: tuple[tuple[int, int], ...] = ()
     encoded: tuple[list[int], np.ndarray] | None = None
+
+
+UNANSWERED = Example("", "", encoded=([], np.zeros(0, dtype=bool)))
+"""Stands for an example that has no answer: no token, and nothing that is learned."""
 
 
 def recognise(columns: Sequence[str], where: str) -> tuple[Format, dict[str, str]]:
@@ -80,7 +88,7 @@ class Renderer:
         self.marked = isinstance(template, str) and GENERATION in template.replace("{%-", "{%")
 
     def of(self, chosen: Format) -> Callable[[Mapping[str, Any], str], Example]:
-        """The function that renders rows of a format: (row, id) -> Example.
+        """The function that renders rows of a format: (row, id) -> Example, or UnansweredError.
 
         Raises:
             ConfigError: if it needs a chat template and there is none.
@@ -103,7 +111,7 @@ class Renderer:
             prompt = f"{prompt}\n\n{_string(row['context'], 'context', identity)}"
         response = _string(row["response"], "response", identity)
         if not response.strip():
-            raise DataError(f"example {identity!r} has an empty answer: remove it, or give one")
+            raise UnansweredError(_no_answer(identity, "an empty"))
         if self.chat:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
             return self._rendered(turns, identity)
@@ -149,7 +157,8 @@ def check_messages(messages: Any, identity: str) -> list[dict[str, str]]:
     """A conversation that can be learned from: an optional system message, then user and assistant in turn.
 
     Raises:
-        DataError: naming the example, if it is no such conversation or an answer is empty.
+        UnansweredError: naming the example, if an answer is empty, or there is none.
+        DataError: naming the example, if it is no such conversation.
     """
     if not isinstance(messages, list) or not messages:
         raise DataError(f"example {identity!r} has messages = {messages!r:.60}: give a list of role and content")
@@ -170,7 +179,7 @@ def check_messages(messages: Any, identity: str) -> list[dict[str, str]]:
         )
     answers = [t["content"] for t in turns if t["role"] == "assistant"]
     if not answers or not all(a.strip() for a in answers):
-        raise DataError(f"example {identity!r} has {'an empty' if answers else 'no'} answer: remove it, or give one")
+        raise UnansweredError(_no_answer(identity, "an empty" if answers else "no"))
     return turns
 
 
@@ -178,6 +187,10 @@ def _string(value: Any, name: str, identity: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"example {identity!r} has {name} = {value!r:.60}: it must be text")
     return value
+
+
+def _no_answer(identity: str, what: str) -> str:
+    return f"example {identity!r} has {what} answer: remove it, give one, or set drop: true to leave it out"
 
 
 def _no_template(tokenizer: Any) -> str:

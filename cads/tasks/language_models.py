@@ -32,8 +32,19 @@ BASE_SEED = 0
 """Of a frozen base with random weights: all adapters stand on the same one."""
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool, pad_token: str | None = None) -> Any:
+def load_tokenizer(
+    name: str,
+    *,
+    trust_remote_code: bool,
+    pad_token: str | None = None,
+    spare_pad: str | None = None,
+    field: str = "pad_token",
+) -> Any:
     """A tokenizer that can mark answers and fill up batches.
+
+    Args:
+        pad_token: to fill up with; None: what the tokenizer names, or else `spare_pad`, if it is one of its tokens.
+        field: what `pad_token` is called where it is set.
 
     Raises:
         ConfigError: if it cannot be loaded, says no offsets, or has no token to pad with.
@@ -46,20 +57,24 @@ def load_tokenizer(name: str, *, trust_remote_code: bool, pad_token: str | None 
         raise ConfigError(
             f"the tokenizer {name!r} is a slow one, which cannot say where its tokens stand: use a fast one"
         )
+    if pad_token is not None and not _has_token(tokenizer, pad_token):
+        raise ConfigError(f"{field} = {pad_token!r} is no token of {name!r}: name one that is, such as its end token")
+    if pad_token is None and tokenizer.pad_token_id is None and spare_pad and _has_token(tokenizer, spare_pad):
+        pad_token = spare_pad
     if pad_token is not None:
-        # What is no token stands for the unknown one, which itself is one.
-        found = tokenizer.convert_tokens_to_ids(pad_token)
-        if found is None or (found == tokenizer.unk_token_id and pad_token != tokenizer.unk_token):
-            raise ConfigError(
-                f"pad_token = {pad_token!r} is no token of {name!r}: name one that is, such as its end token"
-            )
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id is None:
         raise ConfigError(
-            f"the tokenizer {name!r} has no pad token: set pad_token to one of its tokens, such as "
+            f"the tokenizer {name!r} has no pad token: set {field} to one of its tokens, such as "
             f"{tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)!r}; it is masked, and never learned"
         )
     return tokenizer
+
+
+def _has_token(tokenizer: Any, token: str) -> bool:
+    # What is no token stands for the unknown one, which itself is one.
+    found = tokenizer.convert_tokens_to_ids(token)
+    return found is not None and (found != tokenizer.unk_token_id or token == tokenizer.unk_token)
 
 
 @dataclass
@@ -74,6 +89,7 @@ class LanguageModels:
         dtype: of the weights. attention: transformers' `attn_implementation`; None: its default.
         checkpointing: whether layers are recomputed in the backward pass.
         peft: the fields of a PEFT configuration, `type` among them; None: all weights are trained.
+        peft_field: what `peft` is called where it is set.
 
     Raises:
         ConfigError: if there is no such model, it needs code that may not run, or adapters do not fit it.
@@ -85,6 +101,7 @@ class LanguageModels:
     attention: str | None = None
     checkpointing: bool = False
     peft: Mapping[str, Any] | None = None
+    peft_field: str = "peft"
     config: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -227,8 +244,8 @@ class LanguageModels:
                 model = peft.get_peft_model(base, self._peft_config())
             except (ValueError, TypeError, AttributeError, KeyError) as error:
                 raise ConfigError(
-                    f"the adapters {dict(self.peft or {})} do not fit {self.name}: {error}; its linear layers are "
-                    f"called {_linear_names(base)}"
+                    f"the adapters {dict(self.peft or {})} do not fit {self.name}: {error}; change "
+                    f"{self.peft_field}: its linear layers are called {_linear_names(base)}"
                 ) from error
         if [(p.data_ptr(), p._version) for p in frozen] != before:
             raise ConfigError(
@@ -245,12 +262,12 @@ class LanguageModels:
         found = getattr(peft, "PEFT_TYPE_TO_CONFIG_MAPPING", None) or peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
         if kind not in {str(k.value) for k in found}:
             raise ConfigError(
-                f"peft type = {kind.lower()!r}: choose from {sorted(str(k.value).lower() for k in found)}"
+                f"{self.peft_field} type = {kind.lower()!r}: choose from {sorted(str(k.value).lower() for k in found)}"
             )
         chosen = found[peft.PeftType(kind)]
         unknown = sorted(set(options) - set(inspect.signature(chosen).parameters))
         if unknown:
-            raise ConfigError(f"peft has no options {unknown} for type {kind.lower()!r}")
+            raise ConfigError(f"{self.peft_field} has no options {unknown} for type {kind.lower()!r}")
         return chosen(task_type="CAUSAL_LM", **{k: v for k, v in options.items() if k != "task_type"})
 
     def _check_adapters(self) -> None:

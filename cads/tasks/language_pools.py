@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 from cads.errors import DataError
 from cads.task import Pool
 from cads.tasks.language_cache import TokenCache
-from cads.tasks.language_data import Encoder, Kept, Rows, TextSource, load_rows
+from cads.tasks.language_data import Rows, TextSource, load_rows
+from cads.tasks.language_encoding import Encoder, Kept
 from cads.tasks.language_formats import Renderer
 from cads.tasks.language_tokens import Collected, Sequences
 
@@ -38,6 +39,10 @@ class Split:
     target: Parts
     test: Parts
     named: bool
+
+    def kept_by(self, pool: Pool, target: Pool) -> Split:
+        """Without the rows of pool and target that are not in these."""
+        return replace(self, pool=_among(self.pool, pool.ids), target=_among(self.target, target.ids))
 
 
 def divide(
@@ -81,11 +86,16 @@ def divide(
     return Split(candidates, targets, tests, named=not alone)
 
 
-def encode_pools(split: Split, tokenizer: Any, settings: LanguageConfig, longest: int) -> tuple[Pool, Pool, Pool]:
+def encode_pools(
+    split: Split, tokenizer: Any, settings: LanguageConfig, longest: int
+) -> tuple[list[Pool], dict[str, Any]]:
     """The rows as pools of `Tokens`, in memory or mapped.
 
     Args:
         settings: how examples are written, and where their tokens are kept. longest: tokens at which they are cut.
+
+    Returns:
+        pool, target and test set; and what was cut and left out of each source of them, as JSON values.
 
     Raises:
         ConfigError: if the tokenizer lacks a chat template that is needed, or tokens cannot be kept where they should.
@@ -98,11 +108,12 @@ def encode_pools(split: Split, tokenizer: Any, settings: LanguageConfig, longest
         cache = TokenCache(settings.token_cache, encoder)
         cache.sweep()
         encode = cache.fetch
-    return (
+    made = [
         _pool(split.pool, encoder, encode, "pool", with_sources=True, named=split.named),
         _pool(split.target, encoder, encode, "target"),
         _pool(split.test, encoder, encode, "test set"),
-    )
+    ]
+    return [pool for pool, _ in made], {"max_tokens": longest, **{pool.name: counts for pool, counts in made}}
 
 
 def _in_memory(encoder: Encoder, parts: Parts) -> tuple[Sequences, list[Kept]]:
@@ -119,17 +130,18 @@ def _pool(
     *,
     with_sources: bool = False,
     named: bool = False,
-) -> Pool:
+) -> tuple[Pool, list[dict[str, Any]]]:
     sequences, found = encode(parts)
+    counts = [{"source": rows.name, **k.counts} for rows, k in zip(parts, found, strict=True)]
     kept = [rows.take(k.positions) if len(k.left_out) else rows for rows, k in zip(parts, found, strict=True)]
     ids = pa.concat_arrays([rows.ids for rows in kept])
     tokens = encoder.tokens(sequences, _subtasks(kept, name))
     if not with_sources or not (named or kept[0].sources is not None):
-        return Pool(ids, tokens, name=name)
+        return Pool(ids, tokens, name=name), counts
     # An entry with a source column has several sources, others are one.
     labels = pa.concat_arrays([x.sources if x.sources is not None else _repeated(x.name, len(x)) for x in kept])
     coded = labels.dictionary_encode()
-    return Pool(ids, tokens, coded.indices.to_numpy(), coded.dictionary.to_pylist(), name=name)
+    return Pool(ids, tokens, coded.indices.to_numpy(), coded.dictionary.to_pylist(), name=name), counts
 
 
 def _subtasks(parts: Parts, name: str) -> np.ndarray | None:
@@ -145,6 +157,14 @@ def _subtasks(parts: Parts, name: str) -> np.ndarray | None:
 
 def _repeated(name: str, count: int) -> pa.Array:
     return pa.repeat(pa.scalar(name, pa.string()), count)
+
+
+def _among(parts: Parts, ids: pa.Array) -> Parts:
+    """The rows with these ids, of which each is there."""
+    if _count(parts) == len(ids):
+        return parts
+    masks = [pc.is_in(rows.ids, value_set=ids).to_numpy(zero_copy_only=False) for rows in parts]
+    return [rows.take(np.flatnonzero(mask)) for rows, mask in zip(parts, masks, strict=True)]
 
 
 def _count(parts: Parts) -> int:
