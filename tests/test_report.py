@@ -283,7 +283,7 @@ def test_overlaps_are_those_of_the_ids(made):
 @pytest.fixture(scope="module")
 def browser():
     if importlib.util.find_spec("playwright") is None:
-        pytest.skip("needs playwright")
+        pytest.skip("needs the extra `browser`, and a Chromium")
     from playwright.sync_api import Error, sync_playwright
 
     own = os.environ.get(BROWSER) or shutil.which("chromium") or shutil.which("google-chrome")

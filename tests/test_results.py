@@ -37,6 +37,7 @@ from cads.study.summary import (
     best_of,
     budgets_of,
     higher_is_better,
+    place_name,
     points_of,
     regrets,
     told_apart,
@@ -281,6 +282,11 @@ class TestPoints:
         made = point(scores=values)
         low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
         assert (made.mean, made.half_width) == pytest.approx(((low + high) / 2, (high - low) / 2))
+
+    def test_a_size_is_named_once(self):
+        assert place_name("language/5M", "5M") == "language/5M"
+        assert place_name("mmlu", "7b") == "mmlu 7b"
+        assert place_name("vision/digits", "") == "vision/digits"
 
     def test_known_interval(self):
         # t(0.975, 2) = 4.302653 and the standard deviation of 1, 2, 3 is 1: 4.302653 / sqrt(3) = 2.484138.

@@ -24,7 +24,7 @@ from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, 
 from cads.study.fits import SHARED_TASKS, GroupFits, fixed_selection
 from cads.study.frontier import PerformanceCurve, amortised_flops
 from cads.study.style import FAINT, INK, SERIES, Look
-from cads.study.summary import Point, in_percent
+from cads.study.summary import Point, in_percent, place_name
 
 WIDTH, AXES_HEIGHT, LEGEND_ROW = 4.5, 2.9, 0.21
 """Inches. Shown 350 pixels wide, text of `TEXT` points is then about as many pixels high."""
@@ -213,7 +213,7 @@ def _order_note(parts: Sequence[Sequence[str]]) -> str:
 
 
 def _where(group: GroupFits) -> str:
-    return " ".join(filter(None, [group.task, group.model]))
+    return place_name(group.task, group.model)
 
 
 def scores(group: GroupFits, look: Mapping[str, Look], name: str, *, training_only: bool = False) -> Drawing:

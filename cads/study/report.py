@@ -23,7 +23,7 @@ from cads.study.fits import SIMULATED_SIZES, GroupFits, advices, analyse, to_jso
 from cads.study.frontier import simulate_figure1
 from cads.study.results import DONE, IMPORTED, read_runs
 from cads.study.style import Look, looks
-from cads.study.summary import answers, points_of, regrets
+from cads.study.summary import answers, place_name, points_of, regrets
 from cads.study.tables import header, texts
 
 TEMPLATE = "report.html.j2"
@@ -104,7 +104,7 @@ def _smallest(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _name(group: GroupFits) -> str:
-    return " ".join(filter(None, [group.task, group.model]))
+    return place_name(group.task, group.model)
 
 
 def _sections(

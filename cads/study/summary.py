@@ -79,6 +79,11 @@ class Point:
         return self.task, self.model
 
 
+def place_name(task: str, model: str) -> str:
+    """What a group of points is called: task and size, which some tasks have in their own name."""
+    return task if model and task.endswith(model) else " ".join(filter(None, [task, model]))
+
+
 def half_width(values: Sequence[float] | np.ndarray) -> float:
     """Of the t-interval (`CONFIDENCE`) of the mean of values (shape (n,)); NaN for fewer than two."""
     n = len(values)
@@ -121,7 +126,7 @@ def points_of(runs: Iterable[Mapping[str, Any]], metric: str | None = None) -> l
     points = [_point(rows, metric) for rows in groups.values()]
     for place, group in by_group(points).items():
         if len(metrics := sorted({p.metric for p in group})) > 1:
-            where = " ".join(filter(None, place)) or "this study"
+            where = place_name(*place) or "this study"
             raise ConfigError(f"runs of {where} were scored by {metrics}: give --metric, or run `cads compare` again")
     return points
 
