@@ -81,9 +81,12 @@ def run_grid(config: Path, out: Path, shard: Shard, console: Console, *, dry: bo
     console.print(f"results      {out}/tables", highlight=False)
     console.print(f"TensorBoard  tensorboard --logdir {out}/cells", highlight=False, soft_wrap=True)
     mine = {plan.key for plan in shard.part(plans)}
-    failed = [row for row in runs if row["cell"] in mine and row["status"] == FAILED]
+    # All processes know of it, so that they end alike.
+    failed = world.on_first(
+        lambda: [f"  {row['cell']}: {row['error']}" for row in runs if row["cell"] in mine and row["status"] == FAILED]
+    )
     if failed:
-        named = "\n".join(f"  {row['cell']}: {row['error']}" for row in failed[:MOST_NAMED])
+        named = "\n".join(failed[:MOST_NAMED])
         more = f"\n  and {len(failed) - MOST_NAMED} more" if len(failed) > MOST_NAMED else ""
         raise CadsError(f"{len(failed)} of {len(mine)} cells failed; the same command runs them again:\n{named}{more}")
 
