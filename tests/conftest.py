@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,6 +27,8 @@ from cads.tasks.vision import VisionTask
 from cads.trainer import TrainConfig
 
 torch.set_num_threads(1)
+settings.register_profile("same examples every time", derandomize=True)
+settings.load_profile("same examples every time")
 
 N_FEATURES, N_CLASSES, N_WORDS, N_TOKENS = 6, 3, 12, 60
 WIDTH = 4

@@ -277,7 +277,7 @@ def crossovers(a: PerformanceCurve, b: PerformanceCurve, low: float, high: float
     for left, right in itertools.pairwise(math.log(node / low) for node in nodes):
         if min(lead(left), lead(right)) < 0 < max(lead(left), lead(right)):
             found.append(low * math.exp(brentq(lead, left, right, xtol=1e-14)))
-    return tuple(found)
+    return tuple(c for c in found if low < c < high)  # one within rounding of an end is at the end
 
 
 def compute_optimal_method(curves: Iterable[PerformanceCurve], budget: float) -> str | None:

@@ -377,6 +377,12 @@ def test_crossovers_are_exactly_the_changes_of_sign(data, one_ceiling: bool) -> 
         assert float(a.predict(c)) == pytest.approx(float(b.predict(c)), abs=1e-8)
 
 
+def test_curves_that_start_together_but_for_rounding_do_not_cross_at_the_start() -> None:
+    a = PerformanceCurve("a", 10.0, 18.0, 10.0, 1e18, 1e16, "shifted")
+    b = PerformanceCurve("b", math.nextafter(10.0, 11.0), 11.000000000000002, 1.0, 1e18, 1e16, "shifted")
+    assert crossovers(a, b, 1e16, 3e18) == ()
+
+
 def test_both_crossovers_of_one_pair_are_found() -> None:
     early = PerformanceCurve("early", 0.0, 50.0, 20.0, 1e18)
     late = PerformanceCurve("late", 10.0, 52.0, 3.0, 1e18)
