@@ -109,11 +109,11 @@ class PenalizedSources:
         if isinstance(division, str):
             return PlannedLedger(note=division)
         purse, space = Planned(task, division.selection), Masks(task.pool)
-        rung = self._rung(division.training, space)
+        rung, where = self._rung(division.training, space), probes(space)
         purse.run(rung.runs, rung.flops, stage=rung.stage)
         for _ in range(self.rounds):
             purse.fit_target(THETA_SHARE * division.training / self.rounds, stage="theta")
-            purse.losses(sum(len(p) for p in probes(space)), stage="R", flops=probing_flops(purse, space))
+            purse.losses(sum(map(len, where)), stage="R", flops=probing_flops(purse, where))
             purse.learn(self._update_flops(space))
         return purse.ledger
 
@@ -141,7 +141,7 @@ class PenalizedSources:
             return ONE_SOURCE
         runs = min(self.masks, space.count)
         share = runs * self._share + THETA_SHARE
-        round_flops = probing_flops(purse, space) + self._update_flops(space)
+        round_flops = probing_flops(purse, probes(space)) + self._update_flops(space)
         fixed = runs * purse.measuring_flops + self.rounds * round_flops
         training = (total - fixed) / (1 + share) if budget.count_selection else total
         # A line through a curve takes two points of it.
@@ -174,7 +174,7 @@ class PenalizedSources:
     def _alternate(self, inner: Inner, space: Masks, reach: FittedReach, training: float, seed: int) -> BernoulliPolicy:
         """theta on target and draws, then the policy on the penalty, `rounds` times."""
         task, monitor = inner.task, inner.monitor
-        policy = BernoulliPolicy(np.full(len(space.sizes), 0.5))
+        policy, where = BernoulliPolicy(np.full(len(space.sizes), 0.5)), probes(space)
         theta = None
         for turn in range(self.rounds):
             order = derive(seed, "theta", turn)
@@ -186,7 +186,7 @@ class PenalizedSources:
                 stream=Weighted(np.maximum(policy.probabilities, 1e-9)[task.pool.sources], order),
                 target_fraction=1 / (1 + self.alpha),
             )
-            risks = mean_losses(inner, space, theta)
+            risks = mean_losses(inner, where, theta)
             for step in range(POLICY_STEPS):
                 rng = np.random.default_rng(derive(seed, "policy", turn, step))
                 masks = policy.sample(self.draws, rng)

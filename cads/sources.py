@@ -7,6 +7,7 @@ with the penalty of CADS (arXiv 2510.16806), and a regression on the runs so far
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -35,8 +36,10 @@ THETA_SHARE, THETA_PASSES = 0.1, 20
 """theta is fitted to the target for this share of C, but for no more passes over it than this."""
 MOST_FOR_THETA = 0.1
 """Share of the allowance that theta and R may take: where budgets are small, short runs tell more."""
-PROBE_EXAMPLES = 256
-"""Examples of each source on which R is measured."""
+PROBE_EXAMPLES, FEW_PROBES = 256, 32
+"""Examples of each source on which R is measured: usually, and where the allowance does not buy these beside theta."""
+GUIDED_RUNS = 2
+"""Runs for each source, in the first rung, up to which theta is worth cutting short what it costs."""
 POLICY_STEP = 0.05
 """Length of the steps of the policy in the largest probability; it falls to 0 over those after a rung."""
 ENUMERATED = 10
@@ -122,9 +125,10 @@ class CadsSources(OneRunSearch):
     def spend(self, purse: Planned, training: float) -> bool:
         """What `search` would do; see `Search`."""
         space = self._space(purse.task)
-        if flops := theta_flops(purse, space, training, self.policy_steps):
-            purse.fit_target(flops, stage="theta")
-            purse.losses(sum(len(p) for p in probes(space)), stage="R", flops=probing_flops(purse, space))
+        theta, where = theta_flops(purse, space, training, self.policy_steps)
+        if theta:
+            purse.fit_target(theta, stage="theta")
+            purse.losses(sum(map(len, where)), stage="R", flops=probing_flops(purse, where))
         done = 0
         for rung in affordable(purse, space, training, self.policy_steps):
             runs = rung.runs if space.count is None else min(rung.runs, space.count)
@@ -268,37 +272,42 @@ def source_marginals(policy: Policy) -> np.ndarray:
     raise ConfigError(f"{type(policy).__name__} is no policy over sources")
 
 
-def probes(space: Space) -> list[np.ndarray]:
-    """Positions of the examples of each source on which R is measured."""
-    return [np.flatnonzero(space.pool.sources == source)[:PROBE_EXAMPLES] for source in range(len(space.sizes))]
+def probes(space: Space, count: int = PROBE_EXAMPLES) -> list[np.ndarray]:
+    """Positions of the examples of each source on which R is measured, `count` at most."""
+    return [np.flatnonzero(space.pool.sources == source)[:count] for source in range(len(space.sizes))]
 
 
-def probing_flops(purse: Purse, space: Space) -> float:
+def probing_flops(purse: Purse, where: Sequence[np.ndarray]) -> float:
     """What `mean_losses` will charge: where lengths differ, not what a mean example costs."""
     pool, forward = purse.task.pool, purse.task.costs.forward
-    return sum(reading_flops(forward, pool, there) for there in probes(space))
+    return sum(reading_flops(forward, pool, there) for there in where)
 
 
-def mean_losses(inner: Inner, space: Space, theta: nn.Module) -> np.ndarray:
-    """The mean loss of theta in each source, of which R is made, nats, shape (S,)."""
-    return np.array([inner.losses(theta, there, stage="R").mean() for there in probes(space)])
+def mean_losses(inner: Inner, where: Sequence[np.ndarray], theta: nn.Module) -> np.ndarray:
+    """The mean loss of theta on the examples of each source, of which R is made, nats, shape (S,)."""
+    return np.array([inner.losses(theta, there, stage="R").mean() for there in where])
 
 
-def theta_flops(purse: Purse, space: Space, training: float, steps: int) -> float:
-    """What theta is trained for; 0 if it and its losses would take too much of what the ledger has left.
+def theta_flops(purse: Purse, space: Space, training: float, steps: int) -> tuple[float, list[np.ndarray]]:
+    """What theta is trained for, and where R is measured; 0 if that would take too much of what the ledger has left.
 
-    Where short runs are too few to learn which sources matter, theta's losses are the guide: it is trained for less.
+    Where short runs are too few to learn which sources matter, theta's losses are the guide: it is trained for less,
+    and measured on fewer examples.
 
     Args:
         steps: of the policy after each rung.
     """
     flops = purse.target_flops(THETA_SHARE, THETA_PASSES, training)
     most = MOST_FOR_THETA * purse.ledger.left
-    probing = probing_flops(purse, space)
-    if flops + probing > most:
+    where = probes(space)
+    if flops + probing_flops(purse, where) > most:
         rungs = affordable(purse, space, training, steps, reserved=most)
-        flops = most - probing if rungs and rungs[0].runs <= len(space.sizes) else 0.0
-    return 0.0 if flops < purse.target_step_flops else flops
+        if not rungs or rungs[0].runs > GUIDED_RUNS * len(space.sizes):
+            return 0.0, where
+        if most - probing_flops(purse, where) < purse.target_step_flops:
+            where = probes(space, FEW_PROBES)
+        flops = most - probing_flops(purse, where)
+    return (0.0 if flops < purse.target_step_flops else flops), where
 
 
 def update_flops(space: Space, runs: int, steps: int) -> float:
@@ -327,11 +336,11 @@ def source_risks(inner: Inner, space: Space, training: float, steps: int, seed: 
     Returns:
         nats, shape (S,); all 0 if the budget does not buy theta.
     """
-    flops = theta_flops(inner, space, training, steps)
+    flops, where = theta_flops(inner, space, training, steps)
     if not flops:
         return np.zeros(len(space.sizes))
     theta = inner.fit_target(flops, seed=derive(seed, "theta"), stage="theta")
-    return mean_losses(inner, space, theta)
+    return mean_losses(inner, where, theta)
 
 
 def run_rung(inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: int, height: int) -> Runs:

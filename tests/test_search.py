@@ -150,7 +150,7 @@ def test_a_held_alpha_weighs_the_whole_penalty(features, alpha):
 
 
 def test_without_theta_there_is_no_penalty_to_weigh(features, monkeypatch):
-    monkeypatch.setattr("cads.sources.theta_flops", lambda *args: 0.0)
+    monkeypatch.setattr("cads.sources.theta_flops", lambda *args: (0.0, []))
     scalars = watched_search(features(batch_size=8), alpha=1.0).scalars
     assert set(scalars["outer/R"]) == set(scalars["control/c1"]) == set(scalars["control/c2"]) == {0.0}
 
