@@ -8,7 +8,7 @@ counts, and how far to move, follow from the budget: both are chosen by short ru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -42,6 +42,16 @@ FIDELITIES = (1 / 8, 1 / 4, 1 / 2)
 """Shares of C: of the runs that compare candidates where the allowance is small; of those that do so otherwise; and
 of those in which the best candidate must then beat the full pool. Shorter runs take easy examples for the better ones,
 since they help early and not later."""
+TAUGHT, LEAST_TAUGHT = 1.5, 0.3
+"""Shares of C: what theta takes at most, in two halves, where short runs of the highest fidelity decide besides, and
+at least. Only a theta that has seen the target often enough tells what is wrong from what is hard."""
+WORTH_REPEATING = 0.75
+"""Share of C that theta takes at least for its second half to be worth another pass over the pool."""
+KEPT_FOR_THETA, TARGET_FRACTION = 0.6, 0.3
+"""In its second half theta is trained, as in the penalty, on the target and on what the policy keeps: this share of the
+pool. The target is this share of each batch."""
+LENGTHS = (0.6, 0.8, 0.9, 0.7, 0.5)
+"""Shares of the pool that such a theta's candidates keep, those that are tried where few can be tried first."""
 LEAST_STEPS, LEAST_RUNS = 40, 3
 """Steps of the shortest run, and runs, the full pool's among them, that are worth comparing."""
 SHARPNESS = 3.0
@@ -54,20 +64,28 @@ class Signals:
 
     Attributes:
         from_theta: losses, nats, shape (N,). from_u: the same, or None without u.
+        steps: share of the pool that is kept and weight of l* of each candidate.
         groups: index of the examples of each group within which they compete; one for all of them if there are none.
     """
 
     from_theta: np.ndarray
     from_u: np.ndarray | None
+    steps: Sequence[tuple[float, float]]
     groups: Sequence[np.ndarray | slice] = (slice(None),)
 
     @classmethod
-    def of(cls, from_theta: np.ndarray, from_u: np.ndarray | None, groups: np.ndarray | None = None) -> Signals:
+    def of(
+        cls,
+        from_theta: np.ndarray,
+        from_u: np.ndarray | None,
+        steps: Sequence[tuple[float, float]],
+        groups: np.ndarray | None = None,
+    ) -> Signals:
         """With the group of each example, shape (N,), or None."""
         if groups is None:
-            return cls(from_theta, from_u)
+            return cls(from_theta, from_u, steps)
         order = np.argsort(groups, kind="stable")
-        return cls(from_theta, from_u, np.split(order, np.flatnonzero(np.diff(groups[order])) + 1))
+        return cls(from_theta, from_u, steps, np.split(order, np.flatnonzero(np.diff(groups[order])) + 1))
 
     @property
     def everything(self) -> Candidate:
@@ -76,9 +94,8 @@ class Signals:
 
     @property
     def candidates(self) -> list[Candidate]:
-        """Policies one gradient step away from the uniform one, for each of `STEPS` that can be taken."""
-        steps = affordable_steps(with_reach=self.from_u is not None)
-        return [Candidate(self, weight, kept) for kept, weight in steps]
+        """Policies one gradient step away from the uniform one."""
+        return [Candidate(self, weight, kept) for kept, weight in self.steps]
 
 
 @dataclass(frozen=True)
@@ -124,27 +141,34 @@ class CadsExamples(OneRunSearch):
 
     theta is fitted to one half of the target and u to the pool; each candidate policy is one step along the
     penalty's gradient from the uniform policy, of its own length and weight on l*, the same in each class. A ladder
-    of short runs finds the best one on the other half of the target, the full pool among them throughout.
+    of short runs finds the best one on the other half of the target, the full pool among them throughout. Where the
+    allowance buys more, theta is trained for longer, in the end on the target and on what it keeps itself, u is not
+    needed, and a few long runs decide.
     """
 
     method: ClassVar[str] = "cads-e"
     held_out: ClassVar[bool] = True
     whole_sources: ClassVar[bool] = False
+    default_allowance: ClassVar[float] = 3.0
     weigh = staticmethod(by_example)
 
     def spend(self, purse: Planned, training: float) -> bool:
         """What `search` would do; see `Search`."""
         n = len(purse.task.pool)
-        theta, u = score_flops(purse, training)
-        if not theta:
+        teachers = teachers_of(purse, training)
+        if not teachers.theta:
             return False
-        purse.fit_target(theta, stage="theta")
+        purse.fit_target(teachers.theta, stage="theta")
         purse.losses(n, stage="R")
-        if u:
-            purse.run(1, u, stage="u")
+        if teachers.again:
+            purse.learn(candidates_flops(n, 1))
+            purse.fit_target(teachers.again, stage="theta, with the pool")
+            purse.losses(n, stage="R")
+        if teachers.u:
+            purse.run(1, teachers.u, stage="u")
             purse.losses(n, stage="l*")
-        steps = affordable_steps(with_reach=u > 0)
-        rungs = comparisons(purse, training, per_run=candidates_flops(n, 1))
+        steps = teachers.steps
+        rungs = teachers.comparisons(purse, training)
         for rung in rungs:
             runs = min(rung.runs, 1 + len(steps))
             # All but the full pool's, and the best one once more.
@@ -155,8 +179,9 @@ class CadsExamples(OneRunSearch):
     def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
         """theta, u, the candidates, and the ladder; see `Search`."""
         task, monitor = inner.task, inner.monitor
-        signals = Signals.of(*example_losses(inner, training, seed), task.groups(task.pool))
-        rungs = comparisons(inner, training, per_run=candidates_flops(len(task.pool), 1))
+        teachers = teachers_of(inner, training)
+        signals = learn_from(inner, teachers, seed)
+        rungs = teachers.comparisons(inner, training)
         if not rungs:
             return self.full_pool(task, budget, seed, ledger, NOTHING)
         everything = signals.everything
@@ -196,20 +221,65 @@ class CadsExamples(OneRunSearch):
         )
 
 
-def score_flops(purse: Purse, training: float) -> tuple[float, float]:
-    """What theta and u are trained for; 0 for what the ledger does not buy, with its pass over the pool."""
-    each = EACH_OF_ALLOWANCE * purse.ledger.left / training
-    theta = purse.target_flops(min(THETA_SHARE, each), THETA_PASSES, training)
+@dataclass(frozen=True)
+class Teachers:
+    """What the models cost whose losses are the signals, FLOPs; 0 for what the ledger does not buy.
+
+    Attributes:
+        theta: fitted to the target. again: theta once more, on the target and on what the policy keeps.
+        u: trained on the pool. thorough: whether theta may take what only few and long short runs leave.
+    """
+
+    theta: float = 0.0
+    again: float = 0.0
+    u: float = 0.0
+    thorough: bool = False
+
+    @property
+    def steps(self) -> list[tuple[float, float]]:
+        """Share that is kept and weight of l* of the candidates that these models make."""
+        return [(kept, 0.0) for kept in LENGTHS] if self.thorough else affordable_steps(with_reach=self.u > 0)
+
+    def comparisons(self, purse: Purse, training: float) -> list[Rung]:
+        """The short runs that are left to compare candidates, once these models are paid for."""
+        per_run = candidates_flops(len(purse.task.pool), 1)
+        if not self.thorough:
+            return comparisons(purse, training, per_run=per_run)
+        f, price = deciding(purse, training)
+        return [
+            Rung(f, f * training, data_share(f, purse.passes(training), decides=True), int(purse.ledger.left / price))
+        ]
+
+
+def deciding(purse: Purse, training: float) -> tuple[float, float]:
+    """Share of C, and price, of a short run that decides by itself."""
+    f = shortest(purse, training, FIDELITIES[2])
+    return f, f * training + purse.measuring_flops + candidates_flops(len(purse.task.pool), 1)
+
+
+def teachers_of(purse: Purse, training: float) -> Teachers:
+    """The models that what is left of the ledger buys, with a pass over the pool each, beside the short runs."""
     n = len(purse.task.pool)
-    scoring = purse.scoring_flops(n)
+    scoring, left = purse.scoring_flops(n), purse.ledger.left
+    fidelity, price = deciding(purse, training)
+    spare = min(TAUGHT * training, left - LEAST_RUNS * price - scoring)
+    if fidelity <= 1 and spare >= max(LEAST_TAUGHT * training, purse.target_step_flops):
+        both = min(spare, left - LEAST_RUNS * price - 2 * scoring - candidates_flops(n, 1))
+        from_target = round(TARGET_FRACTION * purse.task.recipe.batch_size)
+        if from_target and both >= max(WORTH_REPEATING * training, 2 * purse.target_step_flops):
+            return Teachers(both / 2, both / 2, thorough=True)
+        return Teachers(spare, thorough=True)
+    each = EACH_OF_ALLOWANCE * left / training
+    theta = purse.target_flops(min(THETA_SHARE, each), THETA_PASSES, training)
     per_run = purse.measuring_flops + candidates_flops(n, 1)
-    most = purse.ledger.left - LEAST_RUNS * (shortest(purse, training, FIDELITIES[0]) * training + per_run)
-    if theta < purse.target_step_flops or theta + scoring > most:
-        return 0.0, 0.0
+    least = shortest(purse, training, FIDELITIES[0])
+    most = left - LEAST_RUNS * (least * training + per_run)
+    if least > 1 or theta < purse.target_step_flops or theta + scoring > most:
+        return Teachers()
     u = min(REFERENCE_SHARE, each) * training
     if u < purse.step_flops or theta + u + 2 * scoring + purse.measuring_flops > most:
-        return theta, 0.0
-    return theta, u
+        return Teachers(theta)
+    return Teachers(theta, u=u)
 
 
 def comparisons(
@@ -247,22 +317,31 @@ def shortest(purse: Purse, training: float, fidelity: float) -> float:
     return max(fidelity, LEAST_STEPS * purse.step_flops / training)
 
 
-def example_losses(inner: Inner, training: float, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """The losses of every example under theta and under u, nats, shape (N,) each.
-
-    Returns:
-        (l(theta), None) if the allowance does not buy u.
-    """
-    theta_flops, reference_flops = score_flops(inner, training)
-    everything = np.arange(len(inner.task.pool))
-    theta = inner.fit_target(theta_flops, seed=derive(seed, "theta"), stage="theta")
-    from_theta = inner.losses(theta, everything, stage="R")
-    if not reference_flops:
-        return from_theta, None
+def learn_from(inner: Inner, teachers: Teachers, seed: int) -> Signals:
+    """The losses of every example under theta and, if there is one, under u."""
+    task, everything = inner.task, np.arange(len(inner.task.pool))
+    groups, steps = task.groups(task.pool), teachers.steps
+    theta = inner.fit_target(teachers.theta, seed=derive(seed, "theta"), stage="theta")
+    signals = Signals.of(inner.losses(theta, everything, stage="R"), None, steps, groups)
+    if teachers.again:
+        inner.learn(candidates_flops(len(everything), 1))
+        kept = everything[most_probable(Candidate(signals, 0.0, KEPT_FOR_THETA).probability())]
+        order = derive(seed, "theta", "with the pool")
+        theta = inner.fit_target(
+            teachers.again,
+            seed=order,
+            stage="theta, with the pool",
+            model=theta,
+            stream=Epochs(kept, order),
+            target_fraction=TARGET_FRACTION,
+        )
+        return Signals.of(inner.losses(theta, everything, stage="R"), None, steps, groups)
+    if not teachers.u:
+        return signals
     order = derive(seed, "reference")
-    runs = inner.run([Epochs(everything, order)], reference_flops, seed=order, stage="u")
+    runs = inner.run([Epochs(everything, order)], teachers.u, seed=order, stage="u")
     check_reference(float(runs.objective[0]), "u")
-    return from_theta, inner.losses(runs.models[0], everything, stage="l*")
+    return replace(signals, from_u=inner.losses(runs.models[0], everything, stage="l*"))
 
 
 def affordable_steps(*, with_reach: bool) -> list[tuple[float, float]]:

@@ -16,15 +16,21 @@ from cads.examples import (
     FIDELITIES,
     LEAST_RUNS,
     LEAST_STEPS,
+    LENGTHS,
     SHARPNESS,
     STEPS,
+    TAUGHT,
     THETA_SHARE,
     CadsExamples,
     Signals,
+    Teachers,
+    affordable_steps,
     comparisons,
-    score_flops,
+    learn_from,
+    teachers_of,
 )
-from cads.inner import Planned
+from cads.inner import Inner, Planned
+from cads.monitor import Monitor
 from cads.operations import candidates_flops
 
 
@@ -41,8 +47,10 @@ def purse(features):
 
 
 @pytest.mark.parametrize("dearer", [False, True])
-def test_theta_has_to_afford_a_step_on_the_target(texts, dearer):
+def test_theta_has_to_afford_a_step_on_the_target(texts, monkeypatch, dearer):
     """Whose examples may be longer than those of the pool, or shorter."""
+    monkeypatch.setattr(cads.examples, "LEAST_STEPS", 0)
+    monkeypatch.setattr(cads.examples, "TAUGHT", 0)
     task = copy.copy(texts(batch_size=4))
     order = np.argsort(task.pool.examples.lengths(), kind="stable")
     task.target = task.pool.part(order[-20:] if dearer else order[:20], "target")
@@ -54,7 +62,7 @@ def test_theta_has_to_afford_a_step_on_the_target(texts, dearer):
     assert (purse.target_step_flops > purse.step_flops) == dearer
     for steps in np.linspace(0.1, 4, 60):
         training = steps * purse.step_flops / THETA_SHARE
-        theta, _ = score_flops(Planned(task, 1e5 * purse.step_flops, held_out=True), training)
+        theta = teachers_of(Planned(task, 1e5 * purse.step_flops, held_out=True), training).theta
         assert (theta > 0) == (steps * purse.step_flops >= purse.target_step_flops * (1 - 1e-12))
         trained.append(theta > 0)
     assert set(trained) == {False, True}
@@ -93,7 +101,7 @@ def test_what_is_kept_back_and_what_a_run_takes_beside_are_left(purse, passes, a
 def test_policies_are_steps_of_their_length_in_each_group(grouped):
     rng, n = np.random.default_rng(0), 4000
     theta, u, groups = rng.exponential(size=n), rng.exponential(size=n), rng.integers(0, 3, n) * 5
-    signals = Signals.of(theta, u, groups if grouped else None)
+    signals = Signals.of(theta, u, STEPS, groups if grouped else None)
     for candidate, (kept, weight) in zip(signals.candidates, STEPS, strict=True):
         z = (theta - weight * u - (theta - weight * u).mean()) / (theta - weight * u).std()
         expected = np.empty(n)
@@ -102,14 +110,15 @@ def test_policies_are_steps_of_their_length_in_each_group(grouped):
         np.testing.assert_allclose(candidate.probability(), expected, rtol=1e-9)
     assert (signals.everything.probability() == 1).all()
     assert signals.everything.flops == 0
-    assert [c.reach_weight for c in Signals.of(theta, None).candidates] == [0.0] * sum(w == 0 for _, w in STEPS)
+    assert [(c.kept, c.reach_weight) for c in signals.candidates] == list(STEPS)
+    assert {weight for _, weight in affordable_steps(with_reach=False)} == {0.0}
 
 
 def test_candidates_take_no_memory_until_they_are_asked_for():
     n = 200_000
     losses = np.random.default_rng(0).exponential(size=n)
     tracemalloc.start()
-    field = Signals.of(losses, losses[::-1].copy()).candidates
+    field = Signals.of(losses, losses[::-1].copy(), STEPS).candidates
     kept = tracemalloc.get_traced_memory()[0] / n
     for candidate in field:
         candidate.probability()
@@ -127,43 +136,72 @@ def test_what_policies_cost_is_planned_and_charged(features):
     CadsExamples(guard=False).select(task, budget, seed=0, ledger=ledger)
     made = ledger.entries[SELECT, "policy"].flops
     assert made == pytest.approx(planned.entries[SELECT, "policy"].flops)
-    # Each candidate of the first rung, the best of them to look at it, and both again for the confirmation.
+    # Each candidate, the best of them to look at it, and what theta is trained on in its second half.
     each = Planned(task, planned.limit, held_out=True).measuring_flops
     stages = [s for _, s in planned.entries if s.startswith("short runs") and s.endswith("measuring")]
     runs = [round(planned.entries[SELECT, s].flops / each) for s in stages]
-    assert made == candidates_flops(len(task.pool), sum(runs))
+    assert made == candidates_flops(len(task.pool), sum(runs) + 1)
 
 
 @settings(deadline=None, max_examples=60)
 @given(passes=st.floats(0.5, 100), allowance=st.floats(0, 4))
 def test_scores_are_bought_only_where_something_can_be_compared_afterwards(purse, passes, allowance):
     purse, training = purse(passes, allowance)
-    theta, u = score_flops(purse, training)
-    assert theta >= 0
-    assert u == 0 or theta > 0
+    teachers = teachers_of(purse, training)
+    assert teachers.theta >= 0
+    assert teachers.theta > 0 or teachers.again == teachers.u == 0
     planned = CadsExamples(allowance=allowance).spend(purse, training)
-    assert planned == (theta > 0)
+    assert planned == (teachers.theta > 0)
 
 
-def test_what_wins_short_runs_and_loses_longer_ones_is_not_returned(features, monkeypatch):
-    seen = []
+@settings(deadline=None, max_examples=60)
+@given(passes=st.floats(0.5, 100), allowance=st.floats(2, 6))
+def test_a_thorough_theta_leaves_enough_for_long_runs(purse, passes, allowance):
+    purse, training = purse(passes, allowance)
+    teachers = teachers_of(purse, training)
+    assert CadsExamples(allowance=allowance).spend(purse, training) == (teachers.theta > 0)
+    assert purse.ledger.total(SELECT).flops <= purse.ledger.limit * (1 + 1e-9)
+    assert teachers.theta + teachers.again <= TAUGHT * training or not teachers.thorough
+    if teachers.thorough:
+        assert teachers.u == 0
+        assert teachers.steps == [(kept, 0.0) for kept in LENGTHS]
+        assert [s for _, s in purse.ledger.entries if s.startswith("short runs") and "measuring" not in s] == [
+            f"short runs, C/{1 / max(FIDELITIES[2], LEAST_STEPS * purse.step_flops / training):.3g}"
+        ]
+    if passes >= 8 and allowance >= 2.75:
+        assert teachers.again == teachers.theta > 0
 
-    def compare(inner, field, rung, seed, height):
-        seen.append((rung.fidelity, len(field)))
-        gains = np.linspace(-1.0, -0.5, len(field))
-        gains[0] = 0.0
-        # The winner of the short runs is worse than the full pool in the long one.
-        return gains if rung.fidelity < FIDELITIES[2] else np.array([0.0, 0.1])
 
-    monkeypatch.setattr(cads.examples, "compare", compare)
+def test_theta_goes_on_with_what_it_keeps_of_each_class(features, monkeypatch):
     task = features(batch_size=8)
-    chosen = CadsExamples().select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
-    assert [count for _, count in seen][-1] == 2
-    assert len(seen) == 2
-    assert chosen.selected.all()
-    assert chosen.notes["guard"] == "the full pool was not beaten"
-    forced = CadsExamples(guard=False).select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
-    assert not forced.selected.all()
+    fitted, losses = [], []
+    inner = Inner(task, Ledger(), Monitor(), held_out=True)
+    monkeypatch.setattr(inner, "fit_target", lambda flops, **about: fitted.append((flops, about)))
+    monkeypatch.setattr(
+        inner, "losses", lambda *_, **__: losses.append(np.random.default_rng(len(losses)).random(200)) or losses[-1]
+    )
+    signals = learn_from(inner, Teachers(2.0, 3.0, thorough=True), seed=0)
+    assert [flops for flops, _ in fitted] == [2.0, 3.0]
+    labels = task.groups(task.pool)
+    kept = np.zeros(200, dtype=bool)
+    kept[fitted[1][1]["stream"].take(0, 130)] = True
+    for label in np.unique(labels):
+        mine, least = losses[0][labels == label], losses[0][(labels == label) & kept]
+        assert least.max() < np.delete(np.sort(mine), np.arange(len(least))).min()
+    assert kept.mean() == pytest.approx(0.6, abs=0.02)
+    assert (signals.from_theta == losses[1]).all()
+    assert signals.from_u is None
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_what_the_full_pool_beats_is_returned_on_request_alone(features, monkeypatch, guard):
+    monkeypatch.setattr(cads.examples, "compare", lambda inner, field, *_: np.arange(len(field), dtype=float))
+    task = features(batch_size=8)
+    chosen = CadsExamples(guard=guard).select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
+    assert chosen.selected.all() == guard
+    assert chosen.notes["guard"] == (
+        "the full pool was not beaten" if guard else "better than the full pool on the target"
+    )
 
 
 def test_a_policy_that_selects_nothing_is_the_full_pool(features, monkeypatch):

@@ -265,7 +265,7 @@ def test_a_reference_that_diverges_is_named(features, monkeypatch, kind):
 
     monkeypatch.setattr(Inner, "run", diverging)
     with pytest.raises(DataError, match=r"u: the run on .* pool met a loss that is not finite"):
-        kind().select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
+        kind(allowance=1.0).select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
     assert stages == ["u"]
 
 
