@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
+import torch
 from torch import nn
 
 from cads.budget import SELECT, Ledger, PlannedLedger
@@ -19,8 +21,11 @@ from cads.optimizer import Rung, ladder
 from cads.processes import current
 from cads.rounds import Operation, Progress, Standing
 from cads.scoring import planned_flops, score_pool
-from cads.task import Objective, Pool, Task
+from cads.task import Measured, Objective, Pool, Task
 from cads.trainer import Trainer
+
+BY_EXAMPLE = "by_example"
+"""What journals call the objective of each example."""
 
 
 @dataclass
@@ -29,6 +34,8 @@ class Runs:
 
     Attributes:
         objective: outer objective of each on the target, shape (K,); NaN where the run diverged.
+        errors: standard error of the objective less that of the first run, over the examples of the target, which all
+            runs share, shape (K,); 0 where the objective is not a mean over them.
         losses: training losses of each step, nats, shape (steps, K).
         flops: compute of one run after each step, shape (steps,).
         reached: training loss over the last steps, nats, shape (K,).
@@ -40,6 +47,7 @@ class Runs:
     flops: np.ndarray
     reached: np.ndarray
     models: list[nn.Module]
+    errors: np.ndarray
 
 
 class Purse:
@@ -179,10 +187,14 @@ class Inner(Purse):
         fit = self.trainer.fit_replicas(models, draws, flops, seed=seed, phase=SELECT, stage=stage)
         objective = np.full(len(models), np.nan)
         sound = np.flatnonzero(~fit.diverged)
-        objective[sound] = self.measure_each([fit.models[k] for k in sound], f"{stage}, measuring")
-        return Runs(objective, fit.losses, fit.flops, fit.training_loss, fit.models)
+        found = self.measure_each([fit.models[k] for k in sound], f"{stage}, measuring")
+        errors = np.zeros(len(models))
+        for k, measured in zip(sound, found, strict=True):
+            objective[k] = measured.value
+            errors[k] = paired_error(measured, found[0])
+        return Runs(objective, fit.losses, fit.flops, fit.training_loss, fit.models, errors)
 
-    def measure_each(self, models: Sequence[nn.Module], stage: str) -> list[float]:
+    def measure_each(self, models: Sequence[nn.Module], stage: str) -> list[Measured]:
         """The outer objective of each model on the target; several processes measure one each at a time."""
         size = current().size
         if size == 1:
@@ -190,17 +202,17 @@ class Inner(Purse):
         waves = [models[start : start + size] for start in range(0, len(models), size)]
         return [value for wave in waves for value in self._measure_wave(wave, stage)]
 
-    def measure(self, model: nn.Module, stage: str) -> float:
+    def measure(self, model: nn.Module, stage: str) -> Measured:
         """The outer objective of one model on the target."""
 
         def compute(_: Progress) -> State:
             self.ledger.charge(SELECT, stage, self.measuring_flops)
             with self.ledger.timed(SELECT, stage):
-                return State({"objective": self._objective(model)})
+                return self._objective(model)
 
-        return perform("measuring", [stage], self.ledger, compute).number("objective")
+        return _measured(perform("measuring", [stage], self.ledger, compute))
 
-    def _measure_wave(self, models: Sequence[nn.Module], stage: str) -> list[float]:
+    def _measure_wave(self, models: Sequence[nn.Module], stage: str) -> list[Measured]:
         """Measure at most one model a process."""
         rank = current().rank
 
@@ -209,7 +221,7 @@ class Inner(Purse):
                 return State()
             started = time.perf_counter()
             found = self._objective(models[rank])
-            return State({"objective": found, "seconds": time.perf_counter() - started})
+            return State({**found.values, "seconds": time.perf_counter() - started}, found.tensors)
 
         def join(parts: list[State]) -> list[State | None]:
             return [state if state.values else None for state in parts[: len(models)]]
@@ -221,11 +233,13 @@ class Inner(Purse):
 
         operations = [Operation("measuring", [stage], settle) for _ in models]
         states = perform_apart(operations, self.ledger, part, join)
-        return [state.number("objective") for state in states]
+        return [_measured(state) for state in states]
 
-    def _objective(self, model: nn.Module) -> float:
+    def _objective(self, model: nn.Module) -> State:
         device = self.trainer.accelerator.device
-        return float(self.task.objective(model.to(device), self._outer, self.measured))
+        found = self.task.objective(model.to(device), self._outer, self.measured)
+        by_example = {} if found.by_example is None else {BY_EXAMPLE: torch.from_numpy(found.by_example)}
+        return State({"objective": found.value}, by_example)
 
     def losses(self, model: nn.Module, positions: np.ndarray, *, stage: str) -> np.ndarray:
         """The loss of each pool example at `positions` (shape (n,)), nats, shape (n,); one forward pass."""
@@ -268,3 +282,16 @@ class Inner(Purse):
         start = self.task.model(seed) if model is None else model
         fit = self.trainer.fit(start, draws, flops, seed=seed, phase=SELECT, stage=stage)
         return fit.models[0]
+
+
+def _measured(state: State) -> Measured:
+    by_example = state.tensors.get(BY_EXAMPLE)
+    return Measured(state.number("objective"), None if by_example is None else by_example.numpy())
+
+
+def paired_error(one: Measured, other: Measured) -> float:
+    """Standard error of the difference of two objectives that are means over the same examples; else 0."""
+    if one.by_example is None or other.by_example is None or len(one.by_example) < 2:
+        return 0.0
+    difference = one.by_example - other.by_example
+    return float(difference.std(ddof=1) / math.sqrt(len(difference)))

@@ -48,17 +48,21 @@ SAMPLED = 2048
 """Draws for that sample, and for candidates of the next rung."""
 LARGEST_RATIO = 5.0
 """Importance ratios above it are cut off, when a policy has moved away from where its masks were drawn."""
+BEYOND_DOUBT = 2.0
+"""Standard errors by which a choice must beat the full pool: short runs on similar data differ by less than a target
+of a few hundred examples can tell."""
 WEIGHT_DIGITS = 12
 """Digits in which weights of examples must differ for training to draw by them."""
 
 
 @dataclass
 class Trials:
-    """All short runs so far: draws (n, S), objective relative to the full pool's at the same fidelity (n,),
-    fidelity (n,), and training loss reached, nats (n,)."""
+    """All short runs so far: draws (n, S), objective relative to the full pool's at the same fidelity (n,) and the
+    standard error of that over the target (n,), fidelity (n,), and training loss reached, nats (n,)."""
 
     draws: np.ndarray
     gains: np.ndarray
+    errors: np.ndarray
     fidelity: np.ndarray
     reached: np.ndarray
 
@@ -67,6 +71,13 @@ class Trials:
         """Draws (K, S) and gains (K,) of the latest rung, the full pool's first, without those that diverged."""
         sound = (self.fidelity == self.fidelity[-1]) & np.isfinite(self.gains)
         return self.draws[sound], self.gains[sound]
+
+    def beats_everything(self, draw: np.ndarray) -> bool:
+        """Whether a draw of the latest rung is better than the full pool, there and on average over its rungs, by
+        more than can be told from a sample of examples like the target."""
+        its = (self.draws == draw).all(axis=1) & np.isfinite(self.gains)
+        gain, mean, error = self.gains[its][-1], self.gains[its].mean(), self.errors[its][-1]
+        return bool(gain < 0 and mean < -BEYOND_DOUBT * error)
 
     def value(self, draws: np.ndarray, control: Control) -> np.ndarray:
         """What each draw promises at full fidelity, shape (M,): h, and half of what h missed in its latest run."""
@@ -85,6 +96,7 @@ class Trials:
         return Trials(
             np.concatenate([self.draws, draws]),
             np.concatenate([self.gains, runs.objective - runs.objective[0]]),
+            np.concatenate([self.errors, runs.errors]),
             np.concatenate([self.fidelity, np.full(len(draws), fidelity)]),
             np.concatenate([self.reached, reached]),
         )
@@ -149,7 +161,7 @@ class CadsSources(OneRunSearch):
             return self.full_pool(task, budget, seed, ledger, NOTHING)
         policy = space.policy()
         n = len(space.sizes)
-        trials = Trials(np.empty((0, n)), *(np.empty(0) for _ in range(3)))
+        trials = Trials(np.empty((0, n)), *(np.empty(0) for _ in range(4)))
         control: Control | None = None
         for height, rung in enumerate(rungs):
             draws = self._choose(space, policy, control, trials, risk, rung.runs, derive(seed, "draws", height))
@@ -242,7 +254,7 @@ class CadsSources(OneRunSearch):
         """The best of the last rung, as measured: the regression, which sees further, errs by more at full fidelity."""
         draws, gains = trials.latest
         best = 1 + int(np.argmin(gains[1:])) if len(gains) > 1 else 0
-        if self.guard and gains[best] >= 0:
+        if self.guard and not trials.beats_everything(draws[best]):
             best = 0
         return source_selection(
             inner.task,

@@ -265,6 +265,19 @@ Objective = Callable[["Task", nn.Module, Pool], float]
 """Any metric of a trained model on a pool, lower is better: (task, model, target) -> value."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The outer objective of a model.
+
+    Attributes:
+        value: lower is better.
+        by_example: what it is the mean of, float64, shape (N,); None where it is the mean of nothing.
+    """
+
+    value: float
+    by_example: np.ndarray | None = None
+
+
 class Task(ABC):
     """What is to be learned, from what, and how the final model is trained.
 
@@ -273,6 +286,7 @@ class Task(ABC):
         recipe: how the model is trained: batch size, optimizer, learning rate, precision.
         outer: the metric of `metrics` (lower is better) that selection minimises on the target.
         maximised: metrics of which more is better: none of them can be `outer`.
+        averaged: metrics that are means of a value of each example, see `metrics_by_example`.
         source_outer: another one where whole sources are chosen; None for the same.
         accounting: how FLOPs are counted: `measured`, `analytic` or `paper`.
         mergeable: whether its models have adapters that can be written into the weights they stand on.
@@ -283,6 +297,7 @@ class Task(ABC):
     name: str = "task"
     outer: str = "loss"
     maximised: tuple[str, ...] = ("accuracy",)
+    averaged: tuple[str, ...] = ()
     source_outer: str | None = None
     accounting: str = "measured"
     mergeable: bool = False
@@ -408,7 +423,11 @@ class Task(ABC):
         """
         return float(sum(p.numel() for p in model.parameters())), float(batch.tokens)
 
-    def objective(self, model: nn.Module, outer: str | Objective | None = None, pool: Pool | None = None) -> float:
+    def metrics_by_example(self, model: nn.Module, pool: Pool) -> dict[str, np.ndarray]:
+        """What `averaged` names, float64, shape (N,) each; one forward pass over the pool, which the caller charges."""
+        return {}
+
+    def objective(self, model: nn.Module, outer: str | Objective | None = None, pool: Pool | None = None) -> Measured:
         """The outer objective of `model` on the target, or on `pool`: a metric by name, or any callable.
 
         Lower is better.
@@ -416,16 +435,19 @@ class Task(ABC):
         Raises:
             ConfigError: if `outer` names no metric of this task.
         """
-        outer = self.outer if outer is None else outer
+        outer, pool = self.outer if outer is None else outer, pool or self.target
         if callable(outer):
-            return float(outer(self, model, pool or self.target))
-        metrics = self.metrics(model, pool or self.target)
+            return Measured(float(outer(self, model, pool)))
+        if outer in self.averaged:
+            by_example = self.metrics_by_example(model, pool)[outer]
+            return Measured(float(by_example.mean()), by_example)
+        metrics = self.metrics(model, pool)
         known = sorted(set(metrics) - set(self.maximised))
         if outer not in known:
             raise ConfigError(
                 f"outer = {outer!r} is no metric of {self.name} that can be minimised: choose from {known}"
             )
-        return metrics[outer]
+        return Measured(metrics[outer])
 
     def check_outer(self, outer: str | Objective | None) -> None:
         """Refuse an outer objective by a name that is not known, before anything is spent: it is tried on one example.

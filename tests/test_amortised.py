@@ -38,7 +38,7 @@ from cads.optimizer import Rung
 from cads.outcome import train_on
 from cads.registry import build_selector
 from cads.selection import Selection
-from cads.task import Pool
+from cads.task import Measured, Pool
 from cads.tasks.sources import SourceSpec
 from cads.tasks.vision import VisionConfig
 from cads.trainer import TrainConfig
@@ -525,7 +525,7 @@ class TestSearch:
     def test_a_run_that_nothing_can_do_without_is_named_if_it_diverges(self, noisy, monkeypatch, finite, named):
         """u is measured first."""
         objectives = chain(repeat(1.0, finite), repeat(float("nan")))
-        monkeypatch.setattr(type(noisy), "objective", lambda *_: next(objectives))
+        monkeypatch.setattr(type(noisy), "objective", lambda *_: Measured(next(objectives)))
         with pytest.raises(DataError, match=f"{named}.* met a loss that is not finite"):
             choose(noisy, Budget(16, "epochs"))
 
@@ -560,7 +560,9 @@ class TestSearch:
 
         def run(streams, flops, *, seed, stage):
             seen.append([np.sort(s.take(0, s.period)).tolist() for s in streams])
-            return Runs(np.zeros(len(streams)), *(np.empty(0) for _ in range(3)), models=[])
+            return Runs(
+                np.zeros(len(streams)), *(np.empty(0) for _ in range(3)), models=[], errors=np.zeros(len(streams))
+            )
 
         monkeypatch.setattr(inner, "run", run)
         for block in (17, n):

@@ -401,7 +401,11 @@ class TestMeasures:
         assert found["loss"] == pytest.approx(float(means.mean()), abs=1e-5)
         assert found["token_loss"] == pytest.approx(token_loss, abs=1e-5)
         assert found["perplexity"] == pytest.approx(np.exp(token_loss), rel=1e-4)
-        assert task.objective(model) == pytest.approx(float(task.metrics(model, task.target)["loss"]))
+        objective = task.objective(model)
+        assert objective.value == float(task.metrics(model, task.target)["loss"])
+        assert objective.by_example is not None
+        assert objective.by_example.shape == (len(task.target),)
+        assert task.objective(model, "token_loss").by_example is None
 
     def test_features_are_mean_hidden_states(self, build):
         task = build()

@@ -46,7 +46,7 @@ class Oracle:
     def __call__(self, inner, space, draws, rung, seed, stage):
         self.asked.append((draws.copy(), rung))
         objective = np.array([self.function(draw) for draw in draws])
-        return Runs(objective, np.empty((0, 0)), np.empty(0), np.empty(0), [])
+        return Runs(objective, np.empty((0, 0)), np.empty(0), np.empty(0), [], np.zeros(len(objective)))
 
 
 def choose(task, name, budget=BUDGET, seed=0, **options):
@@ -287,7 +287,9 @@ def test_the_guard_needs_the_full_pool(task, monkeypatch):
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "live-penalty"])
 def test_runs_that_all_diverge_are_said(task, monkeypatch, name):
     def diverging(inner, streams, *_, **__):
-        return Runs(np.full(len(streams), np.nan), np.empty((0, 0)), np.empty(0), np.empty(0), [])
+        return Runs(
+            np.full(len(streams), np.nan), np.empty((0, 0)), np.empty(0), np.empty(0), [], np.zeros(len(streams))
+        )
 
     monkeypatch.setattr(Inner, "run", diverging)
     with pytest.raises(DataError, match=r"all \d+ runs met a loss that is not finite"):

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from scipy.stats import sem
 
 import cads.examples
 from baselines.best_of import BestOf
@@ -24,13 +25,13 @@ from cads.budget import SELECT, Budget, Ledger
 from cads.design import spaced
 from cads.errors import ConfigError, DataError
 from cads.examples import CadsExamples
-from cads.inner import Inner
+from cads.inner import Inner, paired_error
 from cads.monitor import Monitor
 from cads.penalized import PenalizedSources
 from cads.selection import Selection
-from cads.sources import CadsSources, run_rung, source_selection
+from cads.sources import CadsSources, Trials, run_rung, source_selection
 from cads.space import Masks, Mixtures
-from cads.task import Pool
+from cads.task import Measured, Pool
 
 
 @pytest.mark.parametrize("kind", [CadsSources, CadsExamples, LivePenalty])
@@ -155,6 +156,29 @@ def test_without_theta_there_is_no_penalty_to_weigh(features, monkeypatch):
     assert set(scalars["outer/R"]) == set(scalars["control/c1"]) == set(scalars["control/c2"]) == {0.0}
 
 
+def test_a_choice_beats_everything_by_more_than_the_target_can_tell_by_chance():
+    full, draw = np.ones(3), np.array([1.0, 0.0, 1.0])
+    draws, fidelity, errors = np.array([full, draw, full, draw]), np.array([0.1, 0.1, 0.3, 0.3]), [0, 0.05, 0, 0.02]
+
+    def beats(early, late):
+        return Trials(draws, np.array([0, early, 0, late]), np.array(errors), fidelity, np.zeros(4)).beats_everything(
+            draw
+        )
+
+    assert beats(-0.1, -0.01)
+    assert not beats(-0.01, -0.01)
+    assert not beats(0.1, -0.1)
+    assert not beats(-0.5, 0.0)
+    assert beats(np.nan, -0.05)
+
+
+def test_errors_of_runs_are_those_of_paired_differences():
+    a, b = np.random.default_rng(0).normal(size=(2, 400))
+    found = paired_error(Measured(0.0, a), Measured(0.0, a + 0.1 * b))
+    assert found == pytest.approx(sem(0.1 * b))
+    assert paired_error(Measured(0.0, a), Measured(0.0)) == 0
+
+
 @pytest.mark.parametrize("policy", ["bernoulli", "mixture"])
 def test_a_policy_without_steps_stays_where_it_starts(features, policy):
     task = features(batch_size=8)
@@ -247,7 +271,7 @@ def test_a_source_that_is_not_there_is_refused_by_the_plan(features):
 
 def test_a_full_pool_that_diverges_is_named(features, monkeypatch):
     task = features(batch_size=8)
-    monkeypatch.setattr(type(task), "objective", lambda *_: float("nan"))
+    monkeypatch.setattr(type(task), "objective", lambda *_: Measured(float("nan")))
     with pytest.raises(DataError, match="full pool met a loss that is not finite"):
         CadsSources().select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
 

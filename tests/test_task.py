@@ -174,8 +174,8 @@ def test_disjoint_pools_pass(features, sentences, images):
 def test_the_objective_is_a_metric_of_the_target_or_any_callable(features):
     task = features()
     model = task.model(0)
-    assert task.objective(model) == task.metrics(model, task.target)["loss"]
-    assert task.objective(model, lambda t, m, pool: len(pool)) == 60
+    assert task.objective(model).value == task.metrics(model, task.target)["loss"]
+    assert task.objective(model, lambda t, m, pool: len(pool)).value == 60
     with pytest.raises(ConfigError, match=r"'speed'.*\['loss'\]"):
         task.objective(model, "speed")
 

@@ -203,9 +203,9 @@ def test_training_learns(features, images, sentences, optimizer):
     for make in (features, images, sentences):
         task = make(batch_size=16, optimizer=optimizer, learning_rate=0.02 if optimizer == "adamw" else 0.2)
         model = task.model(0)
-        before = task.objective(model, "loss")
+        before = task.objective(model, "loss").value
         done = fit(task, 120 * step_cost(task), model=model)
-        assert task.objective(model, "loss") < 0.9 * before
+        assert task.objective(model, "loss").value < 0.9 * before
         assert done.training_loss[0] < done.losses[0, 0]
         assert done.models[0] is model
 
@@ -591,7 +591,7 @@ def test_runs_that_diverge_have_no_objective(features):
     streams = [Epochs(np.arange(20), 0), Epochs(np.arange(20, 200), 0)]
     runs = inner.run(streams, 10 * step_cost(task), seed=0, stage="short runs")
     assert np.isnan(runs.objective).tolist() == [True, False]
-    assert runs.objective[1] == task.objective(runs.models[1])
+    assert runs.objective[1] == task.objective(runs.models[1]).value
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])

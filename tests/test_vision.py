@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from cads.errors import ConfigError, DataError
 from cads.task import Batch, Pool
-from cads.tasks.calibration import calibrated_nll
+from cads.tasks.calibration import calibrated_losses
 from cads.tasks.images import ImageTensors
 from cads.tasks.networks import Network
 from cads.tasks.sources import SourceSpec
@@ -231,8 +231,19 @@ def test_metrics_agree_with_losses_and_restore_modes(noisy):
     assert metrics["accuracy"] == pytest.approx(float(right.double().mean()))
     assert metrics["error"] + metrics["accuracy"] == pytest.approx(1)
     assert metrics["calibrated_loss"] <= metrics["loss"] + 1e-9
-    assert noisy.objective(model) == metrics["calibrated_loss"]
+    assert noisy.objective(model).value == metrics["calibrated_loss"]
     assert metrics["tempered_loss"] == pytest.approx((metrics["loss"] + metrics["calibrated_loss"]) / 2)
+
+
+def test_metrics_are_means_over_examples(noisy):
+    model, one = noisy.model(0), noisy.target.part(np.arange(1), "one")
+    by_example, metrics = noisy.metrics_by_example(model, noisy.target), noisy.metrics(model, noisy.target)
+    assert set(by_example) == set(noisy.averaged) == set(metrics) - {"accuracy"}
+    for name, values in by_example.items():
+        assert values.shape == (len(noisy.target),)
+        assert values.mean() == metrics[name]
+    for name in ("loss", "error"):
+        assert by_example[name][0] == pytest.approx(noisy.metrics(model, one)[name], rel=1e-5)
 
 
 def test_metrics_do_not_depend_on_the_batch_size(noisy, monkeypatch):
@@ -240,6 +251,12 @@ def test_metrics_do_not_depend_on_the_batch_size(noisy, monkeypatch):
     whole = noisy.metrics(model, noisy.test)
     monkeypatch.setattr("cads.tasks.images.CHUNK", 7)
     assert noisy.metrics(model, noisy.test) == pytest.approx(whole, rel=1e-6)
+
+
+def calibrated_nll(logits, labels):
+    losses, temperature = calibrated_losses(logits, labels)
+    assert losses.shape == labels.shape
+    return float(losses.mean()), temperature
 
 
 @settings(max_examples=60, deadline=None)

@@ -14,8 +14,8 @@ MAX_ITERATIONS = 200
 """Far more than are needed: Newton's method takes about 5, separable data about 30."""
 
 
-def calibrated_nll(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Negative log-likelihood after the one temperature T that fits these labels best.
+def calibrated_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    """Negative log-likelihoods after the one temperature T that fits these labels best.
 
         min_b f(b),   f(b) = mean_n [ logsumexp(b z_n) - b z_n[y_n] ],   b = 1 / T >= 0
 
@@ -28,21 +28,22 @@ def calibrated_nll(logits: Tensor, labels: Tensor) -> tuple[float, float]:
         labels: y, shape (N,), in 0..C-1.
 
     Returns:
-        f at its minimum, in nats per example;
+        the loss of each example, of which f at its minimum is the mean, in nats, float64, shape (N,);
         T: infinite where the logits inform worse than nothing, near 0 where every label is the largest logit.
-        Both are nan if a logit is not finite.
+        All are nan if a logit is not finite.
     """
     z = logits.detach().cpu().double()
     if not torch.isfinite(z).all():
-        return math.nan, math.nan
+        return torch.full((len(z),), math.nan, dtype=torch.float64), math.nan
     z = z - z.gather(1, labels.cpu()[:, None])
     # Divided by their size, logits of any scale have a minimum near b = 1.
     scale = float(z.abs().mean())
+    uninformed = torch.full((len(z),), math.log(z.shape[1]), dtype=torch.float64)
     if scale == 0:
-        return math.log(z.shape[1]), math.inf
+        return uninformed, math.inf
     z = z / scale
     if float(z.mean()) >= 0:
-        return math.log(z.shape[1]), math.inf
+        return uninformed, math.inf
 
     low, high, b = 0.0, math.inf, 1.0
     for _ in range(MAX_ITERATIONS):
@@ -57,4 +58,4 @@ def calibrated_nll(logits: Tensor, labels: Tensor) -> tuple[float, float]:
         b = min(b - step, 4 * b)
         if not low < b < high:
             b = (low + high) / 2
-    return float(torch.logsumexp(b * z, dim=1).mean()), scale / b
+    return torch.logsumexp(b * z, dim=1), scale / b

@@ -238,6 +238,8 @@ class LanguageTask(Task):
         ConfigError: if packing does not go with recipe or model.
     """
 
+    averaged = ("loss",)
+
     def __init__(
         self,
         pools: Sequence[Pool],
@@ -342,18 +344,26 @@ class LanguageTask(Task):
 
     def metrics(self, model: nn.Module, pool: Pool) -> Metrics:
         """Loss (nats, mean of the examples' means), loss a token, and perplexity on answer tokens."""
-        device = next(model.parameters()).device
-        sums, counts = np.zeros(len(pool)), tokens_of(pool).answers
-        with evaluating(model):
-            for rows in scoring_batches(pool):
-                losses, _ = self.token_losses(model, pool.batch(rows).to(device))
-                sums[rows] = losses.double().sum(dim=1).cpu().numpy()
+        sums, counts = self._answer_losses(model, pool), tokens_of(pool).answers
         token_loss = float(sums.sum() / counts.sum())
         return {
             "loss": float((sums / counts).mean()),
             "token_loss": token_loss,
             "perplexity": float(np.exp(min(token_loss, 700.0))),
         }
+
+    def metrics_by_example(self, model: nn.Module, pool: Pool) -> dict[str, np.ndarray]:
+        """The loss: mean over the answer tokens of each example, nats."""
+        return {"loss": self._answer_losses(model, pool) / tokens_of(pool).answers}
+
+    def _answer_losses(self, model: nn.Module, pool: Pool) -> np.ndarray:
+        """Sum over the answer tokens of each example, nats, shape (N,)."""
+        device, sums = next(model.parameters()).device, np.zeros(len(pool))
+        with evaluating(model):
+            for rows in scoring_batches(pool):
+                losses, _ = self.token_losses(model, pool.batch(rows).to(device))
+                sums[rows] = losses.double().sum(dim=1).cpu().numpy()
+        return sums
 
     def texts(self, pool: Pool) -> list[str]:
         """The first message of the user, the prompt, or the text itself."""

@@ -19,7 +19,7 @@ from cads.errors import ConfigError, DataError
 from cads.order import numbered
 from cads.scoring import evaluating
 from cads.task import Batch, Metrics, Pool, Task
-from cads.tasks.calibration import calibrated_nll
+from cads.tasks.calibration import calibrated_losses
 from cads.tasks.image_sets import (
     load_arrays,
     load_cifar,
@@ -217,6 +217,7 @@ class VisionTask(Task):
 
     outer = "calibrated_loss"
     source_outer = "tempered_loss"
+    averaged = ("loss", "calibrated_loss", "tempered_loss", "error")
 
     def __init__(
         self,
@@ -295,21 +296,25 @@ class VisionTask(Task):
         early which sources are noisy. Their mean, the tempered loss, ranks short runs on whole sources best. Where
         single examples are chosen by their loss, what is left makes networks sure of themselves whatever it is worth.
         """
+        means = {name: float(values.mean()) for name, values in self.metrics_by_example(model, pool).items()}
+        return {**means, "accuracy": 1 - means["error"]}
+
+    def metrics_by_example(self, model: nn.Module, pool: Pool) -> dict[str, np.ndarray]:
+        """All `metrics` but the accuracy."""
         device = next(model.parameters()).device
         labels, size = images_of(pool).labels, chunk_size(images_of(pool).shape)
         with evaluating(model):
             pieces = [self.logits(model, batch.to(device)).cpu() for batch in pool.batches(size)]
         logits = torch.cat(pieces).double()
-        calibrated, _ = calibrated_nll(logits, labels)
-        loss = float(functional.cross_entropy(logits, labels))
-        error = float((logits.argmax(dim=1) != labels).double().mean())
-        return {
+        calibrated, _ = calibrated_losses(logits, labels)
+        loss = functional.cross_entropy(logits, labels, reduction="none")
+        values = {
             "loss": loss,
             "calibrated_loss": calibrated,
             "tempered_loss": (loss + calibrated) / 2,
-            "error": error,
-            "accuracy": 1 - error,
+            "error": (logits.argmax(dim=1) != labels).double(),
         }
+        return {name: value.numpy() for name, value in values.items()}
 
 
 def channel_moments(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
