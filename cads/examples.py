@@ -3,6 +3,7 @@
 The penalty form of CADS (arXiv 2510.16806) gives example i the signal `c1 l_i(theta) - c2 l_i(u)`: theta is
 fitted to the target, u to draws from the policy, so `R - l*` needs no sampling (Rao-Blackwell). How much l*
 counts, and how far to move, follow from the budget: both are chosen by short runs of the true objective.
+A theta that has seen the target often enough, and then the target with what the policy keeps, needs no u.
 """
 
 from __future__ import annotations
@@ -246,9 +247,9 @@ class Teachers:
         if not self.thorough:
             return comparisons(purse, training, per_run=per_run)
         f, price = deciding(purse, training)
-        return [
-            Rung(f, f * training, data_share(f, purse.passes(training), decides=True), int(purse.ledger.left / price))
-        ]
+        if (runs := int(purse.ledger.left / price)) < 2:
+            return []
+        return [Rung(f, f * training, data_share(f, purse.passes(training), decides=True), runs)]
 
 
 def deciding(purse: Purse, training: float) -> tuple[float, float]:
