@@ -140,8 +140,7 @@ class CadsSources(OneRunSearch):
         theta, where = theta_flops(purse, space, training, self.policy_steps)
         if theta:
             purse.fit_target(theta, stage="theta")
-            for _ in range(looks(purse)):
-                purse.losses(sum(map(len, where)), stage="R", flops=probing_flops(purse, where))
+            purse.losses(sum(map(len, where)), stage="R", flops=probing_flops(purse, where))
         done = 0
         for rung in affordable(purse, space, training, self.policy_steps):
             runs = rung.runs if space.count is None else min(rung.runs, space.count)
@@ -156,7 +155,7 @@ class CadsSources(OneRunSearch):
     def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
         """theta, and rung by rung draws, runs, control variate and policy; see `Search`."""
         task, space = inner.task, self._space(inner.task)
-        risk, learned = source_risks(inner, space, training, self.policy_steps, seed)
+        risk = source_risks(inner, space, training, self.policy_steps, seed)
         rungs = affordable(inner, space, training, self.policy_steps)
         if not rungs:
             return self.full_pool(task, budget, seed, ledger, NOTHING)
@@ -165,7 +164,7 @@ class CadsSources(OneRunSearch):
         trials = Trials(np.empty((0, n)), *(np.empty(0) for _ in range(4)))
         control: Control | None = None
         for height, rung in enumerate(rungs):
-            draws = self._choose(space, policy, control, trials, learned, rung.runs, derive(seed, "draws", height))
+            draws = self._choose(space, policy, control, trials, risk, rung.runs, derive(seed, "draws", height))
             runs = run_rung(inner, space, draws, rung, seed, height)
             reached = runs.reached
             if self.reach == "extrapolated":
@@ -184,21 +183,21 @@ class CadsSources(OneRunSearch):
         policy: Policy,
         control: Control | None,
         trials: Trials,
-        learned: np.ndarray,
+        risk: np.ndarray,
         count: int,
         seed: int,
     ) -> np.ndarray:
         """The draws of a rung, the full pool first.
 
-        At first the sources without those that theta finds worst, see `source_risks`, and those that the policy
-        proposes from which most can be learned besides. Then the best of the latest rung, and what promises most of
-        what the policy proposes and of what was tried, with the neighbours of the very best.
+        At first the sources without those of the largest risk, and those that the policy proposes from which most can
+        be learned besides. Then the best of the latest rung, and what promises most of what the policy proposes and of
+        what was tried, with the neighbours of the very best.
         """
         rng = np.random.default_rng(seed)
         count = count if space.count is None else min(count, space.count)
         drawn = nonempty(space.explore(policy).sample(SAMPLED, rng)).astype(np.float64)
         if control is None:
-            known = space.nested(np.argsort(learned, kind="stable")) if learned.any() else space.full[None]
+            known = space.nested(np.argsort(risk, kind="stable")) if risk.any() else space.full[None]
             few = count <= len(space.sizes)
             known = spaced(known, count if few else max(1, count // 2))
             proposed = distinct([*known, *drawn])
@@ -301,11 +300,6 @@ def mean_losses(inner: Inner, where: Sequence[np.ndarray], theta: nn.Module) -> 
     return np.array([inner.losses(theta, there, stage="R").mean() for there in where])
 
 
-def looks(purse: Purse) -> int:
-    """How many models are measured on the sources: theta, and what it began with if that knew something."""
-    return 1 + purse.task.pretrained
-
-
 def theta_flops(purse: Purse, space: Space, training: float, steps: int) -> tuple[float, list[np.ndarray]]:
     """What theta is trained for, and where R is measured; 0 if that would take too much of what the ledger has left.
 
@@ -318,13 +312,13 @@ def theta_flops(purse: Purse, space: Space, training: float, steps: int) -> tupl
     flops = purse.target_flops(THETA_SHARE, THETA_PASSES, training)
     most = MOST_FOR_THETA * purse.ledger.left
     where = probes(space)
-    if flops + looks(purse) * probing_flops(purse, where) > most:
+    if flops + probing_flops(purse, where) > most:
         rungs = affordable(purse, space, training, steps, reserved=most)
         if not rungs or rungs[0].runs > GUIDED_RUNS * len(space.sizes):
             return 0.0, where
-        if most - looks(purse) * probing_flops(purse, where) < purse.target_step_flops:
-            where = probes(space, FEW_PROBES // looks(purse))
-        flops = most - looks(purse) * probing_flops(purse, where)
+        if most - probing_flops(purse, where) < purse.target_step_flops:
+            where = probes(space, FEW_PROBES)
+        flops = most - probing_flops(purse, where)
     return (0.0 if flops < purse.target_step_flops else flops), where
 
 
@@ -345,26 +339,20 @@ def affordable(purse: Purse, space: Space, training: float, steps: int, reserved
     return rungs
 
 
-def source_risks(inner: Inner, space: Space, training: float, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean loss in each source of theta, a model fitted to the target, and how much of it theta did not begin with.
-
-    Some sources are easier than others for a pretrained model, whatever they are good for: what tells is how much
-    fitting the target has lowered their loss.
+def source_risks(inner: Inner, space: Space, training: float, steps: int, seed: int) -> np.ndarray:
+    """Mean loss in each source of theta, a model fitted to the target.
 
     Args:
         steps: of the policy after each rung.
 
     Returns:
-        nats, shape (S,) each; the same twice if theta began knowing nothing, all 0 if the budget does not buy theta.
+        nats, shape (S,); all 0 if the budget does not buy theta.
     """
     flops, where = theta_flops(inner, space, training, steps)
     if not flops:
-        return np.zeros(len(space.sizes)), np.zeros(len(space.sizes))
-    began = derive(seed, "theta")
-    risk = mean_losses(inner, where, inner.fit_target(flops, seed=began, stage="theta"))
-    if not inner.task.pretrained:
-        return risk, risk
-    return risk, risk - mean_losses(inner, where, inner.task.model(began))
+        return np.zeros(len(space.sizes))
+    theta = inner.fit_target(flops, seed=derive(seed, "theta"), stage="theta")
+    return mean_losses(inner, where, theta)
 
 
 def run_rung(inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: int, height: int) -> Runs:

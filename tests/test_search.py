@@ -29,7 +29,7 @@ from cads.inner import Inner, paired_error
 from cads.monitor import Monitor
 from cads.penalized import PenalizedSources
 from cads.selection import Selection
-from cads.sources import CadsSources, Trials, run_rung, source_risks, source_selection
+from cads.sources import CadsSources, Trials, run_rung, source_selection
 from cads.space import Masks, Mixtures
 from cads.task import Measured, Pool
 
@@ -177,21 +177,6 @@ def test_errors_of_runs_are_those_of_paired_differences():
     found = paired_error(Measured(0.0, a), Measured(0.0, a + 0.1 * b))
     assert found == pytest.approx(sem(0.1 * b))
     assert paired_error(Measured(0.0, a), Measured(0.0)) == 0
-
-
-@pytest.mark.parametrize("pretrained", [False, True])
-def test_sources_are_ranked_by_what_theta_has_learned(features, monkeypatch, pretrained):
-    """A pretrained model finds some sources easy, whatever they are good for."""
-    task, ledger = copy.copy(features(batch_size=8)), Ledger()
-    task.pretrained = pretrained
-    after, before = np.array([2.0, 1.0, 3.0]), np.array([3.0, 1.1, 3.2])
-    found = iter([after, before][: 1 + pretrained])
-    monkeypatch.setattr("cads.sources.mean_losses", lambda *_: next(found))
-    space = Masks(task.pool)
-    inner = Inner(task, ledger, Monitor())
-    risk, learned = source_risks(inner, space, Budget(16, "epochs").flops(task), 60, seed=0)
-    assert (risk == after).all()
-    np.testing.assert_array_equal(learned, after - before if pretrained else after)
 
 
 @pytest.mark.parametrize("policy", ["bernoulli", "mixture"])

@@ -239,7 +239,6 @@ class LanguageTask(Task):
     """
 
     averaged = ("loss",)
-    pretrained = True
 
     def __init__(
         self,
