@@ -39,7 +39,8 @@ MOST_FOR_THETA = 0.1
 PROBE_EXAMPLES, FEW_PROBES = 256, 32
 """Examples of each source on which R is measured: usually, and where the allowance does not buy these beside theta."""
 GUIDED_RUNS = 2
-"""Runs for each source, in the first rung, up to which theta is worth cutting short what it costs."""
+"""Runs for each source, in the first rung, up to which theta is worth cutting short what it costs; 1 where models are
+pretrained: some sources are easy for these, whatever they are good for."""
 POLICY_STEP = 0.05
 """Length of the steps of the policy in the largest probability; it falls to 0 over those after a rung."""
 ENUMERATED = 10
@@ -314,7 +315,8 @@ def theta_flops(purse: Purse, space: Space, training: float, steps: int) -> tupl
     where = probes(space)
     if flops + probing_flops(purse, where) > most:
         rungs = affordable(purse, space, training, steps, reserved=most)
-        if not rungs or rungs[0].runs > GUIDED_RUNS * len(space.sizes):
+        guided = 1 if purse.task.pretrained else GUIDED_RUNS
+        if not rungs or rungs[0].runs > guided * len(space.sizes):
             return 0.0, where
         if most - probing_flops(purse, where) < purse.target_step_flops:
             where = probes(space, FEW_PROBES)

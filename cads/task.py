@@ -287,6 +287,7 @@ class Task(ABC):
         outer: the metric of `metrics` (lower is better) that selection minimises on the target.
         maximised: metrics of which more is better: none of them can be `outer`.
         averaged: metrics that are means of a value of each example, see `metrics_by_example`.
+        pretrained: whether models begin with weights that find some examples easier than others.
         source_outer: another one where whole sources are chosen; None for the same.
         accounting: how FLOPs are counted: `measured`, `analytic` or `paper`.
         mergeable: whether its models have adapters that can be written into the weights they stand on.
@@ -298,6 +299,7 @@ class Task(ABC):
     outer: str = "loss"
     maximised: tuple[str, ...] = ("accuracy",)
     averaged: tuple[str, ...] = ()
+    pretrained: bool = False
     source_outer: str | None = None
     accounting: str = "measured"
     mergeable: bool = False

@@ -239,6 +239,7 @@ class LanguageTask(Task):
     """
 
     averaged = ("loss",)
+    pretrained = True
 
     def __init__(
         self,
