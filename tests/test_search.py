@@ -25,11 +25,11 @@ from cads.budget import SELECT, Budget, Ledger
 from cads.design import spaced
 from cads.errors import ConfigError, DataError
 from cads.examples import CadsExamples
-from cads.inner import Inner, paired_error
+from cads.inner import Inner, Planned, paired_error
 from cads.monitor import Monitor
 from cads.penalized import PenalizedSources
 from cads.selection import Selection
-from cads.sources import CadsSources, Trials, run_rung, source_selection
+from cads.sources import CadsSources, Trials, run_rung, source_selection, theta_flops
 from cads.space import Masks, Mixtures
 from cads.task import Measured, Pool
 
@@ -177,6 +177,23 @@ def test_errors_of_runs_are_those_of_paired_differences():
     found = paired_error(Measured(0.0, a), Measured(0.0, a + 0.1 * b))
     assert found == pytest.approx(sem(0.1 * b))
     assert paired_error(Measured(0.0, a), Measured(0.0)) == 0
+
+
+def test_theta_is_cut_short_where_runs_are_few_and_its_losses_say_what_sources_are_good_for(features):
+    """Those of a pretrained model say what is easy for it: there theta guides fewer runs."""
+    bought = {False: set(), True: set()}
+    for pretrained, found in bought.items():
+        task = copy.copy(features(batch_size=8))
+        task.pretrained = pretrained
+        space = Masks(task.pool)
+        for passes in np.geomspace(0.5, 64, 60):
+            training = Budget(float(passes), "epochs").flops(task)
+            for allowance in (0.3, 0.6, 1.0, 2.75):
+                flops, where = theta_flops(Planned(task, allowance * training), space, training, 60)
+                assert flops == 0 or all(map(len, where))
+                if flops:
+                    found.add((passes, allowance))
+    assert bought[True] < bought[False]
 
 
 @pytest.mark.parametrize("policy", ["bernoulli", "mixture"])
