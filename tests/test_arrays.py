@@ -242,7 +242,7 @@ def anonymous_memory() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_a_large_pool_is_not_loaded(tmp_path):
-    n, side = 20_000, 64
+    n, side = 40_000, 64
     (tmp_path / "a").mkdir()
     images = np.lib.format.open_memmap(
         tmp_path / "a" / "images.npy", mode="w+", dtype=np.uint8, shape=(n, side, side, 1)

@@ -394,7 +394,7 @@ def test_the_policies_of_cads_e_cost_what_they_execute():
     rng = np.random.default_rng(0)
     signals = [rng.random(3000).view(Counting) for _ in range(2)]
     Counting.flops = 0
-    made = Signals(*signals).candidates
+    made = Signals(*signals, STEPS).candidates
     assert len(made) == len(STEPS)
     for candidate in made:
         candidate.probability()
