@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
+from scipy.stats import sem
 
 from cads import journal as journal_module
 from cads.budget import SELECT, TRAIN, Budget, Ledger
@@ -332,6 +333,18 @@ class TestSelectors:
         resumed(tmp_path, work, config, kills=(1, 5, 20, 40, 60)).save(tmp_path / "two")
         for file in ("selection.json", "scores.parquet"):
             assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+    def test_errors_of_runs_are_those_of_paired_differences(self, digits, tmp_path):
+        def work():
+            streams = [Epochs(np.arange(k, len(digits.pool), k + 1), k) for k in range(3)]
+            return Inner(digits, Ledger(), Monitor()).run(streams, 60 * step_flops(digits), seed=0, stage="short runs")
+
+        runs, again = work(), resumed(tmp_path, work, kills=(5, 12))
+        each = [digits.metrics_by_example(model, digits.target)[digits.outer] for model in runs.models]
+        assert runs.objective == pytest.approx([x.mean() for x in each])
+        assert runs.errors == pytest.approx([sem(x - each[0]) for x in each])
+        assert runs.errors[1] > runs.errors[0] == 0
+        np.testing.assert_array_equal(runs.errors, again.errors)
 
     def test_all_of_it_comes_from_the_journal_if_all_of_it_is_there(self, digits, tmp_path, monkeypatch):
         def work():
