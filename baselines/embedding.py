@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from baselines.clusters import ROUNDS, cluster_centres, cluster_sample, nearest_centre, take_turns
 from baselines.queries import mean_weights, subtask_weights
 from baselines.spaces import FeatureSpace, SentenceSpace, Space, backbone_network
 from cads.budget import SELECT, Ledger, PlannedLedger
 from cads.errors import ConfigError
 from cads.journal import in_shards
 from cads.monitor import Monitor
-from cads.operations import normalisation_flops, similarity_flops
+from cads.operations import kmeans_flops, normalisation_flops, similarity_flops
 from cads.ranking import Ranker, Ranking
 from cads.scorers import check_passes, on_pool, plan_training, scorer_of
 from cads.scoring import check_finite
@@ -33,7 +34,7 @@ from cads.trainer import Trainer
 Aggregate = Literal["subtask", "mean", "max", "top"]
 ENCODED_TOKENS = 1024
 """Padded tokens of a batch: an encoder is small, and on a core 1.2 times as fast with these as with 512."""
-WARM_UP, ENCODING, COMPARING = "warm-up", "embeddings", "similarities"
+WARM_UP, ENCODING, COMPARING, CLUSTERING = "warm-up", "embeddings", "similarities", "clusters"
 
 
 @dataclass
@@ -59,6 +60,8 @@ class Embedding(Ranker):
     """Over the target: the best mean of a subtask (without subtasks the mean), mean, max, or the mean of `top`."""
     top: int = 5
     """aggregate = top: how many of the nearest target examples are averaged."""
+    clusters: int | None = None
+    """Diversity: as many groups of alike examples, by k-means, take turns in the ranking; null: similarity alone."""
     batch_tokens: int = ENCODED_TOKENS
     """Padded tokens of a batch."""
 
@@ -73,7 +76,7 @@ class Embedding(Ranker):
             raise ConfigError(f"encoder = {self.encoder!r} and backbone = {self.backbone!r}: give one of them")
         if self.warm_up and not self._own:
             raise ConfigError(f"warm_up = {self.warm_up} trains the task's own model, and another one encodes: give 0")
-        for name in ("top", "batch_tokens", "backbone_size"):
+        for name in ("top", "batch_tokens", "backbone_size", "clusters"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} = {value}: it must be at least 1")
@@ -89,16 +92,23 @@ class Embedding(Ranker):
         space = self._space(scorer)
         self._fill(space, scorer, seed, ledger, monitor)
         pool = scorer.pool
-        target = torch.empty(len(scorer.target), space.dimension, dtype=torch.float64)
-        found = self._encoded(space, scorer.target, ledger, lambda unit: unit)
-        target[np.concatenate(space.batches(scorer.target))] = torch.from_numpy(found)
+        target = self._unit_vectors(space, scorer.target, ledger)
         check_finite(target.sum(dim=1).numpy(), scorer.target, self.method)
         reference = self._reference(scorer, target)
         ledger.charge(SELECT, COMPARING, self._products(scorer, space, len(reference)))
-        score = np.empty(len(pool))
-        found = self._encoded(space, pool, ledger, lambda unit: self._aggregated(unit @ reference.T))
-        score[np.concatenate(space.batches(pool))] = found
+        centres = self._centres(space, pool, seed, ledger)
+
+        def placed(unit: Tensor) -> Tensor:
+            """Similarity and cluster of each example of a batch, shape (B, 2)."""
+            group = torch.zeros(len(unit)) if centres is None else nearest_centre(unit, centres)
+            return torch.stack([self._aggregated(unit @ reference.T), group.double()], dim=1)
+
+        found = np.empty((len(pool), 2))
+        found[np.concatenate(space.batches(pool))] = self._encoded(space, pool, ledger, placed)
+        score, group = found.T
         check_finite(score, pool, self.method)
+        if centres is not None:
+            score = take_turns(pool.ids, score, group.astype(np.int64))
         self._made = None
         return self.ranking(task, score, seed=seed, ledger=ledger, pool=pool)
 
@@ -110,8 +120,30 @@ class Embedding(Ranker):
         ledger.charge(SELECT, ENCODING, space.flops(scorer.target) + space.flops(scorer.pool))
         references = len(self._weights(scorer)) if self.aggregate in ("subtask", "mean") else len(scorer.target)
         ledger.charge(SELECT, COMPARING, self._products(scorer, space, references))
+        if self.clusters is not None:
+            sample = cluster_sample(scorer.pool, self.clusters)
+            ledger.charge(SELECT, ENCODING, space.flops(sample))
+            ledger.charge(SELECT, CLUSTERING, _clustering(self.clusters, len(sample), len(scorer.pool), space))
         ledger.scored.append(scorer)
         return ledger
+
+    def _centres(self, space: Space, pool: Pool, seed: int, ledger: Ledger) -> Tensor | None:
+        """Of the clusters, shape (K, D), float64; None without."""
+        if self.clusters is None:
+            return None
+        sample = cluster_sample(pool, self.clusters)
+        vectors = self._unit_vectors(space, sample, ledger)
+        check_finite(vectors.sum(dim=1).numpy(), sample, self.method)
+        ledger.charge(SELECT, CLUSTERING, _clustering(self.clusters, len(sample), len(pool), space))
+        with ledger.timed(SELECT, CLUSTERING):
+            return torch.from_numpy(cluster_centres(vectors.numpy(), self.clusters, derive(seed, "clusters")))
+
+    def _unit_vectors(self, space: Space, pool: Pool, ledger: Ledger) -> Tensor:
+        """Of all examples of a small pool, shape (M, D), float64; charged."""
+        vectors = torch.empty(len(pool), space.dimension, dtype=torch.float64)
+        found = self._encoded(space, pool, ledger, lambda unit: unit)
+        vectors[np.concatenate(space.batches(pool))] = torch.from_numpy(found)
+        return vectors
 
     def _space(self, task: Task) -> Space:
         """The space, kept from the plan to the ranking; without the weights of the task's own model."""
@@ -181,3 +213,12 @@ class Embedding(Ranker):
         n, m, width = len(task.pool), len(task.target), space.dimension
         means = 2 * m * width if self.aggregate in ("subtask", "mean") else 0
         return normalisation_flops(n + m, width) + means + similarity_flops(n_references, n, width)
+
+
+def _clustering(count: int, sampled: int, n: int, space: Space) -> float:
+    """FLOPs of learning as many centres from a sample, and of finding the nearest one to each of n examples."""
+    unit, learning = (
+        normalisation_flops(sampled, space.dimension),
+        kmeans_flops(sampled, count, space.dimension, ROUNDS),
+    )
+    return unit + learning + similarity_flops(count, n, space.dimension)

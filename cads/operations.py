@@ -38,6 +38,12 @@ def similarity_flops(n_queries: float, n_items: float, dimension: float) -> floa
     return 2 * _count(n_queries, "n_queries") * _count(n_items, "n_items") * _count(dimension, "dimension")
 
 
+def kmeans_flops(n: float, n_clusters: float, dimension: float, rounds: int) -> float:
+    """k-means of n vectors, by k-means++ and Lloyd: all distances once, and distances and means in each round."""
+    distances = similarity_flops(n_clusters, n, dimension)
+    return distances + _count(rounds, "rounds") * (distances + n * dimension)
+
+
 def bm25_flops(n_postings: float, n_matches: float) -> float:
     """Okapi BM25: the weight of each posting (a distinct term of a text), then its sum over the queries.
 

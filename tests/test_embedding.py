@@ -292,6 +292,7 @@ def test_a_task_without_features_says_so_before_compute(features):
         ({"warm_up": -1}, "warm_up = -1"),
         ({"top": 0}, "top = 0"),
         ({"batch_tokens": 0}, "batch_tokens = 0"),
+        ({"clusters": 0}, "clusters = 0"),
     ],
 )
 def test_bad_options_are_named(options, message):
