@@ -21,7 +21,7 @@ from cads.inner import Inner, Planned, Purse
 from cads.monitor import Monitor
 from cads.one_run import OneRunSearch, by_example, watch_sources
 from cads.operations import candidates_flops
-from cads.optimizer import Rung, data_share, subsample
+from cads.optimizer import Rung, subsample
 from cads.search import NOTHING, check_reference, verdict
 from cads.seeds import derive
 from cads.selection import Selection
@@ -153,6 +153,12 @@ class CadsExamples(OneRunSearch):
     default_allowance: ClassVar[float] = 3.0
     weigh = staticmethod(by_example)
 
+    def least(self, purse: Purse) -> float:
+        """Its shortest runs are longer; see `Search`."""
+        n = len(purse.task.pool)
+        runs = LEAST_RUNS * (LEAST_STEPS * purse.step_flops + purse.measuring_flops + candidates_flops(n, 1))
+        return runs + purse.target_step_flops + purse.scoring_flops(n)
+
     def spend(self, purse: Planned, training: float) -> bool:
         """What `search` would do; see `Search`."""
         n = len(purse.task.pool)
@@ -249,7 +255,7 @@ class Teachers:
         f, price = deciding(purse, training)
         if (runs := int(purse.ledger.left / price)) < 2:
             return []
-        return [Rung(f, f * training, data_share(f, purse.passes(training), decides=True), runs)]
+        return [purse.deciding_rung(f, training, runs)]
 
 
 def deciding(purse: Purse, training: float) -> tuple[float, float]:
@@ -299,7 +305,7 @@ def comparisons(
         least_runs: of the full pool and of candidates; where fewer can be paid, there are none.
         per_run: FLOPs on top of training and measuring, for the policy. reserve: FLOPs that are not to be spent.
     """
-    left, passes = purse.ledger.left - reserve, purse.passes(training)
+    left = purse.ledger.left - reserve
     small, usual, confirmed = (shortest(purse, training, f) for f in (lowest, *FIDELITIES[1:]))
     price = {f: f * training + purse.measuring_flops + per_run for f in (small, usual, confirmed)}
     if (first := int((left - 2 * price[confirmed]) / price[usual])) >= LEAST_RUNS and usual < confirmed:
@@ -310,7 +316,7 @@ def comparisons(
     lowest_share, compared = next(iter(runs.items()))
     if lowest_share > 1 or compared < least_runs:
         return []
-    return [Rung(f, f * training, data_share(f, passes, decides=True), n) for f, n in runs.items()]
+    return [purse.deciding_rung(f, training, n) for f, n in runs.items()]
 
 
 def shortest(purse: Purse, training: float, fidelity: float) -> float:

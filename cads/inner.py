@@ -17,7 +17,7 @@ from cads.checkpoint import State
 from cads.draws import Draws, Stream
 from cads.journal import perform, perform_apart
 from cads.monitor import Monitor
-from cads.optimizer import Rung, ladder
+from cads.optimizer import Rung, data_share, ladder
 from cads.processes import current
 from cads.rounds import Operation, Progress, Standing
 from cads.scoring import planned_flops, score_pool
@@ -103,8 +103,13 @@ class Purse:
 
     def ladder(self, training: float, per_rung: float = 0.0) -> list[Rung]:
         """The short runs that what is left of the ledger buys for a final training of `training` FLOPs."""
-        left = self.ledger.left
-        return ladder(training, left, self.step_flops, self.measuring_flops, self.passes(training), per_rung)
+        left, passes, pretrained = self.ledger.left, self.passes(training), self.task.pretrained
+        return ladder(training, left, self.step_flops, self.measuring_flops, passes, per_rung, pretrained=pretrained)
+
+    def deciding_rung(self, fidelity: float, training: float, runs: int) -> Rung:
+        """One of runs that decide, on the data that `data_share` gives them."""
+        data = data_share(fidelity, self.passes(training), decides=True, pretrained=self.task.pretrained)
+        return Rung(fidelity, fidelity * training, data, runs)
 
     def passes(self, training: float) -> float:
         """Over the pool, that `training` FLOPs buy."""

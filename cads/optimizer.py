@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cads.budget import Budget, Ledger, PlannedLedger
+from cads.budget import ROUNDING, Budget, Ledger, PlannedLedger
 from cads.errors import BudgetError, ConfigError
 from cads.monitor import Monitor
 from cads.selection import Selection
@@ -19,15 +19,23 @@ COUNTED_ALLOWANCE, ALLOWED_PER_PASS = (1 / 3, 1.0), 1 / 12
 """Selection's share, least and most, in units of what is left for training, if the budget must cover both, and how it
 grows with the passes over the pool that the budget buys: up to four, a pass is worth nearly as much as one over fresh
 examples, and past that less and less (Muennighoff et al. 2023), so that selection takes what is worth little."""
+PRETRAINED_PER_PASS, MOST_FOR_LEAST = 1 / 6, 2.0
+"""The same for models that are pretrained: they learn a pool by heart within fewer passes. And where that does not buy
+the least that a search can do, they give up to this much for it: how much they are trained matters less to them than on
+what (`experiments/results`)."""
 LOWEST, STEP = 1 / 16, 2
 """Share of the budget (and of each source) of the shortest runs, and by what it grows from rung to rung."""
 SHARES = ((1.0,), (0.6, 0.4), (0.4, 0.3, 0.3))
 """How the allowance is divided among rungs, lowest first, where there are one, two and three of them: with few runs
 in all, it pays to learn from many short ones."""
+PRETRAINED_SHARES = ((1.0,), (0.5, 0.5), (0.4, 0.3, 0.3))
+"""The same where models are pretrained, whose shortest runs mislead most: they hide what will be learned by heart."""
 KEPT_PASSES = 16
 """Short runs see as many passes as the full one, up to this many; above it they lose passes and examples alike (the
 share of the data is multiplied by the root of the excess). What is worth training on changes with both: fewer
 passes hide what will be learned by heart, fewer examples make quantity look dear."""
+BY_HEART = 1 / 2
+"""Share of the data, of what keeps the passes, that runs of pretrained models see where they decide."""
 MIN_STEPS = 10
 """Steps of the shortest run. Runs from the same weights differ by their data and its order alone: after ten steps they
 already rank subsets of sources with a Spearman correlation of 0.75 to 0.97 (`experiments/results`)."""
@@ -62,12 +70,13 @@ class Division:
     selection: float
 
 
-def divide(task: Task, budget: Budget, allowance: float | None, default: float) -> Division:
+def divide(task: Task, budget: Budget, allowance: float | None, default: float, least: float = 0.0) -> Division:
     """Divide `budget` between selection and training.
 
     Args:
         allowance: selection FLOPs in units of the training FLOPs; None for `default`, but for no more than
             `counted_allowance` if the budget must cover selection.
+        least: FLOPs below which selection can do nothing.
 
     Raises:
         ConfigError: if the allowance is negative or not finite.
@@ -75,7 +84,7 @@ def divide(task: Task, budget: Budget, allowance: float | None, default: float) 
     """
     total = budget.flops(task)
     if allowance is None:
-        allowance = min(counted_allowance(task, total), default) if budget.count_selection else default
+        allowance = min(counted_allowance(task, total, least), default) if budget.count_selection else default
     if not (math.isfinite(allowance) and allowance >= 0):
         raise ConfigError(f"allowance = {allowance}: it must be finite and >= 0, in units of the training FLOPs")
     training = total / (1 + allowance) if budget.count_selection else total
@@ -83,14 +92,21 @@ def divide(task: Task, budget: Budget, allowance: float | None, default: float) 
     return Division(training, allowance * training)
 
 
-def counted_allowance(task: Task, total: float) -> float:
+def counted_allowance(task: Task, total: float, least: float = 0.0) -> float:
     """What selection may spend of `total` FLOPs that cover training too, in units of what is left for training.
 
     A step of training is left, if `total` buys one.
+
+    Args:
+        least: FLOPs below which selection can do nothing.
     """
     usages = total / task.costs.per_usage(task.pool, task.recipe.batch_size)
-    least, most = COUNTED_ALLOWANCE
-    wanted = min(most, max(least, ALLOWED_PER_PASS * usages / len(task.pool)))
+    lowest, most = COUNTED_ALLOWANCE
+    per_pass = PRETRAINED_PER_PASS if task.pretrained else ALLOWED_PER_PASS
+    wanted = min(most, max(lowest, per_pass * usages / len(task.pool)))
+    least *= ROUNDING
+    if task.pretrained and least < total and (needed := least / (total - least)) <= MOST_FOR_LEAST:
+        wanted = max(wanted, needed)
     return min(wanted, max(0.0, usages / task.recipe.batch_size - 1))
 
 
@@ -132,6 +148,8 @@ def ladder(
     per_run: float,
     passes: float,
     per_rung: float = 0.0,
+    *,
+    pretrained: bool = False,
 ) -> list[Rung]:
     """Short runs that spend `allowance`.
 
@@ -142,32 +160,38 @@ def ladder(
     Args:
         training: C, FLOPs of the final training. allowance: FLOPs for all runs. step: FLOPs of one step.
         per_run: FLOPs on top of each run, for measuring it. passes: over the pool, that `training` buys.
-        per_rung: FLOPs on top of each rung, for learning from it.
+        per_rung: FLOPs on top of each rung, for learning from it. pretrained: whether models are.
     """
     lowest = max(LOWEST, MIN_STEPS * step / training)
-    fidelities = sorted({min(1.0, lowest * STEP**height) for height in range(len(SHARES))})
+    shares = PRETRAINED_SHARES if pretrained else SHARES
+    fidelities = sorted({min(1.0, lowest * STEP**height) for height in range(len(shares))})
     while fidelities:
         rungs = []
-        for f, share in zip(fidelities, SHARES[len(fidelities) - 1], strict=True):
+        for f, share in zip(fidelities, shares[len(fidelities) - 1], strict=True):
             runs = int(max(0.0, allowance * share - per_rung) / (f * training + per_run))
-            rungs.append(Rung(f, f * training, data_share(f, passes, decides=f == fidelities[-1]), runs))
+            decides = f == fidelities[-1]
+            data = data_share(f, passes, decides=decides, pretrained=pretrained)
+            rungs.append(Rung(f, f * training, data, runs))
         if all(r.runs >= (2 if len(rungs) > 1 else LEAST_RUNS) for r in rungs):
             return rungs
         fidelities.pop()
     return []
 
 
-def data_share(fidelity: float, passes: float, *, decides: bool) -> float:
+def data_share(fidelity: float, passes: float, *, decides: bool, pretrained: bool = False) -> float:
     """Share of each source that a run on a share `fidelity` of the budget sees.
 
     A run that decides gives up passes as well as examples, as long as it sees each example once, because where examples
-    alone are missing, quantity looks dearer than it is.
+    alone are missing, quantity looks dearer than it is. Not that of a pretrained model, which learns a small subset by
+    heart within the passes that the final training makes over it: of its shorter run that takes more of them.
 
     Args:
         passes: over the pool, that the whole budget buys.
     """
     share = fidelity * max(1.0, math.sqrt(passes / KEPT_PASSES))
-    if decides:
+    if decides and pretrained:
+        share *= BY_HEART
+    elif decides:
         share = max(share, min(math.sqrt(fidelity), fidelity * passes))
     return min(1.0, share)
 

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 
 from cads.budget import Budget, Ledger, PlannedLedger
 from cads.errors import ConfigError, DataError
-from cads.inner import Inner, Planned
+from cads.inner import Inner, Planned, Purse
 from cads.monitor import Monitor
-from cads.optimizer import Division, divide, uniform
+from cads.optimizer import LEAST_RUNS, MIN_STEPS, Division, divide, uniform
 from cads.scorers import scorer_of
 from cads.selection import Selection
 from cads.task import Objective, Pool, Task
@@ -98,8 +98,13 @@ class Search(ABC):
         if scorer is not task:
             prices = [t.costs.per_usage(t.pool, t.recipe.batch_size) for t in (scorer, task)]
             ratio = prices[0] / prices[1]
-        division = divide(task, budget, self.allowance, self.default_allowance * ratio)
+        least = self.least(Planned(scorer, math.inf, held_out=self.held_out))
+        division = divide(task, budget, self.allowance, self.default_allowance * ratio, least)
         return scorer, Division(division.training * ratio, division.selection)
+
+    def least(self, purse: Purse) -> float:
+        """FLOPs below which the search learns nothing."""
+        return LEAST_RUNS * (MIN_STEPS * purse.step_flops + purse.measuring_flops)
 
     def full_pool(self, task: Task, budget: Budget, seed: int, ledger: Ledger, note: str) -> Selection:
         """What is returned when nothing can be tried."""

@@ -22,7 +22,7 @@ from cads.estimator import corrected, direct, enumerate_masks, expected_gradient
 from cads.inner import Inner, Planned, Purse, Runs
 from cads.one_run import OneRunSearch, by_source
 from cads.operations import design_flops, source_policy_flops
-from cads.optimizer import Rung, distinct, subsample
+from cads.optimizer import LEAST_RUNS, Rung, distinct, subsample
 from cads.penalty import FittedReach, extrapolate, mean_over_sources
 from cads.policy import BernoulliPolicy, MixturePolicy, Policy
 from cads.scoring import reading_flops
@@ -38,9 +38,10 @@ MOST_FOR_THETA = 0.1
 """Share of the allowance that theta and R may take: where budgets are small, short runs tell more."""
 PROBE_EXAMPLES, FEW_PROBES = 256, 32
 """Examples of each source on which R is measured: usually, and where the allowance does not buy these beside theta."""
+THETA_STEPS = 8
+"""Steps on the target that a pretrained theta is given at least: then it tells sources apart."""
 GUIDED_RUNS = 2
-"""Runs for each source, in the first rung, up to which theta is worth cutting short what it costs; 1 where models are
-pretrained: some sources are easy for these, whatever they are good for."""
+"""Runs for each source, in the first rung, up to which theta is worth cutting short what it costs."""
 POLICY_STEP = 0.05
 """Length of the steps of the policy in the largest probability; it falls to 0 over those after a rung."""
 ENUMERATED = 10
@@ -141,7 +142,8 @@ class CadsSources(OneRunSearch):
         theta, where = theta_flops(purse, space, training, self.policy_steps)
         if theta:
             purse.fit_target(theta, stage="theta")
-            purse.losses(sum(map(len, where)), stage="R", flops=probing_flops(purse, where))
+            for _ in range(looks(purse)):
+                purse.losses(sum(map(len, where)), stage="R", flops=probing_flops(purse, where))
         done = 0
         for rung in affordable(purse, space, training, self.policy_steps):
             runs = rung.runs if space.count is None else min(rung.runs, space.count)
@@ -149,6 +151,12 @@ class CadsSources(OneRunSearch):
             done += runs
             purse.learn(update_flops(space, done, self.policy_steps))
         return done > 0
+
+    def least(self, purse: Purse) -> float:
+        """Short runs, what is learned from them, and theta where it tells as much; see `Search`."""
+        space = self._space(purse.task)
+        theta = least_theta(purse, space) if purse.task.pretrained else 0.0
+        return super().least(purse) + theta + update_flops(space, 2 * LEAST_RUNS, self.policy_steps)
 
     def _space(self, task: Task) -> Space:
         return Masks(task.pool) if self.policy == "bernoulli" else Mixtures(task.pool)
@@ -190,9 +198,9 @@ class CadsSources(OneRunSearch):
     ) -> np.ndarray:
         """The draws of a rung, the full pool first.
 
-        At first the sources without those of the largest risk, and those that the policy proposes from which most can
-        be learned besides. Then the best of the latest rung, and what promises most of what the policy proposes and of
-        what was tried, with the neighbours of the very best.
+        At first the sources without those that theta finds worst, see `source_risks`, and those that the policy
+        proposes from which most can be learned besides. Then the best of the latest rung, and what promises most of
+        what the policy proposes and of what was tried, with the neighbours of the very best.
         """
         rng = np.random.default_rng(seed)
         count = count if space.count is None else min(count, space.count)
@@ -301,6 +309,11 @@ def mean_losses(inner: Inner, where: Sequence[np.ndarray], theta: nn.Module) -> 
     return np.array([inner.losses(theta, there, stage="R").mean() for there in where])
 
 
+def looks(purse: Purse) -> int:
+    """How many models are measured on the sources: theta, and what it began with if that knew something."""
+    return 1 + purse.task.pretrained
+
+
 def theta_flops(purse: Purse, space: Space, training: float, steps: int) -> tuple[float, list[np.ndarray]]:
     """What theta is trained for, and where R is measured; 0 if that would take too much of what the ledger has left.
 
@@ -313,15 +326,27 @@ def theta_flops(purse: Purse, space: Space, training: float, steps: int) -> tupl
     flops = purse.target_flops(THETA_SHARE, THETA_PASSES, training)
     most = MOST_FOR_THETA * purse.ledger.left
     where = probes(space)
-    if flops + probing_flops(purse, where) > most:
+    if flops + looking_flops(purse, where) > most:
+        enough = purse.target_step_flops
+        if purse.task.pretrained:
+            most, enough = max(most, least_theta(purse, space)), THETA_STEPS * enough
         rungs = affordable(purse, space, training, steps, reserved=most)
-        guided = 1 if purse.task.pretrained else GUIDED_RUNS
-        if not rungs or rungs[0].runs > guided * len(space.sizes):
+        if not rungs or rungs[0].runs > GUIDED_RUNS * len(space.sizes):
             return 0.0, where
-        if most - probing_flops(purse, where) < purse.target_step_flops:
+        if most - looking_flops(purse, where) < enough:
             where = probes(space, FEW_PROBES)
-        flops = most - probing_flops(purse, where)
+        flops = most - looking_flops(purse, where)
     return (0.0 if flops < purse.target_step_flops else flops), where
+
+
+def looking_flops(purse: Purse, where: Sequence[np.ndarray]) -> float:
+    """What measuring the sources will charge: theta, and what it began with if that knew something."""
+    return looks(purse) * probing_flops(purse, where)
+
+
+def least_theta(purse: Purse, space: Space) -> float:
+    """FLOPs of a theta that is trained and measured just enough to tell sources apart."""
+    return THETA_STEPS * purse.target_step_flops + looking_flops(purse, probes(space, FEW_PROBES))
 
 
 def update_flops(space: Space, runs: int, steps: int) -> float:
@@ -344,6 +369,9 @@ def affordable(purse: Purse, space: Space, training: float, steps: int, reserved
 def source_risks(inner: Inner, space: Space, training: float, steps: int, seed: int) -> np.ndarray:
     """Mean loss in each source of theta, a model fitted to the target.
 
+    A pretrained model finds some sources easier than others, whatever they are good for: what it found before it was
+    fitted to the target is taken out, but for the mean over sources.
+
     Args:
         steps: of the policy after each rung.
 
@@ -353,8 +381,12 @@ def source_risks(inner: Inner, space: Space, training: float, steps: int, seed: 
     flops, where = theta_flops(inner, space, training, steps)
     if not flops:
         return np.zeros(len(space.sizes))
-    theta = inner.fit_target(flops, seed=derive(seed, "theta"), stage="theta")
-    return mean_losses(inner, where, theta)
+    began = derive(seed, "theta")
+    risk = mean_losses(inner, where, inner.fit_target(flops, seed=began, stage="theta"))
+    if inner.task.pretrained:
+        before = mean_losses(inner, where, inner.task.model(began))
+        risk -= before - before.mean()
+    return risk
 
 
 def run_rung(inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: int, height: int) -> Runs:

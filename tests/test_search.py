@@ -25,11 +25,11 @@ from cads.budget import SELECT, Budget, Ledger
 from cads.design import spaced
 from cads.errors import ConfigError, DataError
 from cads.examples import CadsExamples
-from cads.inner import Inner, Planned, paired_error
+from cads.inner import Inner, paired_error
 from cads.monitor import Monitor
 from cads.penalized import PenalizedSources
 from cads.selection import Selection
-from cads.sources import CadsSources, Trials, run_rung, source_selection, theta_flops
+from cads.sources import CadsSources, Trials, run_rung, source_risks, source_selection
 from cads.space import Masks, Mixtures
 from cads.task import Measured, Pool
 
@@ -179,21 +179,16 @@ def test_errors_of_runs_are_those_of_paired_differences():
     assert paired_error(Measured(0.0, a), Measured(0.0)) == 0
 
 
-def test_theta_is_cut_short_where_runs_are_few_and_its_losses_say_what_sources_are_good_for(features):
-    """Those of a pretrained model say what is easy for it: there theta guides fewer runs."""
-    bought = {False: set(), True: set()}
-    for pretrained, found in bought.items():
-        task = copy.copy(features(batch_size=8))
-        task.pretrained = pretrained
-        space = Masks(task.pool)
-        for passes in np.geomspace(0.5, 64, 60):
-            training = Budget(float(passes), "epochs").flops(task)
-            for allowance in (0.3, 0.6, 1.0, 2.75):
-                flops, where = theta_flops(Planned(task, allowance * training), space, training, 60)
-                assert flops == 0 or all(map(len, where))
-                if flops:
-                    found.add((passes, allowance))
-    assert bought[True] < bought[False]
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_what_a_pretrained_model_finds_easy_is_taken_out_of_what_theta_finds(features, monkeypatch, pretrained):
+    task, ledger = copy.copy(features(batch_size=8)), Ledger()
+    task.pretrained = pretrained
+    after, before = np.array([2.0, 1.0, 3.0]), np.array([3.0, 1.1, 3.2])
+    found = iter([after.copy(), before][: 1 + pretrained])
+    monkeypatch.setattr("cads.sources.mean_losses", lambda *_: next(found))
+    inner = Inner(task, ledger, Monitor())
+    risk = source_risks(inner, Masks(task.pool), Budget(16, "epochs").flops(task), 60, seed=0)
+    np.testing.assert_allclose(risk, after - before + before.mean() if pretrained else after)
 
 
 @pytest.mark.parametrize("policy", ["bernoulli", "mixture"])
