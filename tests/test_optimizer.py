@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from cads.budget import Budget
 from cads.errors import BudgetError, ConfigError
 from cads.optimizer import (
+    BY_HEART,
     KEPT_PASSES,
     MIN_STEPS,
     check_step,
@@ -53,10 +55,30 @@ def test_a_counted_selection_and_training_share_the_budget(features, epochs, all
         assert division.selection == pytest.approx(min(default, counted_allowance(task, total)) * division.training)
 
 
-@pytest.mark.parametrize(("passes", "allowance"), [(0.5, 1 / 3), (4, 1 / 3), (6, 0.5), (12, 1.0), (100, 1.0)])
-def test_selection_may_spend_more_of_a_budget_whose_passes_repeat_the_pool(features, passes, allowance):
-    task = features(batch_size=16)
+@pytest.mark.parametrize(
+    ("passes", "allowance", "of_pretrained"),
+    [(0.5, 1 / 3, 1 / 3), (2, 1 / 3, 1 / 3), (4, 1 / 3, 2 / 3), (6, 0.5, 1.0), (12, 1.0, 1.0), (100, 1.0, 1.0)],
+)
+def test_selection_may_spend_more_of_a_budget_whose_passes_repeat_the_pool(features, passes, allowance, of_pretrained):
+    task = copy.copy(features(batch_size=16))
     assert counted_allowance(task, Budget(passes, "epochs").flops(task)) == pytest.approx(allowance, rel=1e-6)
+    task.pretrained = True
+    assert counted_allowance(task, Budget(passes, "epochs").flops(task)) == pytest.approx(of_pretrained, rel=1e-6)
+
+
+@pytest.mark.parametrize("times", [1.2, 1.49, 1.51, 2.0, 5.0])
+def test_selection_for_a_pretrained_model_gets_the_least_it_needs_or_its_share(features, times):
+    task = copy.copy(features(batch_size=16))
+    total = Budget(3, "epochs").flops(task)
+    least = total / times
+    assert counted_allowance(task, total, least) == counted_allowance(task, total)
+    task.pretrained = True
+    share, found = counted_allowance(task, total), counted_allowance(task, total, least)
+    if 1.5 < times < 3:
+        assert found > share
+        assert least <= found * total / (1 + found) <= least * (1 + 1e-6)
+    else:
+        assert found == share
 
 
 def test_budgets_that_cannot_be_divided_are_refused(features):
@@ -85,20 +107,23 @@ def test_a_step_is_affordable_or_refused(features):
     step=st.floats(1e-3, 1e15),
     measuring=st.floats(0, 100),
     passes=st.floats(1e-2, 1e3),
+    pretrained=st.booleans(),
 )
-def test_the_ladder_stays_within_its_allowance(steps, allowance, step, measuring, passes):
+def test_the_ladder_stays_within_its_allowance(steps, allowance, step, measuring, passes, pretrained):
     training, per_run = steps * step, measuring * step
-    rungs = ladder(training, allowance * step, step, per_run, passes)
+    rungs = ladder(training, allowance * step, step, per_run, passes, pretrained=pretrained)
     assert sum(r.runs * (r.flops + per_run) for r in rungs) <= allowance * step * (1 + 1e-9)
     assert all(r.runs >= 2 for r in rungs)
     assert all(r.flops == pytest.approx(r.fidelity * training) for r in rungs)
     assert all(r.flops >= min(training, MIN_STEPS * step) * (1 - 1e-9) for r in rungs)
-    assert all(0 < r.fidelity <= r.data <= 1 for r in rungs)
+    assert all(0 < r.fidelity * (BY_HEART if pretrained else 1) <= r.data <= 1 for r in rungs)
     kept = min(passes, math.sqrt(passes * KEPT_PASSES))
     visits = [passes * rung.fidelity / rung.data for rung in rungs]
     for rung, seen in zip(rungs[:-1], visits, strict=False):
         assert rung.data == 1 or seen == pytest.approx(kept)
-    if rungs and rungs[-1].data < 1:
+    if rungs and pretrained:
+        assert rungs[-1].data == 1 or visits[-1] == pytest.approx(kept / BY_HEART)
+    elif rungs and rungs[-1].data < 1:
         assert min(1.0, kept) * (1 - 1e-9) <= visits[-1] <= kept * (1 + 1e-9)
         assert rungs[-1].data <= max(math.sqrt(rungs[-1].fidelity), passes * rungs[-1].fidelity / kept) * (1 + 1e-9)
     fidelities = [r.fidelity for r in rungs]

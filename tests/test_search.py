@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import asdict
 from functools import partial
 
@@ -25,11 +26,11 @@ from cads.budget import SELECT, Budget, Ledger
 from cads.design import spaced
 from cads.errors import ConfigError, DataError
 from cads.examples import CadsExamples
-from cads.inner import Inner, paired_error
+from cads.inner import Inner, Planned, paired_error
 from cads.monitor import Monitor
 from cads.penalized import PenalizedSources
 from cads.selection import Selection
-from cads.sources import CadsSources, Trials, run_rung, source_risks, source_selection
+from cads.sources import THETA_STEPS, CadsSources, Trials, run_rung, source_risks, source_selection
 from cads.space import Masks, Mixtures
 from cads.task import Measured, Pool
 
@@ -189,6 +190,20 @@ def test_what_a_pretrained_model_finds_easy_is_taken_out_of_what_theta_finds(fea
     inner = Inner(task, ledger, Monitor())
     risk = source_risks(inner, Masks(task.pool), Budget(16, "epochs").flops(task), 60, seed=0)
     np.testing.assert_allclose(risk, after - before + before.mean() if pretrained else after)
+
+
+@pytest.mark.parametrize("policy", ["bernoulli", "mixture"])
+def test_a_pretrained_model_is_searched_for_where_the_budget_buys_the_least(features, policy):
+    task, ledger = copy.copy(features(batch_size=8, hidden=1024)), Ledger()
+    task.pretrained = True
+    selector = CadsSources(policy=policy)
+    budget = Budget(1.8 * selector.least(Planned(task, math.inf)), "FLOPs", count_selection=True)
+    selector.select(task, budget, seed=0, ledger=ledger)
+    planned, spent = selector.plan(task, budget), ledger.total(SELECT)
+    assert spent.flops == pytest.approx(planned.total(SELECT).flops)
+    assert spent.flops <= budget.amount / 1.8 * (1 + 1e-6)
+    assert ledger.entries[SELECT, "theta"].usages >= THETA_STEPS * 8
+    assert any("short runs" in stage for _, stage in ledger.entries)
 
 
 @pytest.mark.parametrize("policy", ["bernoulli", "mixture"])
