@@ -1,4 +1,4 @@
-"""Source: train on one source alone."""
+"""Source: train on one source alone, or on some."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from cads.task import Task
 
 @dataclass
 class Source:
-    """One source, by name: what a user without a selector would try."""
+    """One source, or some, by name: what a user without a selector would try."""
 
-    name: str
-    """The source."""
+    name: str | list[str]
+    """The source, or several."""
 
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
-        """Select all of the source; see `cads.optimizer.Selector`."""
+        """Select all of them; see `cads.optimizer.Selector`."""
         check_step(task, budget.flops(task))
         names = self._known(task)
-        mask = np.array([name == self.name for name in names])
+        mask = np.array([name in self._wanted for name in names])
         selected = np.zeros(len(task.pool), dtype=bool)
         selected[task.pool.in_sources(mask)] = True
         return Selection.of(
@@ -46,13 +46,19 @@ class Source:
         self._known(task)
         return free(task, budget)
 
+    @property
+    def _wanted(self) -> list[str]:
+        return [self.name] if isinstance(self.name, str) else self.name
+
     def _known(self, task: Task) -> tuple[str, ...]:
         """The names of the sources.
 
         Raises:
-            ConfigError: if this one is not among them.
+            ConfigError: if one that is asked for is not among them, or none is.
         """
         names = task.pool.source_names
-        if self.name not in names:
-            raise ConfigError(f"name = {self.name!r} is no source of the pool: choose from {list(names)}")
+        unknown = [name for name in self._wanted if name not in names]
+        if unknown or not self._wanted:
+            wrong = f"{unknown[0]!r} is no source of the pool" if unknown else "[] names no source"
+            raise ConfigError(f"name = {wrong}: choose from {list(names)}")
         return names

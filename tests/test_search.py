@@ -294,6 +294,18 @@ def test_batches_without_room_are_refused_at_once(kind):
 def test_a_source_that_is_not_there_is_refused_by_the_plan(features):
     with pytest.raises(ConfigError, match="no source of the pool"):
         Source("elsewhere").plan(features(), Budget(1, "epochs"))
+    with pytest.raises(ConfigError, match=r"name = 'elsewhere' is no source of the pool"):
+        Source(["source 0", "elsewhere"]).plan(features(), Budget(1, "epochs"))
+    with pytest.raises(ConfigError, match=r"name = \[\] names no source"):
+        Source([]).plan(features(), Budget(1, "epochs"))
+
+
+@pytest.mark.parametrize(("name", "kept"), [("source 1", {1}), (["source 3", "source 1"], {1, 3})])
+def test_sources_are_kept_by_name(features, name, kept):
+    task = features()
+    chosen = Source(name).select(task, Budget(1, "epochs"), seed=0, ledger=Ledger())
+    assert (chosen.selected == np.isin(task.pool.sources, list(kept))).all()
+    assert {s for s, p in chosen.source_probability.items() if p} == {f"source {s}" for s in kept}
 
 
 def test_a_full_pool_that_diverges_is_named(features, monkeypatch):
