@@ -173,7 +173,12 @@ class CadsSources(OneRunSearch):
         trials = Trials(np.empty((0, n)), *(np.empty(0) for _ in range(4)))
         control: Control | None = None
         for height, rung in enumerate(rungs):
-            draws = self._choose(space, policy, control, trials, risk, rung.runs, derive(seed, "draws", height))
+            count = rung.runs if space.count is None else min(rung.runs, space.count)
+            proposed = propose(space, policy, derive(seed, "draws", height))
+            if control is None:
+                draws = first_draws(space, proposed, risk, count, alone=not task.pretrained)
+            else:
+                draws = next_draws(space, proposed, control, trials, count)
             runs = run_rung(inner, space, draws, rung, seed, height)
             reached = runs.reached
             if self.reach == "extrapolated":
@@ -185,38 +190,6 @@ class CadsSources(OneRunSearch):
             inner.learn(update_flops(space, len(trials.gains), self.policy_steps))
             self._watch(inner, space, policy, control, trials, height)
         return self._conclude(inner, space, policy, trials, budget, seed, ledger)
-
-    def _choose(
-        self,
-        space: Space,
-        policy: Policy,
-        control: Control | None,
-        trials: Trials,
-        risk: np.ndarray,
-        count: int,
-        seed: int,
-    ) -> np.ndarray:
-        """The draws of a rung, the full pool first.
-
-        At first the sources without those that theta finds worst, see `source_risks`, and those that the policy
-        proposes from which most can be learned besides. Then the best of the latest rung, and what promises most of
-        what the policy proposes and of what was tried, with the neighbours of the very best.
-        """
-        rng = np.random.default_rng(seed)
-        count = count if space.count is None else min(count, space.count)
-        drawn = nonempty(space.explore(policy).sample(SAMPLED, rng)).astype(np.float64)
-        if control is None:
-            known = space.nested(np.argsort(risk, kind="stable")) if risk.any() else space.full[None]
-            few = count <= len(space.sizes)
-            known = spaced(known, count if few else max(1, count // 2))
-            proposed = distinct([*known, *drawn])
-            return proposed[d_optimal(proposed, count, taken=len(known))]
-        proposed = distinct([*drawn, *trials.draws])
-        ranked = proposed[np.argsort(trials.value(proposed, control), kind="stable")]
-        tried = {row.tobytes() for row in trials.draws}
-        near = [n for n in space.neighbours(ranked[0], control) if n.tobytes() not in tried]
-        draws, gains = trials.latest
-        return distinct([space.full, draws[np.argmin(gains)], ranked[0], *near, *ranked[1:]])[:count]
 
     def _control(self, space: Space, trials: Trials, risk: np.ndarray, rung: Rung) -> Control:
         latest = trials.fidelity == rung.fidelity
@@ -282,6 +255,44 @@ class CadsSources(OneRunSearch):
 def nonempty(draws: np.ndarray) -> np.ndarray:
     """The draws that select something: the policy is used conditioned on that."""
     return draws[draws.any(axis=1)]
+
+
+def propose(space: Space, policy: Policy, seed: int) -> np.ndarray:
+    """What a policy that is kept away from certainty draws, shape (M, S)."""
+    return nonempty(space.explore(policy).sample(SAMPLED, np.random.default_rng(seed))).astype(np.float64)
+
+
+def first_draws(space: Space, proposed: np.ndarray, risk: np.ndarray, count: int, *, alone: bool) -> np.ndarray:
+    """The draws of the first rung, the full pool first, shape (K, S), K <= `count`.
+
+    The sources without those of the largest risk (shape (S,)), one after another, and of those that the policy proposes
+    the ones from which most can be learned besides.
+
+    Args:
+        alone: whether the source of least risk alone is tried in any case, or where all of them can be tried. Models
+            that learn it by heart do better with two.
+    """
+    known = space.nested(np.argsort(risk, kind="stable")) if risk.any() else space.full[None]
+    if not alone and 2 < count < len(known):
+        known = known[:-1]
+    few = count <= len(space.sizes)
+    known = spaced(known, count if few else max(1, count // 2))
+    candidates = distinct([*known, *proposed])
+    return candidates[d_optimal(candidates, count, taken=len(known))]
+
+
+def next_draws(space: Space, proposed: np.ndarray, control: Control, trials: Trials, count: int) -> np.ndarray:
+    """The draws of a later rung, the full pool first, shape (K, S), K <= `count`.
+
+    The best of the latest rung, and what promises most of what the policy proposes and of what was tried, with the
+    neighbours of the very best.
+    """
+    candidates = distinct([*proposed, *trials.draws])
+    ranked = candidates[np.argsort(trials.value(candidates, control), kind="stable")]
+    tried = {row.tobytes() for row in trials.draws}
+    near = [n for n in space.neighbours(ranked[0], control) if n.tobytes() not in tried]
+    draws, gains = trials.latest
+    return distinct([space.full, draws[np.argmin(gains)], ranked[0], *near, *ranked[1:]])[:count]
 
 
 def source_marginals(policy: Policy) -> np.ndarray:

@@ -30,7 +30,7 @@ from cads.inner import Inner, Planned, paired_error
 from cads.monitor import Monitor
 from cads.penalized import PenalizedSources
 from cads.selection import Selection
-from cads.sources import THETA_STEPS, CadsSources, Trials, run_rung, source_risks, source_selection
+from cads.sources import THETA_STEPS, CadsSources, Trials, first_draws, run_rung, source_risks, source_selection
 from cads.space import Masks, Mixtures
 from cads.task import Measured, Pool
 
@@ -369,6 +369,23 @@ def test_the_plain_penalty_stays_in_its_allowance_where_lengths_differ(texts):
     assert 0 < ledger.total().flops <= planned.limit
     assert ledger.total().flops == pytest.approx(planned.total().flops, rel=0.1)
     assert ledger.entries[SELECT, "R"].flops == pytest.approx(planned.entries[SELECT, "R"].flops)
+
+
+@pytest.mark.parametrize(
+    ("count", "alone", "sizes"),
+    [
+        (3, True, [4, 2, 1]),
+        (3, False, [4, 3, 2]),
+        (4, True, [4, 3, 2, 1]),
+        (4, False, [4, 3, 2, 1]),
+        (2, False, [4, 1]),
+    ],
+)
+def test_one_source_alone_is_left_for_last_where_it_is_learned_by_heart(features, count, alone, sizes):
+    space, risk = Masks(features().pool), np.array([0.3, 0.1, 0.4, 0.2])
+    draws = first_draws(space, space.full[None], risk, count, alone=alone)
+    assert draws.sum(axis=1).tolist() == sizes
+    assert [set(np.flatnonzero(draw)) for draw in draws] == [set([1, 3, 0, 2][:n]) for n in sizes]
 
 
 @pytest.mark.parametrize("space", [Masks, Mixtures])
