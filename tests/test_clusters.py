@@ -10,7 +10,6 @@ import torch
 from baselines.clusters import cluster_centres, cluster_sample, nearest_centre, take_turns
 from baselines.embedding import Embedding
 from cads.budget import SELECT, Ledger
-from cads.errors import DataError
 from cads.operations import similarity_flops
 
 
@@ -90,18 +89,6 @@ class TestEmbedding:
         finally:
             task.pool = pool
         assert two == pytest.approx(one[order], abs=1e-6)
-
-    def test_an_example_without_a_vector_is_named(self, texts):
-        task = texts()
-        plain, first = task.features, task.pool.batch([7]).inputs["input_ids"][0, :5]
-
-        def spoilt(model, batch):
-            wrong = (batch.inputs["input_ids"][:, :5] == first).all(dim=1)
-            return plain(model, batch).masked_fill(wrong[:, None], np.nan)
-
-        task.features = spoilt
-        with pytest.raises(DataError, match=r"of the sample of the pool, such as .* are not finite"):
-            Embedding(clusters=2).rank(task, seed=0, ledger=Ledger())
 
     @pytest.mark.parametrize("tokens", [1, 512])
     def test_what_it_costs_is_planned_and_charged(self, texts, tokens):

@@ -84,18 +84,32 @@ def test_every_flop_is_charged(texts, aggregate):
     assert ledger.entries[SELECT, "similarities"].flops == normalisation_flops(n + m, d) + products
 
 
-def test_a_target_without_a_vector_is_named_before_the_pool_is_read(texts):
-    task, ledger = texts(), Ledger()
-    plain, first = task.features, task.target.batch([7]).inputs["input_ids"][0, :5]
+def without_vector(task, example):
+    """The task with features that are NaN for one example, given as a batch."""
+    plain, first = task.features, example.inputs["input_ids"][0, :5]
 
     def spoilt(model, batch):
         wrong = (batch.inputs["input_ids"][:, :5] == first).all(dim=1)
         return plain(model, batch).masked_fill(wrong[:, None], np.nan)
 
     task.features = spoilt
+    return task
+
+
+def test_a_target_without_a_vector_is_named_before_the_pool_is_read(texts):
+    task, ledger = texts(), Ledger()
+    without_vector(task, task.target.batch([7]))
     with pytest.raises(DataError, match=r"1 examples of the target, such as \['target-7'\], are not finite"):
         Embedding().rank(task, seed=0, ledger=ledger)
     assert ledger.total().flops == Embedding()._space(task).flops(task.target)
+
+
+@pytest.mark.parametrize(("clusters", "pool"), [(None, "pool"), (2, "sample of the pool")])
+def test_an_example_without_a_vector_is_named(texts, clusters, pool):
+    task = texts()
+    without_vector(task, task.pool.batch([7]))
+    with pytest.raises(DataError, match=rf"of the {pool}, such as \['pool-7'\], are not finite"):
+        Embedding(clusters=clusters).rank(task, seed=0, ledger=Ledger())
 
 
 def test_a_warm_up_is_trained_and_charged(images):
