@@ -35,7 +35,7 @@ KEPT_PASSES = 16
 share of the data is multiplied by the root of the excess). What is worth training on changes with both: fewer
 passes hide what will be learned by heart, fewer examples make quantity look dear."""
 BY_HEART = 1 / 2
-"""Share of the data, of what keeps the passes, that runs of pretrained models see where they decide."""
+"""Share of the data, of what keeps the passes, that runs of pretrained models see: they make twice as many."""
 MIN_STEPS = 10
 """Steps of the shortest run. Runs from the same weights differ by their data and its order alone: after ten steps they
 already rank subsets of sources with a Spearman correlation of 0.75 to 0.97 (`experiments/results`)."""
@@ -182,14 +182,14 @@ def data_share(fidelity: float, passes: float, *, decides: bool, pretrained: boo
     """Share of each source that a run on a share `fidelity` of the budget sees.
 
     A run that decides gives up passes as well as examples, as long as it sees each example once, because where examples
-    alone are missing, quantity looks dearer than it is. Not that of a pretrained model, which learns a small subset by
-    heart within the passes that the final training makes over it: of its shorter run that takes more of them.
+    alone are missing, quantity looks dearer than it is. Those of pretrained models never do: these learn a small subset
+    by heart within the passes that the final training makes over it, which takes a shorter run more of them.
 
     Args:
         passes: over the pool, that the whole budget buys.
     """
     share = fidelity * max(1.0, math.sqrt(passes / KEPT_PASSES))
-    if decides and pretrained:
+    if pretrained:
         share *= BY_HEART
     elif decides:
         share = max(share, min(math.sqrt(fidelity), fidelity * passes))
