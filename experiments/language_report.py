@@ -104,17 +104,22 @@ def _learned(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def examples(runs: Sequence[Mapping[str, Any]], out: Path, texts: Mapping[str, str]) -> list[str]:
-    """Most and least probable examples of the costliest selection of single examples, first seed."""
+    """Most and least probable examples of the costliest selection of single examples, first seed.
+
+    One that tells them apart: a search that does not beat the full pool returns it.
+    """
     single = [r for r in runs if r["selector"] == "cads-e" and json.loads(r["probability_course"] or "[]")]
     if not single:
         return []
-    row = max(single, key=lambda r: (-r["seed"], r["budget_flops"], r["selection_flops_spent"]))
-    selection = Selection.load(out / "cells" / row["cell"])
+    single.sort(key=lambda r: (r["seed"], -r["budget_flops"], -r["selection_flops_spent"]))
+    for row in single:
+        selection = Selection.load(out / "cells" / row["cell"])
+        if np.ptp(selection.probability) > 0:
+            break
+    else:
+        return ["## Examples", "The full pool was not beaten: all examples have the same probability."]
     order = np.argsort(selection.rank, kind="stable")
-    heading = f"## Examples ({row['method']}, {row['budget']}, seed {row['seed']})"
-    if np.ptp(selection.probability) == 0:
-        return [heading, "The full pool was not beaten: all examples have the same probability."]
-    parts = [heading]
+    parts = [f"## Examples ({row['method']}, {row['budget']}, seed {row['seed']})"]
     for name, places in (("Most probable", order[:N_EXAMPLES]), ("Least probable", order[::-1][:N_EXAMPLES])):
         lines = ["| probability | id | example |", "| --- | --- | --- |"]
         for i in places:

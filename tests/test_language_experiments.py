@@ -429,6 +429,8 @@ class TestGguf:
 
 
 def test_examples_are_the_most_and_the_least_probable(tmp_path):
+    from dataclasses import replace
+
     import pyarrow as pa
 
     from cads.budget import Budget, Ledger
@@ -442,9 +444,12 @@ def test_examples_are_the_most_and_the_least_probable(tmp_path):
         pool_hash="",
     )  # fmt: skip
     made.save(tmp_path / "cells" / "c")
+    replace(made, probability=np.ones(n)).save(tmp_path / "cells" / "everything")
     row = {"selector": "cads-e", "probability_course": '[{"x": 1}]', "seed": 0, "budget_flops": 1.0, "cell": "c"}
     row |= {"selection_flops_spent": 1.0, "method": "cads-e", "budget": "1 epochs"}
-    _, _, best, _, worst = language_report.examples([row], tmp_path, {"e0": "zero | one"})
+    dearer = row | {"cell": "everything", "selection_flops_spent": 2.0}
+    assert "same probability" in language_report.examples([dearer], tmp_path, {})[1]
+    _, _, best, _, worst = language_report.examples([dearer, row], tmp_path, {"e0": "zero | one"})
     order = [f"e{i}" for i in np.argsort(-probability)]
     assert [line.split(" | ")[1] for line in best.splitlines()[2:]] == order[:10]
     assert [line.split(" | ")[1] for line in worst.splitlines()[2:]] == order[:-11:-1]
