@@ -153,12 +153,6 @@ class CadsExamples(OneRunSearch):
     default_allowance: ClassVar[float] = 3.0
     weigh = staticmethod(by_example)
 
-    def least(self, purse: Purse) -> float:
-        """Its shortest runs are longer; see `Search`."""
-        n = len(purse.task.pool)
-        runs = LEAST_RUNS * (LEAST_STEPS * purse.step_flops + purse.measuring_flops + candidates_flops(n, 1))
-        return runs + purse.target_step_flops + purse.scoring_flops(n)
-
     def spend(self, purse: Planned, training: float) -> bool:
         """What `search` would do; see `Search`."""
         n = len(purse.task.pool)

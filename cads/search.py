@@ -15,7 +15,7 @@ from cads.budget import Budget, Ledger, PlannedLedger
 from cads.errors import ConfigError, DataError
 from cads.inner import Inner, Planned, Purse
 from cads.monitor import Monitor
-from cads.optimizer import LEAST_RUNS, MIN_STEPS, Division, divide, uniform
+from cads.optimizer import Division, divide, uniform
 from cads.scorers import scorer_of
 from cads.selection import Selection
 from cads.task import Objective, Pool, Task
@@ -38,7 +38,7 @@ class Search(ABC):
     allowance: float | None = None
     """Selection FLOPs at most, in units of the training FLOPs; null: 2.75 times what training the scorer would take
     (CADS-E: 3 times), and no more than 1/3 if the budget counts selection, or 1/12 for each pass it buys, up to 1.
-    Where models are pretrained it is 1/6 for each pass, and up to 2 where less buys no search."""
+    Where models are pretrained it is 1/6 for each pass, and for CADS-S up to 2 where less buys no search."""
     outer: str | Objective | None = None
     """The metric to minimise on the target, by name or, in Python, any function of task, model and pool; null for the
     task's own."""
@@ -104,8 +104,8 @@ class Search(ABC):
         return scorer, Division(division.training * ratio, division.selection)
 
     def least(self, purse: Purse) -> float:
-        """FLOPs below which the search learns nothing."""
-        return LEAST_RUNS * (MIN_STEPS * purse.step_flops + purse.measuring_flops)
+        """FLOPs for which a pretrained model's budget gives up training, as less buys no search; 0: it never does."""
+        return 0.0
 
     def full_pool(self, task: Task, budget: Budget, seed: int, ledger: Ledger, note: str) -> Selection:
         """What is returned when nothing can be tried."""

@@ -22,7 +22,7 @@ from cads.estimator import corrected, direct, enumerate_masks, expected_gradient
 from cads.inner import Inner, Planned, Purse, Runs
 from cads.one_run import OneRunSearch, by_source
 from cads.operations import design_flops, source_policy_flops
-from cads.optimizer import LEAST_RUNS, Rung, distinct, subsample
+from cads.optimizer import LEAST_RUNS, MIN_STEPS, Rung, distinct, subsample
 from cads.penalty import FittedReach, extrapolate, mean_over_sources
 from cads.policy import BernoulliPolicy, MixturePolicy, Policy
 from cads.scoring import reading_flops
@@ -156,7 +156,8 @@ class CadsSources(OneRunSearch):
         """Short runs, what is learned from them, and theta where it tells as much; see `Search`."""
         space = self._space(purse.task)
         theta = least_theta(purse, space) if purse.task.pretrained else 0.0
-        return super().least(purse) + theta + update_flops(space, 2 * LEAST_RUNS, self.policy_steps)
+        runs = LEAST_RUNS * (MIN_STEPS * purse.step_flops + purse.measuring_flops)
+        return runs + theta + update_flops(space, 2 * LEAST_RUNS, self.policy_steps)
 
     def _space(self, task: Task) -> Space:
         return Masks(task.pool) if self.policy == "bernoulli" else Mixtures(task.pool)
