@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.attention import ShortAttention
+from baselines.cross_entropy import LogitsInPlace
 from baselines.layers import layer_norm, rms_norm, rule_of, transformers_rms_norm, transposed_linear
 from baselines.norms import frozen_norms, short_norms
 
@@ -34,7 +35,8 @@ class Passes:
 
     Args:
         model: whose passes they are; what is frozen stays frozen.
-        precision: no (passes as they are, but for `baselines.attention` and `baselines.norms`) or bf16.
+        precision: no (passes as they are, but for `baselines.attention`, `baselines.norms` and
+            `baselines.cross_entropy`) or bf16.
     """
 
     def __init__(self, model: nn.Module, precision: Precision) -> None:
@@ -53,6 +55,7 @@ class Passes:
         with ExitStack() as stack:
             stack.enter_context(short_norms(self._short, dtype))
             stack.enter_context(ShortAttention(dtype))
+            stack.enter_context(LogitsInPlace())
             if self._precision == "no":
                 yield
                 return
