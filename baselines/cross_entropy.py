@@ -17,9 +17,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from baselines.products import FROZEN_LINEAR
+
 LARGE = 2**20
 """Logits, 4 MB as float32, above which their table is not written again; and of rows that are computed at once."""
-FORGETFUL = {"MmBackward0", "AddmmBackward0", "ToCopyBackward0"}
+FORGETFUL = {"MmBackward0", "AddmmBackward0", "ToCopyBackward0", FROZEN_LINEAR}
 """Steps of autograd that do not need what they wrote, so that it may be overwritten."""
 DEFAULTS = {name: p.default for name, p in inspect.signature(functional.cross_entropy).parameters.items()}
 """Of the options of `cross_entropy`, all of which it passes on to modes."""

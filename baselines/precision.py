@@ -17,6 +17,7 @@ from baselines.attention import ShortAttention
 from baselines.cross_entropy import LogitsInPlace
 from baselines.layers import layer_norm, rms_norm, rule_of, transformers_rms_norm, transposed_linear
 from baselines.norms import frozen_norms, short_norms
+from baselines.products import FrozenProducts
 
 Precision = Literal["no", "bf16"]
 
@@ -35,8 +36,8 @@ class Passes:
 
     Args:
         model: whose passes they are; what is frozen stays frozen.
-        precision: no (passes as they are, but for `baselines.attention`, `baselines.norms` and
-            `baselines.cross_entropy`) or bf16.
+        precision: no (float32, as the model is: by `baselines.attention`, `baselines.norms`,
+            `baselines.cross_entropy` and `baselines.products`) or bf16.
     """
 
     def __init__(self, model: nn.Module, precision: Precision) -> None:
@@ -56,6 +57,7 @@ class Passes:
             stack.enter_context(short_norms(self._short, dtype))
             stack.enter_context(ShortAttention(dtype))
             stack.enter_context(LogitsInPlace())
+            stack.enter_context(FrozenProducts())
             if self._precision == "no":
                 yield
                 return
