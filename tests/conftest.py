@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pytest
 import torch
 from hypothesis import settings
+from noisy_digits import noisy_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,6 +28,7 @@ from cads.tasks.networks import Network
 from cads.tasks.vision import VisionTask
 from cads.trainer import TrainConfig
 
+pytest.register_assert_rewrite("forked_processes", "killed_runs")
 torch.set_num_threads(1)
 settings.register_profile("same examples every time", derandomize=True)
 settings.load_profile("same examples every time")
@@ -246,3 +249,71 @@ def images() -> Callable[..., VisionTask]:
         )
 
     return make
+
+
+@pytest.fixture
+def task(features) -> TinyTask:
+    """Rows of features and an MLP, where a module has no task of its own."""
+    return features(hidden=8, n=60, batch_size=8, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def noisy() -> VisionTask:
+    """Digits of which about half are mislabelled; the truth is in `task.truth.corrupted`."""
+    return noisy_digits()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Language models without weights, and examples: what `build` builds on."""
+    from language_tasks import write_language
+
+    return write_language(tmp_path_factory.mktemp("language"))
+
+
+@pytest.fixture(scope="module")
+def build(folder) -> Callable[..., Task]:
+    """Makes a language task: `build(family="llama", data="sums", recipe=None, **options)`."""
+    from language_tasks import language_task
+
+    return partial(language_task, folder)
+
+
+@pytest.fixture
+def small_shards(monkeypatch) -> None:
+    """Text and tokens are read a few rows at a time."""
+    from cads.tasks import language_data, language_tokens
+
+    monkeypatch.setattr(language_data, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(language_tokens, "SEQUENCES_AT_ONCE", 3)
+    monkeypatch.setattr(language_tokens, "TOKENS_AT_ONCE", 64)
+
+
+@pytest.fixture
+def rows(tmp_path) -> Any:
+    """30 sums, as `cads.tasks.language_data.Rows`."""
+    from token_caches import rows_of_sums
+
+    return rows_of_sums(tmp_path)
+
+
+@pytest.fixture
+def fetch(tmp_path, rows) -> Callable[..., Tokens]:
+    """Fetches 30 sums: `fetch(tokenizer, rows, longest=..., separator=..., chat=..., drop=...)`."""
+    from token_caches import fetch_tokens
+
+    return partial(fetch_tokens, tmp_path / "cache", rows)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A dictionary of 150 entries, and 60 articles in place of the packages."""
+    from tiny_corpora import write_corpora
+
+    return write_corpora(tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture
+def packages(world, monkeypatch) -> None:
+    """The corpora are those of `world`."""
+    monkeypatch.setattr("experiments.corpora._package", lambda corpus, name: world / name)

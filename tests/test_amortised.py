@@ -1,37 +1,27 @@
-"""An amortised policy: its gradients against references, what it learns, what it costs, and what leaves it as it is."""
+"""An amortised policy: what it learns, what it costs, and what leaves it as it is."""
 
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 from functools import partial
 from itertools import chain, repeat
 
 import numpy as np
 import pytest
-import torch
-from scipy.special import expit
+from killed_runs import resumed
+from noisy_digits import without_sources
 from scipy.stats import rankdata
-from test_resume import resumed
 
 from cads.amortised import CadsAmortised, apply_policy, compare, explore, filled, probabilities_of
 from cads.amortised_budget import EXPLORING, STEPS, Parts, affordable, divide_allowance, exploring
-from cads.amortised_sample import Penalty, Sample, candidates, learn_from, visit_order
+from cads.amortised_sample import Sample, candidates, learn_from, visit_order
 from cads.budget import SELECT, Budget, Ledger
 from cads.checkpoint import CheckpointConfig
-from cads.errors import CheckpointError, ConfigError, DataError
-from cads.estimator import enumerate_masks
+from cads.errors import ConfigError, DataError
 from cads.examples import FIDELITIES
-from cads.feature_policy import (
-    AmortisedPolicy,
-    corrected_slope,
-    mean_loss,
-    mean_loss_slope,
-    mirrored,
-    penalty_direction,
-)
-from cads.features import ENTROPY, GROUP, LENGTH, LOSS, MARGIN, SOURCE, FreeFeatures, ReadFeatures, _Once
+from cads.feature_policy import AmortisedPolicy
+from cads.features import ENTROPY, GROUP, LENGTH, LOSS, MARGIN, SOURCE, FreeFeatures
 from cads.inner import Inner, Planned, Runs
 from cads.monitor import Monitor
 from cads.optimizer import Rung
@@ -39,177 +29,8 @@ from cads.outcome import train_on
 from cads.registry import build_selector
 from cads.selection import Selection
 from cads.task import Measured, Pool
-from cads.tasks.sources import SourceSpec
-from cads.tasks.vision import VisionConfig
-from cads.trainer import TrainConfig
-
-
-def random_policy(rng, features=2):
-    shape = (features,)
-    return AmortisedPolicy(
-        tuple(f"feature {i}" for i in range(features)),
-        rng.normal(size=shape),
-        rng.uniform(0.5, 2, shape),
-        rng.normal(size=shape),
-        float(rng.normal()),
-    )
-
-
-class TestPolicy:
-    def test_probabilities_are_the_formula(self):
-        rng = np.random.default_rng(0)
-        policy, x = random_policy(rng, 3), rng.normal(size=(50, 3))
-        logits = torch.from_numpy((x - policy.centre) / policy.scale) @ torch.from_numpy(policy.weights) + policy.bias
-        np.testing.assert_allclose(policy.probabilities(x), torch.sigmoid(logits).numpy(), rtol=1e-12)
-
-    def test_the_gradient_of_the_penalty_in_w_is_autograds(self):
-        rng = np.random.default_rng(1)
-        policy, x, losses = random_policy(rng, 3), rng.normal(size=(40, 3)), rng.exponential(size=40)
-        v = torch.from_numpy(policy.parameters).requires_grad_()
-        s = torch.sigmoid(torch.from_numpy(policy.standardised(x)) @ v[:-1] + v[-1])
-        mean = (s * torch.from_numpy(losses)).sum() / s.sum()
-        mean.backward()
-        assert mean_loss(policy, x, losses) == pytest.approx(mean.item(), rel=1e-12)
-        np.testing.assert_allclose(mean_loss_slope(policy, x, losses), v.grad.numpy(), rtol=1e-9, atol=1e-12)
-
-    def test_the_chain_rule_against_enumeration(self):
-        """The gradient in v of E_m[F(m)] for any F, by autograd through the probability of each of 2^8 masks."""
-        rng = np.random.default_rng(2)
-        policy, x = random_policy(rng), rng.normal(size=(8, 2))
-        masks, values = torch.from_numpy(enumerate_masks(8)), torch.from_numpy(rng.normal(size=256))
-        s = torch.from_numpy(policy.probabilities(x)).requires_grad_()
-        in_s = torch.autograd.grad((torch.where(masks, s, 1 - s).prod(dim=1) * values).sum(), s)[0]
-        v = torch.from_numpy(policy.parameters).requires_grad_()
-        s = torch.sigmoid(torch.from_numpy(policy.standardised(x)) @ v[:-1] + v[-1])
-        in_v = torch.autograd.grad((torch.where(masks, s, 1 - s).prod(dim=1) * values).sum(), v)[0]
-        np.testing.assert_allclose(policy.chain(x, in_s.numpy()), in_v.numpy(), rtol=1e-9, atol=1e-12)
-
-    def test_the_direction_is_the_gradient_at_the_uniform_policy(self):
-        rng = np.random.default_rng(3)
-        x, signal = rng.normal(size=(200, 3)) * [1, 10, 0.1] + [0, 5, 1], rng.exponential(size=200)
-        centre, scale, direction = penalty_direction(x, signal)
-        uniform = AmortisedPolicy(("a", "b", "c"), centre, scale, np.zeros(3), 0.3)
-        slope = mean_loss_slope(uniform, x, signal)[:-1]
-        cosine = slope @ direction / np.linalg.norm(slope) / np.linalg.norm(direction)
-        assert cosine == pytest.approx(1, abs=1e-9)
-
-    def test_it_is_read_back_as_it_was(self, tmp_path):
-        policy, x = random_policy(np.random.default_rng(4)), np.random.default_rng(5).normal(size=(9, 2))
-        policy.save(tmp_path / "policy.json")
-        np.testing.assert_array_equal(
-            AmortisedPolicy.load(tmp_path / "policy.json").probabilities(x), policy.probabilities(x)
-        )
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            {"schema_version": 2}, {"weights": [1.0]}, {"weights": "x"}, {"scale": [0.0, 1.0]}, {"bias": None},
-            {"bias": float("nan")}, {"names": [1, 2]}, {"names": ["a", "a"]}, {"centre": [[1.0, 2.0]]},
-        ],
-        ids=str,
-    )  # fmt: skip
-    def test_what_is_no_policy_is_refused(self, tmp_path, change):
-        record = random_policy(np.random.default_rng(4)).to_json() | change
-        (tmp_path / "policy.json").write_text(json.dumps(record))
-        with pytest.raises(CheckpointError, match=r"policy\.json"):
-            AmortisedPolicy.load(tmp_path / "policy.json")
-
-    @pytest.mark.parametrize("text", ["", "[]", "null", '{"schema_version": 1}', "[" * 100_000])
-    def test_other_files_are_refused(self, tmp_path, text):
-        (tmp_path / "policy.json").write_text(text)
-        with pytest.raises(CheckpointError, match="no policy can be read"):
-            AmortisedPolicy.load(tmp_path / "policy.json")
-        with pytest.raises(CheckpointError, match="no policy can be read"):
-            AmortisedPolicy.load(tmp_path / "missing.json")
-
-    def test_other_columns_are_refused(self):
-        with pytest.raises(ConfigError, match="one column for each"):
-            random_policy(np.random.default_rng(0)).probabilities(np.zeros((4, 3)))
-
-
-class TestCorrectedGradient:
-    """F is any function of masks of 8 examples, J(mu) = E_v E_m[F(m)], v ~ N(mu, sigma^2), m ~ Bernoulli(s(v))."""
-
-    @pytest.fixture
-    def world(self):
-        rng = np.random.default_rng(6)
-        x, losses = rng.normal(size=(8, 1)), rng.exponential(size=8)
-        policy = AmortisedPolicy(("x",), np.zeros(1), np.ones(1), np.array([0.7]), -0.2)
-        masks = enumerate_masks(8)
-        selected = np.maximum(masks.sum(axis=1), 1)
-        values = 3 * (masks @ losses / selected) ** 2 + 0.3 * rng.normal(size=256)
-        return policy, x, losses, masks, values
-
-    @staticmethod
-    def expected(policy, x, masks, values, v):
-        s = policy.at(v).probabilities(x)
-        return float(np.where(masks, s, 1 - s).prod(axis=1) @ values)
-
-    def test_it_is_unbiased_against_enumeration(self, world):
-        policy, x, losses, masks, values = world
-        centre, sigma = policy.parameters, np.array([0.6, 0.4])
-        nodes, widths = np.polynomial.hermite_e.hermegauss(24)
-        grid = [(centre + sigma * [a, b], wa * wb / (2 * np.pi)) for a, wa in zip(nodes, widths, strict=True)
-                for b, wb in zip(nodes, widths, strict=True)]  # fmt: skip
-        truth = sum(w * self.expected(policy, x, masks, values, v) * (v - centre) / sigma**2 for v, w in grid)
-        slope = sum(w * mean_loss_slope(policy.at(v), x, losses) for v, w in grid)
-        rng, found = np.random.default_rng(7), {0.0: [], 3.0: []}
-        for _ in range(1000):
-            draws = mirrored(centre, sigma, 30, rng)
-            s = expit(draws[:, :1] @ x.T + draws[:, 1:])
-            f = values[(rng.random(s.shape) < s) @ 2 ** np.arange(8)]
-            for c, estimates in found.items():
-                held = c * (s @ losses) / s.sum(axis=1)
-                estimates.append(corrected_slope(centre, sigma, draws, f, held, c * slope))
-        for estimates in map(np.array, found.values()):
-            error = estimates.std(axis=0) / np.sqrt(len(estimates))
-            assert (np.abs(estimates.mean(axis=0) - truth) < 4 * error).all()
-            assert (error < 0.15 * np.abs(truth).max()).all()
-        # Where the penalty says all there is to say, nothing is left to chance.
-        exact = corrected_slope(centre, sigma, draws, held, held, 3 * slope)
-        np.testing.assert_allclose(exact, 3 * slope, rtol=1e-12)
-
-    def test_a_constant_cancels_and_what_is_held_stays(self, world):
-        policy, *_ = world
-        sigma = np.array([0.5, 0.0])
-        draws = mirrored(policy.parameters, sigma, 3, np.random.default_rng(0))
-        assert (draws[:, 1] == policy.bias).all()
-        np.testing.assert_allclose(draws[::2] + draws[1::2], 2 * policy.parameters[None].repeat(3, axis=0), rtol=1e-12)
-        slope = corrected_slope(policy.parameters, sigma, draws, np.full(6, 1e6), np.zeros(6), np.array([0.3, 0.7]))
-        np.testing.assert_allclose(slope, [0.3, 0.0], atol=1e-8)
-
-    def test_the_penalty_is_fitted_to_what_was_tried(self):
-        rng = np.random.default_rng(8)
-        x, theta, u = rng.normal(size=(100, 2)), rng.exponential(size=100), rng.exponential(size=100)
-        sample = Sample(np.arange(100), x, ("a", "b"), theta, u)
-        policies = [random_policy(rng) for _ in range(400)]
-        policies = [AmortisedPolicy(("a", "b"), np.zeros(2), np.ones(2), p.weights, p.bias) for p in policies]
-        gains = np.array([2 * mean_loss(p, x, theta) - mean_loss(p, x, u) for p in policies])
-        penalty = Penalty.fitted(sample, policies, gains)
-        assert (penalty.c1, penalty.c2) == (pytest.approx(2, rel=0.05), pytest.approx(1, rel=0.1))
-        v, nudge = policies[0].parameters, 1e-6
-        numeric = [
-            (penalty.value(policies[0].at(v + e)) - penalty.value(policies[0].at(v - e))) / (2 * nudge)
-            for e in nudge * np.eye(3)
-        ]
-        np.testing.assert_allclose(penalty.slope(policies[0]), numeric, rtol=1e-4, atol=1e-8)
-
 
 WITHOUT_U = [(kept, weight) for kept, weight in STEPS if not weight]
-SOURCES = [SourceSpec("clean"), SourceSpec("half", label_noise=0.5), SourceSpec("noisy", label_noise=0.9)]
-RECIPE = TrainConfig(batch_size=16, learning_rate=5e-3)
-
-
-@pytest.fixture(scope="module")
-def noisy():
-    """Digits of which about half are mislabelled; the truth is in `task.truth.corrupted`."""
-    return VisionConfig(hidden=32, n_target=200, n_test=150, sources=SOURCES).build(RECIPE)
-
-
-def without_sources(task):
-    other = copy.copy(task)
-    other.pool = Pool(task.pool.ids, task.pool.examples)
-    return other
 
 
 def choose(task, budget, seed=0, **options):
@@ -222,125 +43,6 @@ def area(score, positive):
     ranks = rankdata(score)
     n = int(positive.sum())
     return (ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(score) - n))
-
-
-class TestFeatures:
-    def test_free_columns_are_what_they_say(self, noisy, texts):
-        free = FreeFeatures(noisy, noisy.pool)
-        assert [n for n in free.names if not n.startswith(GROUP)] == [SOURCE + s.name for s in SOURCES]
-        assert sum(n.startswith(GROUP) for n in free.names) == 10
-        positions = np.array([5, 900, 3])
-        columns = free.values([*free.names, SOURCE + "unknown"], positions)
-        labels = noisy.groups(noisy.pool)[positions]
-        for row, position, label in zip(columns, positions, labels, strict=True):
-            on = {n for n, x in zip([*free.names, "?"], row, strict=True) if x}
-            assert on == {SOURCE + SOURCES[noisy.pool.sources[position]].name, f"{GROUP}{label}"}
-        task = texts()
-        assert FreeFeatures(task, task.pool, ["length"]).names == [LENGTH]
-        known = FreeFeatures(task, task.pool).values([LENGTH], positions[[0, 2]])[:, 0]
-        np.testing.assert_allclose(np.exp(known), task.pool.examples.lengths()[positions[[0, 2]]])
-
-    def test_read_columns_are_what_they_say_in_one_forward_pass(self, noisy):
-        model, calls = noisy.model(0).eval(), []
-        model.register_forward_hook(lambda *_: calls.append(1))
-        ledger, positions = Ledger(), np.array([700, 3, 40, 41])
-        read = ReadFeatures(noisy, model, "cpu")
-        assert read.names == [LOSS, ENTROPY, MARGIN]
-        columns = read.of(noisy.pool, positions, ledger=ledger, stage="R")
-        assert len(calls) == 1
-        batch = noisy.pool.batch(positions)
-        assert ledger.entries[SELECT, "R"].flops == noisy.costs.forward(batch)
-        with torch.no_grad():
-            p = torch.softmax(noisy.logits(model, batch).double(), dim=1).numpy()
-        own = p[np.arange(4), batch.labels]
-        rest = np.where(np.eye(10)[batch.labels] > 0, 0, p).max(axis=1)
-        expected = np.column_stack([-np.log(own), -(p * np.log(p)).sum(axis=1), np.log(own) - np.log(rest)])
-        np.testing.assert_allclose(columns, expected, rtol=1e-5, atol=1e-5)
-
-    def test_what_is_not_there_is_refused_and_not_zero(self, noisy):
-        free = FreeFeatures(noisy, noisy.pool)
-        for name in (LOSS, LENGTH, "colour"):
-            with pytest.raises(ConfigError, match=f"'{name}' is not free"):
-                free.values([name], np.arange(3))
-        assert not free.values([f"{GROUP}other", f"{GROUP}77"], np.arange(3)).any()
-        read = ReadFeatures(noisy, noisy.model(0), "cpu", ["loss"])
-        policy = AmortisedPolicy((ENTROPY,), np.zeros(1), np.ones(1), np.ones(1), 0.0)
-        with pytest.raises(ConfigError, match="read what it was learned on"):
-            probabilities_of(policy, noisy, noisy.pool, np.arange(3), read=read, ledger=Ledger())
-        for kind in (read, None):
-            assert not len(probabilities_of(policy, noisy, noisy.pool, np.arange(0), read=kind, ledger=Ledger()))
-
-    def test_a_model_called_by_name_is_called_once_too(self):
-        class Doubled(torch.nn.Module):
-            calls = 0
-
-            def forward(self, x, *, scale, mask=None):
-                self.calls += 1
-                return scale * x
-
-        model = Doubled()
-        once, x = _Once(model), torch.arange(4.0)
-        first = once(x, scale=2.0, mask={"a": [x]})
-        assert once(x.clone(), mask={"a": [x.clone()]}, scale=2.0) is first
-        for inputs, options in (
-            ((x,), {"scale": 3.0}),
-            ((x,), {"scale": 3.0, "mask": {"a": [x]}}),
-            ((x,), {"scale": 3.0, "mask": {"a": [x + 1]}}),
-            ((x.double(),), {"scale": 3.0, "mask": {"a": [x + 1]}}),
-        ):
-            before = model.calls
-            assert torch.equal(once(*inputs, **options), model(*inputs, **options))
-            assert model.calls == before + 2
-
-    def test_losses_that_are_not_finite_are_named(self, noisy):
-        model = noisy.model(0)
-        with torch.no_grad():
-            next(iter(model.parameters())).fill_(torch.nan)
-        with pytest.raises(DataError, match=f"such as.*{noisy.pool.ids[3].as_py()}.*are not finite"):
-            ReadFeatures(noisy, model, "cpu").of(noisy.pool, np.array([3]), ledger=Ledger(), stage="R")
-
-    def test_a_single_class_has_no_margin(self, noisy, monkeypatch):
-        monkeypatch.setattr(type(noisy), "logits", lambda self, model, batch: torch.ones(len(batch), 1))
-        task = copy.copy(noisy)
-        task.pool = noisy.pool.part(np.flatnonzero(noisy.pool.examples.labels.numpy() == 0), "pool")
-        read = ReadFeatures(task, task.model(0), "cpu", ["confidence"])
-        assert not read.of(task.pool, np.arange(4), ledger=Ledger(), stage="R").any()
-
-    def test_a_task_without_classes_has_its_loss(self, texts):
-        task = texts()
-        read = ReadFeatures(task, task.model(0), "cpu")
-        assert read.names == [LOSS]
-        got = read.of(task.pool, np.arange(80), ledger=Ledger(), stage="R")[:, 0]
-        with torch.no_grad():
-            one = task.losses(task.model(0), task.pool.batch(np.array([7]))).item()
-        assert got[7] == pytest.approx(one, rel=1e-5)
-
-
-class TestVisit:
-    @pytest.mark.parametrize("sources", [True, False])
-    def test_a_permutation_of_the_pool_does_not_change_it(self, noisy, sources):
-        pool = noisy.pool if sources else without_sources(noisy).pool
-        shuffle = np.random.default_rng(1).permutation(len(pool))
-        codes = None if pool.sources is None else pool.sources[shuffle]
-        other = Pool(pool.ids.take(shuffle), pool.examples.take(shuffle), codes, pool.source_names)
-        before, after = visit_order(pool, 3), visit_order(other, 3)
-        assert sorted(before) == list(range(len(pool)))
-        assert pool.ids.take(before).equals(other.ids.take(after))
-        assert not np.array_equal(before, visit_order(pool, 4))
-
-    def test_any_beginning_holds_each_source_in_proportion(self, noisy):
-        order, pool = visit_order(noisy.pool, 0), noisy.pool
-        for share in (0.05, 0.3, 0.77):
-            seen = np.bincount(pool.sources[order[: round(share * len(pool))]], minlength=3)
-            assert np.abs(seen - share * pool.source_sizes).max() <= 2
-
-    def test_copies_stand_together(self):
-        sources = [SourceSpec("once", size=60), SourceSpec("copied", size=60, duplicates=4)]
-        pool = VisionConfig(n_pool=200, n_target=20, n_test=20, sources=sources).build(RECIPE).pool
-        for source in (0, 1):
-            order = [i for i in visit_order(pool, 0) if pool.sources[i] == source]
-            codes = pool.contents[order]
-            assert (np.diff(codes) != 0).sum() + 1 == len(np.unique(codes))
 
 
 BUDGET = Budget(24, "epochs", count_selection=True)

@@ -170,7 +170,7 @@ class TestStrangers:
                 Journal(folder, IDENTITY)
 
     def test_the_state_of_another_model(self, features, tmp_path):
-        from test_resume import EVERY_STEP, trained
+        from killed_runs import EVERY_STEP, trained
 
         small, large = (features(hidden=h, batch_size=8) for h in (8, 9))
         with Journal(tmp_path, {}, EVERY_STEP).open():
@@ -221,7 +221,7 @@ class TestFullDisk:
 
     @pytest.mark.parametrize("after", [0, 1, 3])
     def test_the_result_is_the_same(self, features, tmp_path, monkeypatch, after):
-        from test_resume import EVERY_STEP, same_fit, trained
+        from killed_runs import EVERY_STEP, same_fit, trained
 
         task = features(batch_size=8)
         self.full(monkeypatch, after)

@@ -10,8 +10,8 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from killed_runs import killed
 from test_compare import grid_file, run
-from test_resume import killed
 
 from cads import journal as journal_module
 from cads.checkpoint import CheckpointConfig, Checkpoints

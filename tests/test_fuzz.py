@@ -16,7 +16,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_resume import trained
+from killed_runs import trained
 
 from cads import checkpoint as checkpoint_module
 from cads import untrusted

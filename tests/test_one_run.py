@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killed_runs import resumed
 from scipy.stats import rankdata
-from test_resume import resumed
 
 from cads.budget import SELECT, TRAIN, Budget, Ledger
 from cads.checkpoint import State

@@ -10,8 +10,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from forked_processes import after_steps, ended, entries, killed, mortal, same, spread, started, weights
 from safetensors.torch import load_file
-from test_processes import after_steps, ended, entries, killed, mortal, same, spread, started, weights
 from tiny_llama import model_folder, sums, write_lines
 from torch import nn
 from torch.distributed.tensor import DTensor

@@ -1,298 +1,33 @@
-"""Laws of the cost-aware analysis, and the figures published by CCDS (Yin and Rush, ICLR 2025)."""
+"""Who wins where: laws of frontiers, break-even, crossovers and advice, and how far selections overlap."""
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from performance_curves import curves
 
-from cads.errors import BudgetError, CadsError, ConfigError, DataError
-from cads.study import fits, frontier
+from cads.errors import BudgetError, ConfigError, DataError
 from cads.study.frontier import (
     FrontierLine,
     PerformanceCurve,
-    PerformanceFit,
     advice,
     amortised_flops,
-    bootstrap_fits,
-    bootstrap_intervals,
     break_even_tasks,
     compute_optimal,
     compute_optimal_method,
     crossovers,
     expected_jaccard,
-    fit_performance,
     jaccard,
     log_linear_frontier,
     non_dominated,
-    simulate_figure1,
     smallest_optimal_ratio,
 )
-
-EXCERPT = Path(__file__).resolve().parents[1] / "data" / "ccds_points.csv"
-PUBLISHED = Path(__file__).resolve().parents[3] / "shared/data/ccds_points.csv"
-
-C_FULL_7B = 4.5931e18
-C_SELECT = {"random": 0.0, "bm25": 0.0, "embed": 0.0, "ppl": 1.5313e18, "less": 8.2692e18}
-SHIFTED_FITS = {
-    "random": (45.25, 2.54),
-    "bm25": (45.35, 5.07),
-    "embed": (45.32, 7.00),
-    "ppl": (43.96, 17.3),
-    "less": (46.08, 4.77),
-}
-FRACTIONS = np.array([0.025, 0.05, 0.1, 0.25, 0.5, 1.0])
-
-
-def read_7b_mmlu(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    if not path.exists():
-        pytest.skip(f"published points not found at {path}")
-    points: dict[str, tuple[list[float], list[float]]] = {method: ([], []) for method in C_SELECT}
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            if (row["task"], row["size"]) == ("mmlu", "7b"):
-                points[row["method"]][0].append(float(row["total_flops"]))
-                points[row["method"]][1].append(float(row["score"]))
-    return points
-
-
-@pytest.fixture(params=[EXCERPT, PUBLISHED], ids=["excerpt", "published"])
-def points(request: pytest.FixtureRequest) -> dict[str, tuple[list[float], list[float]]]:
-    return read_7b_mmlu(request.param)
-
-
-def fits_of(points, **kwargs) -> list[PerformanceFit]:
-    return [
-        fit_performance(method, *points[method], p_bar=47.32, c_full=C_FULL_7B, c_select=C_SELECT[method], **kwargs)
-        for method in C_SELECT
-    ]
-
-
-@st.composite
-def curves(draw, method: str = "a", p_bar: float | None = None) -> PerformanceCurve:
-    p0 = draw(st.floats(10, 60))
-    return PerformanceCurve(
-        method,
-        p0,
-        p0 + draw(st.floats(1, 30)) if p_bar is None else p_bar,
-        draw(st.floats(0.5, 30)),
-        1e18,
-        draw(st.sampled_from([0.0, 1e16, 3e17])),
-        draw(st.sampled_from(["shifted", "published"])),
-    )
-
-
-# --- published figures
-
-
-def test_shifted_fits_of_7b_mmlu(points) -> None:
-    fits = fits_of(points)
-    assert {fit.method for fit in fits} == set(SHIFTED_FITS)
-    for fit in fits:
-        p0, lam = SHIFTED_FITS[fit.method]
-        assert fit.p0 == pytest.approx(p0, abs=0.006)
-        assert fit.lam == pytest.approx(lam, rel=0.005)
-        assert not fit.degenerate
-
-
-def test_published_form_is_degenerate_for_methods_that_are_mostly_selection(points) -> None:
-    degenerate = {fit.method for fit in fits_of(points, form="published") if fit.degenerate}
-    assert degenerate == {"ppl", "less"}
-
-
-def test_line_through_the_best_score_per_budget(points) -> None:
-    flops = np.concatenate([points[method][0] for method in points])
-    scores = np.concatenate([points[method][1] for method in points])
-    best = non_dominated(flops, scores)
-    line = log_linear_frontier(flops[best], scores[best])
-    assert line.slope_per_decade == pytest.approx(1.1178, abs=5e-5)
-    assert line.score_at_reference == pytest.approx(45.636, abs=5e-4)
-    assert float(line.predict(1e17)) == pytest.approx(45.636, abs=5e-4)
-
-
-def test_less_meets_the_line_after_ten_to_twenty_tasks_and_more(points) -> None:
-    line = FrontierLine(1.1178, 45.636)
-    tasks = [
-        break_even_tasks(C_SELECT["less"], total - C_SELECT["less"], line.flops_to_reach(score))
-        for total, score in zip(*points["less"], strict=True)
-    ]
-    assert min(tasks) > 10
-    assert any(tasks_needed < 30 for tasks_needed in tasks)
-
-
-def test_advice_on_the_7b_mmlu_fits(points) -> None:
-    assert advice(fits_of(points), 3e17) == (
-        "at 3e17 FLOPs: embed; ppl pays from 2.8e18; less does not pay up to 4.6e18"
-    )
-
-
-@pytest.mark.parametrize("n_parameters", [7.5e9, 7.5e10, 1.5e12])
-def test_simulated_crossovers_do_not_depend_on_the_trained_size(n_parameters: float) -> None:
-    _, bm25, ppl, gradient = simulate_figure1(n_parameters)
-    assert bm25.c_full == pytest.approx(6e8 * n_parameters)
-    assert (ppl.c_select, gradient.c_select) == pytest.approx((1.5e18, 4.5e18))
-    assert crossovers(bm25, ppl, 1e17, 1e21) == pytest.approx([2.0e18])
-    (late,) = crossovers(ppl, gradient, 1e17, 1e21)
-    assert round(late / 1e18, 1) == 7.8
-
-
-def test_simulated_winners_by_size() -> None:
-    winners = [
-        [method for method, _, _ in compute_optimal(simulate_figure1(n), 1e17, 6e8 * n)] for n in (7.5e9, 7.5e10)
-    ]
-    assert winners == [["bm25", "ppl"], ["bm25", "ppl", "gradient"]]
-
-
-# --- fit
-
-
-@settings(max_examples=60, deadline=None)
-@given(curves())
-def test_fit_recovers_the_curve_it_is_given(truth: PerformanceCurve) -> None:
-    flops = truth.c_select + FRACTIONS * truth.c_full
-    assume(truth.lam * (flops[0] - truth.shift) / truth.c_full < 3)
-    fit = fit_performance(
-        truth.method,
-        flops,
-        truth.predict(flops),
-        p_bar=truth.p_bar,
-        c_full=truth.c_full,
-        c_select=truth.c_select,
-        form=truth.form,
-        p0_bounds=(-math.inf, math.inf),
-    )
-    assert fit.lam == pytest.approx(truth.lam, rel=1e-3)
-    assert fit.p0 == pytest.approx(truth.p0, abs=1e-2)
-    assert np.abs(fit.residuals).max() < 1e-4
-
-
-@given(st.permutations(range(6)))
-@settings(max_examples=20, deadline=None)
-def test_fit_ignores_the_order_of_the_points(order) -> None:
-    scores = np.array([45.2, 45.6, 45.8, 46.3, 46.5, 47.3])
-    kept = fit_performance("a", FRACTIONS, scores, p_bar=47.3, c_full=1.0)
-    moved = fit_performance("a", FRACTIONS[list(order)], scores[list(order)], p_bar=47.3, c_full=1.0)
-    assert moved == kept
-
-
-def test_residuals_are_observed_minus_predicted() -> None:
-    scores = [45.2, 45.6, 45.8, 46.3, 46.5, 47.3]
-    fit = fit_performance("a", FRACTIONS, scores, p_bar=47.3, c_full=1.0)
-    np.testing.assert_allclose(fit.residuals, scores - fit.predict(FRACTIONS), atol=1e-12)
-    assert np.abs(fit.residuals).max() > 0.01
-
-
-def test_fewer_than_three_budgets_are_refused_by_name_and_count() -> None:
-    with pytest.raises(CadsError, match=r"'LESS' has 2 budgets.*3"):
-        fit_performance("LESS", [1e17, 1e17, 2e17], [1.0, 2.0, 3.0], p_bar=5.0, c_full=1e18)
-
-
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        ({"flops": [1e17, 2e17]}, DataError),
-        ({"scores": [1.0, math.nan, 2.0]}, DataError),
-        ({"c_select": 2e17}, DataError),
-        ({"form": "logistic"}, ConfigError),
-        ({"c_full": 0.0}, DataError),
-        ({"p_bar": math.nan}, DataError),
-        ({"p0_bounds": (1.0, 1.0)}, ConfigError),
-    ],
-)
-def test_bad_fits_are_refused(change, error) -> None:
-    good: dict[str, Any] = {
-        "flops": [1e17, 2e17, 4e17],
-        "scores": [1.0, 2.0, 3.0],
-        "p_bar": 4.0,
-        "c_full": 1e18,
-    }
-    fit_performance("a", **good)
-    with pytest.raises(error):
-        fit_performance("a", **(good | change))
-
-
-@settings(deadline=None)
-@given(curves(), st.floats(0.01, 0.99))
-def test_flops_to_reach_inverts_predict(curve: PerformanceCurve, part: float) -> None:
-    start = float(curve.predict(max(curve.c_select, 1.0)))
-    assume(curve.p_bar - start > 1e-3)
-    score = start + part * (curve.p_bar - start)
-    flops = curve.flops_to_reach(score)
-    assert flops > curve.c_select
-    assert float(curve.predict(flops)) == pytest.approx(score, abs=1e-9)
-    assert curve.flops_to_reach(start - 1) == curve.c_select
-    assert curve.flops_to_reach(curve.p_bar) == math.inf
-
-
-def test_no_score_before_the_selection_is_paid() -> None:
-    curve = PerformanceCurve("a", 10.0, 20.0, 5.0, 1e18, 1e17)
-    below, at, above = curve.predict([0.9e17, 1e17, 2e17])
-    assert math.isnan(below)
-    assert at == 10.0
-    assert above == pytest.approx(10 + 10 * (1 - math.exp(-0.5)))
-
-
-def test_bootstrap_is_seeded_and_brackets_the_fit() -> None:
-    truth = PerformanceCurve("a", 45.0, 47.0, 5.0, 1.0)
-    noise = 0.05 * np.array([1, -1, 1, -1, 1, -1])
-    fit = fit_performance("a", FRACTIONS, truth.predict(FRACTIONS) + noise, p_bar=47.0, c_full=1.0)
-    refits = bootstrap_fits(fit, np.random.default_rng(3), 60)
-    intervals = bootstrap_intervals(refits)
-    assert refits == bootstrap_fits(fit, np.random.default_rng(3), 60)
-    assert refits != bootstrap_fits(fit, np.random.default_rng(4), 60)
-    assert intervals["p0"][0] < fit.p0 < intervals["p0"][1]
-    assert intervals["lam"][0] < fit.lam < intervals["lam"][1]
-    narrower = bootstrap_intervals(refits, confidence=0.5)
-    assert intervals["lam"][0] < narrower["lam"][0] < narrower["lam"][1] < intervals["lam"][1]
-    with pytest.raises(ConfigError):
-        bootstrap_intervals(refits, confidence=95)
-
-
-def test_bootstrap_noise_has_the_unbiased_residual_variance() -> None:
-    scores = [45.2, 45.6, 45.8, 46.3, 46.5, 47.3]
-    fit = fit_performance("a", FRACTIONS, scores, p_bar=47.3, c_full=1.0)
-    refits = bootstrap_fits(fit, np.random.default_rng(0), 200)
-    noise = np.array([refit.scores for refit in refits]) - fit.predict(FRACTIONS)
-    assert noise.std() == pytest.approx(np.std(fit.residuals) * math.sqrt(6 / 4), rel=0.05)
-    assert noise.mean() == pytest.approx(0, abs=0.02)
-
-
-def test_bootstrap_of_exact_points_has_no_width() -> None:
-    truth = PerformanceCurve("a", 45.0, 47.0, 5.0, 1.0)
-    fit = fit_performance("a", FRACTIONS, truth.predict(FRACTIONS), p_bar=47.0, c_full=1.0)
-    low, high = bootstrap_intervals(bootstrap_fits(fit, np.random.default_rng(0), 20))["lam"]
-    assert high - low < 1e-4
-
-
-@pytest.mark.parametrize("failing", [3, 1])
-def test_refits_that_do_not_converge_are_left_out_and_counted(monkeypatch, failing) -> None:
-    """Every third of them, or all: the report says so, and does not end."""
-    fit = fit_performance("a", FRACTIONS, [45.2, 45.6, 45.8, 46.3, 46.5, 47.2], p_bar=47.3, c_full=1.0)
-    usual = bootstrap_fits(fit, np.random.default_rng(fits.BOOTSTRAP_SEED), fits.N_RESAMPLES)
-    solve, calls = frontier.least_squares, itertools.count()
-
-    def sometimes(*given: Any, **options: Any) -> Any:
-        solution = solve(*given, **options)
-        solution.success = solution.success and next(calls) % failing > 0
-        return solution
-
-    monkeypatch.setattr(frontier, "least_squares", sometimes)
-    record = fits._fit_json(fit)
-    kept = [refit for i, refit in enumerate(usual) if i % failing]
-    assert record["failed_refits"] == len(usual) - len(kept) == math.ceil(fits.N_RESAMPLES / failing)
-    if kept:
-        assert record["intervals"]["lambda"] == bootstrap_intervals(kept)["lam"]
-    else:
-        assert "intervals" not in record
-
 
 # --- frontier
 
