@@ -40,6 +40,7 @@ class Runs:
         flops: compute of one run after each step, shape (steps,).
         reached: training loss over the last steps, nats, shape (K,).
         models: the trained models.
+        first: what the first run measured; None where it diverged.
     """
 
     objective: np.ndarray
@@ -48,6 +49,22 @@ class Runs:
     reached: np.ndarray
     models: list[nn.Module]
     errors: np.ndarray
+    first: Measured | None = None
+
+    def followed_by(self, more: Runs) -> Runs:
+        """These and `more`, which were made for as many FLOPs and measured beside the first of these."""
+        # As `cads.fit.side_by_side` has runs whose numbers of steps differ.
+        steps = min(len(self.losses), len(more.losses))
+        flops = [runs.flops[-steps:] for runs in (self, more)]
+        return Runs(
+            np.concatenate([self.objective, more.objective]),
+            np.hstack([self.losses[-steps:], more.losses[-steps:]]),
+            np.average(flops, axis=0, weights=[len(self.models), len(more.models)]),
+            np.concatenate([self.reached, more.reached]),
+            [*self.models, *more.models],
+            np.concatenate([self.errors, more.errors]),
+            self.first,
+        )
 
 
 class Purse:
@@ -181,11 +198,16 @@ class Inner(Purse):
         self._outer = outer
         self.trainer = Trainer(task, ledger, monitor)
 
-    def run(self, streams: Sequence[Stream], flops: float, *, seed: int, stage: str) -> Runs:
+    def run(
+        self, streams: Sequence[Stream], flops: float, *, seed: int, stage: str, beside: Measured | None = None
+    ) -> Runs:
         """Train one replica a stream for `flops` each, all from the same initial weights, and measure them.
 
         Equal seeds give equal initial weights and dropout, so that differences between replicas come from
         their data alone.
+
+        Args:
+            beside: what errors are of the difference to; None for what the first run measures.
         """
         models = [self.task.model(seed) for _ in streams]
         draws = Draws(self.task.pool, streams, self.task.recipe.batch_size)
@@ -196,8 +218,9 @@ class Inner(Purse):
         errors = np.zeros(len(models))
         for k, measured in zip(sound, found, strict=True):
             objective[k] = measured.value
-            errors[k] = paired_error(measured, found[0])
-        return Runs(objective, fit.losses, fit.flops, fit.training_loss, fit.models, errors)
+            errors[k] = paired_error(measured, beside or found[0])
+        first = None if fit.diverged[0] else found[0]
+        return Runs(objective, fit.losses, fit.flops, fit.training_loss, fit.models, errors, first)
 
     def measure_each(self, models: Sequence[nn.Module], stage: str) -> list[Measured]:
         """The outer objective of each model on the target; several processes measure one each at a time."""

@@ -165,8 +165,11 @@ class CadsSources(OneRunSearch):
     def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
         """theta, and rung by rung draws, runs, control variate and policy; see `Search`."""
         task, space = inner.task, self._space(inner.task)
-        risk = source_risks(inner, space, training, self.policy_steps, seed)
-        rungs = affordable(inner, space, training, self.policy_steps)
+        risk, where = theta_risks(inner, space, training, self.policy_steps, seed)
+        # What is read of the first run comes out of what the rungs share.
+        owed = probing_flops(inner, where) if where and task.pretrained else 0.0
+        left = Planned(task, inner.ledger.left - owed, held_out=self.held_out)
+        rungs = affordable(left, space, training, self.policy_steps)
         if not rungs:
             return self.full_pool(task, budget, seed, ledger, NOTHING)
         policy = space.policy()
@@ -176,11 +179,15 @@ class CadsSources(OneRunSearch):
         for height, rung in enumerate(rungs):
             count = rung.runs if space.count is None else min(rung.runs, space.count)
             proposed = propose(space, policy, derive(seed, "draws", height))
+            begun = None
+            if owed and control is None:
+                begun = run_rung(inner, space, space.full[None], rung, seed, height)
+                risk = risk_beside(inner, risk, where, begun.models[0])
             if control is None:
                 draws = first_draws(space, proposed, risk, count, alone=not task.pretrained)
             else:
                 draws = next_draws(space, proposed, control, trials, count)
-            runs = run_rung(inner, space, draws, rung, seed, height)
+            runs = run_rung(inner, space, draws, rung, seed, height, begun)
             reached = runs.reached
             if self.reach == "extrapolated":
                 reached = extrapolate(runs.flops, runs.losses, training)
@@ -322,7 +329,7 @@ def mean_losses(inner: Inner, where: Sequence[np.ndarray], theta: nn.Module) -> 
 
 
 def looks(purse: Purse) -> int:
-    """How many models are measured on the sources: theta, and what it began with if that knew something."""
+    """How many models are measured on the sources: theta, and the first run on the full pool if they are pretrained."""
     return 1 + purse.task.pretrained
 
 
@@ -352,7 +359,7 @@ def theta_flops(purse: Purse, space: Space, training: float, steps: int) -> tupl
 
 
 def looking_flops(purse: Purse, where: Sequence[np.ndarray]) -> float:
-    """What measuring the sources will charge: theta, and what it began with if that knew something."""
+    """What measuring the sources will charge, with as many models as `looks`."""
     return looks(purse) * probing_flops(purse, where)
 
 
@@ -378,41 +385,60 @@ def affordable(purse: Purse, space: Space, training: float, steps: int, reserved
     return rungs
 
 
-def source_risks(inner: Inner, space: Space, training: float, steps: int, seed: int) -> np.ndarray:
+def theta_risks(
+    inner: Inner, space: Space, training: float, steps: int, seed: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """Mean loss in each source of theta, a model fitted to the target.
-
-    A pretrained model finds some sources easier than others, whatever they are good for: what it found before it was
-    fitted to the target is taken out, but for the mean over sources.
 
     Args:
         steps: of the policy after each rung.
 
     Returns:
-        nats, shape (S,); all 0 if the budget does not buy theta.
+        nats, shape (S,), and the positions of the examples that it was measured on; all 0, and none, if the budget does
+        not buy theta.
     """
     flops, where = theta_flops(inner, space, training, steps)
     if not flops:
-        return np.zeros(len(space.sizes))
-    began = derive(seed, "theta")
-    risk = mean_losses(inner, where, inner.fit_target(flops, seed=began, stage="theta"))
-    if inner.task.pretrained:
-        before = mean_losses(inner, where, inner.task.model(began))
-        risk -= before - before.mean()
-    return risk
+        return np.zeros(len(space.sizes)), []
+    theta = inner.fit_target(flops, seed=derive(seed, "theta"), stage="theta")
+    return mean_losses(inner, where, theta), where
 
 
-def run_rung(inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: int, height: int) -> Runs:
+def risk_beside(inner: Inner, risk: np.ndarray, where: Sequence[np.ndarray], u: nn.Module) -> np.ndarray:
+    """The risk of each source less what u, trained on the pool, has there; but for the mean over sources.
+
+    A pretrained model finds some sources easier than others, whatever they are good for, and learns from whatever it is
+    trained on how long answers are and how they end: both are taken out, as the penalty takes out what can be reached.
+
+    Args:
+        risk: of theta, nats, shape (S,). where: positions of the examples of each source that it was measured on.
+    """
+    reached = mean_losses(inner, where, u)
+    return np.asarray(risk - (reached - reached.mean()))
+
+
+def run_rung(
+    inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: int, height: int, begun: Runs | None = None
+) -> Runs:
     """Train each draw on the rung's share of the pool, all from the same weights and with the same dropout.
 
     What two draws have in common comes in another order in each: orders are drawn over all that a draw selects.
+
+    Args:
+        begun: the run of the first draw, if it has been made before.
 
     Raises:
         DataError: if the run on the full pool, which all others are measured against, has no finite objective.
     """
     positions = subsample(inner.task.pool, rung.data, derive(seed, "subsample"))
     order = derive(seed, "rung", height)
+    if begun is not None:
+        draws = draws[1:]
     streams = [space.stream(draw, positions, order) for draw in draws]
-    runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage)
+    beside = None if begun is None else begun.first
+    runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage, beside=beside)
+    if begun is not None:
+        runs = begun.followed_by(runs)
     check_reference(float(runs.objective[0]), rung.stage)
     return runs
 

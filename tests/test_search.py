@@ -26,11 +26,21 @@ from cads.budget import SELECT, Budget, Ledger
 from cads.design import spaced
 from cads.errors import ConfigError, DataError
 from cads.examples import CadsExamples
-from cads.inner import Inner, Planned, paired_error
+from cads.inner import Inner, Planned, Runs, paired_error
 from cads.monitor import Monitor
+from cads.optimizer import Rung
 from cads.penalized import PenalizedSources
 from cads.selection import Selection
-from cads.sources import THETA_STEPS, CadsSources, Trials, first_draws, run_rung, source_risks, source_selection
+from cads.sources import (
+    THETA_STEPS,
+    CadsSources,
+    Trials,
+    first_draws,
+    risk_beside,
+    run_rung,
+    source_selection,
+    theta_risks,
+)
 from cads.space import Masks, Mixtures
 from cads.task import Measured, Pool
 
@@ -180,16 +190,50 @@ def test_errors_of_runs_are_those_of_paired_differences():
     assert paired_error(Measured(0.0, a), Measured(0.0)) == 0
 
 
-@pytest.mark.parametrize("pretrained", [False, True])
-def test_what_a_pretrained_model_finds_easy_is_taken_out_of_what_theta_finds(features, monkeypatch, pretrained):
-    task, ledger = copy.copy(features(batch_size=8)), Ledger()
-    task.pretrained = pretrained
-    after, before = np.array([2.0, 1.0, 3.0]), np.array([3.0, 1.1, 3.2])
-    found = iter([after.copy(), before][: 1 + pretrained])
+def test_what_the_pool_teaches_is_taken_out_of_what_theta_finds(features, monkeypatch):
+    task = features(batch_size=8)
+    inner = Inner(task, Ledger(), Monitor())
+    theta, u = np.array([2.0, 1.0, 3.0]), np.array([3.0, 1.1, 3.2])
+    found = iter([theta.copy(), u])
     monkeypatch.setattr("cads.sources.mean_losses", lambda *_: next(found))
-    inner = Inner(task, ledger, Monitor())
-    risk = source_risks(inner, Masks(task.pool), Budget(16, "epochs").flops(task), 60, seed=0)
-    np.testing.assert_allclose(risk, after - before + before.mean() if pretrained else after)
+    risk, where = theta_risks(inner, Masks(task.pool), Budget(16, "epochs").flops(task), 60, seed=0)
+    np.testing.assert_array_equal(risk, theta)
+    assert [set(task.pool.sources[there]) for there in where] == [{k} for k in range(len(task.pool.source_names))]
+    np.testing.assert_allclose(risk_beside(inner, risk, where, task.model(0)), theta - u + u.mean())
+
+
+@pytest.mark.parametrize("space", [Masks, Mixtures])
+@pytest.mark.parametrize("replicas", ["auto", "loop"])
+def test_a_rung_whose_first_run_was_made_before_is_the_same(features, space, replicas):
+    task = features(batch_size=8, replicas=replicas)
+    space, rung = space(task.pool), Rung(1 / 8, 40 * task.costs.per_usage(task.pool, 8) * 8, 0.5, 3)
+    draws = space.nested(np.arange(len(space.sizes)))[:3]
+    ledgers = Ledger(), Ledger()
+    whole = run_rung(Inner(task, ledgers[0], Monitor(), "loss"), space, draws, rung, 0, 0)
+    inner = Inner(task, ledgers[1], Monitor(), "loss")
+    begun = run_rung(inner, space, draws[:1], rung, 0, 0)
+    parts = run_rung(inner, space, draws, rung, 0, 0, begun)
+    assert parts.models[0] is begun.models[0]
+    assert len(parts.models) == len(draws)
+    for name in ("objective", "errors", "losses", "reached", "flops"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-3, atol=1e-5, err_msg=name)
+    assert ledgers[1].total().flops == pytest.approx(ledgers[0].total().flops)
+    assert whole.errors[1:].all()
+
+
+def test_runs_of_other_lengths_are_put_side_by_side_at_their_ends():
+    def made(steps, runs, first):
+        losses = np.arange(steps)[:, None] + 10.0 * np.arange(runs)
+        values = np.arange(runs, dtype=np.float64)
+        return Runs(values, losses, np.arange(1.0, steps + 1), values, [None] * runs, values, first)
+
+    one, more = made(3, 1, Measured(0.5)), made(5, 3, Measured(0.7))
+    both = one.followed_by(more)
+    np.testing.assert_array_equal(both.losses, [[0, 2, 12, 22], [1, 3, 13, 23], [2, 4, 14, 24]])
+    np.testing.assert_allclose(both.flops, (np.array([1, 2, 3]) + 3 * np.array([3, 4, 5])) / 4)
+    np.testing.assert_array_equal(both.objective, [0, 0, 1, 2])
+    assert len(both.models) == 4
+    assert both.first is one.first
 
 
 @pytest.mark.parametrize("policy", ["bernoulli", "mixture"])
