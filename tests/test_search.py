@@ -43,6 +43,9 @@ from cads.sources import (
 )
 from cads.space import Masks, Mixtures
 from cads.task import Measured, Pool
+from cads.tasks.sources import SourceSpec
+from cads.tasks.vision import VisionConfig
+from cads.trainer import TrainConfig
 
 
 @pytest.mark.parametrize("kind", [CadsSources, CadsExamples, LivePenalty])
@@ -204,8 +207,10 @@ def test_what_the_pool_teaches_is_taken_out_of_what_theta_finds(features, monkey
 
 @pytest.mark.parametrize("space", [Masks, Mixtures])
 @pytest.mark.parametrize("replicas", ["auto", "loop"])
-def test_a_rung_whose_first_run_was_made_before_is_the_same(features, space, replicas):
-    task = features(batch_size=8, replicas=replicas)
+def test_a_rung_whose_first_run_was_made_before_is_the_same(space, replicas):
+    sources = [SourceSpec(name, label_noise=noise) for name, noise in (("a", 0.0), ("b", 0.5), ("c", 0.9))]
+    config = VisionConfig(hidden=16, n_pool=80, n_target=30, n_test=30, sources=sources)
+    task = config.build(TrainConfig(batch_size=8, replicas=replicas))
     space, rung = space(task.pool), Rung(1 / 8, 40 * task.costs.per_usage(task.pool, 8) * 8, 0.5, 3)
     draws = space.nested(np.arange(len(space.sizes)))[:3]
     ledgers = Ledger(), Ledger()
