@@ -8,14 +8,15 @@ in bfloat16 are what a CPU with AMX is fast at: 5.3 ms, and torch's kernel 37 (t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from baselines.replaced import Replaced
 
 SHORT, SHORT_EXACT = 384, 192
 """Positions below which the table of weights is kept, in bfloat16 and in float32. In bfloat16 it is faster beyond too
@@ -23,7 +24,7 @@ SHORT, SHORT_EXACT = 384, 192
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
-class ShortAttention(TorchFunctionMode):
+class ShortAttention(Replaced):
     """In the block, `scaled_dot_product_attention` is `attend` where that is faster, and torch's own elsewhere.
 
     Args:
@@ -31,24 +32,19 @@ class ShortAttention(TorchFunctionMode):
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(functional.scaled_dot_product_attention)
         self._dtype = dtype
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention and torch.is_grad_enabled():
-            given = {"dropout_p": 0.0, **dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
-            limit = SHORT if self._dtype == torch.bfloat16 else SHORT_EXACT
-            if _is_short(given, limit) and given["query"].dtype in (torch.float32, self._dtype):
-                del given["dropout_p"]
-                return attend(**given, dtype=self._dtype)
-        return func(*args, **kwargs)
+    def instead(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """See `baselines.replaced.Replaced`."""
+        given = {"dropout_p": 0.0, **dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
+        limit = SHORT if self._dtype == torch.bfloat16 else SHORT_EXACT
+        if not torch.is_grad_enabled() or not _is_short(given, limit):
+            return None
+        if given["query"].dtype not in (torch.float32, self._dtype):
+            return None
+        del given["dropout_p"]
+        return attend(**given, dtype=self._dtype)
 
 
 def attend(

@@ -8,16 +8,16 @@ one core, and torch 0.9 (torch 2.14).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from baselines.products import FROZEN_LINEAR
+from baselines.replaced import Replaced
 
 LARGE = 2**20
 """Logits, 4 MB as float32, above which their table is not written again; and of rows that are computed at once."""
@@ -29,24 +29,20 @@ VIEWS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "Slice
 """Steps that wrote nothing."""
 
 
-class LogitsInPlace(TorchFunctionMode):
+class LogitsInPlace(Replaced):
     """In the block, `cross_entropy` of large tables of logits of tokens is `losses_in_place`, if nothing else needs
     them to go back; others are left to torch."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.cross_entropy and len(args) == 2:
-            given = {name: value for name, value in kwargs.items() if value != DEFAULTS[name]}
-            ignored = given.pop("ignore_index", DEFAULTS["ignore_index"])
-            if given == {"reduction": "none"} and _is_large(args[0], args[1]) and _is_forgotten(args[0]):
-                return losses_in_place(args[0], args[1], ignored)
-        return func(*args, **kwargs)
+    def __init__(self) -> None:
+        super().__init__(functional.cross_entropy)
+
+    def instead(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """See `baselines.replaced.Replaced`."""
+        given = {name: value for name, value in kwargs.items() if value != DEFAULTS[name]}
+        ignored = given.pop("ignore_index", DEFAULTS["ignore_index"])
+        if given != {"reduction": "none"} or len(args) != 2 or not _is_large(*args) or not _is_forgotten(args[0]):
+            return None
+        return losses_in_place(args[0], args[1], ignored)
 
 
 def losses_in_place(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

@@ -7,7 +7,7 @@ a fifth: 966 x 576 by 576 x 1,536 at 194 GFLOP/s for 170, by 576 x 192 at 185 fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import register_flop_formula
+
+from baselines.replaced import Replaced
 
 ENOUGH = 2**16
 """Entries of a weight below which nothing is gained."""
@@ -32,21 +33,18 @@ if _linear is not None:
         return 2 * prod(x) * weight[0]
 
 
-class FrozenProducts(TorchFunctionMode):
+class FrozenProducts(Replaced):
     """In the block, `linear` with a frozen weight is `frozen_linear`, where gradients go back to its input."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is functional.linear and not kwargs and _linear is not None and torch.is_grad_enabled():
-            x, weight, bias = (*args, None)[:3]
-            if _is_frozen(x, weight, bias) and not torch.is_autocast_enabled(x.device.type):
-                return frozen_linear(x, weight, bias)
-        return func(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__(functional.linear)
+
+    def instead(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """See `baselines.replaced.Replaced`."""
+        x, weight, bias = (*args, None, None)[:3]
+        if kwargs or _linear is None or not torch.is_grad_enabled() or not _is_frozen(x, weight, bias):
+            return None
+        return None if torch.is_autocast_enabled(x.device.type) else frozen_linear(x, weight, bias)
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

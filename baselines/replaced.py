@@ -1,0 +1,38 @@
+"""Functions of torch that are computed in another way for the time of a block."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class Replaced(TorchFunctionMode, ABC):
+    """In the block, calls of one function go to `instead`, and to torch where that leaves them.
+
+    Args:
+        function: of torch, as whoever calls it finds it.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self._function = function
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is self._function and (found := self.instead(args, kwargs)) is not None:
+            return found
+        return func(*args, **kwargs)
+
+    @abstractmethod
+    def instead(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """What the function returns, or None to leave the call to torch."""
