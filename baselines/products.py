@@ -1,8 +1,8 @@
 """Products with frozen weights by oneDNN, where gradients are taken on a CPU in float32.
 
 torch hands products of float32 to MKL. oneDNN computes them from the same memory a tenth faster, those of small layers
-a fifth: 966 x 576 by 576 x 1,536 at 194 GFLOP/s for 170, by 576 x 192 at 185 for 154, and so it is on the way back
-(torch 2.14, two cores of an AMD EPYC). They are two thirds and more of what a pass takes.
+a fifth: 966 x 576 by 576 x 1,536 at 194 GFLOP/s for 170, by 576 x 192 at 185 for 154, and so it is on the way back, but
+for a head of 49,152 words (159 for 182; torch 2.14, two cores of an AMD EPYC). They are two thirds and more of a pass.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def fidelity(purse: Purse, training: float, share: float) -> float:
 
 
 def train_draws(inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: int, stage: str) -> Runs:
-    """Train each draw (K, S) on the rung's share of the pool, all from the same weights; as `cads.sources.run_rung`.
+    """Train each draw (K, S) on the rung's share of the pool, all from the same weights; as `cads.rungs.run_rung`.
 
     Raises:
         DataError: if all of them met a loss that is not finite: there is nothing to choose by.

@@ -26,10 +26,12 @@ from cads.operations import source_policy_flops
 from cads.optimizer import Division, Rung, check_step, distinct, uniform
 from cads.penalty import FittedReach, extrapolate, mean_over_sources
 from cads.policy import BernoulliPolicy
+from cads.rungs import run_rung
 from cads.search import ONE_SOURCE, has_one_source
 from cads.seeds import derive
 from cads.selection import Selection
-from cads.sources import mean_losses, nonempty, probes, probing_flops, run_rung, source_selection
+from cads.source_risk import mean_losses, probes, probing_flops
+from cads.sources import nonempty, source_selection
 from cads.space import Masks
 from cads.task import Task
 

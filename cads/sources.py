@@ -7,47 +7,31 @@ with the penalty of CADS (arXiv 2510.16806), and a regression on the runs so far
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from torch import nn
 
 from cads.budget import Budget, Ledger
 from cads.control import Control
-from cads.design import d_optimal, n_columns, spaced
+from cads.design import d_optimal, spaced
 from cads.errors import ConfigError
 from cads.estimator import corrected, direct, enumerate_masks, expected_gradient
 from cads.inner import Inner, Planned, Purse, Runs
 from cads.one_run import OneRunSearch, by_source
-from cads.operations import design_flops, source_policy_flops
-from cads.optimizer import LEAST_RUNS, MIN_STEPS, Rung, distinct, subsample
+from cads.optimizer import LEAST_RUNS, MIN_STEPS, Rung, distinct
 from cads.penalty import FittedReach, extrapolate, mean_over_sources
 from cads.policy import BernoulliPolicy, MixturePolicy, Policy
-from cads.scoring import reading_flops
-from cads.search import NOTHING, check_reference, verdict
+from cads.rungs import ENUMERATED, SAMPLED, affordable, run_rung, update_flops
+from cads.search import NOTHING, verdict
 from cads.seeds import derive
 from cads.selection import Selection
+from cads.source_risk import least_theta, looks, probing_flops, risk_beside, theta_flops, theta_risks
 from cads.space import Masks, Mixtures, Space
 from cads.task import Task
 
-THETA_SHARE, THETA_PASSES = 0.1, 20
-"""theta is fitted to the target for this share of C, but for no more passes over it than this."""
-MOST_FOR_THETA = 0.1
-"""Share of the allowance that theta and R may take: where budgets are small, short runs tell more."""
-PROBE_EXAMPLES, FEW_PROBES = 256, 32
-"""Examples of each source on which R is measured: usually, and where the allowance does not buy these beside theta."""
-THETA_STEPS = 8
-"""Steps on the target that a pretrained theta is given at least: then it tells sources apart."""
-GUIDED_RUNS = 2
-"""Runs for each source, in the first rung, up to which theta is worth cutting short what it costs."""
 POLICY_STEP = 0.05
 """Length of the steps of the policy in the largest probability; it falls to 0 over those after a rung."""
-ENUMERATED = 10
-"""Up to this many sources the gradient of E[h] is exact; above, it is sampled."""
-SAMPLED = 2048
-"""Draws for that sample, and for candidates of the next rung."""
 LARGEST_RATIO = 5.0
 """Importance ratios above it are cut off, when a policy has moved away from where its masks were drawn."""
 BEYOND_DOUBT = 2.0
@@ -310,137 +294,6 @@ def source_marginals(policy: Policy) -> np.ndarray:
     if isinstance(policy, MixturePolicy):
         return policy.means
     raise ConfigError(f"{type(policy).__name__} is no policy over sources")
-
-
-def probes(space: Space, count: int = PROBE_EXAMPLES) -> list[np.ndarray]:
-    """Positions of the examples of each source on which R is measured, `count` at most."""
-    return [np.flatnonzero(space.pool.sources == source)[:count] for source in range(len(space.sizes))]
-
-
-def probing_flops(purse: Purse, where: Sequence[np.ndarray]) -> float:
-    """What `mean_losses` will charge: where lengths differ, not what a mean example costs."""
-    pool, forward = purse.task.pool, purse.task.costs.forward
-    return sum(reading_flops(forward, pool, there) for there in where)
-
-
-def mean_losses(inner: Inner, where: Sequence[np.ndarray], theta: nn.Module) -> np.ndarray:
-    """The mean loss of theta on the examples of each source, of which R is made, nats, shape (S,)."""
-    return np.array([inner.losses(theta, there, stage="R").mean() for there in where])
-
-
-def looks(purse: Purse) -> int:
-    """How many models are measured on the sources: theta, and the first run on the full pool if they are pretrained."""
-    return 1 + purse.task.pretrained
-
-
-def theta_flops(purse: Purse, space: Space, training: float, steps: int) -> tuple[float, list[np.ndarray]]:
-    """What theta is trained for, and where R is measured; 0 if that would take too much of what the ledger has left.
-
-    Where short runs are too few to learn which sources matter, theta's losses are the guide: it is trained for less,
-    and measured on fewer examples.
-
-    Args:
-        steps: of the policy after each rung.
-    """
-    flops = purse.target_flops(THETA_SHARE, THETA_PASSES, training)
-    most = MOST_FOR_THETA * purse.ledger.left
-    where = probes(space)
-    if flops + looking_flops(purse, where) > most:
-        enough = purse.target_step_flops
-        if purse.task.pretrained:
-            most, enough = max(most, least_theta(purse, space)), THETA_STEPS * enough
-        rungs = affordable(purse, space, training, steps, reserved=most)
-        if not rungs or rungs[0].runs > GUIDED_RUNS * len(space.sizes):
-            return 0.0, where
-        if most - looking_flops(purse, where) < enough:
-            where = probes(space, FEW_PROBES)
-        flops = most - looking_flops(purse, where)
-    return (0.0 if flops < purse.target_step_flops else flops), where
-
-
-def looking_flops(purse: Purse, where: Sequence[np.ndarray]) -> float:
-    """What measuring the sources will charge, with as many models as `looks`."""
-    return looks(purse) * probing_flops(purse, where)
-
-
-def least_theta(purse: Purse, space: Space) -> float:
-    """FLOPs of a theta that is trained and measured just enough to tell sources apart."""
-    return THETA_STEPS * purse.target_step_flops + looking_flops(purse, probes(space, FEW_PROBES))
-
-
-def update_flops(space: Space, runs: int, steps: int) -> float:
-    """Learning from a rung: the regression on `runs` short runs, and `steps` of the policy."""
-    drawn = SAMPLED if space.count is None or len(space.sizes) > ENUMERATED else space.count
-    designed = design_flops(drawn, n_columns(len(space.sizes)), runs)
-    return designed + source_policy_flops(len(space.sizes), space.n_features, drawn, runs, steps)
-
-
-def affordable(purse: Purse, space: Space, training: float, steps: int, reserved: float = 0.0) -> list[Rung]:
-    """The ladder that what is left of the ledger buys, with `steps` of the policy after each rung, and as much as is
-    reserved."""
-    most, rungs = 0, purse.ladder(training)
-    # A ladder of fewer rungs can hold more runs, from which it takes more to learn.
-    while (runs := sum(rung.runs for rung in rungs)) > most:
-        most, rungs = runs, purse.ladder(training, update_flops(space, runs, steps) + reserved)
-    return rungs
-
-
-def theta_risks(
-    inner: Inner, space: Space, training: float, steps: int, seed: int
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Mean loss in each source of theta, a model fitted to the target.
-
-    Args:
-        steps: of the policy after each rung.
-
-    Returns:
-        nats, shape (S,), and the positions of the examples that it was measured on; all 0, and none, if the budget does
-        not buy theta.
-    """
-    flops, where = theta_flops(inner, space, training, steps)
-    if not flops:
-        return np.zeros(len(space.sizes)), []
-    theta = inner.fit_target(flops, seed=derive(seed, "theta"), stage="theta")
-    return mean_losses(inner, where, theta), where
-
-
-def risk_beside(inner: Inner, risk: np.ndarray, where: Sequence[np.ndarray], u: nn.Module) -> np.ndarray:
-    """The risk of each source less what u, trained on the pool, has there; but for the mean over sources.
-
-    A pretrained model finds some sources easier than others, whatever they are good for, and learns from whatever it is
-    trained on how long answers are and how they end: both are taken out, as the penalty takes out what can be reached.
-
-    Args:
-        risk: of theta, nats, shape (S,). where: positions of the examples of each source that it was measured on.
-    """
-    reached = mean_losses(inner, where, u)
-    return np.asarray(risk - (reached - reached.mean()))
-
-
-def run_rung(
-    inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: int, height: int, begun: Runs | None = None
-) -> Runs:
-    """Train each draw on the rung's share of the pool, all from the same weights and with the same dropout.
-
-    What two draws have in common comes in another order in each: orders are drawn over all that a draw selects.
-
-    Args:
-        begun: the run of the first draw, if it has been made before.
-
-    Raises:
-        DataError: if the run on the full pool, which all others are measured against, has no finite objective.
-    """
-    positions = subsample(inner.task.pool, rung.data, derive(seed, "subsample"))
-    order = derive(seed, "rung", height)
-    if begun is not None:
-        draws = draws[1:]
-    streams = [space.stream(draw, positions, order) for draw in draws]
-    beside = None if begun is None else begun.first
-    runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage, beside=beside)
-    if begun is not None:
-        runs = begun.followed_by(runs)
-    check_reference(float(runs.objective[0]), rung.stage)
-    return runs
 
 
 def source_selection(task: Task, space: Space, draw: np.ndarray, policy: Policy, **about: Any) -> Selection:

@@ -6,13 +6,14 @@ import pytest
 import torch
 from tiny_llama import model_folder, sums, write_lines
 from torch import nn
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import baselines.attention
 from baselines.gradients import PerExample
 from baselines.less import Less
 from baselines.precision import PEFT_CASTS, Passes
+from baselines.products import FROZEN_LINEAR
 from cads.budget import Ledger
 from cads.tasks.language import LanguageConfig
 from cads.tasks.language_data import TextSource
@@ -207,3 +208,23 @@ def test_less_ranks_alike_and_as_always(tmp_path):
     )
     assert (half == again).all()
     assert torch.corrcoef(torch.tensor([exact.tolist(), half.tolist()]))[0, 1] > 0.99
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_products_and_losses_are_replaced_within_a_pass_alone(precision):
+    torch.manual_seed(0)
+    head = nn.Linear(64, 2048).requires_grad_(False)
+    x, labels = torch.randn(600, 64, requires_grad=True), torch.arange(600)
+
+    def steps():
+        logits = head(x)
+        return logits.grad_fn.name(), cross_entropy(logits.float(), labels, reduction="none").grad_fn.name()
+
+    before = steps()
+    with Passes(head, precision)():
+        within = steps()
+    assert within[1] == "_InPlaceBackward"
+    assert (within[0] == FROZEN_LINEAR) == (precision == "no")
+    assert steps() == before
+    assert not {FROZEN_LINEAR, "_InPlaceBackward"} & set(before)

@@ -30,17 +30,10 @@ from cads.inner import Inner, Planned, Runs, paired_error
 from cads.monitor import Monitor
 from cads.optimizer import Rung
 from cads.penalized import PenalizedSources
+from cads.rungs import run_rung
 from cads.selection import Selection
-from cads.sources import (
-    THETA_STEPS,
-    CadsSources,
-    Trials,
-    first_draws,
-    risk_beside,
-    run_rung,
-    source_selection,
-    theta_risks,
-)
+from cads.source_risk import THETA_STEPS, risk_beside, theta_risks
+from cads.sources import CadsSources, Trials, first_draws, source_selection
 from cads.space import Masks, Mixtures
 from cads.task import Measured, Pool
 from cads.tasks.sources import SourceSpec
@@ -165,7 +158,8 @@ def test_a_held_alpha_weighs_the_whole_penalty(features, alpha):
 
 
 def test_without_theta_there_is_no_penalty_to_weigh(features, monkeypatch):
-    monkeypatch.setattr("cads.sources.theta_flops", lambda *args: (0.0, []))
+    for module in ("sources", "source_risk"):
+        monkeypatch.setattr(f"cads.{module}.theta_flops", lambda *args: (0.0, []))
     scalars = watched_search(features(batch_size=8), alpha=1.0).scalars
     assert set(scalars["outer/R"]) == set(scalars["control/c1"]) == set(scalars["control/c2"]) == {0.0}
 
@@ -198,7 +192,7 @@ def test_what_the_pool_teaches_is_taken_out_of_what_theta_finds(features, monkey
     inner = Inner(task, Ledger(), Monitor())
     theta, u = np.array([2.0, 1.0, 3.0]), np.array([3.0, 1.1, 3.2])
     found = iter([theta.copy(), u])
-    monkeypatch.setattr("cads.sources.mean_losses", lambda *_: next(found))
+    monkeypatch.setattr("cads.source_risk.mean_losses", lambda *_: next(found))
     risk, where = theta_risks(inner, Masks(task.pool), Budget(16, "epochs").flops(task), 60, seed=0)
     np.testing.assert_array_equal(risk, theta)
     assert [set(task.pool.sources[there]) for there in where] == [{k} for k in range(len(task.pool.source_names))]
