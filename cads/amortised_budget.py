@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cads.errors import ConfigError
-from cads.examples import REFERENCE_SHARE, THETA_PASSES, THETA_SHARE, comparisons, shortest
 from cads.features import Kind, free_names, read_names
 from cads.inner import Purse
 from cads.optimizer import LOWEST, Rung
 from cads.scoring import lengths
+from cads.teachers import REFERENCE_SHARE, THETA_PASSES, THETA_SHARE, comparisons, shortest
 
 THETA_MOST = 0.4
 """theta is fitted as in CADS-E, but for no more than this share of what the allowance leaves beside `LEAST_RUNS`."""

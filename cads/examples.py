@@ -3,7 +3,8 @@
 The penalty form of CADS (arXiv 2510.16806) gives example i the signal `c1 l_i(theta) - c2 l_i(u)`: theta is
 fitted to the target, u to draws from the policy, so `R - l*` needs no sampling (Rao-Blackwell). How much l*
 counts, and how far to move, follow from the budget: both are chosen by short runs of the true objective.
-A theta that has seen the target often enough, and then the target with what the policy keeps, needs no u.
+A theta that has seen the target often enough, and then the target with what the policy keeps, needs no u; where models
+are pretrained, few steps of both are enough.
 """
 
 from __future__ import annotations
@@ -17,44 +18,17 @@ from scipy.special import expit
 
 from cads.budget import Budget, Ledger
 from cads.draws import Epochs
-from cads.inner import Inner, Planned, Purse
+from cads.inner import Inner, Planned, Purse, Runs
 from cads.monitor import Monitor
 from cads.one_run import OneRunSearch, by_example, watch_sources
 from cads.operations import candidates_flops
 from cads.optimizer import Rung, subsample
+from cads.rungs import run_streams
 from cads.search import NOTHING, check_reference, verdict
 from cads.seeds import derive
 from cads.selection import Selection
+from cads.teachers import KEPT_FOR_THETA, TARGET_FRACTION, Teachers, least_flops, teachers_of
 
-THETA_SHARE, THETA_PASSES = 0.2, 20
-"""theta is fitted to the target for this share of C, but for no more passes over it than this."""
-REFERENCE_SHARE = 0.25
-"""u is trained on the pool for this share of C."""
-EACH_OF_ALLOWANCE = 0.15
-"""Share of the allowance that theta, and u, take at most."""
-STEPS = (
-    (0.6, -1.0), (0.85, 1.0), (0.5, 1.0), (0.85, -1.0), (0.6, 0.0), (0.5, -1.0), (0.85, 0.0), (0.95, -1.0),
-)  # fmt: skip
-"""Steps that are tried, the widest spread first: the expected share of the pool that is kept, which is the length of
-the step, and the weight c2/c1 of l*, which must come from the data. Positive, it cancels what u has learned by
-heart, as in the penalty; at few passes u has learned nothing by heart and l* carries no such signal, but u is one
-more opinion on what belongs to the task: there the weight is negative."""
-FIDELITIES = (1 / 8, 1 / 4, 1 / 2)
-"""Shares of C: of the runs that compare candidates where the allowance is small; of those that do so otherwise; and
-of those in which the best candidate must then beat the full pool. Shorter runs take easy examples for the better ones,
-since they help early and not later."""
-TAUGHT, LEAST_TAUGHT = 1.5, 0.3
-"""Shares of C: what theta takes at most, in two halves, where short runs of the highest fidelity decide besides, and
-at least. Only a theta that has seen the target often enough tells what is wrong from what is hard."""
-WORTH_REPEATING = 0.75
-"""Share of C that theta takes at least for its second half to be worth another pass over the pool."""
-KEPT_FOR_THETA, TARGET_FRACTION = 0.6, 0.3
-"""In its second half theta is trained, as in the penalty, on the target and on what the policy keeps: this share of the
-pool. The target is this share of each batch."""
-LENGTHS = (0.6, 0.8, 0.9, 0.7, 0.5)
-"""Shares of the pool that such a theta's candidates keep, those that are tried where few can be tried first."""
-LEAST_STEPS, LEAST_RUNS = 40, 3
-"""Steps of the shortest run, and runs, the full pool's among them, that are worth comparing."""
 SHARPNESS = 3.0
 """Slope of the probabilities in the standardised signal."""
 
@@ -144,7 +118,7 @@ class CadsExamples(OneRunSearch):
     penalty's gradient from the uniform policy, of its own length and weight on l*, the same in each class. A ladder
     of short runs finds the best one on the other half of the target, the full pool among them throughout. Where the
     allowance buys more, theta is trained for longer, in the end on the target and on what it keeps itself, u is not
-    needed, and a few long runs decide.
+    needed, and a few long runs decide. Of a pretrained model u is the first short run on the full pool.
     """
 
     method: ClassVar[str] = "cads-e"
@@ -168,14 +142,19 @@ class CadsExamples(OneRunSearch):
         if teachers.u:
             purse.run(1, teachers.u, stage="u")
             purse.losses(n, stage="l*")
-        steps = teachers.steps
         rungs = teachers.comparisons(purse, training)
+        if teachers.beside:
+            purse.losses(n, stage="l*")
         for rung in rungs:
-            runs = min(rung.runs, 1 + len(steps))
+            runs = min(rung.runs, 1 + len(teachers.steps))
             # All but the full pool's, and the best one once more.
             purse.learn(candidates_flops(n, runs))
             purse.run(runs, rung.flops, stage=rung.stage)
         return bool(rungs)
+
+    def least(self, purse: Purse) -> float:
+        """Two models, their losses, and two short runs; see `Search`."""
+        return least_flops(purse) if purse.task.pretrained else 0.0
 
     def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
         """theta, u, the candidates, and the ladder; see `Search`."""
@@ -185,11 +164,15 @@ class CadsExamples(OneRunSearch):
         rungs = teachers.comparisons(inner, training)
         if not rungs:
             return self.full_pool(task, budget, seed, ledger, NOTHING)
+        begun: Runs | None = None
+        if teachers.beside:
+            begun = run_field(inner, [signals.everything], rungs[0], seed, 0)
+            signals = replace(signals, from_u=inner.losses(begun.models[0], np.arange(len(task.pool)), stage="l*"))
         everything = signals.everything
         field = [everything, *signals.candidates]
         for height, rung in enumerate(rungs):
             field = field[: rung.runs]
-            gains = compare(inner, field, rung, seed, height)
+            gains = compare(inner, field, rung, seed, height, begun if height == 0 else None)
             order = [0, *(1 + np.argsort(np.nan_to_num(gains[1:], nan=np.inf), kind="stable"))]
             field, gains = [field[i] for i in order], gains[order]
             chosen = len(field) > 1 and (gains[1] < 0 or (np.isfinite(gains[1]) and not self.guard))
@@ -222,102 +205,6 @@ class CadsExamples(OneRunSearch):
         )
 
 
-@dataclass(frozen=True)
-class Teachers:
-    """What the models cost whose losses are the signals, FLOPs; 0 for what the ledger does not buy.
-
-    Attributes:
-        theta: fitted to the target. again: theta once more, on the target and on what the policy keeps.
-        u: trained on the pool. thorough: whether theta may take what only few and long short runs leave.
-    """
-
-    theta: float = 0.0
-    again: float = 0.0
-    u: float = 0.0
-    thorough: bool = False
-
-    @property
-    def steps(self) -> list[tuple[float, float]]:
-        """Share that is kept and weight of l* of the candidates that these models make."""
-        return [(kept, 0.0) for kept in LENGTHS] if self.thorough else affordable_steps(with_reach=self.u > 0)
-
-    def comparisons(self, purse: Purse, training: float) -> list[Rung]:
-        """The short runs that are left to compare candidates, once these models are paid for."""
-        per_run = candidates_flops(len(purse.task.pool), 1)
-        if not self.thorough:
-            return comparisons(purse, training, per_run=per_run)
-        f, price = deciding(purse, training)
-        if (runs := int(purse.ledger.left / price)) < 2:
-            return []
-        return [purse.deciding_rung(f, training, runs)]
-
-
-def deciding(purse: Purse, training: float) -> tuple[float, float]:
-    """Share of C, and price, of a short run that decides by itself."""
-    f = shortest(purse, training, FIDELITIES[2])
-    return f, f * training + purse.measuring_flops + candidates_flops(len(purse.task.pool), 1)
-
-
-def teachers_of(purse: Purse, training: float) -> Teachers:
-    """The models that what is left of the ledger buys, with a pass over the pool each, beside the short runs."""
-    n = len(purse.task.pool)
-    scoring, left = purse.scoring_flops(n), purse.ledger.left
-    fidelity, price = deciding(purse, training)
-    spare = min(TAUGHT * training, left - LEAST_RUNS * price - scoring)
-    if fidelity <= 1 and spare >= max(LEAST_TAUGHT * training, purse.target_step_flops):
-        both = min(spare, left - LEAST_RUNS * price - 2 * scoring - candidates_flops(n, 1))
-        from_target = round(TARGET_FRACTION * purse.task.recipe.batch_size)
-        if from_target and both >= max(WORTH_REPEATING * training, 2 * purse.target_step_flops):
-            return Teachers(both / 2, both / 2, thorough=True)
-        return Teachers(spare, thorough=True)
-    each = EACH_OF_ALLOWANCE * left / training
-    theta = purse.target_flops(min(THETA_SHARE, each), THETA_PASSES, training)
-    per_run = purse.measuring_flops + candidates_flops(n, 1)
-    least = shortest(purse, training, FIDELITIES[0])
-    most = left - LEAST_RUNS * (least * training + per_run)
-    if least > 1 or theta < purse.target_step_flops or theta + scoring > most:
-        return Teachers()
-    u = min(REFERENCE_SHARE, each) * training
-    if u < purse.step_flops or theta + u + 2 * scoring + purse.measuring_flops > most:
-        return Teachers(theta)
-    return Teachers(theta, u=u)
-
-
-def comparisons(
-    purse: Purse,
-    training: float,
-    *,
-    lowest: float = FIDELITIES[0],
-    least_runs: int = LEAST_RUNS,
-    per_run: float = 0.0,
-    reserve: float = 0.0,
-) -> list[Rung]:
-    """The short runs that what is left of the ledger buys: of candidates, and of the best one against the full pool.
-
-    Args:
-        lowest: share of C of the runs where the allowance is small.
-        least_runs: of the full pool and of candidates; where fewer can be paid, there are none.
-        per_run: FLOPs on top of training and measuring, for the policy. reserve: FLOPs that are not to be spent.
-    """
-    left = purse.ledger.left - reserve
-    small, usual, confirmed = (shortest(purse, training, f) for f in (lowest, *FIDELITIES[1:]))
-    price = {f: f * training + purse.measuring_flops + per_run for f in (small, usual, confirmed)}
-    if (first := int((left - 2 * price[confirmed]) / price[usual])) >= LEAST_RUNS and usual < confirmed:
-        runs = {usual: first, confirmed: 2}
-    else:
-        f = usual if left >= LEAST_RUNS * price[usual] else small
-        runs = {f: int(left / price[f])}
-    lowest_share, compared = next(iter(runs.items()))
-    if lowest_share > 1 or compared < least_runs:
-        return []
-    return [purse.deciding_rung(f, training, n) for f, n in runs.items()]
-
-
-def shortest(purse: Purse, training: float, fidelity: float) -> float:
-    """`fidelity`, or more where that would be too few steps."""
-    return max(fidelity, LEAST_STEPS * purse.step_flops / training)
-
-
 def learn_from(inner: Inner, teachers: Teachers, seed: int) -> Signals:
     """The losses of every example under theta and, if there is one, under u."""
     task, everything = inner.task, np.arange(len(inner.task.pool))
@@ -345,13 +232,23 @@ def learn_from(inner: Inner, teachers: Teachers, seed: int) -> Signals:
     return replace(signals, from_u=inner.losses(runs.models[0], everything, stage="l*"))
 
 
-def affordable_steps(*, with_reach: bool) -> list[tuple[float, float]]:
-    """Those of `STEPS` that can be taken: without l*, the ones that give it no weight."""
-    return [(kept, weight) for kept, weight in STEPS if with_reach or not weight]
+def compare(
+    inner: Inner, field: Sequence[Candidate], rung: Rung, seed: int, height: int, begun: Runs | None = None
+) -> np.ndarray:
+    """The objective of each candidate less that of the first (the full pool), after a short run; shape (K,).
+
+    Args:
+        begun: the run on the full pool, if it has been made before.
+    """
+    runs = run_field(inner, field, rung, seed, height, begun)
+    inner.monitor.scalar("outer/objective", float(np.nanmin(runs.objective)), height)
+    return np.asarray(runs.objective - runs.objective[0])
 
 
-def compare(inner: Inner, field: Sequence[Candidate], rung: Rung, seed: int, height: int) -> np.ndarray:
-    """The objective of each candidate less that of the first (the full pool), after a short run; shape (K,)."""
+def run_field(
+    inner: Inner, field: Sequence[Candidate], rung: Rung, seed: int, height: int, begun: Runs | None = None
+) -> Runs:
+    """Train on what each candidate keeps of the rung's share of the pool; see `cads.rungs.run_streams`."""
     positions = subsample(inner.task.pool, rung.data, derive(seed, "subsample"))
     order = derive(seed, "rung", height)
     streams = []
@@ -359,10 +256,7 @@ def compare(inner: Inner, field: Sequence[Candidate], rung: Rung, seed: int, hei
         inner.learn(candidate.flops)
         chosen = positions[most_probable(candidate.probability()[positions])]
         streams.append(Epochs(chosen, order))
-    runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage)
-    check_reference(float(runs.objective[0]), rung.stage)
-    inner.monitor.scalar("outer/objective", float(np.nanmin(runs.objective)), height)
-    return np.asarray(runs.objective - runs.objective[0])
+    return run_streams(inner, streams, rung, order, begun)
 
 
 def most_probable(probability: np.ndarray) -> np.ndarray:

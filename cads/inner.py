@@ -100,6 +100,10 @@ class Purse:
         costs, batch_size = self.task.costs, self.task.recipe.batch_size
         return float(costs.usages(self.fitted).max() + costs.optimizer_step / batch_size) * batch_size
 
+    def target_steps_flops(self, count: float) -> float:
+        """`count` mean steps of theta on the target, or a step on its dearest examples if that takes more."""
+        return max(self.target_step_flops, count * self._step(self.fitted))
+
     @property
     def measuring_flops(self) -> float:
         """Measuring one model on the target."""

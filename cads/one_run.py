@@ -31,21 +31,13 @@ from cads.search import Search
 from cads.seeds import derive
 from cads.selection import Selection
 from cads.task import Pool, Task
+from cads.teachers import PRETRAINED_STEPS
 from cads.trainer import Fit, Leg
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.05
-"""Share of C that theta and passes over the pool may take; what they take is missing from the training. With 5,000
-examples of which half are mislabelled, 0.083 C at 10 passes cost what it brought, and 0.05 C at 30 passes did not."""
 THETA_PASSES = (5, 20)
 """Passes over the target below which theta knows too little to be worth its cost, and the most it is given."""
-FIRST = 0.2
-"""Share of the training that u takes on everything before examples are told apart. Where it is no whole pass over the
-pool, most of the budget would be gone before anything is known of each example: then nothing is selected."""
-REACH_WEIGHT = -1.0
-"""Weight c2/c1 of l(u) in the signal `l(theta) - (c2/c1) l(u)`. After a fifth of the training u has learned little by
-heart, so that its losses tell what does not fit rather than what can be reached: the weight is negative."""
 SHARPNESS = 4.0
 """k in the weights `sigmoid(1 - k z)`."""
 TOO_SMALL = "the budget is too small to tell examples apart in one run: everything is trained on, with the target"
@@ -55,6 +47,34 @@ Weigh = Callable[[Pool, np.ndarray], np.ndarray]
 """(pool, standardised signal of each example or zeros, shape (N,)) -> weights in (0, 1), shape (N,)."""
 TARGET_FRACTION = 0.3
 """Share of each batch that is drawn from the target, unless another one is asked for."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run is divided, and what is made of what it tells.
+
+    Attributes:
+        share: of C, that theta and passes over the pool may take; what they take is missing from the training.
+        first: share of the training that u takes on everything before examples are told apart. Where it is no whole
+            pass over the pool, most of the budget would be gone before anything is known of each example: then nothing
+            is selected.
+        reach_weight: c2/c1 of l(u) in the signal `l(theta) - (c2/c1) l(u)`.
+        theta_steps: mean steps of theta without which nothing is selected; 0 where theta may be missing.
+    """
+
+    share: float
+    first: float
+    reach_weight: float
+    theta_steps: int
+
+
+FRESH = Way(share=0.05, first=0.2, reach_weight=-1.0, theta_steps=0)
+"""With 5,000 examples of which half are mislabelled, a share of 0.083 at 10 passes cost what it brought, and 0.05 at 30
+passes did not. After a fifth of the training u has learned little by heart, so that its losses tell what does not fit
+rather than what can be reached: the weight is negative."""
+PRETRAINED = Way(share=0.13, first=0.25, reach_weight=1.0, theta_steps=PRETRAINED_STEPS)
+"""What a pretrained model finds easy need not be worth anything: only what theta loses beside u tells. A few steps of
+theta are enough, but both passes over the pool have to be paid."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +143,7 @@ class OneRun:
         method: name of the selector. config: its options.
         weigh: what the signal makes of examples, or of their sources.
         target_fraction: share of each batch that is drawn from the target, throughout.
-        allowance: the most that selection may take, in units of the training FLOPs; None for `SHARE` of C.
+        allowance: the most that selection may take, in units of the training FLOPs; None for a share of C (see `Way`).
 
     Raises:
         ConfigError: if `target_fraction` or `allowance` is out of range.
@@ -184,7 +204,7 @@ class OneRun:
             inner.learn(parts.weighing)
         finally:
             ledger.merge(spent)
-        z = standardised(from_theta - REACH_WEIGHT * from_u, task.groups(task.pool))
+        z = standardised(from_theta - way_of(task).reach_weight * from_u, task.groups(task.pool))
         weights = self.weigh(task.pool, z)
         watch(monitor, task, z, weights)
         return Selection.of(
@@ -231,19 +251,24 @@ class OneRun:
         """
         task, total = purse.task, purse.ledger.left
         check_step(task, total)
+        way = way_of(task)
         batch_size, n = task.recipe.batch_size, len(task.pool)
         from_target = round(self.target_fraction * batch_size)
-        most = total * (SHARE if self.allowance is None else self.allowance / (1 + self.allowance))
+        most = total * (way.share if self.allowance is None else self.allowance / (1 + self.allowance))
         weighing = candidates_flops(n, 1)
         reading = 0.0 if own_losses_tell(task) else purse.scoring_flops(n)
         scoring = purse.scoring_flops(n)
         few, many = (purse.target_flops(1.0, passes, total) for passes in THETA_PASSES)
+        if way.theta_steps:
+            few = purse.target_steps_flops(way.theta_steps)
         theta = min(many, most - scoring - reading - weighing)
         if theta < few or theta < purse.target_step_flops:
+            if way.theta_steps:
+                return None
             theta = scoring = 0.0
         if theta + scoring + reading + weighing > most:
             return None
-        first = FIRST * (total - theta - scoring - reading - weighing)
+        first = way.first * (total - theta - scoring - reading - weighing)
         costs = [task.costs.per_usage(pool, batch_size) for pool in (task.pool, task.target)]
         step = costs[0] * (batch_size - from_target) + costs[1] * from_target
         if int(first / step) * (batch_size - from_target) < n:
@@ -261,7 +286,8 @@ class OneRun:
     def _begin(self, inner: Inner, parts: Parts, everything: Selection, seed: int) -> Fit:
         """Train the first part of the final model, with the course of the learning rate over all of it."""
         horizon = inner.ledger.left - parts.reading - parts.weighing
-        return fit_final(inner.trainer, everything, FIRST * horizon, seed=seed, leg=Leg(horizon=horizon, keep=True))
+        first = way_of(inner.task).first * horizon
+        return fit_final(inner.trainer, everything, first, seed=seed, leg=Leg(horizon=horizon, keep=True))
 
     def _reference(self, inner: Inner, parts: Parts, fit: Fit) -> np.ndarray:
         """Losses of the pool under u, nats, shape (N,); NaN for what it has not seen, where its own steps tell."""
@@ -269,6 +295,11 @@ class OneRun:
             return inner.losses(fit.models[0], np.arange(len(inner.task.pool)), stage="l*")
         assert fit.example_losses is not None
         return fit.example_losses
+
+
+def way_of(task: Task) -> Way:
+    """How its run is divided."""
+    return PRETRAINED if task.pretrained else FRESH
 
 
 def own_losses_tell(task: Task) -> bool:

@@ -19,7 +19,7 @@ COUNTED_ALLOWANCE, ALLOWED_PER_PASS = (1 / 3, 1.0), 1 / 12
 """Selection's share, least and most, in units of what is left for training, if the budget must cover both, and how it
 grows with the passes over the pool that the budget buys: up to four, a pass is worth nearly as much as one over fresh
 examples, and past that less and less (Muennighoff et al. 2023), so that selection takes what is worth little."""
-PRETRAINED_PER_PASS, MOST_FOR_LEAST = 1 / 6, 2.0
+PRETRAINED_PER_PASS, MOST_FOR_LEAST = 1 / 6, 3.0
 """The same for models that are pretrained: they learn a pool by heart within fewer passes. And where that does not buy
 the least that a search can do, they give up to this much for it: how much they are trained matters less to them than on
 what (`experiments/results`)."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cads.design import n_columns
+from cads.draws import Stream
 from cads.inner import Inner, Purse, Runs
 from cads.operations import design_flops, source_policy_flops
 from cads.optimizer import Rung, subsample
@@ -38,21 +41,28 @@ def affordable(purse: Purse, space: Space, training: float, steps: int, reserved
 def run_rung(
     inner: Inner, space: Space, draws: np.ndarray, rung: Rung, seed: int, height: int, begun: Runs | None = None
 ) -> Runs:
-    """Train each draw on the rung's share of the pool, all from the same weights and with the same dropout.
+    """Train each draw on the rung's share of the pool; see `run_streams`.
 
     What two draws have in common comes in another order in each: orders are drawn over all that a draw selects.
+    """
+    positions = subsample(inner.task.pool, rung.data, derive(seed, "subsample"))
+    order = derive(seed, "rung", height)
+    return run_streams(inner, [space.stream(draw, positions, order) for draw in draws], rung, order, begun)
+
+
+def run_streams(inner: Inner, streams: Sequence[Stream], rung: Rung, order: int, begun: Runs | None = None) -> Runs:
+    """Train on each stream, all from the same weights and with the same dropout.
 
     Args:
-        begun: the run of the first draw, if it has been made before.
+        streams: the first is that of the full pool.
+        order: seed of weights and dropout.
+        begun: the run on the first stream, if it has been made before.
 
     Raises:
         DataError: if the run on the full pool, which all others are measured against, has no finite objective.
     """
-    positions = subsample(inner.task.pool, rung.data, derive(seed, "subsample"))
-    order = derive(seed, "rung", height)
     if begun is not None:
-        draws = draws[1:]
-    streams = [space.stream(draw, positions, order) for draw in draws]
+        streams = streams[1:]
     beside = None if begun is None else begun.first
     runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage, beside=beside)
     if begun is not None:

@@ -38,7 +38,7 @@ class Search(ABC):
     allowance: float | None = None
     """Selection FLOPs at most, in units of the training FLOPs; null: 2.75 times what training the scorer would take
     (CADS-E: 3 times), and no more than 1/3 if the budget counts selection, or 1/12 for each pass it buys, up to 1.
-    Where models are pretrained it is 1/6 for each pass, and for CADS-S up to 2 where less buys no search."""
+    Where models are pretrained it is 1/6 for each pass, and up to 3 where less buys no search."""
     outer: str | Objective | None = None
     """The metric to minimise on the target, by name or, in Python, any function of task, model and pool; null for the
     task's own."""

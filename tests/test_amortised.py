@@ -19,7 +19,6 @@ from cads.amortised_sample import Sample, candidates, learn_from, visit_order
 from cads.budget import SELECT, Budget, Ledger
 from cads.checkpoint import CheckpointConfig
 from cads.errors import ConfigError, DataError
-from cads.examples import FIDELITIES
 from cads.feature_policy import AmortisedPolicy
 from cads.features import ENTROPY, GROUP, LENGTH, LOSS, MARGIN, SOURCE, FreeFeatures
 from cads.inner import Inner, Planned, Runs
@@ -29,6 +28,7 @@ from cads.outcome import train_on
 from cads.registry import build_selector
 from cads.selection import Selection
 from cads.task import Measured, Pool
+from cads.teachers import FIDELITIES
 
 WITHOUT_U = [(kept, weight) for kept, weight in STEPS if not weight]
 

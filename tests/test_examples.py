@@ -1,4 +1,4 @@
-"""CADS-E: what its allowance buys, and that the best candidate has to beat the full pool in longer runs too."""
+"""CADS-E: candidates, how they are told apart, and that the best one has to beat the full pool."""
 
 from __future__ import annotations
 
@@ -7,94 +7,15 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from killed_runs import resumed
 
 import cads.examples
 from cads.budget import SELECT, Budget, Ledger
-from cads.examples import (
-    FIDELITIES,
-    LEAST_RUNS,
-    LEAST_STEPS,
-    LENGTHS,
-    SHARPNESS,
-    STEPS,
-    TAUGHT,
-    THETA_SHARE,
-    CadsExamples,
-    Signals,
-    Teachers,
-    affordable_steps,
-    comparisons,
-    learn_from,
-    teachers_of,
-)
+from cads.examples import SHARPNESS, CadsExamples, Candidate, Signals, learn_from
 from cads.inner import Inner, Planned
 from cads.monitor import Monitor
 from cads.operations import candidates_flops
-
-
-@pytest.fixture(scope="session")
-def purse(features):
-    """A purse with an allowance for a training of so many passes."""
-    task = features(batch_size=8)
-
-    def build(passes: float, allowance: float) -> tuple[Planned, float]:
-        training = Budget(passes, "epochs").flops(task)
-        return Planned(task, allowance * training, held_out=True), training
-
-    return build
-
-
-@pytest.mark.parametrize("dearer", [False, True])
-def test_theta_has_to_afford_a_step_on_the_target(texts, monkeypatch, dearer):
-    """Whose examples may be longer than those of the pool, or shorter."""
-    monkeypatch.setattr(cads.examples, "LEAST_STEPS", 0)
-    monkeypatch.setattr(cads.examples, "TAUGHT", 0)
-    task = copy.copy(texts(batch_size=4))
-    order = np.argsort(task.pool.examples.lengths(), kind="stable")
-    task.target = task.pool.part(order[-20:] if dearer else order[:20], "target")
-    rng, trained = np.random.default_rng(0), []
-    purse = Planned(task, 1.0, held_out=True)
-    for _ in range(50):
-        batch = purse.fitted.batch(rng.choice(len(purse.fitted), 4, replace=False))
-        assert task.costs.usage(batch) + task.costs.optimizer_step <= purse.target_step_flops * (1 + 1e-9)
-    assert (purse.target_step_flops > purse.step_flops) == dearer
-    for steps in np.linspace(0.1, 4, 60):
-        training = steps * purse.step_flops / THETA_SHARE
-        theta = teachers_of(Planned(task, 1e5 * purse.step_flops, held_out=True), training).theta
-        assert (theta > 0) == (steps * purse.step_flops >= purse.target_step_flops * (1 - 1e-12))
-        trained.append(theta > 0)
-    assert set(trained) == {False, True}
-
-
-@settings(deadline=None, max_examples=60)
-@given(passes=st.floats(0.5, 100), allowance=st.floats(0, 4))
-def test_comparisons_fit_into_what_is_left_and_are_worth_making(purse, passes, allowance):
-    purse, training = purse(passes, allowance)
-    rungs = comparisons(purse, training)
-    cost = sum(r.runs * (r.flops + purse.measuring_flops) for r in rungs)
-    assert cost <= purse.ledger.left * (1 + 1e-9)
-    assert len(rungs) <= 2
-    for rung in rungs:
-        assert LEAST_STEPS * purse.step_flops * (1 - 1e-9) <= rung.flops <= training * (1 + 1e-9)
-        assert rung.data >= min(1.0, rung.fidelity)
-    if rungs:
-        assert rungs[0].runs >= LEAST_RUNS
-    if len(rungs) == 2:
-        assert rungs[0].fidelity < rungs[1].fidelity == FIDELITIES[2]
-        assert rungs[1].runs == 2
-
-
-@settings(deadline=None, max_examples=60)
-@given(passes=st.floats(0.5, 100), allowance=st.floats(0, 4), kept=st.floats(0, 1))
-def test_what_is_kept_back_and_what_a_run_takes_beside_are_left(purse, passes, allowance, kept):
-    purse, training = purse(passes, allowance)
-    reserve, per_run = kept * purse.ledger.left, kept * purse.measuring_flops
-    rungs = comparisons(purse, training, lowest=1 / 16, least_runs=2, per_run=per_run, reserve=reserve)
-    cost = sum(r.runs * (r.flops + purse.measuring_flops + per_run) for r in rungs)
-    assert cost + reserve <= purse.ledger.left * (1 + 1e-9) or not rungs
-    assert not rungs or rungs[0].runs >= 2
+from cads.teachers import STEPS, Thorough, affordable_steps
 
 
 @pytest.mark.parametrize("grouped", [True, False])
@@ -143,35 +64,6 @@ def test_what_policies_cost_is_planned_and_charged(features):
     assert made == candidates_flops(len(task.pool), sum(runs) + 1)
 
 
-@settings(deadline=None, max_examples=60)
-@given(passes=st.floats(0.5, 100), allowance=st.floats(0, 4))
-def test_scores_are_bought_only_where_something_can_be_compared_afterwards(purse, passes, allowance):
-    purse, training = purse(passes, allowance)
-    teachers = teachers_of(purse, training)
-    assert teachers.theta >= 0
-    assert teachers.theta > 0 or teachers.again == teachers.u == 0
-    planned = CadsExamples(allowance=allowance).spend(purse, training)
-    assert planned == (teachers.theta > 0)
-
-
-@settings(deadline=None, max_examples=60)
-@given(passes=st.floats(0.5, 100), allowance=st.floats(2, 6))
-def test_a_thorough_theta_leaves_enough_for_long_runs(purse, passes, allowance):
-    purse, training = purse(passes, allowance)
-    teachers = teachers_of(purse, training)
-    assert CadsExamples(allowance=allowance).spend(purse, training) == (teachers.theta > 0)
-    assert purse.ledger.total(SELECT).flops <= purse.ledger.limit * (1 + 1e-9)
-    assert teachers.theta + teachers.again <= TAUGHT * training or not teachers.thorough
-    if teachers.thorough:
-        assert teachers.u == 0
-        assert teachers.steps == [(kept, 0.0) for kept in LENGTHS]
-        assert [s for _, s in purse.ledger.entries if s.startswith("short runs") and "measuring" not in s] == [
-            f"short runs, C/{1 / max(FIDELITIES[2], LEAST_STEPS * purse.step_flops / training):.3g}"
-        ]
-    if passes >= 8 and allowance >= 2.75:
-        assert teachers.again == teachers.theta > 0
-
-
 def test_theta_goes_on_with_what_it_keeps_of_each_class(features, monkeypatch):
     task = features(batch_size=8)
     fitted, losses = [], []
@@ -180,7 +72,7 @@ def test_theta_goes_on_with_what_it_keeps_of_each_class(features, monkeypatch):
     monkeypatch.setattr(
         inner, "losses", lambda *_, **__: losses.append(np.random.default_rng(len(losses)).random(200)) or losses[-1]
     )
-    signals = learn_from(inner, Teachers(2.0, 3.0, thorough=True), seed=0)
+    signals = learn_from(inner, Thorough(2.0, 3.0), seed=0)
     assert [flops for flops, _ in fitted] == [2.0, 3.0]
     labels = task.groups(task.pool)
     kept = np.zeros(200, dtype=bool)
@@ -212,3 +104,63 @@ def test_a_policy_that_selects_nothing_is_the_full_pool(features, monkeypatch):
     chosen = CadsExamples().select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
     assert (chosen.probability == 0.5).all()
     assert chosen.selected.all()
+
+
+class TestPretrained:
+    """Models whose losses tell as much about an example as about what it is good for."""
+
+    @pytest.fixture
+    def task(self, features):
+        task = copy.copy(features(batch_size=8, hidden=1024, learning_rate=0.003))
+        task.pretrained = True
+        return task
+
+    @pytest.mark.parametrize(("passes", "beside"), [(3, True), (24, False)])
+    def test_u_is_the_first_short_run_where_that_sees_the_whole_pool(self, task, monkeypatch, passes, beside):
+        """Few passes: then it does, and models are scored after it. The plan is what is charged."""
+        made, budget = [], Budget(passes, "epochs", count_selection=True)
+        of = Candidate.probability
+        monkeypatch.setattr(Candidate, "probability", lambda self: made.append(self) or of(self))
+        ledger = Ledger()
+        chosen = CadsExamples().select(task, budget, seed=0, ledger=ledger)
+        planned = CadsExamples().plan(task, budget)
+        assert {stage: entry.flops for stage, entry in ledger.entries.items()} == pytest.approx(
+            {stage: entry.flops for stage, entry in planned.entries.items()}
+        )
+        stages = [stage for _, stage in ledger.entries]
+        (runs,) = [stage for stage in stages if stage.startswith("short runs") and "measuring" not in stage]
+        assert ("u" not in stages) == beside
+        assert (stages.index(runs) < stages.index("l*")) == beside
+        assert ledger.entries[SELECT, "R"].flops == ledger.entries[SELECT, "l*"].flops > 0
+        assert "better than the full pool" in chosen.notes["guard"]
+        assert chosen.notes["c2/c1"] == 1.0
+        # Each candidate's signal is the difference, and the best one is what is returned.
+        signals = made[-1].signals
+        z = signals.from_theta - signals.from_u
+        assert z[chosen.selected].max() < z[~chosen.selected].min()
+        assert chosen.selected.mean() == pytest.approx(chosen.notes["kept"], abs=0.01)
+
+    def test_what_u_finds_hard_as_well_is_no_reason_to_leave_it_out(self, task, monkeypatch):
+        """Losses of both rise from example to example, and those of theta are larger for every other one."""
+        hard, odd = np.linspace(0, 5, len(task.pool)), np.arange(len(task.pool)) % 2
+        losses = {"R": hard + odd + hard[::-1] / 100, "l*": hard}
+        monkeypatch.setattr(Inner, "losses", lambda self, model, positions, *, stage: losses[stage])
+        monkeypatch.setattr(
+            cads.examples, "compare", lambda _, field, *__: np.array([c.kept != 0.33 for c in field]) - 1.0
+        )
+        chosen = CadsExamples().select(task, Budget(3, "epochs", count_selection=True), seed=0, ledger=Ledger())
+        assert chosen.notes["kept"] == 0.33
+        assert not chosen.selected[odd == 1].any()
+
+    @pytest.mark.parametrize("passes", [3, 24])
+    def test_a_search_that_was_killed_goes_on(self, task, tmp_path, passes):
+        def work():
+            ledger = Ledger()
+            budget = Budget(passes, "epochs", count_selection=True)
+            return CadsExamples().select(task, budget, seed=0, ledger=ledger), ledger
+
+        chosen, ledger = work()
+        again, other = resumed(tmp_path, work, kills=(3, 20, 30))
+        assert chosen.notes["guard"] == "better than the full pool on the target"
+        assert again.content_hash == chosen.content_hash
+        assert other.to_json(seconds=False) == ledger.to_json(seconds=False)

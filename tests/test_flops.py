@@ -21,7 +21,7 @@ from cads.architecture import from_config, read_config
 from cads.counting import attention_self_test, count_flops, measure
 from cads.errors import ConfigError
 from cads.estimator import enumerate_masks
-from cads.examples import STEPS, Signals
+from cads.examples import Signals
 from cads.flops import ADAMW_FLOPS, CLIP_FLOPS, Costs, read_transformer
 from cads.operations import (
     adam_direction_flops,
@@ -37,6 +37,7 @@ from cads.operations import (
 from cads.paper import CCDS_TOKENS, ccds_parameters, forward_flops, selection_flops, training_flops
 from cads.tasks.networks import Network
 from cads.tasks.sketch import LanguageSketch
+from cads.teachers import STEPS
 from cads.trainer import TrainConfig
 from experiments import flops_overhead
 

@@ -10,13 +10,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cads.budget import Budget, Ledger
 from cads.cli import main
-from cads.examples import STEPS
 from cads.monitor import CURVE_POINTS, PANEL_SIZE, Monitor
 from cads.registry import build_selector
 from cads.selection import Selection
 from cads.task import Pool
 from cads.tasks.sources import SourceSpec
 from cads.tasks.vision import VisionConfig
+from cads.teachers import STEPS
 from cads.trainer import TrainConfig
 
 CONFIG = """

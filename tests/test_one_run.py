@@ -1,5 +1,6 @@
 """One run: selection that rides on the training of the final model, and what goes on from where it began."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -18,12 +19,14 @@ from cads.cli import main
 from cads.draws import Draws, Epochs, Weighted
 from cads.errors import BudgetError, CheckpointError, ConfigError, DataError, SelectionError
 from cads.examples import CadsExamples
-from cads.one_run import by_example, by_source, own_losses_tell, standardised
+from cads.inner import Inner
+from cads.one_run import OneRun, by_example, by_source, own_losses_tell, standardised
 from cads.outcome import train_on
 from cads.registry import build_selector
 from cads.seeds import derive
 from cads.selection import Selection
 from cads.task import Pool
+from cads.teachers import PRETRAINED_STEPS
 from cads.trainer import Leg, Trainer
 
 METHODS = ("cads-e", "cads-s")
@@ -164,14 +167,18 @@ class TestTheRun:
         target_fraction=st.sampled_from([0.0, 0.3, 0.7]),
         allowance=st.sampled_from([None, 0.0, 0.2, 0.5, 1.0]),
         counted=st.booleans(),
+        pretrained=st.booleans(),
     )
-    def test_selection_and_training_are_one_budget(self, features, epochs, method, target_fraction, allowance, counted):
-        task = features(batch_size=8, n=80)
+    def test_selection_and_training_are_one_budget(
+        self, features, epochs, method, target_fraction, allowance, counted, pretrained
+    ):
+        task = copy.copy(features(batch_size=8, n=80))
+        task.pretrained = pretrained
         budget = Budget(epochs, "epochs", count_selection=counted)
         options = {"method": method, "target_fraction": target_fraction, "allowance": allowance}
         selection, ledger = choose(task, budget, **options)
         total, chosen = budget.flops(task), ledger.total(SELECT).flops
-        share = 0.05 if allowance is None else allowance / (1 + allowance)
+        share = (0.13 if pretrained else 0.05) if allowance is None else allowance / (1 + allowance)
         assert chosen <= share * total * (1 + 1e-9)
         del options["method"]
         planned = build_selector(method, {"one_run": True, **options}).plan(task, budget).total(SELECT).flops
@@ -207,6 +214,21 @@ class TestTheRun:
         joint = build_selector("joint").select(task, small, seed=0, ledger=Ledger())
         one, other = (train_on(task, s, small, seed=0) for s in (selection, joint))
         assert_same_weights(one.model, other.model)
+
+    @pytest.mark.parametrize(("epochs", "selects"), [(6, False), (30, True)])
+    def test_a_pretrained_model_selects_with_a_theta_or_not_at_all(self, features, monkeypatch, epochs, selects):
+        """By its losses less those of u: what both find easy, or hard, is neither better nor worse."""
+        task = copy.copy(features(batch_size=8, n=80))
+        task.pretrained = True
+        hard = np.random.default_rng(0).permutation(80)
+        found = []
+        monkeypatch.setattr(Inner, "losses", lambda self, *_, **__: hard + np.arange(80) / 100)
+        monkeypatch.setattr(OneRun, "_reference", lambda self, *_: found.append(True) or hard * 1.0)
+        selection, ledger = choose(task, Budget(epochs, "epochs"))
+        assert bool(found) == selects == bool(selection.notes.get("theta")) == (selection.start is not None)
+        if selects:
+            assert ledger.entries[SELECT, "theta"].usages >= 8 * PRETRAINED_STEPS
+            assert (np.diff(selection.probability) < 0).all()
 
     def test_without_an_allowance_it_is_not_the_budget_that_is_blamed(self, features):
         selection, ledger = choose(features(batch_size=8), Budget(100, "epochs"), allowance=0.0)
