@@ -1,26 +1,34 @@
-"""The inner loop: budgets, replicas, accumulation, precision, determinism, divergence."""
+"""The inner loop: budgets, learning, precision, determinism, memory."""
 
 from __future__ import annotations
 
 import gc
 import math
 import weakref
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from fitted import (
+    Course,
+    assert_close,
+    fit,
+    fit_replicas,
+    identical,
+    poisoned,
+    sloped,
+    step_cost,
+    streams_of,
+    weights,
+    whole_pool,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from cads.budget import SELECT, TRAIN, Ledger
-from cads.draws import Draws, Epochs, Weighted
+from cads.draws import Draws, Epochs
 from cads.errors import BudgetError, ConfigError, DataError, NonFiniteError
-from cads.inner import Inner
-from cads.monitor import Monitor
-from cads.replicas import can_stack
 from cads.seeds import derive
 from cads.trainer import MOST_SKIPPED, TrainConfig, Trainer
 
@@ -33,61 +41,6 @@ class StatedCosts:
 
     def usage(self, batch):
         return float(self.prices[batch.positions.numpy()].sum())
-
-
-class Course(Monitor):
-    """Remembers what the progress bar is told."""
-
-    def __init__(self):
-        super().__init__()
-        self.points = []
-
-    @contextmanager
-    def progress(self, stage, flops):
-        yield lambda spent, loss, rate: self.points.append((spent / flops, loss, rate))
-
-
-def whole_pool(task, seed=0):
-    return Draws(task.pool, [Epochs(np.arange(len(task.pool)), seed)], task.recipe.batch_size)
-
-
-def step_cost(task, positions=None):
-    positions = np.arange(task.recipe.batch_size) if positions is None else positions
-    return task.costs.usage(task.pool.batch(positions)) + task.costs.optimizer_step
-
-
-def fit(task, flops, *, draws=None, seed=0, model=None, ledger=None, monitor=None):
-    trainer = Trainer(task, Ledger() if ledger is None else ledger, monitor)
-    draws = whole_pool(task) if draws is None else draws
-    return trainer.fit(model or task.model(seed), draws, flops, seed=seed, phase=TRAIN, stage="final model")
-
-
-def fit_replicas(task, steps, streams, *, ledger=None, seed=0):
-    draws = Draws(task.pool, streams, task.recipe.batch_size)
-    models = [task.model(seed) for _ in streams]
-    trainer = Trainer(task, Ledger() if ledger is None else ledger)
-    flops = steps * step_cost(task) * 1.001
-    return trainer.fit_replicas(models, draws, flops, seed=seed, phase=SELECT, stage="short runs")
-
-
-def streams_of(task, count):
-    """Different parts of the pool, and one drawn with weights."""
-    n = len(task.pool)
-    parts = [Epochs(np.arange(k, n, k + 1), k) for k in range(count - 1)]
-    return [*parts, Weighted(np.arange(1.0, n + 1), 7)]
-
-
-def weights(model):
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def assert_close(first, second, tolerance):
-    for a, b in zip(weights(first), weights(second), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
-
-
-def identical(first, second):
-    return all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
 
 
 # What a run may cost.
@@ -434,216 +387,6 @@ def test_seeds_for_purposes_are_distinct_and_fixed(seed, other, step):
     assert derive(seed, "order", step) != derive(seed, "order", step + 1)
     assert derive(seed, "order", step) != derive(seed, "model", step)
     assert (derive(seed, "order") == derive(other, "order")) == (seed == other)
-
-
-# Replicas.
-
-
-@pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize(("dropout", "accumulate"), [(0.0, 1), (0.0, 3), (0.3, 3)])
-def test_batched_and_looped_replicas_agree(features, count, optimizer, dropout, accumulate):
-    fits, ledgers = [], []
-    for way in ("batched", "loop"):
-        recipe = {"batch_size": 16, "optimizer": optimizer, "learning_rate": 0.01, "clip_norm": 0.3}
-        task = features(dropout=dropout, replicas=way, accumulate=accumulate, **recipe)
-        ledgers.append(Ledger())
-        fits.append(fit_replicas(task, 30, streams_of(task, count), ledger=ledgers[-1]))
-    batched, looped = fits
-    assert batched.losses.shape == looped.losses.shape == (30, count)
-    np.testing.assert_allclose(batched.losses, looped.losses, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(batched.flops, looped.flops)
-    for pair in zip(batched.models, looped.models, strict=True):
-        assert_close(*pair, 1e-4)
-    assert ledgers[0].total().flops == pytest.approx(ledgers[1].total().flops)
-    assert ledgers[0].total().usages == ledgers[1].total().usages == 30 * 16 * count
-
-
-def test_images_train_batched_as_they_do_one_by_one(images):
-    fits = [fit_replicas(task, 30, streams_of(task, 3)) for task in (images(replicas=w) for w in ("batched", "loop"))]
-    np.testing.assert_allclose(fits[0].losses, fits[1].losses, rtol=0, atol=1e-5)
-
-
-def test_joint_replicas_agree(features):
-    losses = []
-    for way in ("batched", "loop"):
-        task = features(batch_size=12, replicas=way, accumulate=2)
-        draws = Draws(task.pool, streams_of(task, 3), 12, target=task.target, target_fraction=0.25, seed=5)
-        trainer, models = Trainer(task, Ledger()), [task.model(k) for k in range(3)]
-        flops = 20 * step_cost(task)
-        losses.append(trainer.fit_replicas(models, draws, flops, seed=0, phase=SELECT, stage="s").losses)
-    np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
-
-
-def test_a_batched_replica_is_what_the_model_would_be_alone(features):
-    task = features(batch_size=16)
-    streams = streams_of(task, 3)
-    done = fit_replicas(task, 25, streams)
-    for k, stream in enumerate(streams):
-        alone = fit(task, 25 * step_cost(task) * 1.001, draws=Draws(task.pool, [stream], 16))
-        assert_close(done.models[k], alone.models[0], 1e-5)
-
-
-def test_replicas_of_unequal_examples_may_take_unequal_numbers_of_steps(sentences):
-    task = sentences(batch_size=2)
-    lengths = task.pool.examples.lengths
-    ledger = Ledger()
-    streams = [Epochs(np.flatnonzero(lengths == n), 0) for n in (3, 8)]
-    done = fit_replicas(task, 20, streams, ledger=ledger)
-    assert np.isfinite(done.losses).all()
-    assert not done.diverged.any()
-    assert len(done.losses) == len(done.flops)
-    assert done.flops[-1] <= 20 * step_cost(task) * 1.001
-    assert ledger.total().flops <= 2 * 20 * step_cost(task) * 1.001
-
-
-def test_only_dense_models_without_state_are_stacked(features, images, sentences):
-    assert can_stack(features(dropout=0.5).model(0))
-    assert can_stack(images().model(0))
-    assert not can_stack(images(model="cnn").model(0))
-    assert not can_stack(sentences().model(0))
-    assert not can_stack(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
-
-    class Scaled(nn.Linear):
-        def __init__(self):
-            super().__init__(3, 3)
-            self.register_buffer("scale", torch.ones(3))
-
-    assert not can_stack(Scaled())
-
-
-def test_convolutions_train_one_by_one_and_agree_when_batched(images):
-    losses = []
-    for way in ("auto", "batched"):
-        task = images(model="cnn", replicas=way, batch_size=8)
-        losses.append(fit_replicas(task, 6, streams_of(task, 2)).losses)
-    np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
-
-
-class Scaled(nn.Module):
-    """One number that multiplies."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, x):
-        return self.scale * x
-
-
-def test_a_parameter_of_one_number_is_batched_and_clipped(features):
-    fits = []
-    for way in ("batched", "loop"):
-        task = features(batch_size=8, replicas=way, clip_norm=0.1)
-        build = task._build
-        task._build = lambda build=build: nn.Sequential(Scaled(), build())
-        fits.append(fit_replicas(task, 8, streams_of(task, 3)))
-    np.testing.assert_allclose(fits[0].losses, fits[1].losses, rtol=0, atol=1e-5)
-
-
-def test_a_model_with_buffers_cannot_be_batched(features):
-    task = features(replicas="batched")
-    build = task._build
-    task._build = lambda: nn.Sequential(nn.BatchNorm1d(6), build())
-    with pytest.raises(ConfigError, match="buffers"):
-        fit_replicas(task, 3, streams_of(task, 2))
-
-
-# Divergence.
-
-
-def poisoned(task, value=np.inf, rows=slice(0, 20)):
-    task.pool.examples.rows[rows] = value
-    return task
-
-
-@pytest.mark.parametrize("way", ["batched", "loop"])
-@pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_a_replica_that_diverges_is_marked_and_disturbs_nobody(features, way, value):
-    task = poisoned(features(batch_size=8, replicas=way), value)
-    bad = Epochs(np.arange(40), 0)
-    good = [Epochs(np.arange(20 + k, 200), k) for k in range(3)]
-    ledger = Ledger()
-    with_bad = fit_replicas(task, 20, [good[0], bad, *good[1:]], ledger=ledger)
-    without = fit_replicas(task, 20, good)
-    assert with_bad.diverged.tolist() == [False, True, False, False]
-    assert not without.diverged.any()
-    np.testing.assert_allclose(with_bad.losses[:, [0, 2, 3]], without.losses, rtol=0, atol=1e-6)
-    for k, pair in zip((0, 2, 3), without.models, strict=True):
-        assert_close(with_bad.models[k], pair, 1e-6)
-    assert np.isfinite(with_bad.training_loss[[0, 2, 3]]).all()
-    assert not np.isfinite(with_bad.training_loss[1])
-    assert ledger.total().flops > 60 * step_cost(task), "what the lost replica spent counts too"
-
-
-@pytest.mark.parametrize("way", ["batched", "loop"])
-@pytest.mark.parametrize("count", [1, 2])
-def test_all_replicas_may_diverge(features, way, count):
-    task = poisoned(features(batch_size=8, replicas=way), rows=slice(None))
-    done = fit_replicas(task, 5, [Epochs(np.arange(200), k) for k in range(count)])
-    assert done.diverged.all()
-    assert not np.isfinite(done.training_loss).any()
-
-
-def test_runs_that_diverge_have_no_objective(features):
-    task = poisoned(features(batch_size=8))
-    inner = Inner(task, Ledger(), Monitor())
-    streams = [Epochs(np.arange(20), 0), Epochs(np.arange(20, 200), 0)]
-    runs = inner.run(streams, 10 * step_cost(task), seed=0, stage="short runs")
-    assert np.isnan(runs.objective).tolist() == [True, False]
-    assert runs.objective[1] == task.objective(runs.models[1]).value
-
-
-@pytest.mark.parametrize("value", [np.inf, np.nan])
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_loss_that_is_not_finite_stops_before_the_update(features, value, accumulate):
-    first_bad = 3
-    task = features(batch_size=8, accumulate=accumulate)
-    draws = whole_pool(task)
-    task = poisoned(task, value, draws.batches(first_bad)[0].positions.numpy()[:1])
-    model, course, ledger, flops = task.model(0), Course(), Ledger(), 30 * step_cost(task)
-    with pytest.raises(NonFiniteError) as caught:
-        fit(task, flops, model=model, draws=draws, ledger=ledger, monitor=course)
-    error = caught.value
-    assert error.step == first_bad == len(course.points)
-    assert error.ids == draws.ids(draws.batches(first_bad))
-    assert error.learning_rate == pytest.approx(task.recipe.rate((first_bad + 0.5) / 30))
-    for shown in (f"step {first_bad}", error.ids[0], f"{error.learning_rate:.3g}"):
-        assert shown in str(error)
-    assert ledger.total().flops == pytest.approx((first_bad + 1) * step_cost(task)), "a failed run was not free"
-
-    stopped_before = features(batch_size=8, accumulate=accumulate)
-    same = stopped_before.model(0)
-    steps = iter(range(first_bad))
-    stopped_before.costs = Until(stopped_before.costs, steps)
-    fit(stopped_before, flops, model=same)
-    assert identical(model, same)
-
-
-class Until:
-    """Costs as they are for some steps, then more than any budget."""
-
-    def __init__(self, costs, steps):
-        self._costs, self._steps = costs, steps
-        self.optimizer_step = costs.optimizer_step
-
-    def usage(self, batch):
-        return self._costs.usage(batch) if next(self._steps, None) is not None else 1e300
-
-
-def sloped(task):
-    """The root of zero is finite, its slope is not."""
-    plain = task.losses
-    task.losses = lambda model, batch: plain(model, batch) + (0 * next(model.parameters()).sum()).sqrt()
-    return task
-
-
-def test_a_gradient_that_is_not_finite_stops_before_the_update(features):
-    task = sloped(features(batch_size=8))
-    model = task.model(0)
-    with pytest.raises(NonFiniteError, match=r"gradient norm (nan|inf) at step 0"):
-        fit(task, 3e6, model=model)
-    assert identical(model, task.model(0))
 
 
 # Memory.
