@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cads.inner import Purse
 from cads.operations import candidates_flops
-from cads.optimizer import MIN_STEPS, Rung
+from cads.optimizer import FEW_PASSES, MIN_STEPS, Rung
 
 THETA_SHARE, THETA_PASSES = 0.2, 20
 """theta is fitted to the target for this share of C, but for no more passes over it than this."""
@@ -47,8 +47,7 @@ PRETRAINED_LENGTHS = (0.2, 0.33, 0.5, 0.67, 0.83)
 """Shares of the pool that candidates keep then."""
 SEEN, MOST_SEEN = 3.0, 8.0
 """Passes of the final training over what is kept: the shares that come nearest to the first are tried first, those
-above the second not at all. Up to the first, short runs see all that is kept, since repeating costs nothing yet and
-what is left out is missing; from there on they keep the passes, which tell what will be learned by heart."""
+above the second not at all."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Pretrained(Teachers):
 
     @property
     def beside(self) -> bool:
-        """See `Teachers`."""
+        """See `Teachers`. Where the short runs see a part of the pool alone, u is no such run."""
         return self.u == 0
 
     @property
@@ -176,7 +175,7 @@ def pretrained_teachers(purse: Purse, training: float) -> Teachers:
     most = purse.target_flops(PRETRAINED_SHARE, THETA_PASSES, training)
     theta = max(purse.target_steps_flops(PRETRAINED_STEPS), min(most, PRETRAINED_SHARE * purse.ledger.left))
     passes, u = purse.passes(training), 0.0
-    if passes > SEEN * max(PRETRAINED_LENGTHS):
+    if passes > FEW_PASSES:
         u = max(theta, MIN_STEPS * purse.step_flops)
     teachers = Pretrained(theta, u=u, passes=passes)
     taken = theta + u + 2 * purse.scoring_flops(len(purse.task.pool)) + (purse.measuring_flops if u else 0.0)

@@ -14,15 +14,13 @@ import cads.teachers
 from cads.budget import SELECT, Budget
 from cads.examples import CadsExamples
 from cads.inner import Planned
-from cads.optimizer import MIN_STEPS
+from cads.optimizer import FEW_PASSES, MIN_STEPS
 from cads.teachers import (
     FIDELITIES,
     LEAST_RUNS,
     LEAST_STEPS,
     LENGTHS,
-    PRETRAINED_LENGTHS,
     PRETRAINED_STEPS,
-    SEEN,
     TAUGHT,
     THETA_SHARE,
     Pretrained,
@@ -139,7 +137,7 @@ def test_what_is_bought_for_a_pretrained_model_leaves_enough_for_the_short_runs(
         return
     assert isinstance(teachers, Pretrained)
     assert teachers.theta >= purse.target_steps_flops(PRETRAINED_STEPS)
-    assert teachers.beside == (passes <= SEEN * max(PRETRAINED_LENGTHS) * (1 + 1e-9))
+    assert teachers.beside == (passes <= FEW_PASSES * (1 + 1e-9))
     assert teachers.beside == (teachers.u == 0)
     runs = [s for _, s in purse.ledger.entries if s.startswith("short runs") and "measuring" not in s]
     usages = purse.ledger.entries[SELECT, runs[0]].usages / purse.task.recipe.batch_size
