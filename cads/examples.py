@@ -118,7 +118,8 @@ class CadsExamples(OneRunSearch):
     penalty's gradient from the uniform policy, of its own length and weight on l*, the same in each class. A ladder
     of short runs finds the best one on the other half of the target, the full pool among them throughout. Where the
     allowance buys more, theta is trained for longer, in the end on the target and on what it keeps itself, u is not
-    needed, and a few long runs decide. Of a pretrained model u is the first short run on the full pool.
+    needed, and a few long runs decide. Of a pretrained model few steps of both are enough;
+    where the short runs see the whole pool, the first of them is u.
     """
 
     method: ClassVar[str] = "cads-e"
