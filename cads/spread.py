@@ -22,10 +22,10 @@ from cads.replicas import Stacked
 from cads.rounds import Operation, Progress, Standing
 
 if TYPE_CHECKING:
-    from cads.trainer import Trainer, TrainingRun
+    from cads.trainer import TrainingLoop, TrainingRun
 
 
-def spread_stack(trainer: Trainer, models: Sequence[nn.Module], run: TrainingRun) -> Fit:
+def spread_stack(trainer: TrainingLoop, models: Sequence[nn.Module], run: TrainingRun) -> Fit:
     """Train a batched model of K replicas in contiguous chunks, one a process.
 
     Where examples differ in cost, a chunk alone would be padded otherwise, and cost something else than within the
@@ -62,7 +62,7 @@ def spread_stack(trainer: Trainer, models: Sequence[nn.Module], run: TrainingRun
     return trainer.finish(run, state)
 
 
-def spread_one_by_one(trainer: Trainer, runs: Sequence[TrainingRun]) -> list[Fit | None]:
+def spread_one_by_one(trainer: TrainingLoop, runs: Sequence[TrainingRun]) -> list[Fit | None]:
     """Train single replicas, as many at a time as there are processes.
 
     Returns:
@@ -73,7 +73,7 @@ def spread_one_by_one(trainer: Trainer, runs: Sequence[TrainingRun]) -> list[Fit
     return [fit for wave in waves for fit in _wave(trainer, wave)]
 
 
-def _wave(trainer: Trainer, runs: Sequence[TrainingRun]) -> list[Fit | None]:
+def _wave(trainer: TrainingLoop, runs: Sequence[TrainingRun]) -> list[Fit | None]:
     """Train at most one replica a process."""
     rank = current().rank
 
@@ -106,7 +106,7 @@ def _wave(trainer: Trainer, runs: Sequence[TrainingRun]) -> list[Fit | None]:
     return fits
 
 
-def _settle(trainer: Trainer, run: TrainingRun, state: State) -> None:
+def _settle(trainer: TrainingLoop, run: TrainingRun, state: State) -> None:
     """Take in what was trained, here or elsewhere, and charge for it."""
     run.course.learner.to(trainer.accelerator.device).train()
     run.course.restore(state, None)

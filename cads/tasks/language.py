@@ -31,8 +31,8 @@ ADDED = ("selector_pad_token", "selector_peft")
 
 
 @dataclass
-class LanguageConfig:
-    """Fine-tuning a causal language model on text: which model, which data, and what is learned from it."""
+class LanguageSettings:
+    """Fields of a language task, and the checks that need no data."""
 
     model: str = ""
     """Name on the hub, or folder. A folder with a config and no weights begins with random ones, by seed."""
@@ -96,9 +96,6 @@ class LanguageConfig:
     """Folder in which tokens are kept and read memory-mapped, for data sets that are larger than memory, and for starts
     that need not tokenise again; null: tokens are made anew and held in memory."""
 
-    prefix: ClassVar[str] = ""
-    """What the names of fields begin with where they are set for this model."""
-
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("model is missing: name one on the hub, or a folder (--task.model)")
@@ -125,6 +122,14 @@ class LanguageConfig:
         unset = [name for name in ADDED if getattr(self, name) is None]
         return {name: value for name, value in asdict(self).items() if name not in ("token_cache", *unset)}
 
+
+@dataclass
+class LanguageConfig(LanguageSettings):
+    """Fine-tuning a causal language model on text: which model, which data, and what is learned from it."""
+
+    prefix: ClassVar[str] = ""
+    """What the names of fields begin with where they are set for this model."""
+
     def build(self, recipe: TrainConfig) -> LanguageTask:
         """Load tokenizer and data; weights are loaded when the first model is made.
 
@@ -146,9 +151,7 @@ class LanguageConfig:
         return divide(self.pool, self.target, self.test, sizes, self.data_seed)
 
     def selector(self) -> LanguageConfig:
-        """The same settings for the selector's model; see `cads.tasks.language_selector`."""
-        from cads.tasks.language_selector import SelectorConfig
-
+        """The same settings for the selector's model; see `SelectorConfig`."""
         return SelectorConfig.of(self)
 
     def load_tokenizer(self, spare_pad: str | None = None) -> Any:
@@ -219,6 +222,41 @@ class LanguageConfig:
         return kind(pools, models, tokenizer, settings=self, recipe=recipe, counts=counts)
 
 
+@dataclass
+class SelectorConfig(LanguageConfig):
+    """The settings of a model that works for selectors in place of the trained one."""
+
+    prefix: ClassVar[str] = "selector_"
+
+    spare_pad: str | None = None
+    """The trained model's pad_token: what fills batches up if nothing else is named for it, where it is a token."""
+
+    @classmethod
+    def of(cls, trained: LanguageConfig) -> SelectorConfig:
+        """For the `selector_model` of `trained`."""
+        own = {
+            "model": str(trained.selector_model),
+            "tokenizer": trained.selector_tokenizer,
+            "pad_token": trained.selector_pad_token,
+            "peft": trained.peft if trained.selector_peft is None else trained.selector_peft or None,
+        }
+        unset = dict.fromkeys(("selector_model", "selector_tokenizer", "selector_pad_token", "selector_peft"))
+        return cls(**{**vars(trained), **own, **unset}, spare_pad=trained.pad_token)
+
+    def load_tokenizer(self, spare_pad: str | None = None) -> Any:
+        """See `LanguageConfig`."""
+        return super().load_tokenizer(spare_pad or self.spare_pad)
+
+    def longest(self, models: LanguageModels) -> int:
+        """Tokens at which examples are cut: no more than this model can read.
+
+        Raises: as `LanguageConfig`.
+        """
+        if self.max_tokens is None or models.context is None:
+            return super().longest(models)
+        return min(self.max_tokens, models.context)
+
+
 class LanguageTask(Task):
     """Next-token prediction on the answers of examples.
 
@@ -247,7 +285,7 @@ class LanguageTask(Task):
         models: LanguageModels,
         tokenizer: Any,
         *,
-        settings: LanguageConfig,
+        settings: LanguageSettings,
         recipe: TrainConfig,
         counts: Mapping[str, Any],
     ) -> None:

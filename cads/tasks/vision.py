@@ -114,7 +114,7 @@ class VisionConfig:
         truth: SourcedImages | None = None
         if self.sources:
             clean = data.train.take(positions)
-            _check_labels(clean, n_classes, ids, "pool")
+            check_labels(clean, n_classes, ids, "pool")
             truth = make_sources(clean, self.sources, n_classes, self.data_seed)
             pool = _sourced_pool(truth, ids)
         else:
@@ -132,8 +132,6 @@ class VisionConfig:
 
     def sketch(self, recipe: TrainConfig) -> VisionTask:
         """The task with shapes in place of images and of weights; see `cads.tasks.vision_sketch`."""
-        from cads.tasks.vision_sketch import sketch
-
         return sketch(self, recipe)
 
     def network(self) -> Network:
@@ -238,7 +236,7 @@ class VisionTask(Task):
         self.name = name
         self._build_model = build_model
         for part in (pool, target, test):
-            _check_labels(images_of(part), len(self.classes), part.ids, part.name)
+            check_labels(images_of(part), len(self.classes), part.ids, part.name)
         self.mean, self.std = channel_moments(images_of(pool))
 
     def model(self, seed: int) -> nn.Module:
@@ -342,7 +340,7 @@ def images_of(pool: Pool) -> Images:
     return pool.examples
 
 
-def _check_labels(images: Images, n_classes: int, ids: pa.Array, name: str) -> None:
+def check_labels(images: Images, n_classes: int, ids: pa.Array, name: str) -> None:
     wrong = torch.nonzero((images.labels < 0) | (images.labels >= n_classes)).flatten()
     if len(wrong):
         raise DataError(
