@@ -7,13 +7,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from baselines.source_search import RungSearch, best_of_runs, fidelity, train_draws
+from baselines.search.source_search import RungSearch, best_of_runs, fidelity, train_draws
 from cads.errors import ConfigError
-from cads.inner import Inner, Purse
-from cads.optimizer import Rung
-from cads.policy import BernoulliPolicy, Policy
-from cads.seeds import derive
-from cads.space import Space
+from cads.policies.base import Policy
+from cads.policies.bernoulli import BernoulliPolicy
+from cads.search.fidelity import Rung
+from cads.search.inner_costs import Purse
+from cads.search.inner_runs import Inner
+from cads.search.space import Space
+from cads.seeding import derive
 
 
 @dataclass

@@ -13,17 +13,20 @@ from typing import ClassVar, get_args
 
 import numpy as np
 
-from baselines.adam import FLOPS as ADAM_FLOPS
-from baselines.adam import Adam
-from baselines.source_search import RungSearch, kept, train_draws
+from baselines.search.adam import FLOPS as ADAM_FLOPS
+from baselines.search.adam import Adam
+from baselines.search.source_search import RungSearch, kept, train_draws
 from cads.errors import ConfigError
-from cads.estimator import Baseline, direct
-from cads.inner import Inner, Purse
-from cads.optimizer import Rung
-from cads.policy import BernoulliPolicy, Policy, project_capped_simplex
-from cads.seeds import derive
-from cads.sources import nonempty
-from cads.space import Space
+from cads.estimators.score_function import Baseline, direct
+from cads.policies.base import Policy
+from cads.policies.bernoulli import BernoulliPolicy
+from cads.policies.simplex import project_capped_simplex
+from cads.search.fidelity import Rung
+from cads.search.inner_costs import Purse
+from cads.search.inner_runs import Inner
+from cads.search.source_selection import nonempty
+from cads.search.space import Space
+from cads.seeding import derive
 
 RATE = 5e-2
 """Adam's rate for s, of the PBCS recipe."""

@@ -20,14 +20,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.sparse import csr_array
 
-from baselines.queries import mean_weights, subtask_weights
-from cads.budget import SELECT, Ledger, PlannedLedger
+from baselines.similarity.queries import mean_weights, subtask_weights
+from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
+from cads.accounting.operations import bm25_flops
+from cads.data.pool import Pool
 from cads.errors import ConfigError, DataError
 from cads.monitor import Monitor
-from cads.operations import bm25_flops
-from cads.ranking import Ranker, Ranking
-from cads.task import Pool, Task
-from cads.tasks.shaped import Shaped
+from cads.scoring.ranker import Ranker
+from cads.scoring.ranking import Ranking
+from cads.task import Task
+from cads.tasks.shape_only import Shaped
 
 log = logging.getLogger(__name__)
 

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from baselines.losses import Order, check_order, in_order, plan_losses
-from cads.budget import Ledger, PlannedLedger
+from baselines.similarity.pool_losses import Order, check_order, in_order, plan_losses
+from cads.accounting.ledger import Ledger, PlannedLedger
+from cads.data.batch import Batch
+from cads.data.token_batches import SCORED_TOKENS
 from cads.errors import ConfigError
 from cads.monitor import Monitor
-from cads.ranking import Ranker, Ranking
-from cads.scorers import check_passes, device_of, on_pool, plan_training, scorer_of
-from cads.scoring import SCORED_TOKENS, score_pool
-from cads.seeds import derive
-from cads.task import Batch, Task
+from cads.scoring.pool_scores import score_pool
+from cads.scoring.ranker import Ranker
+from cads.scoring.ranking import Ranking
+from cads.scoring.reference_models import check_passes, device_of, on_pool, plan_training, scorer_of
+from cads.seeding import derive
+from cads.task import Task
 
 WARM_UP, SCORING = "warm-up", "errors"
 

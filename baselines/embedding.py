@@ -16,20 +16,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from baselines.clusters import ROUNDS, cluster_centres, cluster_sample, nearest_centre, take_turns
-from baselines.queries import mean_weights, subtask_weights
-from baselines.spaces import FeatureSpace, SentenceSpace, Space, backbone_network
-from cads.budget import SELECT, Ledger, PlannedLedger
+from baselines.similarity.clusters import ROUNDS, cluster_centres, cluster_sample, nearest_centre, take_turns
+from baselines.similarity.encoders import FeatureSpace, SentenceSpace, Space, backbone_network
+from baselines.similarity.queries import mean_weights, subtask_weights
+from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
+from cads.accounting.operations import kmeans_flops, normalisation_flops, similarity_flops
+from cads.data.pool import Pool
 from cads.errors import ConfigError
-from cads.journal import in_shards
 from cads.monitor import Monitor
-from cads.operations import kmeans_flops, normalisation_flops, similarity_flops
-from cads.ranking import Ranker, Ranking
-from cads.scorers import check_passes, on_pool, plan_training, scorer_of
-from cads.scoring import check_finite
-from cads.seeds import derive
-from cads.task import Pool, Task
-from cads.trainer import Trainer
+from cads.runtime.journal import in_shards
+from cads.scoring.pool_scores import check_finite
+from cads.scoring.ranker import Ranker
+from cads.scoring.ranking import Ranking
+from cads.scoring.reference_models import check_passes, on_pool, plan_training, scorer_of
+from cads.seeding import derive
+from cads.task import Task
+from cads.training.trainer import Trainer
 
 Aggregate = Literal["subtask", "mean", "max", "top"]
 ENCODED_TOKENS = 1024

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cads.budget import Budget, Ledger, PlannedLedger
+from cads.accounting.budget import Budget, check_step
+from cads.accounting.ledger import Ledger, PlannedLedger
 from cads.monitor import Monitor
-from cads.optimizer import check_step, free, uniform
 from cads.selection import Selection
+from cads.selector import free, uniform
 from cads.task import Task
 
 

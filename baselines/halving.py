@@ -12,15 +12,18 @@ from typing import ClassVar
 
 import numpy as np
 
-from baselines.regression import Ridge, pairs_flops, predict, with_pairs
-from baselines.source_search import RungSearch, best_of_runs, fidelity, random_masks, train_draws
-from cads.estimator import enumerate_masks
-from cads.inner import Inner, Purse
-from cads.optimizer import Rung, distinct
-from cads.policy import BernoulliPolicy, Policy
-from cads.search import check_reference
-from cads.seeds import derive
-from cads.space import Space
+from baselines.search.ridge import Ridge, pairs_flops, predict, with_pairs
+from baselines.search.source_search import RungSearch, best_of_runs, fidelity, random_masks, train_draws
+from cads.estimators.design import distinct
+from cads.estimators.enumeration import enumerate_masks
+from cads.policies.base import Policy
+from cads.policies.bernoulli import BernoulliPolicy
+from cads.search.base import check_reference
+from cads.search.fidelity import Rung
+from cads.search.inner_costs import Purse
+from cads.search.inner_runs import Inner
+from cads.search.space import Space
+from cads.seeding import derive
 
 LADDER = ((1 / 16, 16), (1 / 8, 7), (1 / 4, 4))
 """Shares of C (and of each source), and how many masks are trained for each: 2.875 C in all."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from cads.budget import Budget, Ledger, PlannedLedger
+from cads.accounting.budget import Budget, check_step
+from cads.accounting.ledger import Ledger, PlannedLedger
 from cads.errors import ConfigError
 from cads.monitor import Monitor
-from cads.optimizer import check_step, free, uniform
 from cads.selection import Selection
+from cads.selector import free, uniform
 from cads.task import Task
 
 

@@ -6,26 +6,35 @@ Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning", 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, get_args
 
 import numpy as np
 
-from baselines.directions import AdamDirection, Recipe
-from baselines.gradients import last_layer, only_last_layer
-from baselines.influence import POOL, PROJECTIONS, SIMILARITIES, TARGET, GradientFeatures, unpacked
-from baselines.precision import Precision
-from baselines.projection import Dimension, check_dimension, make_projection
-from baselines.queries import subtask_weights
-from baselines.shards import Shards
-from baselines.warmup import STAGE, need_adam, planned_flops, schedule, warm_up
-from cads.budget import SELECT, Ledger, PlannedLedger
+from baselines.gradients.adam_direction import AdamDirection, Recipe
+from baselines.gradients.feature_store import Shards
+from baselines.gradients.features import (
+    POOL,
+    PROJECTIONS,
+    SIMILARITIES,
+    TARGET,
+    GradientFeatureConfig,
+    GradientFeatures,
+    Layers,
+    unpacked,
+)
+from baselines.gradients.per_example import last_layer
+from baselines.gradients.projection import Dimension, check_dimension, make_projection
+from baselines.gradients.warmup import STAGE, need_adam, planned_flops, schedule, warm_up
+from baselines.kernels.autocast import Precision
+from baselines.similarity.queries import subtask_weights
+from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
+from cads.accounting.operations import normalisation_flops, similarity_flops
 from cads.errors import ConfigError
 from cads.monitor import Monitor
-from cads.operations import normalisation_flops, similarity_flops
-from cads.ranking import Ranker, Ranking
-from cads.scorers import scorer_of
-from cads.scoring import BatchPrice
-from cads.scoring import planned_flops as planned_scoring
+from cads.scoring.pool_scores import planned_flops as planned_scoring
+from cads.scoring.ranker import Ranker
+from cads.scoring.ranking import Ranking
+from cads.scoring.reference_models import scorer_of
 from cads.task import Task
 
 BATCH_TOKENS = 1024
@@ -48,7 +57,7 @@ class Less(Ranker):
     """corrected: Adam's next step; paper: without bias correction, as released; sgd: plain gradients."""
     dimension: Dimension = "auto"
     """Of the projection; auto: 8192, or none where the gradient has no more entries; null: no projection."""
-    layers: Literal["all", "last"] = "all"
+    layers: Layers = "all"
     """Whose gradients: all trainable layers, or the last one."""
     precision: Precision = "no"
     """Of the passes that gradients are taken in: no (float32) or bf16."""
@@ -66,7 +75,7 @@ class Less(Ranker):
         for name in ("checkpoints", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: it must be at least 1")
-        choices = {"recipe": get_args(Recipe), "layers": ("all", "last"), "precision": get_args(Precision)}
+        choices = {"recipe": get_args(Recipe), "layers": get_args(Layers), "precision": get_args(Precision)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: choose from {list(known)}")
@@ -86,7 +95,7 @@ class Less(Ranker):
         queries = subtask_weights(scorer)
         plan = schedule(scorer, self.warmup_share, self.checkpoints)
         found = warm_up(scorer, plan, seed=seed, ledger=ledger, monitor=monitor)
-        features = GradientFeatures(self, scorer, scorer.model(seed), seed, ledger)
+        features = GradientFeatures(self.feature_config(), scorer, scorer.model(seed), seed, ledger)
         features.check(found[0])
         rates = np.array([c.rate for c in found])
         weights = rates / rates.sum()
@@ -109,7 +118,7 @@ class Less(Ranker):
         usages = k * plan.steps * batch_size
         tokens = scorer.costs.tokens_per_example(scorer.pool)
         ledger.charge(SELECT, STAGE, planned_flops(scorer, plan), usages=usages, tokens=round(usages * tokens))
-        price = self.price(scorer)
+        price = self.feature_config().price(scorer)
         for stage, part, extra in ((TARGET, unpacked(scorer.target), 1 + min(2, m)), (POOL, unpacked(scorer.pool), 0)):
             flops = planned_scoring(price, part, tokens=self.batch_tokens)
             usages = k * len(part) + extra
@@ -123,9 +132,11 @@ class Less(Ranker):
         ledger.trained.append((scorer, 1))
         return ledger
 
-    def price(self, task: Task) -> BatchPrice:
-        """What the gradients of a batch cost: a usage, which for the last layer goes back no further than to it."""
-        return (task if self.layers == "all" else only_last_layer(task)).costs.usage
+    def feature_config(self) -> GradientFeatureConfig:
+        """How the features are made that it compares."""
+        return GradientFeatureConfig(
+            self.recipe, self.layers, self.precision, self.dimension, self.batch_tokens, self.features
+        )
 
     def _sizes(self, task: Task) -> dict[str, int]:
         """Entries of the parameters whose gradients are taken.

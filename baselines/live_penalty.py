@@ -17,16 +17,18 @@ import numpy as np
 from scipy.special import softmax
 from torch import nn
 
-from baselines.adam import FLOPS as ADAM_FLOPS
-from baselines.adam import Adam
-from baselines.source_search import SourceSearch
-from cads.draws import Weighted
+from baselines.search.adam import FLOPS as ADAM_FLOPS
+from baselines.search.adam import Adam
+from baselines.search.source_search import SourceSearch
+from cads.data.streams import Weighted
 from cads.errors import ConfigError
-from cads.inner import Inner, Planned, Purse
-from cads.policy import MixturePolicy, Policy
-from cads.scoring import reading_flops
-from cads.seeds import derive
-from cads.space import SIGMA, Mixtures, Space
+from cads.policies.base import Policy
+from cads.policies.mixture import MixturePolicy
+from cads.scoring.pool_scores import reading_flops
+from cads.search.inner_costs import Planned, Purse
+from cads.search.inner_runs import Inner
+from cads.search.space import SIGMA, Mixtures, Space
+from cads.seeding import derive
 
 RATE = 0.2
 """Adam's rate for w: over the turns a source can gain or lose a factor of exp(4) on another."""

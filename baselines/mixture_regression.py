@@ -13,15 +13,17 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from baselines.regression import Ridge, n_columns, predict, with_pairs
-from baselines.source_search import RungSearch, fidelity, train_draws
+from baselines.search.ridge import Ridge, n_columns, predict, with_pairs
+from baselines.search.source_search import RungSearch, fidelity, train_draws
+from cads.accounting.operations import regression_flops
 from cads.errors import ConfigError
-from cads.inner import Inner, Purse
-from cads.operations import regression_flops
-from cads.optimizer import Rung
-from cads.policy import MixturePolicy, Policy
-from cads.seeds import derive
-from cads.space import SIGMA, Mixtures, Space
+from cads.policies.base import Policy
+from cads.policies.mixture import MixturePolicy
+from cads.search.fidelity import Rung
+from cads.search.inner_costs import Purse
+from cads.search.inner_runs import Inner
+from cads.search.space import SIGMA, Mixtures, Space
+from cads.seeding import derive
 
 SHARE = 1 / 16
 """Share of C, and of each source, of every run."""

@@ -12,17 +12,19 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from baselines.losses import Order, check_order, in_order, plan_losses, pool_losses, whole_texts
 from baselines.random import random_scores
-from cads.budget import Ledger, PlannedLedger
+from baselines.similarity.pool_losses import Order, check_order, in_order, plan_losses, pool_losses, whole_texts
+from cads.accounting.ledger import Ledger, PlannedLedger
+from cads.data.ids import rank_by_score
+from cads.data.pool import Pool
+from cads.data.token_batches import SCORED_TOKENS
 from cads.errors import ConfigError
 from cads.monitor import Monitor
-from cads.order import rank_by_score
-from cads.ranking import Ranker, Ranking
-from cads.scorers import check_passes, on_target, plan_training, scorer_of
-from cads.scoring import SCORED_TOKENS
-from cads.seeds import derive
-from cads.task import Pool, Task
+from cads.scoring.ranker import Ranker
+from cads.scoring.ranking import Ranking
+from cads.scoring.reference_models import check_passes, on_target, plan_training, scorer_of
+from cads.seeding import derive
+from cads.task import Task
 
 Recipe = Literal["cads", "paper"]
 PAPER_PASSES = 4.0

@@ -7,11 +7,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from cads.budget import Ledger, PlannedLedger
+from cads.accounting.ledger import Ledger, PlannedLedger
+from cads.data.pool import Pool
 from cads.monitor import Monitor
-from cads.ranking import Ranker, Ranking
-from cads.seeds import derive_each
-from cads.task import Pool, Task
+from cads.scoring.ranker import Ranker
+from cads.scoring.ranking import Ranking
+from cads.seeding import derive_each
+from cads.task import Task
 
 
 @dataclass

@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from baselines.losses import plan_losses, pool_losses
-from cads.budget import Ledger, PlannedLedger
+from baselines.similarity.pool_losses import plan_losses, pool_losses
+from cads.accounting.ledger import Ledger, PlannedLedger
+from cads.data.token_batches import SCORED_TOKENS
 from cads.errors import ConfigError
 from cads.monitor import Monitor
-from cads.ranking import Ranker, Ranking
-from cads.scorers import check_passes, on_pool, on_target, plan_training, scorer_of
-from cads.scoring import SCORED_TOKENS
-from cads.seeds import derive
+from cads.scoring.ranker import Ranker
+from cads.scoring.ranking import Ranking
+from cads.scoring.reference_models import check_passes, on_pool, on_target, plan_training, scorer_of
+from cads.seeding import derive
 from cads.task import Task
 
 HOLDOUT, HOLDOUT_LOSSES = "holdout model", "holdout losses"

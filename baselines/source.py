@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from cads.budget import Budget, Ledger, PlannedLedger
+from cads.accounting.budget import Budget, check_step
+from cads.accounting.ledger import Ledger, PlannedLedger
 from cads.errors import ConfigError
 from cads.monitor import Monitor
-from cads.optimizer import check_step, free
 from cads.selection import Selection
+from cads.selector import free
 from cads.task import Task
 
 

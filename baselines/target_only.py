@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cads.budget import Budget, Ledger, PlannedLedger
+from cads.accounting.budget import Budget, check_step
+from cads.accounting.ledger import Ledger, PlannedLedger
 from cads.monitor import Monitor
-from cads.optimizer import check_step, free
 from cads.selection import Selection
+from cads.selector import free
 from cads.task import Task
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from cads.cli import main
+from cads.cli.main import main
 
 sys.exit(main())

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from cads.processes import everyone
+from cads.runtime.processes import everyone
 
 if TYPE_CHECKING:
-    from cads.budget import Ledger
-    from cads.task import Pool
+    from cads.accounting.ledger import Ledger
+    from cads.data.pool import Pool
 
 CURVE_POINTS = 200
 """Points that one training run leaves in TensorBoard, whatever its length."""

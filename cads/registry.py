@@ -10,9 +10,9 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
 
 from cads.errors import ConfigError
-from cads.optimizer import Selector
+from cads.recipe import TrainConfig
+from cads.selector import Selector
 from cads.task import Task
-from cads.trainer import TrainConfig
 
 SELECTORS, TASKS = "cads.selectors", "cads.tasks"
 

@@ -18,16 +18,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch.utils.data import Sampler
 
-from cads.budget import Budget, Ledger
-from cads.checkpoint import State
-from cads.draws import Epochs, Stream, Weighted
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import Ledger
+from cads.data.hashing import add_column
+from cads.data.ids import distinct, rank_by_score
+from cads.data.pool import Pool
+from cads.data.streams import Epochs, Stream, Weighted
 from cads.errors import CadsError, SelectionError
-from cads.fingerprint import add_column
-from cads.folders import whole_folder
-from cads.order import distinct, rank_by_score
-from cads.start import START_FILES, read_start, write_start
-from cads.task import Pool
-from cads.untrusted import check_fields, read_header, read_scores
+from cads.runtime.atomic_files import whole_folder
+from cads.runtime.checkpoint import State
+from cads.runtime.safe_read import check_fields, read_header, read_scores
+from cads.warm_start import START_FILES, read_start, write_start
 
 SCHEMA_VERSION = 1
 FILES = ("selection.json", "scores.parquet", "timings.json", *START_FILES)

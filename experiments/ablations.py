@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from cads.budget import Budget
+from cads.accounting.budget import Budget
 from cads.errors import CadsError, ConfigError
-from cads.study.summary import half_width
+from cads.study.analysis.points import half_width
 from experiments.oracle import Contender, Oracle, run
 from experiments.oracle_report import LONG_FROM, Cell, Reference, Summary, summary_of
 from experiments.truth import write_whole

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cads.budget import Budget
-from cads.seeds import derive
+from cads.accounting.budget import Budget
+from cads.seeding import derive
 from cads.task import Task
 from experiments.truth import REPLICAS, Truth, content_key, train_masks, write_whole
 

@@ -33,9 +33,9 @@ import numpy as np
 import torch
 import yaml
 
-from cads.checkpoint import MANIFEST, TENSORS, VALUES
-from cads.cli import main as cads
-from cads.study.results import read_runs
+from cads.cli.main import main as cads
+from cads.runtime.checkpoint import MANIFEST, TENSORS, VALUES
+from cads.study.tables import read_runs
 
 TASK = {"hidden": 16, "n_pool": 400, "n_target": 60, "n_test": 60}
 SOURCES = [{"name": "clean"}, {"name": "noise 45 %", "label_noise": 0.45}, {"name": "noise 90 %", "label_noise": 0.9}]

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from cads.errors import ConfigError, DataError
-from cads.tasks.language_data import TextSource, load_rows
+from cads.tasks.language.rows import TextSource, load_rows
 
 DICTIONARIES = Path("/usr/share/dictd")
 """Where Debian's packages of dictionaries put them."""

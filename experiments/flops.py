@@ -21,7 +21,8 @@ import transformers
 from torch import nn
 from transformers import BertConfig, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
-from cads.analytic import (
+from cads.accounting.architectures import from_config, read_config
+from cads.accounting.closed_form import (
     Checkpointing,
     Flops,
     Frozen,
@@ -32,16 +33,10 @@ from cads.analytic import (
     module_flops,
     transformer_flops,
 )
-from cads.architecture import from_config, read_config
-from cads.counting import attention_self_test, count_flops, measure
+from cads.accounting.measured import attention_self_test, count_flops, measure
+from cads.accounting.nominal import CCDS_TOKENS, ccds_parameters, selection_flops, training_flops
 from cads.errors import CadsError
-from cads.paper import (
-    CCDS_TOKENS,
-    ccds_parameters,
-    selection_flops,
-    training_flops,
-)
-from cads.tasks.networks import Network
+from cads.tasks.vision.networks import Network
 
 TOLERANCE = 0.01
 LENGTHS = (64, 256, 1024, 2048)

@@ -19,14 +19,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cads.budget import TRAIN, Ledger
-from cads.counting import attention_self_test
-from cads.draws import Draws, Epochs
+from cads.accounting.costs import Costs
+from cads.accounting.ledger import TRAIN, Ledger
+from cads.accounting.measured import attention_self_test
+from cads.data.batch import Batch
+from cads.data.streams import Epochs
+from cads.data.training_batches import Draws
 from cads.errors import CadsError
-from cads.flops import Costs
-from cads.task import Batch, Task
-from cads.tasks.vision import VisionConfig
-from cads.trainer import TrainConfig, Trainer
+from cads.recipe import TrainConfig
+from cads.task import Task
+from cads.tasks.vision.config import VisionConfig
+from cads.training.trainer import Trainer
 
 ALLOWED = 0.01
 """Share of a step."""

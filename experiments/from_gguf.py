@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from cads.errors import CadsError, ConfigError, DataError
-from cads.folders import whole_folder
+from cads.runtime.atomic_files import whole_folder
 
 MAGIC = b"GGUF"
 """How such a file begins."""

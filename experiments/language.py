@@ -21,11 +21,11 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from cads.cli.study_commands import run_grid
 from cads.errors import CadsError, ConfigError
-from cads.folders import whole_file
-from cads.study.commands import run_grid
-from cads.study.compare import Shard
+from cads.runtime.atomic_files import whole_file
 from cads.study.grid import filled, read_grid
+from cads.study.shard import Shard
 from experiments.language_data import MANIFEST, DataFolder, data_config, read_sections, write_data
 from experiments.language_report import report
 from experiments.pretraining import KEPT, PretrainingConfig, pretrained

@@ -21,8 +21,8 @@ import yaml
 from rich.console import Console
 
 from cads.errors import CadsError, ConfigError, DataError
-from cads.folders import whole_folder
-from cads.seeds import derive
+from cads.runtime.atomic_files import whole_folder
+from cads.seeding import derive
 from cads.study.grid import content_key, filled
 from experiments.corpora import DICTIONARIES, Corpus, Pair, read_corpus
 

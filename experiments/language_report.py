@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from cads.selection import Selection
+from cads.study.analysis.points import Point, answers, by_group, half_width, points_of
 from cads.study.grid import Grid
-from cads.study.results import DONE, read_runs
-from cads.study.summary import Point, answers, by_group, half_width, points_of
-from cads.study.tables import intervals, markdown_table
+from cads.study.report.text_tables import intervals, markdown_table
+from cads.study.tables import DONE, read_runs
 
 N_EXAMPLES = 10
 """Most probable examples that are shown, and as many least probable ones."""

@@ -25,13 +25,14 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from cads.budget import SELECT, Budget, Ledger
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import SELECT, Ledger
 from cads.errors import CadsError, ConfigError
-from cads.optimizer import Selector
-from cads.outcome import train_on, training_flops
 from cads.registry import build_selector
 from cads.selection import Selection
+from cads.selector import Selector
 from cads.task import Task
+from cads.training.final import train_on, training_flops
 from experiments.bound import bound
 from experiments.oracle_report import Cell, Reference, draw, markdown, tables
 from experiments.truth import ENUMERATED, MEASURED_ON, TRUTH_VERSION, Truth, truth, worth, write_whole

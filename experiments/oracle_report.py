@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from rich.table import Table
 
-from cads.study.summary import CONFIDENCE, half_width
+from cads.study.analysis.points import CONFIDENCE, half_width
 
 mpl.use("Agg")
 

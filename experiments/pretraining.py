@@ -18,16 +18,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cads.budget import Budget, Ledger
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import Ledger
 from cads.errors import CadsError, ConfigError, DataError
-from cads.folders import whole_folder
 from cads.monitor import Monitor
-from cads.outcome import train_on
+from cads.recipe import TrainConfig
 from cads.registry import build_selector
+from cads.runtime.atomic_files import whole_folder
 from cads.study.grid import content_key
-from cads.tasks.language import LanguageConfig
-from cads.tasks.language_data import TextSource
-from cads.trainer import TrainConfig
+from cads.tasks.language.config import LanguageConfig
+from cads.tasks.language.rows import TextSource
+from cads.training.final import train_on
 
 KEPT = Path("runs/pretrained")
 """Where models are kept."""

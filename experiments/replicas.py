@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cads.budget import Budget, Ledger
-from cads.draws import Draws, Epochs
-from cads.seeds import derive
-from cads.speed import matmul_flops_per_second
-from cads.tasks.vision import VisionTask
-from cads.trainer import Trainer
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import Ledger
+from cads.accounting.throughput import matmul_flops_per_second
+from cads.data.streams import Epochs
+from cads.data.training_batches import Draws
+from cads.seeding import derive
+from cads.tasks.vision.task import VisionTask
+from cads.training.trainer import Trainer
 from experiments.truth import REPLICAS
 from experiments.worlds import read_world
 

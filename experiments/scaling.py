@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cads.plan import size
+from cads.planning.plan import size
 from experiments.scaling_plan import markdown as plan_markdown
 from experiments.scaling_steps import SECTIONS, WHOLE_UPDATE, Row
 
@@ -130,8 +130,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from cads.study.figures import AXES_HEIGHT, PNG_DPI, RC, WIDTH
-    from cads.study.style import FAINT, MARKERS, SERIES
+    from cads.study.report.figures import AXES_HEIGHT, PNG_DPI, RC, WIDTH
+    from cads.study.report.style import FAINT, MARKERS, SERIES
 
     with mpl.rc_context(RC):
         figure = Figure(figsize=(2 * WIDTH, AXES_HEIGHT + 1), layout="constrained")

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cads.fingerprint import SIZE, row_digests
-from cads.task import Batch, Metrics, Pool, Task
-from cads.tasks.image_sets import load_digits
-from cads.tasks.vision import VisionConfig
-from cads.trainer import TrainConfig
+from cads.data.batch import Batch
+from cads.data.hashing import SIZE, row_digests
+from cads.data.pool import Pool
+from cads.recipe import TrainConfig
+from cads.task import Metrics, Task
+from cads.tasks.vision.config import VisionConfig
+from cads.tasks.vision.datasets import load_digits
 
 PIECE = 2**16
 """Examples that are made at once."""

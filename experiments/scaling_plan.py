@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from cads.budget import Budget
-from cads.examples import CadsExamples
-from cads.plan import Plannable, duration, make_plan, size
-from cads.published import PUBLISHED
-from cads.tasks.sketch import LanguageSketch
-from cads.trainer import TrainConfig
+from cads.accounting.budget import Budget
+from cads.planning.ccds import PUBLISHED
+from cads.planning.plan import Plannable, duration, make_plan, size
+from cads.recipe import TrainConfig
+from cads.selectors.cads_e.selector import CadsExamples
+from cads.tasks.language.shapes import LanguageSketch
 from experiments.scaling_steps import WHOLE_UPDATE, Row
 
 N = 10**9

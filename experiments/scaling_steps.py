@@ -17,18 +17,20 @@ import pyarrow.compute as pc
 
 from baselines.bm25 import Bm25
 from baselines.embedding import Embedding
-from cads.budget import SELECT, Budget, Ledger
-from cads.draws import Epochs, Weighted
-from cads.examples import CadsExamples
-from cads.optimizer import subsample
-from cads.order import rank_by_score
-from cads.policy import BernoulliPolicy, project_capped_simplex
-from cads.score_files import ScoreWriter
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import SELECT, Ledger
+from cads.data.ids import rank_by_score
+from cads.data.pool import Pool
+from cads.data.streams import Epochs, Weighted
+from cads.data.subsample import subsample
+from cads.policies.bernoulli import BernoulliPolicy
+from cads.policies.simplex import project_capped_simplex
+from cads.recipe import TrainConfig
+from cads.scoring.score_files import ScoreWriter
+from cads.scoring.top_k import best_of_files
 from cads.selection import Selection
-from cads.task import Pool
-from cads.tasks.images import ImageArrays
-from cads.topk import best_of_files
-from cads.trainer import TrainConfig
+from cads.selectors.cads_e.selector import CadsExamples
+from cads.tasks.vision.images import ImageArrays
 from experiments.scaling_data import TextTask, digit_config, write_digits, write_texts
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

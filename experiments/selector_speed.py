@@ -32,20 +32,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from baselines.bm25 import Okapi, tokenize
-from baselines.directions import AdamDirection
 from baselines.embedding import ENCODED_TOKENS
-from baselines.gradients import PerExample
-from baselines.losses import pool_losses
-from baselines.precision import Precision
-from baselines.projection import PROJECTED, Projection, make_projection
-from baselines.spaces import SentenceSpace
-from cads.budget import Ledger
+from baselines.gradients.adam_direction import AdamDirection
+from baselines.gradients.per_example import PerExample
+from baselines.gradients.projection import PROJECTED, Projection, make_projection
+from baselines.kernels.autocast import Precision
+from baselines.similarity.encoders import SentenceSpace
+from baselines.similarity.pool_losses import pool_losses
+from cads.accounting.ledger import Ledger
+from cads.data.batch import Batch
+from cads.data.pool import Pool
+from cads.data.token_batches import SCORED_TOKENS, scoring_batches
 from cads.errors import CadsError
-from cads.scoring import SCORED_TOKENS, scoring_batches
-from cads.task import Batch, Pool, Task
-from cads.tasks.language import LanguageConfig
-from cads.tasks.language_data import TextSource
-from cads.trainer import TrainConfig
+from cads.recipe import TrainConfig
+from cads.task import Task
+from cads.tasks.language.config import LanguageConfig
+from cads.tasks.language.rows import TextSource
 
 TOKENS = 128
 """Length of the examples that gradients are taken of."""

@@ -25,21 +25,22 @@ import numpy as np
 from rich.console import Console
 
 from baselines.bilevel import Bilevel
-from baselines.source_search import SourceSearch
-from cads.budget import SELECT, Budget, Ledger
+from baselines.search.source_search import SourceSearch, kept
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import SELECT, Ledger
 from cads.errors import CadsError, ConfigError
 from cads.monitor import Monitor
-from cads.optimizer import Selector, uniform
-from cads.policy import BernoulliPolicy
+from cads.policies.bernoulli import BernoulliPolicy
 from cads.registry import build_selector
+from cads.search.source_selection import source_selection
+from cads.search.space import Masks
 from cads.selection import Selection
-from cads.sources import source_selection
-from cads.space import Masks
+from cads.selector import Selector, uniform
 from cads.task import Task
 from experiments.oracle import Oracle, chosen_of, settings_of, value_of
 from experiments.speedup_report import Point, draw, markdown, summary_lines
 from experiments.truth import TRUTH_VERSION, Truth, write_whole
-from experiments.unrolled import Unrolled, kept
+from experiments.unrolled import Unrolled
 from experiments.worlds import BUILT_IN, SHORT, World, read_world, shipped
 
 SPEEDUP_VERSION = 1

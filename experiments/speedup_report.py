@@ -9,8 +9,8 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
-from cads.study.style import FAINT, INK, Look, looks
-from cads.study.summary import CONFIDENCE, half_width
+from cads.study.analysis.points import CONFIDENCE, half_width
+from cads.study.report.style import FAINT, INK, Look, looks
 
 mpl.use("Agg")
 

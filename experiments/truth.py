@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from cads.budget import EVALUATE, Budget, Ledger
-from cads.draws import Draws, Epochs, Stream
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import EVALUATE, Ledger
+from cads.data.streams import Epochs, Stream
+from cads.data.training_batches import Draws
 from cads.errors import ConfigError
-from cads.estimator import enumerate_masks
-from cads.seeds import derive
+from cads.estimators.enumeration import enumerate_masks
+from cads.seeding import derive
 from cads.selection import Selection
 from cads.task import Task
-from cads.trainer import Trainer
+from cads.training.trainer import Trainer
 
 TRUTH_VERSION = 1
 REPLICAS = 16

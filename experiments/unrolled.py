@@ -22,19 +22,22 @@ from scipy.special import expit
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value
 
-from baselines.adam import FLOPS as ADAM_FLOPS
-from baselines.adam import Adam
-from baselines.source_search import SourceSearch, kept
-from cads.budget import SELECT, Ledger
-from cads.counting import count_flops
-from cads.draws import Epochs
+from baselines.search.adam import FLOPS as ADAM_FLOPS
+from baselines.search.adam import Adam
+from baselines.search.source_search import SourceSearch, kept
+from cads.accounting.ledger import SELECT, Ledger
+from cads.accounting.measured import count_flops
+from cads.accounting.transformer import trainable_size
+from cads.data.batch import Batch
+from cads.data.streams import Epochs
 from cads.errors import ConfigError
-from cads.flops import trainable_size
-from cads.inner import Inner, Planned, Purse
-from cads.policy import BernoulliPolicy, Policy
-from cads.seeds import derive
-from cads.space import Space
-from cads.task import Batch, Task
+from cads.policies.base import Policy
+from cads.policies.bernoulli import BernoulliPolicy
+from cads.search.inner_costs import Planned, Purse
+from cads.search.inner_runs import Inner
+from cads.search.space import Space
+from cads.seeding import derive
+from cads.task import Task
 
 UPDATE_FLOPS = 2
 """Per parameter: a step of SGD, `theta - rate g`."""

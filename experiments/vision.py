@@ -14,17 +14,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from cads.cli.study_commands import run_grid
 from cads.errors import CadsError
-from cads.study import figures
-from cads.study.commands import run_grid
-from cads.study.compare import Shard
-from cads.study.fits import analyse
+from cads.study.analysis.fits import analyse
+from cads.study.analysis.points import points_of
 from cads.study.grid import Grid, read_grid
-from cads.study.report import Made, write_report
-from cads.study.results import read_runs, write_rows
-from cads.study.style import looks
-from cads.study.summary import points_of
-from cads.study.tables import intervals, markdown_table, wide_console
+from cads.study.report import figures
+from cads.study.report.page import Made, write_report
+from cads.study.report.style import looks
+from cads.study.report.text_tables import intervals, markdown_table, wide_console
+from cads.study.shard import Shard
+from cads.study.tables import read_runs, write_rows
 
 TRAINING_BUDGET = (
     "The budget is that of the training, and selection comes on top; for methods marked 'all in' it covers both."

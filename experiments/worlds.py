@@ -12,8 +12,9 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from cads.errors import ConfigError
-from cads.tasks.vision import VisionConfig, VisionTask
-from cads.trainer import TrainConfig
+from cads.recipe import TrainConfig
+from cads.tasks.vision.config import VisionConfig
+from cads.tasks.vision.task import VisionTask
 
 BUILT_IN = Path(__file__).parent / "configs" / "worlds"
 SHORT = ("complementary", "domains", "noise", "redundant")

@@ -17,18 +17,20 @@ import pyarrow as pa
 import pytest
 import torch
 from hypothesis import settings
-from noisy_digits import noisy_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cads.task import Batch, Metrics, Pool, Task
-from cads.tasks.images import ImageTensors
-from cads.tasks.language_tokens import IGNORED, Tokens
-from cads.tasks.networks import Network
-from cads.tasks.vision import VisionTask
-from cads.trainer import TrainConfig
+from cads.data.batch import Batch
+from cads.data.pool import Pool
+from cads.recipe import TrainConfig
+from cads.task import Metrics, Task
+from cads.tasks.language.tokens import IGNORED, Tokens
+from cads.tasks.vision.images import ImageTensors
+from cads.tasks.vision.networks import Network
+from cads.tasks.vision.task import VisionTask
+from tests.support.noisy_digits import noisy_digits
 
-pytest.register_assert_rewrite("forked_processes", "killed_runs")
+pytest.register_assert_rewrite("tests.support.forked_processes", "tests.support.killed_runs")
 torch.set_num_threads(1)
 settings.register_profile("same examples every time", derandomize=True)
 settings.load_profile("same examples every time")
@@ -266,7 +268,7 @@ def noisy() -> VisionTask:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Language models without weights, and examples: what `build` builds on."""
-    from language_tasks import write_language
+    from tests.support.language_tasks import write_language
 
     return write_language(tmp_path_factory.mktemp("language"))
 
@@ -274,7 +276,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def build(folder) -> Callable[..., Task]:
     """Makes a language task: `build(family="llama", data="sums", recipe=None, **options)`."""
-    from language_tasks import language_task
+    from tests.support.language_tasks import language_task
 
     return partial(language_task, folder)
 
@@ -282,17 +284,18 @@ def build(folder) -> Callable[..., Task]:
 @pytest.fixture
 def small_shards(monkeypatch) -> None:
     """Text and tokens are read a few rows at a time."""
-    from cads.tasks import language_data, language_tokens
+    from cads.tasks.language import rows as rows_module
+    from cads.tasks.language import tokens as tokens_module
 
-    monkeypatch.setattr(language_data, "ROWS_AT_ONCE", 7)
-    monkeypatch.setattr(language_tokens, "SEQUENCES_AT_ONCE", 3)
-    monkeypatch.setattr(language_tokens, "TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr(rows_module, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(tokens_module, "SEQUENCES_AT_ONCE", 3)
+    monkeypatch.setattr(tokens_module, "TOKENS_AT_ONCE", 64)
 
 
 @pytest.fixture
 def rows(tmp_path) -> Any:
     """30 sums, as `cads.tasks.language_data.Rows`."""
-    from token_caches import rows_of_sums
+    from tests.support.token_caches import rows_of_sums
 
     return rows_of_sums(tmp_path)
 
@@ -300,7 +303,7 @@ def rows(tmp_path) -> Any:
 @pytest.fixture
 def fetch(tmp_path, rows) -> Callable[..., Tokens]:
     """Fetches 30 sums: `fetch(tokenizer, rows, longest=..., separator=..., chat=..., drop=...)`."""
-    from token_caches import fetch_tokens
+    from tests.support.token_caches import fetch_tokens
 
     return partial(fetch_tokens, tmp_path / "cache", rows)
 
@@ -308,7 +311,7 @@ def fetch(tmp_path, rows) -> Callable[..., Tokens]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A dictionary of 150 entries, and 60 articles in place of the packages."""
-    from tiny_corpora import write_corpora
+    from tests.support.tiny_corpora import write_corpora
 
     return write_corpora(tmp_path_factory.mktemp("corpora"))
 

@@ -8,16 +8,17 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cads.budget import Budget, Ledger
-from cads.cli import main
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import Ledger
+from cads.cli.main import main
+from cads.data.pool import Pool
 from cads.monitor import CURVE_POINTS, PANEL_SIZE, Monitor
+from cads.recipe import TrainConfig
 from cads.registry import build_selector
 from cads.selection import Selection
-from cads.task import Pool
-from cads.tasks.sources import SourceSpec
-from cads.tasks.vision import VisionConfig
-from cads.teachers import STEPS
-from cads.trainer import TrainConfig
+from cads.selectors.cads_e.schedule import STEPS
+from cads.tasks.vision.config import VisionConfig
+from cads.tasks.vision.synthetic_sources import SourceSpec
 
 CONFIG = """
 task:

@@ -14,15 +14,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cads.budget import SELECT, Budget, Ledger
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import SELECT, Ledger
+from cads.data.pool import Pool
 from cads.errors import SelectionError
-from cads.outcome import train_on
+from cads.recipe import TrainConfig
+from cads.runtime.safe_read import JSON_LIMIT
 from cads.selection import COLUMNS, Selection
-from cads.task import Pool
-from cads.tasks.sources import SourceSpec
-from cads.tasks.vision import VisionConfig
-from cads.trainer import TrainConfig
-from cads.untrusted import JSON_LIMIT
+from cads.tasks.vision.config import VisionConfig
+from cads.tasks.vision.synthetic_sources import SourceSpec
+from cads.training.final import train_on
 
 SOURCES = [SourceSpec("clean"), SourceSpec("noisy", label_noise=0.9)]
 ANYWHERE = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

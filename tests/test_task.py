@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cads.accounting.costs import ADAMW_FLOPS, CLIP_FLOPS, SGD_FLOPS
+from cads.data.batch import Batch
+from cads.data.pool import Pool
 from cads.errors import ConfigError, DataError
-from cads.flops import ADAMW_FLOPS, CLIP_FLOPS, SGD_FLOPS
-from cads.task import Batch, Pool
-from cads.trainer import TrainConfig
+from cads.recipe import TrainConfig
 
 IN, CLASSES = 6, 3
 

@@ -15,21 +15,22 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from cads.budget import EVALUATE, SELECT, TRAIN, Ledger
+from cads.accounting.budget import check_step
+from cads.accounting.ledger import EVALUATE, SELECT, TRAIN, Ledger
+from cads.accounting.transformer import trainable_size
 from cads.errors import BudgetError, ConfigError, DataError
-from cads.flops import trainable_size
 from cads.monitor import Monitor
-from cads.optimizer import Selector, check_step
-from cads.outcome import train_on
-from cads.processes import current
-from cads.ranking import Ranker
 from cads.registry import build_selector
+from cads.runtime.processes import current
+from cads.scoring.ranker import Ranker
 from cads.selection import Selection
+from cads.selector import Selector
 from cads.study.grid import Cell
 from cads.study.journals import Journals
-from cads.study.rankings import Rankings
-from cads.study.results import DONE, NOT_APPLICABLE, OVER_BUDGET
+from cads.study.ranking_store import Rankings
+from cads.study.tables import DONE, NOT_APPLICABLE, OVER_BUDGET
 from cads.task import Task
+from cads.training.final import train_on
 
 N_SHOWN = 8
 """Examples kept, and examples left out, that are shown of each selection."""

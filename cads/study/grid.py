@@ -17,13 +17,13 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from cads.budget import Budget
-from cads.checkpoint import CheckpointConfig
+from cads.accounting.budget import Budget
 from cads.errors import ConfigError
-from cads.ranking import Ranker
+from cads.recipe import TrainConfig
 from cads.registry import TaskConfig, build_selector, selector_class, task_config_class
+from cads.runtime.checkpoint import CheckpointConfig
+from cads.scoring.ranker import Ranker
 from cads.task import Task
-from cads.trainer import TrainConfig
 
 EACH = "each"
 """The rule by which every run pays for its whole selection."""

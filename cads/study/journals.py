@@ -16,13 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from cads.checkpoint import CheckpointConfig, Checkpoints, OtherRunError
 from cads.errors import CheckpointError
-from cads.interrupt import Interrupts
-from cads.journal import Journal
-from cads.lock import LockedError, RunLock
-from cads.processes import current
-from cads.running import going_on
+from cads.runtime.checkpoint import CheckpointConfig, Checkpoints, OtherRunError
+from cads.runtime.journal import Journal
+from cads.runtime.lock import LockedError, RunLock
+from cads.runtime.processes import current
+from cads.runtime.run_folder import going_on
+from cads.runtime.signals import Interrupts
 from cads.selection import versions
 
 log = logging.getLogger(__name__)

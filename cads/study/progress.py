@@ -13,9 +13,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cads.plan import duration
+from cads.planning.plan import duration
 from cads.study.cells import Plan, price
-from cads.study.results import DONE
+from cads.study.tables import DONE
 
 REFRESHES = 2.0
 """Of the live table, per second."""

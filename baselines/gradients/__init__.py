@@ -1,0 +1,1 @@
+"""Gradients of single examples, and features made of them."""

@@ -1,0 +1,116 @@
+"""Features on disk, shard by shard: files named by what they were computed from, so that none is computed twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cads.accounting.ledger import Entry
+from cads.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
+
+FORMAT = "cads-features-1"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Features of some examples, float32, shape (n, d), and what they have cost, by stage."""
+
+    features: Tensor
+    spent: dict[str, Entry]
+
+
+class Shards:
+    """A folder of features.
+
+    Args:
+        folder: made if it is missing; None to keep nothing.
+
+    Raises:
+        ConfigError: if there is a file of this name.
+    """
+
+    def __init__(self, folder: Path | str | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"features = {str(folder)!r} is a file: name a folder for the features")
+
+    def get(self, key: str, n: int, dimension: int, compute: Callable[[], Shard]) -> Shard:
+        """The shard of `key`: read if it is there and whole, computed and kept otherwise.
+
+        Args:
+            key: a hash of all that the features depend on.
+            n, dimension: what their shape must be.
+        """
+        if self.folder is None:
+            return compute()
+        path = self.folder / f"{key}.safetensors"
+        if path.exists():
+            try:
+                return _read(path, key, (n, dimension))
+            except CheckpointError as error:
+                log.warning("%s: it is computed again", error)
+        shard = compute()
+        _write(path, key, shard)
+        return shard
+
+
+def _write(path: Path, key: str, shard: Shard) -> None:
+    """Whole or not at all.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    spent = {stage: asdict(entry) for stage, entry in shard.spent.items()}
+    header = {"format": FORMAT, "key": key, "sha256": _digest(shard.features), "spent": json.dumps(spent)}
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file({"features": shard.features.contiguous()}, partial, header)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written ({error}): look at the disk, or keep no features") from error
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _read(path: Path, key: str, shape: tuple[int, int]) -> Shard:
+    """Read what `_write` wrote.
+
+    Raises:
+        CheckpointError: if it is corrupt, or something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header: dict[str, Any] = file.metadata() or {}
+            if header.get("format") != FORMAT or header.get("key") != key:
+                raise CheckpointError(f"{path} holds no features of this run")
+            stored = file.get_slice("features")
+            # Nothing is read of a file that holds something else, however large it is.
+            if stored.get_dtype() != "F32" or tuple(stored.get_shape()) != shape:
+                raise CheckpointError(f"{path} is damaged")
+            features = file.get_tensor("features")
+        if _digest(features) != header["sha256"]:
+            raise CheckpointError(f"{path} is damaged")
+        spent = {stage: Entry(**entry) for stage, entry in json.loads(header["spent"]).items()}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    return Shard(features, spent)
+
+
+def _digest(features: Tensor) -> str:
+    return hashlib.sha256(features.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()

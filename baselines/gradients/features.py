@@ -1,0 +1,260 @@
+"""Gradient features of the pool and of the target at one checkpoint after another, and their similarities.
+
+Features are computed, compared and forgotten shard by shard: never are those of the whole pool in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from baselines.gradients.adam_direction import AdamDirection, Recipe
+from baselines.gradients.feature_store import Shard, Shards
+from baselines.gradients.per_example import PerExample, last_layer, only_last_layer, rows_of
+from baselines.gradients.projection import Dimension, Projection, make_projection
+from baselines.gradients.warmup import Checkpoint, update_digest
+from baselines.kernels.autocast import Precision
+from cads.accounting.ledger import SELECT, Ledger
+from cads.accounting.operations import normalisation_flops, similarity_flops
+from cads.data.batch import Batch
+from cads.data.pool import Pool
+from cads.data.token_batches import scoring_batches
+from cads.errors import DataError
+from cads.runtime.checkpoint import State
+from cads.runtime.journal import in_shards, perform
+from cads.runtime.lockstep import Progress, divide
+from cads.scoring.pool_scores import BatchPrice
+from cads.seeding import derive
+from cads.task import Task
+from cads.training.trainer import Trainer
+
+TARGET, POOL, PROJECTIONS, SIMILARITIES = "target gradients", "pool gradients", "projections", "similarities"
+TARGET_BATCHES = 64
+"""Batches of the target whose means are in memory at once."""
+SHARD_EXAMPLES = 1024
+"""Fewest examples of a shard, but for the last: 32 MB of features in 8,192 dimensions."""
+
+
+Layers = Literal["all", "last"]
+
+
+@dataclass(frozen=True)
+class GradientFeatureConfig:
+    """How gradient features are made; the fields are those of `baselines.less.Less`."""
+
+    recipe: Recipe
+    layers: Layers
+    precision: Precision
+    dimension: Dimension
+    batch_tokens: int
+    folder: str | None
+
+    def price(self, task: Task) -> BatchPrice:
+        """What the gradients of a batch cost: a usage, which for the last layer goes back no further than to it."""
+        return (task if self.layers == "all" else only_last_layer(task)).costs.usage
+
+
+class GradientFeatures:
+    """Projected gradients of the examples of a task at one checkpoint after another.
+
+    Args:
+        config: how features are made. task: whose model scores. model: fresh weights. seed: of the projection.
+        ledger: charged for every pass.
+    """
+
+    def __init__(self, config: GradientFeatureConfig, task: Task, model: nn.Module, seed: int, ledger: Ledger) -> None:
+        self._config, self._task, self._ledger = config, task, ledger
+        self._model = model.to(Trainer(task, ledger).accelerator.device)
+        self._device = next(model.parameters()).device
+        names = last_layer(model) if config.layers == "last" else None
+        self._gradients = PerExample(task, self._model, names, config.precision)
+        self._size = sum(self._gradients.sizes.values())
+        self._price = config.price(task)
+        self._projection: Projection = make_projection(
+            self._gradients.sizes, config.dimension, derive(seed, "projection"), self._device
+        )
+        self._projection.check()
+        self._pool, self._target = unpacked(task.pool), unpacked(task.target)
+        self._shards = Shards(config.folder)
+        self._frozen = ""
+        if config.folder is not None:
+            digest = hashlib.sha256()
+            update_digest(digest, {n: p for n, p in model.named_parameters() if not p.requires_grad})
+            self._frozen = digest.hexdigest()
+        self._checkpoint: Checkpoint | None = None
+        self._direction: AdamDirection | None = None
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go to a checkpoint.
+
+        Raises:
+            CheckpointError: if it has no moments of Adam where the recipe needs them.
+        """
+        if self._config.recipe != "sgd":
+            checkpoint.need_moments()
+        checkpoint.load_into(self._model)
+        first, second = ({n: x.to(self._device) for n, x in m.items()} for m in (checkpoint.first, checkpoint.second))
+        self._direction = AdamDirection(self._config.recipe, first, second, checkpoint.steps)
+        self._checkpoint = checkpoint
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Compare gradients with autograd on an example of the target, and charge for it."""
+        self.load(checkpoint)
+
+        def compute(_: Progress) -> State:
+            rows = scoring_batches(self._target, tokens=self._config.batch_tokens)[0]
+            batch = self._target.batch(rows)
+            with self._ledger.timed(SELECT, TARGET):
+                usages = self._gradients.check(batch.to(self._device))
+            if usages:
+                for stop in (1, usages - 1):
+                    self._charge(TARGET, rows_of(batch, 0, stop))
+            return State({"batched": self._gradients.batched})
+
+        self._gradients.batched = bool(perform("gradient check", [], self._ledger, compute).values["batched"])
+
+    def similarities(self, weights: np.ndarray, name: str) -> np.ndarray:
+        """Weighted means of the similarities of each pool example to the target's, shape (N, G).
+
+        Args:
+            weights: of the target examples in each mean, shape (G, M). name: of the checkpoint.
+        """
+        centres = self._centres(torch.from_numpy(weights).to(self._device))
+        batches = scoring_batches(self._pool, tokens=self._config.batch_tokens)
+        parts = _parts([len(b) for b in batches])
+        identity = [name, len(batches), self._config.recipe, self._projection.dimension]
+
+        def shard(i: int) -> np.ndarray:
+            return self._shard([batches[j] for j in parts[i]], centres)
+
+        found = in_shards("similarities", identity, self._ledger, len(parts), shard)
+        scores = np.empty_like(found)
+        scores[np.concatenate(batches)] = found
+        return scores
+
+    def _centres(self, weights: Tensor) -> Tensor:
+        """Weighted means of the target's features, float64, shape (G, d): the mean of inner products is the inner
+        product with the mean."""
+        pool, d = self._target, self._projection.dimension
+        found = torch.zeros(len(weights), d, dtype=torch.float64, device=self._device)
+        batches = scoring_batches(pool, tokens=self._config.batch_tokens)
+
+        def centre(i: int) -> np.ndarray:
+            rows = batches[i]
+            features = self._of(pool, rows, TARGET, adam=False, ledger=self._ledger)
+            mean = weights[:, torch.from_numpy(rows).to(self._device)] @ features.double()
+            self._ledger.charge(SELECT, SIMILARITIES, similarity_flops(len(weights), len(rows), d))
+            return np.asarray(mean.cpu().numpy())
+
+        for i in range(0, len(batches), TARGET_BATCHES):
+            for mean in divide(self._ledger, range(i, min(i + TARGET_BATCHES, len(batches))), centre):
+                found += torch.from_numpy(mean).to(self._device)
+        return found
+
+    def _shard(self, batches: Sequence[np.ndarray], centres: Tensor) -> np.ndarray:
+        """Similarities of the examples of some batches with the centres, shape (n, G)."""
+        pool, rows, d = self._pool, np.concatenate(batches), self._projection.dimension
+
+        def compute() -> Shard:
+            own = Ledger()
+            features = [self._of(pool, r, POOL, adam=True, ledger=own) for r in batches]
+            return Shard(torch.cat(features).cpu(), {stage: e for (_, stage), e in own.entries.items()})
+
+        shard = self._shards.get(self._key(rows), len(rows), d, compute)
+        # Features that were kept have cost what they have cost, whoever paid for them first.
+        for stage, entry in shard.spent.items():
+            self._ledger.charge(SELECT, stage, **asdict(entry))
+        with self._ledger.timed(SELECT, SIMILARITIES):
+            self._ledger.charge(SELECT, SIMILARITIES, similarity_flops(len(rows), len(centres), d))
+            return np.asarray((shard.features.to(self._device).double() @ centres.T).cpu().numpy())
+
+    def _of(self, pool: Pool, rows: np.ndarray, stage: str, *, adam: bool, ledger: Ledger) -> Tensor:
+        """Projected and normalised gradients (or directions) of some examples, float32, shape (n, d).
+
+        Raises:
+            DataError: if one is not finite, by its id.
+        """
+        assert self._direction is not None
+        batch, direction = pool.batch(rows), self._direction
+        features = self._projection.empty(len(rows))
+
+        def receive(name: str, start: int, gradient: Tensor) -> None:
+            moved = direction(name, gradient) if adam else gradient
+            self._projection.add(name, moved, features[start : start + len(gradient)])
+
+        with ledger.timed(SELECT, stage):
+            self._charge(stage, batch, ledger)
+            self._gradients.each(batch.to(self._device), receive)
+        finite = torch.isfinite(features).all(dim=1).cpu().numpy()
+        if not finite.all():
+            bad = pool.ids.take(pa.array(rows[~finite][:5])).to_pylist()
+            raise DataError(
+                f"the gradients of {int((~finite).sum())} examples of the {pool.name}, such as {bad}, are not finite: "
+                "look at these examples, or lower the learning rate of the warm-up"
+            )
+        ledger.charge(SELECT, PROJECTIONS, self._projection.flops(len(rows)))
+        if adam:
+            ledger.charge(SELECT, PROJECTIONS, direction.flops(len(rows), self._size))
+        ledger.charge(SELECT, SIMILARITIES, normalisation_flops(len(rows), features.shape[1]))
+        # A gradient that is exactly zero (a loss of exactly zero) has no direction: its similarity is zero.
+        norms = features.norm(dim=1, keepdim=True)
+        return (features / norms.masked_fill(norms == 0, 1.0)).float()
+
+    def _charge(self, stage: str, batch: Batch, ledger: Ledger | None = None) -> None:
+        (ledger or self._ledger).charge(
+            SELECT,
+            stage,
+            self._price(batch),
+            usages=len(batch),
+            tokens=batch.tokens,
+            answer_tokens=batch.answer_tokens,
+        )
+
+    def _key(self, rows: np.ndarray) -> str:
+        """A hash of all that these features, and what they cost, depend on; empty if they are not kept."""
+        if self._shards.folder is None or self._checkpoint is None:
+            return ""
+        projection = self._projection
+        parts = [
+            self._task.pool.content_hash,
+            *self._pool.ids.take(pa.array(rows)).to_pylist(),
+            self._checkpoint.content_hash,
+            self._frozen,
+            self._task.costs.accounting,
+            self._config.recipe,
+            self._config.precision,
+            type(projection).__name__,
+            projection.dimension,
+            projection.seed,
+            sorted(projection.sizes.items()),
+            torch.__version__,
+        ]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def unpacked(pool: Pool) -> Pool:
+    """The pool with each example in a row of its own: gradients of examples that share a row cannot be told apart."""
+    examples: Any = pool.examples
+    if not getattr(examples, "packed", False):
+        return pool
+    return Pool(pool.ids, replace(examples, packed=False), name=pool.name)
+
+
+def _parts(sizes: Sequence[int]) -> list[list[int]]:
+    """Consecutive batches in shards of at least `SHARD_EXAMPLES` examples."""
+    found: list[list[int]] = [[]]
+    count = 0
+    for i, size in enumerate(sizes):
+        if count >= SHARD_EXAMPLES:
+            found.append([])
+            count = 0
+        found[-1].append(i)
+        count += size
+    return found

@@ -1,0 +1,1 @@
+"""Faster forms of operations of torch, for gradients of single examples."""

@@ -1,0 +1,1 @@
+"""Spaces in which examples are compared."""

@@ -1,0 +1,1 @@
+"""What things cost, in FLOPs, and the ledger that charges for them."""

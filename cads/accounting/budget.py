@@ -1,0 +1,95 @@
+"""What may be spent: a budget in FLOPs, usages, epochs or tokens."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from cads.accounting.costs import Workload
+from cads.errors import BudgetError
+
+UNITS = {
+    "": "FLOPs",
+    "flop": "FLOPs",
+    "flops": "FLOPs",
+    "usage": "usages",
+    "usages": "usages",
+    "epoch": "epochs",
+    "epochs": "epochs",
+    "pass": "epochs",
+    "passes": "epochs",
+    "token": "tokens",
+    "tokens": "tokens",
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Compute allowed for training the final model.
+
+    FLOPs are the currency. A usage is one forward+backward of one example, with its share of the optimizer
+    step; an epoch is one usage of each pool example; tokens are those the model computes on.
+
+    Attributes:
+        amount: how much, in `unit`; positive and finite.
+        unit: "FLOPs", "usages", "epochs" or "tokens".
+        count_selection: whether the budget must cover selection too.
+    """
+
+    amount: float
+    unit: str = "FLOPs"
+    count_selection: bool = False
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS.values():
+            raise BudgetError(f"budget unit {self.unit!r} is unknown: use one of {sorted(set(UNITS.values()))}")
+        if not (math.isfinite(self.amount) and self.amount > 0):
+            raise BudgetError(f"the budget must be a positive, finite number of {self.unit}, not {self.amount}")
+
+    @classmethod
+    def parse(cls, text: str | float, *, count_selection: bool = False) -> Budget:
+        """Read `2e15`, `2e15 FLOPs`, `225000 usages`, `5 epochs` or `3e6 tokens`.
+
+        Raises:
+            BudgetError: if the text is no number and unit, or the number is not positive.
+        """
+        match = re.fullmatch(r"\s*([-+]?[0-9][0-9_]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+        if match is None or match[2].lower() not in UNITS:
+            raise BudgetError(
+                f"budget {text!r} does not parse: write a number and FLOPs (or nothing), usages, epochs or "
+                "tokens, such as '2e15' or '5 epochs'"
+            )
+        return cls(float(match[1].replace("_", "")), UNITS[match[2].lower()], count_selection)
+
+    def flops(self, task: Workload) -> float:
+        """The budget in FLOPs, converted through the task's costs."""
+        if self.unit == "FLOPs":
+            return self.amount
+        usages = self.amount
+        if self.unit == "epochs":
+            usages *= len(task.pool)
+        elif self.unit == "tokens":
+            usages /= task.costs.tokens_per_example(task.pool)
+        flops = usages * task.costs.per_usage(task.pool, task.recipe.batch_size)
+        # FLOPs are whole numbers: what rounding has lost would cost the last step of an exact budget.
+        return float(math.ceil(flops)) if math.isfinite(flops) else flops
+
+    def __str__(self) -> str:
+        short = f"{self.amount:g}"
+        return f"{short if float(short) == self.amount else repr(float(self.amount))} {self.unit}"
+
+
+def check_step(task: Workload, flops: float) -> None:
+    """Refuse a budget that does not buy one training step.
+
+    Raises:
+        BudgetError: with the cost of a step.
+    """
+    batch_size = task.recipe.batch_size
+    step = task.costs.per_usage(task.pool, batch_size) * batch_size
+    if flops < step * (1 - 1e-9):
+        raise BudgetError(
+            f"a budget of {flops:.4g} FLOPs does not buy one step of {batch_size} examples, which costs "
+            f"{step:.4g}: raise the budget or lower batch_size"
+        )

@@ -1,0 +1,172 @@
+"""What may be spent, and what was: budgets in FLOPs, and the ledger of every FLOP."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from cads.errors import BudgetError
+
+if TYPE_CHECKING:
+    from cads.accounting.costs import Workload
+SELECT, TRAIN, EVALUATE = "select", "train", "evaluate"
+ROUNDING = 1 + 1e-9
+"""What floating-point sums may add to costs that fit exactly: without it they would lose the last step or example."""
+
+
+@dataclass
+class Entry:
+    """What one stage of one phase has spent: FLOPs, seconds, usages, executed tokens, answer tokens."""
+
+    flops: float = 0.0
+    usages: int = 0
+    tokens: int = 0
+    answer_tokens: int = 0
+    seconds: float = 0.0
+
+
+class Ledger:
+    """The account of every FLOP, by phase ("select", "train", "evaluate") and stage.
+
+    Args:
+        limit: the most that phases other than "evaluate" may spend together, or None. A charge that would
+            go beyond it is refused, so whoever spends must ask `left` first.
+    """
+
+    def __init__(self, limit: float | None = None) -> None:
+        self.limit = limit
+        self.entries: dict[tuple[str, str], Entry] = {}
+        self._noted: list[dict[str, Any]] | None = None
+
+    def charge(
+        self,
+        phase: str,
+        stage: str,
+        flops: float,
+        *,
+        usages: int = 0,
+        tokens: int = 0,
+        answer_tokens: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        """Add to the account of `phase`/`stage`.
+
+        Raises:
+            BudgetError: if a charge is negative or not finite, or beyond the limit.
+        """
+        if not (math.isfinite(flops) and flops >= 0):
+            raise BudgetError(f"{phase}/{stage} charges {flops} FLOPs: a charge is a finite number >= 0")
+        if self.limit is not None and phase != EVALUATE and flops > self.left * ROUNDING:
+            raise BudgetError(
+                f"{phase}/{stage} would spend {flops:.4g} FLOPs where {self.left:.4g} of {self.limit:.4g} are left"
+            )
+        if self._noted is not None:
+            amounts = Entry(flops, usages, tokens, answer_tokens, seconds)
+            self._noted.append({"phase": phase, "stage": stage, **asdict(amounts)})
+            return
+        entry = self.entries.setdefault((phase, stage), Entry())
+        entry.flops += flops
+        entry.usages += usages
+        entry.tokens += tokens
+        entry.answer_tokens += answer_tokens
+        entry.seconds += seconds
+
+    @contextmanager
+    def noting(self) -> Iterator[list[dict[str, Any]]]:
+        """Note the charges of the block, in order, instead of adding them: `charge(**noted)` adds them later."""
+        before, self._noted = self._noted, []
+        try:
+            yield self._noted
+        finally:
+            self._noted = before
+
+    @contextmanager
+    def timed(self, phase: str, stage: str) -> Iterator[None]:
+        """Add the wall-clock seconds of the block to `phase`/`stage`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.charge(phase, stage, 0.0, seconds=time.perf_counter() - start)
+
+    @property
+    def left(self) -> float:
+        """FLOPs left of the limit; infinite without one."""
+        spent = sum(e.flops for (phase, _), e in self.entries.items() if phase != EVALUATE)
+        return math.inf if self.limit is None else max(0.0, self.limit - spent)
+
+    def total(self, phase: str | None = None) -> Entry:
+        """The sum over all stages, or over those of one phase."""
+        chosen = [e for (p, _), e in self.entries.items() if phase in (None, p)]
+        return Entry(**{f.name: sum(getattr(e, f.name) for e in chosen) for f in fields(Entry)})
+
+    def merge(self, other: Ledger) -> None:
+        """Add all of another ledger's entries to this one."""
+        for (phase, stage), entry in other.entries.items():
+            self.charge(phase, stage, **asdict(entry))
+
+    def table(self) -> Table:
+        """The account as a table for the terminal."""
+        table = Table(title="FLOPs by stage", title_justify="left")
+        table.add_column("phase", no_wrap=True)
+        table.add_column("stage", overflow="fold")
+        for column in ("FLOPs", "share", "usages", "tokens", "answers", "seconds"):
+            table.add_column(column, justify="right", no_wrap=True)
+        whole = self.total().flops or 1.0
+        rows: list[tuple[str, str, Entry]] = [(p, s, e) for (p, s), e in self.entries.items()]
+        for phase, stage, e in [*rows, ("total", "", self.total())]:
+            table.add_row(
+                phase,
+                stage,
+                f"{e.flops:.4g}",
+                f"{e.flops / whole:.1%}",
+                f"{e.usages:,}",
+                f"{e.tokens:,}",
+                f"{e.answer_tokens:,}",
+                f"{e.seconds:.1f}",
+            )
+        return table
+
+    def to_json(self, *, seconds: bool = True) -> list[dict[str, Any]]:
+        """One record a stage; without `seconds`, two runs of the same seed give the same records."""
+        records = [{"phase": p, "stage": s, **asdict(e)} for (p, s), e in self.entries.items()]
+        if not seconds:
+            for record in records:
+                del record["seconds"]
+        return records
+
+    @classmethod
+    def from_json(cls, records: list[dict[str, Any]]) -> Ledger:
+        """The ledger that `to_json` wrote."""
+        ledger = cls()
+        for record in records:
+            ledger.charge(**record)
+        return ledger
+
+    def save(self, path: Path | str) -> None:
+        """Write the account as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n")
+
+
+class PlannedLedger(Ledger):
+    """What a selector will charge.
+
+    Attributes:
+        trained: each task whose model is trained, with the number of models at once.
+        scored: each task whose model reads examples without being trained.
+        note: what the selector will do if the budget does not buy its search.
+    """
+
+    def __init__(self, limit: float | None = None, note: str = "") -> None:
+        super().__init__(limit)
+        self.trained: list[tuple[Workload, int]] = []
+        self.scored: list[Workload] = []
+        self.note = note

@@ -1,0 +1,1 @@
+"""What a selector would cost, before anything is spent."""

@@ -1,0 +1,1 @@
+"""Distributions over what is trained on, p(m; s), and their scores."""

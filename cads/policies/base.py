@@ -1,0 +1,162 @@
+"""Distributions over what to train on: masks of n items (Bernoulli) or mixture ratios of n sources.
+
+A policy p(.; s) is drawn from, scored and moved: the outer problem is min_s E_{m ~ p(.; s)} [ F(m) ], and
+`cads.estimator` turns draws, losses and scores into gradients in s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_safetensors
+
+from cads.errors import CadsError, CheckpointError, ConfigError
+from cads.policies.simplex import Floats, blocks, finite_array
+
+P = TypeVar("P", bound="Policy")
+
+SCHEMA = 1
+"""Version of the file that `Policy.save` writes."""
+
+METADATA_KEY = "cads.policy"
+"""Where the JSON header stands in the metadata of the safetensors file."""
+
+
+class Policy(ABC):
+    """A distribution over draws of shape (n,), with one parameter an item, all in [0, 1].
+
+    Items are what is selected: examples or sources. `step` changes the parameters in place; everything else
+    leaves the policy as it is. Randomness comes from the generator given to `sample` alone.
+    """
+
+    _parameter: ClassVar[str]
+    _settings: ClassVar[tuple[str, ...]]
+
+    def __init__(self, parameters: ArrayLike) -> None:
+        values = finite_array(self._parameter, parameters).copy()
+        if values.min() < 0 or values.max() > 1:
+            raise ConfigError(
+                f"{self._parameter} must be in [0, 1], got {values.min()} to {values.max()}: project them"
+            )
+        self._values: Floats = values
+
+    @property
+    def n(self) -> int:
+        """The number of items."""
+        return self._values.size
+
+    @abstractmethod
+    def sample(self, count: int, rng: np.random.Generator) -> NDArray[Any]:
+        """Draw `count` independent draws, shape (count, n)."""
+
+    @abstractmethod
+    def log_prob(self, draws: NDArray[Any]) -> Floats:
+        """Log-probability (or log-density) in nats, draws (K, n) -> (K,); -inf where impossible."""
+
+    @abstractmethod
+    def score(self, draws: NDArray[Any]) -> Floats:
+        """Gradient of `log_prob` in the parameters, draws (K, n) -> (K, n), in nats per unit of parameter."""
+
+    @abstractmethod
+    def entropy(self) -> float:
+        """Entropy of one draw in nats (differential where draws are continuous)."""
+
+    @abstractmethod
+    def _project(self, values: Floats) -> Floats:
+        """Return the nearest parameters (n,) that this policy admits; `values` may be overwritten."""
+
+    def step(self, gradient: ArrayLike, size: float) -> None:
+        """Projected descent: parameters <- projection(parameters - size * gradient), in place.
+
+        Raises:
+            ConfigError: if the gradient is not finite or not of shape (n,), or `size` is negative.
+        """
+        direction = finite_array("gradient", gradient)
+        if direction.shape != (self.n,):
+            raise ConfigError(f"gradient has shape {direction.shape}, the policy has {self.n} parameters")
+        if not (np.isfinite(size) and size >= 0):
+            raise ConfigError(f"step size must be finite and >= 0, got {size}")
+        moved = np.empty(self.n)
+        with np.errstate(over="ignore"):
+            for part in blocks(self.n):
+                np.multiply(direction[part], -size, out=moved[part])
+                moved[part] += self._values[part]
+        self._values = self._project(finite_array("the parameters after the step", moved))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy to one safetensors file, whole or not at all.
+
+        Raises:
+            CheckpointError: if the file cannot be written.
+        """
+        target = Path(path)
+        header = {
+            "class": type(self).__name__,
+            "schema": SCHEMA,
+            "settings": {name: getattr(self, name) for name in self._settings},
+        }
+        content = to_safetensors({self._parameter: self._values}, {METADATA_KEY: json.dumps(header)})
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+        try:
+            with open(partial, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, target)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise CheckpointError(f"cannot write policy {target}: {error}") from error
+
+    @classmethod
+    def load(cls: type[P], path: str | os.PathLike[str]) -> P:
+        """Read a policy that `save` of the same class wrote.
+
+        Raises:
+            CheckpointError: if the file is missing, foreign, corrupt, of another class or schema, or holds
+                values that this class does not admit.
+        """
+        try:
+            with safe_open(os.fspath(path), framework="numpy") as stored:
+                settings = cls._stored_settings(stored.metadata() or {})
+                if set(stored.keys()) != {cls._parameter}:
+                    raise CheckpointError(f"it holds {sorted(stored.keys())}, expected {cls._parameter}")
+                dtype = stored.get_slice(cls._parameter).get_dtype()
+                if dtype != "F64":
+                    raise CheckpointError(f"{cls._parameter} are {dtype}, expected F64")
+                return cls(stored.get_tensor(cls._parameter), **settings)
+        except (OSError, SafetensorError, ValueError, TypeError, RecursionError, CadsError) as error:
+            raise CheckpointError(f"cannot load {cls.__name__} from {path}: {error}") from error
+
+    @classmethod
+    def _stored_settings(cls, metadata: dict[str, str]) -> dict[str, Any]:
+        """Return the constructor's settings, once the file is known to hold this class."""
+        header = json.loads(metadata.get(METADATA_KEY, "null"))
+        if not isinstance(header, dict):
+            raise CheckpointError("it was not written by a cads policy: check the path")
+        if header.get("class") != cls.__name__:
+            raise CheckpointError(f"it holds a {header.get('class')}: load it with that class")
+        if header.get("schema") != SCHEMA:
+            raise CheckpointError(f"it has schema {header.get('schema')}, this version reads {SCHEMA}")
+        settings = header.get("settings")
+        if not isinstance(settings, dict) or set(settings) != set(cls._settings):
+            raise CheckpointError(f"its settings are {settings}, expected {', '.join(cls._settings)}")
+        return settings
+
+    def _checked(self, draws: NDArray[Any]) -> NDArray[Any]:
+        if draws.ndim != 2 or draws.shape[1] != self.n:
+            raise ConfigError(f"draws have shape {draws.shape}, expected (K, {self.n})")
+        return draws
+
+
+def _check_count(count: int) -> int:
+    if count < 0:
+        raise ConfigError(f"count must be >= 0, got {count}")
+    return count

@@ -1,0 +1,206 @@
+"""The folder of a long command: one writer, a record of what runs in it, and a journal to go on from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cads.errors import CheckpointError
+from cads.runtime.atomic_files import whole_file
+from cads.runtime.checkpoint import CheckpointConfig, Checkpoints, differences, load_json
+from cads.runtime.journal import Journal
+from cads.runtime.lock import held_by_first
+from cads.runtime.processes import current
+from cads.runtime.signals import Interrupts
+
+log = logging.getLogger(__name__)
+
+RECORD_VERSION = 1
+
+
+@contextmanager
+def going_on(
+    what: str,
+    folder: Path,
+    identity: Mapping[str, Any],
+    config: CheckpointConfig | None = None,
+    interrupts: Interrupts | None = None,
+) -> Iterator[Journal]:
+    """A journal that is open in the block; if there is something to go on from, it is said of `what`.
+
+    Args, raises: as `Journal`.
+    """
+    journal = Journal(folder, identity, config, interrupts)
+    if journal.resumed and current().first:
+        log.warning("%s: going on from the checkpoints in %s", what, folder)
+    with journal.open():
+        yield journal
+
+
+class Run:
+    """One command at work in its folder; the same command goes on from where the one before it came to.
+
+    Of several processes the first alone reads and writes here.
+
+    Args:
+        folder: of the run; made if need be.
+        command: "select" or "train".
+        settings: all that decides on the result, as JSON values.
+        product: files and folders in `folder` that are there when the command has finished.
+        config: how often checkpoints are written.
+        overwrite: begin anew, whatever is there.
+
+    Raises:
+        LockedError: if another process works in the folder.
+        CheckpointError: if the folder holds the result or the checkpoints of a run with other settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        command: str,
+        settings: Mapping[str, Any],
+        product: tuple[str, ...],
+        config: CheckpointConfig | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.command = command
+        self._identity: dict[str, Any] = {"settings": json.loads(json.dumps(dict(settings)))}
+        self._product = [self.folder / name for name in product]
+        self._config = config
+        self._overwrite = overwrite
+        self._record = self.folder / f"{command}.json"
+        self._checkpoints = self.folder / "checkpoints" / command
+        self._interrupts = Interrupts(overwriting=overwrite)
+        self._world = current()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Run:
+        with ExitStack() as stack:
+            stack.enter_context(held_by_first(self.folder))
+            stack.enter_context(self._interrupts.listen())
+            self._world.on_first(self._look)
+            self._stack = stack.pop_all()
+        return self
+
+    def _look(self) -> None:
+        self._sweep()
+        if self._overwrite:
+            self._forget()
+        self._compare({"settings": self._identity["settings"]})
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def begin(self, **identity: Any) -> bool:
+        """Begin, or go on, now that the data is known.
+
+        Args:
+            identity: what else decides on the result, as JSON values: content hashes, library versions.
+
+        Returns:
+            False if there is nothing left to do.
+
+        Raises:
+            CheckpointError: if what is there was made from something else.
+        """
+        self._identity |= json.loads(json.dumps(identity))
+        self._world.check_alike("what is run, on which data and with which versions,", self._identity)
+        return bool(self._world.on_first(self._begun))
+
+    def _begun(self) -> bool:
+        finished = self._compare(self._identity)
+        if finished:
+            # One that was killed at its very end has left them.
+            self._tidy()
+        else:
+            self._write_record(finished=False)
+        return not finished
+
+    @contextmanager
+    def journal(self) -> Iterator[Journal]:
+        """What is done in the block is written down, and what was done before is not done again."""
+        with going_on(self.command, self._checkpoints, self._identity, self._config, self._interrupts) as journal:
+            yield journal
+
+    def finish(self) -> None:
+        """The product is whole: what was kept to go on from is removed."""
+        self._world.on_first(self._finish)
+
+    def _finish(self) -> None:
+        self._write_record(finished=True)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove the checkpoints of a run that needs them no more."""
+        Checkpoints(self._checkpoints, {}).clear()
+        if self._checkpoints.parent.is_dir() and not any(self._checkpoints.parent.iterdir()):
+            self._checkpoints.parent.rmdir()
+
+    def _compare(self, identity: Mapping[str, Any]) -> bool:
+        """Whether this very run has finished before; versions do not matter to what has.
+
+        Raises:
+            CheckpointError: if something of another run would be lost.
+        """
+        if self._overwrite:
+            return False
+        there = any(path.exists() for path in self._product)
+        if not there and Checkpoints(self._checkpoints, {}).empty:
+            return False
+        record = self._read_record()
+        if record is None:
+            if not there:
+                return False
+            raise CheckpointError(
+                f"{self.folder} holds {self._product[0].name} of which nothing is known: choose another folder "
+                "with --out, or begin anew with --overwrite true"
+            )
+        finished = there and record["finished"] is True
+        known = {name: value for name, value in record["identity"].items() if name in identity}
+        ours = {name: value for name, value in identity.items() if not (finished and name == "versions")}
+        if changed := differences({name: known.get(name) for name in ours}, ours):
+            raise CheckpointError(
+                f"{self.folder} holds {'the result' if finished else 'the checkpoints'} of another run: "
+                f"{'; '.join(changed[:5])}; choose another folder with --out, or begin anew with --overwrite true"
+            )
+        return finished
+
+    def _read_record(self) -> dict[str, Any] | None:
+        """What runs or ran here; None, with a warning if it is damaged, where that is not known."""
+        if not self._record.exists():
+            return None
+        try:
+            record = load_json(self._record)
+            if record["schema_version"] != RECORD_VERSION or not isinstance(record["identity"], dict):
+                raise CheckpointError(f"schema version {record['schema_version']!r} is not {RECORD_VERSION}")
+            return {"finished": record["finished"], "identity": record["identity"]}
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            log.warning("%s cannot be used: %s", self._record, error)
+            return None
+
+    def _write_record(self, *, finished: bool) -> None:
+        record = {"schema_version": RECORD_VERSION, "finished": finished, "identity": self._identity}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        whole_file(self._record, json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+    def _forget(self) -> None:
+        Checkpoints(self._checkpoints, {}).clear()
+        self._record.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove what a process that was killed left half written."""
+        for path in (*self._product, self._record, self.folder / "config.yaml"):
+            for partial in self.folder.glob(f".{path.stem}.*"):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.unlink(missing_ok=True)

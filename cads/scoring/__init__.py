@@ -1,0 +1,1 @@
+"""Scoring a pool: one forward pass over it, files of scores, rankings."""

@@ -1,0 +1,169 @@
+"""Cheap features of an example: what an amortised policy looks at.
+
+Some are free (source, group, length); the others come from one forward pass of a small model (its loss, and where the
+task has classes the entropy and the margin of their probabilities). Columns are known by name, so that a shard that
+was never seen gets the same columns as the sample a policy was learned on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cads.accounting.ledger import SELECT, Ledger
+from cads.data.batch import Batch
+from cads.data.pool import Pool
+from cads.data.token_batches import lengths, scoring_batches
+from cads.errors import ConfigError
+from cads.policies.simplex import Floats
+from cads.runtime.journal import in_shards
+from cads.scoring.pool_scores import check_finite
+from cads.task import Task
+
+SOURCE, GROUP, LENGTH = "source: ", "group: ", "log length"
+LOSS, ENTROPY, MARGIN = "loss", "entropy", "margin"
+MOST_LEVELS = 256
+"""Sources or groups above this number get no columns: a function of so many is no cheap one."""
+
+Kind = Literal["loss", "confidence", "source", "length"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+""""confidence" stands for entropy and margin."""
+
+
+class FreeFeatures:
+    """Columns that cost no FLOPs: one for each source and each group (1 or 0), and the log of the length.
+
+    Args:
+        task: says what the groups are, which are always told apart.
+        pool: the examples.
+        kinds: what else is looked at.
+    """
+
+    def __init__(self, task: Task, pool: Pool, kinds: Sequence[Kind] = KINDS) -> None:
+        self._sources, self._source_names = pool.sources, pool.source_names
+        self._groups, self._lengths = task.groups(pool), lengths(pool)
+        self.names = free_names(pool, kinds)
+        found = [] if self._groups is None else np.unique(self._groups).tolist()
+        self._group_of = {f"{GROUP}{group}": group for group in found}
+        if len(found) <= MOST_LEVELS:
+            self.names += self._group_of
+
+    def values(self, names: Sequence[str], positions: np.ndarray) -> Floats:
+        """The columns `names` of the examples at `positions` (shape (n,)), shape (n, len(names)).
+
+        A source or a group that this pool does not have is a column of zeros.
+
+        Raises:
+            ConfigError: if a name is that of no free column, or these examples have no length.
+        """
+        columns = np.zeros((len(positions), len(names)))
+        for column, name in zip(columns.T, names, strict=True):
+            if name.startswith(SOURCE):
+                if self._sources is not None and (source := name.removeprefix(SOURCE)) in self._source_names:
+                    column[:] = self._sources[positions] == self._source_names.index(source)
+            elif name.startswith(GROUP):
+                if self._groups is not None and name in self._group_of:
+                    column[:] = self._groups[positions] == self._group_of[name]
+            elif name == LENGTH and self._lengths is not None:
+                column[:] = np.log(np.maximum(self._lengths[positions], 1))
+            else:
+                raise ConfigError(f"the feature {name!r} is not free here: read it by the model it was learned with")
+        return columns
+
+
+class ReadFeatures:
+    """Columns that one forward pass of a model gives: its loss, and for classifiers entropy and margin.
+
+    Args:
+        task: whose losses (and class scores) they are.
+        model: in evaluation mode, on `device`.
+        kinds: what is looked at.
+    """
+
+    def __init__(self, task: Task, model: nn.Module, device: torch.device | str, kinds: Sequence[Kind] = KINDS) -> None:
+        self.task, self.model, self.device = task, model, device
+        self.names = read_names(task, kinds)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The columns of a batch on the device, shape (B, len(names)): nats, nats, and the log odds of the label."""
+        once: Any = _Once(self.model) if len(self.names) > 1 else self.model
+        columns = []
+        if LOSS in self.names:
+            columns.append(self.task.losses(once, batch).double())
+        if ENTROPY in self.names:
+            logs = torch.log_softmax(self.task.logits(once, batch).double(), dim=1)
+            own = logs.gather(1, batch.labels[:, None])[:, 0]
+            others = logs.scatter(1, batch.labels[:, None], -torch.inf).amax(dim=1)
+            # A single class has no others.
+            margin = own - others if logs.shape[1] > 1 else torch.zeros_like(own)
+            columns += [-(logs.exp() * logs).sum(dim=1), margin]
+        return torch.stack(columns, dim=1)
+
+    def of(self, pool: Pool, positions: np.ndarray, *, ledger: Ledger, stage: str) -> Floats:
+        """The columns of the examples at `positions` (shape (n,)), shape (n, len(names)), charged as they are read.
+
+        Raises:
+            DataError: if a number is not finite, naming the examples.
+        """
+        batches = scoring_batches(pool, positions=positions)
+
+        def shard(i: int) -> np.ndarray:
+            batch = pool.batch(batches[i])
+            ledger.charge(SELECT, stage, self.task.costs.forward(batch), tokens=batch.tokens)
+            with ledger.timed(SELECT, stage), torch.inference_mode():
+                return self(batch.to(self.device)).cpu().numpy()
+
+        found = in_shards("reading", [stage, len(positions)], ledger, len(batches), shard)
+        rows = np.empty(len(pool), dtype=np.int64)
+        rows[np.concatenate(batches)] = np.arange(len(positions))
+        columns = np.asarray(found[rows[positions]])
+        check_finite(columns.sum(axis=1), pool, stage, positions)
+        return columns
+
+
+def free_names(pool: Pool, kinds: Sequence[Kind] = KINDS) -> list[str]:
+    """The names of the columns that cost nothing and tell examples of one group apart."""
+    names = []
+    if "source" in kinds and pool.sources is not None and 1 < len(pool.source_names) <= MOST_LEVELS:
+        names += [SOURCE + name for name in pool.source_names]
+    if "length" in kinds and callable(getattr(pool.examples, "lengths", None)):
+        names.append(LENGTH)
+    return names
+
+
+def read_names(task: Task, kinds: Sequence[Kind] = KINDS) -> list[str]:
+    """The names of the columns that a forward pass gives for this task."""
+    names = [LOSS] if "loss" in kinds else []
+    if "confidence" in kinds and type(task).logits is not Task.logits:
+        names += [ENTROPY, MARGIN]
+    return names
+
+
+class _Once:
+    """A model that computes the same thing once: losses and class scores of a batch share their forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._seen: tuple[Any, Any] | None = None
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        if self._seen is None or not _same(self._seen[0], (inputs, options)):
+            self._seen = (inputs, options), self._model(*inputs, **options)
+        return self._seen[1]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether a model is given the same: equal tensors, in equal places and under equal names."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a is b or (a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+    return a is b or (isinstance(a, bool | int | float | str) and a == b)

@@ -1,0 +1,121 @@
+"""Scoring a pool with a model: one forward pass in batches by token budget, every FLOP charged as it is spent.
+
+On a CPU large batches of texts lose: examples are sorted by length, so that hardly anything is padding, and a
+batch holds as many as fit in a budget of padded tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from cads.accounting.ledger import SELECT, Ledger
+from cads.data.batch import Batch
+from cads.data.pool import Pool
+from cads.data.token_batches import SCORED_TOKENS, lengths, scoring_batches
+from cads.errors import DataError
+from cads.runtime.journal import in_shards
+
+PLANNED_BATCHES = 4096
+"""Most batches that a plan collates to price them."""
+
+Score = Callable[[Batch], Tensor]
+"""One number for each example of a batch, shape (B,)."""
+BatchPrice = Callable[[Batch], float]
+"""What scoring a batch costs, FLOPs."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout and gradients while the block runs."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def planned_flops(price: BatchPrice, pool: Pool, *, tokens: int = SCORED_TOKENS) -> float:
+    """What `score_pool` will charge for all of `pool`, padding included; nothing is computed on the examples.
+
+    Of more than `PLANNED_BATCHES` batches, as many at even distances stand for all.
+    """
+    if lengths(pool) is None:
+        representatives, codes = pool.examples.shapes()
+        prices = np.array([price(pool.batch([r])) for r in representatives], dtype=np.float64)
+        return float(prices @ np.bincount(codes, minlength=len(prices)))
+    batches = scoring_batches(pool, tokens=tokens)
+    count = min(len(batches), PLANNED_BATCHES)
+    seen = [batches[(2 * i + 1) * len(batches) // (2 * count)] for i in range(count)]
+    return sum(price(pool.batch(rows)) for rows in seen) * len(batches) / count
+
+
+def reading_flops(price: BatchPrice, pool: Pool, positions: np.ndarray) -> float:
+    """What `score_pool` will charge for the examples at `positions`, padding included."""
+    if lengths(pool) is None:
+        representatives, _ = pool.examples.shapes()
+        if len(representatives) == 1:
+            # One price for all: nothing has to be read.
+            return price(pool.batch(representatives)) * len(positions)
+    return sum(price(pool.batch(rows)) for rows in scoring_batches(pool, positions=positions))
+
+
+def score_pool(
+    pool: Pool,
+    score: Score,
+    price: BatchPrice,
+    *,
+    ledger: Ledger,
+    stage: str,
+    device: torch.device | str = "cpu",
+    tokens: int = SCORED_TOKENS,
+    positions: np.ndarray | None = None,
+) -> np.ndarray:
+    """One number for each example of `pool`, or for those at `positions`, float64, shape (n,).
+
+    Args:
+        score: of a batch on `device`, called without gradients.
+        price: of a batch; charged to "select"/`stage`, batch by batch.
+        tokens: padded tokens of a batch.
+
+    Raises:
+        DataError: if a score is not finite, naming the examples.
+    """
+    positions = np.arange(len(pool)) if positions is None else np.asarray(positions, dtype=np.int64)
+    batches = scoring_batches(pool, tokens=tokens, positions=positions)
+
+    def shard(i: int) -> np.ndarray:
+        batch = pool.batch(batches[i])
+        # The first batch of a shape may have to be counted, which takes gradients.
+        ledger.charge(SELECT, stage, price(batch), tokens=batch.tokens)
+        with ledger.timed(SELECT, stage), torch.inference_mode():
+            return score(batch.to(device)).double().cpu().numpy()
+
+    scores = np.full(len(pool), np.nan)
+    scores[np.concatenate(batches)] = in_shards("scoring", [stage, len(positions)], ledger, len(batches), shard)
+    found = scores[positions]
+    check_finite(found, pool, stage, positions)
+    return found
+
+
+def check_finite(scores: np.ndarray, pool: Pool, what: str, positions: np.ndarray | None = None) -> None:
+    """Refuse scores that are NaN or infinite.
+
+    Raises:
+        DataError: naming the first such examples.
+    """
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if len(bad):
+        where = bad if positions is None else positions[bad]
+        raise DataError(
+            f"{what}: the scores of {len(bad)} examples of the {pool.name}, such as "
+            f"{pool.ids.take(pa.array(where[:5])).to_pylist()}, are not finite: look at these examples"
+        )

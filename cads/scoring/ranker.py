@@ -1,0 +1,186 @@
+"""Rankings: every example of a pool scored once, and cut for any budget. What the cost-aware baselines share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from cads.accounting.budget import Budget, check_step
+from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
+from cads.data.ids import best_first
+from cads.data.pool import Pool
+from cads.errors import BudgetError, ConfigError
+from cads.monitor import Monitor
+from cads.runtime.processes import current
+from cads.scoring.ranking import FILES, Ranking
+from cads.scoring.reference_models import scorer_of
+from cads.selection import Selection, check_folder
+from cads.task import Task
+
+CUTS = ("fraction", "epochs")
+"""Options that say how a ranking is cut, and change nothing in it."""
+
+
+@dataclass
+class Ranker(ABC):
+    """A selector that scores the whole pool once, and keeps the best of it that the budget pays for.
+
+    The examples kept are a prefix of the ranking, so those of a smaller budget are among those of a larger one.
+    """
+
+    fraction: float | None = None
+    """Share of the pool to keep, by what its examples cost; null to let the budget decide."""
+    epochs: float = 4.0
+    """Passes over the examples kept that the budget pays for: up to four are nearly as good as fresh data
+    (Muennighoff et al., 2023, arXiv 2305.16264)."""
+
+    method: ClassVar[str]
+    reads_model: ClassVar[bool] = True
+    """Whether the scores follow from the weights of the task's model."""
+
+    def __post_init__(self) -> None:
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction = {self.fraction}: a share of the pool, above 0 and at most 1")
+        if not self.epochs > 0:
+            raise ConfigError(f"epochs = {self.epochs}: it must be positive")
+
+    @abstractmethod
+    def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
+        """Score every example of `task.pool`, charging `ledger`; no budget is looked at."""
+
+    @abstractmethod
+    def rank_plan(self, task: Task) -> PlannedLedger:
+        """What `rank` would charge, by stage; nothing is trained and no example is read.
+
+        Raises:
+            ConfigError: if the method does not apply to this task.
+        """
+
+    def rank_once(
+        self, task: Task, folder: Path | str, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
+    ) -> Ranking:
+        """The ranking in `folder` if it was made from the same things, or else a new one that is left there.
+
+        For scripts that cut one ranking to many budgets; studies keep theirs in their tables. The ledger is charged
+        what the ranking costs, whenever it was paid.
+
+        Raises:
+            SelectionError: if `folder` holds something that is no ranking.
+        """
+        folder, made_from, world = Path(folder), self.made_from(task, seed), current()
+        world.on_first(lambda: check_folder(folder, FILES))
+        if world.on_first((folder / FILES[0]).exists):
+            kept = world.each(lambda: Ranking.load(folder))
+            if kept.made_from == made_from:
+                ledger.merge(kept.ledger)
+                return kept
+        spent = Ledger()
+        try:
+            ranking = self.rank(task, seed=seed, ledger=spent, monitor=monitor)
+        finally:
+            ledger.merge(spent)
+        ranking.made_from = made_from
+        world.on_first(lambda: str(ranking.save(folder)))
+        return ranking
+
+    def made_from(self, task: Task, seed: int) -> str:
+        """A hash of what scores follow from: method, options, seed, pool, target and its subtasks, recipe, model."""
+        scorer = scorer_of(task)
+        options = {name: value for name, value in asdict(self).items() if name not in CUTS}
+        pools = [part.content_hash for t in (task, scorer) for part in (t.pool, t.target)]
+        recipe = scorer.recipe.decisive()
+        settings = [self.method, options, seed, task.name, scorer.name, task.accounting, recipe, pools]
+        # Which examples are averaged is no content of the pool.
+        subtasks = scorer.subtasks(scorer.target)
+        settings.append(None if subtasks is None else np.asarray(subtasks).tolist())
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        if self.reads_model:
+            _add_weights(digest, scorer.model(seed))
+        return digest.hexdigest()
+
+    def select(
+        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
+    ) -> Selection:
+        """Rank and cut; see `cads.optimizer.Selector`.
+
+        Raises:
+            BudgetError: if the budget must cover selection, and does not leave one step to train with.
+        """
+        self._afford(task, budget, self.plan(task, budget).total(SELECT).flops)
+        ranking = self.rank(task, seed=seed, ledger=ledger, monitor=monitor)
+        return self.cut(ranking, task, budget, ledger)
+
+    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
+        """What `select` would charge; see `cads.optimizer.Selector`."""
+        check_step(task, budget.flops(task))
+        return self.rank_plan(task)
+
+    def cut(self, ranking: Ranking, task: Task, budget: Budget, ledger: Ledger | None = None) -> Selection:
+        """The best examples of `ranking`, best first, that the budget pays for.
+
+        Args:
+            ledger: what the selection is charged; None for what the ranking cost.
+        """
+        ledger = ranking.ledger if ledger is None else ledger
+        training = self._afford(task, budget, ledger.total(SELECT).flops)
+        score = ranking.scores_of(task.pool)
+        selected = np.zeros(len(task.pool), dtype=bool)
+        order = best_first(task.pool.ids, score)
+        selected[order[: self._size(task, order, training)]] = True
+        return Selection.of(
+            task.pool,
+            selected=selected,
+            score=score,
+            method=ranking.method,
+            seed=ranking.seed,
+            budget=budget,
+            ledger=ledger,
+            config=ranking.config | {name: getattr(self, name) for name in CUTS},
+            notes=ranking.notes,
+        )
+
+    def ranking(
+        self, task: Task, score: np.ndarray, *, seed: int, ledger: Ledger, pool: Pool | None = None, **notes: Any
+    ) -> Ranking:
+        """What `rank` returns for scores in the order of `pool` (the task's, or its scorer's), shape (N,)."""
+        ids = (pool or task.pool).ids
+        made = Ranking(ids, score, self.method, seed, ledger, task.pool.content_hash, asdict(self), notes)
+        made.scores_of(task.pool)
+        return made
+
+    def _size(self, task: Task, order: np.ndarray, training: float) -> int:
+        """How many of the examples in `order` are kept: at least one."""
+        usages = task.costs.usages(task.pool)[order] + task.costs.optimizer_step / task.recipe.batch_size
+        spent = np.cumsum(usages)
+        most = self.fraction * spent[-1] if self.fraction is not None else training / self.epochs
+        return max(1, int(np.searchsorted(spent, most * (1 + 1e-9), side="right")))
+
+    def _afford(self, task: Task, budget: Budget, selection: float) -> float:
+        """FLOPs that are left for training.
+
+        Raises:
+            BudgetError: if that is less than one step.
+        """
+        total = budget.flops(task)
+        left = total - selection if budget.count_selection else total
+        if budget.count_selection and left < total and left <= 0:
+            raise BudgetError(
+                f"{self.method} would spend {selection:.4g} of {total:.4g} FLOPs on its ranking: nothing is left to "
+                "train with; raise the budget, or do not count selection"
+            )
+        check_step(task, left)
+        return left
+
+
+def _add_weights(digest: Any, model: nn.Module) -> None:
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,160 @@
+"""Scores of pools that are larger than memory: streamed to Parquet as they are made, and back row group by row group.
+
+The files hold what a ranking's `scores.parquet` holds, an id and a score a row, so either reads the other's.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from cads.accounting.ledger import Ledger
+from cads.data.pool import Pool
+from cads.data.token_batches import SCORED_TOKENS
+from cads.errors import CadsError, DataError
+from cads.runtime.atomic_files import sync
+from cads.runtime.processes import current
+from cads.runtime.safe_read import read_score_groups
+from cads.scoring.pool_scores import BatchPrice, Score, score_pool
+
+COLUMNS = {"id": pa.string(), "score": pa.float64()}
+GROUP = 2**18
+"""Rows of a row group: some 8 MB, which is what reading and writing hold in memory."""
+SHARD = 2**20
+"""Examples of a pool that are scored together: their batches are cut and sorted by length among them."""
+
+
+class ScoreWriter:
+    """Writes ids and scores to one Parquet file, in row groups; the file is there when it is whole, or not at all.
+
+    Use as a context manager. An exception leaves nothing behind.
+
+    Args:
+        path: of the file; what stands there is replaced.
+        group: rows that are written at once.
+
+    Raises:
+        DataError: if the file cannot be written, or scores are not one finite number an id.
+    """
+
+    def __init__(self, path: Path | str, *, group: int = GROUP) -> None:
+        self.path = Path(path)
+        self.rows = 0
+        self._group = group
+        self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
+        self._waiting: list[pa.RecordBatch] = []
+        self._n_waiting = 0
+        self._schema = pa.schema(list(COLUMNS.items()))
+
+    def __enter__(self) -> ScoreWriter:
+        try:
+            self._file = pq.ParquetWriter(self._partial, self._schema, use_dictionary=False)
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be written: {error}") from error
+        return self
+
+    def write(self, ids: pa.Array, scores: np.ndarray) -> None:
+        """Append one score an id (float64, shape (n,))."""
+        if ids.type != pa.string() or ids.null_count:
+            raise DataError(f"ids of type {ids.type}, {ids.null_count} of them missing: give a string to each example")
+        if scores.shape != (len(ids),):
+            raise DataError(f"scores of shape {scores.shape} for {len(ids)} ids: give one each")
+        if not np.isfinite(scores).all():
+            bad = ids.take(pa.array(np.flatnonzero(~np.isfinite(scores))[:5])).to_pylist()
+            raise DataError(f"the scores of examples such as {bad} are not finite: look at these examples")
+        batch = pa.record_batch([ids, pa.array(scores, pa.float64())], schema=self._schema)
+        self._waiting.append(batch)
+        self._n_waiting += len(ids)
+        self.rows += len(ids)
+        if self._n_waiting >= self._group:
+            self._flush()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._flush()
+            self._file.close()
+            if kind is None:
+                sync(self._partial)
+                os.replace(self._partial, self.path)
+                sync(self.path.parent)
+        except OSError as failure:
+            raise DataError(f"{self.path} cannot be written: {failure}") from failure
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        if self._waiting:
+            try:
+                self._file.write_table(pa.Table.from_batches(self._waiting), row_group_size=self._group)
+            except OSError as error:
+                raise DataError(f"{self.path} cannot be written: {error}") from error
+        self._waiting, self._n_waiting = [], 0
+
+
+def read_groups(paths: Iterable[Path | str]) -> Iterator[tuple[pa.Array, np.ndarray]]:
+    """The ids and scores (float64, shape (n,)) of score files, one row group after the other.
+
+    Raises:
+        DataError: if one is missing, no score file, or has missing values.
+    """
+    for path in map(Path, paths):
+        try:
+            for table in read_score_groups(path, COLUMNS):
+                if table["id"].null_count or table["score"].null_count:
+                    raise DataError(f"{path} has missing ids or scores")
+                yield table["id"].combine_chunks(), table["score"].to_numpy()
+        except (OSError, ValueError, pa.ArrowException) as error:
+            if isinstance(error, CadsError):
+                raise
+            raise DataError(f"{path} is no score file that can be read: {error}") from error
+
+
+def stream_scores(
+    pool: Pool,
+    score: Score,
+    price: BatchPrice,
+    path: Path | str,
+    *,
+    ledger: Ledger,
+    stage: str,
+    device: torch.device | str = "cpu",
+    tokens: int = SCORED_TOKENS,
+    shard: int = SHARD,
+) -> None:
+    """Score all of `pool` into the file at `path`, shard by shard: `score_pool` in memory bounded by a shard.
+
+    For pools whose scores do not fit in memory: `cads.topk.best_of_files` selects from what is written. Several
+    processes score together, and the first writes.
+
+    Args:
+        score, price, ledger, stage, device, tokens: as for `score_pool`.
+        shard: examples that are scored together.
+
+    Raises:
+        DataError: if a score is not finite, or the file cannot be written.
+    """
+    world, writer = current(), ScoreWriter(path)
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(writer)
+
+        world.on_first(begin)
+        for start in range(0, len(pool), shard):
+            part = pool.part(np.arange(start, min(start + shard, len(pool))), pool.name)
+            found = score_pool(part, score, price, ledger=ledger, stage=stage, device=device, tokens=tokens)
+            world.on_first(partial(writer.write, part.ids, found))
+        world.on_first(stack.close)

@@ -1,0 +1,1 @@
+"""What searches share: allowance, fidelities, inner runs, search spaces."""

@@ -1,0 +1,164 @@
+"""The shape that CADS-S and CADS-E share: a search by short runs, within what selection may spend."""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import Ledger, PlannedLedger
+from cads.data.pool import Pool
+from cads.errors import ConfigError, DataError
+from cads.monitor import Monitor
+from cads.scoring.reference_models import scorer_of
+from cads.search.allowance import Division, divide
+from cads.search.inner_costs import Planned, Purse
+from cads.search.inner_runs import Inner
+from cads.selection import Selection
+from cads.selector import uniform
+from cads.task import Objective, Task
+
+log = logging.getLogger(__name__)
+
+ALLOWANCE = 2.75
+"""Selection FLOPs in units of the training budget, if the budget need not cover selection."""
+NOTHING = "the allowance buys no scores, or no short runs: the full pool is returned"
+ONE_SOURCE = "the pool has one source, and nothing can be chosen among sources: the full pool is returned"
+
+
+@dataclass
+class Search(ABC):
+    """A selector that tries things on a ladder of short runs, and returns the full pool if nothing beats it.
+
+    Where the task names a proxy the runs are the proxy's, for as many usages, and cost what the proxy costs.
+    """
+
+    allowance: float | None = None
+    """Selection FLOPs at most, in units of the training FLOPs; null: 2.75 times what training the scorer would take
+    (CADS-E: 3 times), and no more than 1/3 if the budget counts selection, or 1/12 for each pass it buys, up to 1.
+    Where models are pretrained it is 1/6 for each pass, and up to 3 where less buys no search."""
+    outer: str | Objective | None = None
+    """The metric to minimise on the target, by name or, in Python, any function of task, model and pool; null for the
+    task's own."""
+    guard: bool = True
+    """Return the full pool unless the choice beat it on the target."""
+    target_fraction: float | None = None
+    """Share of each batch of the final training drawn from the target, as in `joint`, at least 0 and below 1; null: 0,
+    or 0.3 in one run. Short runs see none of it."""
+
+    method: ClassVar[str]
+    held_out: ClassVar[bool] = False
+    whole_sources: ClassVar[bool] = True
+    default_allowance: ClassVar[float] = ALLOWANCE
+
+    def __post_init__(self) -> None:
+        if self.target_fraction is not None and not 0 <= self.target_fraction < 1:
+            raise ConfigError(f"target_fraction = {self.target_fraction}: it must be at least 0 and below 1")
+
+    def select(
+        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
+    ) -> Selection:
+        """Choose what to train on; see `cads.optimizer.Selector`."""
+        scorer_of(task).check_outer(self.outer)
+        if note := self.plan(task, budget).note:
+            log.warning("%s: %s", self.method, note)
+            return self.full_pool(task, budget, seed, ledger, note)
+        scorer, division = self.setting(task, budget)
+        spent = Ledger(limit=division.selection)
+        outer = self.outer or (scorer.source_outer if self.whole_sources else None)
+        inner = Inner(scorer, spent, monitor or Monitor(), outer, held_out=self.held_out)
+        try:
+            chosen = self.search(inner, budget, division.training, seed, ledger)
+        finally:
+            ledger.merge(spent)
+        return replace(
+            _in_order(chosen, task.pool),
+            pool_hash=task.pool.content_hash,
+            target_fraction=self.target_fraction or 0.0,
+        )
+
+    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
+        """What `select` would charge; see `cads.optimizer.Selector`."""
+        scorer, division = self.setting(task, budget)
+        if self.whole_sources and has_one_source(task.pool):
+            return PlannedLedger(division.selection, ONE_SOURCE)
+        purse = Planned(scorer, division.selection, held_out=self.held_out)
+        return purse.ledger if self.spend(purse, division.training) else PlannedLedger(division.selection, NOTHING)
+
+    def setting(self, task: Task, budget: Budget) -> tuple[Task, Division]:
+        """The task whose model is trained in short runs, and what they may spend.
+
+        Returns:
+            the scorer; selection's limit, and what the final training would take if it were the scorer's: as many
+            usages, at the scorer's price.
+        """
+        scorer = scorer_of(task)
+        ratio = 1.0
+        if scorer is not task:
+            prices = [t.costs.per_usage(t.pool, t.recipe.batch_size) for t in (scorer, task)]
+            ratio = prices[0] / prices[1]
+        least = self.least(Planned(scorer, math.inf, held_out=self.held_out))
+        division = divide(task, budget, self.allowance, self.default_allowance * ratio, least)
+        return scorer, Division(division.training * ratio, division.selection)
+
+    def least(self, purse: Purse) -> float:
+        """FLOPs for which a pretrained model's budget gives up training, as less buys no search; 0: it never does."""
+        return 0.0
+
+    def full_pool(self, task: Task, budget: Budget, seed: int, ledger: Ledger, note: str) -> Selection:
+        """What is returned when nothing can be tried."""
+        everything = uniform(task, budget, method=self.method, seed=seed, ledger=ledger, notes={"guard": note})
+        return replace(everything, config=asdict(self), target_fraction=self.target_fraction or 0.0)
+
+    @abstractmethod
+    def spend(self, purse: Planned, training: float) -> bool:
+        """Charge `purse` for what `search` would do; False if the allowance does not buy it."""
+
+    @abstractmethod
+    def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
+        """Find something to train on with the ledger of `inner`, for a final training of `training` FLOPs."""
+
+
+def has_one_source(pool: Pool) -> bool:
+    """Whether all examples come from the same source: then there is no choice of sources."""
+    return pool.sources is not None and len(pool.source_names) == 1
+
+
+def _in_order(chosen: Selection, pool: Pool) -> Selection:
+    """The same Selection in the order of `pool`: that of a proxy may be another one."""
+    place = pc.index_in(pool.ids, value_set=chosen.ids).to_numpy()
+    return replace(
+        chosen,
+        ids=pool.ids,
+        score=chosen.score[place],
+        probability=chosen.probability[place],
+        selected=chosen.selected[place],
+        sources=None if chosen.sources is None else chosen.sources.take(pa.array(place)),
+    )
+
+
+def check_reference(objective: float, stage: str, data: str = "the full pool") -> None:
+    """Refuse to go on where the run on the full pool, which all others are measured against, has no finite objective.
+
+    Args:
+        data: what the run was on, where it was something else.
+
+    Raises:
+        DataError: naming the stage.
+    """
+    if not math.isfinite(objective):
+        raise DataError(
+            f"{stage}: the run on {data} met a loss that is not finite, and nothing can be compared with it: "
+            "lower the learning rate, or look at the pool"
+        )
+
+
+def verdict(beaten: bool) -> str:
+    """What the guard has to say."""
+    return "better than the full pool on the target" if beaten else "the full pool was not beaten"

@@ -1,0 +1,123 @@
+"""What inner runs cost, and planning them without running any."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
+from cads.data.pool import Pool
+from cads.scoring.pool_scores import planned_flops
+from cads.search.fidelity import Rung, data_share, ladder
+from cads.task import Task
+
+
+class Purse:
+    """What inner runs of a task cost, and the ledger that pays for them.
+
+    Args:
+        task: what is trained.
+        ledger: charged for training and for measuring.
+        held_out: whether theta is fitted to one half of the target and models are measured on the other. Where
+            theta decides on single examples, a measure on what it was fitted to would flatter them.
+    """
+
+    def __init__(self, task: Task, ledger: Ledger, *, held_out: bool = False) -> None:
+        self.task = task
+        self.ledger = ledger
+        self.fitted = self.measured = task.target
+        if held_out and len(task.target) > 1:
+            order = np.random.default_rng(0).permutation(len(task.target))
+            self.fitted = task.target.part(np.sort(order[::2]), "target, half for theta")
+            self.measured = task.target.part(np.sort(order[1::2]), "target, half to measure on")
+
+    @property
+    def step_flops(self) -> float:
+        """One mean training step on the pool."""
+        return self._step(self.task.pool)
+
+    @cached_property
+    def target_step_flops(self) -> float:
+        """One step of theta on the dearest examples of the target, which may differ in length from those of the pool.
+
+        What buys it buys a step, whatever is drawn first.
+        """
+        costs, batch_size = self.task.costs, self.task.recipe.batch_size
+        return float(costs.usages(self.fitted).max() + costs.optimizer_step / batch_size) * batch_size
+
+    def target_steps_flops(self, count: float) -> float:
+        """`count` mean steps of theta on the target, or a step on its dearest examples if that takes more."""
+        return max(self.target_step_flops, count * self._step(self.fitted))
+
+    @property
+    def measuring_flops(self) -> float:
+        """Measuring one model on the target."""
+        return self.task.costs.forward_pool(self.measured)
+
+    def scoring_flops(self, count: int) -> float:
+        """One forward pass over `count` examples of the pool."""
+        return self._scoring_flops / len(self.task.pool) * count
+
+    @cached_property
+    def _scoring_flops(self) -> float:
+        return planned_flops(self.task.costs.forward, self.task.pool)
+
+    def target_flops(self, share: float, passes: float, training: float) -> float:
+        """For theta: a share of the final training, but no more passes over the target than `passes`."""
+        batch_size = self.task.recipe.batch_size
+        return min(share * training, passes * self._step(self.fitted) / batch_size * len(self.fitted))
+
+    def ladder(self, training: float, per_rung: float = 0.0) -> list[Rung]:
+        """The short runs that what is left of the ledger buys for a final training of `training` FLOPs."""
+        left, passes, pretrained = self.ledger.left, self.passes(training), self.task.pretrained
+        return ladder(training, left, self.step_flops, self.measuring_flops, passes, per_rung, pretrained=pretrained)
+
+    def deciding_rung(self, fidelity: float, training: float, runs: int) -> Rung:
+        """One of runs that decide, on the data that `data_share` gives them."""
+        data = data_share(fidelity, self.passes(training), decides=True, pretrained=self.task.pretrained)
+        return Rung(fidelity, fidelity * training, data, runs)
+
+    def passes(self, training: float) -> float:
+        """Over the pool, that `training` FLOPs buy."""
+        return training * self.task.recipe.batch_size / (self.step_flops * len(self.task.pool))
+
+    def learn(self, flops: float) -> None:
+        """Pay for moving a policy."""
+        self.ledger.charge(SELECT, "policy", flops)
+
+    def _step(self, pool: Pool) -> float:
+        batch_size = self.task.recipe.batch_size
+        return self.task.costs.per_usage(pool, batch_size) * batch_size
+
+
+class Planned(Purse):
+    """Charges for runs as `Inner` would, and runs nothing."""
+
+    ledger: PlannedLedger
+
+    def __init__(self, task: Task, limit: float, *, held_out: bool = False) -> None:
+        super().__init__(task, PlannedLedger(limit), held_out=held_out)
+
+    def run(self, runs: int, flops: float, *, stage: str) -> None:
+        """Train `runs` models on the pool, and measure them."""
+        self._train(self.task.pool, runs, flops, stage)
+        self.ledger.charge(SELECT, f"{stage}, measuring", runs * self.measuring_flops)
+
+    def losses(self, count: int, *, stage: str, flops: float | None = None) -> None:
+        """Score `count` examples of the pool for `flops`, or at the price of a mean example."""
+        tokens = round(count * self.task.costs.tokens_per_example(self.task.pool))
+        self.ledger.charge(SELECT, stage, self.scoring_flops(count) if flops is None else flops, tokens=tokens)
+        self.ledger.scored.append(self.task)
+
+    def fit_target(self, flops: float, *, stage: str) -> None:
+        """Train theta on the target."""
+        self._train(self.fitted, 1, flops, stage)
+
+    def _train(self, pool: Pool, runs: int, flops: float, stage: str) -> None:
+        step = self._step(pool)
+        steps = int(min(flops, self.ledger.left / runs) / step * (1 + 1e-12))
+        usages = runs * steps * self.task.recipe.batch_size
+        tokens = round(usages * self.task.costs.tokens_per_example(pool))
+        self.ledger.charge(SELECT, stage, runs * steps * step, usages=usages, tokens=tokens)
+        self.ledger.trained.append((self.task, runs))

@@ -1,0 +1,220 @@
+"""Short runs for the outer loop: what they cost, and training and measuring them on the target."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from cads.accounting.ledger import SELECT, Ledger
+from cads.data.streams import Stream
+from cads.data.training_batches import Draws
+from cads.monitor import Monitor
+from cads.runtime.checkpoint import State
+from cads.runtime.journal import perform, perform_apart
+from cads.runtime.lockstep import Operation, Progress, Standing
+from cads.runtime.processes import current
+from cads.scoring.pool_scores import score_pool
+from cads.search.inner_costs import Purse
+from cads.task import Measured, Objective, Task
+from cads.training.trainer import Trainer
+
+BY_EXAMPLE = "by_example"
+"""What journals call the objective of each example."""
+
+
+@dataclass
+class Runs:
+    """K inner runs.
+
+    Attributes:
+        objective: outer objective of each on the target, shape (K,); NaN where the run diverged.
+        errors: standard error of the objective less that of the first run, over the examples of the target, which all
+            runs share, shape (K,); 0 where the objective is not a mean over them.
+        losses: training losses of each step, nats, shape (steps, K).
+        flops: compute of one run after each step, shape (steps,).
+        reached: training loss over the last steps, nats, shape (K,).
+        models: the trained models.
+        first: what the first run measured; None where it diverged.
+    """
+
+    objective: np.ndarray
+    losses: np.ndarray
+    flops: np.ndarray
+    reached: np.ndarray
+    models: list[nn.Module]
+    errors: np.ndarray
+    first: Measured | None = None
+
+    def followed_by(self, more: Runs) -> Runs:
+        """These and `more`, which were made for as many FLOPs and measured beside the first of these."""
+        # As `cads.fit.side_by_side` has runs whose numbers of steps differ.
+        steps = min(len(self.losses), len(more.losses))
+        flops = [runs.flops[-steps:] for runs in (self, more)]
+        return Runs(
+            np.concatenate([self.objective, more.objective]),
+            np.hstack([self.losses[-steps:], more.losses[-steps:]]),
+            np.average(flops, axis=0, weights=[len(self.models), len(more.models)]),
+            np.concatenate([self.reached, more.reached]),
+            [*self.models, *more.models],
+            np.concatenate([self.errors, more.errors]),
+            self.first,
+        )
+
+
+class Inner(Purse):
+    """Trains from the task's initial weights and measures on the target; all of it is charged to "select".
+
+    Args:
+        task: what is trained.
+        ledger: charged for training and for measuring.
+        monitor: shows progress.
+        outer: the objective, by name or callable; None for the task's own.
+        held_out: see `Purse`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        ledger: Ledger,
+        monitor: Monitor,
+        outer: str | Objective | None = None,
+        *,
+        held_out: bool = False,
+    ) -> None:
+        super().__init__(task, ledger, held_out=held_out)
+        self.monitor = monitor
+        self._outer = outer
+        self.trainer = Trainer(task, ledger, monitor)
+
+    def run(
+        self, streams: Sequence[Stream], flops: float, *, seed: int, stage: str, beside: Measured | None = None
+    ) -> Runs:
+        """Train one replica a stream for `flops` each, all from the same initial weights, and measure them.
+
+        Equal seeds give equal initial weights and dropout, so that differences between replicas come from
+        their data alone.
+
+        Args:
+            beside: what errors are of the difference to; None for what the first run measures.
+        """
+        models = [self.task.model(seed) for _ in streams]
+        draws = Draws(self.task.pool, streams, self.task.recipe.batch_size)
+        fit = self.trainer.fit_replicas(models, draws, flops, seed=seed, phase=SELECT, stage=stage)
+        objective = np.full(len(models), np.nan)
+        sound = np.flatnonzero(~fit.diverged)
+        found = self.measure_each([fit.models[k] for k in sound], f"{stage}, measuring")
+        errors = np.zeros(len(models))
+        for k, measured in zip(sound, found, strict=True):
+            objective[k] = measured.value
+            errors[k] = paired_error(measured, beside or found[0])
+        first = None if fit.diverged[0] else found[0]
+        return Runs(objective, fit.losses, fit.flops, fit.training_loss, fit.models, errors, first)
+
+    def measure_each(self, models: Sequence[nn.Module], stage: str) -> list[Measured]:
+        """The outer objective of each model on the target; several processes measure one each at a time."""
+        size = current().size
+        if size == 1:
+            return [self.measure(model, stage) for model in models]
+        waves = [models[start : start + size] for start in range(0, len(models), size)]
+        return [value for wave in waves for value in self._measure_wave(wave, stage)]
+
+    def measure(self, model: nn.Module, stage: str) -> Measured:
+        """The outer objective of one model on the target."""
+
+        def compute(_: Progress) -> State:
+            self.ledger.charge(SELECT, stage, self.measuring_flops)
+            with self.ledger.timed(SELECT, stage):
+                return self._objective(model)
+
+        return _measured(perform("measuring", [stage], self.ledger, compute))
+
+    def _measure_wave(self, models: Sequence[nn.Module], stage: str) -> list[Measured]:
+        """Measure at most one model a process."""
+        rank = current().rank
+
+        def part(_: Progress, standing: list[Standing]) -> State:
+            if rank >= len(models) or standing[rank].finished:
+                return State()
+            started = time.perf_counter()
+            found = self._objective(models[rank])
+            return State({**found.values, "seconds": time.perf_counter() - started}, found.tensors)
+
+        def join(parts: list[State]) -> list[State | None]:
+            return [state if state.values else None for state in parts[: len(models)]]
+
+        def settle(state: State) -> None:
+            self.ledger.charge(SELECT, stage, self.measuring_flops)
+            # They are measured at the same time.
+            self.ledger.charge(SELECT, stage, 0.0, seconds=state.values.pop("seconds") / len(models))
+
+        operations = [Operation("measuring", [stage], settle) for _ in models]
+        states = perform_apart(operations, self.ledger, part, join)
+        return [_measured(state) for state in states]
+
+    def _objective(self, model: nn.Module) -> State:
+        device = self.trainer.accelerator.device
+        found = self.task.objective(model.to(device), self._outer, self.measured)
+        by_example = {} if found.by_example is None else {BY_EXAMPLE: torch.from_numpy(found.by_example)}
+        return State({"objective": found.value}, by_example)
+
+    def losses(self, model: nn.Module, positions: np.ndarray, *, stage: str) -> np.ndarray:
+        """The loss of each pool example at `positions` (shape (n,)), nats, shape (n,); one forward pass."""
+        device = self.trainer.accelerator.device
+        model.to(device).eval()
+        return score_pool(
+            self.task.pool,
+            partial(self.task.losses, model),
+            self.task.costs.forward,
+            ledger=self.ledger,
+            stage=stage,
+            device=device,
+            positions=positions,
+        )
+
+    def fit_target(
+        self,
+        flops: float,
+        *,
+        seed: int,
+        stage: str,
+        model: nn.Module | None = None,
+        stream: Stream | None = None,
+        target_fraction: float = 1.0,
+    ) -> nn.Module:
+        """theta: a model trained on the target (or its half) for `flops`.
+
+        Args:
+            model: where to go on from; None for fresh weights.
+            stream: of pool examples that fill up each batch beside `target_fraction` of the target.
+        """
+        draws = Draws(
+            self.task.pool,
+            [] if stream is None else [stream],
+            self.task.recipe.batch_size,
+            target=self.fitted,
+            target_fraction=target_fraction,
+            seed=seed,
+        )
+        start = self.task.model(seed) if model is None else model
+        fit = self.trainer.fit(start, draws, flops, seed=seed, phase=SELECT, stage=stage)
+        return fit.models[0]
+
+
+def _measured(state: State) -> Measured:
+    by_example = state.tensors.get(BY_EXAMPLE)
+    return Measured(state.number("objective"), None if by_example is None else by_example.numpy())
+
+
+def paired_error(one: Measured, other: Measured) -> float:
+    """Standard error of the difference of two objectives that are means over the same examples; else 0."""
+    if one.by_example is None or other.by_example is None or len(one.by_example) < 2:
+        return 0.0
+    difference = one.by_example - other.by_example
+    return float(difference.std(ddof=1) / math.sqrt(len(difference)))

@@ -1,0 +1,51 @@
+"""From probabilities of sources to a Selection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cads.errors import ConfigError
+from cads.policies.base import Policy
+from cads.policies.bernoulli import BernoulliPolicy
+from cads.policies.mixture import MixturePolicy
+from cads.search.space import Space
+from cads.selection import Selection
+from cads.task import Task
+
+WEIGHT_DIGITS = 12
+"""Digits in which weights of examples must differ for training to draw by them."""
+
+
+def nonempty(draws: np.ndarray) -> np.ndarray:
+    """The draws that select something: the policy is used conditioned on that."""
+    return draws[draws.any(axis=1)]
+
+
+def source_marginals(policy: Policy) -> np.ndarray:
+    """The probability, or mean ratio, of each source, shape (S,)."""
+    if isinstance(policy, BernoulliPolicy):
+        return policy.probabilities
+    if isinstance(policy, MixturePolicy):
+        return policy.means
+    raise ConfigError(f"{type(policy).__name__} is no policy over sources")
+
+
+def source_selection(task: Task, space: Space, draw: np.ndarray, policy: Policy, **about: Any) -> Selection:
+    """The Selection that trains on `draw`; the score of an example is the probability of its source."""
+    pool = task.pool
+    assert pool.sources is not None
+    marginals = source_marginals(policy)
+    weights = space.weights(draw[None])[0]
+    # Equal weights may differ in their last bits where they are quotients of ratios and sizes.
+    relative = np.round(weights / weights.max(), WEIGHT_DIGITS)
+    return Selection.of(
+        pool,
+        selected=(relative > 0)[pool.sources],
+        score=marginals[pool.sources],
+        probability=(weights / weights.max())[pool.sources],
+        weighted=not np.isin(relative, (0, 1)).all(),
+        source_probability=dict(zip(pool.source_names, marginals.tolist(), strict=True)),
+        **about,
+    )

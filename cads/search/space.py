@@ -1,0 +1,173 @@
+"""What a policy over sources ranges over: subsets of the sources, or mixtures of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from cads.data.pool import Pool
+from cads.data.streams import Epochs, Stream, Weighted
+from cads.estimators.control_variate import Function
+from cads.estimators.design import n_columns, pairs
+from cads.estimators.reachable_loss import effective_size
+from cads.policies.base import Policy
+from cads.policies.bernoulli import BernoulliPolicy
+from cads.policies.mixture import MixturePolicy
+
+EXPLORED = 0.1
+"""Probabilities stay this far from 0 and 1 while masks are being tried."""
+SOFTENED = 0.25
+"""Weight at which a doubtful source is tried, between all and nothing."""
+SIGMA = 0.15
+"""Standard deviation of the ratios of the mixture policy."""
+
+
+class Space(ABC):
+    """What a policy over sources draws, and what a draw means for training.
+
+    Args:
+        pool: with sources.
+        sizes: examples in each source, shape (S,).
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.sizes = pool.source_sizes.astype(np.float64)
+
+    @property
+    @abstractmethod
+    def full(self) -> np.ndarray:
+        """The draw that means the whole pool, shape (S,)."""
+
+    @property
+    @abstractmethod
+    def count(self) -> int | None:
+        """How many draws there are, or None if they are a continuum."""
+
+    @abstractmethod
+    def policy(self) -> Policy:
+        """Where the search starts."""
+
+    @abstractmethod
+    def explore(self, policy: Policy) -> Policy:
+        """The policy kept away from certainty, to draw what is tried next."""
+
+    @abstractmethod
+    def weights(self, draws: np.ndarray) -> np.ndarray:
+        """The weight of one example of each source, (K, S) -> (K, S)."""
+
+    def neighbours(self, draw: np.ndarray, value: Function) -> list[np.ndarray]:
+        """Small changes of a draw that no draw of the policy comes to; `value` maps draws to what they promise."""
+        return []
+
+    def nested(self, order: np.ndarray) -> np.ndarray:
+        """The full draw, the one without the last source of `order` (S,), without the last two, ...: shape (S, S)."""
+        n = len(self.sizes)
+        places = np.empty(n, dtype=np.int64)
+        places[order] = np.arange(n)
+        return np.asarray(self.full * (places < np.arange(n, 0, -1)[:, None]))
+
+    @abstractmethod
+    def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
+        """What to train on for one draw (S,), among `positions` of the pool."""
+
+    @property
+    def n_features(self) -> int:
+        """P."""
+        return n_columns(len(self.sizes))
+
+    def features(self, draws: np.ndarray) -> np.ndarray:
+        """phi for the regression: each source, `cads.design.pairs`, and the log of the effective size; (K, P)."""
+        x = np.asarray(draws, dtype=np.float64)
+        size = np.log(effective_size(self.weights(draws), self.sizes))[:, None]
+        return np.hstack([x, pairs(x), size])
+
+
+class Masks(Space):
+    """Subsets of sources, by a Bernoulli policy. A draw holds the weight of each source: 1 in, 0 out.
+
+    A weight between is what training on many draws of a policy comes to: the source is in some of the time.
+    """
+
+    @property
+    def full(self) -> np.ndarray:
+        """All sources."""
+        return np.ones(len(self.sizes))
+
+    @property
+    def count(self) -> int:
+        """Every mask but the empty one."""
+        return 2 ** len(self.sizes) - 1
+
+    def policy(self) -> Policy:
+        """Each source with probability 1/2."""
+        return BernoulliPolicy(np.full(len(self.sizes), 0.5))
+
+    def explore(self, policy: Policy) -> Policy:
+        """Probabilities clipped."""
+        assert isinstance(policy, BernoulliPolicy)
+        return BernoulliPolicy(np.clip(policy.probabilities, EXPLORED, 1 - EXPLORED))
+
+    def weights(self, draws: np.ndarray) -> np.ndarray:
+        """0 or 1."""
+        return np.asarray(draws, dtype=np.float64)
+
+    def neighbours(self, draw: np.ndarray, value: Function) -> list[np.ndarray]:
+        """The draw with the most promising source outside let in by a part, and the least promising inside let
+        out but for a part."""
+        found = []
+        for inside in (0, 1):
+            flipped = [np.where(np.arange(len(draw)) == j, 1 - draw, draw) for j in np.flatnonzero(draw == inside)]
+            flipped = [f for f in flipped if f.any()]
+            if flipped:
+                best = flipped[int(np.argmin(value(np.array(flipped))))]
+                found.append(np.where(best != draw, SOFTENED, draw))
+        return found
+
+    def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
+        """Epochs over the examples of the chosen sources; draws by weight where a source is in by a part."""
+        assert self.pool.sources is not None
+        here = draw[self.pool.sources[positions]]
+        if np.isin(draw, (0, 1)).all():
+            return Epochs(positions[here == 1], seed)
+        weights = np.zeros(len(self.pool))
+        weights[positions] = here
+        return Weighted(weights, seed)
+
+
+class Mixtures(Space):
+    """Ratios of sources, by truncated Gaussians."""
+
+    @property
+    def full(self) -> np.ndarray:
+        """Ratios in proportion to the sizes."""
+        return self.sizes / self.sizes.sum()
+
+    @property
+    def count(self) -> None:
+        """A continuum."""
+
+    def policy(self) -> Policy:
+        """Around the proportional mixture."""
+        return MixturePolicy(self.full, SIGMA)
+
+    def explore(self, policy: Policy) -> Policy:
+        """As it is: its width does not shrink."""
+        return policy
+
+    def nested(self, order: np.ndarray) -> np.ndarray:
+        """Ratios in proportion to the sizes of what is in."""
+        draws = super().nested(order)
+        return np.asarray(draws / draws.sum(axis=1, keepdims=True))
+
+    def weights(self, draws: np.ndarray) -> np.ndarray:
+        """Ratio over size."""
+        return np.asarray(draws / draws.sum(axis=1, keepdims=True) / self.sizes)
+
+    def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
+        """Draws with replacement in proportion to the weights."""
+        weights = np.zeros(len(self.pool))
+        assert self.pool.sources is not None
+        weights[positions] = self.weights(draw[None])[0][self.pool.sources[positions]]
+        return Weighted(weights, seed)

@@ -1,0 +1,1 @@
+"""CADS's own selectors."""

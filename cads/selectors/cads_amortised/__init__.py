@@ -1,0 +1,1 @@
+"""Amortised CADS: a function of features gives the probabilities."""

@@ -1,0 +1,170 @@
+"""What an amortised policy is learned on: a random sample of the pool, read once, and the penalty on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cads.data.pool import Pool
+from cads.data.streams import Epochs
+from cads.data.subsample import strata
+from cads.data.token_batches import by_id
+from cads.estimators.control_variate import fit_control
+from cads.policies.simplex import Floats
+from cads.scoring.features import GROUP, LOSS, FreeFeatures, Kind, ReadFeatures
+from cads.search.base import check_reference
+from cads.search.inner_runs import Inner
+from cads.seeding import derive
+from cads.selectors.cads_amortised.allowance import Parts
+from cads.selectors.cads_amortised.policy import AmortisedPolicy, mean_loss, mean_loss_slope, penalty_direction
+from cads.selectors.cads_e.candidates import SHARPNESS
+
+
+@dataclass
+class Proposal:
+    """A policy, and how it was made."""
+
+    policy: AmortisedPolicy
+    reach_weight: float
+    kept: float
+    origin: str = "candidate"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The first examples in the order of the visit, n of them.
+
+    Attributes:
+        order: all positions of the pool as they are visited, shape (N,).
+        features: of the sample, shape (n, P). names: of their columns.
+        from_theta, from_u: losses of the sample, nats, shape (n,); None without u.
+        free: gives the features that cost nothing, of any example; None where those of the sample are all there are.
+        read: reads the features that take a forward pass; None where the policy looks at none.
+    """
+
+    order: np.ndarray
+    features: Floats
+    names: tuple[str, ...]
+    from_theta: Floats
+    from_u: Floats | None
+    free: FreeFeatures | None = None
+    read: ReadFeatures | None = None
+
+    def rows(self, part: slice) -> Floats:
+        """The features of a part of the visit, which may reach beyond the sample where they are free."""
+        if self.read is None and self.free is not None:
+            return self.free.values(self.names, self.order[part])
+        return self.features[part]
+
+    @property
+    def grouped(self) -> np.ndarray:
+        """Which columns stand for groups, bool, shape (P,)."""
+        return np.array([name.startswith(GROUP) for name in self.names])
+
+
+def visit_order(pool: Pool, seed: int) -> np.ndarray:
+    """All positions in the order in which a pool is visited, int64, shape (N,).
+
+    It is drawn over the ids, so that a permutation of the pool does not change it; any beginning of it holds each
+    source in proportion, and copies of one content stand together in it (see `optimizer.subsample`).
+    """
+    ids = by_id(pool)
+    sources = strata(pool)[ids]
+    _, first, codes = np.unique(pool.contents[ids], return_index=True, return_inverse=True)
+    # A content has its number by where it first stands among the ids, not by where it stands in the pool.
+    number = np.empty(len(first), dtype=np.int64)
+    number[np.argsort(first)] = np.arange(len(first))
+    place = np.random.default_rng(seed).permutation(len(first))[number][codes]
+    rows = np.lexsort((place, sources))
+    new = np.ones(len(ids), dtype=bool)
+    new[1:] = (np.diff(place[rows]) != 0) | (np.diff(sources[rows]) != 0)
+    rank = np.cumsum(new) - 1
+    before = rank[np.searchsorted(sources[rows], np.arange(int(sources.max()) + 1))]
+    distinct = np.bincount(sources[rows], weights=new, minlength=len(before))
+    share = np.empty(len(ids))
+    share[rows] = (rank - before[sources[rows]] + 0.5) / distinct[sources[rows]]
+    return np.asarray(ids[np.argsort(share, kind="stable")])
+
+
+def learn_from(inner: Inner, parts: Parts, kinds: Sequence[Kind], order: np.ndarray, seed: int) -> Sample:
+    """Fit theta to the target and u to the sample, and read the sample with both."""
+    task, positions = inner.task, order[: parts.sample]
+    theta = inner.fit_target(parts.theta, seed=derive(seed, "theta"), stage="theta")
+    device = inner.trainer.accelerator.device
+    theta.to(device).eval()
+    # The loss is the signal, whether the policy may look at it or not.
+    signals = ReadFeatures(task, theta, device, (*kinds, "loss"))
+    columns = signals.of(task.pool, positions, ledger=inner.ledger, stage="R")
+    from_u = None
+    if parts.u:
+        shuffled = derive(seed, "reference")
+        runs = inner.run([Epochs(positions, shuffled)], parts.u, seed=shuffled, stage="u")
+        check_reference(float(runs.objective[0]), "u", "a sample of the pool")
+        from_u = inner.losses(runs.models[0], positions, stage="l*")
+    free = FreeFeatures(task, task.pool, kinds)
+    features, names, read = free.values(free.names, positions), tuple(free.names), None
+    if parts.forward:
+        read = ReadFeatures(task, theta, device, kinds)
+        own = columns[:, [signals.names.index(name) for name in read.names]]
+        features, names = np.hstack([own, features]), (*read.names, *names)
+    return Sample(order, features, names, columns[:, signals.names.index(LOSS)], from_u, free, read)
+
+
+def candidates(sample: Sample, steps: Sequence[tuple[float, float]]) -> list[Proposal]:
+    """Policies one step along the penalty's gradient away from the uniform one, for each of `steps`.
+
+    As in CADS-E the step has the length that leaves a share `kept` of each group with s > 1/2: the columns of the
+    groups hold nothing but where that is. A direction in which the sample does not vary gives none.
+    """
+    found: list[Proposal] = []
+    grouped = sample.grouped
+    if grouped.all():
+        return found
+    for kept, weight in steps:
+        signal = sample.from_theta if sample.from_u is None else sample.from_theta - weight * sample.from_u
+        centre, scale, direction = penalty_direction(sample.features, signal)
+        centre[grouped], scale[grouped], direction[grouped] = 0.0, 1.0, 0.0
+        z = (sample.features - centre) / scale @ direction
+        if not (deviation := float(z.std())) > 1e-9:
+            continue
+        slope = SHARPNESS / deviation
+        weights, bias = -slope * direction, slope * float(np.quantile(z, kept))
+        for i in np.flatnonzero(grouped):
+            members = z[sample.features[:, i] > 0]
+            weights[i] = slope * float(np.quantile(members, kept)) - bias if len(members) else 0.0
+        found.append(Proposal(AmortisedPolicy(sample.names, centre, scale, weights, bias), weight, kept))
+    return found
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """h(v) = c1 R(v) - c2 l*(v) on a sample, the control variate of the corrected gradient."""
+
+    sample: Sample
+    c1: float
+    c2: float
+
+    @classmethod
+    def fitted(cls, sample: Sample, policies: Sequence[AmortisedPolicy], gains: np.ndarray) -> Penalty:
+        """With c1 and c2 from the gains (shape (K,)) of policies that were tried."""
+        risk = [mean_loss(p, sample.features, sample.from_theta) for p in policies]
+        reach = np.zeros(len(policies))
+        if sample.from_u is not None:
+            reach = np.array([mean_loss(p, sample.features, sample.from_u) for p in policies])
+        return cls(sample, *fit_control(gains, risk, reach))
+
+    def value(self, policy: AmortisedPolicy) -> float:
+        """h, in the unit of the gains."""
+        value = self.c1 * mean_loss(policy, self.sample.features, self.sample.from_theta)
+        if self.sample.from_u is not None:
+            value -= self.c2 * mean_loss(policy, self.sample.features, self.sample.from_u)
+        return value
+
+    def slope(self, policy: AmortisedPolicy) -> Floats:
+        """Its gradient in v, shape (P + 1,)."""
+        found = self.c1 * mean_loss_slope(policy, self.sample.features, self.sample.from_theta)
+        if self.sample.from_u is not None:
+            found = found - self.c2 * mean_loss_slope(policy, self.sample.features, self.sample.from_u)
+        return found

@@ -1,0 +1,351 @@
+"""CADS with an amortised policy: probabilities as a function of cheap features, for pools too large to visit.
+
+CADS-E (`cads.examples`) gives each example a probability of its own, and has to look at all of them. Here the
+probability is a function of features, with as many parameters as there are features. It is learned on a sample of the
+pool, with the estimators of CADS (arXiv 2510.16806): candidates one step along the penalty's gradient, a ladder of
+short runs of the true objective, and the corrected policy gradient in the parameters. Then it is applied to as much of
+the rest as the budget pays for, in one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import Ledger
+from cads.data.batch import Batch
+from cads.data.pool import Pool
+from cads.data.streams import Epochs
+from cads.errors import ConfigError
+from cads.policies.simplex import Floats
+from cads.scoring.features import KINDS, FreeFeatures, Kind, ReadFeatures
+from cads.scoring.pool_scores import score_pool
+from cads.search.base import NOTHING, Search, check_reference, verdict
+from cads.search.fidelity import Rung
+from cads.search.inner_costs import Planned
+from cads.search.inner_runs import Inner
+from cads.seeding import derive
+from cads.selection import Selection
+from cads.selectors.cads_amortised.allowance import (
+    CONTROL_DRAWS,
+    Parts,
+    affordable,
+    divide_allowance,
+    exploring,
+    padding,
+)
+from cads.selectors.cads_amortised.policy import AmortisedPolicy, corrected_slope, mirrored
+from cads.selectors.cads_amortised.sample import Penalty, Proposal, Sample, candidates, learn_from, visit_order
+from cads.selectors.cads_e.candidates import entropy, most_probable
+from cads.task import Task
+
+SIGMA = 0.75
+"""Standard deviation of the parameters among which is explored, in logits per standardised feature."""
+STEP = 1.0
+"""Length of the step along the corrected gradient, in units of the distance that draws have from the centre."""
+SHARD = 2**16
+"""Examples whose probability is computed at once where nothing has to be read."""
+
+
+@dataclass
+class CadsAmortised(Search):
+    """Probabilities as a function of loss, entropy, margin, source and length, learned on a sample of the pool.
+
+    theta is fitted to one half of the target, u to the sample. Where the budget does not pay for a forward pass over
+    the pool, features that are free select from all of it; without any, a random share of it is read.
+    """
+
+    features: list[Kind] | None = None
+    """What the policy looks at, of loss, confidence (entropy and margin), source and length; null: all there is."""
+    share: float | None = None
+    """Share of the pool that is read and selected from; null: what the budget pays for. Where all features are free,
+    they select from the whole pool."""
+
+    method: ClassVar[str] = "cads-amortised"
+    held_out: ClassVar[bool] = True
+    whole_sources: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ConfigError(f"share = {self.share}: a share of the pool, above 0 and at most 1")
+        if self.features is not None and not (self.features and set(self.features) <= set(KINDS)):
+            raise ConfigError(f"features = {self.features}: choose some of {list(KINDS)}")
+
+    @property
+    def kinds(self) -> Sequence[Kind]:
+        """What the policy may look at."""
+        return KINDS if self.features is None else self.features
+
+    def spend(self, purse: Planned, training: float) -> bool:
+        """What `search` would do unless it ends with the full pool, which saves the pass; see `Search`."""
+        parts = divide_allowance(purse, training, self.kinds, self.share)
+        if parts is None:
+            return False
+        purse.fit_target(parts.theta, stage="theta")
+        purse.losses(parts.sample, stage="R")
+        if parts.u:
+            purse.run(1, parts.u, stage="u")
+            purse.losses(parts.sample, stage="l*")
+        purse.learn(parts.learning_flops)
+        rungs = affordable(purse, parts, training)
+        available = len(parts.steps)
+        for height, rung in enumerate(rungs):
+            tried = exploring(rungs, height)
+            available = min(rung.runs - 1 - tried - (tried > 0), available)
+            _, count = parts.seen(len(purse.task.pool), rung.data)
+            purse.learn(parts.comparing_flops(available + tried + (tried > 0), count))
+            purse.run(1 + available, rung.flops, stage=rung.stage)
+            if tried:
+                available += tried + 1
+                purse.run(tried, rung.flops, stage=rung.stage)
+                purse.learn(parts.exploring_flops(tried))
+                purse.run(1, rung.flops, stage=rung.stage)
+        if rungs:
+            if parts.forward and parts.read > parts.sample:
+                purse.losses(parts.read - parts.sample, stage="pass")
+            purse.learn(parts.applying_flops)
+        return bool(rungs)
+
+    def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
+        """theta, u, the sample, the ladder, and the pass; see `Search`."""
+        task = inner.task
+        parts = divide_allowance(inner, training, self.kinds, self.share)
+        if parts is None:
+            return self.full_pool(task, budget, seed, ledger, NOTHING)
+        order = visit_order(task.pool, derive(seed, "visit"))
+        sample = learn_from(inner, parts, self.kinds, order, seed)
+        proposals = candidates(sample, parts.steps)
+        inner.learn(parts.learning_flops)
+        rungs = affordable(inner, parts, training)
+        best, gain = climb(inner, parts, sample, proposals, rungs, seed, guard=self.guard)
+        if best is None:
+            found = verdict(False) if rungs and proposals else NOTHING
+            return self.full_pool(task, budget, seed, ledger, found)
+        probability, read = apply_policy(inner, parts, best.policy, sample)
+        inner.learn(parts.applying_flops)
+        selected, probability = filled(parts, probability, order, read)
+        inner.monitor.panels(task.pool, probability, len(rungs), task.describe)
+        return Selection.of(
+            task.pool,
+            selected=selected,
+            score=probability,
+            probability=probability,
+            method=self.method,
+            seed=seed,
+            budget=budget,
+            ledger=ledger,
+            config=asdict(self),
+            notes={
+                "guard": verdict(gain > 0),
+                "gain": gain,
+                "c2/c1": best.reach_weight,
+                "kept": best.kept,
+                "origin": best.origin,
+                "sample": parts.sample,
+                "read": read if parts.forward else parts.sample,
+                "way": parts.way(len(task.pool)),
+                "policy": best.policy.to_json(),
+            },
+        )
+
+
+def climb(
+    inner: Inner,
+    parts: Parts,
+    sample: Sample,
+    proposals: list[Proposal],
+    rungs: Sequence[Rung],
+    seed: int,
+    *,
+    guard: bool,
+) -> tuple[Proposal | None, float]:
+    """Compare proposals on the ladder, the full pool among them throughout, and explore around the best of them.
+
+    Returns:
+        the best one, or None if it does not beat the full pool; and by how much it does, in the outer objective.
+    """
+    field, gains, best = proposals, np.zeros(len(proposals)), None
+    for height, rung in enumerate(rungs if proposals else []):
+        tried = exploring(rungs, height)
+        field = field[: rung.runs - 1 - tried - (tried > 0)]
+        objective = compare(inner, parts, sample, [None, *(p.policy for p in field)], rung, seed, height)
+        check_reference(float(objective[0]), rung.stage)
+        gains = objective[1:] - objective[0]
+        if tried and np.isfinite(gains).any():
+            drawn, values = explore(inner, parts, sample, field, gains, float(objective[0]), tried, rung, seed)
+            field, gains = [*field, *drawn], np.append(gains, values)
+        order = np.argsort(np.nan_to_num(gains, nan=np.inf), kind="stable")
+        field, gains = [field[i] for i in order], gains[order]
+        best = field[0] if gains[0] < 0 or (np.isfinite(gains[0]) and not guard) else None
+        watch(inner, sample, best, objective, gains, height)
+    return best, 0.0 if best is None else -float(gains[0])
+
+
+def compare(
+    inner: Inner,
+    parts: Parts,
+    sample: Sample,
+    policies: Sequence[AmortisedPolicy | None],
+    rung: Rung,
+    seed: int,
+    height: int,
+) -> np.ndarray:
+    """The outer objective of each policy (None: the full pool) after a short run, shape (K,).
+
+    A run is the final training in small: of the rung's share of the pool a policy has what would be read of it, and
+    what would be added to that, so that it sees its examples as often.
+    """
+    n = len(inner.task.pool)
+    everything, count = parts.seen(n, rung.data)
+    inner.learn(parts.comparing_flops(sum(policy is not None for policy in policies), count))
+    least = round(parts.least * everything / n)
+    shuffled = derive(seed, "rung", height)
+    visited = sample.order[:everything]
+    kept: list[list[np.ndarray]] = [[] for _ in policies]
+    for start in range(0, count, SHARD):
+        part = slice(start, min(start + SHARD, count))
+        features = sample.rows(part)
+        for policy, found in zip(policies, kept, strict=True):
+            if policy is not None:
+                found.append(visited[part][policy.probabilities(features) > 0.5])
+    streams = []
+    for policy, found in zip(policies, kept, strict=True):
+        chosen = visited
+        if policy is not None:
+            chosen = np.concatenate([*found, visited[count:][: max(0, least - sum(map(len, found)))]])
+        streams.append(Epochs(chosen if len(chosen) else visited, shuffled))
+    return inner.run(streams, rung.flops, seed=shuffled, stage=rung.stage).objective
+
+
+def explore(
+    inner: Inner,
+    parts: Parts,
+    sample: Sample,
+    field: Sequence[Proposal],
+    gains: np.ndarray,
+    reference: float,
+    tried: int,
+    rung: Rung,
+    seed: int,
+) -> tuple[list[Proposal], Floats]:
+    """Draw policies around the best candidate, step along the corrected gradient in v = (w, b), and try all of them.
+
+    The control variate is the penalty, c1 R - c2 l*, with c1 and c2 from the candidates, which are other draws.
+
+    Returns:
+        the policies drawn, and the one that the step leads to; their gains.
+    """
+    origin = field[int(np.nanargmin(gains))]
+    centre = origin.policy.parameters
+    sigma = SIGMA * np.append(~sample.grouped, True).astype(np.float64)
+    draws = mirrored(centre, sigma, tried // 2, np.random.default_rng(derive(seed, "explore")))
+    policies = [origin.policy.at(v) for v in draws]
+    values = compare(inner, parts, sample, policies, rung, seed, 0) - reference
+    inner.learn(parts.exploring_flops(tried))
+    made = [Proposal(p, origin.reach_weight, origin.kept, "draw") for p in policies]
+    # A mirrored pair stands or falls together: half of one would not cancel what is constant.
+    sound = np.isfinite(values).reshape(-1, 2).all(axis=1).repeat(2)
+    if not sound.any():
+        return made, values
+    penalty = Penalty.fitted(sample, [p.policy for p in field], gains)
+    held = [penalty.value(policies[k]) for k in np.flatnonzero(sound)]
+    around = mirrored(centre, sigma, CONTROL_DRAWS, np.random.default_rng(derive(seed, "control")))
+    slope = np.mean([penalty.slope(origin.policy.at(v)) for v in around], axis=0)
+    gradient = corrected_slope(centre, sigma, draws[sound], values[sound], np.array(held), slope)
+    if length := float(np.linalg.norm(gradient)):
+        stepped = centre - STEP * float(np.linalg.norm(sigma)) * gradient / length
+        made.append(Proposal(origin.policy.at(stepped), origin.reach_weight, origin.kept, "corrected gradient"))
+        values = np.append(values, compare(inner, parts, sample, [made[-1].policy], rung, seed, 0) - reference)
+    return made, values
+
+
+def apply_policy(inner: Inner, parts: Parts, policy: AmortisedPolicy, sample: Sample) -> tuple[Floats, int]:
+    """The probability of every example, 0 for those that the policy was not applied to, and to how many it was."""
+    pool, order = inner.task.pool, sample.order
+    probability = np.zeros(len(pool))
+    rest = order[: parts.read]
+    if sample.read is not None:
+        probability[order[: parts.sample]] = policy.probabilities(sample.features)
+        rest = rest[parts.sample :]
+        if (most := padding(inner)) > 1:
+            left = inner.ledger.left - parts.applying_flops
+            rest = rest[: max(0, int(left / (most * inner.scoring_flops(1))))]
+    if len(rest):
+        probability[rest] = probabilities_of(policy, inner.task, pool, rest, read=sample.read, ledger=inner.ledger)
+    return probability, len(rest) + (0 if sample.read is None else parts.sample)
+
+
+def probabilities_of(
+    policy: AmortisedPolicy,
+    task: Task,
+    pool: Pool,
+    positions: np.ndarray,
+    *,
+    read: ReadFeatures | None,
+    ledger: Ledger,
+) -> Floats:
+    """The probabilities of the examples at `positions` of a pool or of a shard that was never seen, shape (n,).
+
+    Nothing but the probabilities is kept of what is read; the forward pass is charged to "select"/"pass".
+
+    Args:
+        read: gives the first features of the policy by the model that it was learned with; None if they are all free.
+
+    Raises:
+        ConfigError: if the policy looks at something that this pool or `read` does not have.
+    """
+    free = FreeFeatures(task, pool)
+    if not len(positions):
+        return np.empty(0)
+    if read is None:
+        shards = [positions[start : start + SHARD] for start in range(0, len(positions), SHARD)]
+        return np.concatenate([policy.probabilities(free.values(policy.names, shard)) for shard in shards])
+    names = policy.names[len(read.names) :]
+    if policy.names[: len(read.names)] != tuple(read.names):
+        raise ConfigError(f"the policy looks at {policy.names}, and {read.names} are read: read what it was learned on")
+
+    def score(batch: Batch) -> torch.Tensor:
+        own, others = read(batch).cpu().numpy(), free.values(names, batch.positions.cpu().numpy())
+        return torch.from_numpy(policy.probabilities(np.hstack([own, others])))
+
+    price, device = task.costs.forward, read.device
+    return score_pool(pool, score, price, ledger=ledger, stage="pass", device=device, positions=positions)
+
+
+def filled(parts: Parts, probability: Floats, order: np.ndarray, read: int) -> tuple[np.ndarray, Floats]:
+    """What is selected, bool, and the probability of each example, shape (N,) each, with unread ones added at random.
+
+    The policy's own choice is all there is, unless the final training would see it too often (`Parts.least`). If it
+    chooses nothing, everything is selected.
+    """
+    selected = probability > 0.5
+    missing = max(0, round(parts.least) - int(selected.sum()))
+    unread = order[read:]
+    added = unread[:missing]
+    selected[added] = True
+    if len(unread):
+        probability = probability.copy()
+        probability[unread] = len(added) / len(unread)
+    return most_probable(selected), probability
+
+
+def watch(
+    inner: Inner, sample: Sample, best: Proposal | None, objective: np.ndarray, gains: np.ndarray, height: int
+) -> None:
+    """Record how the search stands after a rung."""
+    monitor = inner.monitor
+    monitor.scalar("outer/objective", float(np.nanmin(objective)), height)
+    monitor.scalar("outer/best_gain", float(np.nanmin(np.append(gains, 0.0))), height)
+    if best is None:
+        return
+    probability = best.policy.probabilities(sample.features)
+    monitor.scalar("outer/R", float(np.average(sample.from_theta, weights=probability)), height)
+    monitor.scalar("outer/entropy", entropy(probability), height)
+    monitor.scalar("control/c2_over_c1", best.reach_weight, height)
+    monitor.histogram("outer/probabilities", probability, height)

@@ -1,0 +1,1 @@
+"""CADS-E: probabilities of single examples."""

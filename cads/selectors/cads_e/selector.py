@@ -1,0 +1,193 @@
+"""CADS-E: which examples to train on. One probability for each, moved by what two models disagree about.
+
+The penalty form of CADS (arXiv 2510.16806) gives example i the signal `c1 l_i(theta) - c2 l_i(u)`: theta is
+fitted to the target, u to draws from the policy, so `R - l*` needs no sampling (Rao-Blackwell). How much l*
+counts, and how far to move, follow from the budget: both are chosen by short runs of the true objective.
+A theta that has seen the target often enough, and then the target with what the policy keeps, needs no u; where models
+are pretrained, few steps of both are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import Ledger
+from cads.accounting.operations import candidates_flops
+from cads.data.streams import Epochs
+from cads.data.subsample import subsample
+from cads.monitor import Monitor
+from cads.search.base import NOTHING, check_reference, verdict
+from cads.search.fidelity import Rung
+from cads.search.inner_costs import Planned, Purse
+from cads.search.inner_runs import Inner, Runs
+from cads.search.rungs import run_streams
+from cads.search.single_run import OneRunSearch, by_example, watch_sources
+from cads.seeding import derive
+from cads.selection import Selection
+from cads.selectors.cads_e.candidates import Candidate, Signals, entropy, most_probable
+from cads.selectors.cads_e.schedule import KEPT_FOR_THETA, TARGET_FRACTION, Teachers, least_flops, teachers_of
+
+
+@dataclass
+class CadsExamples(OneRunSearch):
+    """CADS-E: selection probabilities for single examples; sources are not needed.
+
+    theta is fitted to one half of the target and u to the pool; each candidate policy is one step along the
+    penalty's gradient from the uniform policy, of its own length and weight on l*, the same in each class. A ladder
+    of short runs finds the best one on the other half of the target, the full pool among them throughout. Where the
+    allowance buys more, theta is trained for longer, in the end on the target and on what it keeps itself, u is not
+    needed, and a few long runs decide. Of a pretrained model few steps of both are enough;
+    where the short runs see the whole pool, the first of them is u.
+    """
+
+    method: ClassVar[str] = "cads-e"
+    held_out: ClassVar[bool] = True
+    whole_sources: ClassVar[bool] = False
+    default_allowance: ClassVar[float] = 3.0
+    weigh = staticmethod(by_example)
+
+    def spend(self, purse: Planned, training: float) -> bool:
+        """What `search` would do; see `Search`."""
+        n = len(purse.task.pool)
+        teachers = teachers_of(purse, training)
+        if not teachers.theta:
+            return False
+        purse.fit_target(teachers.theta, stage="theta")
+        purse.losses(n, stage="R")
+        if teachers.again:
+            purse.learn(candidates_flops(n, 1))
+            purse.fit_target(teachers.again, stage="theta, with the pool")
+            purse.losses(n, stage="R")
+        if teachers.u:
+            purse.run(1, teachers.u, stage="u")
+            purse.losses(n, stage="l*")
+        rungs = teachers.comparisons(purse, training)
+        if teachers.beside:
+            purse.losses(n, stage="l*")
+        for rung in rungs:
+            runs = min(rung.runs, 1 + len(teachers.steps))
+            # All but the full pool's, and the best one once more.
+            purse.learn(candidates_flops(n, runs))
+            purse.run(runs, rung.flops, stage=rung.stage)
+        return bool(rungs)
+
+    def least(self, purse: Purse) -> float:
+        """Two models, their losses, and two short runs; see `Search`."""
+        return least_flops(purse) if purse.task.pretrained else 0.0
+
+    def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
+        """theta, u, the candidates, and the ladder; see `Search`."""
+        task, monitor = inner.task, inner.monitor
+        teachers = teachers_of(inner, training)
+        signals = learn_from(inner, teachers, seed)
+        rungs = teachers.comparisons(inner, training)
+        if not rungs:
+            return self.full_pool(task, budget, seed, ledger, NOTHING)
+        begun: Runs | None = None
+        if teachers.beside:
+            begun = run_field(inner, [signals.everything], rungs[0], seed, 0)
+            signals = replace(signals, from_u=inner.losses(begun.models[0], np.arange(len(task.pool)), stage="l*"))
+        everything = signals.everything
+        field = [everything, *signals.candidates]
+        for height, rung in enumerate(rungs):
+            field = field[: rung.runs]
+            gains = compare(inner, field, rung, seed, height, begun if height == 0 else None)
+            order = [0, *(1 + np.argsort(np.nan_to_num(gains[1:], nan=np.inf), kind="stable"))]
+            field, gains = [field[i] for i in order], gains[order]
+            chosen = len(field) > 1 and (gains[1] < 0 or (np.isfinite(gains[1]) and not self.guard))
+            best, gain = (field[1], -float(gains[1])) if chosen else (everything, 0.0)
+            inner.learn(best.flops)
+            probability = best.probability()
+            watch_penalty(monitor, signals, probability, height)
+            watch_sources(monitor, task.pool, probability, height)
+            monitor.scalar("outer/best_gain", float(np.nanmin(gains)), height)
+            monitor.scalar("outer/entropy", entropy(probability), height)
+            monitor.scalar("control/c2_over_c1", best.reach_weight, height)
+            monitor.histogram("outer/probabilities", probability, height)
+        monitor.panels(task.pool, probability, len(rungs), task.describe)
+        return Selection.of(
+            task.pool,
+            selected=most_probable(probability),
+            score=probability,
+            probability=probability,
+            method=self.method,
+            seed=seed,
+            budget=budget,
+            ledger=ledger,
+            config=asdict(self),
+            notes={
+                "guard": verdict(best is not everything),
+                "gain": gain,
+                "c2/c1": best.reach_weight,
+                "kept": best.kept,
+            },
+        )
+
+
+def learn_from(inner: Inner, teachers: Teachers, seed: int) -> Signals:
+    """The losses of every example under theta and, if there is one, under u."""
+    task, everything = inner.task, np.arange(len(inner.task.pool))
+    groups, steps = task.groups(task.pool), teachers.steps
+    theta = inner.fit_target(teachers.theta, seed=derive(seed, "theta"), stage="theta")
+    signals = Signals.of(inner.losses(theta, everything, stage="R"), None, steps, groups)
+    if teachers.again:
+        inner.learn(candidates_flops(len(everything), 1))
+        kept = everything[most_probable(Candidate(signals, 0.0, KEPT_FOR_THETA).probability())]
+        order = derive(seed, "theta", "with the pool")
+        theta = inner.fit_target(
+            teachers.again,
+            seed=order,
+            stage="theta, with the pool",
+            model=theta,
+            stream=Epochs(kept, order),
+            target_fraction=TARGET_FRACTION,
+        )
+        return Signals.of(inner.losses(theta, everything, stage="R"), None, steps, groups)
+    if not teachers.u:
+        return signals
+    order = derive(seed, "reference")
+    runs = inner.run([Epochs(everything, order)], teachers.u, seed=order, stage="u")
+    check_reference(float(runs.objective[0]), "u")
+    return replace(signals, from_u=inner.losses(runs.models[0], everything, stage="l*"))
+
+
+def compare(
+    inner: Inner, field: Sequence[Candidate], rung: Rung, seed: int, height: int, begun: Runs | None = None
+) -> np.ndarray:
+    """The objective of each candidate less that of the first (the full pool), after a short run; shape (K,).
+
+    Args:
+        begun: the run on the full pool, if it has been made before.
+    """
+    runs = run_field(inner, field, rung, seed, height, begun)
+    inner.monitor.scalar("outer/objective", float(np.nanmin(runs.objective)), height)
+    return np.asarray(runs.objective - runs.objective[0])
+
+
+def run_field(
+    inner: Inner, field: Sequence[Candidate], rung: Rung, seed: int, height: int, begun: Runs | None = None
+) -> Runs:
+    """Train on what each candidate keeps of the rung's share of the pool; see `cads.rungs.run_streams`."""
+    positions = subsample(inner.task.pool, rung.data, derive(seed, "subsample"))
+    order = derive(seed, "rung", height)
+    streams = []
+    for candidate in field:
+        inner.learn(candidate.flops)
+        chosen = positions[most_probable(candidate.probability()[positions])]
+        streams.append(Epochs(chosen, order))
+    return run_streams(inner, streams, rung, order, begun)
+
+
+def watch_penalty(monitor: Monitor, signals: Signals, probability: np.ndarray, step: int) -> None:
+    """Record R, l* and the gap in expectation over a policy (shape (N,))."""
+    risk = float(np.average(signals.from_theta, weights=probability))
+    monitor.scalar("outer/R", risk, step)
+    if signals.from_u is not None:
+        reach = float(np.average(signals.from_u, weights=probability))
+        monitor.scalar("outer/l*", reach, step)
+        monitor.scalar("outer/gap", risk - reach, step)

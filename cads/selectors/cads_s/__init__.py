@@ -1,0 +1,1 @@
+"""CADS-S: probabilities of sources."""

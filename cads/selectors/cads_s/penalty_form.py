@@ -1,0 +1,217 @@
+"""CADS-S as published: the plain penalty form (Wan, Zhang, Jin; NeurIPS 2025, arXiv 2510.16806).
+
+    min_s min_theta  E_m [ L_val(theta) + alpha ( L_tr(theta; m) - l*_C(m) ) ]
+
+theta takes ordinary training steps on the target and on draws from the policy, in the proportion 1 : alpha; the
+policy moves along `alpha E[ (R(m) - l*_C(m)) grad log p(m; s) ]`. No objective of a trained model is ever
+measured, so nothing tells when the penalty misleads: `cads-s` is the selector to use.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+
+from cads.accounting.budget import Budget, check_step
+from cads.accounting.ledger import Ledger, PlannedLedger
+from cads.accounting.operations import source_policy_flops
+from cads.data.streams import Weighted
+from cads.errors import ConfigError
+from cads.estimators.design import distinct
+from cads.estimators.loss_curves import extrapolate
+from cads.estimators.reachable_loss import FittedReach, mean_over_sources
+from cads.estimators.score_function import penalty
+from cads.monitor import Monitor
+from cads.policies.bernoulli import BernoulliPolicy
+from cads.search.allowance import Division
+from cads.search.base import ONE_SOURCE, has_one_source
+from cads.search.fidelity import Rung
+from cads.search.inner_costs import Planned, Purse
+from cads.search.inner_runs import Inner
+from cads.search.rungs import run_rung
+from cads.search.source_selection import nonempty, source_selection
+from cads.search.space import Masks
+from cads.seeding import derive
+from cads.selection import Selection
+from cads.selector import uniform
+from cads.selectors.cads_s.target_risk import mean_losses, probes, probing_flops
+from cads.task import Task
+
+log = logging.getLogger(__name__)
+
+SHORT = 1 / 8
+"""Share of C (and of each source) of the short runs from which l* is fitted or extrapolated."""
+THETA_SHARE = 0.5
+"""theta is trained for this share of C in all."""
+POLICY_STEPS, POLICY_STEP = 20, 0.05
+"""Steps of the policy in each round, and their length in the largest probability."""
+
+Reach = Literal["fitted", "extrapolated", "exact"]
+NOTHING = "the budget does not cover the runs of the penalty: the full pool is returned"
+
+
+@dataclass
+class PenalizedSources:
+    """CADS-S by the plain penalty: l* from some masks, then theta and the policy in turn."""
+
+    alpha: float = 0.1
+    """Weight of the penalty."""
+    reach: Reach = "fitted"
+    """l*: the losses that short runs reach, those extrapolated to C, or those of runs for all of C."""
+    masks: int = 8
+    """Masks that are trained for l*, which is then fitted over all masks."""
+    rounds: int = 5
+    """Turns of theta and policy."""
+    draws: int = 16
+    """Masks drawn for each step of the policy."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(f"alpha = {self.alpha}: it must be positive and finite")
+        for name, least in (("masks", 1), ("rounds", 1), ("draws", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} = {getattr(self, name)}: it must be at least {least}")
+        if self.reach not in get_args(Reach):
+            raise ConfigError(f"reach = {self.reach!r}: choose from {list(get_args(Reach))}")
+
+    def select(
+        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
+    ) -> Selection:
+        """Choose sources; see `cads.optimizer.Selector`."""
+        monitor = monitor or Monitor()
+        division = self._division(task, budget)
+        if isinstance(division, str):
+            log.warning("cads-s-penalty: %s", division)
+            everything = uniform(
+                task, budget, method="cads-s-penalty", seed=seed, ledger=ledger, notes={"guard": division}
+            )
+            return replace(everything, config=asdict(self))
+        spent = Ledger(limit=division.selection)
+        inner, space = Inner(task, spent, monitor), Masks(task.pool)
+        try:
+            reach = self._reach(inner, space, division.training, seed)
+            policy = self._alternate(inner, space, reach, division.training, seed)
+        finally:
+            ledger.merge(spent)
+        mask = policy.probabilities > 0.5
+        mask[np.argmax(policy.probabilities)] = True
+        return source_selection(
+            task,
+            space,
+            mask.astype(np.float64),
+            policy,
+            budget=budget,
+            method="cads-s-penalty",
+            seed=seed,
+            ledger=ledger,
+            config=asdict(self),
+        )
+
+    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
+        """What `select` would charge; see `cads.optimizer.Selector`."""
+        division = self._division(task, budget)
+        if isinstance(division, str):
+            return PlannedLedger(note=division)
+        purse, space = Planned(task, division.selection), Masks(task.pool)
+        rung, where = self._rung(division.training, space), probes(space)
+        purse.run(rung.runs, rung.flops, stage=rung.stage)
+        for _ in range(self.rounds):
+            purse.fit_target(THETA_SHARE * division.training / self.rounds, stage="theta")
+            purse.losses(sum(map(len, where)), stage="R", flops=probing_flops(purse, where))
+            purse.learn(self._update_flops(space))
+        return purse.ledger
+
+    def _division(self, task: Task, budget: Budget) -> Division | str:
+        """FLOPs for training and for selection, which spends in proportion to training and a little besides.
+
+        Returns:
+            why nothing is searched, if the pool has one source, the budget does not cover selection, or its runs would
+            not come to the steps they need.
+
+        Raises:
+            BudgetError: if the budget does not buy one step.
+            ConfigError: if theta's batches would hold the target alone, or nothing of it.
+        """
+        total = budget.flops(task)
+        check_step(task, total)
+        batch_size, from_target = task.recipe.batch_size, round(task.recipe.batch_size / (1 + self.alpha))
+        if not 0 < from_target < batch_size:
+            raise ConfigError(
+                f"alpha = {self.alpha}: of a batch of {batch_size} theta would take {from_target} examples from the "
+                "target, and it needs some from the pool too: choose an alpha nearer to 1, or raise batch_size"
+            )
+        purse, space = Purse(task, Ledger()), Masks(task.pool)
+        if has_one_source(task.pool):
+            return ONE_SOURCE
+        runs = min(self.masks, space.count)
+        share = runs * self._share + THETA_SHARE
+        round_flops = probing_flops(purse, probes(space)) + self._update_flops(space)
+        fixed = runs * purse.measuring_flops + self.rounds * round_flops
+        training = (total - fixed) / (1 + share) if budget.count_selection else total
+        # A line through a curve takes two points of it.
+        steps = 2 if self.reach == "extrapolated" else 1
+        if min(self._share / steps, THETA_SHARE / self.rounds) * training < purse.step_flops:
+            return NOTHING
+        return Division(training, (share * training + fixed) * (1 + 1e-9))
+
+    @property
+    def _share(self) -> float:
+        return 1.0 if self.reach == "exact" else SHORT
+
+    def _rung(self, training: float, space: Masks) -> Rung:
+        return Rung(self._share, self._share * training, self._share, min(self.masks, space.count))
+
+    def _update_flops(self, space: Masks) -> float:
+        return source_policy_flops(len(space.sizes), space.n_features, self.draws, self.masks, POLICY_STEPS)
+
+    def _reach(self, inner: Inner, space: Masks, training: float, seed: int) -> FittedReach:
+        rung = self._rung(training, space)
+        rng = np.random.default_rng(derive(seed, "masks"))
+        drawn = nonempty(space.policy().sample(64 * rung.runs, rng)).astype(np.float64)
+        masks = distinct([space.full, *drawn])[: rung.runs]
+        runs = run_rung(inner, space, masks, rung, seed, 0)
+        reached = runs.reached
+        if self.reach == "extrapolated":
+            reached = extrapolate(runs.flops, runs.losses, training)
+        return FittedReach(masks, reached, space.sizes)
+
+    def _alternate(self, inner: Inner, space: Masks, reach: FittedReach, training: float, seed: int) -> BernoulliPolicy:
+        """theta on target and draws, then the policy on the penalty, `rounds` times."""
+        task, monitor = inner.task, inner.monitor
+        policy, where = BernoulliPolicy(np.full(len(space.sizes), 0.5)), probes(space)
+        theta = None
+        for turn in range(self.rounds):
+            order = derive(seed, "theta", turn)
+            theta = inner.fit_target(
+                THETA_SHARE * training / self.rounds,
+                seed=order,
+                stage="theta",
+                model=theta,
+                stream=Weighted(np.maximum(policy.probabilities, 1e-9)[task.pool.sources], order),
+                target_fraction=1 / (1 + self.alpha),
+            )
+            risks = mean_losses(inner, where, theta)
+            for step in range(POLICY_STEPS):
+                rng = np.random.default_rng(derive(seed, "policy", turn, step))
+                masks = policy.sample(self.draws, rng)
+                masks = masks[masks.any(axis=1)]
+                if len(masks) < 2:
+                    break
+                gradient = penalty(
+                    mean_over_sources(masks, space.sizes, risks), reach(masks), policy.score(masks), self.alpha
+                )
+                if largest := float(np.abs(gradient).max()):
+                    policy.step(gradient / largest, POLICY_STEP)
+            inner.learn(self._update_flops(space))
+            here = policy.probabilities[None]
+            risk, reached = float(mean_over_sources(here, space.sizes, risks)[0]), float(reach(here)[0])
+            monitor.scalar("outer/R", risk, turn)
+            monitor.scalar("outer/l*", reached, turn)
+            monitor.scalar("outer/gap", risk - reached, turn)
+            monitor.scalar("outer/entropy", policy.entropy(), turn)
+            monitor.probabilities(task.pool.source_names, policy.probabilities, turn)
+        return policy

@@ -1,0 +1,292 @@
+"""Every fit, line and crossover of a study: a pure function of its points, written as `fits.json`.
+
+The analysis is that of CCDS (Yin and Rush, ICLR 2025, arXiv 2410.16208) as `cads.study.frontier` has it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cads.errors import CadsError
+from cads.study.analysis.frontier import (
+    Form,
+    FrontierLine,
+    PerformanceFit,
+    advice,
+    amortised_flops,
+    bootstrap_fits,
+    bootstrap_intervals,
+    break_even_tasks,
+    compute_optimal,
+    compute_optimal_method,
+    crossovers,
+    fit_performance,
+    log_linear_frontier,
+    non_dominated,
+    simulate_figure1,
+    smallest_optimal_ratio,
+)
+from cads.study.analysis.points import Point, answers, budgets_of, by_group, in_percent, regrets
+
+FITS_VERSION = 1
+FORMS: tuple[Form, ...] = ("shifted", "published")
+SHARED_TASKS = (1, 5, 10, 20)
+"""Tasks that share one selection, in the break-even analysis of CCDS."""
+SAME_COST = 0.01
+"""Selection whose cost differs by less than this share over budgets is paid once, before any training."""
+EXPLAINED = 0.5
+"""Share of the variance of its points that a curve must explain to be held against others."""
+N_RESAMPLES, BOOTSTRAP_SEED = 200, 0
+SIMULATED_SIZES = (7.5e9, 7.5e10, 1.5e12)
+"""Parameters of the trained model in the panels of CCDS figure 1."""
+
+
+@dataclass(frozen=True)
+class GroupFits:
+    """The analysis of one task at one size. Scores are turned so that higher is better, shares into percent.
+
+    Attributes:
+        task, model, metric: which. maximised: whether more of the metric is better. points: all of them.
+        p_bar: score of training on everything, if it was published, or the best of the grid. complete: which of both.
+        c_full: C(D), FLOPs.
+        fits: shifted and published form, by method. not_fitted: why there is none.
+        frontier: the points that no other one dominates, cheapest first. line: through them, if there are two.
+    """
+
+    task: str
+    model: str
+    metric: str
+    maximised: bool
+    points: list[Point]
+    p_bar: float
+    complete: bool
+    c_full: float
+    fits: dict[str, dict[Form, PerformanceFit]]
+    not_fitted: dict[str, str]
+    frontier: list[Point]
+    line: FrontierLine | None
+
+    @property
+    def curves(self) -> list[PerformanceFit]:
+        """The shifted fits that say something of their points: neither degenerate nor far from them."""
+        return [forms["shifted"] for forms in self.fits.values() if is_telling(forms["shifted"])]
+
+    @property
+    def unused(self) -> list[str]:
+        """Methods whose shifted fit says nothing, and is used for no crossover and no advice."""
+        return [method for method, forms in self.fits.items() if not is_telling(forms["shifted"])]
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Lowest and highest total FLOPs of the points."""
+        totals = [p.total for p in self.points]
+        return min(totals), max(totals)
+
+    @property
+    def imported(self) -> bool:
+        """Whether the points were published."""
+        return all(p.imported for p in self.points)
+
+
+def is_telling(fit: PerformanceFit) -> bool:
+    """Whether a curve is determined by its points and explains `EXPLAINED` of their variance at least."""
+    variance = float(np.var(fit.scores))
+    return not fit.degenerate and float(np.mean(np.square(fit.residuals))) <= (1 - EXPLAINED) * variance
+
+
+def turned(p: Point) -> float:
+    """The mean of a point, higher is better, shares in percent."""
+    value = 100 * p.mean if in_percent(p.metric) else p.mean
+    return value if p.maximised else -value
+
+
+def fixed_selection(points: Sequence[Point]) -> float:
+    """What a method pays before any training, whatever the budget; 0 if its selection grows with the budget."""
+    costs = [p.selection for p in points]
+    return float(np.mean(costs)) if max(costs) - min(costs) <= SAME_COST * max(costs) else 0.0
+
+
+def analyse(points: Sequence[Point]) -> list[GroupFits]:
+    """Fit every group of points."""
+    return [_analyse(group) for group in by_group(points).values()]
+
+
+def _analyse(points: list[Point]) -> GroupFits:
+    first = points[0]
+    complete = [p for p in points if p.imported and p.selection == 0 and p.training >= (1 - SAME_COST) * p.full_flops]
+    p_bar = float(np.mean([turned(p) for p in complete])) if complete else max(turned(p) for p in points)
+    # A measured score may lie below zero once it is turned around; published shares never do.
+    bounds = (0.0, math.inf) if first.maximised else (-math.inf, math.inf)
+    fits: dict[str, dict[Form, PerformanceFit]] = {}
+    not_fitted = {}
+    for method in dict.fromkeys(p.method for p in points):
+        own = [p for p in points if p.method == method]
+        totals, scores, c_select = [p.total for p in own], [turned(p) for p in own], fixed_selection(own)
+        c_select = min(c_select, *totals)
+        try:
+            fits[method] = {
+                form: fit_performance(
+                    method,
+                    totals,
+                    scores,
+                    p_bar=p_bar,
+                    c_full=first.full_flops,
+                    c_select=c_select,
+                    form=form,
+                    p0_bounds=bounds,
+                )
+                for form in FORMS
+            }
+        except CadsError as error:
+            not_fitted[method] = str(error)
+    costs, scores = [p.total for p in points], [turned(p) for p in points]
+    frontier = [points[i] for i in non_dominated(costs, scores)]
+    line = None
+    if len({p.total for p in frontier}) >= 2:
+        line = log_linear_frontier([p.total for p in frontier], [turned(p) for p in frontier])
+    return GroupFits(
+        task=first.task,
+        model=first.model,
+        metric=first.metric,
+        maximised=first.maximised,
+        points=points,
+        p_bar=p_bar,
+        complete=bool(complete),
+        c_full=first.full_flops,
+        fits=fits,
+        not_fitted=not_fitted,
+        frontier=frontier,
+        line=line,
+    )
+
+
+def break_even(group: GroupFits) -> list[dict[str, Any]]:
+    """For each run that pays for its selection, what a task pays if T share it, and the T that reaches the line.
+
+    `tasks` is None where no number of tasks makes up for the cost, or there is no rising line.
+    """
+    rows = []
+    for p in group.points:
+        if p.selection <= 0:
+            continue
+        tasks: float | None = None
+        if group.line is not None and group.line.slope_per_decade > 0:
+            tasks = break_even_tasks(p.spent, p.training, group.line.flops_to_reach(turned(p)))
+        shared = {str(t): amortised_flops(p.spent, p.training, t) for t in SHARED_TASKS}
+        finite = tasks if tasks is not None and math.isfinite(tasks) else None
+        rows.append(
+            {"method": p.method, "budget": p.budget, "score": turned(p), "flops_by_tasks": shared, "tasks": finite}
+        )
+    return rows
+
+
+def advices(group: GroupFits) -> list[str]:
+    """What the fitted curves say for each budget, in a sentence each, and where the runs say otherwise."""
+    if not group.curves:
+        return []
+    horizon = None if group.imported else group.span[1]
+    measured = {a.flops: a for a in answers(group.points)}
+    fitted = {c.method for c in group.curves}
+    made = []
+    for limit in budgets_of(group.points):
+        sentence = advice(group.curves, limit.flops, horizon=horizon)
+        found, said = measured.get(limit.flops), compute_optimal_method(group.curves, limit.flops)
+        if found is not None and said not in (None, found.best.method, *found.level):
+            why = "" if found.best.method in fitted else ", which no curve describes"
+            sentence += f" (measured there: {found.best.method}{why})"
+        made.append(sentence)
+    return made
+
+
+def size_ratios(group: GroupFits) -> dict[str, float | None]:
+    """For each method that pays before training: the smallest ratio of trained model to scorer at which it is
+    compute-optimal somewhere; None if there is none. The scorer is as large as this trained model."""
+    curves = group.curves
+    ratios = {c.method: smallest_optimal_ratio(c.method, curves) for c in curves if c.c_select > 0}
+    return {method: ratio if math.isfinite(ratio) else None for method, ratio in ratios.items()}
+
+
+def to_json(groups: Sequence[GroupFits], smallest: Mapping[str, str]) -> dict[str, Any]:
+    """All of it for machines. Costs are FLOPs; scores are turned so that higher is better.
+
+    Args:
+        smallest: by task, the smallest model that selects for itself: where size ratios are looked for.
+    """
+    return {
+        "version": FITS_VERSION,
+        "groups": [_group_json(g, ratios=smallest.get(g.task) == g.model) for g in groups],
+        "simulation": [_simulation(n) for n in SIMULATED_SIZES],
+    }
+
+
+def _group_json(group: GroupFits, *, ratios: bool) -> dict[str, Any]:
+    low, high = group.span
+    pairs = itertools.combinations(group.curves, 2)
+    crossed = [{"methods": [a.method, b.method], "flops": list(crossovers(a, b, low, high))} for a, b in pairs]
+    pieces = compute_optimal(group.curves, low, high) if group.curves and low < high else []
+    return {
+        "task": group.task,
+        "model": group.model,
+        "metric": group.metric,
+        "p_bar": group.p_bar,
+        "c_full": group.c_full,
+        "fits": {m: {form: _fit_json(fit) for form, fit in forms.items()} for m, forms in group.fits.items()},
+        "not_fitted": group.not_fitted,
+        "unused": group.unused,
+        "frontier": [{"method": p.method, "flops": p.total, "score": turned(p)} for p in group.frontier],
+        "line": group.line
+        and {"slope_per_decade": group.line.slope_per_decade, "score_at_1e17": group.line.score_at_reference},
+        "crossovers": [c for c in crossed if c["flops"]],
+        "compute_optimal": [{"method": m, "from": a, "to": b} for m, a, b in pieces],
+        "break_even": break_even(group),
+        "size_ratios": size_ratios(group) if ratios else {},
+        "advice": advices(group),
+        "answers": [
+            {
+                "budget": a.budget,
+                "flops": a.flops,
+                "best": a.best.method,
+                "level": list(a.level),
+                "sentence": a.sentence,
+            }
+            for a in answers(group.points)
+        ],
+        "regret": {m: [{"flops": c, "regret": r} for c, r in rows] for m, rows in regrets(group.points).items()},
+    }
+
+
+def _fit_json(fit: PerformanceFit) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "p0": fit.p0,
+        "lambda": fit.lam,
+        "c_select": fit.c_select,
+        "degenerate": fit.degenerate,
+        "used": is_telling(fit),
+        "residuals": list(fit.residuals),
+        "rmse": float(np.sqrt(np.mean(np.square(fit.residuals)))),
+    }
+    if fit.form == "shifted" and not fit.degenerate:
+        refits = bootstrap_fits(fit, np.random.default_rng(BOOTSTRAP_SEED), N_RESAMPLES)
+        record["failed_refits"] = N_RESAMPLES - len(refits)
+        if refits:
+            record["intervals"] = {"lambda" if k == "lam" else k: v for k, v in bootstrap_intervals(refits).items()}
+    return record
+
+
+def _simulation(n_parameters: float) -> dict[str, Any]:
+    """Where the simulated curves of CCDS figure 1 cross, and who wins where, up to training on everything."""
+    curves = simulate_figure1(n_parameters)
+    by_name = {c.method: c for c in curves}
+    low, high = curves[0].c_full * 1e-6, max(curves[0].c_full, 2 * curves[-1].c_select)
+    pairs = [("bm25", "ppl"), ("ppl", "gradient")]
+    return {
+        "n_parameters": n_parameters,
+        "crossovers": {f"{a}/{b}": list(crossovers(by_name[a], by_name[b], low, high)) for a, b in pairs},
+        "compute_optimal": [{"method": m, "from": a, "to": b} for m, a, b in compute_optimal(curves, low, high)],
+    }

@@ -1,0 +1,324 @@
+"""From runs to points: one method at one budget, its scores over seeds, and which methods can be told apart."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from cads.errors import ConfigError, DataError
+from cads.study.tables import DONE, IMPORTED
+
+CONFIDENCE = 0.95
+LOWER_IS_BETTER = ("loss", "error", "perplexity", "ppl", "bits_per_byte", "nll", "mae")
+"""Metrics with one of these in their name are minimised, where the run itself does not say."""
+SHARES = ("accuracy", "error", "exact_match", "choices", "choices_per_character")
+"""Metrics between 0 and 1, which are shown in percent."""
+SLACK = 1 + 1e-3
+"""Rounding allowed when a total is compared with a budget: published figures have three or four digits."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one budget on one task at one size: means over seeds.
+
+    Attributes:
+        task, model, method, selector, budget, metric: as in the table `runs`.
+        maximised: whether more of the metric is better.
+        seeds, scores, budgets: of the runs: scores in the metric's own unit, budgets in FLOPs.
+        selection: FLOPs as charged. spent: FLOPs of the whole selection. training: FLOPs.
+        full_flops: C(D). selected: share of the pool, or None if unknown.
+        imported: whether it was published, not run.
+    """
+
+    task: str
+    model: str
+    method: str
+    selector: str
+    budget: str
+    metric: str
+    maximised: bool
+    seeds: tuple[int, ...]
+    scores: tuple[float, ...]
+    budgets: tuple[float, ...]
+    selection: float
+    spent: float
+    training: float
+    full_flops: float
+    selected: float | None
+    imported: bool
+
+    @property
+    def budget_flops(self) -> float:
+        """Of the budget: where examples differ in cost so do the seeds, which draw the data."""
+        return float(np.mean(self.budgets))
+
+    @property
+    def total(self) -> float:
+        """Selection as charged, and training, in FLOPs."""
+        return self.selection + self.training
+
+    @property
+    def mean(self) -> float:
+        """Of the scores."""
+        return float(np.mean(self.scores))
+
+    @property
+    def half_width(self) -> float:
+        """Of the t-interval of the mean over seeds; NaN for one seed."""
+        return half_width(self.scores)
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """Points of one group are compared with each other: (task, model)."""
+        return self.task, self.model
+
+
+def place_name(task: str, model: str) -> str:
+    """What a group of points is called: task and size, which some tasks have in their own name."""
+    return task if model and task.endswith(model) else " ".join(filter(None, [task, model]))
+
+
+def half_width(values: Sequence[float] | np.ndarray) -> float:
+    """Of the t-interval (`CONFIDENCE`) of the mean of values (shape (n,)); NaN for fewer than two."""
+    n = len(values)
+    if n < 2:
+        return math.nan
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether more of a metric is better, by its name: of a published point, and of a metric that no task knows."""
+    return not any(word in metric.lower() for word in LOWER_IS_BETTER)
+
+
+def in_percent(metric: str) -> bool:
+    """Whether a metric is a share, and shown as a percentage."""
+    return metric in SHARES
+
+
+def shown(value: float, metric: str) -> str:
+    """A score as text."""
+    return f"{100 * value:.2f}" if in_percent(metric) else f"{value:.4g}"
+
+
+def points_of(runs: Iterable[Mapping[str, Any]], metric: str | None = None) -> list[Point]:
+    """Means over seeds, in the order of the runs.
+
+    Args:
+        runs: rows of the table `runs`; those without a score are left out.
+        metric: another one than the runs were made for.
+
+    Raises:
+        ConfigError: if runs have no such metric (published points, which have one, are then left out), or if runs
+            that are compared were scored by different ones.
+        DataError: if a score is no number.
+    """
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in runs:
+        if row["status"] == DONE or (row["status"] == IMPORTED and metric in (None, row["metric"])):
+            groups.setdefault(tuple(row[k] for k in ("task", "model", "budget", "method")), []).append(row)
+    points = [_point(rows, metric) for rows in groups.values()]
+    for place, group in by_group(points).items():
+        if len(metrics := sorted({p.metric for p in group})) > 1:
+            where = place_name(*place) or "this study"
+            raise ConfigError(f"runs of {where} were scored by {metrics}: give --metric, or run `cads compare` again")
+    return points
+
+
+def _point(rows: Sequence[Mapping[str, Any]], metric: str | None) -> Point:
+    first, scores = rows[0], []
+    for row in rows:
+        values = json.loads(row["metrics"]) if metric else {row["metric"]: row["score"]}
+        name = metric or row["metric"]
+        if name not in values:
+            raise ConfigError(f"metric {name!r} was not measured: choose from {sorted(values)}")
+        scores.append(float(values[name]))
+        if not math.isfinite(scores[-1]):
+            raise DataError(f"{row['cell']} has {name} {scores[-1]}: remove it from the tables, and run it again")
+    if len({row["metric"] for row in rows}) > 1 and metric is None:
+        raise ConfigError(f"runs of {first['method']} were scored by different metrics: give --metric")
+    sizes = [row["n_selected"] / row["n_pool"] for row in rows if row["n_selected"] is not None]
+
+    def mean(column: str) -> float:
+        return float(np.mean([row[column] for row in rows]))
+
+    own = first["maximised"] if metric in (None, first["metric"]) else None
+
+    return Point(
+        task=first["task"],
+        model=first["model"],
+        method=first["method"],
+        selector=first["selector"],
+        budget=first["budget"],
+        metric=metric or first["metric"],
+        maximised=higher_is_better(metric or first["metric"]) if own is None else own,
+        seeds=tuple(row["seed"] for row in rows),
+        scores=tuple(scores),
+        budgets=tuple(row["budget_flops"] for row in rows),
+        selection=mean("selection_flops"),
+        spent=mean("selection_flops_spent"),
+        training=mean("training_flops"),
+        full_flops=mean("full_flops"),
+        selected=float(np.mean(sizes)) if sizes else None,
+        imported=first["status"] == IMPORTED,
+    )
+
+
+def by_group(points: Iterable[Point]) -> dict[tuple[str, str], list[Point]]:
+    """Points by (task, model), in order."""
+    groups: dict[tuple[str, str], list[Point]] = {}
+    for p in points:
+        groups.setdefault(p.group, []).append(p)
+    return groups
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One budget of a group, as given and in FLOPs.
+
+    Attributes:
+        budget: as given. flops: mean over all seeds of the group. by_seed: FLOPs for each of them.
+    """
+
+    budget: str
+    flops: float
+    by_seed: Mapping[int, float]
+
+    def on(self, seeds: Sequence[int]) -> float:
+        """FLOPs, mean over `seeds`; over all of the group where one of them never had this budget."""
+        if not all(seed in self.by_seed for seed in seeds):
+            return self.flops
+        return float(np.mean([self.by_seed[seed] for seed in seeds]))
+
+    def allows(self, p: Point) -> bool:
+        """Whether a run is within the budget: its means over seeds are held against the budget of the same seeds."""
+        return p.total <= self.on(p.seeds) * SLACK
+
+
+def budgets_of(points: Sequence[Point]) -> list[Limit]:
+    """The distinct budgets of a group, rising. One that is given in two ways, at the same FLOPs, is there once."""
+    by_seed: dict[str, dict[int, float]] = {}
+    for p in points:
+        for seed, flops in zip(p.seeds, p.budgets, strict=True):
+            by_seed.setdefault(p.budget, {}).setdefault(seed, flops)
+    found: dict[float, Limit] = {}
+    for budget, each in by_seed.items():
+        # Sorted, so that the order of the seeds does not show in the last digit.
+        limit = Limit(budget, float(np.mean([each[seed] for seed in sorted(each)])), each)
+        found.setdefault(limit.flops, limit)
+    return [found[flops] for flops in sorted(found)]
+
+
+def affordable(points: Iterable[Point], limit: Limit) -> list[Point]:
+    """Of each method the costliest run whose total is within the budget: the cost-aware utility of CCDS."""
+    best: dict[str, Point] = {}
+    for p in points:
+        before = best.get(p.method)
+        if limit.allows(p) and (before is None or p.total > before.total):
+            best[p.method] = p
+    return list(best.values())
+
+
+def better(a: Point, b: Point) -> bool:
+    """Whether the mean of `a` is strictly better than that of `b`."""
+    return a.mean > b.mean if a.maximised else a.mean < b.mean
+
+
+def best_of(points: Sequence[Point]) -> Point:
+    """The best mean; of equals the cheaper selection, then the first."""
+    ordered = sorted(points, key=lambda p: p.selection)
+    best = ordered[0]
+    for p in ordered[1:]:
+        if better(p, best):
+            best = p
+    return best
+
+
+def told_apart(a: Point, b: Point) -> bool | None:
+    """Whether the difference of two means is beyond chance, by a paired t-test over the seeds both have.
+
+    Seeds draw the data too, so that pairs share it. None where fewer than two seeds are shared.
+    """
+    left, right = dict(zip(a.seeds, a.scores, strict=True)), dict(zip(b.seeds, b.scores, strict=True))
+    seeds = sorted(set(left) & set(right))
+    if len(seeds) < 2:
+        return None
+    difference = np.array([left[s] - right[s] for s in seeds])
+    return bool(abs(difference.mean()) > half_width(difference))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What to do with one budget.
+
+    Attributes:
+        budget, flops: as given, and in FLOPs. best: the best that is affordable, of those with all seeds. level:
+            other affordable methods that cannot be told apart from it. sentence: the same in words.
+    """
+
+    budget: str
+    flops: float
+    best: Point
+    level: tuple[str, ...]
+    sentence: str
+
+
+def answers(points: Sequence[Point]) -> list[Answer]:
+    """For each budget of a group, what its points say is best at that total cost."""
+    made = []
+    for limit in budgets_of(points):
+        rivals = affordable(points, limit)
+        if not rivals:
+            continue
+        ranked = complete(rivals)
+        best = best_of(ranked)
+        others = sorted(ranked, key=lambda p: -p.mean if p.maximised else p.mean)
+        level = tuple(p.method for p in others if p is not best and told_apart(best, p) is False)
+        partly = [f"{p.method} ({len(p.seeds)} of {len(best.seeds)} seeds)" for p in rivals if p not in ranked]
+        made.append(Answer(limit.budget, limit.flops, best, level, _sentence(limit, best, level, partly)))
+    return made
+
+
+def complete(rivals: Sequence[Point]) -> list[Point]:
+    """Those with scores for as many seeds as any: seeds draw the data, so that fewer are another comparison."""
+    most = max(len(p.seeds) for p in rivals)
+    return [p for p in rivals if len(p.seeds) == most]
+
+
+def _sentence(limit: Limit, best: Point, level: Sequence[str], partly: Sequence[str]) -> str:
+    unit = " %" if in_percent(best.metric) else ""
+    score = shown(best.mean, best.metric)
+    if not math.isnan(best.half_width):
+        score += f" ± {shown(best.half_width, best.metric)}"
+    given = "" if limit.budget.endswith("FLOPs") else f" ({limit.budget})"
+    # A run whose selection came on top belongs to a smaller budget than the one it fits into.
+    smaller = f" of {best.budget}" if best.budget_flops < limit.on(best.seeds) / SLACK else ""
+    text = f"At {limit.flops:.3g} FLOPs in all{given}: {best.method}{smaller}, {best.metric} {score}{unit}"
+    if level:
+        text += f"; not told apart from {', '.join(level)} by {len(best.seeds)} seeds"
+    if partly:
+        text += f"; left out: {', '.join(partly)}"
+    return f"{text}."
+
+
+def regrets(points: Sequence[Point]) -> dict[str, list[tuple[float, float]]]:
+    """By method, (budget in FLOPs, how much worse than the best affordable mean of the grid), at each budget.
+
+    The best of many noisy means flatters itself: regrets are upper estimates.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    for limit in budgets_of(points):
+        rivals = affordable(points, limit)
+        if not rivals:
+            continue
+        ranked = complete(rivals)
+        best = best_of(ranked).mean
+        for p in ranked:
+            found.setdefault(p.method, []).append((limit.flops, abs(best - p.mean)))
+    return found

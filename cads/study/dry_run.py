@@ -1,0 +1,59 @@
+"""What a grid would do and cost, without doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cads.accounting.throughput import matmul_flops_per_second
+from cads.planning.plan import duration
+from cads.study.cells import Plan, price
+
+
+def dry_run(plans: Sequence[Plan], done: Collection[str], console: Console) -> None:
+    """Print what every cell would do and cost, and the price of all; nothing is trained.
+
+    Args:
+        done: keys of the cells that are finished.
+    """
+    table = Table(title="cells, FLOPs (means over seeds)", title_justify="left")
+    for name in ("task", "budget", "method"):
+        table.add_column(name, no_wrap=True)
+    for name in ("seeds", "selection", "training"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    notes: dict[str, int] = {}
+    rows: dict[tuple[str, str, str], list[Plan]] = {}
+    for p in plans:
+        where = " ".join(filter(None, [p.cell.setting.task, p.cell.setting.model])) or p.cell.setting.kind
+        rows.setdefault((where, str(p.cell.budget), p.cell.label), []).append(p)
+    for (where, budget, label), group in rows.items():
+        running = [p for p in group if not p.status]
+        costs = ["-", "-"]
+        if running:
+            costs = [f"{np.mean([getattr(p, part) for p in running]):.3g}" for part in ("selection", "training")]
+        said = dict.fromkeys(": ".join(filter(None, [p.status, p.note])) for p in group)
+        marks = " ".join(f"[{notes.setdefault(text, len(notes) + 1)}]" for text in said if text)
+        seeds = f"{len(running)} of {len(group)}" if 0 < len(running) < len(group) else str(len(group))
+        table.add_row(where, budget, label, seeds, *costs, Text(marks))
+    console.print(table)
+    for text, number in notes.items():
+        console.print(f"[{number}] {text}", markup=False, highlight=False, soft_wrap=True)
+    todo = [p for p in plans if p.key not in done]
+    selection, training = price(todo)
+    recipe = plans[0].cell.setting.train
+    rate = matmul_flops_per_second("cuda" if torch.cuda.is_available() else "cpu", recipe.precision)
+    total = selection + training
+    finished = f", {len(done)} finished" if done else ""
+    console.print(
+        f"{sum(not p.status for p in todo)} of {len(plans)} cells to run{finished}: {selection:.4g} FLOPs of selection "
+        f"(each ranking made once) and {training:.4g} of training, {total:.4g} in all; at least "
+        f"{duration(total / rate)} at {rate:.3g} FLOP/s (matrix products of this machine)",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,253 @@
+"""The report of a study: `fits.json`, figures as files, and one page of HTML that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from cads.errors import ConfigError
+from cads.registry import selector_class
+from cads.runtime.atomic_files import whole_file
+from cads.scoring.ranker import CUTS, Ranker
+from cads.study.analysis.fits import SIMULATED_SIZES, GroupFits, advices, analyse, to_json
+from cads.study.analysis.frontier import simulate_figure1
+from cads.study.analysis.points import answers, place_name, points_of, regrets
+from cads.study.report import evidence, figures
+from cads.study.report.figures import Drawing
+from cads.study.report.style import Look, looks
+from cads.study.report.text_tables import header, texts
+from cads.study.tables import DONE, IMPORTED, read_runs
+
+TEMPLATE = "report.html.j2"
+Namer = Callable[[str], str]
+"""Numbers the figures: kind -> name."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: its title, a sentence about it, and figures."""
+
+    title: str
+    about: str
+    drawings: list[Drawing]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was written: the page, the fits, the folder of figures; and the answers, a sentence each."""
+
+    page: Path
+    fits: Path
+    figures: Path
+    answers: list[str]
+
+
+def write_report(folder: Path, out: Path | None = None, metric: str | None = None) -> Made:
+    """Write the report on the results in `folder`.
+
+    Args:
+        out: the page; null for `report.html` in `folder`. Fits and figures go beside it.
+        metric: another metric than the one of the grid.
+
+    Raises:
+        DataError: if there are no results, or tables of another schema version.
+        ConfigError: if the metric was not measured.
+    """
+    runs = read_runs(folder)
+    points = points_of(runs, metric)
+    groups = analyse(points)
+    look = looks((row["method"], row["selector"]) for row in runs)
+    sections = [s for s in _sections(folder, runs, groups, look) if s.drawings]
+    page = out or folder / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    fits = to_json(groups, _smallest(runs))
+    whole_file(page.parent / "fits.json", json.dumps(fits, indent=1, allow_nan=False) + "\n")
+    drawings = [d for s in sections for d in s.drawings]
+    for drawing in drawings:
+        drawing.save(page.parent / "figures")
+    if page.parent == folder:
+        _sweep(folder / "figures", {d.name for d in drawings})
+    sentences = [(g, [a.sentence for a in answers(g.points)]) for g in groups]
+    whole_file(page, _page(folder, runs, sections, sentences))
+    many = len(groups) > 1
+    said = [f"{_name(g)}: {s}" if many else s for g, group in sentences for s in group]
+    return Made(page, page.parent / "fits.json", page.parent / "figures", said)
+
+
+def _sweep(figures: Path, drawn: set[str]) -> None:
+    """Remove what an earlier report drew and this one did not; files that no report names stay."""
+    for file in figures.glob("[0-9][0-9]-*"):
+        if file.suffix in (".svg", ".png") and file.stem not in drawn:
+            file.unlink()
+
+
+def _smallest(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """By task, the model with the fewest parameters, of those that no proxy selects for."""
+    sized = [
+        row
+        for row in runs
+        if row["n_parameters"] is not None and row["selector_parameters"] in (None, row["n_parameters"])
+    ]
+    smallest: dict[str, tuple[float, str]] = {}
+    for row in sized:
+        size = row["n_parameters"], row["model"]
+        smallest[row["task"]] = min(smallest.get(row["task"], size), size)
+    return {task: model for task, (_, model) in smallest.items()}
+
+
+def _name(group: GroupFits) -> str:
+    return place_name(group.task, group.model)
+
+
+def _sections(
+    folder: Path, runs: Sequence[Mapping[str, Any]], groups: Sequence[GroupFits], look: Mapping[str, Look]
+) -> list[Section]:
+    number = count(1)
+
+    def name(kind: str) -> str:
+        return f"{next(number):02d}-{kind}"
+
+    about = (
+        "Score, regret, frontier, fitted curves, break-even, and training compute alone. Everything is charged: what "
+        "selection costs stands beside what training costs."
+    )
+    compared = [Section(f"Results: {_name(g)}", about, _of_group(g, look, name)) for g in groups]
+    simulated = [
+        figures.simulation(curves, n, looks((c.method, c.method) for c in curves), name("simulation"))
+        for n in SIMULATED_SIZES
+        for curves in [simulate_figure1(n)]
+    ]
+    return [
+        *compared,
+        *_selection_sections(folder, runs, name),
+        Section("Simulation", "What the model of costs predicts for large models.", simulated),
+    ]
+
+
+def _of_group(group: GroupFits, look: Mapping[str, Look], name: Namer) -> list[Drawing]:
+    drawings = [figures.scores(group, look, name("scores"))]
+    if rows := regrets(group.points):
+        drawings.append(figures.regret(group, rows, look, name("regret")))
+    drawings.append(figures.frontier(group, look, name("frontier"), fitted=False))
+    if group.fits:
+        drawings.append(figures.frontier(group, look, name("fits"), fitted=True))
+    drawings += figures.break_even(group, look, name("break-even"))
+    return [*drawings, figures.scores(group, look, name("training-only"), training_only=True)]
+
+
+def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: Namer) -> list[Section]:
+    spent, shares, courses, overlaps = [], [], [], []
+    # A study may be passed on without them: they are larger than everything else.
+    selections = (folder / "tables" / "selections").is_dir()
+    places = evidence.by_place(runs)
+    accounts = {place: evidence.ledgers(methods) for place, methods in places.items()}
+    stages = list(dict.fromkeys(stage for account in accounts.values() for row in account.values() for stage in row))
+    for place, methods in places.items():
+        where = ", ".join(filter(None, place))
+        spent.append(
+            figures.stacked(
+                accounts[place],
+                order=stages,
+                title=f"Ledger: {where}",
+                xlabel="FLOPs",
+                caption="Compute by stage, mean over seeds, without evaluation on the test set.",
+                name=name("ledger"),
+            )
+        )
+        if selections and (share := evidence.source_shares(folder, methods)):
+            shares.append(
+                figures.stacked(
+                    share,
+                    title=f"Sources: {where}",
+                    xlabel="share of the selected examples (%)",
+                    caption="What the selected examples come from, over all seeds.",
+                    name=name("sources"),
+                )
+            )
+        for method, rows in methods.items():
+            if course := evidence.course(rows):
+                courses.append(figures.probabilities(course, f"{method}: {where}", name("probabilities")))
+        if selections and (found := evidence.overlap(folder, place, methods)):
+            overlaps.append(
+                figures.overlap(found.methods, found.matrix, found.expected, f"Overlap: {where}", name("overlap"))
+            )
+    return [
+        Section("Ledger", "Where the compute went.", spent),
+        Section("What was selected", "", shares),
+        Section("Source probabilities over time", "How policies over sources moved.", courses),
+        Section("Overlap of selections", "How much two methods agree.", overlaps),
+    ]
+
+
+def spent_flops(runs: Sequence[Mapping[str, Any]]) -> float:
+    """FLOPs of all runs: a ranking, which runs at several budgets were cut from, is counted once."""
+    shared: dict[tuple[Any, ...], float] = {}
+    own = 0.0
+    for row in runs:
+        own += row["training_flops"] or 0.0
+        selection = row["selection_flops_spent"] or 0.0
+        if row["status"] == DONE and _ranks(row["selector"]):
+            options = {name: value for name, value in json.loads(row["options"] or "{}").items() if name not in CUTS}
+            where = (row["task"], row["model"], row["seed"], row["selector"], json.dumps(options, sort_keys=True))
+            shared[where] = selection
+        else:
+            own += selection
+    return own + sum(shared.values())
+
+
+def _ranks(selector: str) -> bool:
+    """Whether what is installed under this name ranks; what made a run may not be installed here."""
+    try:
+        return issubclass(selector_class(selector), Ranker)
+    except ConfigError:
+        return False
+
+
+def _page(
+    folder: Path,
+    runs: Sequence[Mapping[str, Any]],
+    sections: Sequence[Section],
+    sentences: Sequence[tuple[GroupFits, list[str]]],
+) -> str:
+    environment = Environment(
+        loader=PackageLoader("cads.study.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shown = [
+        e
+        for place, methods in evidence.by_place(runs, most=1).items()
+        for e in [evidence.exhibits(folder, place, methods)]
+    ]
+    tables = [(_name(g), header(g.points), texts(g.points)) for g, _ in sentences]
+    unscored: dict[tuple[str, str], list[str]] = {}
+    for row in runs:
+        if row["status"] not in (DONE, IMPORTED):
+            where = ", ".join(filter(None, [row["method"], row["model"], row["budget"]]))
+            cells = unscored.setdefault((row["status"], row["error"] or ""), [])
+            cells += [] if where in cells else [where]
+    return environment.get_template(TEMPLATE).render(
+        title=folder.resolve().name,
+        groups=[(_name(g), said, advices(g)) for g, said in sentences],
+        sections=sections,
+        # Matplotlib has escaped the names in its SVG.
+        svg={d.name: Markup(d.svg()) for s in sections for d in s.drawings},
+        tables=tables,
+        exhibits=[(", ".join(filter(None, e[0].place)), e) for e in shown if e],
+        unscored=unscored,
+        n_done=sum(row["status"] in (DONE, IMPORTED) for row in runs),
+        n_cells=len(runs),
+        flops=spent_flops(runs),
+        codes=sorted({f"{row['version']} ({row['code']})" for row in runs if row["code"]}),
+        version=version("cads-select"),
+    )

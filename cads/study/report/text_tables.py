@@ -1,0 +1,81 @@
+"""The summary of a study as a table: for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from cads.study.analysis.points import CONFIDENCE, Point, best_of, complete, in_percent, shown
+
+WIDTH = 132
+"""Columns of tables where there is no terminal."""
+
+
+def wide_console(*, quiet: bool = False) -> Console:
+    """A console on which tables are whole also where there is no terminal to ask for its width."""
+    console = Console(quiet=quiet)
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
+
+
+def header(points: Sequence[Point]) -> list[str]:
+    """Names of the columns."""
+    metric = points[0].metric + (", %" if in_percent(points[0].metric) else "")
+    where = [name for name in ("task", "model") if len({getattr(p, name) for p in points}) > 1]
+    return [*where, "budget", "method", "selection", "training", metric, "selected"]
+
+
+def texts(points: Sequence[Point]) -> list[list[str]]:
+    """One row a point, a budget after the other; the best of each budget is marked by a star.
+
+    Intervals are t-intervals over seeds; a point with fewer seeds than others says so, and is never the best.
+    """
+    columns = header(points)
+    blocks: dict[tuple[str, str, str], list[Point]] = {}
+    for p in points:
+        blocks.setdefault((p.task, p.model, p.budget), []).append(p)
+    rows = []
+    for block in blocks.values():
+        ranked = complete(block)
+        best = best_of(ranked)
+        for p in block:
+            score = ("*" if p.mean == best.mean and p in ranked else "") + shown(p.mean, p.metric)
+            if not math.isnan(p.half_width):
+                score += f" ± {shown(p.half_width, p.metric)}"
+            if p not in ranked:
+                score += f" ({len(p.seeds)} of {len(best.seeds)} seeds)"
+            selected = "-" if p.selected is None else f"{p.selected:.0%}"
+            where = [getattr(p, name) for name in columns if name in ("task", "model")]
+            rows.append([*where, p.budget, p.method, f"{p.selection:.3g}", f"{p.training:.3g}", score, selected])
+    return rows
+
+
+def terminal_table(points: Sequence[Point], title: str) -> Table:
+    """For the terminal, a section a budget."""
+    table = Table(title=f"{title}: {intervals(points)}", title_justify="left")
+    columns = header(points)
+    for name in columns:
+        left = name in ("task", "model", "budget", "method")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    rows, n_where = texts(points), columns.index("budget") + 1
+    for i, row in enumerate(rows):
+        last = i + 1 == len(rows) or rows[i + 1][:n_where] != row[:n_where]
+        table.add_row(*row, end_section=last)
+    return table
+
+
+def markdown_table(points: Sequence[Point]) -> str:
+    """The same as Markdown."""
+    columns = header(points)
+    lines = [columns, ["---"] * len(columns), *([x.replace("|", "\\|") for x in row] for row in texts(points))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def intervals(points: Sequence[Point]) -> str:
+    """Over how many seeds, and what the intervals are."""
+    most = max(len(p.seeds) for p in points)
+    return f"{most} seeds, {CONFIDENCE:.0%} t-intervals" if most > 1 else "one seed"

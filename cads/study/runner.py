@@ -1,0 +1,312 @@
+"""Running a grid: planned before anything is spent, cell by cell, in any number of processes, resumed after any stop.
+
+A finished cell is a file of the table `runs`, named by all that its result depends on, so it is never run twice; one
+that is under way has a journal. A signal stops the grid when that is written.
+Locks belong to the process that holds them: killed with it, they keep nobody waiting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from cads.accounting.budget import Budget
+from cads.errors import BudgetError, CadsError, ConfigError
+from cads.registry import build_selector, selector_class
+from cads.runtime.atomic_files import whole_file
+from cads.runtime.lock import LockedError, held_by_first
+from cads.runtime.processes import ProcessError, current, is_shared
+from cads.runtime.signals import Interrupted, Interrupts
+from cads.scoring.ranker import Ranker
+from cads.study.cells import Plan, Record, describe, metric_of, plan_cell, run_cell, scored
+from cads.study.grid import Cell, Grid, Setting, cells, settings
+from cads.study.journals import Journals
+from cads.study.progress import Progress
+from cads.study.ranking_store import Rankings
+from cads.study.shard import Shard
+from cads.study.tables import DONE, FAILED, GRID_FILE, NOT_APPLICABLE, OVER_BUDGET, read_file, write_rows
+from cads.task import Task
+
+log = logging.getLogger(__name__)
+
+DISTRIBUTION = "cads-select"
+KEPT_TASKS = 3
+"""Tasks that stay in memory: cells of one setting follow each other."""
+
+
+@dataclass
+class Study:
+    """A grid in its folder.
+
+    Attributes:
+        grid: what is run. folder: where results are kept. console: where progress is shown.
+    """
+
+    grid: Grid
+    folder: Path
+    console: Console
+    _tasks: dict[tuple[str, str, int], Task] = field(default_factory=dict)
+    _metrics: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def plan(self) -> list[Plan]:
+        """Every cell of the grid: its name, its price, and why it is not run, if it is not.
+
+        Raises:
+            DataError: if a task cannot be built.
+            ConfigError: if two budgets come to the same FLOPs.
+            BudgetError: if no cell can be run because none fits its budget.
+        """
+        plans = []
+        for setting in settings(self.grid):
+            self._refuse_same_budgets(setting)
+            plans += [self._plan(cell) for cell in cells(self.grid, setting)]
+        if not any(p.status == "" for p in plans):
+            reasons = list(dict.fromkeys(p.note for p in plans))
+            raise BudgetError(f"no cell of the grid can be run: {reasons[0]}")
+        return plans
+
+    def _refuse_same_budgets(self, setting: Setting) -> None:
+        seen: dict[float, str] = {}
+        for text in self.grid.budgets:
+            flops = Budget.parse(text).flops(self.task(setting))
+            if flops in seen:
+                raise ConfigError(f"budget {seen[flops]!r} and budget {text!r} are both {flops:.6g} FLOPs: drop one")
+            seen[flops] = text
+
+    def check(self, plans: Sequence[Plan]) -> None:
+        """Refuse a metric or an evaluation that a task does not know.
+
+        Raises:
+            ConfigError: naming it.
+        """
+        for setting in {(p.cell.setting.task, p.cell.setting.model): p.cell.setting for p in plans}.values():
+            self.metric(setting)
+            for name in self.grid.evaluations:
+                self.task(setting).check_evaluation(name)
+
+    def finished(self, plans: Sequence[Plan]) -> set[str]:
+        """Keys of the cells that need not be run again."""
+        return {plan.key for plan in plans if self._finished(plan) is not None}
+
+    def run(self, plans: Sequence[Plan], shard: Shard) -> list[str]:
+        """Run the cells of a shard that are not finished.
+
+        Returns:
+            keys of the cells that another process is running, which are left to it.
+
+        Raises:
+            ConfigError: if the grid's metric or an evaluation is unknown to a task; nothing has been spent then.
+            Interrupted: if this process was asked to stop.
+        """
+        interrupts = Interrupts()
+        with interrupts.listen():
+            return self._run_shard(plans, shard, interrupts)
+
+    def _run_shard(self, plans: Sequence[Plan], shard: Shard, interrupts: Interrupts) -> list[str]:
+        world = current()
+        world.on_first(lambda: self._write_grid(plans))
+        mine = shard.part(plans)
+        self.check(mine)
+        self._say_once(mine)
+        code = code_digest(e.method for e in self.grid.methods)
+        journals = Journals(self.folder, code, self.grid.checkpoint, interrupts)
+        world.on_first(lambda: self._sweep(plans, journals))
+        progress = Progress(self.console, mine)
+        done = set(world.on_first(lambda: [plan.key for plan in mine if self._show_finished(plan, progress)]))
+        todo = [plan for plan in mine if plan.key not in done]
+        if progress.made_by_others(code):
+            log.warning(
+                "%d finished cells were made by other code of the same version and are kept: choose another folder "
+                "to run them again",
+                progress.made_by_others(code),
+            )
+        busy = []
+        with progress:
+            for plan in todo:
+                interrupts.stop_together("between two cells")
+                if not self._attempt(plan, journals, progress):
+                    busy.append(plan.key)
+        return busy
+
+    def _write_grid(self, plans: Sequence[Plan]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        whole_file(self.folder / "config.yaml", yaml.safe_dump(asdict(self.grid), sort_keys=False))
+        whole_file(self.folder / GRID_FILE, json.dumps({"cells": [p.key for p in plans]}, indent=1) + "\n")
+
+    def _sweep(self, plans: Sequence[Plan], journals: Journals) -> None:
+        """Remove checkpoints that nobody will go on from."""
+        by_key = {plan.key: plan for plan in plans}
+
+        def is_done(key: str) -> bool:
+            if key in by_key:
+                return self._finished(by_key[key]) is not None
+            return Rankings(self.folder).path(key).exists()
+
+        journals.sweep({*by_key, *(plan.ranking for plan in plans)}, is_done)
+
+    def _show_finished(self, plan: Plan, progress: Progress) -> bool:
+        """Whether a cell has been finished before."""
+        row = self._finished(plan)
+        if row is not None:
+            setting, metric = plan.cell.setting, self.metric(plan.cell.setting)
+            if row["metric"] != metric:
+                # The grid asked for another one when the cell was run: all of them were measured.
+                row |= scored(self.task(setting), metric, json.loads(row["metrics"]))
+                write_rows(self.folder, "runs", plan.key, [row])
+            progress.finished(plan, row, resumed=True)
+        return row is not None
+
+    def task(self, setting: Setting) -> Task:
+        """The task of a setting, built when it is first needed, and checked for leaks."""
+        key = setting.task, setting.model, setting.seed
+        if key not in self._tasks:
+            task = setting.build()
+            task.check()
+            while len(self._tasks) >= KEPT_TASKS:
+                del self._tasks[next(iter(self._tasks))]
+            self._tasks[key] = task
+        return self._tasks[key]
+
+    def metric(self, setting: Setting) -> str:
+        """The metric by which cells of a setting are compared."""
+        key = setting.task, setting.model
+        if key not in self._metrics:
+            self._metrics[key] = metric_of(self.task(setting), self.grid.metric)
+        return self._metrics[key]
+
+    def _plan(self, cell: Cell) -> Plan:
+        task = self.task(cell.setting)
+        contents = task.identity
+        selector, installed = build_selector(cell.entry.method, cell.entry.options), version(DISTRIBUTION)
+        ranking = ""
+        if isinstance(selector, Ranker):
+            ranking = Rankings(self.folder).key(cell.setting, selector, contents, installed)
+        return plan_cell(task, cell, cell.key(contents, installed), ranking)
+
+    def _say_once(self, plans: Sequence[Plan]) -> None:
+        for status in (NOT_APPLICABLE, OVER_BUDGET):
+            reasons: dict[tuple[str, str], str] = {}
+            for p in plans:
+                if p.status == status:
+                    what = p.cell.label if status == NOT_APPLICABLE else f"{p.cell.label} at {p.cell.budget}"
+                    where = " ".join(filter(None, [p.cell.setting.task, p.cell.setting.model]))
+                    reasons.setdefault((what, where), p.note)
+            for (what, where), note in reasons.items():
+                self.console.print(
+                    f"{status}: {what}{f' ({where})' * bool(where)}: {note}", style="yellow", markup=False
+                )
+
+    def _finished(self, plan: Plan) -> dict[str, Any] | None:
+        path = self.folder / "tables" / "runs" / f"{plan.key}.parquet"
+        if plan.status or not path.exists():
+            return None
+        row: dict[str, Any] = read_file(path, "runs").to_pylist()[0]
+        return row if row["status"] == DONE else None
+
+    def _attempt(self, plan: Plan, journals: Journals, progress: Progress) -> bool:
+        """Run one cell, unless another process holds it; False if one does."""
+        try:
+            with held_by_first(self.folder / "locks" / plan.key):
+                if not current().on_first(lambda: self._show_finished(plan, progress)):
+                    progress.started(plan)
+                    progress.finished(plan, self._run(plan, journals), resumed=False)
+        except LockedError:
+            return False
+        return True
+
+    def _run(self, plan: Plan, journals: Journals) -> dict[str, Any]:
+        """Run one cell and write its rows, `runs` last: it is what makes the cell finished."""
+        setting, world = plan.cell.setting, current()
+        made = {"version": version(DISTRIBUTION), "code": journals.code}
+        if plan.status:
+            row: dict[str, Any] = {
+                "cell": plan.key,
+                **_identity(plan),
+                **made,
+                "status": plan.status,
+                "error": plan.note,
+            }
+            world.on_first(lambda: str(write_rows(self.folder, "runs", plan.key, [row])))
+            return row
+        task, metric = self.task(setting), self.metric(setting)
+        place = self.folder / "cells" / plan.key
+        partial = place.with_name(f".{plan.key}.partial")
+
+        def work() -> Record:
+            # A run that is gone on from shows what it has done before once more.
+            world.on_first(lambda: _made_anew(partial))
+            return run_cell(plan, task, metric, journals, partial)
+
+        started = time.perf_counter()
+        try:
+            record = journals.begin(plan.key, work)
+        except (Interrupted, ProcessError):
+            raise
+        except Exception as error:  # a cell that fails must not take the grid with it
+            if world.size > 1 and not (isinstance(error, CadsError) or is_shared(error)):
+                # The other processes do not know of it, and wait.
+                raise
+            if not isinstance(error, CadsError):
+                log.error("%s failed", plan.key, exc_info=error)
+            status = OVER_BUDGET if isinstance(error, BudgetError) else FAILED
+            row = describe(plan, task, metric) | made
+            row |= {"status": status, "error": f"{type(error).__name__}: {error}"}
+            row |= {"seconds": time.perf_counter() - started}
+            world.on_first(lambda: str(write_rows(self.folder, "runs", plan.key, [row])))
+            return row
+        row = record.run | made
+        with journals.interrupts.held():
+            world.on_first(lambda: self._write_cell(plan, partial, place, record, row))
+            world.on_first(lambda: journals.forget(plan.key))
+        return row
+
+    def _write_cell(self, plan: Plan, partial: Path, place: Path, record: Record, row: dict[str, Any]) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
+        write_rows(self.folder, "selections", plan.key, record.selections)
+        write_rows(self.folder, "examples", plan.key, record.examples)
+        write_rows(self.folder, "runs", plan.key, [row])
+
+
+def _made_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    cell, setting = plan.cell, plan.cell.setting
+    return {
+        "task": setting.task or setting.kind,
+        "model": setting.model,
+        "method": cell.label,
+        "selector": cell.entry.method,
+        "options": json.dumps(cell.entry.options),
+        "budget": str(cell.budget),
+        "count_selection": cell.budget.count_selection,
+        "sharing": cell.sharing,
+        "seed": setting.seed,
+    }
+
+
+def code_digest(methods: Iterator[str]) -> str:
+    """A hash of the sources of this package and of those that the methods come from."""
+    packages = {"cads", *(selector_class(m).__module__.split(".")[0] for m in methods)}
+    digest = hashlib.sha256()
+    for package in sorted(packages):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or []:
+            for file in sorted(Path(folder).rglob("*.py")):
+                digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]

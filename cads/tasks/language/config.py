@@ -1,0 +1,149 @@
+"""Fine-tuning a causal language model: from settings to a task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cads.errors import ConfigError
+from cads.tasks.language.models import LanguageModels, embedding_rows, load_tokenizer
+from cads.tasks.language.settings import LanguageSettings
+from cads.tasks.language.splits import Split, divide, encode_pools
+from cads.tasks.language.task import LanguageTask
+
+if TYPE_CHECKING:
+    from cads.recipe import TrainConfig
+
+
+@dataclass
+class LanguageConfig(LanguageSettings):
+    """Fine-tuning a causal language model on text: which model, which data, and what is learned from it."""
+
+    prefix: ClassVar[str] = ""
+    """What the names of fields begin with where they are set for this model."""
+
+    def build(self, recipe: TrainConfig) -> LanguageTask:
+        """Load tokenizer and data; weights are loaded when the first model is made.
+
+        Raises:
+            ConfigError: if model, tokenizer and settings do not fit each other.
+            DataError: if data is missing, damaged, too small, or has nothing to learn from.
+        """
+        return self._built(recipe, LanguageTask)
+
+    def sketch(self, recipe: TrainConfig) -> LanguageTask:
+        """The task with its examples and without weights; see `cads.tasks.language_sketch`."""
+        from cads.tasks.language.meta_task import SketchedLanguageTask
+
+        return self._built(recipe, SketchedLanguageTask)
+
+    def split(self) -> Split:
+        """The rows of pool, target and test set."""
+        sizes = (self.n_pool, self.n_target, self.n_test)
+        return divide(self.pool, self.target, self.test, sizes, self.data_seed)
+
+    def selector(self) -> LanguageConfig:
+        """The same settings for the selector's model; see `SelectorConfig`."""
+        return SelectorConfig.of(self)
+
+    def load_tokenizer(self, spare_pad: str | None = None) -> Any:
+        """The tokenizer of the model.
+
+        Args:
+            spare_pad: the token to pad with where neither tokenizer nor settings name one, if it is one.
+
+        Raises: as `load_tokenizer`.
+        """
+        return load_tokenizer(
+            self.tokenizer or self.model,
+            trust_remote_code=self.trust_remote_code,
+            pad_token=self.pad_token,
+            spare_pad=spare_pad,
+            field=f"{self.prefix}pad_token",
+        )
+
+    def models(self) -> LanguageModels:
+        """The models, none of them loaded yet."""
+        return LanguageModels(
+            self.model,
+            trust_remote_code=self.trust_remote_code,
+            dtype=self.dtype,
+            attention=self.attn_implementation,
+            checkpointing=self.gradient_checkpointing,
+            peft=self.peft,
+            peft_field=f"{self.prefix}peft",
+        )
+
+    def longest(self, models: LanguageModels) -> int:
+        """Tokens at which examples are cut.
+
+        Raises:
+            ConfigError: if it is beyond the model's context, or there is neither limit.
+        """
+        context = models.context
+        if self.max_tokens is None and context is None:
+            raise ConfigError(f"max_tokens is missing, and the config of {self.model} names no context: set it")
+        if self.max_tokens is not None and context is not None and self.max_tokens > context:
+            raise ConfigError(f"max_tokens = {self.max_tokens}: the context of {self.model} has {context} positions")
+        return int(self.max_tokens or context or 0)
+
+    def _built(self, recipe: TrainConfig, kind: type[LanguageTask]) -> LanguageTask:
+        split = self.split()
+        if self.selector_model is None:
+            return self._task(split, recipe, kind)
+        # Selectors need the same examples of both: what one of the two leaves out is left out by the other.
+        selector = self.selector()
+        proxy = selector._task(split, recipe, kind)
+        task = self._task(split.kept_by(proxy.pool, proxy.target), recipe, kind)
+        if (len(task.pool), len(task.target)) != (len(proxy.pool), len(proxy.target)):
+            proxy = selector._task(split.kept_by(task.pool, task.target), recipe, kind)
+        task.proxy = proxy
+        task.counts = {**task.counts, "selector": proxy.counts}
+        return task
+
+    def _task(self, split: Split, recipe: TrainConfig, kind: type[LanguageTask]) -> LanguageTask:
+        models = self.models()
+        tokenizer = self.load_tokenizer()
+        rows = embedding_rows(models.config)
+        if rows is not None and len(tokenizer) > rows:
+            raise ConfigError(
+                f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and the embedding of "
+                f"{self.model} {rows} rows: use the model's own tokenizer, or a model whose embedding was enlarged"
+            )
+        pools, counts = encode_pools(split, tokenizer, self, self.longest(models))
+        return kind(pools, models, tokenizer, settings=self, recipe=recipe, counts=counts)
+
+
+@dataclass
+class SelectorConfig(LanguageConfig):
+    """The settings of a model that works for selectors in place of the trained one."""
+
+    prefix: ClassVar[str] = "selector_"
+
+    spare_pad: str | None = None
+    """The trained model's pad_token: what fills batches up if nothing else is named for it, where it is a token."""
+
+    @classmethod
+    def of(cls, trained: LanguageConfig) -> SelectorConfig:
+        """For the `selector_model` of `trained`."""
+        own = {
+            "model": str(trained.selector_model),
+            "tokenizer": trained.selector_tokenizer,
+            "pad_token": trained.selector_pad_token,
+            "peft": trained.peft if trained.selector_peft is None else trained.selector_peft or None,
+        }
+        unset = dict.fromkeys(("selector_model", "selector_tokenizer", "selector_pad_token", "selector_peft"))
+        return cls(**{**vars(trained), **own, **unset}, spare_pad=trained.pad_token)
+
+    def load_tokenizer(self, spare_pad: str | None = None) -> Any:
+        """See `LanguageConfig`."""
+        return super().load_tokenizer(spare_pad or self.spare_pad)
+
+    def longest(self, models: LanguageModels) -> int:
+        """Tokens at which examples are cut: no more than this model can read.
+
+        Raises: as `LanguageConfig`.
+        """
+        if self.max_tokens is None or models.context is None:
+            return super().longest(models)
+        return min(self.max_tokens, models.context)

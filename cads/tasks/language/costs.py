@@ -1,0 +1,162 @@
+"""What sequences cost: a law in their length and number of answers, from a few counted batches."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from cads.accounting.costs import Costs, Measured, Paper, Price, Workload
+from cads.accounting.nominal import forward_flops, training_flops
+from cads.data.batch import Batch
+from cads.data.pool import Pool
+from cads.data.token_batches import lengths
+from cads.scoring.pool_scores import planned_flops
+from cads.tasks.language.tokens import IGNORED, PAD_TO
+
+log = logging.getLogger(__name__)
+
+PROBES = ((4, 1), (8, 1), (12, 1), (12, 6))
+"""Lengths and answers, in units of `PAD_TO`, of the batches that are counted; the longest of the task is one more."""
+TOLERANCE = 1e-6
+"""Relative error above which there is no such law, and every shape is counted by itself."""
+
+
+class SequenceWorkload(Workload, Protocol):
+    """What is asked of a task whose examples are sequences."""
+
+    @property
+    def pad(self) -> int:
+        """The token id of padding."""
+        ...
+
+    @property
+    def longest_example(self) -> tuple[int, int]:
+        """T and A of the longest example, as batches fill it up."""
+        ...
+
+
+class LanguageCosts(Costs):
+    """Costs of `LanguageTask`, whose examples have many shapes.
+
+    `measured`: an example of T positions with the head at A of them costs `a + b T + c T^2 + d A`: all linears
+    but the head are applied at every position, attention to every pair. The four numbers come from four counted
+    batches, and are checked on the longest example; a model that keeps to no such law is counted shape by shape.
+    Packed batches cost what their rows do.
+
+    `paper`: the tokens of an example are its own, so that no shape stands for others.
+    """
+
+    task: SequenceWorkload
+
+    def __init__(self, task: SequenceWorkload, accounting: str = "measured") -> None:
+        super().__init__(task, accounting)
+        self.task = task
+        self._passes: WeakKeyDictionary[Pool, float] = WeakKeyDictionary()
+
+    def forward(self, batch: Batch) -> float:
+        """One forward pass of all of `batch`."""
+        return self._rows(batch).forward if self._in_rows(batch) else super().forward(batch)
+
+    def usage(self, batch: Batch) -> float:
+        """One forward and backward pass of all of `batch`."""
+        return self._rows(batch).usage if self._in_rows(batch) else super().usage(batch)
+
+    def forward_pool(self, pool: Pool) -> float:
+        """One forward pass over all of `pool` as it is measured and scored: sorted by length, padding included."""
+        if pool not in self._passes:
+            self._passes[pool] = planned_flops(self.forward, pool)
+        return self._passes[pool]
+
+    def usages(self, pool: Pool) -> np.ndarray:
+        """One forward and backward pass of each example of `pool` by itself, without padding; shape (N,)."""
+        if not isinstance(self._accounting, Paper):
+            return super().usages(pool)
+        return self._nominal(pool, 1.0).usage * _lengths(pool)
+
+    def _mean(self, pool: Pool) -> Price:
+        if not isinstance(self._accounting, Paper):
+            return super()._mean(pool)
+        if pool not in self._pools:
+            self._pools[pool] = self._nominal(pool, float(_lengths(pool).mean()))
+        return self._pools[pool]
+
+    def _nominal(self, pool: Pool, tokens: float) -> Price:
+        """2ND and 6ND for D tokens."""
+        n, _ = self.task.nominal(self.model, pool.batch([0]))
+        return Price(forward_flops(n, tokens), training_flops(n, tokens), tokens)
+
+    def _in_rows(self, batch: Batch) -> bool:
+        """Whether sequences share rows, which is all the same to 6ND."""
+        return "row" in batch.inputs and not isinstance(self._accounting, Paper)
+
+    def _price(self, batch: Batch) -> Price:
+        if isinstance(self._accounting, Paper):
+            # Batches of one shape differ in their padding: no price of another one would be right.
+            return self._accounting.price(batch)
+        if not isinstance(self._accounting, Measured) or self._law is None:
+            return super()._price(batch)
+        return self._by_law(batch.inputs["input_ids"].shape[1], batch.inputs["answers"].shape[1], 1)
+
+    def _rows(self, batch: Batch) -> Price:
+        """All of a packed batch: its rows, with the head at the answers of its examples."""
+        rows = int(batch.inputs["row"].max() - batch.inputs["row"].min()) + 1
+        length = batch.tokens // rows
+        n_answers = batch.inputs["answers"].numel()
+        if isinstance(self._accounting, Measured) and self._law is not None:
+            return self._by_law(length, n_answers, rows)
+        # Without a law, rows are taken to be examples with their share of the answers.
+        row = super()._price(self._probe(length, min(length, -(-n_answers // rows))))
+        return Price(row.forward * rows, row.usage * rows, batch.tokens)
+
+    def _by_law(self, length: int, n_answers: int, rows: int) -> Price:
+        assert self._law is not None
+        forward, usage = rows * (self._law[:, :3] @ [1, length, length**2]) + self._law[:, 3] * n_answers
+        return Price(float(round(forward)), float(round(usage)), rows * length)
+
+    @cached_property
+    def _law(self) -> np.ndarray | None:
+        """(a, b, c, d) of forward and of forward+backward, shape (2, 4); None if there is no such law."""
+        longest = self.task.longest_example
+        shapes = [(t * PAD_TO, a * PAD_TO) for t, a in PROBES]
+        if longest[0] <= shapes[-1][0]:
+            return None  # Few shapes: each is counted.
+        counted = np.array([super(LanguageCosts, self)._price(self._probe(*shape))[:2] for shape in shapes])
+        law = np.linalg.solve(np.array([[1, t, t * t, a] for t, a in shapes], dtype=float), counted).T
+        found = np.array(super()._price(self._probe(*longest))[:2])
+        t, a = longest
+        error = float(np.abs(law @ [1, t, t * t, a] / found - 1).max())
+        if error > TOLERANCE:
+            log.warning(
+                "%s: the FLOPs of a sequence follow no quadratic law in its length (off by %.2g at %d positions): "
+                "every shape is counted by itself",
+                self.task.name,
+                error,
+                t,
+            )
+            return None
+        return law
+
+    def _probe(self, length: int, n_answers: int) -> Batch:
+        """An example of T positions that asks for A answers."""
+        ids = torch.full((1, length), self.task.pad, dtype=torch.int64)
+        places = torch.arange(1, 1 + n_answers).clamp(max=length - 1)[None]
+        labels = torch.full_like(ids, IGNORED).scatter(1, places, ids)
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "answers": places,
+            "weight": torch.ones(1),
+        }
+        return Batch(inputs, labels, torch.zeros(1, dtype=torch.int64), length, n_answers)
+
+
+def _lengths(pool: Pool) -> np.ndarray:
+    """Tokens of each sequence of a pool of text, int64, shape (N,)."""
+    found = lengths(pool)
+    assert found is not None
+    return found

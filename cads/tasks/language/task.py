@@ -1,0 +1,209 @@
+"""The language task: next-token prediction on the answers of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cads.data.batch import Batch
+from cads.data.pool import Pool
+from cads.data.token_batches import scoring_batches
+from cads.errors import ConfigError
+from cads.scoring.pool_scores import evaluating
+from cads.task import Metrics, Task
+from cads.tasks.language import evaluation
+from cads.tasks.language.costs import LanguageCosts
+from cads.tasks.language.models import LanguageModels, answer_logits, last_hidden
+from cads.tasks.language.settings import LanguageSettings
+from cads.tasks.language.tokens import IGNORED, pack, tokens_of
+
+if TYPE_CHECKING:
+    from cads.recipe import TrainConfig
+
+
+class LanguageTask(Task):
+    """Next-token prediction on the answers of examples.
+
+    The loss of an example is the mean over its answer tokens. With `weighting: token` a training step minimises
+    the mean over the answer tokens of its batch instead, which is the mean over examples of n_i / mean(n) times
+    their loss (`training_losses`); scores of examples stay means (`losses`).
+
+    Args:
+        pools: pool, target and test set of `Tokens`.
+        models: makes the models.
+        tokenizer: of the pools.
+        settings: of weighting, packing and evaluation.
+        recipe: how the final model is trained.
+        counts: what was cut and left out of each source, and by the selector's model, as JSON values.
+
+    Raises:
+        ConfigError: if packing does not go with recipe or model.
+    """
+
+    averaged = ("loss",)
+    pretrained = True
+
+    def __init__(
+        self,
+        pools: Sequence[Pool],
+        models: LanguageModels,
+        tokenizer: Any,
+        *,
+        settings: LanguageSettings,
+        recipe: TrainConfig,
+        counts: Mapping[str, Any],
+    ) -> None:
+        self.counts = counts
+        self.pool, self.target, self.test = pools
+        self.models, self.tokenizer, self.settings, self.recipe = models, tokenizer, settings, recipe
+        self.name = f"language/{Path(models.name).name}"
+        self.mergeable = models.peft is not None
+        if settings.packing and recipe.accumulate > 1:
+            raise ConfigError(
+                f"accumulate = {recipe.accumulate}: packed batches are not cut into pieces; lower batch_size"
+            )
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What data it is, and the weights that its models begin with."""
+        found = super().identity | {"model": self.models.digest}
+        if self.proxy is None:
+            return found
+        # A proxy of one's own may have no weights to tell.
+        return found | {"selector model": self.proxy.identity.get("model", self.proxy.name)}
+
+    @property
+    def pad(self) -> int:
+        """The token id of padding."""
+        return tokens_of(self.pool).pad
+
+    @property
+    def ends(self) -> list[int]:
+        """Token ids that end an answer: the tokenizer's end token, and the special tokens that end one in the pool."""
+        found = tokens_of(self.pool).last_answers & set(self.tokenizer.all_special_ids)
+        end = self.tokenizer.eos_token_id
+        return sorted(found | ({end} if end is not None else set()))
+
+    @property
+    def longest(self) -> int:
+        """Positions that no example exceeds."""
+        return tokens_of(self.pool).longest
+
+    @property
+    def longest_example(self) -> tuple[int, int]:
+        """T and A of the longest example of all pools, as batches fill it up."""
+        pools = [tokens_of(p) for p in (self.pool, self.target, self.test)]
+        longest = max(pools, key=lambda x: int(x.lengths().max()))
+        alone = longest.take(np.array([longest.lengths().argmax()]))
+        inputs = replace(alone, packed=False).batch(np.arange(1)).inputs
+        return inputs["input_ids"].shape[1], inputs["answers"].shape[1]
+
+    @cached_property
+    def costs(self) -> LanguageCosts:
+        """What one example costs, by its length and number of answers."""
+        return LanguageCosts(self, self.accounting)
+
+    def model(self, seed: int) -> nn.Module:
+        """A fresh model on the CPU; with adapters, its base is shared by all models of this task."""
+        return self.models.build(seed)
+
+    def token_losses(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihoods of the answer tokens in nats (float32), and where they count; (B, A) each."""
+        inputs, places = self.model_inputs(model, batch)
+        logits = answer_logits(model, inputs, places)
+        wanted = batch.labels.gather(1, batch.inputs["answers"])
+        # With the classes last: transposed logits would be copied, forward and backward, at four times the time.
+        losses = functional.cross_entropy(
+            logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return losses.view_as(wanted), wanted != IGNORED
+
+    def losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """The mean loss of each example over its answer tokens, in nats, shape (B,)."""
+        losses, counted = self.token_losses(model, batch)
+        return losses.sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+
+    def training_losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """What a training step takes the mean of, shape (B,): by `weighting`, of examples or of answer tokens."""
+        losses = self.losses(model, batch)
+        return losses * batch.inputs["weight"] if self.settings.weighting == "token" else losses
+
+    def model_inputs(self, model: Callable[..., Any], batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """What the model reads, and where in it the answers are predicted (flattened positions, shape (B, A))."""
+        inputs = batch.inputs
+        if "row" in inputs:
+            packed = pack(inputs, getattr(torch, self.settings.dtype))
+            return packed.inputs, packed.places
+        rows, length = inputs["input_ids"].shape
+        before = (inputs["answers"] - 1).clamp(min=0)
+        places = before + length * torch.arange(rows, device=before.device)[:, None]
+        return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}, places
+
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean of the last hidden states over an example's tokens, float32, shape (B, D)."""
+        present = batch.inputs["attention_mask"]
+        hidden = last_hidden(model, batch.inputs["input_ids"], present).float()
+        return (hidden * present[..., None]).sum(dim=1) / present.sum(dim=1, keepdim=True)
+
+    def metrics(self, model: nn.Module, pool: Pool) -> Metrics:
+        """Loss (nats, mean of the examples' means), loss a token, and perplexity on answer tokens."""
+        sums, counts = self._answer_losses(model, pool), tokens_of(pool).answers
+        token_loss = float(sums.sum() / counts.sum())
+        return {
+            "loss": float((sums / counts).mean()),
+            "token_loss": token_loss,
+            "perplexity": float(np.exp(min(token_loss, 700.0))),
+        }
+
+    def metrics_by_example(self, model: nn.Module, pool: Pool) -> dict[str, np.ndarray]:
+        """The loss: mean over the answer tokens of each example, nats."""
+        return {"loss": self._answer_losses(model, pool) / tokens_of(pool).answers}
+
+    def _answer_losses(self, model: nn.Module, pool: Pool) -> np.ndarray:
+        """Sum over the answer tokens of each example, nats, shape (N,)."""
+        device, sums = next(model.parameters()).device, np.zeros(len(pool))
+        with evaluating(model):
+            for rows in scoring_batches(pool):
+                losses, _ = self.token_losses(model, pool.batch(rows).to(device))
+                sums[rows] = losses.double().sum(dim=1).cpu().numpy()
+        return sums
+
+    def texts(self, pool: Pool) -> list[str]:
+        """The first message of the user, the prompt, or the text itself."""
+        texts: list[str] = tokens_of(pool).texts.to_pylist()
+        return texts
+
+    def subtasks(self, pool: Pool) -> np.ndarray | None:
+        """What the subtask column says, or None without one."""
+        return tokens_of(pool).subtasks
+
+    def nominal(self, model: nn.Module, batch: Batch) -> tuple[float, float]:
+        """Parameters without adapters, and tokens without padding."""
+        return float(self.models.base_size), float(batch.inputs["attention_mask"].sum())
+
+    def describe(self, pool: Pool, positions: np.ndarray) -> list[str]:
+        """The examples at `positions` as text, answers included."""
+        tokens = tokens_of(pool)
+        spans = [tokens.ids[tokens.offsets[p] : tokens.offsets[p + 1]] for p in positions]
+        texts: list[str] = self.tokenizer.batch_decode(spans)
+        return texts
+
+    def save(self, model: nn.Module, folder: Path, *, merge: bool = False) -> None:
+        """Write the adapter, or the whole model, with the tokenizer; see `LanguageModels.save`."""
+        self.models.save(model, folder, self.tokenizer, merge=merge)
+
+    def check_evaluation(self, name: str) -> None:
+        """Refuse all but `choices`, `exact_match` and `lm_eval:TASKS`, and these if they lack something."""
+        evaluation.check_evaluation(self, name)
+
+    def evaluate(self, model: nn.Module, name: str) -> Metrics:
+        """One of the further evaluations: `choices`, `exact_match` or `lm_eval:TASKS`."""
+        return evaluation.evaluate(self, model, name)

@@ -1,0 +1,96 @@
+"""Pools of which only the shapes are known: enough to say what everything costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cads.data.batch import Batch
+from cads.data.pool import Pool
+from cads.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Field:
+    """A tensor of one example: its shape, and its type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.int64
+
+
+class Shaped:
+    """N examples of one shape without contents; their batches are on the meta device.
+
+    Args:
+        n: how many.
+        inputs: what the model reads of one example, by name.
+        labels: what it answers.
+        tokens: positions of one example that the model computes on.
+
+    Raises:
+        ConfigError: if a number or a side of a shape is below 1.
+    """
+
+    def __init__(self, n: int, inputs: dict[str, Field], labels: Field, tokens: int = 1) -> None:
+        sides = [side for field in (*inputs.values(), labels) for side in field.shape]
+        if min(n, tokens, *sides) < 1:
+            shapes = {name: field.shape for name, field in inputs.items()}
+            raise ConfigError(
+                f"{n} examples of {tokens} tokens, inputs of shape {shapes} and labels of {labels.shape}: "
+                "each of these numbers must be at least 1"
+            )
+        self._n, self._inputs, self._labels, self._tokens = n, inputs, labels, tokens
+
+    def __len__(self) -> int:
+        return self._n
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        """Collate empty examples."""
+        n = len(positions)
+        return Batch(
+            inputs={name: _empty(n, field) for name, field in self._inputs.items()},
+            labels=_empty(n, self._labels),
+            positions=torch.as_tensor(positions),
+            tokens=n * self._tokens,
+            answer_tokens=n * self._tokens,
+        )
+
+    def take(self, positions: np.ndarray) -> Shaped:
+        """As many as there are positions."""
+        return Shaped(len(positions), self._inputs, self._labels, self._tokens)
+
+    def shapes(self) -> tuple[np.ndarray, np.ndarray]:
+        """One shape for all."""
+        return np.zeros(1, dtype=np.int64), np.zeros(self._n, dtype=np.int64)
+
+    def digests(self) -> NoReturn:
+        """There is nothing to hash.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError("a sketch has shapes and no examples: it can be planned for, not selected from")
+
+    label_digest = digests
+
+
+def shaped_pool(name: str, examples: Shaped, sources: dict[str, int] | None = None) -> Pool:
+    """A pool with ids `name-0`, `name-1`, ... and sources of the given sizes.
+
+    Raises:
+        ConfigError: if a source has a size below 1.
+    """
+    for source, size in (sources or {}).items():
+        if size < 1:
+            raise ConfigError(f"source {source!r} has size {size}: it must be at least 1")
+    ids = pa.array([f"{name}-{i}" for i in range(len(examples))], pa.string())
+    codes = np.repeat(np.arange(len(sources)), list(sources.values())) if sources else None
+    return Pool(ids, examples, codes, tuple(sources or ()), name=name)
+
+
+def _empty(n: int, field: Field) -> torch.Tensor:
+    return torch.empty(n, *field.shape, dtype=field.dtype, device="meta")

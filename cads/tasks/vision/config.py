@@ -1,0 +1,250 @@
+"""Image classification: from a configuration to a task."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from cads.data.ids import numbered
+from cads.data.pool import Pool
+from cads.errors import ConfigError, DataError
+from cads.tasks.shape_only import Field, Shaped, shaped_pool
+from cads.tasks.vision.datasets import (
+    load_arrays,
+    load_cifar,
+    load_digits,
+    load_fashion_mnist,
+    load_hub,
+    load_image_folder,
+)
+from cads.tasks.vision.images import ImageData, Images, ImageTensors
+from cads.tasks.vision.networks import Network
+from cads.tasks.vision.shapes import KNOWN, SketchedVision
+from cads.tasks.vision.synthetic_sources import SourcedImages, SourceSpec, make_sources, source_sizes
+from cads.tasks.vision.task import VisionTask, check_labels, images_of
+
+if TYPE_CHECKING:
+    from cads.recipe import TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays", "hub"]
+
+SPLIT, TEST = 3, 4
+"""First words of the seeds by which the training split is divided, and the test set drawn."""
+
+
+@dataclass
+class VisionConfig:
+    """Image classification: which images, in which sources, and which network."""
+
+    dataset: Dataset = "digits"
+    """digits (scikit-learn), fashion-mnist, cifar10, cifar100, folder (image files), arrays (`.npy` files, mapped
+    into memory), or hub (`datasets`: a name, or a folder that `save_to_disk` wrote, which stays on disk)."""
+    path: str | None = None
+    """Folder of the data, or name of a hub data set; null: where it is usually installed or downloaded."""
+    download: bool = False
+    """Allow torchvision to fetch data and pretrained weights that are missing."""
+    image_column: str = "image"
+    """hub: the column of images."""
+    label_column: str = "label"
+    """hub: the column of labels."""
+    source_column: str | None = None
+    """hub: the column that says where an example comes from; null: no given sources."""
+    image_size: int | None = None
+    """Scale images to this many pixels square; null: as they are (files: all as the first one)."""
+    model: str = "mlp"
+    """mlp (one hidden layer), cnn (two convolutions), or any classifier of torchvision, such as resnet18."""
+    hidden: int = 128
+    """mlp: hidden units."""
+    channels: int = 16
+    """cnn: channels of the first convolution; the second has twice as many."""
+    stride: int = 2
+    """cnn: stride of the first convolution; 4 is several times faster on 28x28 images, and a little worse."""
+    pretrained: bool = False
+    """torchvision: start from its pretrained weights; a head of another size starts fresh."""
+    n_target: int | None = None
+    """Clean examples of the training split that selection optimises for; null: a tenth of it."""
+    n_test: int | None = None
+    """Clean test examples; null: the data set's test split, where there is none a fifth of all."""
+    n_pool: int | None = None
+    """Examples of the training split for the pool, or to make its sources from; null: all the rest."""
+    sources: list[SourceSpec] = field(default_factory=list)
+    """Sources to make from the pool; empty: those that the data has, if any."""
+    data_seed: int = 0
+    """Of what goes into target, test, pool and sources, and of the label noise."""
+
+    def __post_init__(self) -> None:
+        if self.dataset not in get_args(Dataset):
+            raise ConfigError(f"dataset = {self.dataset!r}: choose from {list(get_args(Dataset))}")
+        if self.dataset in ("folder", "arrays", "hub") and not self.path:
+            raise ConfigError(f"dataset = {self.dataset!r} needs a path: the folder, or the name on the hub")
+        for name in ("image_size", "n_target", "n_test", "n_pool"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value}: it must be at least 1")
+        if self.data_seed < 0:
+            raise ConfigError(f"data_seed = {self.data_seed}: it must be >= 0")
+        names = [spec.name for spec in self.sources]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"sources {names}: each needs its own name")
+        self.network()
+
+    def build(self, recipe: TrainConfig) -> VisionTask:
+        """Load the data, divide it, make the sources.
+
+        Raises:
+            DataError: if the data is missing, damaged or too small.
+        """
+        data = self._load()
+        positions, ids, target, test = self._divide(data)
+        n_classes = len(data.classes)
+        truth: SourcedImages | None = None
+        if self.sources:
+            clean = data.train.take(positions)
+            check_labels(clean, n_classes, ids, "pool")
+            truth = make_sources(clean, self.sources, n_classes, self.data_seed)
+            pool = _sourced_pool(truth, ids)
+        else:
+            pool = _given_pool(data, positions, ids)
+        return VisionTask(
+            pool,
+            target=target,
+            test=test,
+            classes=data.classes,
+            build_model=partial(self.network().build, data.train.shape, n_classes),
+            recipe=recipe,
+            truth=truth,
+            name=f"vision/{self.dataset}",
+        )
+
+    def sketch(self, recipe: TrainConfig) -> VisionTask:
+        """The task with shapes in place of images and of weights; see `cads.tasks.vision_sketch`."""
+        return sketch(self, recipe)
+
+    def network(self) -> Network:
+        """Which network, but not yet for which images."""
+        return Network(self.model, self.hidden, self.channels, self.stride, self.pretrained, self.download)
+
+    def _load(self) -> ImageData:
+        if self.dataset == "folder":
+            return load_image_folder(str(self.path), self.image_size)
+        if self.dataset == "arrays":
+            return load_arrays(str(self.path), self.image_size)
+        if self.dataset == "hub":
+            columns = (self.image_column, self.label_column, self.source_column)
+            return load_hub(str(self.path), *columns, size=self.image_size)
+        if self.dataset == "digits":
+            data = load_digits()
+        elif self.dataset == "fashion-mnist":
+            data = load_fashion_mnist(self.path, self.download)
+        else:
+            data = load_cifar(self.dataset, self.path, self.download)
+        return data if self.image_size is None else _resized(data, self.image_size)
+
+    def _divide(self, data: ImageData) -> tuple[np.ndarray, pa.Array, Pool, Pool]:
+        """Positions of the candidates in the training split and their ids; target; test. All disjoint."""
+        ids = numbered("train", len(data.train))
+        order = np.random.default_rng((SPLIT, self.data_seed)).permutation(len(data.train))
+        n_test, n_target, n_pool = self.sizes(len(data.train), None if data.test is None else len(data.test))
+        if data.test is None:
+            where, order = np.sort(order[:n_test]), order[n_test:]
+            test = Pool(ids.take(pa.array(where)), data.train.take(where), name="test set")
+        else:
+            test = self._own_test(data.test)
+        where = np.sort(order[:n_target])
+        target = Pool(ids.take(pa.array(where)), data.train.take(where), name="target")
+        where = np.sort(order[n_target : n_target + n_pool])
+        return where, ids.take(pa.array(where)), target, test
+
+    def sizes(self, n_train: int, n_own_test: int | None) -> tuple[int, int, int]:
+        """Examples of test set, target and pool; without a test split of its own, the test set is of the training's."""
+        if n_own_test is None:
+            taken = n_test = n_train // 5 if self.n_test is None else self.n_test
+        else:
+            taken, n_test = 0, n_own_test if self.n_test is None else self.n_test
+        left = max(0, n_train - taken)
+        n_target = max(1, left // 10) if self.n_target is None else self.n_target
+        n_pool = max(1, left - n_target) if self.n_pool is None else self.n_pool
+        if n_target + n_pool > left:
+            raise DataError(
+                f"n_target = {n_target} and n_pool = {n_pool} are more than the {left} examples there "
+                f"are ({n_train} for training, less {taken} for the test set): ask for fewer"
+            )
+        return n_test, n_target, n_pool
+
+    def _own_test(self, images: Images) -> Pool:
+        where = np.arange(len(images))
+        if self.n_test is not None:
+            if self.n_test > len(images):
+                raise DataError(f"n_test = {self.n_test}: the test split has {len(images)} examples; ask for fewer")
+            rng = np.random.default_rng((TEST, self.data_seed))
+            where = np.sort(rng.permutation(len(images))[: self.n_test])
+        return Pool(numbered("test", len(images)).take(pa.array(where)), images.take(where), name="test set")
+
+
+def _sourced_pool(truth: SourcedImages, ids: pa.Array) -> Pool:
+    named, copies = ids.take(pa.array(truth.origins)), pa.array(truth.copies)
+    repeated = pc.binary_join_element_wise(named, copies.cast(pa.string()), "#")
+    return Pool(pc.if_else(pc.greater(copies, 0), repeated, named), truth.images, truth.sources, truth.names)
+
+
+def _given_pool(data: ImageData, positions: np.ndarray, ids: pa.Array) -> Pool:
+    images = data.train.take(positions)
+    if data.sources is None:
+        return Pool(ids, images)
+    present, codes = np.unique(data.sources[positions], return_inverse=True)
+    if len(present) < len(data.source_names):
+        drawn = set(present.tolist())
+        absent = [s for i, s in enumerate(data.source_names) if i not in drawn]
+        log.warning("no example of the sources %s was drawn into the pool: they are left out", absent)
+    return Pool(ids, images, codes, [data.source_names[i] for i in present])
+
+
+def _resized(data: ImageData, size: int) -> ImageData:
+    def resized(images: Images) -> Images:
+        return images.resize(size) if isinstance(images, ImageTensors) else images
+
+    test = None if data.test is None else resized(data.test)
+    return replace(data, train=resized(data.train), test=test)
+
+
+def sketch(config: VisionConfig, recipe: TrainConfig) -> SketchedVision:
+    """The task of `config`; its sources are as large as even classes make them.
+
+    Only folders and hub data sets, whose sizes are not known beforehand, are opened.
+
+    Raises:
+        DataError: if the data is too small, or a folder or hub data set cannot be opened.
+    """
+    network = replace(config.network(), pretrained=False)
+    if config.dataset not in KNOWN:
+        real = config.build(recipe)
+        build = partial(network.build, images_of(real.pool).shape, len(real.classes))
+        return SketchedVision(real.pool, real.target, real.test, build, recipe, real.name)
+    known, size = KNOWN[config.dataset], config.image_size
+    shape = known.shape if size is None else (known.shape[0], size, size)
+    n_test, n_target, n_pool = config.sizes(known.n_train, known.n_test)
+    sources = None
+    if config.sources:
+        even = np.bincount(np.arange(n_pool) % known.n_classes, minlength=known.n_classes)
+        sizes = source_sizes(config.sources, even, known.n_classes)
+        sources = {spec.name: int(n) for spec, n in zip(config.sources, sizes, strict=True)}
+        n_pool = sum(sources.values())
+    image, label = {"images": Field(shape, torch.uint8)}, Field(())
+    return SketchedVision(
+        shaped_pool("pool", Shaped(n_pool, image, label), sources),
+        shaped_pool("target", Shaped(n_target, image, label)),
+        shaped_pool("test", Shaped(n_test, image, label)),
+        partial(network.build, shape, known.n_classes),
+        recipe,
+        f"vision/{config.dataset}",
+    )

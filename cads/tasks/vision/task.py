@@ -1,0 +1,189 @@
+"""The vision task: image classification with a small network, or any classifier of torchvision."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cads.data.batch import Batch
+from cads.data.pool import Pool
+from cads.errors import ConfigError, DataError
+from cads.scoring.pool_scores import evaluating
+from cads.task import Metrics, Task
+from cads.tasks.vision.calibration import calibrated_losses
+from cads.tasks.vision.images import Images, chunk_size
+from cads.tasks.vision.synthetic_sources import SourcedImages
+
+if TYPE_CHECKING:
+    from cads.recipe import TrainConfig
+
+log = logging.getLogger(__name__)
+
+MOMENTS_FROM = 10_000
+"""Images, evenly spaced over the pool, from which mean and standard deviation are computed."""
+
+
+class VisionTask(Task):
+    """Image classification by cross entropy.
+
+    Images are normalised by the mean and standard deviation of the pool, channel by channel.
+
+    Args:
+        pool, target, test: pools of `Images`.
+        classes: the name of each label.
+        build_model: makes a fresh network on the CPU, from torch's global generator; its input has shape
+            (B, C, H, W), its output (B, len(classes)).
+        recipe: how the final model is trained.
+        truth: of a pool with made sources: which labels were spoilt, and the true ones.
+        name: what tables call the task.
+
+    Raises:
+        DataError: if labels are not in 0..len(classes)-1.
+    """
+
+    outer = "calibrated_loss"
+    source_outer = "tempered_loss"
+    averaged = ("loss", "calibrated_loss", "tempered_loss", "error")
+
+    def __init__(
+        self,
+        pool: Pool,
+        target: Pool,
+        test: Pool,
+        *,
+        classes: Sequence[str],
+        build_model: Callable[[], nn.Module],
+        recipe: TrainConfig,
+        truth: SourcedImages | None = None,
+        name: str = "vision",
+    ) -> None:
+        self.pool, self.target, self.test = pool, target, test
+        self.classes = tuple(classes)
+        self.recipe = recipe
+        self.truth = truth
+        self.name = name
+        self._build_model = build_model
+        for part in (pool, target, test):
+            check_labels(images_of(part), len(self.classes), part.ids, part.name)
+        self.mean, self.std = channel_moments(images_of(pool))
+
+    def model(self, seed: int) -> nn.Module:
+        """A fresh network on the CPU."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self._build_model()
+
+    def groups(self, pool: Pool) -> np.ndarray | None:
+        """The labels."""
+        return images.labels.numpy() if isinstance(images := pool.examples, Images) else None
+
+    def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """Scores of the classes, shape (B, n_classes)."""
+        images = batch.inputs["images"].float()
+        mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (self.mean, self.std))
+        output = model((images - mean) / std)
+        # While they train, GoogLeNet and Inception return the scores of their side branches too.
+        return output if isinstance(output, Tensor) else output.logits
+
+    def losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """Cross entropy of each example, in nats, shape (B,)."""
+        return functional.cross_entropy(self.logits(model, batch), batch.labels, reduction="none")
+
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the last linear layer of `model` reads, shape (B, D).
+
+        Raises:
+            ConfigError: if the model has no linear layer.
+        """
+        layer = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
+        if layer is None:
+            raise ConfigError(f"the model of {self.name} has no linear layer, so no features: name a backbone")
+        read: list[Tensor] = []
+        hook = layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            self.logits(model, batch)
+        finally:
+            hook.remove()
+        return read[-1].flatten(1)
+
+    def nominal(self, model: nn.Module, batch: Batch) -> tuple[float, float]:
+        """None: an image has no tokens, and a convolution uses each of its weights many times.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"`paper` accounting counts tokens, and {self.name} has images: use measured or analytic")
+
+    def metrics(self, model: nn.Module, pool: Pool) -> Metrics:
+        """Loss, calibrated loss and their mean (nats per example), error and accuracy (0 to 1), in evaluation mode.
+
+        Where labels are noisy a network trained on them is less sure of itself: the loss takes that for a fault, which
+        it is not in the end, and the calibrated loss, at one temperature a model, does not see it, though it tells
+        early which sources are noisy. Their mean, the tempered loss, ranks short runs on whole sources best. Where
+        single examples are chosen by their loss, what is left makes networks sure of themselves whatever it is worth.
+        """
+        means = {name: float(values.mean()) for name, values in self.metrics_by_example(model, pool).items()}
+        return {**means, "accuracy": 1 - means["error"]}
+
+    def metrics_by_example(self, model: nn.Module, pool: Pool) -> dict[str, np.ndarray]:
+        """All `metrics` but the accuracy."""
+        device = next(model.parameters()).device
+        labels, size = images_of(pool).labels, chunk_size(images_of(pool).shape)
+        with evaluating(model):
+            pieces = [self.logits(model, batch.to(device)).cpu() for batch in pool.batches(size)]
+        logits = torch.cat(pieces).double()
+        calibrated, _ = calibrated_losses(logits, labels)
+        loss = functional.cross_entropy(logits, labels, reduction="none")
+        values = {
+            "loss": loss,
+            "calibrated_loss": calibrated,
+            "tempered_loss": (loss + calibrated) / 2,
+            "error": (logits.argmax(dim=1) != labels).double(),
+        }
+        return {name: value.numpy() for name, value in values.items()}
+
+
+def channel_moments(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel in grey levels, from exact sums: the order is no matter."""
+    n = min(len(images), MOMENTS_FROM)
+    positions = np.arange(n) * len(images) // n
+    total = torch.zeros(2, images.shape[0], dtype=torch.int64)
+    for chunk in np.array_split(positions, -(-n // chunk_size(images.shape))):
+        x = images.pixels(chunk).long()
+        total += torch.stack([x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3))])
+    mean, square = (total.double() / (n * images.shape[1] * images.shape[2])).unbind()
+    # A channel that is constant up to rounding carries nothing: it is centred, not blown up.
+    std = (square - mean.square()).clamp(min=1.0).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def images_of(pool: Pool) -> Images:
+    """The payload of a pool of images.
+
+    Raises:
+        DataError: if it holds something else.
+    """
+    if not isinstance(pool.examples, Images):
+        raise DataError(f"the {pool.name} holds {type(pool.examples).__name__}: a vision task needs Images")
+    return pool.examples
+
+
+def check_labels(images: Images, n_classes: int, ids: pa.Array, name: str) -> None:
+    """Refuse labels that are no class.
+
+    Raises:
+        DataError: naming the first examples.
+    """
+    wrong = torch.nonzero((images.labels < 0) | (images.labels >= n_classes)).flatten()
+    if len(wrong):
+        raise DataError(
+            f"{len(wrong)} labels of the {name} are not in 0..{n_classes - 1}, such as those of "
+            f"{ids.take(pa.array(wrong[:3].numpy())).to_pylist()}: correct or remove them"
+        )

@@ -1,0 +1,1 @@
+"""The inner loop: training within a budget."""

@@ -1,0 +1,194 @@
+"""What a Selection is worth: train the final model on it within the budget, and measure it on the test set."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import nn
+
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import EVALUATE, SELECT, TRAIN, Ledger
+from cads.accounting.measured import count_flops
+from cads.accounting.throughput import matmul_flops_per_second
+from cads.data.streams import Stream
+from cads.data.training_batches import Draws
+from cads.errors import BudgetError, CheckpointError
+from cads.monitor import Monitor
+from cads.runtime.atomic_files import whole_file
+from cads.runtime.checkpoint import State
+from cads.runtime.journal import perform
+from cads.runtime.lockstep import Progress
+from cads.runtime.processes import current
+from cads.seeding import derive
+from cads.selection import Selection
+from cads.task import Metrics, Task
+from cads.training.result import Fit
+from cads.training.run_state import WHOLE, Leg
+from cads.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Outcome:
+    """A trained model and what it cost.
+
+    Attributes:
+        model: trained, on the training device.
+        metrics: on the test set.
+        ledger: selection, training and evaluation.
+        fit: the course of the training.
+        utilisation: FLOP/s of the training over those of matrix products on the devices of all processes.
+        task: what was trained, which knows how its models are written.
+    """
+
+    model: nn.Module
+    metrics: Metrics
+    ledger: Ledger
+    fit: Fit
+    utilisation: float
+    task: Task
+
+    def save(self, folder: Path | str, *, merge: bool = False) -> Path:
+        """Write the model as its task does, and `results.json` when that is done.
+
+        Args:
+            merge: write an adapter into the weights that it stands on.
+
+        Raises:
+            CheckpointError, OSError: if it cannot be written, for example to a full disk.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.task.save(self.model, folder, merge=merge)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"the model cannot be written to {folder} ({error}): make room and give the same command again"
+            ) from error
+        results = {
+            "metrics": self.metrics,
+            "steps": len(self.fit.losses),
+            "skipped_batches": self.fit.skipped,
+            "utilisation": self.utilisation,
+            "ledger": self.ledger.to_json(),
+        }
+        whole_file(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        return folder
+
+
+def training_flops(task: Task, budget: Budget, selection: Selection) -> float:
+    """What is left for training: the budget, less the cost of selection if the budget must cover it.
+
+    Where selection has begun the run, the budget is that of the run, and covers selection and the part that is done.
+
+    Raises:
+        BudgetError: if nothing is left.
+    """
+    total = budget.flops(task)
+    if not budget.count_selection and selection.start is None:
+        return total
+    left = total - selection.ledger.total(SELECT).flops
+    if selection.start is not None and selection.start.number("total") > max(0.0, left):
+        raise BudgetError(
+            f"the run that {selection.method} has begun has spent {total - left:.4g} FLOPs on selection and "
+            f"{selection.start.number('total'):.4g} on training, more than the budget of {total:.4g}: give the budget "
+            "that the selection was made for"
+        )
+    if left <= 0:
+        raise BudgetError(
+            f"selection spent {total - left:.4g} of {total:.4g} FLOPs: nothing is left to train with; "
+            "raise the budget, or do not count selection"
+        )
+    return left
+
+
+def train_on(
+    task: Task,
+    selection: Selection,
+    budget: Budget,
+    *,
+    seed: int,
+    monitor: Monitor | None = None,
+    evaluations: Sequence[str] = (),
+) -> Outcome:
+    """Train a fresh model on `selection` within `budget` and measure it on the test set.
+
+    Where selection has begun the run (`selection.start`) it goes on from there, and the budget is for all of it.
+
+    Args:
+        evaluations: further ones of the task, by name (`Task.evaluate`); each is charged what it executes.
+
+    Raises:
+        SelectionError: if a selected id is not in the pool. A pool with the same ids and other contents is
+            used, with a warning: scores may well come from another model's view of the same examples.
+        BudgetError: if the budget does not buy one step.
+    """
+    monitor = monitor or Monitor()
+    for name in evaluations:
+        task.check_evaluation(name)
+    flops = training_flops(task, budget, selection)
+    if selection.pool_hash != task.pool.content_hash:
+        log.warning(
+            "the contents or the order of the %s are not those that the selection was made from: make sure that "
+            "its ids mean the same examples",
+            task.pool.name,
+        )
+    ledger = Ledger()
+    ledger.merge(selection.ledger)
+    trainer = Trainer(task, ledger, monitor)
+    fit = fit_final(trainer, selection, flops, seed=seed, leg=Leg(start=selection.start))
+
+    def test(_: Progress) -> State:
+        ledger.charge(EVALUATE, "test", task.costs.forward_pool(task.test))
+        with ledger.timed(EVALUATE, "test"):
+            return State(dict(task.metrics(fit.models[0], task.test)))
+
+    tested = perform("test", [], ledger, test)
+    metrics: Metrics = {name: tested.number(name) for name in tested.values}
+    for name in evaluations:
+        metrics |= _evaluated(task, fit.models[0], name, ledger)
+    limit = matmul_flops_per_second(str(trainer.accelerator.device), task.recipe.precision) * current().size
+    utilisation = fit.flops_per_second / limit
+    monitor.scalar("trainer/mfu", utilisation, len(fit.losses))
+    monitor.ledger(ledger)
+    for name, value in metrics.items():
+        monitor.scalar(f"test/{name}", value, 0)
+    return Outcome(fit.models[0], metrics, ledger, fit, utilisation, task)
+
+
+def fit_final(trainer: Trainer, selection: Selection, flops: float, *, seed: int, leg: Leg = WHOLE) -> Fit:
+    """Train the final model on `selection` for at most `flops`, which are charged to "train"; see `Trainer.fit`."""
+    task = trainer.task
+    streams: list[Stream] = []
+    if selection.target_fraction < 1:
+        streams.append(selection.stream(task.pool, derive(seed, "order")))
+    draws = Draws(
+        task.pool,
+        streams,
+        task.recipe.batch_size,
+        target=task.target,
+        target_fraction=selection.target_fraction,
+        seed=derive(seed, "target order"),
+    )
+    # What a start does not hold is what was frozen, which a run that goes on has from where it began.
+    first = seed if leg.start is None else selection.seed
+    model = task.model(derive(first, "final model"))
+    return trainer.fit(model, draws, flops, seed=derive(seed, "training"), phase=TRAIN, stage="final model", leg=leg)
+
+
+def _evaluated(task: Task, model: nn.Module, name: str, ledger: Ledger) -> Metrics:
+    def compute(_: Progress) -> State:
+        found: Metrics = {}
+        with ledger.timed(EVALUATE, name):
+            flops = count_flops(lambda: found.update(task.evaluate(model, name)))
+        ledger.charge(EVALUATE, name, flops)
+        return State(dict(found))
+
+    state = perform("evaluation", [name], ledger, compute)
+    return {metric: state.number(metric) for metric in state.values}

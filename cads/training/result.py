@@ -1,0 +1,69 @@
+"""What training leaves behind: models, the course of their losses, and what was spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from cads.estimators.loss_curves import tail
+from cads.runtime.checkpoint import State
+
+
+@dataclass
+class Fit:
+    """What training left behind, for K replicas.
+
+    Attributes:
+        models: the trained models, on the training device.
+        losses: the mean loss of each step's batch, nats, shape (steps, K); NaN where the batch was skipped.
+        flops: what one replica has spent after each step, shape (steps,).
+        diverged: replicas that met a non-finite loss, bool, shape (K,); their weights mean nothing.
+        seconds: wall-clock time.
+        skipped: batches that were left out since their loss or gradient was not finite.
+        before: FLOPs of one replica that were spent in earlier parts of the run, as `flops` and `losses` tell.
+        state: to go on from, on the CPU, if it was to be kept.
+        example_losses: of each pool example in its latest training step, nats, shape (N,), NaN where it was in none;
+            if they were to be kept.
+    """
+
+    models: list[nn.Module]
+    losses: np.ndarray
+    flops: np.ndarray
+    diverged: np.ndarray
+    seconds: float
+    skipped: int = 0
+    before: float = 0.0
+    state: State | None = None
+    example_losses: np.ndarray | None = None
+
+    @property
+    def flops_per_second(self) -> float:
+        """Achieved by all replicas together."""
+        return float(self.flops[-1] - self.before) * len(self.diverged) / self.seconds
+
+    @property
+    def training_loss(self) -> np.ndarray:
+        """Mean loss over the last steps (nats, shape (K,)): the training loss that the budget reached.
+
+        Skipped batches have no part in it; where a replica diverged it is NaN.
+        """
+        last = tail(self.losses)
+        known = np.isfinite(last)
+        reached = np.where(known, last, 0.0).sum(axis=0) / np.maximum(1, known.sum(axis=0))
+        return np.where(self.diverged | ~known.any(axis=0), np.nan, reached)
+
+
+def side_by_side(models: list[nn.Module], fits: list[Fit | None]) -> Fit:
+    """One Fit of K replicas from fits made one by one (None where a replica diverged)."""
+    sound = [f for f in fits if f is not None]
+    diverged = np.array([f is None for f in fits])
+    if not sound:
+        return Fit(models, np.full((1, len(models)), np.nan), np.array([np.nan]), diverged, 0.0)
+    # Where examples differ in cost so do the numbers of steps: the ends of the courses are put side by side.
+    steps = min(len(f.losses) for f in sound)
+    missing = np.full(steps, np.nan)
+    losses = np.stack([missing if f is None else f.losses[-steps:, 0] for f in fits], axis=1)
+    flops = np.mean([f.flops[-steps:] for f in sound], axis=0)
+    return Fit(models, losses, flops, diverged, sum(f.seconds for f in sound), sum(f.skipped for f in sound))

@@ -1,0 +1,290 @@
+"""Where a training run stands: weights, optimizer, losses and what was spent, to be written down and gone on from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cads.accounting.ledger import Ledger
+from cads.data.batch import Batch
+from cads.errors import CheckpointError
+from cads.runtime.checkpoint import State
+from cads.training.learners import Learner
+
+WEIGHTS, OPTIMIZER = "weights/", "optimizer/"
+EXAMPLE_LOSSES = "example_losses"
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One part of a training run that is done in parts.
+
+    Attributes:
+        start: where the part before it ended; None at the beginning.
+        horizon: FLOPs of the whole run, which the learning rate follows; None if this part is the last.
+        keep: whether its `Fit` holds the state to go on from, and the loss of each example.
+    """
+
+    start: State | None = None
+    horizon: float | None = None
+    keep: bool = False
+
+    def about(self) -> list[Any]:
+        """What a journal has to know of it; nothing of a run in one part."""
+        if self == WHOLE:
+            return []
+        return [None if self.start is None else self.start.digest, self.horizon, self.keep]
+
+
+WHOLE = Leg()
+"""A run in one part."""
+
+
+@dataclass
+class Course:
+    """One training run of K replicas, as far as it has come.
+
+    Attributes:
+        learner: what is trained.
+        replicas: K.
+        scaler: of the loss, where the precision needs one.
+        losses: mean loss of the batch of each step, nats, K a step; NaN where a batch was skipped.
+        spent: FLOPs of one replica after each step.
+        total: FLOPs of one replica so far, those of a step that failed included.
+        counts: usages, tokens, answer tokens.
+        diverged: replicas that met a loss or gradient that is not finite, bool, shape (K,).
+        skipped: batches that were skipped for that.
+        overflows: steps in a row up to now that the scaler has skipped, since their gradients were not finite.
+        seconds: wall-clock time, in all processes that worked on it.
+        example_losses: the latest loss of each pool example in its own training step, nats, shape (N,), NaN before
+            the first; None if they are not kept.
+        failure: why it stopped early, or None.
+        begun: whether this process trains; if not, what it did comes from a journal.
+    """
+
+    learner: Learner
+    replicas: int
+    scaler: torch.amp.GradScaler | None = None
+    losses: list[np.ndarray] = field(default_factory=list)
+    spent: list[float] = field(default_factory=list)
+    total: float = 0.0
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(3, dtype=np.int64))
+    diverged: np.ndarray = field(init=False)
+    skipped: int = 0
+    overflows: int = 0
+    seconds: float = 0.0
+    failure: dict[str, Any] | None = None
+    begun: bool = False
+    example_losses: np.ndarray | None = None
+    _before: tuple[float, np.ndarray] = field(default_factory=lambda: (0.0, np.zeros(3, dtype=np.int64)))
+    _buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.diverged = np.zeros(self.replicas, dtype=bool)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken, skipped ones included."""
+        return len(self.losses)
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Batches since the last update, which were skipped, or which the scaler skipped."""
+        bad = sum(1 for _ in itertools.takewhile(lambda loss: np.isnan(loss).all(), reversed(self.losses)))
+        return max(bad, self.overflows)
+
+    def mean_loss(self, step: int) -> float:
+        """Mean over the replicas that have not diverged, nats; NaN if all have."""
+        return math.nan if self.diverged.all() else float(self.losses[step][~self.diverged].mean())
+
+    def pay(self, cost: float, pieces: Sequence[Batch]) -> None:
+        """Account for a step on `pieces`, `cost` FLOPs a replica."""
+        self.total += cost
+        self.counts += np.sum([(len(p), p.tokens, p.answer_tokens) for p in pieces], axis=0)
+
+    def remember_buffers(self) -> None:
+        """Keep what a forward pass changes (running means) as it is before a step; masks of bits never change."""
+        self._buffers = [(x, x.clone()) for x in self.learner.buffers() if x.dtype != torch.bool]
+
+    def put_buffers_back(self) -> None:
+        """Undo what the forward pass on a bad batch did."""
+        for x, before in self._buffers:
+            x.copy_(before)
+
+    def note(self, loss: np.ndarray) -> None:
+        """A step is done; `loss`: nats, shape (K,)."""
+        self.losses.append(loss)
+        self.spent.append(self.total)
+
+    def fail(self, ids: list[str], loss: float, norm: float, rate: float) -> None:
+        """Stop at this step, on the examples `ids`, at the learning rate `rate`: what `NonFiniteError` has to say."""
+        step, skipped = self.steps, self.skipped_in_a_row
+        after = f", after {skipped} batches skipped in a row" if skipped else ""
+        self.failure = {
+            "message": f"loss {loss:g} and gradient norm {norm:g} at step {step} (learning rate {rate:.3g}, examples "
+            f"{ids[:5]}{'...' if len(ids) > 5 else ''}){after}: "
+            "the weights were not updated; look at these examples, lower the learning rate or set clip_norm",
+            "step": step,
+            "ids": ids,
+            "learning_rate": rate,
+        }
+
+    def see(self, positions: np.ndarray, losses: np.ndarray) -> None:
+        """Keep the losses (nats, shape (n,)) of the pool examples at `positions`, those that are finite."""
+        if self.example_losses is not None:
+            sound = np.isfinite(losses)
+            self.example_losses[positions[sound]] = losses[sound]
+
+    def charge(self, ledger: Ledger, phase: str, stage: str) -> None:
+        """Charge a ledger for all of it, but for what was done before `go_on_from`."""
+        total, counts = self._before
+        usages, tokens, answers = (self.counts - counts).tolist()
+        flops = (self.total - total) * self.replicas
+        ledger.charge(phase, stage, flops, usages=usages, tokens=tokens, answer_tokens=answers, seconds=self.seconds)
+
+    def state(self, optimizer: torch.optim.Optimizer | None, *, everywhere: bool = True) -> State:
+        """All that is needed to go on; without the optimizer, all that is left when it has ended.
+
+        Frozen weights are left out: they are what they were at the start.
+
+        Args:
+            everywhere: whether tensors that are divided are put together in all processes, or in the first alone.
+        """
+        values = {
+            "total": self.total,
+            "counts": self.counts.tolist(),
+            "diverged": self.diverged.tolist(),
+            "skipped": self.skipped,
+            "seconds": self.seconds,
+            "failure": self.failure,
+            # A scaler serves all runs of a trainer, so that the next one begins where this one ends.
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+        if self.scaler is not None:
+            values["overflows"] = self.overflows
+        changed = [(f"{WEIGHTS}{name}", x) for name, x in changing(self.learner)]
+        if optimizer is not None:
+            changed += [(f"{OPTIMIZER}{name}", x) for name, x in optimizer_state(self.learner, optimizer).items()]
+        tensors = self.learner.whole(changed, everywhere=everywhere)
+        tensors["losses"] = torch.from_numpy(np.array(self.losses, dtype=np.float64).reshape(-1, self.replicas))
+        tensors["spent"] = torch.tensor(self.spent, dtype=torch.float64)
+        if self.example_losses is not None:
+            tensors[EXAMPLE_LOSSES] = torch.from_numpy(self.example_losses)
+        return State(values, tensors)
+
+    def go_on_from(self, start: State, optimizer: torch.optim.Optimizer | None) -> None:
+        """Stand where an earlier part of the run ended, which has been charged for.
+
+        Raises:
+            CheckpointError: if it is the state of another model.
+        """
+        # An optimizer works on the tensors it is given: the start must serve again.
+        self.restore(start.detached(), optimizer)
+        self.seconds = 0.0
+        self._before = (self.total, self.counts.copy())
+
+    def restore(self, state: State, optimizer: torch.optim.Optimizer | None) -> None:
+        """Stand where `state` was taken.
+
+        Raises:
+            CheckpointError: if it is the state of another model.
+        """
+        try:
+            self._restore(state, optimizer)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"the state of a training run is corrupt: {type(error).__name__}: {error}") from error
+
+    def _restore(self, state: State, optimizer: torch.optim.Optimizer | None) -> None:
+        values, tensors = state.values, state.tensors
+        own = dict(changing(self.learner))
+        _check_names(set(own), {n.removeprefix(WEIGHTS) for n in tensors if n.startswith(WEIGHTS)})
+        with torch.no_grad():
+            for name, x in own.items():
+                stored = tensors[WEIGHTS + name]
+                if stored.shape != x.shape or stored.dtype != x.dtype:
+                    raise CheckpointError(
+                        f"the weights {name} have shape {tuple(x.shape)} and type {x.dtype}, in the checkpoint "
+                        f"{tuple(stored.shape)} and {stored.dtype}: it is of another model"
+                    )
+                x.copy_(self.learner.part(stored, x))
+        if optimizer is not None:
+            load_optimizer_state(
+                self.learner,
+                optimizer,
+                {n.removeprefix(OPTIMIZER): x for n, x in tensors.items() if n.startswith(OPTIMIZER)},
+            )
+        if self.scaler is not None and values["scaler"] is not None:
+            self.scaler.load_state_dict(values["scaler"])
+        self.losses = list(tensors["losses"].numpy().reshape(-1, self.replicas))
+        self.spent = tensors["spent"].tolist()
+        self.total = float(values["total"])
+        self.counts = np.array(values["counts"], dtype=np.int64).reshape(3)
+        self.diverged = np.array(values["diverged"], dtype=bool).reshape(self.replicas)
+        self.skipped, self.seconds = int(values["skipped"]), float(values["seconds"])
+        self.overflows = int(values.get("overflows", 0))
+        self.failure = _checked(values["failure"])
+        if self.example_losses is not None and EXAMPLE_LOSSES in tensors:
+            self.example_losses = tensors[EXAMPLE_LOSSES].numpy().reshape(self.example_losses.shape).copy()
+        if len(self.losses) != len(self.spent) or not (self.losses or self.failure):
+            raise ValueError(f"{len(self.losses)} losses for {len(self.spent)} steps")
+
+
+def changing(learner: Learner) -> Iterator[tuple[str, Tensor]]:
+    """What training changes of a learner, by name: its trainable parameters, and its buffers."""
+    for name, parameter in learner.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+    yield from learner.named_buffers()
+
+
+def optimizer_state(learner: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer by `<parameter>/<what>`, such as `model.0.weight/exp_avg_sq`."""
+    found = {}
+    for name, parameter in learner.named_parameters():
+        for what, x in optimizer.state.get(parameter, {}).items():
+            if isinstance(x, Tensor):
+                found[f"{name}/{what}"] = x
+    return found
+
+
+def load_optimizer_state(learner: Learner, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_state` gave.
+
+    Raises:
+        CheckpointError: if it names a parameter that the learner has not, or gives it another shape.
+    """
+    parameters = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+    _check_names(set(parameters), {name.rpartition("/")[0] for name in stored}, some=True)
+    for name, x in stored.items():
+        owner, _, what = name.rpartition("/")
+        parameter = parameters[owner]
+        if x.dim() and x.shape != parameter.shape:
+            shape = tuple(x.shape)
+            raise CheckpointError(f"the optimizer's {what} of {owner} has shape {shape}: it is of another model")
+        optimizer.state[parameter][what] = learner.part(x, parameter)
+
+
+def _checked(failure: Any) -> dict[str, Any] | None:
+    """Why a run stopped, if it is what `NonFiniteError` takes."""
+    if failure is None:
+        return None
+    fields = {"message": str, "step": int, "ids": list, "learning_rate": float}
+    if set(failure) != set(fields) or not all(isinstance(failure[name], kind) for name, kind in fields.items()):
+        raise TypeError(f"failure = {failure!r}")
+    return dict(failure)
+
+
+def _check_names(own: set[str], stored: set[str], *, some: bool = False) -> None:
+    foreign, missing = sorted(stored - own), [] if some else sorted(own - stored)
+    if foreign or missing:
+        raise CheckpointError(
+            f"the checkpoint is of another model: it has {foreign[:3] or 'nothing'} beyond this one, and lacks "
+            f"{missing[:3] or 'nothing'}"
+        )

@@ -1,0 +1,94 @@
+"""Train a model, or K replicas of one, until the next step would exceed the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from cads.data.training_batches import Draws
+from cads.errors import NonFiniteError
+from cads.runtime.journal import perform
+from cads.runtime.processes import current
+from cads.training.learners import Single, Stacked, can_stack
+from cads.training.loop import TrainingLoop, TrainingRun
+from cads.training.replica_parallel import spread_one_by_one, spread_stack
+from cads.training.result import Fit, side_by_side
+from cads.training.run_state import WHOLE, Leg
+
+
+class Trainer(TrainingLoop):
+    """Trains on a task within budgets and charges a ledger for it.
+
+    Several processes divide each batch of one model, or the replicas: each of these trains on one process. All end with
+    all models, and with the same account. With `sharding` they divide the model too, and train replicas in turn.
+
+    Args:
+        task: whose model, losses, recipe and costs are used.
+        ledger: charged for every step.
+        monitor: shows progress and records curves.
+    """
+
+    def fit(
+        self,
+        model: nn.Module,
+        draws: Draws,
+        flops: float,
+        *,
+        seed: int,
+        phase: str,
+        stage: str,
+        leg: Leg = WHOLE,
+    ) -> Fit:
+        """Train `model` in place on `draws` for at most `flops`, and at most what the ledger has left.
+
+        Args:
+            flops: what a run has spent when it ends, earlier parts included; they are not charged again.
+            leg: which part of a run it is. A later part goes on with the step, the weights and the optimizer of the
+                one before it, so that two parts with the same draws equal one.
+
+        Raises:
+            BudgetError: if not even one step is affordable.
+            CheckpointError: if the run began with another model.
+            ConfigError: if there is nothing to train, or it is to be divided and cannot.
+            DataError: if a batch has no answer token.
+            NonFiniteError: if the loss or the gradient becomes NaN or infinite, before the update.
+        """
+        learner = Single(self.task, model)
+        return self._run(self.prepare(learner, draws, flops, seed, phase, stage, leg))
+
+    def fit_replicas(
+        self, models: Sequence[nn.Module], draws: Draws, flops: float, *, seed: int, phase: str, stage: str
+    ) -> Fit:
+        """Train K models, each on its own stream of `draws`, each for at most `flops`.
+
+        Dense models train as one batched model (`torch.func`), others one after another, and all where the loss is
+        scaled; both give the same losses to 1e-5. A replica that diverges is marked, and does not disturb the others.
+        """
+        flops = min(flops, self.ledger.left / len(models))
+        way = self.task.recipe.replicas
+        several = current().size > 1 and not self._shards
+        alike = len(models) > 1 and can_stack(models[0])
+        # One scaler skips the update of all replicas where one of them overflows.
+        stackable = alike and self.accelerator.scaler is None and not self._skips and not self._shards
+        if way == "batched" or (way == "auto" and stackable):
+            run = self.prepare(Stacked(self.task, models), draws, flops, seed, phase, stage)
+            return spread_stack(self, models, run) if several else self._run(run)
+        alone = [draws.only(stream) for stream in draws.streams]
+        if several:
+            runs = [
+                self.prepare(Single(self.task, model), own, flops, seed, phase, stage)
+                for model, own in zip(models, alone, strict=True)
+            ]
+            return side_by_side(list(models), spread_one_by_one(self, runs))
+        fits: list[Fit | None] = []
+        for model, own in zip(models, alone, strict=True):
+            try:
+                fits.append(self.fit(model, own, flops, seed=seed, phase=phase, stage=stage))
+            except NonFiniteError:
+                fits.append(None)
+        return side_by_side(list(models), fits)
+
+    def _run(self, run: TrainingRun) -> Fit:
+        state = perform("training", run.about, self.ledger, lambda progress: self._train(run, progress))
+        return self.finish(run, state)

@@ -1,0 +1,114 @@
+"""Low loss, RHO and EL2N: the formulas, against one example at a time, and that noisy labels show."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from baselines.el2n import El2n, error_norms
+from baselines.loss import Loss
+from baselines.rho import Rho
+from cads.accounting.ledger import SELECT, Ledger
+from cads.errors import ConfigError
+from cads.recipe import TrainConfig
+from cads.scoring.reference_models import on_pool, on_target
+from cads.seeding import derive
+from cads.tasks.vision.config import VisionConfig
+from cads.tasks.vision.synthetic_sources import SourceSpec
+
+
+def losses(task, model):
+    model.eval()
+    with torch.no_grad():
+        return np.array([float(task.losses(model, task.pool.batch([i]))) for i in range(len(task.pool))])
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    sources = [SourceSpec("clean"), SourceSpec("noisy", label_noise=0.9)]
+    config = VisionConfig(hidden=32, n_pool=600, n_target=200, n_test=30, sources=sources)
+    return config.build(TrainConfig(batch_size=16, learning_rate=3e-3))
+
+
+def clean_share(task, score):
+    """Share of labels that are right among the best third."""
+    best = np.argsort(-score)[: len(score) // 3]
+    return 1 - task.truth.corrupted[best].mean()
+
+
+def test_loss_is_that_of_a_model_fitted_to_the_target(images):
+    task, ledger = images(batch_size=10), Ledger()
+    selector = Loss(passes=4)
+    ranking = selector.rank(task, seed=7, ledger=ledger)
+    theta = on_target(task, 4, seed=derive(7, "theta"), ledger=Ledger(), stage="theta")
+    assert ranking.score == pytest.approx(-losses(task, theta), rel=1e-4)
+    assert ledger.entries[SELECT, "theta"].usages == 240
+    assert selector.rank_plan(task).total().flops == pytest.approx(ledger.total().flops, rel=1e-9)
+
+
+def test_rho_is_the_difference_of_two_losses(images):
+    task, ledger = images(batch_size=10), Ledger()
+    selector = Rho(pool_passes=2, target_passes=3)
+    ranking = selector.rank(task, seed=7, ledger=ledger)
+    seed = derive(7, "rho")
+    theta = on_target(task, 3, seed=seed, ledger=Ledger(), stage="theta")
+    u = on_pool(task, 2, seeds=[seed], ledger=Ledger(), stage="u")[0]
+    assert ranking.score == pytest.approx(losses(task, u) - losses(task, theta), rel=1e-4, abs=1e-5)
+    assert ledger.total().usages == 2 * 200 + 3 * 60
+    assert selector.rank_plan(task).total().flops == pytest.approx(ledger.total().flops, rel=1e-9)
+
+
+def test_el2n_is_the_norm_of_the_error_of_the_probabilities(images):
+    task = images()
+    model, batch = task.model(0).eval(), task.pool.batch(np.arange(9))
+    with torch.no_grad():
+        found = error_norms(task, model, batch).numpy()
+        probabilities = torch.softmax(task.logits(model, batch), dim=1).numpy()
+    for i, label in enumerate(batch.labels.tolist()):
+        wanted = np.eye(3)[label]
+        assert found[i] == pytest.approx(np.sqrt(((probabilities[i] - wanted) ** 2).sum()), rel=1e-5)
+    assert (found < np.sqrt(2)).all()
+
+
+def test_el2n_is_a_mean_over_models(images):
+    task, ledger = images(batch_size=10), Ledger()
+    selector = El2n(models=2, warm_up=1)
+    ranking = selector.rank(task, seed=7, ledger=ledger)
+    seeds = [derive(7, "el2n", k) for k in range(2)]
+    models = on_pool(task, 1, seeds=seeds, ledger=Ledger(), stage="warm-up")
+    with torch.no_grad():
+        each = [error_norms(task, m.eval(), task.pool.batch(np.arange(200))).numpy() for m in models]
+    assert ranking.score == pytest.approx(np.mean(each, axis=0), rel=1e-4)
+    assert ledger.total().usages == 400
+    assert selector.rank_plan(task).total().flops == pytest.approx(ledger.total().flops, rel=1e-9)
+
+
+@pytest.mark.parametrize("selector", [Loss(), Rho(), El2n(order="low")])
+def test_labels_that_are_wrong_are_ranked_low(noisy, selector):
+    score = selector.rank(noisy, seed=0, ledger=Ledger()).score
+    assert clean_share(noisy, score) > clean_share(noisy, np.random.default_rng(0).random(len(score))) + 0.1
+
+
+def test_orders_are_opposite(images):
+    task = images()
+    low, high = (Loss(order=order, passes=1).rank(task, seed=0, ledger=Ledger()).score for order in ("low", "high"))
+    assert (low == -high).all()
+    low, high = (El2n(order=order, models=1).rank(task, seed=0, ledger=Ledger()).score for order in ("low", "high"))
+    assert (low == -high).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (Loss, {"order": "best"}, "order = 'best'"),
+        (Loss, {"passes": float("nan")}, "passes = nan"),
+        (Rho, {"target_passes": 0}, "target_passes = 0"),
+        (Rho, {"pool_passes": -1}, "pool_passes = -1"),
+        (El2n, {"models": 0}, "models = 0"),
+        (El2n, {"warm_up": -1}, "warm_up = -1"),
+    ],
+)
+def test_bad_options_are_named(kind, options, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**options)

@@ -1,0 +1,378 @@
+"""Language from the command line: select, train, evaluate; and the same Selection in other libraries' trainers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import runpy
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import SELECT, TRAIN, Ledger
+from cads.accounting.measured import count_flops
+from cads.cli.main import main
+from cads.errors import ConfigError, DataError
+from cads.recipe import TrainConfig
+from cads.registry import build_selector
+from cads.runtime.processes import ALONE
+from cads.selection import Selection
+from cads.tasks.language.config import LanguageConfig
+from cads.tasks.language.evaluation import extract
+from cads.tasks.language.rows import TextSource
+from cads.training.final import train_on
+from tests.support.tiny_llama import model_folder, sums, tokenizer, write_lines
+
+LORA = {"type": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]}
+BUDGET = "2000 tokens"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("commands")
+    model_folder(made / "llama")
+    model_folder(made / "small", hidden=8)
+    write_lines(made / "sums.jsonl", sums(60))
+    asked = [{"prompt": f"is {i}?", "choices": ["yes", "no", "so 3"], "answer": i % 3} for i in range(8)]
+    write_lines(made / "choices.jsonl", asked)
+    for name, peft in (("full", None), ("lora", LORA)):
+        task = {"model": str(made / "llama"), "pool": [{"path": str(made / "sums.jsonl")}], "peft": peft}
+        task |= {"choices": str(made / "choices.jsonl"), "max_new_tokens": 8, "n_test": 8}
+        recipe = {"batch_size": 8, "learning_rate": 0.01}
+        config = {"kind": "language", "task": task, "train": recipe, "budget": BUDGET}
+        (made / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    return made
+
+
+def run(*words):
+    assert main([*map(str, words), "--progress", "false"]) == 0
+
+
+def built(folder, **options):
+    pool = [TextSource(path=str(folder / "sums.jsonl"))]
+    settings = {"model": str(folder / "llama"), "pool": pool, "n_test": 8, **options}
+    return LanguageConfig(**settings).build(TrainConfig(batch_size=8, learning_rate=0.01))
+
+
+@pytest.fixture(scope="module")
+def selected(folder):
+    """A Selection of a third of the pool, made by the command."""
+    run("select", folder / "lora.yaml", "--method", "random", "--options.fraction", "0.3", "--out", folder / "random")
+    return folder / "random"
+
+
+@pytest.mark.parametrize(("method", "tokens"), [("cads-s", 8000), ("cads-e", 24000)])
+def test_select_and_train(folder, tmp_path, method, tokens):
+    config = folder / "lora.yaml"
+    for name in ("one", "two"):
+        run("select", config, "--method", method, "--budget", f"{tokens} tokens", "--out", tmp_path / name)
+    for file in ("selection.json", "scores.parquet"):
+        assert (tmp_path / "one/selection" / file).read_bytes() == (tmp_path / "two/selection" / file).read_bytes()
+    chosen = Selection.load(tmp_path / "one")
+    task = built(folder, peft=LORA)
+    budget = Budget(tokens, "tokens")
+    assert 0 < chosen.ledger.total(SELECT).flops <= 3 * budget.flops(task)
+    run("train", config, "--selection", tmp_path / "one", "--out", tmp_path / "trained")
+    results = json.loads((tmp_path / "trained/results.json").read_text())
+    assert {"loss", "token_loss", "perplexity"} <= set(results["metrics"])
+    assert (tmp_path / "trained/adapter_model.safetensors").exists()
+    assert not (tmp_path / "trained/model.safetensors").exists()
+    check_panels(tmp_path / "one")
+
+
+def check_panels(folder):
+    """The most and the least probable examples are there to be read."""
+    events = EventAccumulator(str(folder / "tensorboard/select"))
+    events.Reload()
+    shown = [t for t in events.Tags()["tensors"] if "probable" in t]
+    assert {t.split("/")[1] for t in shown} == {"most_probable", "least_probable"}
+    text = events.Tensors(shown[0])[0].tensor_proto.string_val[0].decode()
+    assert "what is" in text
+    assert "p = " in text
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_recognised_is_said_once_by_the_first_process(folder, selected, tmp_path, monkeypatch, capsys, first):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.WARNING)
+    monkeypatch.setattr(type(ALONE), "first", first)
+    monkeypatch.setattr("cads.cli.main.close", lambda: None)
+    rows = [*sums(40), {"id": "e", "prompt": "nothing", "response": "", "source": "right", "kind": "small"}]
+    pool = write_lines(tmp_path / "pool.jsonl", rows)
+    target = write_lines(tmp_path / "target.jsonl", [{"question": r["prompt"], "answer": "1."} for r in sums(20, 1)])
+    given = [f"--task.pool=[{{path: {pool}}}]", f"--task.target=[{{name: t, path: {target}}}]", "--task.drop=true"]
+    select = ["select", "--method", "random", "--options.fraction", "0.9", "--out", tmp_path / "s"]
+    plan = ["plan", "--methods", "[random]", "--flops_per_second", "1e9"]
+    train = ["train", "--selection", tmp_path / "s", "--out", tmp_path / "t"]
+    for command, *flags in (plan, select, train) if first else (plan,):
+        run(command, folder / "full.yaml", *given, *flags)
+        said = "".join(capsys.readouterr().err.split())
+        for text in (
+            f"pool ({pool}): recognised as prompt, from columns prompt, response, id, source",
+            f"t ({target}): recognised as prompt, from columns prompt = question, response = answer",
+            "1 examples of pool have no answer token",
+        ):
+            assert said.count("".join(text.split())) == first
+
+
+def test_what_was_cut_and_left_out_is_counted_beside_the_results(folder, selected, tmp_path):
+    rows = [*sums(40), {"id": "e", "prompt": "nothing", "response": "", "source": "right", "kind": "small"}]
+    pool = write_lines(tmp_path / "rows.jsonl", rows)
+    given = [f"--task.pool=[{{path: {pool}}}]", "--task.drop=true", "--task.max_tokens=33", "--task.n_target=4"]
+    given.append(f"--task.selector_model={folder / 'small'}")
+    run("select", folder / "full.yaml", *given, "--method", "ppl", "--out", tmp_path / "s")
+    run("train", folder / "full.yaml", *given, "--selection", tmp_path / "s")
+    written = [json.loads((tmp_path / f"{name}data.json").read_text()) for name in ("s/", "s/train/")]
+    assert written[0] == written[1]
+    assert written[0]["max_tokens"] == 33
+    found = [written[0]["selector"][part] for part in ("pool", "target", "test set")]
+    assert sum(source["rows"] for (source,) in found) == 41
+    left_out = sum(source["left_out"] for (source,) in found)
+    cut = sum(source["cut"] + source["left_out_cut"] for (source,) in found)
+    lengths = [len(tokenizer().apply_chat_template(turns(r), return_dict=True)["input_ids"]) for r in rows[:40]]
+    assert cut == sum(n > 33 for n in lengths) > 0
+    assert left_out >= 1
+
+
+def turns(row):
+    """As a chat."""
+    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+
+
+def test_the_same_seed_trains_the_same_weights(folder, selected, tmp_path):
+    for name in ("one", "two"):
+        run("train", folder / "lora.yaml", "--selection", selected, "--out", tmp_path / name)
+    written = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("one", "two")]
+    assert written[0] == written[1]
+
+
+def test_training_learns_and_stays_within_its_tokens(folder):
+    task = built(folder)
+    everything = build_selector("full").select(task, Budget(30, "epochs"), seed=0, ledger=Ledger())
+    budget = Budget(8000, "tokens")
+    outcome = train_on(task, everything, budget, seed=0)
+    spent = outcome.ledger.total(TRAIN)
+    assert spent.flops <= budget.flops(task)
+    assert 0.8 * 8000 <= spent.tokens <= 1.2 * 8000
+    assert outcome.fit.losses[-3:].mean() < 0.8 * outcome.fit.losses[:3].mean()
+
+
+def test_merge_and_full_write_folders_that_transformers_loads(folder, selected, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    for config, flags in (("lora", ["--merge", "true"]), ("full", [])):
+        out = tmp_path / config
+        run("train", folder / f"{config}.yaml", "--selection", selected, "--out", out, *flags)
+        loaded = AutoModelForCausalLM.from_pretrained(out)
+        metrics = json.loads((out / "results.json").read_text())["metrics"]
+        task = built(folder)
+        assert task.metrics(loaded, task.test)["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
+        assert not (out / "adapter_model.safetensors").exists()
+
+
+def test_what_cannot_be_done_is_refused_before_training(folder, selected, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cads.cli.commands.train_on", lambda *a, **k: pytest.fail("training began"))
+    words = ["train", str(folder / "full.yaml"), "--selection", str(selected), "--out", str(tmp_path / "t")]
+    assert main([*words, "--merge", "true"]) == 1
+    assert "have no adapters to merge" in " ".join(capsys.readouterr().err.split())
+
+
+class TestEvaluations:
+    def test_by_command(self, folder, selected, tmp_path):
+        out = tmp_path / "t"
+        flags = ["--eval", "[choices, exact_match]"]
+        run("train", folder / "lora.yaml", "--selection", selected, "--out", out, *flags)
+        results = json.loads((out / "results.json").read_text())
+        assert {"choices", "choices_per_character", "exact_match"} <= set(results["metrics"])
+        charged = {(e["phase"], e["stage"]): e["flops"] for e in results["ledger"]}
+        assert charged["evaluate", "choices"] > 0
+        assert charged["evaluate", "exact_match"] > 0
+
+    def test_choices_are_judged_by_likelihood(self, folder):
+        """Against the log-likelihood of each answer by a plain call of the model."""
+        task = built(folder, choices=str(folder / "choices.jsonl"))
+        model = spread(task.model(0))
+        right = 0
+        for i in range(8):
+            likelihood = []
+            for answer in ("yes", "no", "so 3"):
+                asked = task.tokenizer(f"<|user|>is {i}?<|end|>\n<|assistant|>")["input_ids"]
+                ids = torch.tensor([asked + task.tokenizer(f"{answer}<|end|>")["input_ids"]])
+                with torch.no_grad():
+                    logp = model(ids).logits[0, :-1].log_softmax(dim=-1)
+                likelihood.append(sum(float(logp[t - 1, ids[0, t]]) for t in range(len(asked), ids.shape[1])))
+            right += int(np.argmax(likelihood)) == i % 3
+        assert task.evaluate(model, "choices")["choices"] == right / 8
+
+    def test_exact_match_writes_greedily(self, folder):
+        """A model that was made to repeat one answer gets exactly the examples that have it."""
+        task = built(folder, max_new_tokens=8)
+        model = Repeating(task, "5.")
+        wanted = [r["response"] for r in sums(60) if r["id"] in set(task.test.ids.to_pylist())]
+        assert task.evaluate(model, "exact_match")["exact_match"] == wanted.count("5.") / len(wanted)
+        model = Repeating(task, most := Counter(wanted).most_common(1)[0][0])
+        assert task.evaluate(model, "exact_match")["exact_match"] == wanted.count(most) / len(wanted) > 0
+
+    @pytest.mark.parametrize(
+        ("text", "pattern", "found"),
+        [
+            (" 72. ", None, "72."),
+            ("so 3 #### 72", r"#### (\d+)", "72"),
+            ("#### 1 #### 2", r"#### (\d+)", "2"),
+            ("a 7 b 8", r"\d", "8"),
+            ("none", r"\d", None),
+        ],
+    )
+    def test_what_is_compared(self, text, pattern, found):
+        import re
+
+        assert extract(text, None if pattern is None else re.compile(pattern)) == found
+
+    @pytest.mark.parametrize(
+        ("name", "options", "error", "message"),
+        [
+            ("poem", {}, ConfigError, "evaluation 'poem' is unknown: choose from choices, exact_match, lm_eval:TASKS"),
+            ("lm_eval:", {}, ConfigError, "is unknown"),
+            ("choices", {}, ConfigError, "needs task.choices"),
+            ("choices", {"choices": "absent.jsonl"}, DataError, "cannot be read"),
+            ("exact_match", {"answer_pattern": "("}, ConfigError, r"answer_pattern = '\(' is no regular expression"),
+        ],
+    )
+    def test_refused(self, folder, name, options, error, message):
+        with pytest.raises(error, match=message):
+            built(folder, **options).check_evaluation(name)
+
+    def test_choices_that_are_none(self, folder, tmp_path):
+        for entry in (
+            {"prompt": "q", "choices": ["a"], "answer": 0},
+            {"prompt": "q", "choices": ["a", "b"], "answer": 2},
+        ):
+            file = write_lines(tmp_path / "c.jsonl", [entry])
+            with pytest.raises(DataError, match="entry 0: it needs choices"):
+                built(folder, choices=str(file)).check_evaluation("choices")
+
+    def test_without_the_harness(self, folder, monkeypatch):
+        monkeypatch.setattr("cads.tasks.language.evaluation.find_spec", lambda name: None)
+        with pytest.raises(ConfigError, match=r"needs lm-evaluation-harness: pip install 'cads-select\[lm-eval\]'"):
+            built(folder).check_evaluation("lm_eval:arc_easy")
+
+    def test_the_harness_on_a_local_task(self, folder, tmp_path):
+        pytest.importorskip("lm_eval")
+        rows = [{"q": f"is {i}?", "options": ["yes", "no"], "gold": i % 2} for i in range(6)]
+        data = write_lines(tmp_path / "rows.jsonl", rows)
+        settings = {
+            "task": "local_choice",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(data)}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{q}}",
+            "doc_to_choice": "{{options}}",
+            "doc_to_target": "{{gold}}",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }
+        file = tmp_path / "local_choice.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        task = built(folder)
+        model = spread(task.model(0))
+        found = {}
+        flops = count_flops(lambda: found.update(task.evaluate(model, f"lm_eval:{file}")))
+        assert flops > 0
+        right = 0
+        for row in rows:
+            likelihood = []
+            for option in row["options"]:
+                asked = task.tokenizer(row["q"])["input_ids"]
+                ids = torch.tensor([asked + task.tokenizer(f" {option}")["input_ids"]])
+                with torch.no_grad():
+                    logp = model(ids).logits[0, :-1].log_softmax(dim=-1)
+                likelihood.append(sum(float(logp[t - 1, ids[0, t]]) for t in range(len(asked), ids.shape[1])))
+            right += int(np.argmax(likelihood)) == row["gold"]
+        assert found == {"local_choice/acc": right / 6}
+
+
+def spread(model):
+    """The model with weights that are not nearly zero."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model.eval()
+
+
+class Repeating(torch.nn.Module):
+    """Stands in for a model that always writes the same answer."""
+
+    def __init__(self, task, answer):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self._answer = torch.tensor(task.tokenizer(f"{answer}<|end|>")["input_ids"])
+
+    def generate(self, input_ids, **options):
+        assert options["do_sample"] is False
+        assert 6 in options["eos_token_id"]
+        return torch.cat([input_ids, self._answer.expand(len(input_ids), -1)], dim=1)
+
+
+class TestProxy:
+    def test_a_selection_by_a_smaller_model_is_for_the_pool_of_the_larger(self, folder):
+        task = built(folder, selector_model=str(folder / "small"))
+        alone = built(folder)
+        budget, ledgers = Budget(2, "epochs"), [Ledger(), Ledger()]
+        chosen = [
+            build_selector("ppl").select(t, budget, seed=0, ledger=x)
+            for t, x in zip((task, alone), ledgers, strict=True)
+        ]
+        assert chosen[0].pool_hash == alone.pool.content_hash
+        assert ledgers[0].total(SELECT).flops < 0.7 * ledgers[1].total(SELECT).flops
+        assert train_on(alone, chosen[0], budget, seed=0).metrics["loss"] > 0
+
+
+class TestElsewhere:
+    def test_a_selection_applies_to_a_dataset(self, folder, selected):
+        from datasets import Dataset
+
+        chosen = Selection.load(selected)
+        rows = chosen.apply(Dataset.from_json(str(folder / "sums.jsonl")))
+        wanted = {i for i, kept in zip(chosen.ids.to_pylist(), chosen.selected, strict=True) if kept}
+        assert set(rows["id"]) == wanted
+        assert 0 < len(rows) < len(chosen.ids)
+
+    def test_its_mixture_interleaves_sources(self, folder, selected):
+        from datasets import Dataset, interleave_datasets
+
+        weights = Selection.load(selected).mixture()
+        parts = [Dataset.from_list([r for r in sums(60) if r["source"] == name]) for name in weights]
+        mixed = interleave_datasets(
+            [p.repeat(60) for p in parts],
+            probabilities=list(weights.values()),
+            seed=0,
+            stopping_strategy="first_exhausted",
+        )
+        drawn = Counter(mixed["source"])
+        for name, weight in weights.items():
+            assert drawn[name] / len(mixed) == pytest.approx(weight, abs=0.05)
+
+    def test_its_sampler_goes_through_the_pool(self, folder, selected):
+        task, chosen = built(folder), Selection.load(selected)
+        seen = list(chosen.sampler(task.pool))
+        assert sorted(seen) == chosen.positions(task.pool).tolist()
+
+    @pytest.mark.parametrize("name", ["transformers_trainer", "trl_sft"])
+    def test_the_examples_run(self, folder, selected, tmp_path, monkeypatch, name):
+        if name == "trl_sft":
+            pytest.importorskip("trl")
+        model = built(folder).model(0)
+        model.save_pretrained(tmp_path / "m")
+        tokenizer().save_pretrained(tmp_path / "m")
+        words = [tmp_path / "m", folder / "sums.jsonl", selected, tmp_path / "out"]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        runpy.run_module(f"experiments.examples.{name}", run_name="__main__")
+        assert list((tmp_path / "out").glob("checkpoint-10/model.safetensors"))

@@ -1,0 +1,180 @@
+"""Rankings: scored once, cut for any budget, kept in a folder that says what they were made from."""
+
+from __future__ import annotations
+
+import copy
+import json
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from baselines.bm25 import Bm25
+from baselines.perplexity import Perplexity
+from baselines.random import Random
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import Ledger
+from cads.errors import BudgetError, DataError, SelectionError
+from cads.scoring.ranking import Ranking
+from cads.seeding import derive
+
+SHARES = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("kind", [Bm25, Perplexity, Random])
+def test_one_ranking_is_cut_for_every_budget(texts, kind):
+    task, ledger = texts(n=200), Ledger()
+    ranking = kind().rank(task, seed=0, ledger=ledger)
+    spent = ledger.total().flops
+    chosen = [kind(fraction=share).cut(ranking, task, Budget(1, "epochs")) for share in SHARES]
+    assert ledger.total().flops == spent
+    costs = task.costs.usages(task.pool) + task.costs.optimizer_step / task.recipe.batch_size
+    for share, selection in zip(SHARES, chosen, strict=True):
+        kept = costs[selection.selected].sum()
+        assert kept <= share * costs.sum() * (1 + 1e-9) or selection.selected.sum() == 1
+        assert kept >= share * costs.sum() - costs.max()
+        assert selection.ledger.total().flops == spent
+        assert selection.score[selection.selected].min() >= selection.score[~selection.selected].max(initial=-np.inf)
+    for smaller, larger in pairwise(chosen):
+        assert (smaller.selected <= larger.selected).all()
+    assert chosen[-1].selected.all()
+
+
+def test_ties_break_by_id(texts):
+    task = texts()
+    ranking = Ranking(task.pool.ids, np.zeros(len(task.pool)), "flat", 0, Ledger(), "")
+    chosen = Random(fraction=0.3).cut(ranking, task, Budget(1, "epochs"))
+    ids = sorted(task.pool.ids.to_pylist())
+    kept = set(task.pool.ids.filter(pa.array(chosen.selected)).to_pylist())
+    assert kept == set(ids[: len(kept)])
+
+
+def test_it_is_read_back_as_it_was(texts, tmp_path):
+    ranking = Bm25().rank(texts(), seed=0, ledger=Ledger())
+    ranking.notes["said"] = "once"
+    loaded = Ranking.load(ranking.save(tmp_path / "r"))
+    assert loaded.ids.equals(ranking.ids)
+    assert (loaded.score == ranking.score).all()
+    for name in ("method", "seed", "config", "pool_hash", "notes", "made_from"):
+        assert getattr(loaded, name) == getattr(ranking, name)
+    assert loaded.ledger.to_json(seconds=False) == ranking.ledger.to_json(seconds=False)
+    ranking.save(tmp_path / "r")
+    assert sorted(f.name for f in (tmp_path).iterdir()) == ["r"]
+
+
+class TestRankOnce:
+    def test_the_second_time_it_is_read(self, texts, tmp_path, monkeypatch):
+        task, first, second = texts(), Ledger(), Ledger()
+        one = Perplexity(order="low").rank_once(task, tmp_path / "r", seed=0, ledger=first)
+        monkeypatch.setattr(Perplexity, "rank", None)
+        # How a ranking is cut changes nothing in it.
+        two = Perplexity(order="low", fraction=0.1, epochs=2).rank_once(task, tmp_path / "r", seed=0, ledger=second)
+        assert (one.score == two.score).all()
+        assert first.total().flops == second.total().flops > 0
+
+    def test_a_selection_tells_where_it_was_cut_itself(self, texts, tmp_path):
+        task = texts()
+        Bm25(fraction=0.1).rank_once(task, tmp_path / "r", seed=0, ledger=Ledger())
+        ranker = Bm25(fraction=0.5, epochs=2)
+        kept = ranker.rank_once(task, tmp_path / "r", seed=0, ledger=Ledger())
+        config = ranker.cut(kept, task, Budget(1, "epochs")).config
+        assert (config["fraction"], config["epochs"], config["k1"]) == (0.5, 2, ranker.k1)
+
+    def test_other_subtasks_of_the_same_target_are_ranked_anew(self, texts, tmp_path):
+        three, one = texts(subtasks=3), texts(subtasks=1)
+        assert three.target.content_hash == one.target.content_hash
+        Bm25().rank_once(three, tmp_path / "r", seed=0, ledger=Ledger())
+        kept = Bm25().rank_once(one, tmp_path / "r", seed=0, ledger=Ledger())
+        assert (kept.score == Bm25().rank(one, seed=0, ledger=Ledger()).score).all()
+
+    def test_anything_else_is_ranked_anew(self, texts, tmp_path):
+        task = texts()
+        other = copy.copy(task)
+        other.pool = task.pool.part(np.arange(50), "pool")
+        weights = copy.copy(task)
+        weights._build = lambda: copy.deepcopy(task.model(derive(99)))
+        cases = [
+            (Perplexity(order="low"), task, 0),
+            (Perplexity(order="high"), task, 0),
+            (Perplexity(order="low"), task, 1),
+            (Perplexity(order="low"), other, 0),
+            (Perplexity(order="low"), weights, 0),
+            (Bm25(), task, 0),
+            (Random(), task, 0),
+        ]
+        made = set()
+        for selector, ranked, seed in cases:
+            ranking = selector.rank_once(ranked, tmp_path / "r", seed=seed, ledger=Ledger())
+            made.add(ranking.made_from)
+            assert ranking.method == selector.method
+            assert len(ranking.ids) == len(ranked.pool)
+        assert len(made) == len(cases)
+
+    def test_foreign_folders_are_left_alone(self, texts, tmp_path):
+        (tmp_path / "thesis.tex").write_text("years of work")
+        with pytest.raises(SelectionError, match=r"holds \['thesis.tex'\]"):
+            Bm25().rank_once(texts(), tmp_path, seed=0, ledger=Ledger())
+        assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+UNREADABLE = r"no ranking that can be read|ranking\.json (has schema version|cannot be read)"
+
+
+class TestDamage:
+    @pytest.fixture
+    def folder(self, texts, tmp_path):
+        return Random().rank(texts(), seed=0, ledger=Ledger()).save(tmp_path / "r")
+
+    def test_missing(self, folder):
+        (folder / "scores.parquet").unlink()
+        with pytest.raises(SelectionError, match="does not exist"):
+            Ranking.load(folder)
+
+    @pytest.mark.parametrize(
+        "change", [{"schema_version": 9}, {"seed": "0"}, {"ledger": 3}, {"config": None}, {"method": ["a"]}]
+    )
+    def test_header(self, folder, change):
+        header = json.loads((folder / "ranking.json").read_text())
+        (folder / "ranking.json").write_text(json.dumps({**header, **change}))
+        with pytest.raises(SelectionError, match=UNREADABLE):
+            Ranking.load(folder)
+
+    @pytest.mark.parametrize("text", ["", "[]", "{", "3", '{"schema_version": 1}'])
+    def test_no_header(self, folder, text):
+        (folder / "ranking.json").write_text(text)
+        with pytest.raises(SelectionError, match=UNREADABLE):
+            Ranking.load(folder)
+
+    @pytest.mark.parametrize(
+        "table", [{"id": ["a", "a"], "score": [1.0, 2.0]}, {"id": ["a", None], "score": [1.0, 2.0]}, {"id": ["a"]}]
+    )
+    def test_scores(self, folder, table):
+        pq.write_table(pa.table(table), folder / "scores.parquet")
+        with pytest.raises(SelectionError, match="no ranking that can be read"):
+            Ranking.load(folder)
+
+
+def test_a_ranking_of_another_pool_is_refused(texts):
+    task, small = texts(), copy.copy(texts())
+    small.pool = task.pool.part(np.arange(10), "pool")
+    ranking = Bm25().rank(small, seed=0, ledger=Ledger())
+    with pytest.raises(DataError, match="70 examples of the pool have no score"):
+        Bm25().cut(ranking, task, Budget(1, "epochs"))
+
+
+def test_scores_that_are_not_finite_are_refused_by_id(texts):
+    task = texts()
+    score = np.zeros(len(task.pool))
+    score[3] = np.nan
+    with pytest.raises(DataError, match="pool-3"):
+        Random().ranking(task, score, seed=0, ledger=Ledger())
+
+
+def test_a_ranking_that_eats_the_budget_is_refused_before_compute(texts, monkeypatch):
+    task, ledger = texts(batch_size=4), Ledger()
+    monkeypatch.setattr(Perplexity, "rank", None)
+    with pytest.raises(BudgetError, match="nothing is left to train with"):
+        Perplexity().select(task, Budget(0.25, "epochs", count_selection=True), seed=0, ledger=ledger)
+    assert not ledger.entries

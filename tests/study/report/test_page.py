@@ -1,0 +1,332 @@
+"""The report: what it writes, names that would be markup, and the page in a browser at two widths, light and dark."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cads.cli.main import main
+from cads.study.analysis.fits import analyse
+from cads.study.analysis.frontier import jaccard
+from cads.study.analysis.points import points_of, regrets
+from cads.study.published_points import import_points
+from cads.study.report import figures
+from cads.study.report.page import spent_flops, write_report
+from cads.study.report.style import PALETTE, colour_of, looks
+from cads.study.tables import DONE, FAILED, IMPORTED, NOT_APPLICABLE, read_runs, write_rows
+from tests.support.paths import EXCERPT
+
+NASTY = "<script>alert('x')</script> & \"$x^{$\""
+METHODS = {"random": "random", "full": "full", "cads-s": "cads-s", "cads-s, all in": "cads-s", NASTY: "source"}
+BUDGETS = (1, 8, 64)
+N_POOL, SEEDS = 40, (0, 1, 2)
+BROWSER = "CADS_TEST_BROWSER"
+"""Environment variable with the path of a Chromium, where playwright has none of its own."""
+
+
+def add_cell(folder: Path, method: str, budget: int, seed: int) -> None:
+    """A cell with made-up numbers, as `cads compare` writes it."""
+    rng = np.random.default_rng([len(method), budget, seed])
+    own = method.startswith("cads")
+    key = f"{list(METHODS).index(method)}-{budget}-{seed}"
+    selection = 0.25e6 * budget if own else 0.0
+    score = float(0.9 - 0.4 * np.exp(-budget / 8) + 0.01 * rng.normal() - 0.3 * (method == NASTY))
+    course = [{"clean": 0.5 + 0.1 * i, NASTY: 0.5 - 0.1 * i} for i in range(4)] if own else []
+    stages = [
+        ("select", "short runs", selection),
+        ("train", "final model", 1e6 * budget - selection),
+        ("evaluate", "test", 1e4),
+    ]
+    n = N_POOL // 2 if own or method == "random" else N_POOL
+    run = {
+        "cell": key,
+        "task": "vision/digits",
+        "model": "",
+        "n_parameters": 1e3,
+        "method": method,
+        "selector": METHODS[method],
+        "budget": f"{budget} epochs",
+        "budget_flops": 1e6 * budget,
+        "seed": seed,
+        "status": DONE,
+        "metric": "accuracy",
+        "score": score,
+        "metrics": json.dumps({"accuracy": score, "loss": 1 - score}),
+        "selection_flops": selection,
+        "selection_flops_spent": selection,
+        "training_flops": 1e6 * budget - selection,
+        "full_flops": 1e6,
+        "n_pool": N_POOL,
+        "n_selected": n,
+        "version": "1",
+        "code": "abc",
+        "ledger": json.dumps([{"phase": p, "stage": s, "flops": f} for p, s, f in stages]),
+        "probability_course": json.dumps(course),
+    }
+    ids = [f"e{i}" for i in rng.permutation(N_POOL)[:n]]
+    rows = [
+        {"cell": key, "id": i, "source": NASTY if int(i[1:]) % 2 else "clean", "rank": r} for r, i in enumerate(ids)
+    ]
+    write_rows(folder, "selections", key, rows)
+    about = {"cell": key, "kept": True, "score": 1.0, "label": NASTY}
+    write_rows(folder, "examples", key, [{**about, "id": NASTY, "text": f"{NASTY} " * 200}])
+    write_rows(folder, "runs", key, [run])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A study of five methods, four budgets and three seeds, its report, and published points beside it."""
+    folder = tmp_path_factory.mktemp("report")
+    for method in METHODS:
+        for budget in BUDGETS:
+            for seed in SEEDS:
+                add_cell(folder, method, budget, seed)
+    for status in (FAILED, NOT_APPLICABLE):
+        lost = {
+            "cell": f"z {status}",
+            "task": "vision/digits",
+            "method": "joint",
+            "selector": "joint",
+            "budget": "1 epochs",
+        }
+        write_rows(folder, "runs", f"z-{status[0]}", [{**lost, "model": "", "status": status, "error": f"why {NASTY}"}])
+    import_points(EXCERPT, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        # Figures of a kind differ in their numbers alone, and intervals have tests of their own.
+        patch.setattr("cads.study.report.evidence.MOST_BUDGETS", 2)
+        patch.setattr("cads.study.analysis.fits.N_RESAMPLES", 20)
+        return write_report(folder)
+
+
+def test_many_methods_are_divided_among_panels(made, monkeypatch):
+    """The best first, what all are compared with in each, and no method twice or lost."""
+    runs = read_runs(made.page.parent)
+    group = analyse([p for p in points_of(runs) if p.task == "vision/digits"])[0]
+    look = looks((run["method"], run["selector"]) for run in runs)
+    assert len(figures.scores(group, look, "few").figure.axes) == 1
+    monkeypatch.setattr("cads.study.report.figures.MOST_LINES", 4)
+    for drawing in (
+        figures.scores(group, look, "scores"),
+        figures.regret(group, regrets(group.points), look, "regret"),
+        figures.frontier(group, look, "fits", fitted=True),
+    ):
+        legends = [part.legends[0].get_texts() for part in drawing.figure.subfigs]
+        shown = [{text.get_text() for text in texts} - {"frontier line"} for texts in legends]
+        assert len(shown) == 2
+        assert set.intersection(*shown) == {"full", "cads-s"}
+        assert set.union(*shown) >= {"random", "cads-s, all in"}
+        assert sum(map(len, shown)) == len(METHODS) + 2
+        assert any("script" in label for label in shown[-1])
+        assert "each on its own scale" in drawing.caption
+
+
+def test_a_ranking_that_runs_share_is_counted_once():
+    def run(selector, seed, options="{}", status=DONE, selection=100.0):
+        row = {"task": "t", "model": "", "seed": seed, "selector": selector, "options": options, "status": status}
+        return row | {"selection_flops_spent": selection, "training_flops": 1.0}
+
+    ranked = [run("ppl", seed, options) for seed in (0, 1) for options in ('{"epochs": 1}', '{"fraction": 0.5}')]
+    assert spent_flops(ranked) == 4 + 200
+    assert spent_flops([*ranked, run("ppl", 0, '{"recipe": "paper"}')]) == 5 + 300
+    assert spent_flops([run("cads-s", 0), run("cads-s", 0), run("not installed", 0)]) == 3 + 300
+    assert spent_flops([run("ppl", 0, status=IMPORTED), run("ppl", 0, status=IMPORTED)]) == 2 + 200
+    assert spent_flops([run("ppl", 0, None, FAILED, None)]) == 1
+
+
+class Tags(HTMLParser):
+    """Counts tags and collects attributes that would load something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: dict[str, int] = {}
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
+
+
+class TestFiles:
+    def test_the_page_needs_nothing_else_and_runs_nothing(self, made):
+        tags = Tags()
+        tags.feed(made.page.read_text())
+        assert "script" not in tags.tags
+        assert all(link.startswith(("#", "data:")) for link in tags.links)
+        assert tags.tags["svg"] == tags.tags["figure"] == len(list(made.figures.glob("*.svg")))
+
+    def test_names_are_escaped(self, made):
+        text = made.page.read_text()
+        assert "<script" not in text
+        assert text.count("&lt;script&gt;") > 20
+
+    def test_svg_ids_are_unlike_each_other(self, made):
+        ids = re.findall(r'<(?:path|clipPath)[^>]* id="([^"]+)"', made.page.read_text())
+        assert len(ids) == len(set(ids)) > 10
+
+    def test_fits_are_written(self, made):
+        fits = json.loads(made.fits.read_text())
+        assert [(g["task"], g["model"]) for g in fits["groups"]] == [("vision/digits", ""), ("mmlu", "7b")]
+        own, published = fits["groups"]
+        assert set(own["fits"]) == set(METHODS)
+        assert [a["flops"] for a in own["answers"]] == [1e6 * b for b in BUDGETS]
+        assert published["fits"]["random"]["shifted"]["lambda"] == pytest.approx(2.54, rel=0.02)
+
+    def test_every_figure_is_there_as_svg_and_png(self, made):
+        kinds = {"scores", "regret", "frontier", "fits", "break-even", "training-only", "ledger", "sources"}
+        kinds |= {"probabilities", "overlap", "simulation"}
+        for suffix in ("svg", "png"):
+            found = {re.sub(r"^\d+-|-\d+$", "", f.stem) for f in made.figures.glob(f"*.{suffix}")}
+            assert found == kinds
+        for file in made.figures.glob("*.png"):
+            with Image.open(file) as image:
+                colours = image.convert("RGB").getcolors(10**6)
+                assert image.width >= 800
+                assert len(colours) > 20
+
+    def test_answers_come_first(self, made):
+        assert len(made.answers) == len(BUDGETS) + 6
+        assert made.answers[0].startswith("vision/digits: At 1e+06 FLOPs in all (1 epochs): ")
+        text = made.page.read_text()
+        assert text.index("FLOPs in all (1 epochs)") < text.index("<svg")
+
+    def test_cells_without_a_score_are_said(self, made):
+        text = made.page.read_text()
+        for status in (FAILED, NOT_APPLICABLE):
+            assert f"<strong>{status}</strong>" in text
+
+    def test_another_metric_and_the_same_page_from_the_same_tables(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr("cads.study.report.evidence.MOST_BUDGETS", 1)
+        monkeypatch.setattr("cads.study.report.page.SIMULATED_SIZES", (7.5e9,))
+        monkeypatch.setattr("cads.study.analysis.fits.N_RESAMPLES", 20)
+        for budget in BUDGETS:
+            add_cell(tmp_path, "full", budget, 0)
+        assert main(["report", str(tmp_path), "--metric", "loss"]) == 0
+        assert "full, loss 0." in capsys.readouterr().out
+        again = write_report(tmp_path, tmp_path / "there" / "page.html", "loss")
+        assert again.page.read_bytes() == (tmp_path / "report.html").read_bytes()
+        assert again.fits.read_bytes() == (tmp_path / "fits.json").read_bytes()
+        assert main(["report", str(tmp_path), "--metric", "f1"]) == 1
+        assert "'f1' was not measured" in " ".join(capsys.readouterr().err.split())
+
+    def test_without_the_template_library_it_says_what_to_install(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.delitem(sys.modules, "cads.study.report.page")
+        monkeypatch.setitem(sys.modules, "jinja2", None)
+        assert main(["report", str(tmp_path)]) == 1
+        assert "pip install 'cads-select[report]'" in " ".join(capsys.readouterr().err.split())
+
+
+class TestStyle:
+    def test_colours_follow_the_name_alone(self):
+        few, many = looks([("cads-s", "cads-s")]), looks([(m, s) for m, s in METHODS.items()])
+        assert few["cads-s"] == many["cads-s"]
+        assert many["cads-s, all in"].colour == many["cads-s"].colour
+        assert many["cads-s, all in"] != many["cads-s"]
+
+    def test_no_two_methods_look_alike(self):
+        made = looks((f"label {i}", f"selector {i}") for i in range(30))
+        assert len(set(made.values())) == 30
+
+    @pytest.mark.parametrize("page", ["#ffffff", "#131416"])
+    def test_colours_stand_out_in_light_and_dark(self, page):
+        def luminance(colour: str) -> float:
+            c = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+            return float(np.where(c <= 0.03928, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+        for colour in PALETTE.values():
+            low, high = sorted([luminance(colour), luminance(page)])
+            assert (high + 0.05) / (low + 0.05) >= 3, colour
+        assert colour_of("unheard of") in PALETTE.values()
+
+
+def test_figures_of_an_earlier_report_are_removed(made, tmp_path):
+    folder = Path(shutil.copytree(made.page.parent, tmp_path / "study"))
+    figures = write_report(folder).figures
+    drawn = {f.name for f in figures.iterdir()}
+    (figures / "99-break-even.png").write_bytes(b"")
+    (figures / "notes.txt").write_text("kept")
+    (figures / "fits.png").write_bytes(b"kept")
+    write_report(folder)
+    assert {f.name for f in figures.iterdir()} == drawn | {"notes.txt", "fits.png"}
+
+
+def test_overlaps_are_those_of_the_ids(made):
+    """The number drawn for two methods is the Jaccard index of their ids."""
+    from cads.study.report.evidence import by_place, overlap
+    from cads.study.tables import read_rows, read_runs
+
+    folder = made.page.parent
+    places = by_place(read_runs(folder))
+    place = next(iter(places))
+    found = overlap(folder, place, places[place])
+    ids = {
+        m: [r["id"] for r in read_rows(folder, "selections", [f"{list(METHODS).index(m)}-{BUDGETS[0]}-0"])]
+        for m in ("random", "cads-s")
+    }
+    i, j = found.methods.index("random"), found.methods.index("cads-s")
+    assert found.matrix[i, j] == found.matrix[j, i] == jaccard(ids["random"], ids["cads-s"])
+    assert found.expected[i, j] == pytest.approx(1 / 3), "of halves of the pool"
+    assert found.expected[i, found.methods.index("full")] == pytest.approx(1 / 2)
+    drawn = figures.overlap(found.methods, found.matrix, found.expected, "title", "name").figure.axes[0].images[0]
+    assert drawn.get_array()[max(i, j), min(i, j)] == found.matrix[i, j]
+    assert drawn.get_array()[min(i, j), max(i, j)] == found.expected[i, j]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if importlib.util.find_spec("playwright") is None:
+        pytest.skip("needs the extra `browser`, and a Chromium")
+    from playwright.sync_api import Error, sync_playwright
+
+    own = os.environ.get(BROWSER) or shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as started:
+        try:
+            opened = started.chromium.launch(executable_path=own, args=["--no-sandbox", "--headless=shell"])
+        except Error as error:
+            pytest.skip(f"needs a Chromium ({BROWSER}): {error}")
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_every_figure_is_visible_and_nothing_complains(made, browser, width, scheme):
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("requestfailed", lambda request: said.append(request.url))
+    page.goto(made.page.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+    drawings = page.locator("figure svg").all()
+    assert len(drawings) == len(list(made.figures.glob("*.svg")))
+    for drawing in drawings:
+        drawing.scroll_into_view_if_needed()
+        box = drawing.bounding_box()
+        assert drawing.is_visible()
+        assert box["width"] >= min(width - 80, 300)
+        assert box["height"] >= 100
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+    smallest = page.evaluate(
+        "Math.min(...[...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height))"
+    )
+    assert smallest >= 7, "no text is too small to read"
+    ink, paper = page.evaluate(
+        "[getComputedStyle(document.querySelector('figure svg text')).fill, "
+        "getComputedStyle(document.body).backgroundColor]"
+    )
+    light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
+    assert abs(light[0] - light[1]) > 400, "text stands out from the page"
+    assert said == []
+    context.close()
