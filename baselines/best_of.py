@@ -12,9 +12,9 @@ from cads.errors import ConfigError
 from cads.policies.base import Policy
 from cads.policies.bernoulli import BernoulliPolicy
 from cads.search.fidelity import Rung
-from cads.search.inner_costs import Purse
-from cads.search.inner_runs import Inner
-from cads.search.space import Space
+from cads.search.inner_costs import InnerLoopCosts
+from cads.search.inner_runs import InnerLoop
+from cads.search.space import SearchSpace
 from cads.seeding import derive
 
 
@@ -32,17 +32,17 @@ class BestOf(RungSearch):
         if not 0 < self.share <= 1:
             raise ConfigError(f"share = {self.share}: a share of the budget, above 0 and at most 1")
 
-    def schedule(self, purse: Purse, space: Space, training: float, allowance: float) -> list[Rung]:
+    def schedule(self, costs: InnerLoopCosts, space: SearchSpace, train_flops: float, allowance: float) -> list[Rung]:
         """One rung of J masks."""
-        share = fidelity(purse, training, self.share)
-        runs = int(allowance / (share * training + purse.measuring_flops))
+        share = fidelity(costs, train_flops, self.share)
+        runs = int(allowance / (share * train_flops + costs.measuring_flops))
         runs = runs if space.count is None else min(runs, space.count)
-        return [Rung(share, share * training, share, runs)] if runs >= 2 else []
+        return [Rung(share, share * train_flops, share, runs)] if runs >= 2 else []
 
-    def choose(self, inner: Inner, space: Space, training: float, seed: int) -> tuple[np.ndarray, Policy]:
+    def choose(self, inner: InnerLoop, space: SearchSpace, train_flops: float, seed: int) -> tuple[np.ndarray, Policy]:
         """Train them all and take the best."""
-        (rung,) = self.rungs(inner, space, training)
-        masks = random_masks(space, rung.runs, derive(seed, "masks"), full_first=True)
+        (rung,) = self.rungs(inner, space, train_flops)
+        masks = random_masks(space, rung.n_trials, derive(seed, "masks"), full_first=True)
         runs = train_draws(inner, space, masks, rung, derive(seed, "runs"), rung.stage)
         best = masks[best_of_runs(runs.objective)]
         return best, BernoulliPolicy(best)

@@ -12,9 +12,9 @@ from cads.errors import ConfigError
 from cads.policies.base import Policy
 from cads.policies.bernoulli import BernoulliPolicy
 from cads.search.fidelity import Rung
-from cads.search.inner_costs import Purse
-from cads.search.inner_runs import Inner
-from cads.search.space import Space
+from cads.search.inner_costs import InnerLoopCosts
+from cads.search.inner_runs import InnerLoop
+from cads.search.space import SearchSpace
 from cads.seeding import derive
 
 
@@ -32,18 +32,18 @@ class BestSource(RungSearch):
         if not 0 < self.share <= 1:
             raise ConfigError(f"share = {self.share}: a share of the budget, above 0 and at most 1")
 
-    def schedule(self, purse: Purse, space: Space, training: float, allowance: float) -> list[Rung]:
+    def schedule(self, costs: InnerLoopCosts, space: SearchSpace, train_flops: float, allowance: float) -> list[Rung]:
         """One rung, a run for each source."""
         n = len(space.sizes)
-        affordable = (allowance / n - purse.measuring_flops) / training
-        share = min(fidelity(purse, training, self.share), affordable)
-        if share * training < purse.step_flops:
+        affordable = (allowance / n - costs.measuring_flops) / train_flops
+        share = min(fidelity(costs, train_flops, self.share), affordable)
+        if share * train_flops < costs.step_flops:
             return []
-        return [Rung(share, share * training, share, n)]
+        return [Rung(share, share * train_flops, share, n)]
 
-    def choose(self, inner: Inner, space: Space, training: float, seed: int) -> tuple[np.ndarray, Policy]:
+    def choose(self, inner: InnerLoop, space: SearchSpace, train_flops: float, seed: int) -> tuple[np.ndarray, Policy]:
         """Train on each and take the best."""
-        (rung,) = self.rungs(inner, space, training)
+        (rung,) = self.rungs(inner, space, train_flops)
         alone = np.eye(len(space.sizes))
         runs = train_draws(inner, space, alone, rung, derive(seed, "runs"), rung.stage)
         best = alone[best_of_runs(runs.objective)]

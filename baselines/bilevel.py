@@ -22,10 +22,10 @@ from cads.policies.base import Policy
 from cads.policies.bernoulli import BernoulliPolicy
 from cads.policies.simplex import project_capped_simplex
 from cads.search.fidelity import Rung
-from cads.search.inner_costs import Purse
-from cads.search.inner_runs import Inner
+from cads.search.inner_costs import InnerLoopCosts
+from cads.search.inner_runs import InnerLoop
 from cads.search.source_selection import nonempty
-from cads.search.space import Space
+from cads.search.space import SearchSpace
 from cads.seeding import derive
 
 RATE = 5e-2
@@ -64,24 +64,24 @@ class Bilevel(RungSearch):
         if self.baseline not in get_args(Baseline):
             raise ConfigError(f"baseline = {self.baseline!r}: choose from {list(get_args(Baseline))}")
 
-    def schedule(self, purse: Purse, space: Space, training: float, allowance: float) -> list[Rung]:
+    def schedule(self, costs: InnerLoopCosts, space: SearchSpace, train_flops: float, allowance: float) -> list[Rung]:
         """As many outer steps as the allowance buys."""
-        flops = self.share * training
-        if flops < purse.step_flops * (1 - 1e-9):
+        flops = self.share * train_flops
+        if flops < costs.step_flops * (1 - 1e-9):
             return []
-        steps = int(allowance / (self.draws * (flops + purse.measuring_flops)))
+        steps = int(allowance / (self.draws * (flops + costs.measuring_flops)))
         return [Rung(self.share, flops, 1.0, self.draws)] * steps
 
-    def learning(self, space: Space, runs: int) -> float:
+    def learning(self, space: SearchSpace, runs: int) -> float:
         """A score-function gradient and a step of Adam."""
         return float(len(space.sizes) * (SCORE_FLOPS * self.draws + ADAM_FLOPS))
 
-    def choose(self, inner: Inner, space: Space, training: float, seed: int) -> tuple[np.ndarray, Policy]:
+    def choose(self, inner: InnerLoop, space: SearchSpace, train_flops: float, seed: int) -> tuple[np.ndarray, Policy]:
         """Outer steps from s = 1/2; the sources with s > 1/2, and at least the likeliest."""
         n = len(space.sizes)
         start = project_capped_simplex(np.full(n, 0.5), n if self.cap is None else self.cap)
         policy, adam = BernoulliPolicy(start, cap=self.cap), Adam(n)
-        for step, rung in enumerate(self.rungs(inner, space, training)):
+        for step, rung in enumerate(self.rungs(inner, space, train_flops)):
             rng = np.random.default_rng(derive(seed, "masks", step))
             masks = nonempty(policy.sample(REDRAWN * self.draws, rng))[: self.draws]
             # Where s is so low that hardly a mask is not empty, the likeliest source stands in.

@@ -29,7 +29,7 @@ from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
 from cads.task import Task
-from cads.tasks.shape_only import Shaped
+from cads.tasks.shape_only import ShapeOnly
 
 log = logging.getLogger(__name__)
 
@@ -251,8 +251,8 @@ class Bm25(Ranker):
     def rank_plan(self, task: Task) -> PlannedLedger:
         """Exact where there are texts, since counting words is free; see `cads.ranking.Ranker`."""
         ledger = PlannedLedger()
-        if isinstance(task.pool.examples, Shaped):
-            task.texts(task.pool.part(np.zeros(1, dtype=np.int64), "pool"))
+        if isinstance(task.pool.examples, ShapeOnly):
+            task.texts(task.pool.subset(np.zeros(1, dtype=np.int64), "pool"))
             postings = task.costs.tokens_per_example(task.pool) * len(task.pool)
             ledger.charge(SELECT, STAGE, bm25_flops(postings, postings))
         else:
@@ -288,7 +288,7 @@ class _Texts:
         n = len(self._pool)
         for start in range(0, n, CHUNK):
             rows = np.arange(start, min(start + CHUNK, n))
-            part = self._pool if n <= CHUNK else self._pool.part(rows, self._pool.name)
+            part = self._pool if n <= CHUNK else self._pool.subset(rows, self._pool.name)
             texts = self._task.texts(part)
             characters = np.cumsum([len(text) for text in texts])
             # Neighbours that end within the same multiple: more than that by one text at most.

@@ -23,7 +23,7 @@ from cads.monitor import Monitor
 from cads.scoring.pool_scores import score_pool
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
-from cads.scoring.reference_models import check_passes, device_of, on_pool, plan_training, scorer_of
+from cads.scoring.reference_models import check_passes, device_of, plan_training, proxy_of, train_on_pool
 from cads.seeding import derive
 from cads.task import Task
 
@@ -52,10 +52,10 @@ class El2n(Ranker):
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """Train the models, and read the pool with each; see `cads.ranking.Ranker`."""
-        scorer = scorer_of(task)
+        scorer = proxy_of(task)
         _check_classes(scorer)
         seeds = [derive(seed, "el2n", k) for k in range(self.models)]
-        models = on_pool(scorer, self.warm_up, seeds=seeds, ledger=ledger, monitor=monitor, stage=WARM_UP)
+        models = train_on_pool(scorer, self.warm_up, seeds=seeds, ledger=ledger, monitor=monitor, stage=WARM_UP)
         errors = np.zeros(len(scorer.pool))
         for model in models:
             errors += score_pool(
@@ -71,7 +71,7 @@ class El2n(Ranker):
 
     def rank_plan(self, task: Task) -> PlannedLedger:
         """As many models as there are; see `cads.ranking.Ranker`."""
-        scorer, ledger = scorer_of(task), PlannedLedger()
+        scorer, ledger = proxy_of(task), PlannedLedger()
         _check_classes(scorer)
         plan_training(scorer, scorer.pool, self.warm_up, ledger, stage=WARM_UP, models=self.models)
         plan_losses(scorer, ledger, stage=SCORING, tokens=SCORED_TOKENS, models=self.models)

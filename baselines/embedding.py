@@ -17,18 +17,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from baselines.similarity.clusters import ROUNDS, cluster_centres, cluster_sample, nearest_centre, take_turns
-from baselines.similarity.encoders import FeatureSpace, SentenceSpace, Space, backbone_network
+from baselines.similarity.encoders import Encoder, FeatureEncoder, SentenceEncoder, backbone_network
 from baselines.similarity.queries import mean_weights, subtask_weights
 from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
 from cads.accounting.operations import kmeans_flops, normalisation_flops, similarity_flops
 from cads.data.pool import Pool
 from cads.errors import ConfigError
 from cads.monitor import Monitor
-from cads.runtime.journal import in_shards
+from cads.runtime.journal import map_shards
 from cads.scoring.pool_scores import check_finite
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
-from cads.scoring.reference_models import check_passes, on_pool, plan_training, scorer_of
+from cads.scoring.reference_models import check_passes, plan_training, proxy_of, train_on_pool
 from cads.seeding import derive
 from cads.task import Task
 from cads.training.trainer import Trainer
@@ -82,7 +82,7 @@ class Embedding(Ranker):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} = {value}: it must be at least 1")
-        self._made: tuple[Task, Space] | None = None
+        self._made: tuple[Task, Encoder] | None = None
 
     @property
     def _own(self) -> bool:
@@ -90,7 +90,7 @@ class Embedding(Ranker):
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """Encode the target, then the pool batch by batch; see `cads.ranking.Ranker`."""
-        scorer = scorer_of(task)
+        scorer = proxy_of(task)
         space = self._space(scorer)
         self._fill(space, scorer, seed, ledger, monitor)
         pool = scorer.pool
@@ -116,7 +116,7 @@ class Embedding(Ranker):
 
     def rank_plan(self, task: Task) -> PlannedLedger:
         """Padding included; see `cads.ranking.Ranker`."""
-        scorer, ledger = scorer_of(task), PlannedLedger()
+        scorer, ledger = proxy_of(task), PlannedLedger()
         space = self._space(scorer)
         plan_training(scorer, scorer.pool, self.warm_up, ledger, stage=WARM_UP)
         ledger.charge(SELECT, ENCODING, space.flops(scorer.target) + space.flops(scorer.pool))
@@ -129,7 +129,7 @@ class Embedding(Ranker):
         ledger.scored.append(scorer)
         return ledger
 
-    def _centres(self, space: Space, pool: Pool, seed: int, ledger: Ledger) -> Tensor | None:
+    def _centres(self, space: Encoder, pool: Pool, seed: int, ledger: Ledger) -> Tensor | None:
         """Of the clusters, shape (K, D), float64; None without."""
         if self.clusters is None:
             return None
@@ -140,37 +140,39 @@ class Embedding(Ranker):
         with ledger.timed(SELECT, CLUSTERING):
             return torch.from_numpy(cluster_centres(vectors.numpy(), self.clusters, derive(seed, "clusters")))
 
-    def _unit_vectors(self, space: Space, pool: Pool, ledger: Ledger) -> Tensor:
+    def _unit_vectors(self, space: Encoder, pool: Pool, ledger: Ledger) -> Tensor:
         """Of all examples of a small pool, shape (M, D), float64; charged."""
         vectors = torch.empty(len(pool), space.dimension, dtype=torch.float64)
         found = self._encoded(space, pool, ledger, lambda unit: unit)
         vectors[np.concatenate(space.batches(pool))] = torch.from_numpy(found)
         return vectors
 
-    def _space(self, task: Task) -> Space:
+    def _space(self, task: Task) -> Encoder:
         """The space, kept from the plan to the ranking; without the weights of the task's own model."""
         if self._made is None or self._made[0] is not task:
-            space: Space
+            space: Encoder
             if self.encoder is not None:
-                space = SentenceSpace(task, self.encoder, self.batch_tokens)
+                space = SentenceEncoder(task, self.encoder, self.batch_tokens)
             elif self.backbone is not None:
                 with torch.device("meta"):
                     counted = backbone_network(
                         task, self.backbone, self.backbone_size, pretrained=False, download=False
                     )
-                space = FeatureSpace(task, counted, self.batch_tokens)
+                space = FeatureEncoder(task, counted, self.batch_tokens)
             else:
-                space = FeatureSpace(task, task.costs.model, self.batch_tokens)
+                space = FeatureEncoder(task, task.costs.model, self.batch_tokens)
             self._made = task, space
         return self._made[1]
 
-    def _fill(self, space: Space, task: Task, seed: int, ledger: Ledger, monitor: Monitor | None) -> None:
+    def _fill(self, space: Encoder, task: Task, seed: int, ledger: Ledger, monitor: Monitor | None) -> None:
         """Give the space its weights."""
-        if not isinstance(space, FeatureSpace):
+        if not isinstance(space, FeatureEncoder):
             return
         if self.backbone is None:
             seeds = [derive(seed, "embedding")] if self.warm_up else [seed]
-            space.model = on_pool(task, self.warm_up, seeds=seeds, ledger=ledger, monitor=monitor, stage=WARM_UP)[0]
+            space.model = train_on_pool(task, self.warm_up, seeds=seeds, ledger=ledger, monitor=monitor, stage=WARM_UP)[
+                0
+            ]
             return
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive(seed, "backbone"))
@@ -179,7 +181,7 @@ class Embedding(Ranker):
             )
         space.model = network.to(Trainer(task, ledger).accelerator.device)
 
-    def _encoded(self, space: Space, pool: Pool, ledger: Ledger, use: Callable[[Tensor], Tensor]) -> np.ndarray:
+    def _encoded(self, space: Encoder, pool: Pool, ledger: Ledger, use: Callable[[Tensor], Tensor]) -> np.ndarray:
         """What `use` makes of the unit vectors (float64) of each batch of a pool, batch after batch; charged."""
         batches = space.batches(pool)
 
@@ -190,7 +192,7 @@ class Embedding(Ranker):
                 unit = functional.normalize(encoded.vectors.double().cpu(), dim=1)
                 return np.asarray(use(unit).numpy())
 
-        return in_shards("encoding", [pool.name, len(pool)], ledger, len(batches), shard)
+        return map_shards("encoding", [pool.name, len(pool)], ledger, len(batches), shard)
 
     def _weights(self, task: Task) -> np.ndarray:
         return subtask_weights(task) if self.aggregate == "subtask" else mean_weights(task)
@@ -210,14 +212,14 @@ class Embedding(Ranker):
             return cosines.topk(min(self.top, cosines.shape[1]), dim=1).values.mean(dim=1)
         return cosines.max(dim=1).values
 
-    def _products(self, task: Task, space: Space, n_references: int) -> float:
+    def _products(self, task: Task, space: Encoder, n_references: int) -> float:
         """FLOPs of unit vectors, of their means, and of the products."""
         n, m, width = len(task.pool), len(task.target), space.dimension
         means = 2 * m * width if self.aggregate in ("subtask", "mean") else 0
         return normalisation_flops(n + m, width) + means + similarity_flops(n_references, n, width)
 
 
-def _clustering(count: int, sampled: int, n: int, space: Space) -> float:
+def _clustering(count: int, sampled: int, n: int, space: Encoder) -> float:
     """FLOPs of learning as many centres from a sample, and of finding the nearest one to each of n examples."""
     unit, learning = (
         normalisation_flops(sampled, space.dimension),

@@ -8,7 +8,7 @@ from cads.accounting.budget import Budget, check_step
 from cads.accounting.ledger import Ledger, PlannedLedger
 from cads.monitor import Monitor
 from cads.selection import Selection
-from cads.selector import free, uniform
+from cads.selector import full_pool_selection, zero_cost_plan
 from cads.task import Task
 
 
@@ -21,8 +21,8 @@ class Full:
     ) -> Selection:
         """Select everything; see `cads.optimizer.Selector`."""
         check_step(task, budget.flops(task))
-        return uniform(task, budget, method="full", seed=seed, ledger=ledger, notes={})
+        return full_pool_selection(task, budget, method="full", seed=seed, ledger=ledger, notes={})
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """Nothing is spent; see `cads.optimizer.Selector`."""
-        return free(task, budget)
+        return zero_cost_plan(task, budget)

@@ -9,7 +9,7 @@ from cads.accounting.ledger import Ledger, PlannedLedger
 from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.selection import Selection
-from cads.selector import free, uniform
+from cads.selector import full_pool_selection, zero_cost_plan
 from cads.task import Task
 
 
@@ -29,9 +29,9 @@ class Joint:
     ) -> Selection:
         """Select everything, target included; see `cads.optimizer.Selector`."""
         check_step(task, budget.flops(task))
-        everything = uniform(task, budget, method="joint", seed=seed, ledger=ledger, notes={})
+        everything = full_pool_selection(task, budget, method="joint", seed=seed, ledger=ledger, notes={})
         return replace(everything, target_fraction=self.target_fraction, config=asdict(self))
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """Nothing is spent; see `cads.optimizer.Selector`."""
-        return free(task, budget)
+        return zero_cost_plan(task, budget)

@@ -11,7 +11,7 @@ from typing import ClassVar, get_args
 import numpy as np
 
 from baselines.gradients.adam_direction import AdamDirection, Recipe
-from baselines.gradients.feature_store import Shards
+from baselines.gradients.feature_store import FeatureStore
 from baselines.gradients.features import (
     POOL,
     PROJECTIONS,
@@ -34,7 +34,7 @@ from cads.monitor import Monitor
 from cads.scoring.pool_scores import planned_flops as planned_scoring
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
-from cads.scoring.reference_models import scorer_of
+from cads.scoring.reference_models import proxy_of
 from cads.task import Task
 
 BATCH_TOKENS = 1024
@@ -81,7 +81,7 @@ class Less(Ranker):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: choose from {list(known)}")
         if isinstance(self.dimension, str) and self.dimension != "auto":
             raise ConfigError(f"dimension = {self.dimension!r}: a number, 'auto', or null for no projection")
-        Shards(self.features)
+        FeatureStore(self.features)
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """Warm up, take gradients of target and pool at each checkpoint, compare; see `cads.ranking.Ranker`.
@@ -90,7 +90,7 @@ class Less(Ranker):
             ConfigError: if the recipe needs Adam and the task has none, or the projection is no projection.
             DataError: if the gradient of an example is not finite.
         """
-        scorer = scorer_of(task)
+        scorer = proxy_of(task)
         self._sizes(scorer)
         queries = subtask_weights(scorer)
         plan = schedule(scorer, self.warmup_share, self.checkpoints)
@@ -108,7 +108,7 @@ class Less(Ranker):
 
     def rank_plan(self, task: Task) -> PlannedLedger:
         """See `cads.ranking.Ranker`; as if the target had one subtask."""
-        scorer = scorer_of(task)
+        scorer = proxy_of(task)
         sizes = self._sizes(scorer)
         size, project = sum(sizes.values()), make_projection(sizes, self.dimension, 0)
         directions = AdamDirection(self.recipe, {}, {}, 0)

@@ -20,14 +20,14 @@ from torch import nn
 from baselines.search.adam import FLOPS as ADAM_FLOPS
 from baselines.search.adam import Adam
 from baselines.search.source_search import SourceSearch
-from cads.data.streams import Weighted
+from cads.data.streams import WeightedStream
 from cads.errors import ConfigError
 from cads.policies.base import Policy
 from cads.policies.mixture import MixturePolicy
 from cads.scoring.pool_scores import reading_flops
-from cads.search.inner_costs import Planned, Purse
-from cads.search.inner_runs import Inner
-from cads.search.space import SIGMA, Mixtures, Space
+from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
+from cads.search.inner_runs import InnerLoop
+from cads.search.space import SIGMA, MixtureSpace, SearchSpace
 from cads.seeding import derive
 
 RATE = 0.2
@@ -48,7 +48,7 @@ class LivePenalty(SourceSearch):
     """Turns of u, theta and w."""
 
     method: ClassVar[str] = "live-penalty"
-    ranges_over: ClassVar[type[Space]] = Mixtures
+    ranges_over: ClassVar[type[SearchSpace]] = MixtureSpace
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,21 +57,21 @@ class LivePenalty(SourceSearch):
         if self.rounds < 1:
             raise ConfigError(f"rounds = {self.rounds}: it must be at least 1")
 
-    def pay(self, purse: Planned, space: Space, training: float) -> bool:
+    def plan_choose(self, costs: PlannedInnerLoop, space: SearchSpace, train_flops: float) -> bool:
         """Charge for all turns."""
-        flops = self._turn(purse, space, training)
+        flops = self._turn(costs, space, train_flops)
         if not flops:
             return False
         for _ in range(self.rounds):
             for model in ("u", "theta"):
-                purse.fit_target(flops, stage=model)
-                purse.losses(_probed(space), stage=f"losses of {model}")
-            purse.learn(self._learning(space))
+                costs.fit_target(flops, stage=model)
+                costs.losses(_probed(space), stage=f"losses of {model}")
+            costs.learn(self._learning(space))
         return True
 
-    def choose(self, inner: Inner, space: Space, training: float, seed: int) -> tuple[np.ndarray, Policy]:
+    def choose(self, inner: InnerLoop, space: SearchSpace, train_flops: float, seed: int) -> tuple[np.ndarray, Policy]:
         """Turn by turn; the final ratios are the mixture."""
-        most = self._turn(inner, space, training)
+        most = self._turn(inner, space, train_flops)
         assert space.pool.sources is not None
         logits, adam = np.log(space.full), Adam(len(space.sizes))
         u: nn.Module | None = None
@@ -81,10 +81,10 @@ class LivePenalty(SourceSearch):
             weights = space.weights(p[None])[0][space.pool.sources]
             models = []
             there = _probes(space, derive(seed, "probes", turn))
-            flops = min(most, self._share(inner, space, training, self.rounds - turn, there))
+            flops = min(most, self._share(inner, space, train_flops, self.rounds - turn, there))
             for name, model, share in (("u", u, 0.0), ("theta", theta, 1 / (1 + self.alpha))):
                 order = derive(seed, name, turn)
-                stream = Weighted(weights, order)
+                stream = WeightedStream(weights, order)
                 models.append(
                     inner.fit_target(flops, seed=order, stage=name, model=model, stream=stream, target_fraction=share)
                 )
@@ -99,30 +99,32 @@ class LivePenalty(SourceSearch):
         ratios = softmax(logits)
         return ratios, MixturePolicy(ratios, SIGMA)
 
-    def _turn(self, purse: Purse, space: Space, training: float) -> float:
+    def _turn(self, costs: InnerLoopCosts, space: SearchSpace, train_flops: float) -> float:
         """FLOPs for theta, and as many for u, in each turn; 0 if that is less than a step."""
-        flops = self._share(purse, space, training, self.rounds, _probes(space, 0))
-        return flops if flops >= purse.step_flops * (1 + 1e-6) else 0.0
+        flops = self._share(costs, space, train_flops, self.rounds, _probes(space, 0))
+        return flops if flops >= costs.step_flops * (1 + 1e-6) else 0.0
 
-    def _share(self, purse: Purse, space: Space, training: float, turns: int, there: np.ndarray) -> float:
+    def _share(
+        self, costs: InnerLoopCosts, space: SearchSpace, train_flops: float, turns: int, there: np.ndarray
+    ) -> float:
         """FLOPs for each of the two models in the next of `turns` turns, whose losses are measured `there`.
 
         Where examples differ in length so does what measuring costs, and training has to make room for it.
         """
-        reading = reading_flops(purse.task.costs.forward, purse.task.pool, there)
+        reading = reading_flops(costs.task.costs.forward, costs.task.pool, there)
         # Both are shares of one sum: what rounding has lost must not cost the last step of the last turn.
-        return (self.available(purse, training) / turns - 2 * reading - self._learning(space)) / 2 * (1 - 1e-9)
+        return (self.available(costs, train_flops) / turns - 2 * reading - self._learning(space)) / 2 * (1 - 1e-9)
 
-    def _learning(self, space: Space) -> float:
+    def _learning(self, space: SearchSpace) -> float:
         return float(len(space.sizes) * (SOFTMAX_FLOPS + ADAM_FLOPS))
 
 
-def _probed(space: Space) -> int:
+def _probed(space: SearchSpace) -> int:
     """How many examples l_s is measured on."""
     return int(np.minimum(space.sizes, PROBED).sum())
 
 
-def _probes(space: Space, seed: int) -> np.ndarray:
+def _probes(space: SearchSpace, seed: int) -> np.ndarray:
     """Positions of `PROBED` random examples of each source, or of all if there are fewer; sorted."""
     order = np.random.default_rng(seed).permutation(len(space.pool))
     assert space.pool.sources is not None

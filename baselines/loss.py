@@ -12,7 +12,7 @@ from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
-from cads.scoring.reference_models import check_passes, on_target, plan_training, scorer_of
+from cads.scoring.reference_models import check_passes, plan_training, proxy_of, train_on_target
 from cads.seeding import derive
 from cads.task import Task
 
@@ -41,15 +41,15 @@ class Loss(Ranker):
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """Fit theta, and read the pool once; see `cads.ranking.Ranker`."""
-        scorer = scorer_of(task)
+        scorer = proxy_of(task)
         model_seed = derive(seed, "theta") if self.passes else seed
-        theta = on_target(scorer, self.passes, seed=model_seed, ledger=ledger, monitor=monitor, stage=FITTING)
+        theta = train_on_target(scorer, self.passes, seed=model_seed, ledger=ledger, monitor=monitor, stage=FITTING)
         losses = pool_losses(scorer, theta, ledger=ledger, stage=SCORING, tokens=self.batch_tokens)
         return self.ranking(task, in_order(losses, self.order), seed=seed, ledger=ledger, pool=scorer.pool)
 
     def rank_plan(self, task: Task) -> PlannedLedger:
         """Padding included; see `cads.ranking.Ranker`."""
-        scorer, ledger = scorer_of(task), PlannedLedger()
+        scorer, ledger = proxy_of(task), PlannedLedger()
         plan_training(scorer, scorer.target, self.passes, ledger, stage=FITTING)
         plan_losses(scorer, ledger, stage=SCORING, tokens=self.batch_tokens)
         return ledger

@@ -20,9 +20,9 @@ from cads.errors import ConfigError
 from cads.policies.base import Policy
 from cads.policies.mixture import MixturePolicy
 from cads.search.fidelity import Rung
-from cads.search.inner_costs import Purse
-from cads.search.inner_runs import Inner
-from cads.search.space import SIGMA, Mixtures, Space
+from cads.search.inner_costs import InnerLoopCosts
+from cads.search.inner_runs import InnerLoop
+from cads.search.space import SIGMA, MixtureSpace, SearchSpace
 from cads.seeding import derive
 
 SHARE = 1 / 16
@@ -43,31 +43,31 @@ class MixtureRegression(RungSearch):
     """On the ratios alone, or on their products too; above 128 sources on the ratios alone."""
 
     method: ClassVar[str] = "mixture-regression"
-    ranges_over: ClassVar[type[Space]] = Mixtures
+    ranges_over: ClassVar[type[SearchSpace]] = MixtureSpace
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.regression not in ("linear", "pairs"):
             raise ConfigError(f"regression = {self.regression!r}: choose from ['linear', 'pairs']")
 
-    def schedule(self, purse: Purse, space: Space, training: float, allowance: float) -> list[Rung]:
+    def schedule(self, costs: InnerLoopCosts, space: SearchSpace, train_flops: float, allowance: float) -> list[Rung]:
         """One rung of mixtures."""
-        share = fidelity(purse, training, SHARE)
-        runs = int(allowance / (share * training + purse.measuring_flops))
-        return [Rung(share, share * training, share, runs)] if runs >= LEAST_RUNS else []
+        share = fidelity(costs, train_flops, SHARE)
+        runs = int(allowance / (share * train_flops + costs.measuring_flops))
+        return [Rung(share, share * train_flops, share, runs)] if runs >= LEAST_RUNS else []
 
-    def learning(self, space: Space, runs: int) -> float:
+    def learning(self, space: SearchSpace, runs: int) -> float:
         """The regression, and its prediction for all candidates."""
         n = len(space.sizes)
         columns = float(n if self.regression == "linear" else n_columns(n))
         return regression_flops(runs, columns) + 3 * CANDIDATES * columns
 
-    def choose(self, inner: Inner, space: Space, training: float, seed: int) -> tuple[np.ndarray, Policy]:
+    def choose(self, inner: InnerLoop, space: SearchSpace, train_flops: float, seed: int) -> tuple[np.ndarray, Policy]:
         """Train on the mixtures, regress, predict."""
-        (rung,) = self.rungs(inner, space, training)
-        mixtures = sample_mixtures(space.full, rung.runs, derive(seed, "mixtures"))
+        (rung,) = self.rungs(inner, space, train_flops)
+        mixtures = sample_mixtures(space.full, rung.n_trials, derive(seed, "mixtures"))
         runs = train_draws(inner, space, mixtures, rung, derive(seed, "runs"), rung.stage)
-        inner.learn(self.learning(space, rung.runs))
+        inner.learn(self.learning(space, rung.n_trials))
         best = space.full
         if np.isfinite(runs.objective).sum() >= LEAST_RUNS:
             candidates = sample_mixtures(space.full, CANDIDATES, derive(seed, "candidates"))

@@ -22,7 +22,7 @@ from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
-from cads.scoring.reference_models import check_passes, on_target, plan_training, scorer_of
+from cads.scoring.reference_models import check_passes, plan_training, proxy_of, train_on_target
 from cads.seeding import derive
 from cads.task import Task
 
@@ -72,9 +72,9 @@ class Perplexity(Ranker):
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """Fine-tune if asked for, and read the pool once; see `cads.ranking.Ranker`."""
-        scorer = scorer_of(task)
+        scorer = proxy_of(task)
         pool = self._scored(scorer)
-        model = on_target(scorer, self.passes, seed=seed, ledger=ledger, monitor=monitor, stage=TUNING)
+        model = train_on_target(scorer, self.passes, seed=seed, ledger=ledger, monitor=monitor, stage=TUNING)
         losses = pool_losses(
             scorer, model, ledger=ledger, stage=SCORING, tokens=self.batch_tokens, pool=pool, autocast=self.autocast
         )
@@ -86,7 +86,7 @@ class Perplexity(Ranker):
 
     def rank_plan(self, task: Task) -> PlannedLedger:
         """Padding included; see `cads.ranking.Ranker`."""
-        scorer, ledger = scorer_of(task), PlannedLedger()
+        scorer, ledger = proxy_of(task), PlannedLedger()
         plan_training(scorer, scorer.target, self.passes, ledger, stage=TUNING)
         plan_losses(scorer, ledger, stage=SCORING, tokens=self.batch_tokens, pool=self._scored(scorer))
         return ledger

@@ -16,7 +16,7 @@ from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
-from cads.scoring.reference_models import check_passes, on_pool, on_target, plan_training, scorer_of
+from cads.scoring.reference_models import check_passes, plan_training, proxy_of, train_on_pool, train_on_target
 from cads.seeding import derive
 from cads.task import Task
 
@@ -47,16 +47,16 @@ class Rho(Ranker):
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """Train both models from the same initial weights, and read the pool twice; see `cads.ranking.Ranker`."""
-        scorer, seed_ = scorer_of(task), derive(seed, "rho")
-        theta = on_target(scorer, self.target_passes, seed=seed_, ledger=ledger, monitor=monitor, stage=HOLDOUT)
+        scorer, seed_ = proxy_of(task), derive(seed, "rho")
+        theta = train_on_target(scorer, self.target_passes, seed=seed_, ledger=ledger, monitor=monitor, stage=HOLDOUT)
         irreducible = pool_losses(scorer, theta, ledger=ledger, stage=HOLDOUT_LOSSES, tokens=self.batch_tokens)
-        u = on_pool(scorer, self.pool_passes, seeds=[seed_], ledger=ledger, monitor=monitor, stage=POOL)[0]
+        u = train_on_pool(scorer, self.pool_passes, seeds=[seed_], ledger=ledger, monitor=monitor, stage=POOL)[0]
         losses = pool_losses(scorer, u, ledger=ledger, stage=POOL_LOSSES, tokens=self.batch_tokens)
         return self.ranking(task, losses - irreducible, seed=seed, ledger=ledger, pool=scorer.pool)
 
     def rank_plan(self, task: Task) -> PlannedLedger:
         """Padding included; see `cads.ranking.Ranker`."""
-        scorer, ledger = scorer_of(task), PlannedLedger()
+        scorer, ledger = proxy_of(task), PlannedLedger()
         plan_training(scorer, scorer.target, self.target_passes, ledger, stage=HOLDOUT)
         plan_losses(scorer, ledger, stage=HOLDOUT_LOSSES, tokens=self.batch_tokens)
         plan_training(scorer, scorer.pool, self.pool_passes, ledger, stage=POOL)

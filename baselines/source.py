@@ -11,7 +11,7 @@ from cads.accounting.ledger import Ledger, PlannedLedger
 from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.selection import Selection
-from cads.selector import free
+from cads.selector import zero_cost_plan
 from cads.task import Task
 
 
@@ -30,8 +30,8 @@ class Source:
         names = self._known(task)
         mask = np.array([name in self._wanted for name in names])
         selected = np.zeros(len(task.pool), dtype=bool)
-        selected[task.pool.in_sources(mask)] = True
-        return Selection.of(
+        selected[task.pool.positions_in(mask)] = True
+        return Selection.from_pool(
             task.pool,
             selected=selected,
             method="source",
@@ -45,7 +45,7 @@ class Source:
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """Nothing is spent; see `cads.optimizer.Selector`."""
         self._known(task)
-        return free(task, budget)
+        return zero_cost_plan(task, budget)
 
     @property
     def _wanted(self) -> list[str]:

@@ -10,7 +10,7 @@ from cads.accounting.budget import Budget, check_step
 from cads.accounting.ledger import Ledger, PlannedLedger
 from cads.monitor import Monitor
 from cads.selection import Selection
-from cads.selector import free
+from cads.selector import zero_cost_plan
 from cads.task import Task
 
 
@@ -23,7 +23,7 @@ class TargetOnly:
     ) -> Selection:
         """Select nothing of the pool; see `cads.optimizer.Selector`."""
         check_step(task, budget.flops(task))
-        return Selection.of(
+        return Selection.from_pool(
             task.pool,
             selected=np.zeros(len(task.pool), dtype=bool),
             method="target-only",
@@ -35,4 +35,4 @@ class TargetOnly:
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """Nothing is spent; see `cads.optimizer.Selector`."""
-        return free(task, budget)
+        return zero_cost_plan(task, budget)

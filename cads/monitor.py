@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from cads.runtime.processes import everyone
+from cads.runtime.processes import world_group
 
 if TYPE_CHECKING:
     from cads.accounting.ledger import Ledger
@@ -39,7 +39,7 @@ class Monitor:
     """
 
     def __init__(self, folder: Path | str | None = None, console: Console | None = None) -> None:
-        first = everyone().first
+        first = world_group().first
         self._writer = SummaryWriter(str(folder)) if first and folder is not None else None
         self._bar = _bar(console) if first and console is not None else None
         self._steps: dict[str, int] = {}

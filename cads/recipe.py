@@ -73,7 +73,7 @@ class TrainConfig:
         if self.sharding == "full" and self.precision == "fp16":
             raise ConfigError("sharding = 'full' needs precision = 'no' or 'bf16': fp16 scales the loss")
 
-    def decisive(self) -> dict[str, Any]:
+    def result_fields(self) -> dict[str, Any]:
         """The fields on which a result depends by more than rounding, as JSON values.
 
         Results are known by a hash of them. `workers`, on which nothing depends, is among them with its default.

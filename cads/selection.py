@@ -23,7 +23,7 @@ from cads.accounting.ledger import Ledger
 from cads.data.hashing import add_column
 from cads.data.ids import distinct, rank_by_score
 from cads.data.pool import Pool
-from cads.data.streams import Epochs, Stream, Weighted
+from cads.data.streams import ShuffledStream, Stream, WeightedStream
 from cads.errors import CadsError, SelectionError
 from cads.runtime.atomic_files import whole_folder
 from cads.runtime.checkpoint import State
@@ -98,7 +98,7 @@ class Selection:
     config: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    start: State | None = None
+    warm_start: State | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -121,7 +121,7 @@ class Selection:
         self.config = {option: _named(value) for option, value in self.config.items()}
 
     @classmethod
-    def of(
+    def from_pool(
         cls,
         pool: Pool,
         *,
@@ -166,7 +166,7 @@ class Selection:
 
     @cached_property
     def _start_digest(self) -> str | None:
-        return None if self.start is None else self.start.digest
+        return None if self.warm_start is None else self.warm_start.digest
 
     @property
     def rank(self) -> np.ndarray:
@@ -199,11 +199,11 @@ class Selection:
         """
         positions = self.positions(pool)
         if not self.weighted:
-            return Epochs(positions, seed)
+            return ShuffledStream(positions, seed)
         weights = np.zeros(len(pool))
         place = pc.index_in(pool.ids.take(pa.array(positions)), value_set=self.ids).to_numpy()
         weights[positions] = self.probability[place]
-        return Weighted(weights, seed)
+        return WeightedStream(weights, seed)
 
     def apply(self, dataset: Any, id_column: str = "id") -> Any:
         """The selected rows of a `datasets.Dataset`, matched by its id column.
@@ -228,7 +228,7 @@ class Selection:
         """A `torch.utils.data.Sampler` over positions of `pool`, in which the selected ids must be."""
         return SelectionSampler(self.stream(pool, seed), int(self.selected.sum()))
 
-    def by_source(self) -> list[tuple[str, int, int, float]]:
+    def source_counts(self) -> list[tuple[str, int, int, float]]:
         """For each source (or the whole pool): name, examples, selected examples, mean probability."""
         if self.sources is None:
             names, codes = ["(all)"], np.zeros(len(self.ids), dtype=np.int32)
@@ -252,7 +252,7 @@ class Selection:
             raise SelectionError(f"{self.method} selected nothing of the pool, so there is no mixture")
         amounts = {
             name: examples * probability if self.weighted else float(selected)
-            for name, examples, selected, probability in self.by_source()
+            for name, examples, selected, probability in self.source_counts()
         }
         total = sum(amounts.values())
         return {name: amount / total for name, amount in amounts.items()}
@@ -272,8 +272,8 @@ class Selection:
             pq.write_table(self.table(), partial / "scores.parquet", use_dictionary=["source"])
             (partial / "selection.json").write_text(json.dumps(self._header(), indent=2, sort_keys=True) + "\n")
             self.ledger.save(partial / "timings.json")
-            if self.start is not None:
-                write_start(self.start, partial)
+            if self.warm_start is not None:
+                write_start(self.warm_start, partial)
         return folder
 
     def table(self) -> pa.Table:
@@ -292,7 +292,7 @@ class Selection:
         )
 
     def _header(self) -> dict[str, Any]:
-        begun = {} if self.start is None else {"start": self._start_digest}
+        begun = {} if self.warm_start is None else {"start": self._start_digest}
         return {
             **begun,
             "schema_version": SCHEMA_VERSION,
@@ -357,7 +357,7 @@ class Selection:
             sources=None if sources.null_count else sources,
             budget=Budget(**header["budget"]),
             ledger=Ledger.from_json(header["ledger"]),
-            start=start,
+            warm_start=start,
             **{name: header[name] for name in HEADER},
         )
 

@@ -27,7 +27,7 @@ class Selector(Protocol):
         ...
 
 
-def free(task: Task, budget: Budget) -> PlannedLedger:
+def zero_cost_plan(task: Task, budget: Budget) -> PlannedLedger:
     """The plan of a selector that spends nothing.
 
     Raises:
@@ -37,11 +37,11 @@ def free(task: Task, budget: Budget) -> PlannedLedger:
     return PlannedLedger()
 
 
-def uniform(
+def full_pool_selection(
     task: Task, budget: Budget, *, method: str, seed: int, ledger: Ledger, notes: dict[str, object]
 ) -> Selection:
     """The full pool: what a selector returns when nothing better was found, or nothing could be tried."""
-    return Selection.of(
+    return Selection.from_pool(
         task.pool,
         selected=np.ones(len(task.pool), dtype=bool),
         method=method,

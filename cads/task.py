@@ -41,7 +41,7 @@ Objective = Callable[["Task", nn.Module, Pool], float]
 
 
 @dataclass(frozen=True)
-class Measured:
+class ObjectiveValue:
     """The outer objective of a model.
 
     Attributes:
@@ -204,7 +204,9 @@ class Task(ABC):
         """What `averaged` names, float64, shape (N,) each; one forward pass over the pool, which the caller charges."""
         return {}
 
-    def objective(self, model: nn.Module, outer: str | Objective | None = None, pool: Pool | None = None) -> Measured:
+    def objective(
+        self, model: nn.Module, outer: str | Objective | None = None, pool: Pool | None = None
+    ) -> ObjectiveValue:
         """The outer objective of `model` on the target, or on `pool`: a metric by name, or any callable.
 
         Lower is better.
@@ -214,17 +216,17 @@ class Task(ABC):
         """
         outer, pool = self.outer if outer is None else outer, pool or self.target
         if callable(outer):
-            return Measured(float(outer(self, model, pool)))
+            return ObjectiveValue(float(outer(self, model, pool)))
         if outer in self.averaged:
             by_example = self.metrics_by_example(model, pool)[outer]
-            return Measured(float(by_example.mean()), by_example)
+            return ObjectiveValue(float(by_example.mean()), by_example)
         metrics = self.metrics(model, pool)
         known = sorted(set(metrics) - set(self.maximised))
         if outer not in known:
             raise ConfigError(
                 f"outer = {outer!r} is no metric of {self.name} that can be minimised: choose from {known}"
             )
-        return Measured(metrics[outer])
+        return ObjectiveValue(metrics[outer])
 
     def check_outer(self, outer: str | Objective | None) -> None:
         """Refuse an outer objective by a name that is not known, before anything is spent: it is tried on one example.
@@ -233,7 +235,7 @@ class Task(ABC):
             ConfigError: naming those there are.
         """
         if isinstance(outer, str):
-            self.objective(self.model(0), outer, self.target.part(np.arange(1), self.target.name))
+            self.objective(self.model(0), outer, self.target.subset(np.arange(1), self.target.name))
 
     def check(self) -> None:
         """Refuse a target that leaks into the pool or the test set, by id or by content.

@@ -23,8 +23,8 @@ from cads.accounting.costs import Costs
 from cads.accounting.ledger import TRAIN, Ledger
 from cads.accounting.measured import attention_self_test
 from cads.data.batch import Batch
-from cads.data.streams import Epochs
-from cads.data.training_batches import Draws
+from cads.data.streams import ShuffledStream
+from cads.data.training_batches import BatchStream
 from cads.errors import CadsError
 from cads.recipe import TrainConfig
 from cads.task import Task
@@ -80,8 +80,8 @@ def measure(name: str, batch_size: int, steps: int, config: VisionConfig) -> Row
     begin = time.perf_counter()
     step = costs.per_usage(task.pool, batch_size) * batch_size
     once = time.perf_counter() - begin
-    trainer, stream = Trainer(task, Ledger()), Epochs(np.arange(len(task.pool)), 0)
-    draws, model = Draws(task.pool, [stream], batch_size), task.model(0)
+    trainer, stream = Trainer(task, Ledger()), ShuffledStream(np.arange(len(task.pool)), 0)
+    draws, model = BatchStream(task.pool, [stream], batch_size), task.model(0)
     trainer.fit(model, draws, WARM_UP * step, seed=0, phase=TRAIN, stage="warm-up")
     costs.seconds.clear()
     fit = trainer.fit(model, draws, steps * step, seed=0, phase=TRAIN, stage="timed")

@@ -25,7 +25,7 @@ from cads.cli.study_commands import run_grid
 from cads.errors import CadsError, ConfigError
 from cads.runtime.atomic_files import whole_file
 from cads.study.grid import filled, read_grid
-from cads.study.shard import Shard
+from cads.study.shard import GridShard
 from experiments.language_data import MANIFEST, DataFolder, data_config, read_sections, write_data
 from experiments.language_report import report
 from experiments.pretraining import KEPT, PretrainingConfig, pretrained
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = given.out or Path("runs") / given.config.stem
     console, started = Console(), time.perf_counter()
     try:
-        shard = Shard.parse(given.shard)
+        shard = GridShard.parse(given.shard)
         sizes = [size for size in given.sizes.split(",") if size]
         sections = read_sections(given.config)
         prepared = prepare(sections, out, sizes=sizes, files=given.file, kept=given.models, console=console)

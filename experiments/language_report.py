@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cads.selection import Selection
-from cads.study.analysis.points import Point, answers, by_group, half_width, points_of
+from cads.study.analysis.points import MethodPoint, answers, by_group, half_width, points_of
 from cads.study.grid import Grid
 from cads.study.report.text_tables import intervals, markdown_table
 from cads.study.tables import DONE, read_runs
@@ -54,7 +54,7 @@ def report(grid: Grid, title: str, command: str, about: Sequence[str], out: Path
     return "\n\n".join([*parts, *examples(runs, out, texts)]) + "\n"
 
 
-def differences(points: Sequence[Point]) -> str:
+def differences(points: Sequence[MethodPoint]) -> str:
     """How much each method that spends on selection differs from those that do not, with paired intervals."""
     lines = ["| model | budget | method | against | difference | interval |", "| --- | --- | --- | --- | --- | --- |"]
     for group in by_group(points).values():
@@ -68,7 +68,7 @@ def differences(points: Sequence[Point]) -> str:
     return "\n".join(lines)
 
 
-def _difference(a: Point, b: Point) -> str:
+def _difference(a: MethodPoint, b: MethodPoint) -> str:
     """Mean difference of two points over the seeds both have, and the half-width of its interval, as two cells."""
     left, right = dict(zip(a.seeds, a.scores, strict=True)), dict(zip(b.seeds, b.scores, strict=True))
     pairs = np.array([left[s] - right[s] for s in sorted(set(left) & set(right))])

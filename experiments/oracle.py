@@ -32,7 +32,7 @@ from cads.registry import build_selector
 from cads.selection import Selection
 from cads.selector import Selector
 from cads.task import Task
-from cads.training.final import train_on, training_flops
+from cads.training.final import train, training_flops
 from experiments.bound import bound
 from experiments.oracle_report import Cell, Reference, draw, markdown, tables
 from experiments.truth import ENUMERATED, MEASURED_ON, TRUTH_VERSION, Truth, truth, worth, write_whole
@@ -108,8 +108,8 @@ def value_of(
     Subsets of sources are read off the truth; everything else is trained. A run that selection has begun is ended,
     once, with the seed of the selection: it is no other run's beginning.
     """
-    if selection.start is not None:
-        metrics = train_on(task, selection, budget, seed=selection.seed).metrics
+    if selection.warm_start is not None:
+        metrics = train(task, selection, budget, seed=selection.seed).metrics
         return np.array([metrics["calibrated_loss"]]), np.array([metrics["accuracy"]])
     flops = training_flops(task, budget, selection)
     chosen = np.array(chosen_of(selection, task))

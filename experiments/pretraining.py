@@ -28,7 +28,7 @@ from cads.runtime.atomic_files import whole_folder
 from cads.study.grid import content_key
 from cads.tasks.language.config import LanguageConfig
 from cads.tasks.language.rows import TextSource
-from cads.training.final import train_on
+from cads.training.final import train
 
 KEPT = Path("runs/pretrained")
 """Where models are kept."""
@@ -122,7 +122,7 @@ def pretrained(
     found = {}
     for size, shape in shapes.items():
         recipe = config.recipe(shape)
-        about = [asdict(shape), recipe.decisive(), config.tokens, config.vocabulary, config.seed, contents]
+        about = [asdict(shape), recipe.result_fields(), config.tokens, config.vocabulary, config.seed, contents]
         folder = kept / f"{size}-{content_key([*about, CONTEXT, TEXT_TOKENS, HEAD_WIDTH])}"
         if not folder.exists():
             _pretrain(folder, shape, recipe, text, more, config, console)
@@ -149,7 +149,7 @@ def _pretrain(
         budget = Budget(config.tokens, "tokens")
         everything = build_selector("full").select(task, budget, seed=config.seed, ledger=Ledger())
         with Monitor(console=console) as monitor, monitor.named(folder.name):
-            outcome = train_on(task, everything, budget, seed=config.seed, monitor=monitor)
+            outcome = train(task, everything, budget, seed=config.seed, monitor=monitor)
         with whole_folder(folder) as partial:
             outcome.save(partial)
 

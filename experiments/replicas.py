@@ -21,8 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
 from cads.accounting.throughput import matmul_flops_per_second
-from cads.data.streams import Epochs
-from cads.data.training_batches import Draws
+from cads.data.streams import ShuffledStream
+from cads.data.training_batches import BatchStream
 from cads.seeding import derive
 from cads.tasks.vision.task import VisionTask
 from cads.training.trainer import Trainer
@@ -52,8 +52,8 @@ def train(task: VisionTask, replicas: int, way: str) -> tuple[float, float, np.n
     """Train once in one way: seconds, FLOPs, and the losses of all steps (steps, K)."""
     task.recipe.replicas = "batched" if way == "batched" else "loop"
     ledger = Ledger()
-    streams = [Epochs(np.arange(len(task.pool)), derive(0, k)) for k in range(replicas)]
-    draws = Draws(task.pool, streams, task.recipe.batch_size)
+    streams = [ShuffledStream(np.arange(len(task.pool)), derive(0, k)) for k in range(replicas)]
+    draws = BatchStream(task.pool, streams, task.recipe.batch_size)
     models = [task.model(k) for k in range(replicas)]
     started = time.perf_counter()
     fit = Trainer(task, ledger).fit_replicas(models, draws, PASSES.flops(task), seed=0, phase="train", stage="replicas")

@@ -21,7 +21,7 @@ from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
 from cads.data.ids import rank_by_score
 from cads.data.pool import Pool
-from cads.data.streams import Epochs, Weighted
+from cads.data.streams import ShuffledStream, WeightedStream
 from cads.data.subsample import subsample
 from cads.policies.bernoulli import BernoulliPolicy
 from cads.policies.simplex import project_capped_simplex
@@ -148,13 +148,13 @@ def pool(n: int, folder: Path) -> list[Row]:
     made = meter("ids are unique", lambda: Pool(ids, ImageArrays([images], labels), sources, "abcde"))
     meter("content hashes of all examples", lambda: made.digests)
     meter("content hash of the pool", lambda: made.content_hash)
-    meter("copies of each other", lambda: made.contents)
+    meter("copies of each other", lambda: made.content_codes)
     meter("a tenth of each source", lambda: subsample(made, 0.1, 0))
     everything = np.arange(n)
-    epochs = meter("stream by epochs", lambda: Epochs(everything, 0))
+    epochs = meter("stream by epochs", lambda: ShuffledStream(everything, 0))
     meter(f"{STEPS} batches of {BATCH}", lambda: [made.batch(epochs.take(i * BATCH, BATCH)) for i in range(STEPS)])
     weights = np.random.default_rng(0).random(n)
-    weighted = meter("stream by weight", lambda: Weighted(weights, 0))
+    weighted = meter("stream by weight", lambda: WeightedStream(weights, 0))
     meter(f"{STEPS} batches by weight", lambda: [made.batch(weighted.take(i * BATCH, BATCH)) for i in range(STEPS)])
     return meter.rows
 
@@ -169,7 +169,7 @@ def selection(n: int, folder: Path) -> list[Row]:
     meter("content hash", lambda: made.content_hash)
     meter("save", lambda: made.save(folder / "selection"))
     loaded = meter("load", lambda: Selection.load(folder / "selection"))
-    meter("table by source", loaded.by_source)
+    meter("table by source", loaded.source_counts)
     return meter.rows
 
 

@@ -37,7 +37,7 @@ from baselines.gradients.adam_direction import AdamDirection
 from baselines.gradients.per_example import PerExample
 from baselines.gradients.projection import PROJECTED, Projection, make_projection
 from baselines.kernels.autocast import Precision
-from baselines.similarity.encoders import SentenceSpace
+from baselines.similarity.encoders import SentenceEncoder
 from baselines.similarity.pool_losses import pool_losses
 from cads.accounting.ledger import Ledger
 from cads.data.batch import Batch
@@ -148,7 +148,7 @@ def of_length(pool: Pool, n: int) -> Pool:
     """The n examples whose lengths are closest to `TOKENS`."""
     lengths: Any = pool.examples
     order = np.argsort(np.abs(lengths.lengths() - TOKENS), kind="stable")
-    return pool.part(np.sort(order[:n]), f"examples of about {TOKENS} tokens")
+    return pool.subset(np.sort(order[:n]), f"examples of about {TOKENS} tokens")
 
 
 def adapted(task: Task) -> nn.Module:
@@ -372,10 +372,10 @@ def embedding(task: Task, encoder: str | None, n: int, repeats: int) -> list[Row
     if sentences is None or encoder is None:
         why = "sentence-transformers is not installed" if sentences is None else "no --encoder was given"
         return [Row(section, "SentenceTransformer.encode", math.nan, note=f"skipped: {why}")]
-    part = task.pool.part(np.arange(n), "questions")
+    part = task.pool.subset(np.arange(n), "questions")
     texts = task.texts(part)
     reader = sentences.SentenceTransformer(encoder, device="cpu")
-    space = SentenceSpace(task, encoder, ENCODED_TOKENS)
+    space = SentenceEncoder(task, encoder, ENCODED_TOKENS)
     found: dict[str, Tensor] = {}
 
     def theirs(texts: list[str]) -> None:
@@ -383,7 +383,7 @@ def embedding(task: Task, encoder: str | None, n: int, repeats: int) -> list[Row
 
     def ours(texts: list[str]) -> None:
         # A pool of its own each time, so that its texts are cut into batches each time.
-        fresh = task.pool.part(np.arange(n), "questions")
+        fresh = task.pool.subset(np.arange(n), "questions")
         vectors = torch.empty(n, space.dimension)
         for rows in space.batches(fresh):
             vectors[rows] = space.encode(fresh, rows).vectors.float()

@@ -33,9 +33,9 @@ from cads.monitor import Monitor
 from cads.policies.bernoulli import BernoulliPolicy
 from cads.registry import build_selector
 from cads.search.source_selection import source_selection
-from cads.search.space import Masks
+from cads.search.space import SubsetSpace
 from cads.selection import Selection
-from cads.selector import Selector, uniform
+from cads.selector import Selector, full_pool_selection
 from cads.task import Task
 from experiments.oracle import Oracle, chosen_of, settings_of, value_of
 from experiments.speedup_report import Point, draw, markdown, summary_lines
@@ -162,7 +162,7 @@ def _course(method: Method, task: Task, budget: Budget, seed: int) -> list[Choic
             selection = _kept_selection(task, probabilities, budget, selector, seed)
             made.append(Choice(allowance, selection, count * each, seconds, cpu_seconds))
         else:
-            full = uniform(task, budget, method=selector.method, seed=seed, ledger=Ledger(), notes={})
+            full = full_pool_selection(task, budget, method=selector.method, seed=seed, ledger=Ledger(), notes={})
             made.append(Choice(allowance, full, 0.0, 0.0, 0.0))
     return made
 
@@ -173,7 +173,7 @@ def _kept_selection(
     """The sources that a course would end with here."""
     return source_selection(
         task,
-        Masks(task.pool),
+        SubsetSpace(task.pool),
         kept(probabilities),
         BernoulliPolicy(probabilities),
         budget=budget,

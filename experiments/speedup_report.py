@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 
 from cads.study.analysis.points import CONFIDENCE, half_width
-from cads.study.report.style import FAINT, INK, Look, looks
+from cads.study.report.style import FAINT, INK, MethodStyle, method_styles
 
 mpl.use("Agg")
 
@@ -220,7 +220,7 @@ def draw(by_budget: Sequence[Point], by_sources: Sequence[Point], path: Path) ->
 
     parts = [(_curves(p, what), what) for p, what in ((by_budget, BUDGET), (by_sources, SOURCES)) if p]
     labels = list(dict.fromkeys(p.method for p in (*by_budget, *by_sources)))
-    look = looks((label, label.split(",")[0]) for label in labels)
+    look = method_styles((label, label.split(",")[0]) for label in labels)
     width = max(len(curves) for curves, _ in parts)
     figure, grid = plt.subplots(
         len(parts),
@@ -256,7 +256,7 @@ def draw(by_budget: Sequence[Point], by_sources: Sequence[Point], path: Path) ->
     plt.close(figure)
 
 
-def _line(axes: mpl.axes.Axes, sweep: Curve, look: Look, label: str) -> None:
+def _line(axes: mpl.axes.Axes, sweep: Curve, look: MethodStyle, label: str) -> None:
     axes.plot(
         [m.cost for m in sweep],
         [100 * m.regret for m in sweep],

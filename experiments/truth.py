@@ -14,8 +14,8 @@ import numpy as np
 
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import EVALUATE, Ledger
-from cads.data.streams import Epochs, Stream
-from cads.data.training_batches import Draws
+from cads.data.streams import ShuffledStream, Stream
+from cads.data.training_batches import BatchStream
 from cads.errors import ConfigError
 from cads.estimators.enumeration import enumerate_masks
 from cads.seeding import derive
@@ -109,7 +109,7 @@ def train_streams(
     trainer = Trainer(task, Ledger())
     for start in range(0, len(runs), REPLICAS):
         chunk = runs[start : start + REPLICAS]
-        draws = Draws(
+        draws = BatchStream(
             task.pool,
             [stream for stream, _ in chunk],
             task.recipe.batch_size,
@@ -132,7 +132,9 @@ def train_masks(task: Task, masks: Iterable[np.ndarray], flops: float, *, seed: 
     Returns:
         calibrated test loss (M,), test accuracy (M,).
     """
-    return train_streams(task, [(Epochs(task.pool.in_sources(m), derive(seed, "order")), seed) for m in masks], flops)
+    return train_streams(
+        task, [(ShuffledStream(task.pool.positions_in(m), derive(seed, "order")), seed) for m in masks], flops
+    )
 
 
 def truth(task: Task, budget: Budget, seeds: int, cache: Path) -> Truth:
@@ -172,7 +174,7 @@ def worth(
         for seed in (derive(s, "truth") for s in seeds):
             order = derive(seed, "order")
             some = selection.target_fraction < 1
-            runs.append((selection.stream(task.pool, order) if some else Epochs(np.arange(1), order), seed))
+            runs.append((selection.stream(task.pool, order) if some else ShuffledStream(np.arange(1), order), seed))
         found = train_streams(task, runs, flops, selection.target_fraction)
         write_whole(file, {"losses": found[0].tolist(), "accuracy": found[1].tolist()})
     record = json.loads(file.read_text())
@@ -181,7 +183,14 @@ def worth(
 
 def content_key(task: Task, flops: float, about: Any) -> str:
     """Name of what depends on the contents of pool and test set, the recipe, the network, the budget and `about`."""
-    settings = [TRUTH_VERSION, task.pool.content_hash, task.test.content_hash, task.recipe.decisive(), flops, about]
+    settings = [
+        TRUTH_VERSION,
+        task.pool.content_hash,
+        task.test.content_hash,
+        task.recipe.result_fields(),
+        flops,
+        about,
+    ]
     network = str(task.model(0))
     return hashlib.sha256(json.dumps([*settings, network], sort_keys=True).encode()).hexdigest()[:24]
 

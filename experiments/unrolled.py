@@ -29,13 +29,13 @@ from cads.accounting.ledger import SELECT, Ledger
 from cads.accounting.measured import count_flops
 from cads.accounting.transformer import trainable_size
 from cads.data.batch import Batch
-from cads.data.streams import Epochs
+from cads.data.streams import ShuffledStream
 from cads.errors import ConfigError
 from cads.policies.base import Policy
 from cads.policies.bernoulli import BernoulliPolicy
-from cads.search.inner_costs import Planned, Purse
-from cads.search.inner_runs import Inner
-from cads.search.space import Space
+from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
+from cads.search.inner_runs import InnerLoop
+from cads.search.space import SearchSpace
 from cads.seeding import derive
 from cads.task import Task
 
@@ -152,38 +152,38 @@ class Unrolled(SourceSearch):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ConfigError(f"{name} = {getattr(self, name)}: it must be positive and finite")
 
-    def schedule(self, purse: Purse, space: Space, training: float) -> Schedule:
+    def schedule(self, costs: InnerLoopCosts, space: SearchSpace, train_flops: float) -> Schedule:
         """As many outer steps as the allowance buys; each trains on as many examples as `share` of C would."""
-        task = purse.task
-        n_steps = int(self.share * training / purse.step_flops * (1 + 1e-9))
+        task = costs.task
+        n_steps = int(self.share * train_flops / costs.step_flops * (1 + 1e-9))
         unrolled = min(self.unroll, n_steps)
         if not unrolled:
             return Schedule(0, 0, 0, 0.0, 0.0)
         update = UPDATE_FLOPS * trainable_size(task.costs.model)
-        plain_flops = purse.step_flops - task.costs.optimizer_step + update
+        plain_flops = costs.step_flops - task.costs.optimizer_step + update
         unrolled_flops = unrolled_products(task, unrolled) + unrolled * REVERSED * update
         each = (n_steps - unrolled) * plain_flops + unrolled_flops + self.learning(space)
-        outer = int(self.available(purse, training) / each)
+        outer = int(self.available(costs, train_flops) / each)
         return Schedule(outer, n_steps - unrolled, unrolled, plain_flops, unrolled_flops)
 
-    def learning(self, space: Space) -> float:
+    def learning(self, space: SearchSpace) -> float:
         """FLOPs of moving the weights of the sources."""
         return float(len(space.sizes) * (SIGMOID_FLOPS + ADAM_FLOPS))
 
-    def pay(self, purse: Planned, space: Space, training: float) -> bool:
+    def plan_choose(self, costs: PlannedInnerLoop, space: SearchSpace, train_flops: float) -> bool:
         """Charge for all outer steps."""
-        schedule = self.schedule(purse, space, training)
+        schedule = self.schedule(costs, space, train_flops)
         for _ in range(schedule.outer):
-            self._charge(purse, schedule)
-            purse.learn(self.learning(space))
-        purse.ledger.trained.append((purse.task, 1))
+            self._charge(costs, schedule)
+            costs.learn(self.learning(space))
+        costs.ledger.trained.append((costs.task, 1))
         return schedule.outer > 0
 
-    def choose(self, inner: Inner, space: Space, training: float, seed: int) -> tuple[np.ndarray, Policy]:
+    def choose(self, inner: InnerLoop, space: SearchSpace, train_flops: float, seed: int) -> tuple[np.ndarray, Policy]:
         """Outer steps from w = 1/2."""
         task, n = inner.task, len(space.sizes)
         sgd = WeightedSgd(task, task.model(0).train(), self.rate)
-        schedule = self.schedule(inner, space, training)
+        schedule = self.schedule(inner, space, train_flops)
         logits, adam = np.zeros(n), Adam(n)
         for step in range(schedule.outer):
             self._charge(inner, schedule)
@@ -197,14 +197,14 @@ class Unrolled(SourceSearch):
             inner.monitor.probabilities(space.pool.source_names, expit(logits), step)
         return kept(expit(logits)), BernoulliPolicy(expit(logits))
 
-    def _charge(self, purse: Purse, schedule: Schedule) -> None:
-        ledger: Ledger = purse.ledger
-        size = purse.task.recipe.batch_size
+    def _charge(self, costs: InnerLoopCosts, schedule: Schedule) -> None:
+        ledger: Ledger = costs.ledger
+        size = costs.task.recipe.batch_size
         for stage, steps, flops in (
             ("plain steps", schedule.plain, schedule.plain * schedule.plain_flops),
             ("unrolled steps", schedule.unrolled, schedule.unrolled_flops),
         ):
-            tokens = round(steps * size * purse.task.costs.tokens_per_example(purse.task.pool))
+            tokens = round(steps * size * costs.task.costs.tokens_per_example(costs.task.pool))
             ledger.charge(SELECT, stage, flops, usages=steps * size, tokens=tokens)
 
 
@@ -238,7 +238,7 @@ class Batches:
         assert task.pool.sources is not None
         self._pool, self._size = task.pool, task.recipe.batch_size
         self._sources = torch.from_numpy(task.pool.sources.astype(np.int64))
-        self._stream = Epochs(np.arange(len(task.pool)), derive(seed, "order"))
+        self._stream = ShuffledStream(np.arange(len(task.pool)), derive(seed, "order"))
 
     def __call__(self, step: int) -> tuple[Batch, Tensor]:
         """The batch of a step, and the source of each of its examples, int64, shape (B,)."""

@@ -20,10 +20,10 @@ from cads.study.analysis.fits import analyse
 from cads.study.analysis.points import points_of
 from cads.study.grid import Grid, read_grid
 from cads.study.report import figures
-from cads.study.report.page import Made, write_report
-from cads.study.report.style import looks
+from cads.study.report.page import ReportFiles, write_report
+from cads.study.report.style import method_styles
 from cads.study.report.text_tables import intervals, markdown_table, wide_console
-from cads.study.shard import Shard
+from cads.study.shard import GridShard
 from cads.study.tables import read_runs, write_rows
 
 TRAINING_BUDGET = (
@@ -36,7 +36,7 @@ EVERY, MIDDLE = ("regret", "frontier", "fits"), ("overlap", "ledger", "sources")
 """Figures of a report that results keep: of each task and size; of the budget in the middle."""
 
 
-def write_results(grid: Grid, config: Path, out: Path, made: Made, results: Path) -> None:
+def write_results(grid: Grid, config: Path, out: Path, made: ReportFiles, results: Path) -> None:
     """Write the table of a finished grid as Markdown, and its figure beside it (one for each task and size).
 
     All runs are in NAME/tables, so that `cads report NAME` draws and fits them again; the fits and some figures of the
@@ -44,7 +44,7 @@ def write_results(grid: Grid, config: Path, out: Path, made: Made, results: Path
     """
     runs = read_runs(out)
     points = points_of(runs)
-    look = looks((row["method"], row["selector"]) for row in runs)
+    look = method_styles((row["method"], row["selector"]) for row in runs)
     results.parent.mkdir(parents=True, exist_ok=True)
     write_rows(results.with_suffix(""), "runs", "all", runs)
     for i, group in enumerate(analyse(points)):
@@ -60,7 +60,7 @@ def write_results(grid: Grid, config: Path, out: Path, made: Made, results: Path
     results.write_text(f"# {title}\n\n    {command}\n\n{note}\n\n{markdown_table(points)}")
 
 
-def keep_figures(made: Made, folder: Path) -> None:
+def keep_figures(made: ReportFiles, folder: Path) -> None:
     """Copy the fits of a report, and `EVERY` and `MIDDLE` of its figures without their numbers, into `folder`."""
     shutil.copyfile(made.fits, folder / "fits.json")
     (folder / "figures").mkdir(exist_ok=True)
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         grid = read_grid(given.config)
-        run_grid(given.config, out, Shard(), console)
+        run_grid(given.config, out, GridShard(), console)
         made = write_report(out)
         if given.results:
             write_results(grid, given.config, out, made, given.results)

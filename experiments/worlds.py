@@ -48,7 +48,7 @@ class World:
 
     def settings(self) -> dict[str, Any]:
         """All that its results depend on."""
-        return {"task": asdict(self.task), "train": self.train.decisive()}
+        return {"task": asdict(self.task), "train": self.train.result_fields()}
 
 
 def read_world(path: Path) -> World:

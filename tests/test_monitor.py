@@ -16,9 +16,9 @@ from cads.monitor import CURVE_POINTS, PANEL_SIZE, Monitor
 from cads.recipe import TrainConfig
 from cads.registry import build_selector
 from cads.selection import Selection
-from cads.selectors.cads_e.schedule import STEPS
+from cads.selectors.cads_e.schedule import CANDIDATE_STEPS
 from cads.tasks.vision.config import VisionConfig
-from cads.tasks.vision.synthetic_sources import SourceSpec
+from cads.tasks.vision.synthetic_sources import SyntheticSource
 
 CONFIG = """
 task:
@@ -87,7 +87,7 @@ class TestSelect:
             for tag in ("control/c1", "control/c2"):
                 assert (curve(events, tag) >= 0).all()
         else:
-            assert set(curve(events, "control/c2_over_c1")) <= {0.0, *(weight for _, weight in STEPS)}
+            assert set(curve(events, "control/c2_over_c1")) <= {0.0, *(weight for _, weight in CANDIDATE_STEPS)}
 
     def test_histogram_of_the_probabilities(self, run, method):
         events = read(run(method) / "tensorboard" / "select")
@@ -201,7 +201,9 @@ def test_the_progress_bar_shows_what_is_spent():
 
 
 def test_watching_changes_nothing(tmp_path):
-    task = VisionConfig(hidden=16, n_pool=60, n_target=20, n_test=20, sources=[SourceSpec("a"), SourceSpec("b")])
+    task = VisionConfig(
+        hidden=16, n_pool=60, n_target=20, n_test=20, sources=[SyntheticSource("a"), SyntheticSource("b")]
+    )
     task = task.build(TrainConfig(batch_size=4))
     chosen = []
     for folder in (None, tmp_path):

@@ -22,10 +22,10 @@ from cads.recipe import TrainConfig
 from cads.runtime.safe_read import JSON_LIMIT
 from cads.selection import COLUMNS, Selection
 from cads.tasks.vision.config import VisionConfig
-from cads.tasks.vision.synthetic_sources import SourceSpec
-from cads.training.final import train_on
+from cads.tasks.vision.synthetic_sources import SyntheticSource
+from cads.training.final import train
 
-SOURCES = [SourceSpec("clean"), SourceSpec("noisy", label_noise=0.9)]
+SOURCES = [SyntheticSource("clean"), SyntheticSource("noisy", label_noise=0.9)]
 ANYWHERE = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -52,7 +52,7 @@ def chosen(pool, **more):
         "notes": {"guard": "none"},
         "source_probability": {"clean": 0.75, "noisy": 0.25},
     }
-    return Selection.of(pool, **{**about, **more})
+    return Selection.from_pool(pool, **{**about, **more})
 
 
 def permuted(pool, seed=1):
@@ -93,7 +93,7 @@ class TestRoundTrip:
         pool = Pool(task.pool.ids, task.pool.examples)
         loaded = Selection.load(chosen(pool).save(tmp_path / "s"))
         assert loaded.sources is None
-        assert [row[0] for row in loaded.by_source()] == ["(all)"]
+        assert [row[0] for row in loaded.source_counts()] == ["(all)"]
 
     def test_a_failed_save_leaves_nothing(self, task, tmp_path):
         with pytest.raises(TypeError):
@@ -190,12 +190,14 @@ class TestIds:
                 use(other)
 
     def test_training_warns_if_ids_hold_and_contents_do_not(self, task, caplog):
-        other = VisionConfig(hidden=16, n_pool=80, n_target=30, n_test=30, sources=[SOURCES[0], SourceSpec("noisy")])
+        other = VisionConfig(
+            hidden=16, n_pool=80, n_target=30, n_test=30, sources=[SOURCES[0], SyntheticSource("noisy")]
+        )
         changed = other.build(TrainConfig(batch_size=8))
         selection = chosen(task.pool, ledger=Ledger(), budget=Budget(1, "epochs"))
-        train_on(task, selection, selection.budget, seed=0)
+        train(task, selection, selection.budget, seed=0)
         assert not caplog.records
-        train_on(changed, selection, selection.budget, seed=0)
+        train(changed, selection, selection.budget, seed=0)
         assert "not those that the selection was made from" in caplog.text
 
     def test_ties_in_rank_break_by_id(self, task):

@@ -25,7 +25,7 @@ class TestSelections:
         loaded = Selection.load(made.save(tmp_path / "s"))
         assert loaded.sources.to_pylist() == ["x", "y", "x"]
         assert loaded.content_hash == made.content_hash
-        assert loaded.by_source() == [("x", 2, 1, pytest.approx(0.3)), ("y", 1, 1, 0.9)]
+        assert loaded.source_counts() == [("x", 2, 1, pytest.approx(0.3)), ("y", 1, 1, 0.9)]
         assert self.made(["x", "y", "y"]).content_hash != made.content_hash
 
     def test_sources_of_another_length_are_refused(self):

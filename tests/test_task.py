@@ -80,14 +80,14 @@ def test_a_pool_without_sources_says_so():
     with pytest.raises(DataError, match="no sources"):
         _ = numbers(3).source_sizes
     with pytest.raises(DataError, match="no sources"):
-        numbers(3).in_sources(np.ones(1))
+        numbers(3).positions_in(np.ones(1))
 
 
 @given(st.lists(st.booleans(), min_size=3, max_size=3), st.integers(0, 99))
 def test_sources_of_a_mask_are_the_examples_it_chooses(mask, seed):
     codes = np.random.default_rng(seed).permutation(np.arange(20) % 3)
     pool = numbers(20, sources=codes, source_names="abc")
-    positions = pool.in_sources(np.array(mask))
+    positions = pool.positions_in(np.array(mask))
     assert len(positions) == pool.source_sizes[mask].sum()
     assert set(codes[positions]) == set(np.flatnonzero(mask))
 
@@ -264,5 +264,9 @@ def test_bad_recipes_are_refused(settings, message):
 
 
 def test_what_a_result_does_not_depend_on_is_no_part_of_its_name():
-    assert TrainConfig(workers=3).decisive() == TrainConfig(sharding="full").decisive() == TrainConfig().decisive()
-    assert TrainConfig(learning_rate=0.5).decisive() != TrainConfig().decisive()
+    assert (
+        TrainConfig(workers=3).result_fields()
+        == TrainConfig(sharding="full").result_fields()
+        == TrainConfig().result_fields()
+    )
+    assert TrainConfig(learning_rate=0.5).result_fields() != TrainConfig().result_fields()

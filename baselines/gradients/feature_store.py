@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cads.accounting.ledger import Entry
+from cads.accounting.ledger import LedgerEntry
 from cads.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -26,14 +26,14 @@ FORMAT = "cads-features-1"
 
 
 @dataclass(frozen=True)
-class Shard:
+class FeatureShard:
     """Features of some examples, float32, shape (n, d), and what they have cost, by stage."""
 
     features: Tensor
-    spent: dict[str, Entry]
+    spent: dict[str, LedgerEntry]
 
 
-class Shards:
+class FeatureStore:
     """A folder of features.
 
     Args:
@@ -48,7 +48,7 @@ class Shards:
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"features = {str(folder)!r} is a file: name a folder for the features")
 
-    def get(self, key: str, n: int, dimension: int, compute: Callable[[], Shard]) -> Shard:
+    def get(self, key: str, n: int, dimension: int, compute: Callable[[], FeatureShard]) -> FeatureShard:
         """The shard of `key`: read if it is there and whole, computed and kept otherwise.
 
         Args:
@@ -68,7 +68,7 @@ class Shards:
         return shard
 
 
-def _write(path: Path, key: str, shard: Shard) -> None:
+def _write(path: Path, key: str, shard: FeatureShard) -> None:
     """Whole or not at all.
 
     Raises:
@@ -88,7 +88,7 @@ def _write(path: Path, key: str, shard: Shard) -> None:
         Path(partial).unlink(missing_ok=True)
 
 
-def _read(path: Path, key: str, shape: tuple[int, int]) -> Shard:
+def _read(path: Path, key: str, shape: tuple[int, int]) -> FeatureShard:
     """Read what `_write` wrote.
 
     Raises:
@@ -106,10 +106,10 @@ def _read(path: Path, key: str, shape: tuple[int, int]) -> Shard:
             features = file.get_tensor("features")
         if _digest(features) != header["sha256"]:
             raise CheckpointError(f"{path} is damaged")
-        spent = {stage: Entry(**entry) for stage, entry in json.loads(header["spent"]).items()}
+        spent = {stage: LedgerEntry(**entry) for stage, entry in json.loads(header["spent"]).items()}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
-    return Shard(features, spent)
+    return FeatureShard(features, spent)
 
 
 def _digest(features: Tensor) -> str:

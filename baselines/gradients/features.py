@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.gradients.adam_direction import AdamDirection, Recipe
-from baselines.gradients.feature_store import Shard, Shards
+from baselines.gradients.feature_store import FeatureShard, FeatureStore
 from baselines.gradients.per_example import PerExample, last_layer, only_last_layer, rows_of
 from baselines.gradients.projection import Dimension, Projection, make_projection
 from baselines.gradients.warmup import Checkpoint, update_digest
@@ -28,8 +28,8 @@ from cads.data.pool import Pool
 from cads.data.token_batches import scoring_batches
 from cads.errors import DataError
 from cads.runtime.checkpoint import State
-from cads.runtime.journal import in_shards, perform
-from cads.runtime.lockstep import Progress, divide
+from cads.runtime.journal import map_shards, replay_or_run
+from cads.runtime.lockstep import StepReporter, divide
 from cads.scoring.pool_scores import BatchPrice
 from cads.seeding import derive
 from cads.task import Task
@@ -82,7 +82,7 @@ class GradientFeatures:
         )
         self._projection.check()
         self._pool, self._target = unpacked(task.pool), unpacked(task.target)
-        self._shards = Shards(config.folder)
+        self._shards = FeatureStore(config.folder)
         self._frozen = ""
         if config.folder is not None:
             digest = hashlib.sha256()
@@ -108,7 +108,7 @@ class GradientFeatures:
         """Compare gradients with autograd on an example of the target, and charge for it."""
         self.load(checkpoint)
 
-        def compute(_: Progress) -> State:
+        def compute(_: StepReporter) -> State:
             rows = scoring_batches(self._target, tokens=self._config.batch_tokens)[0]
             batch = self._target.batch(rows)
             with self._ledger.timed(SELECT, TARGET):
@@ -118,7 +118,7 @@ class GradientFeatures:
                     self._charge(TARGET, rows_of(batch, 0, stop))
             return State({"batched": self._gradients.batched})
 
-        self._gradients.batched = bool(perform("gradient check", [], self._ledger, compute).values["batched"])
+        self._gradients.batched = bool(replay_or_run("gradient check", [], self._ledger, compute).values["batched"])
 
     def similarities(self, weights: np.ndarray, name: str) -> np.ndarray:
         """Weighted means of the similarities of each pool example to the target's, shape (N, G).
@@ -134,7 +134,7 @@ class GradientFeatures:
         def shard(i: int) -> np.ndarray:
             return self._shard([batches[j] for j in parts[i]], centres)
 
-        found = in_shards("similarities", identity, self._ledger, len(parts), shard)
+        found = map_shards("similarities", identity, self._ledger, len(parts), shard)
         scores = np.empty_like(found)
         scores[np.concatenate(batches)] = found
         return scores
@@ -162,10 +162,10 @@ class GradientFeatures:
         """Similarities of the examples of some batches with the centres, shape (n, G)."""
         pool, rows, d = self._pool, np.concatenate(batches), self._projection.dimension
 
-        def compute() -> Shard:
+        def compute() -> FeatureShard:
             own = Ledger()
             features = [self._of(pool, r, POOL, adam=True, ledger=own) for r in batches]
-            return Shard(torch.cat(features).cpu(), {stage: e for (_, stage), e in own.entries.items()})
+            return FeatureShard(torch.cat(features).cpu(), {stage: e for (_, stage), e in own.entries.items()})
 
         shard = self._shards.get(self._key(rows), len(rows), d, compute)
         # Features that were kept have cost what they have cost, whoever paid for them first.

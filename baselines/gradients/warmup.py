@@ -14,15 +14,15 @@ from baselines.random import random_scores
 from cads.accounting.ledger import ROUNDING, SELECT, Ledger
 from cads.data.batch import Batch
 from cads.data.ids import rank_by_score
-from cads.data.streams import Epochs
+from cads.data.streams import ShuffledStream
 from cads.data.token_batches import lengths
-from cads.data.training_batches import Draws
+from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError, CheckpointError, ConfigError
 from cads.monitor import Monitor
 from cads.runtime.checkpoint import State
 from cads.seeding import derive
 from cads.task import Task
-from cads.training.run_state import OPTIMIZER, WEIGHTS, Leg
+from cads.training.run_state import OPTIMIZER, WEIGHTS, RunSegment
 from cads.training.trainer import Trainer
 
 STAGE = "warm-up"
@@ -124,8 +124,8 @@ def planned_flops(task: Task, plan: Schedule) -> float:
     drawn: list[Batch] = []
     while len(drawn) < PLANNED_STEPS:
         chosen = rng.choice(len(pool), plan.examples, replace=False)
-        draws = Draws(pool, [Epochs(chosen, 0)], batch)
-        drawn += [b for step in range(min(plan.steps, PLANNED_STEPS)) for b in draws.batches(step)]
+        draws = BatchStream(pool, [ShuffledStream(chosen, 0)], batch)
+        drawn += [b for step in range(min(plan.steps, PLANNED_STEPS)) for b in draws.step(step)]
     return steps * (float(np.mean([task.costs.usage(b) for b in drawn])) + task.costs.optimizer_step)
 
 
@@ -145,16 +145,16 @@ def warm_up(
     """
     order = rank_by_score(task.pool.ids, random_scores(task.pool, derive(seed, STAGE)))
     chosen = np.argsort(order, kind="stable")[: plan.examples]
-    draws = Draws(task.pool, [Epochs(chosen, derive(seed, STAGE, "order"))], task.recipe.batch_size)
-    steps = [sum(task.costs.usage(b) for b in draws.batches(i)) for i in range(plan.epochs * plan.steps)]
+    draws = BatchStream(task.pool, [ShuffledStream(chosen, derive(seed, STAGE, "order"))], task.recipe.batch_size)
+    steps = [sum(task.costs.usage(b) for b in draws.step(i)) for i in range(plan.epochs * plan.steps)]
     # A hair more than the steps cost, so that rounding does not lose the last of an epoch.
     ends = np.cumsum(np.add(steps, task.costs.optimizer_step))[plan.steps - 1 :: plan.steps] * ROUNDING
     trainer, model = Trainer(task, ledger, monitor), task.model(seed)
     found: list[Checkpoint] = []
     start: State | None = None
     for epoch, end in enumerate(ends.tolist()):
-        leg = Leg(start, horizon=float(ends[-1]), keep=True)
-        fit = trainer.fit(model, draws, end, seed=seed, phase=SELECT, stage=STAGE, leg=leg)
+        segment = RunSegment(start, horizon=float(ends[-1]), keep=True)
+        fit = trainer.fit(model, draws, end, seed=seed, phase=SELECT, stage=STAGE, segment=segment)
         if len(fit.flops) < (epoch + 1) * plan.steps:
             raise BudgetError(
                 f"{STAGE}: epoch {epoch + 1} of {plan.epochs} ends after {len(fit.flops)} of "

@@ -27,7 +27,7 @@ ROUNDS = 10
 def cluster_sample(pool: Pool, count: int) -> Pool:
     """The examples from which `count` centres are learned: the same ones in any order of the pool."""
     drawn = np.random.default_rng(derive(0, "clusters")).permutation(len(pool))
-    return pool.part(by_id(pool)[drawn[: count * SAMPLED_PER_CLUSTER]], f"sample of the {pool.name}")
+    return pool.subset(by_id(pool)[drawn[: count * SAMPLED_PER_CLUSTER]], f"sample of the {pool.name}")
 
 
 def cluster_centres(vectors: np.ndarray, count: int, seed: int) -> np.ndarray:

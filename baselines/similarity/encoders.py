@@ -58,7 +58,7 @@ class _Cut:
         return int(self.length[positions].max())
 
 
-class Space(ABC):
+class Encoder(ABC):
     """Where examples are vectors.
 
     Attributes:
@@ -80,7 +80,7 @@ class Space(ABC):
         """What encoding all of `pool` will cost."""
 
 
-class FeatureSpace(Space):
+class FeatureEncoder(Encoder):
     """What the last layer of a model reads, by `Task.features`.
 
     Args:
@@ -123,7 +123,7 @@ class FeatureSpace(Space):
         return planned_flops(self._price, pool, tokens=self._tokens)
 
 
-class SentenceSpace(Space):
+class SentenceEncoder(Encoder):
     """A sentence-transformers model, fed in length-sorted batches by token budget.
 
     Vectors are those of its `encode`: behind its default prompt, and of its `truncate_dim` if it has one.
@@ -176,7 +176,7 @@ class SentenceSpace(Space):
 
     def _texts(self, pool: Pool, positions: np.ndarray) -> list[str]:
         """The texts at `positions`: those of a whole pool may not fit in memory."""
-        return self._task.texts(pool.part(positions, pool.name))
+        return self._task.texts(pool.subset(positions, pool.name))
 
     def _tokenize(self, texts: list[str]) -> dict[str, Any]:
         """Tensors by token, and what else the model wants to know, such as the length of the prompt."""

@@ -39,7 +39,7 @@ CLIP_FLOPS = 3
 """Per parameter: square, sum, scale."""
 
 
-class Price(NamedTuple):
+class ExampleCost(NamedTuple):
     """Of one example: FLOPs of forward and of forward+backward, and the tokens they are for."""
 
     forward: float
@@ -93,7 +93,7 @@ class Accounting(ABC):
         return self.task.model(0)
 
     @abstractmethod
-    def price(self, batch: Batch) -> Price:
+    def price(self, batch: Batch) -> ExampleCost:
         """Of one example of the shape of `batch`."""
 
     @property
@@ -107,12 +107,12 @@ class Accounting(ABC):
         return batch.map(lambda x: x[:1].repeat_interleave(PROBE_SIZE, dim=0))
 
 
-class Measured(Accounting):
+class MeasuredAccounting(Accounting):
     """What is executed, counted by running it."""
 
     name = "measured"
 
-    def price(self, batch: Batch) -> Price:
+    def price(self, batch: Batch) -> ExampleCost:
         """Runs one batch.
 
         Raises:
@@ -132,10 +132,10 @@ class Measured(Accounting):
             except (RuntimeError, IndexError, ValueError) as error:
                 raise DataError(f"an example of shape {batch.shape} cannot run through the model: {error}") from error
         model.zero_grad(set_to_none=True)
-        return Price(once / PROBE_SIZE, usage / PROBE_SIZE, batch.tokens / len(batch))
+        return ExampleCost(once / PROBE_SIZE, usage / PROBE_SIZE, batch.tokens / len(batch))
 
 
-class Analytic(Accounting):
+class AnalyticAccounting(Accounting):
     """Closed forms: of a transformer by its config, of other models by their linears and convolutions."""
 
     name = "analytic"
@@ -148,7 +148,7 @@ class Analytic(Accounting):
         elif "input_ids" not in task.pool.batch(np.zeros(1, dtype=np.int64)).inputs:
             raise ConfigError("a transformer has a closed form for `input_ids` alone, and this task has other inputs")
 
-    def price(self, batch: Batch) -> Price:
+    def price(self, batch: Batch) -> ExampleCost:
         """Adds up one example.
 
         Raises:
@@ -161,15 +161,15 @@ class Analytic(Accounting):
                 answers = batch.inputs.get("answers")
                 head_positions = None if answers is None else answers.shape[-1]
                 once, usage = self._transformer.flops(batch.inputs["input_ids"].shape[-1], head_positions)
-                return Price(once, usage, tokens)
+                return ExampleCost(once, usage, tokens)
             probe = self._probe(batch).to("meta")
             found = product_flops(self.model.train(), lambda model: self.task.losses(model, probe))
         except ConfigError as error:
             raise DataError(f"an example of shape {batch.shape} cannot run through the model: {error}") from error
-        return Price(found.forward / PROBE_SIZE, found.usage / PROBE_SIZE, tokens)
+        return ExampleCost(found.forward / PROBE_SIZE, found.usage / PROBE_SIZE, tokens)
 
 
-class Paper(Accounting):
+class PaperAccounting(Accounting):
     """2ND and 6ND, with the N and D that the task states; the optimizer is free."""
 
     name = "paper"
@@ -179,14 +179,16 @@ class Paper(Accounting):
         super().__init__(task)
         self.price(task.pool.batch(np.zeros(1, dtype=np.int64)))
 
-    def price(self, batch: Batch) -> Price:
+    def price(self, batch: Batch) -> ExampleCost:
         """From the size of the model and the number of tokens."""
         n, d = self.task.nominal(self.model, batch)
         d /= len(batch)
-        return Price(forward_flops(n, d), training_flops(n, d), d)
+        return ExampleCost(forward_flops(n, d), training_flops(n, d), d)
 
 
-ACCOUNTINGS: dict[str, type[Accounting]] = {x.name: x for x in (Measured, Analytic, Paper)}
+ACCOUNTINGS: dict[str, type[Accounting]] = {
+    x.name: x for x in (MeasuredAccounting, AnalyticAccounting, PaperAccounting)
+}
 
 
 class Costs:
@@ -210,13 +212,13 @@ class Costs:
         try:
             self._accounting = ACCOUNTINGS[accounting](task)
         except ConfigError as error:
-            if accounting != Analytic.name:
+            if accounting != AnalyticAccounting.name:
                 raise
             log.warning("the cost of %s falls back to `measured` accounting: %s", task.name, error)
-            self._accounting = Measured(task)
+            self._accounting = MeasuredAccounting(task)
         self.accounting = self._accounting.name
-        self._cache: dict[Shape, Price] = {}
-        self._pools: WeakKeyDictionary[Pool, Price] = WeakKeyDictionary()
+        self._cache: dict[Shape, ExampleCost] = {}
+        self._pools: WeakKeyDictionary[Pool, ExampleCost] = WeakKeyDictionary()
 
     def forward(self, batch: Batch) -> float:
         """One forward pass of all of `batch`."""
@@ -254,15 +256,15 @@ class Costs:
         """Mean number of tokens that the model computes on, without padding."""
         return self._mean(pool).tokens
 
-    def _mean(self, pool: Pool) -> Price:
+    def _mean(self, pool: Pool) -> ExampleCost:
         if pool not in self._pools:
             representatives, codes = pool.examples.shapes()
             prices = np.array([self._price(pool.batch([r])) for r in representatives])
             mean = np.bincount(codes, minlength=len(prices)) @ prices / len(pool)
-            self._pools[pool] = Price(*mean.tolist())
+            self._pools[pool] = ExampleCost(*mean.tolist())
         return self._pools[pool]
 
-    def _price(self, batch: Batch) -> Price:
+    def _price(self, batch: Batch) -> ExampleCost:
         shape = batch.shape
         price = self._cache.get(shape)
         if price is None:

@@ -23,7 +23,7 @@ ROUNDING = 1 + 1e-9
 
 
 @dataclass
-class Entry:
+class LedgerEntry:
     """What one stage of one phase has spent: FLOPs, seconds, usages, executed tokens, answer tokens."""
 
     flops: float = 0.0
@@ -43,7 +43,7 @@ class Ledger:
 
     def __init__(self, limit: float | None = None) -> None:
         self.limit = limit
-        self.entries: dict[tuple[str, str], Entry] = {}
+        self.entries: dict[tuple[str, str], LedgerEntry] = {}
         self._noted: list[dict[str, Any]] | None = None
 
     def charge(
@@ -69,10 +69,10 @@ class Ledger:
                 f"{phase}/{stage} would spend {flops:.4g} FLOPs where {self.left:.4g} of {self.limit:.4g} are left"
             )
         if self._noted is not None:
-            amounts = Entry(flops, usages, tokens, answer_tokens, seconds)
+            amounts = LedgerEntry(flops, usages, tokens, answer_tokens, seconds)
             self._noted.append({"phase": phase, "stage": stage, **asdict(amounts)})
             return
-        entry = self.entries.setdefault((phase, stage), Entry())
+        entry = self.entries.setdefault((phase, stage), LedgerEntry())
         entry.flops += flops
         entry.usages += usages
         entry.tokens += tokens
@@ -103,10 +103,10 @@ class Ledger:
         spent = sum(e.flops for (phase, _), e in self.entries.items() if phase != EVALUATE)
         return math.inf if self.limit is None else max(0.0, self.limit - spent)
 
-    def total(self, phase: str | None = None) -> Entry:
+    def total(self, phase: str | None = None) -> LedgerEntry:
         """The sum over all stages, or over those of one phase."""
         chosen = [e for (p, _), e in self.entries.items() if phase in (None, p)]
-        return Entry(**{f.name: sum(getattr(e, f.name) for e in chosen) for f in fields(Entry)})
+        return LedgerEntry(**{f.name: sum(getattr(e, f.name) for e in chosen) for f in fields(LedgerEntry)})
 
     def merge(self, other: Ledger) -> None:
         """Add all of another ledger's entries to this one."""
@@ -121,7 +121,7 @@ class Ledger:
         for column in ("FLOPs", "share", "usages", "tokens", "answers", "seconds"):
             table.add_column(column, justify="right", no_wrap=True)
         whole = self.total().flops or 1.0
-        rows: list[tuple[str, str, Entry]] = [(p, s, e) for (p, s), e in self.entries.items()]
+        rows: list[tuple[str, str, LedgerEntry]] = [(p, s, e) for (p, s), e in self.entries.items()]
         for phase, stage, e in [*rows, ("total", "", self.total())]:
             table.add_row(
                 phase,

@@ -23,12 +23,12 @@ from cads.planning.ccds import PUBLISHED
 from cads.planning.plan import Plannable, make_plan
 from cads.registry import SELECTORS, build_selector, names
 from cads.runtime.atomic_files import whole_file
-from cads.runtime.processes import everyone
-from cads.runtime.run_folder import Run
+from cads.runtime.processes import world_group
+from cads.runtime.run_folder import RunFolder
 from cads.selection import Selection, check_folder, versions
 from cads.task import Task
 from cads.tasks.language.shapes import SketchedLanguage
-from cads.training.final import train_on
+from cads.training import final
 
 PLAN_WIDTH = 112
 """Columns of a plan, where the terminal has fewer."""
@@ -40,8 +40,8 @@ WITHOUT_EFFECT = ("out", "overwrite", "tensorboard", "progress", "checkpoint", "
 
 def plan(argv: list[str]) -> None:
     """Say what each method would cost and what is left to train with; nothing is trained, no weights are loaded."""
-    world = everyone()
-    config, _, objects = world.each(lambda: read("plan", str(plan.__doc__), argv))
+    world = world_group()
+    config, _, objects = world.locally(lambda: read("plan", str(plan.__doc__), argv))
     rate, rate_from = config.flops_per_second, "given"
     if rate is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,16 +72,16 @@ def plan(argv: list[str]) -> None:
 
 def select(argv: list[str]) -> None:
     """Choose what to train on, and write a Selection."""
-    world = everyone()
-    config, parser, objects = world.each(lambda: read("select", str(select.__doc__), argv))
+    world = world_group()
+    config, parser, objects = world.locally(lambda: read("select", str(select.__doc__), argv))
     out = Path(config.out or f"runs/{config.method}")
-    world.on_first(lambda: check_folder(out / "selection"))
+    world.on_rank_zero(lambda: check_folder(out / "selection"))
     console = Console(quiet=not world.first)
     ledger = Ledger()
     with _run("select", parser, config, objects, out) as run:
-        task = world.each(lambda: _task(objects))
+        task = world.locally(lambda: _task(objects))
         budget = Budget.parse(config.budget, count_selection=config.count_selection)
-        if not run.begin(**task.identity, versions=versions()):
+        if not run.open_or_skip(**task.identity, versions=versions()):
             console.print(_finished(out / "selection"), soft_wrap=True)
             return
         with run.journal(), _monitor(config, out, "select") as monitor:
@@ -92,8 +92,8 @@ def select(argv: list[str]) -> None:
                 {"method": config.method, "budget": str(budget), "seed": config.seed},
                 {"selected_share": share, "selection_flops": ledger.total(SELECT).flops},
             )
-            world.on_first(lambda: str(chosen.save(out / "selection")))
-        world.on_first(lambda: _write_config(parser, config, task, out))
+            world.on_rank_zero(lambda: str(chosen.save(out / "selection")))
+        world.on_rank_zero(lambda: _write_config(parser, config, task, out))
         run.finish()
     console.print(summary(chosen))
     console.print(ledger.table())
@@ -104,30 +104,30 @@ def select(argv: list[str]) -> None:
 
 def train(argv: list[str]) -> None:
     """Train the final model on a Selection within the budget, and test it."""
-    world = everyone()
-    config, parser, objects = world.each(lambda: read("train", str(train.__doc__), argv))
+    world = world_group()
+    config, parser, objects = world.locally(lambda: read("train", str(train.__doc__), argv))
     if config.selection is None:
         raise ConfigError("--selection is missing: give the folder that `cads select` wrote")
-    chosen = world.each(lambda: Selection.load(config.selection))
+    chosen = world.locally(lambda: Selection.load(config.selection))
     given = Path(config.selection)
     out = Path(config.out or (given.parent if given.name == "selection" else given) / "train")
     console = Console(quiet=not world.first)
     with _run("train", parser, config, objects, out) as run:
-        task = world.each(lambda: _task(objects))
+        task = world.locally(lambda: _task(objects))
         task.check_merge(config.merge)
         budget = Budget.parse(config.budget, count_selection=config.count_selection)
-        if not run.begin(**task.identity, selection=chosen.content_hash, versions=versions()):
+        if not run.open_or_skip(**task.identity, selection=chosen.content_hash, versions=versions()):
             console.print(_finished(out), soft_wrap=True)
             return
         with run.journal(), _monitor(config, out, "train") as monitor:
             named = [config.eval] if isinstance(config.eval, str) else config.eval or []
-            outcome = train_on(task, chosen, budget, seed=config.seed, monitor=monitor, evaluations=named)
+            outcome = final.train(task, chosen, budget, seed=config.seed, monitor=monitor, evaluations=named)
             monitor.hparams(
                 {"method": chosen.method, "budget": str(budget), "seed": config.seed},
                 {**outcome.metrics, "total_flops": outcome.ledger.total().flops},
             )
-            world.on_first(lambda: str(outcome.save(out, merge=config.merge)))
-        world.on_first(lambda: _write_config(parser, config, task, out))
+            world.on_rank_zero(lambda: str(outcome.save(out, merge=config.merge)))
+        world.on_rank_zero(lambda: _write_config(parser, config, task, out))
         run.finish()
     console.print(outcome.ledger.table())
     table = Table(title="test set", title_justify="left")
@@ -137,7 +137,7 @@ def train(argv: list[str]) -> None:
     console.print(table)
     console.print(
         f"Model FLOP utilisation: {outcome.utilisation:.1%} of this machine's matrix products "
-        f"({outcome.fit.flops_per_second:.3g} FLOP/s)"
+        f"({outcome.train_result.flops_per_second:.3g} FLOP/s)"
     )
     console.print(f"Model and results: {out}")
 
@@ -148,15 +148,15 @@ def _task(objects: Namespace) -> Task:
     return task
 
 
-def _run(command: str, parser: ArgumentParser, config: Namespace, objects: Namespace, out: Path) -> Run:
+def _run(command: str, parser: ArgumentParser, config: Namespace, objects: Namespace, out: Path) -> RunFolder:
     """The run of a command: what decides on its result is its whole configuration but `WITHOUT_EFFECT`."""
     settings = yaml.safe_load(parser.dump(config, skip_unset=False))
     settings = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
-    settings["train"] |= objects.train.decisive()
-    if hasattr(objects.task, "decisive"):
-        decisive = objects.task.decisive()
-        settings["task"] = {name: value for name, value in settings["task"].items() if name in decisive}
-    return Run(out, command, settings, PRODUCTS[command], objects.checkpoint, overwrite=config.overwrite)
+    settings["train"] |= objects.train.result_fields()
+    if hasattr(objects.task, "result_fields"):
+        fields = objects.task.result_fields()
+        settings["task"] = {name: value for name, value in settings["task"].items() if name in fields}
+    return RunFolder(out, command, settings, PRODUCTS[command], objects.checkpoint, overwrite=config.overwrite)
 
 
 def _finished(what: Path) -> str:
@@ -172,7 +172,7 @@ def summary(selection: Selection) -> Table:
     table.add_column("source")
     for column in ("examples", "selected", "share of selection", "probability"):
         table.add_column(column, justify="right")
-    for name, examples, selected, probability in selection.by_source():
+    for name, examples, selected, probability in selection.source_counts():
         share = selected / max(1, int(selection.selected.sum()))
         table.add_row(name, f"{examples:,}", f"{selected:,}", f"{share:.1%}", f"{probability:.3f}")
     return table
@@ -180,7 +180,7 @@ def summary(selection: Selection) -> Table:
 
 def _monitor(config: Namespace, out: Path, command: str) -> Monitor:
     folder = out / "tensorboard" / command if config.tensorboard else None
-    if folder is not None and everyone().first:
+    if folder is not None and world_group().first:
         # A run that is gone on from shows what it has done before once more.
         shutil.rmtree(folder, ignore_errors=True)
     return Monitor(folder, Console(stderr=True) if config.progress and sys.stderr.isatty() else None)

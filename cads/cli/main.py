@@ -14,7 +14,7 @@ from rich.logging import RichHandler
 from cads.cli.commands import plan, select, train
 from cads.cli.study_commands import compare, report
 from cads.errors import CadsError
-from cads.runtime.processes import TIMEOUT, TIMEOUT_VARIABLE, close, everyone, is_shared
+from cads.runtime.processes import TIMEOUT, TIMEOUT_VARIABLE, close, is_shared, world_group
 from cads.runtime.signals import Interrupted
 
 READING = ("plan", "select", "train")
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"cads: command {argv[0]!r} is unknown: use one of {', '.join(commands)}", style="red")
         return 2
     try:
-        first = everyone().first
+        first = world_group().first
         if not first:
             logging.getLogger().setLevel(logging.ERROR)
         logging.getLogger("cads.tasks").setLevel(logging.INFO if first and argv[0] in READING else logging.NOTSET)

@@ -11,14 +11,14 @@ from pathlib import Path
 from rich.console import Console
 
 from cads.errors import CadsError, ConfigError
-from cads.runtime.processes import everyone
+from cads.runtime.processes import world_group
 from cads.study.analysis.points import points_of
 from cads.study.dry_run import dry_run
 from cads.study.grid import read_grid
 from cads.study.published_points import import_points
 from cads.study.report.text_tables import terminal_table, wide_console
 from cads.study.runner import Study
-from cads.study.shard import Shard
+from cads.study.shard import GridShard
 from cads.study.tables import FAILED, read_runs
 
 COMPARE = (
@@ -50,16 +50,16 @@ def compare(argv: Sequence[str]) -> None:
     if given.out is None and given.config is None:
         raise ConfigError("--out is missing: say where the imported points go")
     out = given.out or Path("runs") / given.config.stem
-    world = everyone()
-    shard, console = Shard.parse(given.shard), wide_console(quiet=not world.first)
+    world = world_group()
+    shard, console = GridShard.parse(given.shard), wide_console(quiet=not world.first)
     for path in given.points:
-        imported = world.on_first(partial(import_points, path, out))
+        imported = world.on_rank_zero(partial(import_points, path, out))
         console.print(f"{imported} points imported from {path} to {out}", highlight=False)
     if given.config is not None:
         run_grid(given.config, out, shard, console, dry=given.dry_run)
 
 
-def run_grid(config: Path, out: Path, shard: Shard, console: Console, *, dry: bool = False) -> None:
+def run_grid(config: Path, out: Path, shard: GridShard, console: Console, *, dry: bool = False) -> None:
     """Plan the grid of `config`, and run it into `out` unless `dry`; ends with a table of what is there.
 
     Several processes run each cell together.
@@ -67,9 +67,9 @@ def run_grid(config: Path, out: Path, shard: Shard, console: Console, *, dry: bo
     Raises:
         CadsError: if the grid cannot be used, or if cells of this shard have failed.
     """
-    world = everyone()
-    study = Study(world.each(lambda: read_grid(config)), out, console)
-    plans = world.each(study.plan)
+    world = world_group()
+    study = Study(world.locally(lambda: read_grid(config)), out, console)
+    plans = world.locally(study.plan)
     if dry:
         study.check(plans)
         part = shard.part(plans)
@@ -85,7 +85,7 @@ def run_grid(config: Path, out: Path, shard: Shard, console: Console, *, dry: bo
     console.print(f"TensorBoard  tensorboard --logdir {out}/cells", highlight=False, soft_wrap=True)
     mine = {plan.key for plan in shard.part(plans)}
     # All processes know of it, so that they end alike.
-    failed = world.on_first(
+    failed = world.on_rank_zero(
         lambda: [f"  {row['cell']}: {row['error']}" for row in runs if row["cell"] in mine and row["status"] == FAILED]
     )
     if failed:
@@ -105,7 +105,7 @@ def report(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, help="HTML file (default: DIR/report.html); fits and figures go beside it")
     parser.add_argument("--metric", help="another metric of the test set than the one of the grid")
     given = parser.parse_args(list(argv))
-    everyone().on_first(lambda: _report(given.folder, given.out, given.metric))
+    world_group().on_rank_zero(lambda: _report(given.folder, given.out, given.metric))
 
 
 def _report(folder: Path, out: Path | None, metric: str | None) -> None:

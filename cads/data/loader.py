@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from torch.utils.data import DataLoader, Dataset
 
 from cads.data.batch import Batch
-from cads.data.training_batches import Draws
+from cads.data.training_batches import BatchStream
 from cads.errors import DataError
 
 
-def load_steps(draws: Draws, start: int, workers: int, *, pin: bool) -> Iterator[list[Batch]]:
+def load_steps(draws: BatchStream, start: int, workers: int, *, pin: bool) -> Iterator[list[Batch]]:
     """The pieces of step `start`, of the one after it, and so on without end.
 
     Args:
@@ -29,7 +29,7 @@ def load_steps(draws: Draws, start: int, workers: int, *, pin: bool) -> Iterator
     )
 
 
-def fingerprint(draws: Draws) -> str:
+def fingerprint(draws: BatchStream) -> str:
     """What is trained on, as far as the first step tells."""
     digest = hashlib.sha256(f"{draws.batch_size} {draws.replicas}".encode())
     for stream in draws.streams:
@@ -37,7 +37,7 @@ def fingerprint(draws: Draws) -> str:
     return digest.hexdigest()
 
 
-def check_answers(draws: Draws, pieces: list[Batch], step: int) -> None:
+def check_answers(draws: BatchStream, pieces: list[Batch], step: int) -> None:
     """Refuse a batch from which nothing can be learned.
 
     Raises:
@@ -53,11 +53,11 @@ def check_answers(draws: Draws, pieces: list[Batch], step: int) -> None:
 class _Steps(Dataset[list[Batch]]):
     """The steps of `draws` as a map-style dataset, for `DataLoader`."""
 
-    def __init__(self, draws: Draws) -> None:
+    def __init__(self, draws: BatchStream) -> None:
         self._draws = draws
 
     def __getitem__(self, step: int) -> list[Batch]:
-        return self._draws.batches(step)
+        return self._draws.step(step)
 
 
 class _Count:

@@ -10,7 +10,7 @@ ROUNDS = 6
 """Of the cipher that does so."""
 
 
-def enciphered(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+def feistel_permutation(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Where a keyed permutation of 0..n-1 takes `places`, int64 like them.
 
     A Feistel network on pairs of digits in base m, the least m with m^2 >= n; what falls on n or above (at most

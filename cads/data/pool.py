@@ -141,12 +141,12 @@ class Pool:
         for start in range(0, len(positions), size):
             yield self.batch(positions[start : start + size])
 
-    def part(self, positions: np.ndarray, name: str) -> Pool:
+    def subset(self, positions: np.ndarray, name: str) -> Pool:
         """The pool of the examples at `positions`, without sources."""
         positions = np.asarray(positions, dtype=np.int64)
         return Pool(self.ids.take(positions), self.examples.take(positions), name=name)
 
-    def in_sources(self, mask: np.ndarray) -> np.ndarray:
+    def positions_in(self, mask: np.ndarray) -> np.ndarray:
         """Positions of all examples whose source is chosen by `mask` (bool, shape (S,))."""
         if self.sources is None:
             raise DataError(f"the {self.name} has no sources: name a source column, or select per example")
@@ -159,7 +159,7 @@ class Pool:
         return (found if isinstance(found, pa.Array) else pa.array(found, pa.binary())).cast(pa.large_binary())
 
     @cached_property
-    def contents(self) -> np.ndarray:
+    def content_codes(self) -> np.ndarray:
         """Which examples are copies of each other: one code a content, whatever the label, int64, shape (N,)."""
         return self.digests.dictionary_encode().indices.to_numpy().astype(np.int64)
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cads.data.permutation import ROUNDS, enciphered
+from cads.data.permutation import ROUNDS, feistel_permutation
 from cads.errors import DataError
 
 SHUFFLED = 2**20
@@ -26,7 +26,7 @@ class Stream(Protocol):
         ...
 
 
-class Epochs:
+class ShuffledStream:
     """All `positions` once an epoch, in an order drawn anew for each epoch from (seed, epoch).
 
     Up to `SHUFFLED` of them are shuffled. Of more, a cipher says what stands at a place, so that a short run over a
@@ -64,7 +64,7 @@ class Epochs:
         if n <= SHUFFLED:
             return self._permutation(epoch)[offset : offset + count]
         keys = np.random.SeedSequence((self._seed, epoch)).generate_state(ROUNDS, np.uint64)
-        return self._positions[enciphered(np.arange(offset, offset + count), n, keys)]
+        return self._positions[feistel_permutation(np.arange(offset, offset + count), n, keys)]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
@@ -73,7 +73,7 @@ class Epochs:
         return self._order[1]
 
 
-class Weighted:
+class WeightedStream:
     """Draws with replacement, position i in proportion to weights[i] (shape (N,), >= 0, not all 0).
 
     What stands at a place depends on how the sequence is cut: take the same number at a time.

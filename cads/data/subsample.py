@@ -21,7 +21,7 @@ def subsample(pool: Pool, fidelity: float, seed: int) -> np.ndarray:
     Returns:
         positions, sorted, int64.
     """
-    sources, contents = strata(pool), pool.contents
+    sources, contents = strata(pool), pool.content_codes
     place = np.random.default_rng(seed).permutation(int(contents.max()) + 1)[contents]
     kept = []
     for members in np.split(np.argsort(sources, kind="stable"), np.cumsum(np.bincount(sources))[:-1]):

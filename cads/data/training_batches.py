@@ -10,14 +10,14 @@ import torch
 
 from cads.data.batch import Batch
 from cads.data.pool import Pool
-from cads.data.streams import Epochs, Stream
+from cads.data.streams import ShuffledStream, Stream
 from cads.errors import ConfigError
 
 WINDOW = 64
 """Batches of examples with a length that are drawn together and then sorted, so that hardly anything is padding."""
 
 
-class Bucketed:
+class LengthBuckets:
     """A stream cut into batches of similar length.
 
     As many batches as `WINDOW` (or as the period of the stream holds) are drawn at once and sorted by length, ties
@@ -49,7 +49,7 @@ class Bucketed:
         return np.random.default_rng((self._seed, window)).permutation(rows)
 
 
-class Draws:
+class BatchStream:
     """The training batches of K replicas.
 
     Where examples have a length (`pool.examples.lengths()`), batches hold examples of similar length; see `Bucketed`.
@@ -88,7 +88,7 @@ class Draws:
         self._seed = seed
         self._in_batches = [self._batched(pool, s, batch_size - self._from_target) for s in self.streams]
         if self._from_target and target is not None:
-            stream = Epochs(np.arange(len(target)), seed)
+            stream = ShuffledStream(np.arange(len(target)), seed)
             self._target_batches = self._batched(target, stream, self._from_target)
 
     @property
@@ -101,7 +101,7 @@ class Draws:
         """Examples of a step and replica that come from the pool: they stand before those of the target."""
         return self.batch_size - self._from_target
 
-    def only(self, *streams: Stream) -> Draws:
+    def for_streams(self, *streams: Stream) -> BatchStream:
         """The draws of some of the replicas alone."""
         alone = copy.copy(self)
         alone.streams = list(streams)
@@ -117,7 +117,7 @@ class Draws:
             ids += self._target.ids.take(positions[from_pool:]).to_pylist()
         return ids
 
-    def batches(self, step: int) -> list[Batch]:
+    def step(self, step: int) -> list[Batch]:
         """The pieces of one step, each holding its share of all K replicas, replica by replica.
 
         Pool and target examples stand in one piece where their shapes are equal, and they do not share rows.
@@ -138,7 +138,7 @@ class Draws:
         """What gives the positions of a step (int64, shape (count,))."""
         lengths = getattr(pool.examples, "lengths", None)
         if callable(lengths) and count:
-            return Bucketed(stream, lengths(), count, self._seed).batch
+            return LengthBuckets(stream, lengths(), count, self._seed).batch
         return lambda step: stream.take(step * count, count)
 
 

@@ -13,14 +13,14 @@ from cads.errors import ConfigError
 RIDGES = np.logspace(-3, 3, 13)
 """Strengths of shrinkage among which leave-one-out chooses, relative to the number of runs, of weight 1 at most."""
 
-HORIZON = 2.0
+READ_OFF_FACTOR = 2.0
 """h is read off at this multiple of the highest fidelity measured, though at most at the whole budget: trends over
 fidelity go on, but three points do not carry far."""
 
 Function = Callable[[np.ndarray], np.ndarray]
 
 
-class Control:
+class ControlVariate:
     """h(m; f) = c1 R(m) - c2 l*(m) + (w + v log f) . phi(m), fitted to objectives measured at fidelities f.
 
     c1, c2 >= 0 are fitted first (`estimator.fit_control`); a ridge regression on phi, with the strength chosen
@@ -67,7 +67,7 @@ class Control:
         x = x - self._x_mean
         self._x_scale = np.sqrt(weights @ x**2 / total)
         self._x_scale[self._x_scale < 1e-9] = np.inf
-        self.horizon = min(1.0, HORIZON * float(fidelity[sound].max()))
+        self.horizon = min(1.0, READ_OFF_FACTOR * float(fidelity[sound].max()))
         root = np.sqrt(weights)[:, None]
         self._coefficients, error = _ridge(root * (x / self._x_scale), root[:, 0] * (y - self._y_mean))
         self.loo_error = error / float(np.sqrt(weights.mean()))

@@ -10,7 +10,7 @@ TAIL = 0.1
 """Share of the steps, at the end, over which the training loss of a fit is averaged."""
 
 
-def tail(losses: np.ndarray) -> np.ndarray:
+def last_steps(losses: np.ndarray) -> np.ndarray:
     """The last steps of a course of losses, shape (T, ...), at least one."""
     return losses[-max(1, round(TAIL * len(losses))) :]
 
@@ -44,7 +44,7 @@ def extrapolate(flops: np.ndarray, losses: np.ndarray, budget: float) -> np.ndar
     y[~known] = np.nan
     found = _continued(x, y, budget)
     for k in np.flatnonzero(~known.all(axis=0)):
-        if known[:, k].sum() >= 2 and np.isfinite(tail(losses[:, k])).any():
+        if known[:, k].sum() >= 2 and np.isfinite(last_steps(losses[:, k])).any():
             found[k] = _continued(x[known[:, k]], y[known[:, k], k : k + 1], budget)[0]
     return found
 

@@ -40,7 +40,7 @@ def mean_over_sources(weights: np.ndarray, sizes: np.ndarray, losses: np.ndarray
     return np.asarray(amount @ losses / amount.sum(axis=1))
 
 
-class FittedReach:
+class ReachableLossModel:
     """l*_C over all masks of sources, from a few: `log l*` linear in mixture ratios, their pairs and log size.
 
     A fit on ratios alone misleads, since the amount of data matters as much as the mixture; and the loss of a

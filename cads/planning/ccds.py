@@ -35,7 +35,7 @@ FINE_TUNING_PASSES = 4
 
 
 @dataclass(frozen=True)
-class Published(ABC):
+class CcdsCost(ABC):
     """A published method.
 
     Attributes:
@@ -70,7 +70,7 @@ class Published(ABC):
 
 
 @dataclass(frozen=True)
-class Bm25(Published):
+class Bm25(CcdsCost):
     """Words that pool and target share: at most one posting a token, and one match of it with each query."""
 
     name = "bm25"
@@ -83,7 +83,7 @@ class Bm25(Published):
 
 
 @dataclass(frozen=True)
-class Embedding(Published):
+class Embedding(CcdsCost):
     """Similarity of sentence embeddings."""
 
     name = "embedding"
@@ -99,7 +99,7 @@ class Embedding(Published):
 
 
 @dataclass(frozen=True)
-class Perplexity(Published):
+class Perplexity(CcdsCost):
     """The loss of every example under a scorer that was fine-tuned on the target."""
 
     name = "ppl"
@@ -114,7 +114,7 @@ class Perplexity(Published):
 
 
 @dataclass(frozen=True)
-class Less(Published):
+class Less(CcdsCost):
     """Influence by gradients: projected per-example gradients of several checkpoints, compared with the target's."""
 
     name = "less"
@@ -134,4 +134,4 @@ class Less(Published):
         ledger.trained.append((scorer, 1))
 
 
-PUBLISHED: dict[str, Published] = {x.name: x for x in (Bm25(), Embedding(), Perplexity(), Less())}
+PUBLISHED: dict[str, CcdsCost] = {x.name: x for x in (Bm25(), Embedding(), Perplexity(), Less())}

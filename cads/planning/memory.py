@@ -13,11 +13,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from cads.accounting.architectures import Architecture
+from cads.accounting.costs import Workload
 from cads.accounting.measured import PROBE_SIZE
 from cads.accounting.transformer import Transformer, read_transformer, trainable_size
 from cads.data.batch import Batch
 from cads.errors import ConfigError
-from cads.accounting.costs import Workload
 from cads.training.learners import can_stack
 
 OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}

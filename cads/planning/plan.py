@@ -15,7 +15,7 @@ from rich.text import Text
 from cads.accounting.budget import Budget, check_step
 from cads.accounting.ledger import SELECT, PlannedLedger
 from cads.errors import CadsError, ConfigError
-from cads.planning.ccds import Published
+from cads.planning.ccds import CcdsCost
 from cads.planning.memory import forward_memory, training_memory
 from cads.task import Task
 from cads.tasks.language.shapes import SketchedLanguage
@@ -229,7 +229,7 @@ def _plan_method(name: str, method: Plannable, task: Task, budget: Budget, total
     if peaks:
         memory["selection"] = max(peaks)
     ratio = None
-    if isinstance(method, Published) and method.needed_ratio and isinstance(task, SketchedLanguage):
+    if isinstance(method, CcdsCost) and method.needed_ratio and isinstance(task, SketchedLanguage):
         ratio = task.size / task.scorer.size
     return MethodPlan(
         method=name,
@@ -244,7 +244,7 @@ def _plan_method(name: str, method: Plannable, task: Task, budget: Budget, total
         seconds=(selection + training) / rate,
         memory=memory,
         size_ratio=ratio,
-        needed_ratio=None if ratio is None or not isinstance(method, Published) else method.needed_ratio,
+        needed_ratio=None if ratio is None or not isinstance(method, CcdsCost) else method.needed_ratio,
         note=note,
     )
 

@@ -18,20 +18,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from cads.accounting.ledger import Entry, Ledger
+from cads.accounting.ledger import Ledger, LedgerEntry
 from cads.errors import CheckpointError, NonFiniteError
 from cads.runtime.checkpoint import CheckpointConfig, State
-from cads.runtime.journal_record import Charges, Record, charges_since, key_of, restore
+from cads.runtime.journal_record import Charges, JournalRecord, charges_since, key_of, restore
 from cads.runtime.journal_store import RecordStore
-from cads.runtime.lockstep import Join, Operation, Part, Progress, Rounds, Standing, divide
-from cads.runtime.processes import ProcessError, Processes, current
+from cads.runtime.lockstep import Lockstep, Merge, Operation, OperationStatus, Part, StepReporter, divide
+from cads.runtime.processes import ProcessError, ProcessGroup, active_group
 from cads.runtime.signals import Interrupted, Interrupts
 
 SHARDS_AT_ONCE = 4
 """Shards that each of several processes computes before they exchange what they have."""
 
 
-def perform(name: str, arguments: Sequence[Any], ledger: Ledger, compute: Callable[[Progress], State]) -> State:
+def replay_or_run(
+    name: str, arguments: Sequence[Any], ledger: Ledger, compute: Callable[[StepReporter], State]
+) -> State:
     """Do something costly, or take it from the journal if this run has done it before.
 
     Within an operation, further ones are part of it.
@@ -46,11 +48,11 @@ def perform(name: str, arguments: Sequence[Any], ledger: Ledger, compute: Callab
     """
     journal = _CURRENT.get()
     if journal is None or journal.inside:
-        return compute(Progress())
-    return journal.perform(name, arguments, ledger, compute)
+        return compute(StepReporter())
+    return journal.replay_or_run(name, arguments, ledger, compute)
 
 
-def perform_apart(operations: Sequence[Operation], ledger: Ledger, part: Part, join: Join) -> list[State]:
+def replay_or_run_parallel(operations: Sequence[Operation], ledger: Ledger, part: Part, join: Merge) -> list[State]:
     """Do operations that do not depend on each other, each process a part of them.
 
     A journal keeps them as it would if one process had performed one after another.
@@ -63,15 +65,15 @@ def perform_apart(operations: Sequence[Operation], ledger: Ledger, part: Part, j
     """
     journal = _CURRENT.get()
     if journal is None or journal.inside:
-        rounds = Rounds(current(), join, lambda: (0, False), lambda states, signal: None)
-        states = [_known(state) for state in join(rounds.run(part, [Standing() for _ in operations]))]
+        rounds = Lockstep(active_group(), join, lambda: (0, False), lambda states, signal: None)
+        states = [_known(state) for state in join(rounds.run(part, [OperationStatus() for _ in operations]))]
         for operation, state in zip(operations, states, strict=True):
-            operation.settle(state)
+            operation.commit(state)
         return states
-    return journal.perform_apart(operations, ledger, part, join)
+    return journal.replay_or_run_parallel(operations, ledger, part, join)
 
 
-def in_shards(
+def map_shards(
     name: str, arguments: Sequence[Any], ledger: Ledger, count: int, shard: Callable[[int], np.ndarray]
 ) -> np.ndarray:
     """Concatenate `shard(0)`, ..., `shard(count - 1)` along their first axis: a pass whose finished shards survive.
@@ -81,10 +83,10 @@ def in_shards(
     Args:
         shard: charges `ledger` for what it does.
     """
-    size = current().size
+    size = active_group().size
     at_once = 1 if size == 1 else size * SHARDS_AT_ONCE
 
-    def compute(progress: Progress) -> State:
+    def compute(progress: StepReporter) -> State:
         found: list[np.ndarray] = []
 
         def state() -> State:
@@ -101,7 +103,7 @@ def in_shards(
             progress.step(state)
         return state()
 
-    return _found(perform(name, arguments, ledger, compute))
+    return _found(replay_or_run(name, arguments, ledger, compute))
 
 
 def _found(state: State) -> np.ndarray:
@@ -151,9 +153,9 @@ class Journal:
         self.store = RecordStore(folder, identity, config or CheckpointConfig())
         self.interrupts = interrupts or Interrupts()
         self.inside = False
-        self._world: Processes = current()
+        self._world: ProcessGroup = active_group()
         self._next = 0
-        self._resumed = bool(self._world.on_first(self.store.read))
+        self._resumed = bool(self._world.on_rank_zero(self.store.read))
 
     @property
     def resumed(self) -> bool:
@@ -181,14 +183,14 @@ class Journal:
         finally:
             _CURRENT.reset(token)
 
-    def perform(
-        self, name: str, arguments: Sequence[Any], ledger: Ledger, compute: Callable[[Progress], State]
+    def replay_or_run(
+        self, name: str, arguments: Sequence[Any], ledger: Ledger, compute: Callable[[StepReporter], State]
     ) -> State:
         """See the function `perform`."""
         index, self._next = self._next, self._next + 1
         before = _entries(ledger)
         key = key_of(index, name, arguments, before)
-        self._meet(name, key)
+        self.sync(name, key)
         known = self._recall(index)
         if known is not None and known.finished:
             self._check(index, name, key, known)
@@ -203,25 +205,27 @@ class Journal:
         try:
             with self.interrupts.held():
                 state = compute(progress)
-                self._note(index, name, key, state, charges_since(before, ledger))
+                self._write_record(index, name, key, state, charges_since(before, ledger))
         finally:
             self.inside = False
         self.store.count()
-        self._pause(f"after {name}")
+        self._checkpoint_if_due(f"after {name}")
         return state
 
-    def perform_apart(self, operations: Sequence[Operation], ledger: Ledger, part: Part, join: Join) -> list[State]:
+    def replay_or_run_parallel(
+        self, operations: Sequence[Operation], ledger: Ledger, part: Part, join: Merge
+    ) -> list[State]:
         """See the function `perform_apart`."""
         first, self._next = self._next, self._next + len(operations)
         # What is spent before each of them is known when all are done: while they are under way, it is no part of keys.
         keys = [key_of(first + i, o.name, o.arguments, {}) for i, o in enumerate(operations)]
-        self._meet(operations[0].name, keys)
+        self.sync(operations[0].name, keys)
         known = [self._recall(first + i) for i in range(len(operations))]
         standing = []
         for i, (operation, found) in enumerate(zip(operations, known, strict=True)):
             if found is not None and not found.finished:
                 self._check(first + i, operation.name, keys[i], found)
-            standing.append(Standing() if found is None else Standing(found.finished, found.state))
+            standing.append(OperationStatus() if found is None else OperationStatus(found.finished, found.state))
         states: list[State | None] = [s.state if s.finished else None for s in standing]
         if None in states:
             self.inside = True
@@ -239,13 +243,13 @@ class Journal:
                 restore(ledger, found.charges)
                 continue
             state = _known(states[i])
-            operation.settle(state)
-            self._note(first + i, operation.name, key, state, charges_since(before, ledger))
+            operation.commit(state)
+            self._write_record(first + i, operation.name, key, state, charges_since(before, ledger))
         self.store.count(len(operations))
-        self._pause(f"after {operations[0].name}")
+        self._checkpoint_if_due(f"after {operations[0].name}")
         return [_known(state) for state in states]
 
-    def _rounds(self, first: int, operations: Sequence[Operation], keys: Sequence[str], join: Join) -> Rounds:
+    def _rounds(self, first: int, operations: Sequence[Operation], keys: Sequence[str], join: Merge) -> Lockstep:
         """The rounds of operations, which are written down under their own numbers."""
 
         def ask() -> tuple[int, bool]:
@@ -254,29 +258,29 @@ class Journal:
 
         def keep(states: list[State | None], signal: int) -> None:
             records = {
-                first + i: Record(operations[i].name, keys[i], state.values, [], state.tensors)
+                first + i: JournalRecord(operations[i].name, keys[i], state.values, [], state.tensors)
                 for i, state in enumerate(states)
                 if state is not None
             }
             self._save_and_stop(records, signal, operations[0].name)
 
-        return Rounds(self._world, join, ask, keep)
+        return Lockstep(self._world, join, ask, keep)
 
-    def step(self, index: int, record: Callable[[], Record]) -> None:
+    def step(self, index: int, record: Callable[[], JournalRecord]) -> None:
         """The operation under way has done one step."""
         self.store.count()
-        signal, due = self._agreed()
+        signal, due = self._all_reduce_signals()
         if signal or due:
             now = record()
             self._save_and_stop({index: now}, signal, now.name)
 
-    def _save_and_stop(self, records: dict[int, Record], signal: int, name: str) -> None:
+    def _save_and_stop(self, records: dict[int, JournalRecord], signal: int, name: str) -> None:
         """Write where operations under way are, after all that was finished before them.
 
         Raises:
             Interrupted: if a process was asked to stop by `signal`.
         """
-        written = self._world.on_first(lambda: self.store.save(records))
+        written = self._world.on_rank_zero(lambda: self.store.save(records))
         self._stop(signal, f"during {name}" + ("" if written else " (its checkpoint could not be written)"))
 
     def _recall(self, index: int) -> _Recalled | None:
@@ -290,7 +294,7 @@ class Journal:
             about = {"name": record.name, "key": record.key, "finished": finished}
             return State({**about, "charges": record.charges, "values": state.values}, state.tensors)
 
-        found = self._world.from_first(look)
+        found = self._world.broadcast(look)
         about = found.values
         if about["name"] is None:
             return None
@@ -305,28 +309,28 @@ class Journal:
                 "--overwrite true"
             )
 
-    def _note(self, index: int, name: str, key: str, state: State, charges: Charges) -> None:
+    def _write_record(self, index: int, name: str, key: str, state: State, charges: Charges) -> None:
         if self._world.first:
             kept = state.detached()
-            self.store.keep(index, Record(name, key, kept.values, charges, kept.tensors))
+            self.store.keep(index, JournalRecord(name, key, kept.values, charges, kept.tensors))
 
-    def _meet(self, name: str, key: Any) -> None:
+    def sync(self, name: str, key: Any) -> None:
         """Before an operation: all processes do the same, and end here if one of them was asked to stop."""
         if self._world.size > 1:
-            self._world.check_alike(f"what {name} is done with", key)
-            self._stop(self._agreed()[0], f"before {name}")
+            self._world.check_identical(f"what {name} is done with", key)
+            self._stop(self._all_reduce_signals()[0], f"before {name}")
 
-    def _pause(self, where: str) -> None:
+    def _checkpoint_if_due(self, where: str) -> None:
         """Between two operations: write if it is time, and end if a process was asked to."""
-        signal, due = self._agreed()
+        signal, due = self._all_reduce_signals()
         if signal or due:
             self.store.flush()
         self._stop(signal, where)
 
-    def _agreed(self) -> tuple[int, bool]:
+    def _all_reduce_signals(self) -> tuple[int, bool]:
         """The signal by which some process was asked to stop, or 0; whether the first finds it time to write."""
         due = self._world.first and self.store.due
-        signal, write = self._world.largest([self.interrupts.pending or 0, int(due)])
+        signal, write = self._world.all_reduce_max([self.interrupts.pending or 0, int(due)])
         return signal, bool(write)
 
     def _stop(self, signal: int, where: str) -> None:
@@ -335,7 +339,7 @@ class Journal:
             self.interrupts.raise_if_pending(where)
 
 
-class _Underway(Progress):
+class _Underway(StepReporter):
     """The progress of one operation of a journal."""
 
     def __init__(
@@ -345,7 +349,7 @@ class _Underway(Progress):
         name: str,
         arguments: Sequence[Any],
         ledger: Ledger,
-        before: dict[tuple[str, str], Entry],
+        before: dict[tuple[str, str], LedgerEntry],
     ) -> None:
         self._journal = journal
         self._index, self._name = index, name
@@ -355,11 +359,11 @@ class _Underway(Progress):
     def step(self, state: Callable[[], State]) -> None:
         self._journal.step(self._index, lambda: self._record(state()))
 
-    def _record(self, now: State) -> Record:
-        return Record(self._name, self.key, now.values, charges_since(self._before, self._ledger), now.tensors)
+    def _record(self, now: State) -> JournalRecord:
+        return JournalRecord(self._name, self.key, now.values, charges_since(self._before, self._ledger), now.tensors)
 
 
-def _entries(ledger: Ledger) -> dict[tuple[str, str], Entry]:
+def _entries(ledger: Ledger) -> dict[tuple[str, str], LedgerEntry]:
     """A copy of what a ledger holds."""
     return {key: replace(entry) for key, entry in ledger.entries.items()}
 

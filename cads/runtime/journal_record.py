@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cads.accounting.ledger import Entry, Ledger
+from cads.accounting.ledger import Ledger, LedgerEntry
 from cads.errors import CheckpointError
 from cads.runtime.checkpoint import State, StoredTensors
 
@@ -21,7 +21,7 @@ Charges = list[dict[str, Any]]
 
 
 @dataclass
-class Record:
+class JournalRecord:
     """One operation, finished or under way."""
 
     name: str
@@ -37,13 +37,13 @@ class Record:
         return State(self.values, loaded)
 
 
-def key_of(index: int, name: str, arguments: Sequence[Any], before: Mapping[tuple[str, str], Entry]) -> str:
+def key_of(index: int, name: str, arguments: Sequence[Any], before: Mapping[tuple[str, str], LedgerEntry]) -> str:
     """What an operation is known by: its place, what it does with what, and what was spent `before` it."""
     spent = [[*key, entry.flops] for key, entry in before.items()]
     return hashlib.sha256(json.dumps([index, name, list(arguments), spent]).encode()).hexdigest()
 
 
-def charges_since(before: Mapping[tuple[str, str], Entry], ledger: Ledger) -> Charges:
+def charges_since(before: Mapping[tuple[str, str], LedgerEntry], ledger: Ledger) -> Charges:
     """What has changed in a ledger. Sums are kept as they stand, since adding again could round otherwise."""
     changed = []
     for (phase, stage), entry in ledger.entries.items():
@@ -57,13 +57,13 @@ def charges_since(before: Mapping[tuple[str, str], Entry], ledger: Ledger) -> Ch
 def restore(ledger: Ledger, charges: Charges) -> None:
     """Put back what `charges_since` gave."""
     for charge in charges:
-        entry = ledger.entries.setdefault((charge["phase"], charge["stage"]), Entry())
+        entry = ledger.entries.setdefault((charge["phase"], charge["stage"]), LedgerEntry())
         entry.flops, entry.usages = charge["flops"], charge["usages"]
         entry.tokens, entry.answer_tokens = charge["tokens"], charge["answer_tokens"]
         entry.seconds += charge["seconds"]
 
 
-def state_of(records: Mapping[int, Record], seconds: float) -> State:
+def state_of(records: Mapping[int, JournalRecord], seconds: float) -> State:
     """Records as one checkpoint: their values in a list, their tensors under the number of each.
 
     Args:
@@ -78,7 +78,7 @@ def state_of(records: Mapping[int, Record], seconds: float) -> State:
     return State({"operations": values, "seconds": seconds}, tensors)
 
 
-def records_of(path: Path, values: dict[str, Any], tensors: StoredTensors) -> Iterator[tuple[int, Record]]:
+def records_of(path: Path, values: dict[str, Any], tensors: StoredTensors) -> Iterator[tuple[int, JournalRecord]]:
     """What `state_of` put together.
 
     Raises:
@@ -89,7 +89,7 @@ def records_of(path: Path, values: dict[str, Any], tensors: StoredTensors) -> It
             charges = [_checked(charge) for charge in operation["charges"]]
             about = (str(operation["name"]), str(operation["key"]), dict(operation["values"]), charges)
             index = int(operation["index"])
-            yield index, Record(*about, tensors, f"{index}/")
+            yield index, JournalRecord(*about, tensors, f"{index}/")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"checkpoint {path} does not hold a journal: {type(error).__name__}: {error}") from error
 
@@ -108,7 +108,7 @@ def seconds_of(path: Path, values: dict[str, Any]) -> float:
 
 def _checked(charge: dict[str, Any]) -> dict[str, Any]:
     """A charge, if all its parts are there and are numbers that a ledger can hold."""
-    amounts = [charge[f.name] for f in fields(Entry)]
+    amounts = [charge[f.name] for f in fields(LedgerEntry)]
     if not (all(map(_is_amount, amounts)) and isinstance(charge["phase"], str) and isinstance(charge["stage"], str)):
         raise ValueError(f"charge {charge!r}")
     return charge

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cads.runtime.checkpoint import CheckpointConfig, Checkpoints
-from cads.runtime.journal_record import Record, records_of, seconds_of, state_of
+from cads.runtime.journal_record import JournalRecord, records_of, seconds_of, state_of
 
 FINISHED, UNDERWAY = "finished", "underway"
 """The kinds of checkpoints."""
@@ -26,9 +26,9 @@ class RecordStore:
     def __init__(self, folder: Path | str, identity: Mapping[str, Any], config: CheckpointConfig) -> None:
         self.checkpoints = Checkpoints(folder, identity)
         self._config = config
-        self._finished: dict[int, Record] = {}
-        self._pending: dict[int, Record] = {}
-        self._underway: dict[int, Record] = {}
+        self._finished: dict[int, JournalRecord] = {}
+        self._pending: dict[int, JournalRecord] = {}
+        self._underway: dict[int, JournalRecord] = {}
         self._steps = 0
         self._written = self._began = time.monotonic()
         self._before = 0.0
@@ -50,7 +50,7 @@ class RecordStore:
             break
         return bool(self._finished) or bool(self._underway)
 
-    def take(self, index: int) -> tuple[Record | None, bool]:
+    def take(self, index: int) -> tuple[JournalRecord | None, bool]:
         """What was read of an operation, if anything, and whether it had finished; it is given away once."""
         finished, begun = self._finished.pop(index, None), self._underway.pop(index, None)
         if finished is not None:
@@ -61,7 +61,7 @@ class RecordStore:
             self._underway[later] = replace(other, tensors=other.state().tensors)
         return begun, False
 
-    def keep(self, index: int, record: Record) -> None:
+    def keep(self, index: int, record: JournalRecord) -> None:
         """An operation has finished; it is written with the next ones."""
         self._pending[index] = record
 
@@ -96,7 +96,7 @@ class RecordStore:
             self.checkpoints.prune(UNDERWAY, keep=1)
         return True
 
-    def save(self, records: Mapping[int, Record]) -> bool:
+    def save(self, records: Mapping[int, JournalRecord]) -> bool:
         """Write operations under way, after all that was finished before them; returns whether all is written."""
         whole = self._write_finished()
         if not self._write_underway({**self._underway, **records}):
@@ -112,5 +112,5 @@ class RecordStore:
             self._pending.clear()
         return True
 
-    def _write_underway(self, records: Mapping[int, Record]) -> bool:
+    def _write_underway(self, records: Mapping[int, JournalRecord]) -> bool:
         return self.checkpoints.write(UNDERWAY, state_of(records, self.seconds)) is not None

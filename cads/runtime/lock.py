@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cads.errors import CadsError
-from cads.runtime.processes import current
+from cads.runtime.processes import active_group
 
 log = logging.getLogger(__name__)
 
@@ -110,5 +110,5 @@ def held_by_first(folder: Path | str) -> Iterator[None]:
         def take() -> None:
             stack.enter_context(RunLock(folder))
 
-        current().on_first(take)
+        active_group().on_rank_zero(take)
         yield

@@ -11,11 +11,11 @@ import torch
 
 from cads.accounting.ledger import Ledger
 from cads.runtime.checkpoint import State
-from cads.runtime.processes import ProcessError, Processes, current, is_shared
+from cads.runtime.processes import ProcessError, ProcessGroup, active_group, is_shared
 from cads.runtime.signals import Interrupted
 
 
-class Progress:
+class StepReporter:
     """How an operation tells where it is. Outside a journal nothing is kept.
 
     Attributes:
@@ -43,28 +43,28 @@ class Operation:
 
     name: str
     arguments: Sequence[Any]
-    settle: Callable[[State], None]
+    commit: Callable[[State], None]
 
 
 @dataclass(frozen=True)
-class Standing:
+class OperationStatus:
     """How far an operation had come in a process that is gone: finished or not, and where it stood, if it had begun."""
 
     finished: bool = False
     state: State | None = None
 
 
-Part = Callable[[Progress, list[Standing]], State]
+Part = Callable[[StepReporter, list[OperationStatus]], State]
 """(progress, where the operations stand) -> what this process has done of them, by itself."""
-Join = Callable[[list[State]], list[State | None]]
+Merge = Callable[[list[State]], list[State | None]]
 """(what each process has done) -> the state of each operation; None for one that nobody has begun."""
 
 
-class _Elsewhere(Exception):
+class _PeerFailed(Exception):
     """Another process has failed, and will say how."""
 
 
-class Rounds(Progress):
+class Lockstep(StepReporter):
     """One round a step: processes that work on their parts see at each step whether all of them go on.
 
     A process that has finished its part, or has none, takes part in the rounds until all have.
@@ -77,14 +77,14 @@ class Rounds(Progress):
 
     def __init__(
         self,
-        world: Processes,
-        join: Join,
+        world: ProcessGroup,
+        join: Merge,
         ask: Callable[[], tuple[int, bool]],
         keep: Callable[[list[State | None], int], None],
     ) -> None:
         self._world, self._join, self._ask, self._keep = world, join, ask, keep
 
-    def run(self, part: Part, standing: list[Standing]) -> list[State]:
+    def run(self, part: Part, standing: list[OperationStatus]) -> list[State]:
         """What all processes have done of their parts.
 
         Raises:
@@ -96,26 +96,26 @@ class Rounds(Progress):
         """See `Progress`; `state` is that of the part."""
         self._meet(state, working=True)
 
-    def _mine(self, part: Part, standing: list[Standing]) -> State:
+    def _mine(self, part: Part, standing: list[OperationStatus]) -> State:
         try:
             mine = part(self, standing)
             while self._meet(lambda: mine, working=False):
                 pass
-        except _Elsewhere:
+        except _PeerFailed:
             return State()
         except Exception as error:
             # Others know of what they have raised too, and cannot be told once they are lost.
             if not (is_shared(error) or isinstance(error, Interrupted | ProcessError)):
-                self._world.largest([0, 0, 0, 1])
+                self._world.all_reduce_max([0, 0, 0, 1])
             raise
         return mine
 
     def _meet(self, state: Callable[[], State], *, working: bool) -> bool:
         """Whether any process is still at work."""
         signal, due = self._ask()
-        signal, write, at_work, failed = self._world.largest([signal, int(due), int(working), 0])
+        signal, write, at_work, failed = self._world.all_reduce_max([signal, int(due), int(working), 0])
         if failed:
-            raise _Elsewhere
+            raise _PeerFailed
         if signal or write:
             self._keep(self._join(self._world.gather(state)), signal)
         return bool(at_work)
@@ -130,7 +130,7 @@ def divide(ledger: Ledger, shards: Sequence[int], compute: Callable[[int], np.nd
     Raises:
         CadsError: in all processes, what one of them raised.
     """
-    world = current()
+    world = active_group()
     if world.size == 1:
         return [compute(i) for i in shards]
 

@@ -58,7 +58,7 @@ class RemoteError(CadsError):
     """Something other than a `CadsError` went wrong in another process."""
 
 
-class Processes:
+class ProcessGroup:
     """One process, which does everything itself.
 
     Attributes:
@@ -72,11 +72,11 @@ class Processes:
         """Whether this is the process that writes and speaks for all."""
         return self.rank == 0
 
-    def largest(self, numbers: Sequence[int]) -> list[int]:
+    def all_reduce_max(self, numbers: Sequence[int]) -> list[int]:
         """The largest of each number over all processes."""
         return list(numbers)
 
-    def add(self, numbers: np.ndarray) -> np.ndarray:
+    def all_reduce_sum(self, numbers: np.ndarray) -> np.ndarray:
         """The sum of arrays (float64, of one shape) over all processes, the same bits in each."""
         return numbers
 
@@ -95,19 +95,19 @@ class Processes:
         """
         return [compute()]
 
-    def each(self, compute: Callable[[], T]) -> T:
+    def locally(self, compute: Callable[[], T]) -> T:
         """What this process computes by itself. Raises, in all processes, what one of them raised."""
         return compute()
 
-    def from_first(self, compute: Callable[[], State]) -> State:
+    def broadcast(self, compute: Callable[[], State]) -> State:
         """What the first process computes, alone. Raises what it raised, in all processes."""
         return compute()
 
-    def on_first(self, compute: Callable[[], Any]) -> Any:
+    def on_rank_zero(self, compute: Callable[[], Any]) -> Any:
         """As `from_first`, for a JSON value: for whatever reads or writes what all depend on."""
         return compute()
 
-    def check_alike(self, what: str, value: Any) -> None:
+    def check_identical(self, what: str, value: Any) -> None:
         """Refuse processes that are not given the same.
 
         Args:
@@ -118,10 +118,10 @@ class Processes:
         """
 
 
-ALONE = Processes()
+SINGLE_PROCESS = ProcessGroup()
 
 
-class Group(Processes):
+class TorchProcessGroup(ProcessGroup):
     """Several processes that reach each other through `torch.distributed`.
 
     Args:
@@ -133,14 +133,14 @@ class Group(Processes):
         self._device = torch.device("cpu") if state.backend in ("gloo", "mpi") else torch.device(state.device)
         self._seconds = seconds
 
-    def largest(self, numbers: Sequence[int]) -> list[int]:
+    def all_reduce_max(self, numbers: Sequence[int]) -> list[int]:
         """See `Processes`."""
         x = torch.tensor(numbers, dtype=torch.int64, device=self._device)
         with self._reaching():
             dist.all_reduce(x, dist.ReduceOp.MAX)
         return [int(n) for n in x.tolist()]
 
-    def add(self, numbers: np.ndarray) -> np.ndarray:
+    def all_reduce_sum(self, numbers: np.ndarray) -> np.ndarray:
         """See `Processes`."""
         x = torch.from_numpy(numbers.astype(np.float64)).to(self._device)
         with self._reaching():
@@ -169,7 +169,7 @@ class Group(Processes):
         self._raise_first([about["error"] for about in said], failure)
         return [self._broadcast(about, mine, rank) for rank, about in enumerate(said)]
 
-    def each(self, compute: Callable[[], T]) -> T:
+    def locally(self, compute: Callable[[], T]) -> T:
         """See `Processes`."""
         found: list[T] = []
 
@@ -180,7 +180,7 @@ class Group(Processes):
         self.gather(own)
         return found[0]
 
-    def from_first(self, compute: Callable[[], State]) -> State:
+    def broadcast(self, compute: Callable[[], State]) -> State:
         """See `Processes`."""
         mine, failure, header = _attempt(compute) if self.first else (State(), None, b"")
         size = torch.tensor([len(header)], dtype=torch.int64, device=self._device)
@@ -191,14 +191,14 @@ class Group(Processes):
         self._raise_first([about["error"]], failure)
         return self._broadcast(about, mine, 0)
 
-    def on_first(self, compute: Callable[[], Any]) -> Any:
+    def on_rank_zero(self, compute: Callable[[], Any]) -> Any:
         """See `Processes`."""
-        return self.from_first(lambda: State({"value": compute()})).values["value"]
+        return self.broadcast(lambda: State({"value": compute()})).values["value"]
 
-    def check_alike(self, what: str, value: Any) -> None:
+    def check_identical(self, what: str, value: Any) -> None:
         """See `Processes`."""
         number = digest(value)
-        most, least = self.largest([number, -number])
+        most, least = self.all_reduce_max([number, -number])
         if most != -least:
             text = f"{what} differs between processes: give all of them the same command, files and versions"
             raise _marked(ProcessError(text))
@@ -261,7 +261,7 @@ class Group(Processes):
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def local_scope() -> Iterator[None]:
     """Within the block this process works by itself: `current()` knows no other."""
     token = _APART.set(True)
     try:
@@ -270,17 +270,17 @@ def apart() -> Iterator[None]:
         _APART.reset(token)
 
 
-def current() -> Processes:
+def active_group() -> ProcessGroup:
     """The processes that work together here.
 
     Raises:
         ConfigError: if they were launched in a way that is not supported.
     """
-    return ALONE if _APART.get() else everyone()
+    return SINGLE_PROCESS if _APART.get() else world_group()
 
 
 @cache
-def everyone() -> Processes:
+def world_group() -> ProcessGroup:
     """All processes that were launched, whether or not this one works by itself at the moment."""
     size = max((int(os.environ[name]) for name in SIZE_VARIABLES if os.environ.get(name, "").isdigit()), default=1)
     if size == 1 and "MASTER_ADDR" in os.environ and is_set("ACCELERATE_USE_CPU"):
@@ -289,7 +289,7 @@ def everyone() -> Processes:
             "leave out --cpu and use `accelerate launch --multi_gpu --num_processes N -m cads ...`"
         )
     if size == 1:
-        return ALONE
+        return SINGLE_PROCESS
     seconds = _timeout()
     for name, kind in SHARDED.items():
         if is_set(name):
@@ -303,12 +303,12 @@ def everyone() -> Processes:
             f"this process does not find the {size - 1} others within {seconds:g} s ({where}): start all of them by "
             f"one launcher, or unset these variables to run alone: {str(error).splitlines()[0]}"
         ) from error
-    return Group(state, seconds) if state.num_processes > 1 else ALONE
+    return TorchProcessGroup(state, seconds) if state.num_processes > 1 else SINGLE_PROCESS
 
 
 def close() -> None:
     """Part from the others, at the end of a program that went well."""
-    if everyone().size > 1 and dist.is_initialized():
+    if world_group().size > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -345,7 +345,7 @@ def _attempt(compute: Callable[[], State]) -> tuple[State, Exception | None, byt
         ProcessError: if the others were lost meanwhile: there is nobody to tell.
     """
     try:
-        with apart():
+        with local_scope():
             mine = compute()
         return mine, None, _header(mine, None)
     except ProcessError:

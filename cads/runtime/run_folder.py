@@ -16,7 +16,7 @@ from cads.runtime.atomic_files import whole_file
 from cads.runtime.checkpoint import CheckpointConfig, Checkpoints, differences, load_json
 from cads.runtime.journal import Journal
 from cads.runtime.lock import held_by_first
-from cads.runtime.processes import current
+from cads.runtime.processes import active_group
 from cads.runtime.signals import Interrupts
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ RECORD_VERSION = 1
 
 
 @contextmanager
-def going_on(
+def resumable_journal(
     what: str,
     folder: Path,
     identity: Mapping[str, Any],
@@ -37,13 +37,13 @@ def going_on(
     Args, raises: as `Journal`.
     """
     journal = Journal(folder, identity, config, interrupts)
-    if journal.resumed and current().first:
+    if journal.resumed and active_group().first:
         log.warning("%s: going on from the checkpoints in %s", what, folder)
     with journal.open():
         yield journal
 
 
-class Run:
+class RunFolder:
     """One command at work in its folder; the same command goes on from where the one before it came to.
 
     Of several processes the first alone reads and writes here.
@@ -80,14 +80,14 @@ class Run:
         self._record = self.folder / f"{command}.json"
         self._checkpoints = self.folder / "checkpoints" / command
         self._interrupts = Interrupts(overwriting=overwrite)
-        self._world = current()
+        self._world = active_group()
         self._stack = ExitStack()
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> RunFolder:
         with ExitStack() as stack:
             stack.enter_context(held_by_first(self.folder))
             stack.enter_context(self._interrupts.listen())
-            self._world.on_first(self._look)
+            self._world.on_rank_zero(self._look)
             self._stack = stack.pop_all()
         return self
 
@@ -102,7 +102,7 @@ class Run:
     ) -> None:
         self._stack.close()
 
-    def begin(self, **identity: Any) -> bool:
+    def open_or_skip(self, **identity: Any) -> bool:
         """Begin, or go on, now that the data is known.
 
         Args:
@@ -115,8 +115,8 @@ class Run:
             CheckpointError: if what is there was made from something else.
         """
         self._identity |= json.loads(json.dumps(identity))
-        self._world.check_alike("what is run, on which data and with which versions,", self._identity)
-        return bool(self._world.on_first(self._begun))
+        self._world.check_identical("what is run, on which data and with which versions,", self._identity)
+        return bool(self._world.on_rank_zero(self._begun))
 
     def _begun(self) -> bool:
         finished = self._compare(self._identity)
@@ -130,12 +130,14 @@ class Run:
     @contextmanager
     def journal(self) -> Iterator[Journal]:
         """What is done in the block is written down, and what was done before is not done again."""
-        with going_on(self.command, self._checkpoints, self._identity, self._config, self._interrupts) as journal:
+        with resumable_journal(
+            self.command, self._checkpoints, self._identity, self._config, self._interrupts
+        ) as journal:
             yield journal
 
     def finish(self) -> None:
         """The product is whole: what was kept to go on from is removed."""
-        self._world.on_first(self._finish)
+        self._world.on_rank_zero(self._finish)
 
     def _finish(self) -> None:
         self._write_record(finished=True)

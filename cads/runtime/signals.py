@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from cads.errors import CadsError
-from cads.runtime.processes import current, everyone
+from cads.runtime.processes import active_group, world_group
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -89,13 +89,13 @@ class Interrupts:
         Raises:
             Interrupted: saying `where` the run is.
         """
-        (number,) = current().largest([self.pending or 0])
+        (number,) = active_group().all_reduce_max([self.pending or 0])
         self.pending = number or None
         self.raise_if_pending(where)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again, self.pending = self.pending is not None, number
-        if everyone().size > 1:
+        if world_group().size > 1:
             return
         if again or not self._held:
             self.raise_if_pending("at once" if again else "between two operations")

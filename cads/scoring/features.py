@@ -20,7 +20,7 @@ from cads.data.pool import Pool
 from cads.data.token_batches import lengths, scoring_batches
 from cads.errors import ConfigError
 from cads.policies.simplex import Floats
-from cads.runtime.journal import in_shards
+from cads.runtime.journal import map_shards
 from cads.scoring.pool_scores import check_finite
 from cads.task import Task
 
@@ -117,7 +117,7 @@ class ReadFeatures:
             with ledger.timed(SELECT, stage), torch.inference_mode():
                 return self(batch.to(self.device)).cpu().numpy()
 
-        found = in_shards("reading", [stage, len(positions)], ledger, len(batches), shard)
+        found = map_shards("reading", [stage, len(positions)], ledger, len(batches), shard)
         rows = np.empty(len(pool), dtype=np.int64)
         rows[np.concatenate(batches)] = np.arange(len(positions))
         columns = np.asarray(found[rows[positions]])

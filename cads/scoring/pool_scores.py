@@ -19,7 +19,7 @@ from cads.data.batch import Batch
 from cads.data.pool import Pool
 from cads.data.token_batches import SCORED_TOKENS, lengths, scoring_batches
 from cads.errors import DataError
-from cads.runtime.journal import in_shards
+from cads.runtime.journal import map_shards
 
 PLANNED_BATCHES = 4096
 """Most batches that a plan collates to price them."""
@@ -100,7 +100,7 @@ def score_pool(
             return score(batch.to(device)).double().cpu().numpy()
 
     scores = np.full(len(pool), np.nan)
-    scores[np.concatenate(batches)] = in_shards("scoring", [stage, len(positions)], ledger, len(batches), shard)
+    scores[np.concatenate(batches)] = map_shards("scoring", [stage, len(positions)], ledger, len(batches), shard)
     found = scores[positions]
     check_finite(found, pool, stage, positions)
     return found

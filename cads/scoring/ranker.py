@@ -19,13 +19,13 @@ from cads.data.ids import best_first
 from cads.data.pool import Pool
 from cads.errors import BudgetError, ConfigError
 from cads.monitor import Monitor
-from cads.runtime.processes import current
+from cads.runtime.processes import active_group
 from cads.scoring.ranking import FILES, Ranking
-from cads.scoring.reference_models import scorer_of
+from cads.scoring.reference_models import proxy_of
 from cads.selection import Selection, check_folder
 from cads.task import Task
 
-CUTS = ("fraction", "epochs")
+CUT_OPTIONS = ("fraction", "epochs")
 """Options that say how a ranking is cut, and change nothing in it."""
 
 
@@ -75,11 +75,11 @@ class Ranker(ABC):
         Raises:
             SelectionError: if `folder` holds something that is no ranking.
         """
-        folder, made_from, world = Path(folder), self.made_from(task, seed), current()
-        world.on_first(lambda: check_folder(folder, FILES))
-        if world.on_first((folder / FILES[0]).exists):
-            kept = world.each(lambda: Ranking.load(folder))
-            if kept.made_from == made_from:
+        folder, made_from, world = Path(folder), self.provenance_hash(task, seed), active_group()
+        world.on_rank_zero(lambda: check_folder(folder, FILES))
+        if world.on_rank_zero((folder / FILES[0]).exists):
+            kept = world.locally(lambda: Ranking.load(folder))
+            if kept.provenance_hash == made_from:
                 ledger.merge(kept.ledger)
                 return kept
         spent = Ledger()
@@ -87,16 +87,16 @@ class Ranker(ABC):
             ranking = self.rank(task, seed=seed, ledger=spent, monitor=monitor)
         finally:
             ledger.merge(spent)
-        ranking.made_from = made_from
-        world.on_first(lambda: str(ranking.save(folder)))
+        ranking.provenance_hash = made_from
+        world.on_rank_zero(lambda: str(ranking.save(folder)))
         return ranking
 
-    def made_from(self, task: Task, seed: int) -> str:
+    def provenance_hash(self, task: Task, seed: int) -> str:
         """A hash of what scores follow from: method, options, seed, pool, target and its subtasks, recipe, model."""
-        scorer = scorer_of(task)
-        options = {name: value for name, value in asdict(self).items() if name not in CUTS}
+        scorer = proxy_of(task)
+        options = {name: value for name, value in asdict(self).items() if name not in CUT_OPTIONS}
         pools = [part.content_hash for t in (task, scorer) for part in (t.pool, t.target)]
-        recipe = scorer.recipe.decisive()
+        recipe = scorer.recipe.result_fields()
         settings = [self.method, options, seed, task.name, scorer.name, task.accounting, recipe, pools]
         # Which examples are averaged is no content of the pool.
         subtasks = scorer.subtasks(scorer.target)
@@ -116,14 +116,14 @@ class Ranker(ABC):
         """
         self._afford(task, budget, self.plan(task, budget).total(SELECT).flops)
         ranking = self.rank(task, seed=seed, ledger=ledger, monitor=monitor)
-        return self.cut(ranking, task, budget, ledger)
+        return self.select_top(ranking, task, budget, ledger)
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `cads.optimizer.Selector`."""
         check_step(task, budget.flops(task))
         return self.rank_plan(task)
 
-    def cut(self, ranking: Ranking, task: Task, budget: Budget, ledger: Ledger | None = None) -> Selection:
+    def select_top(self, ranking: Ranking, task: Task, budget: Budget, ledger: Ledger | None = None) -> Selection:
         """The best examples of `ranking`, best first, that the budget pays for.
 
         Args:
@@ -135,7 +135,7 @@ class Ranker(ABC):
         selected = np.zeros(len(task.pool), dtype=bool)
         order = best_first(task.pool.ids, score)
         selected[order[: self._size(task, order, training)]] = True
-        return Selection.of(
+        return Selection.from_pool(
             task.pool,
             selected=selected,
             score=score,
@@ -143,7 +143,7 @@ class Ranker(ABC):
             seed=ranking.seed,
             budget=budget,
             ledger=ledger,
-            config=ranking.config | {name: getattr(self, name) for name in CUTS},
+            config=ranking.config | {name: getattr(self, name) for name in CUT_OPTIONS},
             notes=ranking.notes,
         )
 
@@ -156,11 +156,11 @@ class Ranker(ABC):
         made.scores_of(task.pool)
         return made
 
-    def _size(self, task: Task, order: np.ndarray, training: float) -> int:
+    def _size(self, task: Task, order: np.ndarray, train_flops: float) -> int:
         """How many of the examples in `order` are kept: at least one."""
         usages = task.costs.usages(task.pool)[order] + task.costs.optimizer_step / task.recipe.batch_size
         spent = np.cumsum(usages)
-        most = self.fraction * spent[-1] if self.fraction is not None else training / self.epochs
+        most = self.fraction * spent[-1] if self.fraction is not None else train_flops / self.epochs
         return max(1, int(np.searchsorted(spent, most * (1 + 1e-9), side="right")))
 
     def _afford(self, task: Task, budget: Budget, selection: float) -> float:

@@ -32,6 +32,8 @@ HEADER: dict[str, type | tuple[type, ...]] = {
     "notes": dict,
 }
 """Fields of ranking.json that a Ranking takes over as they are, and their types."""
+FIELD_OF = {"made_from": "provenance_hash"}
+"""Where a field of ranking.json has another name in a Ranking."""
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Ranking:
         ids: of the examples. score: higher is better, shape (N,).
         method, config, seed, ledger: how it was made, and what it cost.
         pool_hash: content hash of the pool.
-        made_from: hash of everything that the scores follow from, or "" if nobody asked.
+        provenance_hash: hash of everything that the scores follow from, or "" if nobody asked.
         notes: what the method has to say.
     """
 
@@ -54,7 +56,7 @@ class Ranking:
     pool_hash: str
     config: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
-    made_from: str = ""
+    provenance_hash: str = ""
 
     def scores_of(self, pool: Pool) -> np.ndarray:
         """The scores in the order of `pool`, matched by id, shape (N,).
@@ -85,7 +87,7 @@ class Ranking:
         """
         folder = Path(folder)
         check_folder(folder, FILES)
-        header = {name: getattr(self, name) for name in HEADER}
+        header = {name: getattr(self, FIELD_OF.get(name, name)) for name in HEADER}
         header |= {"schema_version": SCHEMA_VERSION, "ledger": self.ledger.to_json(seconds=False)}
         with whole_folder(folder) as partial:
             table = pa.table({"id": self.ids, "score": self.score}, schema=pa.schema(list(COLUMNS.items())))
@@ -114,7 +116,7 @@ class Ranking:
                 ids=table["id"].combine_chunks(),
                 score=table["score"].to_numpy(),
                 ledger=Ledger.from_json(header["ledger"]),
-                **{name: header[name] for name in HEADER},
+                **{FIELD_OF.get(name, name): header[name] for name in HEADER},
             )
         except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException, CadsError) as error:
             raise SelectionError(f"{folder} is no ranking that can be read: {error}") from error

@@ -10,9 +10,9 @@ from torch import nn
 
 from cads.accounting.ledger import ROUNDING, SELECT, Ledger, PlannedLedger
 from cads.data.pool import Pool
-from cads.data.streams import Epochs
+from cads.data.streams import ShuffledStream
 from cads.data.token_batches import by_id
-from cads.data.training_batches import Draws
+from cads.data.training_batches import BatchStream
 from cads.errors import ConfigError, DataError
 from cads.monitor import Monitor
 from cads.seeding import derive
@@ -20,7 +20,7 @@ from cads.task import Task
 from cads.training.trainer import Trainer
 
 
-def scorer_of(task: Task) -> Task:
+def proxy_of(task: Task) -> Task:
     """The task whose model scores examples: the proxy that the task names, or the task itself.
 
     Raises:
@@ -66,7 +66,7 @@ def plan_training(task: Task, part: Pool, passes: float, ledger: PlannedLedger, 
     ledger.trained.append((task, models))
 
 
-def on_pool(
+def train_on_pool(
     task: Task,
     passes: float,
     *,
@@ -83,8 +83,8 @@ def on_pool(
     if not passes:
         return [_placed(task, task.model(seed)) for seed in seeds]
     # The order is drawn over the sorted ids: a permuted pool gives the same models.
-    streams = [Epochs(by_id(task.pool), derive(seed, "order")) for seed in seeds]
-    draws = Draws(task.pool, streams, task.recipe.batch_size)
+    streams = [ShuffledStream(by_id(task.pool), derive(seed, "order")) for seed in seeds]
+    draws = BatchStream(task.pool, streams, task.recipe.batch_size)
     models = [task.model(seed) for seed in seeds]
     fit = Trainer(task, ledger, monitor).fit_replicas(
         models, draws, _flops(task, task.pool, passes), seed=seeds[0], phase=SELECT, stage=stage
@@ -97,13 +97,13 @@ def on_pool(
     return fit.models
 
 
-def on_target(
+def train_on_target(
     task: Task, passes: float, *, seed: int, ledger: Ledger, monitor: Monitor | None = None, stage: str
 ) -> nn.Module:
     """The task's model, trained for `passes` over the target."""
     if not passes:
         return _placed(task, task.model(seed))
-    draws = Draws(task.pool, [], task.recipe.batch_size, target=task.target, target_fraction=1.0, seed=seed)
+    draws = BatchStream(task.pool, [], task.recipe.batch_size, target=task.target, target_fraction=1.0, seed=seed)
     flops = _flops(task, task.target, passes)
     trainer = Trainer(task, ledger, monitor)
     return trainer.fit(task.model(seed), draws, flops, seed=seed, phase=SELECT, stage=stage).models[0]

@@ -23,7 +23,7 @@ from cads.data.pool import Pool
 from cads.data.token_batches import SCORED_TOKENS
 from cads.errors import CadsError, DataError
 from cads.runtime.atomic_files import sync
-from cads.runtime.processes import current
+from cads.runtime.processes import active_group
 from cads.runtime.safe_read import read_score_groups
 from cads.scoring.pool_scores import BatchPrice, Score, score_pool
 
@@ -146,15 +146,15 @@ def stream_scores(
     Raises:
         DataError: if a score is not finite, or the file cannot be written.
     """
-    world, writer = current(), ScoreWriter(path)
+    world, writer = active_group(), ScoreWriter(path)
     with ExitStack() as stack:
 
         def begin() -> None:
             stack.enter_context(writer)
 
-        world.on_first(begin)
+        world.on_rank_zero(begin)
         for start in range(0, len(pool), shard):
-            part = pool.part(np.arange(start, min(start + shard, len(pool))), pool.name)
+            part = pool.subset(np.arange(start, min(start + shard, len(pool))), pool.name)
             found = score_pool(part, score, price, ledger=ledger, stage=stage, device=device, tokens=tokens)
-            world.on_first(partial(writer.write, part.ids, found))
-        world.on_first(stack.close)
+            world.on_rank_zero(partial(writer.write, part.ids, found))
+        world.on_rank_zero(stack.close)

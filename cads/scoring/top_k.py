@@ -15,7 +15,7 @@ from cads.errors import ConfigError, DataError
 from cads.scoring.score_files import read_groups
 
 
-class Best:
+class TopK:
     """The best examples of a stream, by falling score and ties by id, for as long as their costs fit.
 
     It keeps what a ranking of the whole stream would: the longest prefix whose costs sum to at most `most`, and at
@@ -97,7 +97,7 @@ def best_of_files(paths: Iterable[Path | str], most: float) -> tuple[pa.Array, n
     Raises:
         DataError: if a file cannot be read, or an id is twice among the best.
     """
-    best = Best(most)
+    best = TopK(most)
     for ids, score in read_groups(paths):
         best.add(ids, score)
     return best.result()

@@ -21,7 +21,7 @@ what (`experiments/results`)."""
 
 
 @dataclass(frozen=True)
-class Division:
+class BudgetSplit:
     """How a budget is divided.
 
     Attributes:
@@ -29,11 +29,13 @@ class Division:
         selection: the most that selection may spend.
     """
 
-    training: float
-    selection: float
+    train_flops: float
+    selection_flops: float
 
 
-def divide(task: Task, budget: Budget, allowance: float | None, default: float, least: float = 0.0) -> Division:
+def split_budget(
+    task: Task, budget: Budget, allowance: float | None, default: float, least: float = 0.0
+) -> BudgetSplit:
     """Divide `budget` between selection and training.
 
     Args:
@@ -47,15 +49,15 @@ def divide(task: Task, budget: Budget, allowance: float | None, default: float, 
     """
     total = budget.flops(task)
     if allowance is None:
-        allowance = min(counted_allowance(task, total, least), default) if budget.count_selection else default
+        allowance = min(selection_share(task, total, least), default) if budget.count_selection else default
     if not (math.isfinite(allowance) and allowance >= 0):
         raise ConfigError(f"allowance = {allowance}: it must be finite and >= 0, in units of the training FLOPs")
     training = total / (1 + allowance) if budget.count_selection else total
     check_step(task, training)
-    return Division(training, allowance * training)
+    return BudgetSplit(training, allowance * training)
 
 
-def counted_allowance(task: Task, total: float, least: float = 0.0) -> float:
+def selection_share(task: Task, total: float, least: float = 0.0) -> float:
     """What selection may spend of `total` FLOPs that cover training too, in units of what is left for training.
 
     A step of training is left, if `total` buys one.

@@ -16,19 +16,19 @@ from cads.accounting.ledger import Ledger, PlannedLedger
 from cads.data.pool import Pool
 from cads.errors import ConfigError, DataError
 from cads.monitor import Monitor
-from cads.scoring.reference_models import scorer_of
-from cads.search.allowance import Division, divide
-from cads.search.inner_costs import Planned, Purse
-from cads.search.inner_runs import Inner
+from cads.scoring.reference_models import proxy_of
+from cads.search.allowance import BudgetSplit, split_budget
+from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
+from cads.search.inner_runs import InnerLoop
 from cads.selection import Selection
-from cads.selector import uniform
+from cads.selector import full_pool_selection
 from cads.task import Objective, Task
 
 log = logging.getLogger(__name__)
 
 ALLOWANCE = 2.75
 """Selection FLOPs in units of the training budget, if the budget need not cover selection."""
-NOTHING = "the allowance buys no scores, or no short runs: the full pool is returned"
+NO_SEARCH_AFFORDABLE = "the allowance buys no scores, or no short runs: the full pool is returned"
 ONE_SOURCE = "the pool has one source, and nothing can be chosen among sources: the full pool is returned"
 
 
@@ -65,16 +65,16 @@ class Search(ABC):
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
         """Choose what to train on; see `cads.optimizer.Selector`."""
-        scorer_of(task).check_outer(self.outer)
+        proxy_of(task).check_outer(self.outer)
         if note := self.plan(task, budget).note:
             log.warning("%s: %s", self.method, note)
             return self.full_pool(task, budget, seed, ledger, note)
-        scorer, division = self.setting(task, budget)
-        spent = Ledger(limit=division.selection)
+        scorer, division = self.split_budget(task, budget)
+        spent = Ledger(limit=division.selection_flops)
         outer = self.outer or (scorer.source_outer if self.whole_sources else None)
-        inner = Inner(scorer, spent, monitor or Monitor(), outer, held_out=self.held_out)
+        inner = InnerLoop(scorer, spent, monitor or Monitor(), outer, held_out=self.held_out)
         try:
-            chosen = self.search(inner, budget, division.training, seed, ledger)
+            chosen = self.run_search(inner, budget, division.train_flops, seed, ledger)
         finally:
             ledger.merge(spent)
         return replace(
@@ -85,43 +85,49 @@ class Search(ABC):
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `cads.optimizer.Selector`."""
-        scorer, division = self.setting(task, budget)
+        scorer, division = self.split_budget(task, budget)
         if self.whole_sources and has_one_source(task.pool):
-            return PlannedLedger(division.selection, ONE_SOURCE)
-        purse = Planned(scorer, division.selection, held_out=self.held_out)
-        return purse.ledger if self.spend(purse, division.training) else PlannedLedger(division.selection, NOTHING)
+            return PlannedLedger(division.selection_flops, ONE_SOURCE)
+        costs = PlannedInnerLoop(scorer, division.selection_flops, held_out=self.held_out)
+        return (
+            costs.ledger
+            if self.plan_search(costs, division.train_flops)
+            else PlannedLedger(division.selection_flops, NO_SEARCH_AFFORDABLE)
+        )
 
-    def setting(self, task: Task, budget: Budget) -> tuple[Task, Division]:
+    def split_budget(self, task: Task, budget: Budget) -> tuple[Task, BudgetSplit]:
         """The task whose model is trained in short runs, and what they may spend.
 
         Returns:
             the scorer; selection's limit, and what the final training would take if it were the scorer's: as many
             usages, at the scorer's price.
         """
-        scorer = scorer_of(task)
+        scorer = proxy_of(task)
         ratio = 1.0
         if scorer is not task:
             prices = [t.costs.per_usage(t.pool, t.recipe.batch_size) for t in (scorer, task)]
             ratio = prices[0] / prices[1]
-        least = self.least(Planned(scorer, math.inf, held_out=self.held_out))
-        division = divide(task, budget, self.allowance, self.default_allowance * ratio, least)
-        return scorer, Division(division.training * ratio, division.selection)
+        least = self.min_flops(PlannedInnerLoop(scorer, math.inf, held_out=self.held_out))
+        division = split_budget(task, budget, self.allowance, self.default_allowance * ratio, least)
+        return scorer, BudgetSplit(division.train_flops * ratio, division.selection_flops)
 
-    def least(self, purse: Purse) -> float:
+    def min_flops(self, costs: InnerLoopCosts) -> float:
         """FLOPs for which a pretrained model's budget gives up training, as less buys no search; 0: it never does."""
         return 0.0
 
     def full_pool(self, task: Task, budget: Budget, seed: int, ledger: Ledger, note: str) -> Selection:
         """What is returned when nothing can be tried."""
-        everything = uniform(task, budget, method=self.method, seed=seed, ledger=ledger, notes={"guard": note})
+        everything = full_pool_selection(
+            task, budget, method=self.method, seed=seed, ledger=ledger, notes={"guard": note}
+        )
         return replace(everything, config=asdict(self), target_fraction=self.target_fraction or 0.0)
 
     @abstractmethod
-    def spend(self, purse: Planned, training: float) -> bool:
+    def plan_search(self, costs: PlannedInnerLoop, train_flops: float) -> bool:
         """Charge `purse` for what `search` would do; False if the allowance does not buy it."""
 
     @abstractmethod
-    def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
+    def run_search(self, inner: InnerLoop, budget: Budget, train_flops: float, seed: int, ledger: Ledger) -> Selection:
         """Find something to train on with the ledger of `inner`, for a final training of `training` FLOPs."""
 
 
@@ -159,6 +165,6 @@ def check_reference(objective: float, stage: str, data: str = "the full pool") -
         )
 
 
-def verdict(beaten: bool) -> str:
+def guard_message(beaten: bool) -> str:
     """What the guard has to say."""
     return "better than the full pool on the target" if beaten else "the full pool was not beaten"

@@ -9,11 +9,11 @@ import numpy as np
 from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
 from cads.data.pool import Pool
 from cads.scoring.pool_scores import planned_flops
-from cads.search.fidelity import Rung, data_share, ladder
+from cads.search.fidelity import Rung, data_fraction, fidelity_schedule
 from cads.task import Task
 
 
-class Purse:
+class InnerLoopCosts:
     """What inner runs of a task cost, and the ledger that pays for them.
 
     Args:
@@ -29,8 +29,8 @@ class Purse:
         self.fitted = self.measured = task.target
         if held_out and len(task.target) > 1:
             order = np.random.default_rng(0).permutation(len(task.target))
-            self.fitted = task.target.part(np.sort(order[::2]), "target, half for theta")
-            self.measured = task.target.part(np.sort(order[1::2]), "target, half to measure on")
+            self.fitted = task.target.subset(np.sort(order[::2]), "target, half for theta")
+            self.measured = task.target.subset(np.sort(order[1::2]), "target, half to measure on")
 
     @property
     def step_flops(self) -> float:
@@ -63,24 +63,26 @@ class Purse:
     def _scoring_flops(self) -> float:
         return planned_flops(self.task.costs.forward, self.task.pool)
 
-    def target_flops(self, share: float, passes: float, training: float) -> float:
+    def target_flops(self, share: float, passes: float, train_flops: float) -> float:
         """For theta: a share of the final training, but no more passes over the target than `passes`."""
         batch_size = self.task.recipe.batch_size
-        return min(share * training, passes * self._step(self.fitted) / batch_size * len(self.fitted))
+        return min(share * train_flops, passes * self._step(self.fitted) / batch_size * len(self.fitted))
 
-    def ladder(self, training: float, per_rung: float = 0.0) -> list[Rung]:
+    def fidelity_schedule(self, train_flops: float, per_rung: float = 0.0) -> list[Rung]:
         """The short runs that what is left of the ledger buys for a final training of `training` FLOPs."""
-        left, passes, pretrained = self.ledger.left, self.passes(training), self.task.pretrained
-        return ladder(training, left, self.step_flops, self.measuring_flops, passes, per_rung, pretrained=pretrained)
+        left, passes, pretrained = self.ledger.left, self.passes(train_flops), self.task.pretrained
+        return fidelity_schedule(
+            train_flops, left, self.step_flops, self.measuring_flops, passes, per_rung, pretrained=pretrained
+        )
 
-    def deciding_rung(self, fidelity: float, training: float, runs: int) -> Rung:
+    def deciding_rung(self, fidelity: float, train_flops: float, runs: int) -> Rung:
         """One of runs that decide, on the data that `data_share` gives them."""
-        data = data_share(fidelity, self.passes(training), decides=True, pretrained=self.task.pretrained)
-        return Rung(fidelity, fidelity * training, data, runs)
+        data = data_fraction(fidelity, self.passes(train_flops), decides=True, pretrained=self.task.pretrained)
+        return Rung(fidelity, fidelity * train_flops, data, runs)
 
-    def passes(self, training: float) -> float:
+    def passes(self, train_flops: float) -> float:
         """Over the pool, that `training` FLOPs buy."""
-        return training * self.task.recipe.batch_size / (self.step_flops * len(self.task.pool))
+        return train_flops * self.task.recipe.batch_size / (self.step_flops * len(self.task.pool))
 
     def learn(self, flops: float) -> None:
         """Pay for moving a policy."""
@@ -91,7 +93,7 @@ class Purse:
         return self.task.costs.per_usage(pool, batch_size) * batch_size
 
 
-class Planned(Purse):
+class PlannedInnerLoop(InnerLoopCosts):
     """Charges for runs as `Inner` would, and runs nothing."""
 
     ledger: PlannedLedger

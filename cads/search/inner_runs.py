@@ -14,15 +14,15 @@ from torch import nn
 
 from cads.accounting.ledger import SELECT, Ledger
 from cads.data.streams import Stream
-from cads.data.training_batches import Draws
+from cads.data.training_batches import BatchStream
 from cads.monitor import Monitor
 from cads.runtime.checkpoint import State
-from cads.runtime.journal import perform, perform_apart
-from cads.runtime.lockstep import Operation, Progress, Standing
-from cads.runtime.processes import current
+from cads.runtime.journal import replay_or_run, replay_or_run_parallel
+from cads.runtime.lockstep import Operation, OperationStatus, StepReporter
+from cads.runtime.processes import active_group
 from cads.scoring.pool_scores import score_pool
-from cads.search.inner_costs import Purse
-from cads.task import Measured, Objective, Task
+from cads.search.inner_costs import InnerLoopCosts
+from cads.task import Objective, ObjectiveValue, Task
 from cads.training.trainer import Trainer
 
 BY_EXAMPLE = "by_example"
@@ -30,7 +30,7 @@ BY_EXAMPLE = "by_example"
 
 
 @dataclass
-class Runs:
+class InnerRuns:
     """K inner runs.
 
     Attributes:
@@ -47,28 +47,28 @@ class Runs:
     objective: np.ndarray
     losses: np.ndarray
     flops: np.ndarray
-    reached: np.ndarray
+    final_train_loss: np.ndarray
     models: list[nn.Module]
-    errors: np.ndarray
-    first: Measured | None = None
+    stderr: np.ndarray
+    reference: ObjectiveValue | None = None
 
-    def followed_by(self, more: Runs) -> Runs:
+    def followed_by(self, more: InnerRuns) -> InnerRuns:
         """These and `more`, which were made for as many FLOPs and measured beside the first of these."""
         # As `cads.fit.side_by_side` has runs whose numbers of steps differ.
         steps = min(len(self.losses), len(more.losses))
         flops = [runs.flops[-steps:] for runs in (self, more)]
-        return Runs(
+        return InnerRuns(
             np.concatenate([self.objective, more.objective]),
             np.hstack([self.losses[-steps:], more.losses[-steps:]]),
             np.average(flops, axis=0, weights=[len(self.models), len(more.models)]),
-            np.concatenate([self.reached, more.reached]),
+            np.concatenate([self.final_train_loss, more.final_train_loss]),
             [*self.models, *more.models],
-            np.concatenate([self.errors, more.errors]),
-            self.first,
+            np.concatenate([self.stderr, more.stderr]),
+            self.reference,
         )
 
 
-class Inner(Purse):
+class InnerLoop(InnerLoopCosts):
     """Trains from the task's initial weights and measures on the target; all of it is charged to "select".
 
     Args:
@@ -94,8 +94,8 @@ class Inner(Purse):
         self.trainer = Trainer(task, ledger, monitor)
 
     def run(
-        self, streams: Sequence[Stream], flops: float, *, seed: int, stage: str, beside: Measured | None = None
-    ) -> Runs:
+        self, streams: Sequence[Stream], flops: float, *, seed: int, stage: str, reference: ObjectiveValue | None = None
+    ) -> InnerRuns:
         """Train one replica a stream for `flops` each, all from the same initial weights, and measure them.
 
         Equal seeds give equal initial weights and dropout, so that differences between replicas come from
@@ -105,41 +105,41 @@ class Inner(Purse):
             beside: what errors are of the difference to; None for what the first run measures.
         """
         models = [self.task.model(seed) for _ in streams]
-        draws = Draws(self.task.pool, streams, self.task.recipe.batch_size)
+        draws = BatchStream(self.task.pool, streams, self.task.recipe.batch_size)
         fit = self.trainer.fit_replicas(models, draws, flops, seed=seed, phase=SELECT, stage=stage)
         objective = np.full(len(models), np.nan)
         sound = np.flatnonzero(~fit.diverged)
-        found = self.measure_each([fit.models[k] for k in sound], f"{stage}, measuring")
+        found = self.evaluate_all([fit.models[k] for k in sound], f"{stage}, measuring")
         errors = np.zeros(len(models))
         for k, measured in zip(sound, found, strict=True):
             objective[k] = measured.value
-            errors[k] = paired_error(measured, beside or found[0])
+            errors[k] = paired_error(measured, reference or found[0])
         first = None if fit.diverged[0] else found[0]
-        return Runs(objective, fit.losses, fit.flops, fit.training_loss, fit.models, errors, first)
+        return InnerRuns(objective, fit.losses, fit.flops, fit.training_loss, fit.models, errors, first)
 
-    def measure_each(self, models: Sequence[nn.Module], stage: str) -> list[Measured]:
+    def evaluate_all(self, models: Sequence[nn.Module], stage: str) -> list[ObjectiveValue]:
         """The outer objective of each model on the target; several processes measure one each at a time."""
-        size = current().size
+        size = active_group().size
         if size == 1:
-            return [self.measure(model, stage) for model in models]
+            return [self.evaluate(model, stage) for model in models]
         waves = [models[start : start + size] for start in range(0, len(models), size)]
-        return [value for wave in waves for value in self._measure_wave(wave, stage)]
+        return [value for wave in waves for value in self._evaluate_on_ranks(wave, stage)]
 
-    def measure(self, model: nn.Module, stage: str) -> Measured:
+    def evaluate(self, model: nn.Module, stage: str) -> ObjectiveValue:
         """The outer objective of one model on the target."""
 
-        def compute(_: Progress) -> State:
+        def compute(_: StepReporter) -> State:
             self.ledger.charge(SELECT, stage, self.measuring_flops)
             with self.ledger.timed(SELECT, stage):
                 return self._objective(model)
 
-        return _measured(perform("measuring", [stage], self.ledger, compute))
+        return _measured(replay_or_run("measuring", [stage], self.ledger, compute))
 
-    def _measure_wave(self, models: Sequence[nn.Module], stage: str) -> list[Measured]:
+    def _evaluate_on_ranks(self, models: Sequence[nn.Module], stage: str) -> list[ObjectiveValue]:
         """Measure at most one model a process."""
-        rank = current().rank
+        rank = active_group().rank
 
-        def part(_: Progress, standing: list[Standing]) -> State:
+        def part(_: StepReporter, standing: list[OperationStatus]) -> State:
             if rank >= len(models) or standing[rank].finished:
                 return State()
             started = time.perf_counter()
@@ -155,7 +155,7 @@ class Inner(Purse):
             self.ledger.charge(SELECT, stage, 0.0, seconds=state.values.pop("seconds") / len(models))
 
         operations = [Operation("measuring", [stage], settle) for _ in models]
-        states = perform_apart(operations, self.ledger, part, join)
+        states = replay_or_run_parallel(operations, self.ledger, part, join)
         return [_measured(state) for state in states]
 
     def _objective(self, model: nn.Module) -> State:
@@ -194,7 +194,7 @@ class Inner(Purse):
             model: where to go on from; None for fresh weights.
             stream: of pool examples that fill up each batch beside `target_fraction` of the target.
         """
-        draws = Draws(
+        draws = BatchStream(
             self.task.pool,
             [] if stream is None else [stream],
             self.task.recipe.batch_size,
@@ -207,12 +207,12 @@ class Inner(Purse):
         return fit.models[0]
 
 
-def _measured(state: State) -> Measured:
+def _measured(state: State) -> ObjectiveValue:
     by_example = state.tensors.get(BY_EXAMPLE)
-    return Measured(state.number("objective"), None if by_example is None else by_example.numpy())
+    return ObjectiveValue(state.number("objective"), None if by_example is None else by_example.numpy())
 
 
-def paired_error(one: Measured, other: Measured) -> float:
+def paired_error(one: ObjectiveValue, other: ObjectiveValue) -> float:
     """Standard error of the difference of two objectives that are means over the same examples; else 0."""
     if one.by_example is None or other.by_example is None or len(one.by_example) < 2:
         return 0.0

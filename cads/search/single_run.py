@@ -28,15 +28,15 @@ from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.search.base import Search
 from cads.search.fidelity import PRETRAINED_STEPS
-from cads.search.inner_costs import Planned, Purse
-from cads.search.inner_runs import Inner
+from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
+from cads.search.inner_runs import InnerLoop
 from cads.seeding import derive
 from cads.selection import Selection
-from cads.selector import uniform
+from cads.selector import full_pool_selection
 from cads.task import Task
-from cads.training.final import fit_final
-from cads.training.result import Fit
-from cads.training.run_state import Leg
+from cads.training.final import fit_final_model
+from cads.training.result import TrainResult
+from cads.training.run_state import RunSegment
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ TARGET_FRACTION = 0.3
 
 
 @dataclass(frozen=True)
-class Way:
+class OneRunSplit:
     """How a run is divided, and what is made of what it tells.
 
     Attributes:
@@ -72,17 +72,17 @@ class Way:
     theta_steps: int
 
 
-FRESH = Way(share=0.05, first=0.2, reach_weight=-1.0, theta_steps=0)
+FROM_SCRATCH = OneRunSplit(share=0.05, first=0.2, reach_weight=-1.0, theta_steps=0)
 """With 5,000 examples of which half are mislabelled, a share of 0.083 at 10 passes cost what it brought, and 0.05 at 30
 passes did not. After a fifth of the training u has learned little by heart, so that its losses tell what does not fit
 rather than what can be reached: the weight is negative."""
-PRETRAINED = Way(share=0.13, first=0.25, reach_weight=1.0, theta_steps=PRETRAINED_STEPS)
+PRETRAINED = OneRunSplit(share=0.13, first=0.25, reach_weight=1.0, theta_steps=PRETRAINED_STEPS)
 """What a pretrained model finds easy need not be worth anything: only what theta loses beside u tells. A few steps of
 theta are enough, but both passes over the pool have to be paid."""
 
 
 @dataclass(frozen=True)
-class Parts:
+class SplitFlops:
     """How C is divided, in FLOPs.
 
     Attributes:
@@ -170,17 +170,17 @@ class OneRun:
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge to "select"; what it charges to "train" is the first part of the final run."""
         self._check(task)
-        purse = Planned(task, budget.flops(task))
-        parts = self._divide(purse)
+        costs = PlannedInnerLoop(task, budget.flops(task))
+        parts = self._divide(costs)
         if parts is None:
             return PlannedLedger(note=self._why_not)
         if parts.theta:
-            purse.fit_target(parts.theta, stage="theta")
-            purse.losses(len(task.pool), stage="R")
+            costs.fit_target(parts.theta, stage="theta")
+            costs.losses(len(task.pool), stage="R")
         if parts.reading:
-            purse.losses(len(task.pool), stage="l*")
-        purse.learn(parts.weighing)
-        return purse.ledger
+            costs.losses(len(task.pool), stage="l*")
+        costs.learn(parts.weighing)
+        return costs.ledger
 
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
@@ -193,10 +193,10 @@ class OneRun:
         self._check(task)
         monitor = monitor or Monitor()
         spent = Ledger(limit=budget.flops(task))
-        inner = Inner(task, spent, monitor)
+        inner = InnerLoop(task, spent, monitor)
         parts = self._divide(inner)
         notes: dict[str, object] = {} if parts else {"one run": self._why_not}
-        everything = uniform(task, budget, method=self.method, seed=seed, ledger=ledger, notes=notes)
+        everything = full_pool_selection(task, budget, method=self.method, seed=seed, ledger=ledger, notes=notes)
         everything = replace(everything, target_fraction=self.target_fraction, config=self.config)
         if parts is None:
             log.warning("%s: %s", self.method, self._why_not)
@@ -208,10 +208,10 @@ class OneRun:
             inner.learn(parts.weighing)
         finally:
             ledger.merge(spent)
-        z = standardised(from_theta - way_of(task).reach_weight * from_u, task.groups(task.pool))
+        z = standardised(from_theta - one_run_split(task).reach_weight * from_u, task.groups(task.pool))
         weights = self.weigh(task.pool, z)
         watch(monitor, task, z, weights)
-        return Selection.of(
+        return Selection.from_pool(
             task.pool,
             selected=np.ones(len(task.pool), dtype=bool),
             source_probability=source_means(task.pool, weights),
@@ -247,39 +247,39 @@ class OneRun:
                 "lower it"
             )
 
-    def _divide(self, purse: Purse) -> Parts | None:
+    def _divide(self, costs: InnerLoopCosts) -> SplitFlops | None:
         """How the budget is divided; None where it is too small to select in.
 
         Raises:
             BudgetError: if it does not buy one step.
         """
-        task, total = purse.task, purse.ledger.left
+        task, total = costs.task, costs.ledger.left
         check_step(task, total)
-        way = way_of(task)
+        way = one_run_split(task)
         batch_size, n = task.recipe.batch_size, len(task.pool)
         from_target = round(self.target_fraction * batch_size)
         most = total * (way.share if self.allowance is None else self.allowance / (1 + self.allowance))
         weighing = candidates_flops(n, 1)
-        reading = 0.0 if own_losses_tell(task) else purse.scoring_flops(n)
-        scoring = purse.scoring_flops(n)
-        few, many = (purse.target_flops(1.0, passes, total) for passes in THETA_PASSES)
+        reading = 0.0 if own_losses_tell(task) else costs.scoring_flops(n)
+        scoring = costs.scoring_flops(n)
+        few, many = (costs.target_flops(1.0, passes, total) for passes in THETA_PASSES)
         if way.theta_steps:
-            few = purse.target_steps_flops(way.theta_steps)
+            few = costs.target_steps_flops(way.theta_steps)
         theta = min(many, most - scoring - reading - weighing)
-        if theta < few or theta < purse.target_step_flops:
+        if theta < few or theta < costs.target_step_flops:
             if way.theta_steps:
                 return None
             theta = scoring = 0.0
         if theta + scoring + reading + weighing > most:
             return None
         first = way.first * (total - theta - scoring - reading - weighing)
-        costs = [task.costs.per_usage(pool, batch_size) for pool in (task.pool, task.target)]
-        step = costs[0] * (batch_size - from_target) + costs[1] * from_target
+        of_pool, of_target = (task.costs.per_usage(pool, batch_size) for pool in (task.pool, task.target))
+        step = of_pool * (batch_size - from_target) + of_target * from_target
         if int(first / step) * (batch_size - from_target) < n:
             return None
-        return Parts(theta, scoring, reading, weighing)
+        return SplitFlops(theta, scoring, reading, weighing)
 
-    def _theta(self, inner: Inner, parts: Parts, seed: int) -> np.ndarray:
+    def _theta(self, inner: InnerLoop, parts: SplitFlops, seed: int) -> np.ndarray:
         """Losses of the pool under theta, nats, shape (N,); 0 where there is no theta."""
         n = len(inner.task.pool)
         if not parts.theta:
@@ -287,13 +287,15 @@ class OneRun:
         theta = inner.fit_target(parts.theta, seed=derive(seed, "theta"), stage="theta")
         return inner.losses(theta, np.arange(n), stage="R")
 
-    def _begin(self, inner: Inner, parts: Parts, everything: Selection, seed: int) -> Fit:
+    def _begin(self, inner: InnerLoop, parts: SplitFlops, everything: Selection, seed: int) -> TrainResult:
         """Train the first part of the final model, with the course of the learning rate over all of it."""
         horizon = inner.ledger.left - parts.reading - parts.weighing
-        first = way_of(inner.task).first * horizon
-        return fit_final(inner.trainer, everything, first, seed=seed, leg=Leg(horizon=horizon, keep=True))
+        first = one_run_split(inner.task).first * horizon
+        return fit_final_model(
+            inner.trainer, everything, first, seed=seed, segment=RunSegment(horizon=horizon, keep=True)
+        )
 
-    def _reference(self, inner: Inner, parts: Parts, fit: Fit) -> np.ndarray:
+    def _reference(self, inner: InnerLoop, parts: SplitFlops, fit: TrainResult) -> np.ndarray:
         """Losses of the pool under u, nats, shape (N,); NaN for what it has not seen, where its own steps tell."""
         if parts.reading:
             return inner.losses(fit.models[0], np.arange(len(inner.task.pool)), stage="l*")
@@ -301,9 +303,9 @@ class OneRun:
         return fit.example_losses
 
 
-def way_of(task: Task) -> Way:
+def one_run_split(task: Task) -> OneRunSplit:
     """How its run is divided."""
-    return PRETRAINED if task.pretrained else FRESH
+    return PRETRAINED if task.pretrained else FROM_SCRATCH
 
 
 def own_losses_tell(task: Task) -> bool:

@@ -10,7 +10,7 @@ from cads.errors import ConfigError
 from cads.policies.base import Policy
 from cads.policies.bernoulli import BernoulliPolicy
 from cads.policies.mixture import MixturePolicy
-from cads.search.space import Space
+from cads.search.space import SearchSpace
 from cads.selection import Selection
 from cads.task import Task
 
@@ -32,7 +32,7 @@ def source_marginals(policy: Policy) -> np.ndarray:
     raise ConfigError(f"{type(policy).__name__} is no policy over sources")
 
 
-def source_selection(task: Task, space: Space, draw: np.ndarray, policy: Policy, **about: Any) -> Selection:
+def source_selection(task: Task, space: SearchSpace, draw: np.ndarray, policy: Policy, **about: Any) -> Selection:
     """The Selection that trains on `draw`; the score of an example is the probability of its source."""
     pool = task.pool
     assert pool.sources is not None
@@ -40,7 +40,7 @@ def source_selection(task: Task, space: Space, draw: np.ndarray, policy: Policy,
     weights = space.weights(draw[None])[0]
     # Equal weights may differ in their last bits where they are quotients of ratios and sizes.
     relative = np.round(weights / weights.max(), WEIGHT_DIGITS)
-    return Selection.of(
+    return Selection.from_pool(
         pool,
         selected=(relative > 0)[pool.sources],
         score=marginals[pool.sources],

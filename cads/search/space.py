@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from cads.data.pool import Pool
-from cads.data.streams import Epochs, Stream, Weighted
+from cads.data.streams import ShuffledStream, Stream, WeightedStream
 from cads.estimators.control_variate import Function
 from cads.estimators.design import n_columns, pairs
 from cads.estimators.reachable_loss import effective_size
@@ -23,7 +23,7 @@ SIGMA = 0.15
 """Standard deviation of the ratios of the mixture policy."""
 
 
-class Space(ABC):
+class SearchSpace(ABC):
     """What a policy over sources draws, and what a draw means for training.
 
     Args:
@@ -84,7 +84,7 @@ class Space(ABC):
         return np.hstack([x, pairs(x), size])
 
 
-class Masks(Space):
+class SubsetSpace(SearchSpace):
     """Subsets of sources, by a Bernoulli policy. A draw holds the weight of each source: 1 in, 0 out.
 
     A weight between is what training on many draws of a policy comes to: the source is in some of the time.
@@ -130,13 +130,13 @@ class Masks(Space):
         assert self.pool.sources is not None
         here = draw[self.pool.sources[positions]]
         if np.isin(draw, (0, 1)).all():
-            return Epochs(positions[here == 1], seed)
+            return ShuffledStream(positions[here == 1], seed)
         weights = np.zeros(len(self.pool))
         weights[positions] = here
-        return Weighted(weights, seed)
+        return WeightedStream(weights, seed)
 
 
-class Mixtures(Space):
+class MixtureSpace(SearchSpace):
     """Ratios of sources, by truncated Gaussians."""
 
     @property
@@ -170,4 +170,4 @@ class Mixtures(Space):
         weights = np.zeros(len(self.pool))
         assert self.pool.sources is not None
         weights[positions] = self.weights(draw[None])[0][self.pool.sources[positions]]
-        return Weighted(weights, seed)
+        return WeightedStream(weights, seed)

@@ -21,7 +21,7 @@ from cads.accounting.transformer import trainable_size
 from cads.errors import BudgetError, ConfigError, DataError
 from cads.monitor import Monitor
 from cads.registry import build_selector
-from cads.runtime.processes import current
+from cads.runtime.processes import active_group
 from cads.scoring.ranker import Ranker
 from cads.selection import Selection
 from cads.selector import Selector
@@ -30,14 +30,14 @@ from cads.study.journals import Journals
 from cads.study.ranking_store import Rankings
 from cads.study.tables import DONE, NOT_APPLICABLE, OVER_BUDGET
 from cads.task import Task
-from cads.training.final import train_on
+from cads.training.final import train
 
 N_SHOWN = 8
 """Examples kept, and examples left out, that are shown of each selection."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class CellPlan:
     """What a cell would do.
 
     Attributes:
@@ -56,7 +56,7 @@ class Plan:
 
 
 @dataclass
-class Record:
+class RunRow:
     """What came out of a cell: a row of `runs`, and its rows of `selections` and `examples`."""
 
     run: dict[str, Any]
@@ -80,12 +80,12 @@ class Recorder(Monitor):
         self.course.append(dict(zip(names, np.asarray(values, dtype=float).tolist(), strict=True)))
 
 
-def plan_cell(task: Task, cell: Cell, key: str, ranking: str) -> Plan:
+def plan_cell(task: Task, cell: Cell, key: str, ranking: str) -> CellPlan:
     """What a cell would cost, whether its method applies, and whether it fits; nothing is trained."""
     selector = build_selector(cell.entry.method, cell.entry.options)
 
-    def plan(status: str, note: str, selection: float = 0.0, training: float = 0.0) -> Plan:
-        return Plan(cell, key, ranking, status, note, selection, training)
+    def plan(status: str, note: str, selection: float = 0.0, training: float = 0.0) -> CellPlan:
+        return CellPlan(cell, key, ranking, status, note, selection, training)
 
     try:
         total = cell.budget.flops(task)
@@ -104,7 +104,7 @@ def plan_cell(task: Task, cell: Cell, key: str, ranking: str) -> Plan:
     return plan("", planned.note, selection, total - charged)
 
 
-def price(plans: Sequence[Plan]) -> tuple[float, float]:
+def price(plans: Sequence[CellPlan]) -> tuple[float, float]:
     """FLOPs of selection, each ranking made once, and of training."""
     shared = {p.ranking: p.selection for p in plans if p.ranking and not p.status}
     own = sum(p.selection for p in plans if not p.ranking and not p.status)
@@ -120,7 +120,7 @@ def amortised(ledger: Ledger, sharing: float) -> Ledger:
     return shared
 
 
-def run_cell(plan: Plan, task: Task, metric: str, journals: Journals, place: Path) -> Record:
+def run_cell(plan: CellPlan, task: Task, metric: str, journals: Journals, place: Path) -> RunRow:
     """Select, train and test once; leaves the Selection and TensorBoard's files in `place`.
 
     What the journal of the cell has of it is not done again. A ranking has a journal of its own: whoever makes it, it
@@ -136,7 +136,7 @@ def run_cell(plan: Plan, task: Task, metric: str, journals: Journals, place: Pat
         select, ranked = _selecting(plan, task, journals, monitor)
         with journals.open(plan.key) as journal:
             selection, spent = select()
-            outcome = train_on(task, selection, cell.budget, seed=seed, monitor=monitor, evaluations=cell.evaluations)
+            outcome = train(task, selection, cell.budget, seed=seed, monitor=monitor, evaluations=cell.evaluations)
             charged = {phase: outcome.ledger.total(phase) for phase in (SELECT, TRAIN, EVALUATE)}
             total = charged[SELECT].flops + charged[TRAIN].flops
             measured = scored(task, metric, outcome.metrics)
@@ -149,7 +149,7 @@ def run_cell(plan: Plan, task: Task, metric: str, journals: Journals, place: Pat
                 "seed": seed,
             }
             monitor.hparams(hparams, {**outcome.metrics, "total_flops": total})
-            current().on_first(lambda: str(selection.save(place / "selection")))
+            active_group().on_rank_zero(lambda: str(selection.save(place / "selection")))
             run = describe(plan, task, metric) | {
                 "status": DONE,
                 **measured,
@@ -168,11 +168,11 @@ def run_cell(plan: Plan, task: Task, metric: str, journals: Journals, place: Pat
                 "probability_course": json.dumps(monitor.course),
                 "notes": json.dumps(selection.notes, default=str),
             }
-            return Record(run, _selected(plan.key, selection), shown(plan.key, selection, task))
+            return RunRow(run, _selected(plan.key, selection), shown(plan.key, selection, task))
 
 
 def _selecting(
-    plan: Plan, task: Task, journals: Journals, monitor: Monitor
+    plan: CellPlan, task: Task, journals: Journals, monitor: Monitor
 ) -> tuple[Callable[[], tuple[Selection, float]], float]:
     """What selects, and the seconds that its ranking, which is made here if need be, has taken.
 
@@ -184,7 +184,7 @@ def _selecting(
         ranking, seconds = Rankings(journals.folder).get(plan.ranking, selector, task, seed, monitor, journals)
         shared = amortised(ranking.ledger, cell.sharing)
         spent = ranking.ledger.total(SELECT).flops
-        return lambda: (selector.cut(ranking, task, cell.budget, shared), spent), seconds
+        return lambda: (selector.select_top(ranking, task, cell.budget, shared), spent), seconds
     return lambda: _search(selector, cell, task, monitor), 0.0
 
 
@@ -194,7 +194,7 @@ def _search(selector: Selector, cell: Cell, task: Task, monitor: Monitor) -> tup
     return replace(selection, ledger=amortised(selection.ledger, cell.sharing)), spent
 
 
-def describe(plan: Plan, task: Task, metric: str) -> dict[str, Any]:
+def describe(plan: CellPlan, task: Task, metric: str) -> dict[str, Any]:
     """What is known of a cell before it runs: columns of `runs`."""
     cell, setting = plan.cell, plan.cell.setting
     usage = task.costs.per_usage(task.pool, task.recipe.batch_size)
@@ -251,7 +251,7 @@ def metric_of(task: Task, wanted: str | None) -> str:
     Raises:
         ConfigError: if the task has no such metric.
     """
-    few = task.test.part(np.arange(min(N_SHOWN, len(task.test))), "test set")
+    few = task.test.subset(np.arange(min(N_SHOWN, len(task.test))), "test set")
     known: Mapping[str, float] = task.metrics(task.model(0), few)
     metric = wanted or ("accuracy" if "accuracy" in known else task.outer)
     if metric not in known:

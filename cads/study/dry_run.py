@@ -12,10 +12,10 @@ from rich.text import Text
 
 from cads.accounting.throughput import matmul_flops_per_second
 from cads.planning.plan import duration
-from cads.study.cells import Plan, price
+from cads.study.cells import CellPlan, price
 
 
-def dry_run(plans: Sequence[Plan], done: Collection[str], console: Console) -> None:
+def dry_run(plans: Sequence[CellPlan], done: Collection[str], console: Console) -> None:
     """Print what every cell would do and cost, and the price of all; nothing is trained.
 
     Args:
@@ -28,7 +28,7 @@ def dry_run(plans: Sequence[Plan], done: Collection[str], console: Console) -> N
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     notes: dict[str, int] = {}
-    rows: dict[tuple[str, str, str], list[Plan]] = {}
+    rows: dict[tuple[str, str, str], list[CellPlan]] = {}
     for p in plans:
         where = " ".join(filter(None, [p.cell.setting.task, p.cell.setting.model])) or p.cell.setting.kind
         rows.setdefault((where, str(p.cell.budget), p.cell.label), []).append(p)

@@ -30,7 +30,7 @@ EACH = "each"
 
 
 @dataclass
-class Entry:
+class GridEntry:
     """A method, its options, and whether the budget covers its selection too."""
 
     method: str
@@ -73,7 +73,7 @@ class TaskEntry:
 class Grid:
     """What is run: every method at every budget with every seed, on every task at every size."""
 
-    methods: list[Entry]
+    methods: list[GridEntry]
     """Names, or entries with options."""
     budgets: list[str]
     """FLOPs, usages, epochs or tokens."""
@@ -101,7 +101,7 @@ class Grid:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """How often what is under way is written down, to go on from; it changes no result."""
 
-    def name(self, entry: Entry) -> str:
+    def name(self, entry: GridEntry) -> str:
         """How a method is called in tables and figures."""
         if entry.label:
             return entry.label
@@ -146,8 +146,8 @@ class Setting:
     def describe(self) -> dict[str, Any]:
         """All that the results depend on, besides the data, the method and the budget."""
         config: Any = self.config
-        task = config.decisive() if hasattr(config, "decisive") else asdict(config)
-        return {"kind": self.kind, "task": task, "train": self.train.decisive(), "seed": self.seed}
+        task = config.result_fields() if hasattr(config, "result_fields") else asdict(config)
+        return {"kind": self.kind, "task": task, "train": self.train.result_fields(), "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Cell:
 
     setting: Setting
     label: str
-    entry: Entry
+    entry: GridEntry
     budget: Budget
     sharing: float
     evaluations: tuple[str, ...] = ()
@@ -268,7 +268,7 @@ def cells(grid: Grid, setting: Setting) -> list[Cell]:
     return made
 
 
-def _counted(grid: Grid, entry: Entry) -> bool:
+def _counted(grid: Grid, entry: GridEntry) -> bool:
     return grid.count_selection if entry.count_selection is None else entry.count_selection
 
 

@@ -20,8 +20,8 @@ from cads.errors import CheckpointError
 from cads.runtime.checkpoint import CheckpointConfig, Checkpoints, OtherRunError
 from cads.runtime.journal import Journal
 from cads.runtime.lock import LockedError, RunLock
-from cads.runtime.processes import current
-from cads.runtime.run_folder import going_on
+from cads.runtime.processes import active_group
+from cads.runtime.run_folder import resumable_journal
 from cads.runtime.signals import Interrupts
 from cads.selection import versions
 
@@ -50,14 +50,14 @@ class Journals:
         If what is there cannot be gone on from (it is of other code or versions, or the work does not repeat it), it is
         discarded with a warning, and `work` is called from the start.
         """
-        world = current()
-        if not world.on_first(lambda: Checkpoints(self._place(key), {}).empty):
+        world = active_group()
+        if not world.on_rank_zero(lambda: Checkpoints(self._place(key), {}).empty):
             try:
                 return work()
             except CheckpointError as error:
                 reason = "; ".join(error.changed) if isinstance(error, OtherRunError) else str(error)
                 log.warning("%s begins anew, its checkpoints are discarded: %s", key, reason)
-                world.on_first(lambda: self.forget(key))
+                world.on_rank_zero(lambda: self.forget(key))
         return work()
 
     def open(self, key: str) -> AbstractContextManager[Journal]:
@@ -67,7 +67,7 @@ class Journals:
             CheckpointError: if what is there is of another run.
         """
         identity = {"work": key, "code": self.code, "versions": self._versions}
-        return going_on(key, self._place(key), identity, self.config, self.interrupts)
+        return resumable_journal(key, self._place(key), identity, self.config, self.interrupts)
 
     def forget(self, key: str) -> None:
         """Remove what is kept of `key`, in the one process that writes."""

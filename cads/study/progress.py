@@ -14,21 +14,21 @@ from rich.table import Table
 from rich.text import Text
 
 from cads.planning.plan import duration
-from cads.study.cells import Plan, price
+from cads.study.cells import CellPlan, price
 from cads.study.tables import DONE
 
 REFRESHES = 2.0
 """Of the live table, per second."""
 
 
-class Progress:
+class GridProgress:
     """A live table on a terminal; one line a cell elsewhere.
 
     Args:
         console: where it is shown. plans: the cells to follow.
     """
 
-    def __init__(self, console: Console, plans: Sequence[Plan]) -> None:
+    def __init__(self, console: Console, plans: Sequence[CellPlan]) -> None:
         self._console = console
         self._plans = list(plans)
         self._rows: dict[str, dict[str, Any]] = {}
@@ -41,7 +41,7 @@ class Progress:
             else None
         )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> GridProgress:
         self._began = time.perf_counter()
         if self._live is not None:
             self._live.start()
@@ -51,11 +51,11 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
-    def started(self, plan: Plan) -> None:
+    def started(self, plan: CellPlan) -> None:
         """A cell begins."""
         self._running = f"{plan.cell.label}, {plan.cell.budget}, seed {plan.cell.setting.seed}"
 
-    def finished(self, plan: Plan, row: dict[str, Any], *, resumed: bool) -> None:
+    def finished(self, plan: CellPlan, row: dict[str, Any], *, resumed: bool) -> None:
         """A cell has ended, as `row` of `runs` says; `resumed`: in an earlier run."""
         before = self._left()
         self._rows[plan.key] = row
@@ -129,5 +129,5 @@ class Progress:
         return Group(table, Text(self.footer()))
 
 
-def _row_name(plan: Plan) -> str:
+def _row_name(plan: CellPlan) -> str:
     return " ".join(filter(None, [plan.cell.setting.task, plan.cell.setting.model, plan.cell.label]))

@@ -17,8 +17,8 @@ from cads.data.ids import rank_by_score
 from cads.errors import DataError
 from cads.monitor import Monitor
 from cads.runtime.lock import LockedError, held_by_first
-from cads.runtime.processes import current
-from cads.scoring.ranker import CUTS, Ranker
+from cads.runtime.processes import active_group
+from cads.scoring.ranker import CUT_OPTIONS, Ranker
 from cads.scoring.ranking import Ranking
 from cads.study.grid import Setting, content_key, readable
 from cads.study.journals import Journals
@@ -37,7 +37,7 @@ class Rankings:
 
     def key(self, setting: Setting, ranker: Ranker, contents: Mapping[str, str], version: str) -> str:
         """What a ranking depends on: all but the budget, and where it is cut."""
-        options = {name: value for name, value in asdict(ranker).items() if name not in CUTS}
+        options = {name: value for name, value in asdict(ranker).items() if name not in CUT_OPTIONS}
         parts = [setting.describe(), ranker.method, options, dict(contents), version]
         return f"{readable(f'{ranker.method}-{setting.seed}')}-{content_key(parts)}"
 
@@ -61,19 +61,19 @@ class Rankings:
         def make() -> None:
             with journals.open(key) as journal:
                 ranking = ranker.rank(task, seed=seed, ledger=Ledger(), monitor=monitor)
-                world.on_first(lambda: self._write(key, ranking, journal.seconds))
+                world.on_rank_zero(lambda: self._write(key, ranking, journal.seconds))
 
-        path, world = self.path(key), current()
-        while not world.on_first(path.exists):
+        path, world = self.path(key), active_group()
+        while not world.on_rank_zero(path.exists):
             try:
                 with held_by_first(self.folder / "locks" / key):
-                    if not world.on_first(path.exists):
+                    if not world.on_rank_zero(path.exists):
                         journals.begin(key, make)
-                        world.on_first(lambda: journals.forget(key))
+                        world.on_rank_zero(lambda: journals.forget(key))
             except LockedError:
                 journals.interrupts.stop_together("while another process makes a ranking")
                 time.sleep(WAIT_SECONDS)
-        ranking, seconds = world.each(lambda: _read(path))
+        ranking, seconds = world.locally(lambda: _read(path))
         return replace(ranking, config=asdict(ranker)), seconds
 
     def _write(self, key: str, ranking: Ranking, seconds: float) -> None:

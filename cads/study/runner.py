@@ -27,15 +27,15 @@ from cads.errors import BudgetError, CadsError, ConfigError
 from cads.registry import build_selector, selector_class
 from cads.runtime.atomic_files import whole_file
 from cads.runtime.lock import LockedError, held_by_first
-from cads.runtime.processes import ProcessError, current, is_shared
+from cads.runtime.processes import ProcessError, active_group, is_shared
 from cads.runtime.signals import Interrupted, Interrupts
 from cads.scoring.ranker import Ranker
-from cads.study.cells import Plan, Record, describe, metric_of, plan_cell, run_cell, scored
+from cads.study.cells import CellPlan, RunRow, describe, metric_of, plan_cell, run_cell, scored
 from cads.study.grid import Cell, Grid, Setting, cells, settings
 from cads.study.journals import Journals
-from cads.study.progress import Progress
+from cads.study.progress import GridProgress
 from cads.study.ranking_store import Rankings
-from cads.study.shard import Shard
+from cads.study.shard import GridShard
 from cads.study.tables import DONE, FAILED, GRID_FILE, NOT_APPLICABLE, OVER_BUDGET, read_file, write_rows
 from cads.task import Task
 
@@ -60,7 +60,7 @@ class Study:
     _tasks: dict[tuple[str, str, int], Task] = field(default_factory=dict)
     _metrics: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def plan(self) -> list[Plan]:
+    def plan(self) -> list[CellPlan]:
         """Every cell of the grid: its name, its price, and why it is not run, if it is not.
 
         Raises:
@@ -85,7 +85,7 @@ class Study:
                 raise ConfigError(f"budget {seen[flops]!r} and budget {text!r} are both {flops:.6g} FLOPs: drop one")
             seen[flops] = text
 
-    def check(self, plans: Sequence[Plan]) -> None:
+    def check(self, plans: Sequence[CellPlan]) -> None:
         """Refuse a metric or an evaluation that a task does not know.
 
         Raises:
@@ -96,11 +96,11 @@ class Study:
             for name in self.grid.evaluations:
                 self.task(setting).check_evaluation(name)
 
-    def finished(self, plans: Sequence[Plan]) -> set[str]:
+    def finished(self, plans: Sequence[CellPlan]) -> set[str]:
         """Keys of the cells that need not be run again."""
         return {plan.key for plan in plans if self._finished(plan) is not None}
 
-    def run(self, plans: Sequence[Plan], shard: Shard) -> list[str]:
+    def run(self, plans: Sequence[CellPlan], shard: GridShard) -> list[str]:
         """Run the cells of a shard that are not finished.
 
         Returns:
@@ -114,17 +114,17 @@ class Study:
         with interrupts.listen():
             return self._run_shard(plans, shard, interrupts)
 
-    def _run_shard(self, plans: Sequence[Plan], shard: Shard, interrupts: Interrupts) -> list[str]:
-        world = current()
-        world.on_first(lambda: self._write_grid(plans))
+    def _run_shard(self, plans: Sequence[CellPlan], shard: GridShard, interrupts: Interrupts) -> list[str]:
+        world = active_group()
+        world.on_rank_zero(lambda: self._write_grid(plans))
         mine = shard.part(plans)
         self.check(mine)
         self._say_once(mine)
         code = code_digest(e.method for e in self.grid.methods)
         journals = Journals(self.folder, code, self.grid.checkpoint, interrupts)
-        world.on_first(lambda: self._sweep(plans, journals))
-        progress = Progress(self.console, mine)
-        done = set(world.on_first(lambda: [plan.key for plan in mine if self._show_finished(plan, progress)]))
+        world.on_rank_zero(lambda: self._sweep(plans, journals))
+        progress = GridProgress(self.console, mine)
+        done = set(world.on_rank_zero(lambda: [plan.key for plan in mine if self._show_finished(plan, progress)]))
         todo = [plan for plan in mine if plan.key not in done]
         if progress.made_by_others(code):
             log.warning(
@@ -140,12 +140,12 @@ class Study:
                     busy.append(plan.key)
         return busy
 
-    def _write_grid(self, plans: Sequence[Plan]) -> None:
+    def _write_grid(self, plans: Sequence[CellPlan]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         whole_file(self.folder / "config.yaml", yaml.safe_dump(asdict(self.grid), sort_keys=False))
         whole_file(self.folder / GRID_FILE, json.dumps({"cells": [p.key for p in plans]}, indent=1) + "\n")
 
-    def _sweep(self, plans: Sequence[Plan], journals: Journals) -> None:
+    def _sweep(self, plans: Sequence[CellPlan], journals: Journals) -> None:
         """Remove checkpoints that nobody will go on from."""
         by_key = {plan.key: plan for plan in plans}
 
@@ -156,7 +156,7 @@ class Study:
 
         journals.sweep({*by_key, *(plan.ranking for plan in plans)}, is_done)
 
-    def _show_finished(self, plan: Plan, progress: Progress) -> bool:
+    def _show_finished(self, plan: CellPlan, progress: GridProgress) -> bool:
         """Whether a cell has been finished before."""
         row = self._finished(plan)
         if row is not None:
@@ -186,7 +186,7 @@ class Study:
             self._metrics[key] = metric_of(self.task(setting), self.grid.metric)
         return self._metrics[key]
 
-    def _plan(self, cell: Cell) -> Plan:
+    def _plan(self, cell: Cell) -> CellPlan:
         task = self.task(cell.setting)
         contents = task.identity
         selector, installed = build_selector(cell.entry.method, cell.entry.options), version(DISTRIBUTION)
@@ -195,7 +195,7 @@ class Study:
             ranking = Rankings(self.folder).key(cell.setting, selector, contents, installed)
         return plan_cell(task, cell, cell.key(contents, installed), ranking)
 
-    def _say_once(self, plans: Sequence[Plan]) -> None:
+    def _say_once(self, plans: Sequence[CellPlan]) -> None:
         for status in (NOT_APPLICABLE, OVER_BUDGET):
             reasons: dict[tuple[str, str], str] = {}
             for p in plans:
@@ -208,27 +208,27 @@ class Study:
                     f"{status}: {what}{f' ({where})' * bool(where)}: {note}", style="yellow", markup=False
                 )
 
-    def _finished(self, plan: Plan) -> dict[str, Any] | None:
+    def _finished(self, plan: CellPlan) -> dict[str, Any] | None:
         path = self.folder / "tables" / "runs" / f"{plan.key}.parquet"
         if plan.status or not path.exists():
             return None
         row: dict[str, Any] = read_file(path, "runs").to_pylist()[0]
         return row if row["status"] == DONE else None
 
-    def _attempt(self, plan: Plan, journals: Journals, progress: Progress) -> bool:
+    def _attempt(self, plan: CellPlan, journals: Journals, progress: GridProgress) -> bool:
         """Run one cell, unless another process holds it; False if one does."""
         try:
             with held_by_first(self.folder / "locks" / plan.key):
-                if not current().on_first(lambda: self._show_finished(plan, progress)):
+                if not active_group().on_rank_zero(lambda: self._show_finished(plan, progress)):
                     progress.started(plan)
                     progress.finished(plan, self._run(plan, journals), resumed=False)
         except LockedError:
             return False
         return True
 
-    def _run(self, plan: Plan, journals: Journals) -> dict[str, Any]:
+    def _run(self, plan: CellPlan, journals: Journals) -> dict[str, Any]:
         """Run one cell and write its rows, `runs` last: it is what makes the cell finished."""
-        setting, world = plan.cell.setting, current()
+        setting, world = plan.cell.setting, active_group()
         made = {"version": version(DISTRIBUTION), "code": journals.code}
         if plan.status:
             row: dict[str, Any] = {
@@ -238,15 +238,15 @@ class Study:
                 "status": plan.status,
                 "error": plan.note,
             }
-            world.on_first(lambda: str(write_rows(self.folder, "runs", plan.key, [row])))
+            world.on_rank_zero(lambda: str(write_rows(self.folder, "runs", plan.key, [row])))
             return row
         task, metric = self.task(setting), self.metric(setting)
         place = self.folder / "cells" / plan.key
         partial = place.with_name(f".{plan.key}.partial")
 
-        def work() -> Record:
+        def work() -> RunRow:
             # A run that is gone on from shows what it has done before once more.
-            world.on_first(lambda: _made_anew(partial))
+            world.on_rank_zero(lambda: _made_anew(partial))
             return run_cell(plan, task, metric, journals, partial)
 
         started = time.perf_counter()
@@ -264,15 +264,15 @@ class Study:
             row = describe(plan, task, metric) | made
             row |= {"status": status, "error": f"{type(error).__name__}: {error}"}
             row |= {"seconds": time.perf_counter() - started}
-            world.on_first(lambda: str(write_rows(self.folder, "runs", plan.key, [row])))
+            world.on_rank_zero(lambda: str(write_rows(self.folder, "runs", plan.key, [row])))
             return row
         row = record.run | made
         with journals.interrupts.held():
-            world.on_first(lambda: self._write_cell(plan, partial, place, record, row))
-            world.on_first(lambda: journals.forget(plan.key))
+            world.on_rank_zero(lambda: self._write_cell(plan, partial, place, record, row))
+            world.on_rank_zero(lambda: journals.forget(plan.key))
         return row
 
-    def _write_cell(self, plan: Plan, partial: Path, place: Path, record: Record, row: dict[str, Any]) -> None:
+    def _write_cell(self, plan: CellPlan, partial: Path, place: Path, record: RunRow, row: dict[str, Any]) -> None:
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
         write_rows(self.folder, "selections", plan.key, record.selections)
@@ -285,7 +285,7 @@ def _made_anew(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _identity(plan: Plan) -> dict[str, Any]:
+def _identity(plan: CellPlan) -> dict[str, Any]:
     cell, setting = plan.cell, plan.cell.setting
     return {
         "task": setting.task or setting.kind,

@@ -7,22 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cads.errors import ConfigError
-from cads.study.cells import Plan, price
+from cads.study.cells import CellPlan, price
 
 
 @dataclass(frozen=True)
-class Shard:
+class GridShard:
     """One of `of` parts of a grid with about the same to compute, the `index`-th (1-based)."""
 
     index: int = 1
     of: int = 1
 
-    def part(self, plans: Sequence[Plan]) -> list[Plan]:
+    def part(self, plans: Sequence[CellPlan]) -> list[CellPlan]:
         """The cells of this shard, in the order of the grid; those that one ranking serves stay together.
 
         The dearest first, each goes where least has gone so far (Graham's longest-processing-time rule).
         """
-        units: dict[str, list[Plan]] = {}
+        units: dict[str, list[CellPlan]] = {}
         for p in plans:
             units.setdefault(p.ranking or p.key, []).append(p)
         loads = [0.0] * self.of
@@ -36,7 +36,7 @@ class Shard:
         return [p for p in plans if p.key in mine]
 
     @classmethod
-    def parse(cls, text: str) -> Shard:
+    def parse(cls, text: str) -> GridShard:
         """Read `i/n`.
 
         Raises:

@@ -22,7 +22,7 @@ class Field:
     dtype: torch.dtype = torch.int64
 
 
-class Shaped:
+class ShapeOnly:
     """N examples of one shape without contents; their batches are on the meta device.
 
     Args:
@@ -59,9 +59,9 @@ class Shaped:
             answer_tokens=n * self._tokens,
         )
 
-    def take(self, positions: np.ndarray) -> Shaped:
+    def take(self, positions: np.ndarray) -> ShapeOnly:
         """As many as there are positions."""
-        return Shaped(len(positions), self._inputs, self._labels, self._tokens)
+        return ShapeOnly(len(positions), self._inputs, self._labels, self._tokens)
 
     def shapes(self) -> tuple[np.ndarray, np.ndarray]:
         """One shape for all."""
@@ -78,7 +78,7 @@ class Shaped:
     label_digest = digests
 
 
-def shaped_pool(name: str, examples: Shaped, sources: dict[str, int] | None = None) -> Pool:
+def shape_only_pool(name: str, examples: ShapeOnly, sources: dict[str, int] | None = None) -> Pool:
     """A pool with ids `name-0`, `name-1`, ... and sources of the given sizes.
 
     Raises:

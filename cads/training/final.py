@@ -16,26 +16,26 @@ from cads.accounting.ledger import EVALUATE, SELECT, TRAIN, Ledger
 from cads.accounting.measured import count_flops
 from cads.accounting.throughput import matmul_flops_per_second
 from cads.data.streams import Stream
-from cads.data.training_batches import Draws
+from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError, CheckpointError
 from cads.monitor import Monitor
 from cads.runtime.atomic_files import whole_file
 from cads.runtime.checkpoint import State
-from cads.runtime.journal import perform
-from cads.runtime.lockstep import Progress
-from cads.runtime.processes import current
+from cads.runtime.journal import replay_or_run
+from cads.runtime.lockstep import StepReporter
+from cads.runtime.processes import active_group
 from cads.seeding import derive
 from cads.selection import Selection
 from cads.task import Metrics, Task
-from cads.training.result import Fit
-from cads.training.run_state import WHOLE, Leg
+from cads.training.result import TrainResult
+from cads.training.run_state import FULL_RUN, RunSegment
 from cads.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Outcome:
+class TrainedModel:
     """A trained model and what it cost.
 
     Attributes:
@@ -50,7 +50,7 @@ class Outcome:
     model: nn.Module
     metrics: Metrics
     ledger: Ledger
-    fit: Fit
+    train_result: TrainResult
     utilisation: float
     task: Task
 
@@ -73,8 +73,8 @@ class Outcome:
             ) from error
         results = {
             "metrics": self.metrics,
-            "steps": len(self.fit.losses),
-            "skipped_batches": self.fit.skipped,
+            "steps": len(self.train_result.losses),
+            "skipped_batches": self.train_result.skipped,
             "utilisation": self.utilisation,
             "ledger": self.ledger.to_json(),
         }
@@ -91,14 +91,14 @@ def training_flops(task: Task, budget: Budget, selection: Selection) -> float:
         BudgetError: if nothing is left.
     """
     total = budget.flops(task)
-    if not budget.count_selection and selection.start is None:
+    if not budget.count_selection and selection.warm_start is None:
         return total
     left = total - selection.ledger.total(SELECT).flops
-    if selection.start is not None and selection.start.number("total") > max(0.0, left):
+    if selection.warm_start is not None and selection.warm_start.number("total") > max(0.0, left):
         raise BudgetError(
             f"the run that {selection.method} has begun has spent {total - left:.4g} FLOPs on selection and "
-            f"{selection.start.number('total'):.4g} on training, more than the budget of {total:.4g}: give the budget "
-            "that the selection was made for"
+            f"{selection.warm_start.number('total'):.4g} on training, more than the budget of {total:.4g}: give the "
+            "budget that the selection was made for"
         )
     if left <= 0:
         raise BudgetError(
@@ -108,7 +108,7 @@ def training_flops(task: Task, budget: Budget, selection: Selection) -> float:
     return left
 
 
-def train_on(
+def train(
     task: Task,
     selection: Selection,
     budget: Budget,
@@ -116,7 +116,7 @@ def train_on(
     seed: int,
     monitor: Monitor | None = None,
     evaluations: Sequence[str] = (),
-) -> Outcome:
+) -> TrainedModel:
     """Train a fresh model on `selection` within `budget` and measure it on the test set.
 
     Where selection has begun the run (`selection.start`) it goes on from there, and the budget is for all of it.
@@ -142,33 +142,35 @@ def train_on(
     ledger = Ledger()
     ledger.merge(selection.ledger)
     trainer = Trainer(task, ledger, monitor)
-    fit = fit_final(trainer, selection, flops, seed=seed, leg=Leg(start=selection.start))
+    fit = fit_final_model(trainer, selection, flops, seed=seed, segment=RunSegment(start=selection.warm_start))
 
-    def test(_: Progress) -> State:
+    def test(_: StepReporter) -> State:
         ledger.charge(EVALUATE, "test", task.costs.forward_pool(task.test))
         with ledger.timed(EVALUATE, "test"):
             return State(dict(task.metrics(fit.models[0], task.test)))
 
-    tested = perform("test", [], ledger, test)
+    tested = replay_or_run("test", [], ledger, test)
     metrics: Metrics = {name: tested.number(name) for name in tested.values}
     for name in evaluations:
         metrics |= _evaluated(task, fit.models[0], name, ledger)
-    limit = matmul_flops_per_second(str(trainer.accelerator.device), task.recipe.precision) * current().size
+    limit = matmul_flops_per_second(str(trainer.accelerator.device), task.recipe.precision) * active_group().size
     utilisation = fit.flops_per_second / limit
     monitor.scalar("trainer/mfu", utilisation, len(fit.losses))
     monitor.ledger(ledger)
     for name, value in metrics.items():
         monitor.scalar(f"test/{name}", value, 0)
-    return Outcome(fit.models[0], metrics, ledger, fit, utilisation, task)
+    return TrainedModel(fit.models[0], metrics, ledger, fit, utilisation, task)
 
 
-def fit_final(trainer: Trainer, selection: Selection, flops: float, *, seed: int, leg: Leg = WHOLE) -> Fit:
+def fit_final_model(
+    trainer: Trainer, selection: Selection, flops: float, *, seed: int, segment: RunSegment = FULL_RUN
+) -> TrainResult:
     """Train the final model on `selection` for at most `flops`, which are charged to "train"; see `Trainer.fit`."""
     task = trainer.task
     streams: list[Stream] = []
     if selection.target_fraction < 1:
         streams.append(selection.stream(task.pool, derive(seed, "order")))
-    draws = Draws(
+    draws = BatchStream(
         task.pool,
         streams,
         task.recipe.batch_size,
@@ -177,18 +179,20 @@ def fit_final(trainer: Trainer, selection: Selection, flops: float, *, seed: int
         seed=derive(seed, "target order"),
     )
     # What a start does not hold is what was frozen, which a run that goes on has from where it began.
-    first = seed if leg.start is None else selection.seed
+    first = seed if segment.start is None else selection.seed
     model = task.model(derive(first, "final model"))
-    return trainer.fit(model, draws, flops, seed=derive(seed, "training"), phase=TRAIN, stage="final model", leg=leg)
+    return trainer.fit(
+        model, draws, flops, seed=derive(seed, "training"), phase=TRAIN, stage="final model", segment=segment
+    )
 
 
 def _evaluated(task: Task, model: nn.Module, name: str, ledger: Ledger) -> Metrics:
-    def compute(_: Progress) -> State:
+    def compute(_: StepReporter) -> State:
         found: Metrics = {}
         with ledger.timed(EVALUATE, name):
             flops = count_flops(lambda: found.update(task.evaluate(model, name)))
         ledger.charge(EVALUATE, name, flops)
         return State(dict(found))
 
-    state = perform("evaluation", [name], ledger, compute)
+    state = replay_or_run("evaluation", [name], ledger, compute)
     return {metric: state.number(metric) for metric in state.values}

@@ -24,17 +24,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from cads.data.batch import Batch
 from cads.errors import BudgetError, ConfigError
 from cads.runtime.checkpoint import State
-from cads.runtime.processes import ProcessError, current
+from cads.runtime.processes import ProcessError, active_group
 from cads.task import Task
-from cads.training.learners import Single
-from cads.training.run_state import Course
+from cads.training.learners import SingleLearner
+from cads.training.run_state import TrainState
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 """What gathers and adds up, by kind of device: others cannot, or end the process (gloo on GPUs)."""
 NO_SHARDS = "train it with sharding = 'none'"
 
 
-class Sharded(Single):
+class FsdpLearner(SingleLearner):
     """One model while several processes hold a part of it each; all call all of its methods alike.
 
     The weights of the model it is given are freed if they are trained; `trained` gives them back.
@@ -55,7 +55,7 @@ class Sharded(Single):
         self._whole = (model,)
         self._place = device
         self._touched: set[str] = set()
-        mesh = _mesh(device.type, current().size)
+        mesh = _mesh(device.type, active_group().size)
         layers = [self.get_submodule(f"model.{name}") for name in blocks]
         try:
             for module in (*layers, self):
@@ -86,7 +86,7 @@ class Sharded(Single):
             nn.utils.clip_grads_with_norm_(self.parameters(), largest, norm)
         return np.array([norm.item()])
 
-    def touched(self) -> np.ndarray:
+    def has_grad(self) -> np.ndarray:
         """Which trainable parameters this process has a gradient of, since it was last asked."""
         found = np.array([name in self._touched for name, p in self.named_parameters() if p.requires_grad])
         self._touched.clear()
@@ -103,16 +103,16 @@ class Sharded(Single):
                 whole.copy_(buffer)
         return [model.to(self._place).train(self.training)]
 
-    def whole(self, tensors: Iterable[tuple[str, Tensor]], *, everywhere: bool) -> dict[str, Tensor]:
+    def gather(self, tensors: Iterable[tuple[str, Tensor]], *, everywhere: bool) -> dict[str, Tensor]:
         """See `Learner`; one at a time is gathered on the device, and kept on the CPU."""
         found = {}
         for name, x in tensors:
             whole = _gathered(x) if isinstance(x, DTensor) else x
-            if everywhere or current().first:
+            if everywhere or active_group().first:
                 found[name] = whole.cpu()
         return found
 
-    def part(self, x: Tensor, like: Tensor) -> Tensor:
+    def shard(self, x: Tensor, like: Tensor) -> Tensor:
         """See `Learner`."""
         if not isinstance(like, DTensor) or not x.dim():
             return x.to(like.device)
@@ -126,7 +126,7 @@ class Sharded(Single):
         self.to_empty(device=self._place)
         with torch.no_grad():
             for mine, weights in zip(self.model.parameters(), model.parameters(), strict=True):
-                mine.copy_(self.part(weights, mine))
+                mine.copy_(self.shard(weights, mine))
                 if mine.requires_grad:
                     # Frozen ones may be shared with other models.
                     weights.data = weights.new_empty(0)
@@ -169,7 +169,7 @@ def check_backend(device: torch.device) -> None:
         )
 
 
-def divided(task: Task, course: Course, device: torch.device, train: Callable[[], State]) -> State:
+def divided(task: Task, train_state: TrainState, device: torch.device, train: Callable[[], State]) -> State:
     """What `train` returns, which takes steps of `course` while its one model is divided over all processes.
 
     A layer is gathered in the type of its weights, whatever that of autocast, so that bf16 is that of one process; its
@@ -180,17 +180,17 @@ def divided(task: Task, course: Course, device: torch.device, train: Callable[[]
         BudgetError: as `train` does if it takes no step; the model is as it was. After other errors it has no weights.
         ProcessError: if another process is gone.
     """
-    single = course.learner
+    single = train_state.learner
     (model,) = single.trained()
     with _reaching():
-        course.learner = shards = Sharded(task, model, device)
+        train_state.learner = shards = FsdpLearner(task, model, device)
         try:
             state = train()
         except BudgetError:
             shards.trained()
             raise
         shards.trained()
-    course.learner = single
+    train_state.learner = single
     del shards
     # Layers that FSDP has hooked refer to each other: their memory would stay until some collection.
     gc.collect()
@@ -205,7 +205,7 @@ def _reaching() -> Iterator[None]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        world = current()
+        world = active_group()
         raise ProcessError(
             f"process {world.rank} of {world.size} has lost the others, which hold parts of the model: one has ended, "
             f"as it says itself, or has not answered in time: {str(error).splitlines()[0]}"

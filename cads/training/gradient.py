@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cads.data.batch import Batch
-from cads.runtime.processes import Processes
+from cads.runtime.processes import ProcessGroup
 from cads.training.learners import Learner
 
 
@@ -26,7 +26,7 @@ class Accumulated:
     """
 
     loss: np.ndarray
-    each: np.ndarray
+    example_losses: np.ndarray
     positions: np.ndarray
 
 
@@ -40,7 +40,7 @@ def accumulate(
     learner: Learner,
     pieces: Sequence[Batch],
     replicas: int,
-    world: Processes,
+    group: ProcessGroup,
     n_kept: int = 0,
 ) -> Accumulated:
     """Leave the gradient of the mean loss of each replica in the parameters of `learner`.
@@ -55,12 +55,12 @@ def accumulate(
         n_kept: how many examples of the first replica to tell the losses of.
     """
     whole = sum(len(piece) for piece in pieces) / replicas
-    divided = world.size > 1 and not mixes_examples(learner)
-    if world.size > 1 and not divided:
-        whole *= world.size
+    divided = group.size > 1 and not mixes_examples(learner)
+    if group.size > 1 and not divided:
+        whole *= group.size
     loss, each, place = np.zeros(replicas), np.zeros(n_kept), 0
     for piece in pieces:
-        begin, own = _share(piece, world) if divided else (0, piece)
+        begin, own = _share(piece, group) if divided else (0, piece)
         if own is not None:
             losses = learner(own.to(accelerator.device))
             means = losses.sum(dim=1) / whole
@@ -69,28 +69,28 @@ def accumulate(
             if len(room):
                 room[:] = losses[0, : len(room)].detach().double().cpu().numpy()
             loss += means.detach().double().cpu().numpy()
-        elif learner.together:
+        elif learner.is_collective:
             accelerator.backward(0.0 * learner(piece.split(len(piece))[0].to(accelerator.device)).sum())
         place += len(piece) // replicas
-    if world.size > 1:
-        loss, each = _added(learner, loss, each if divided else each / world.size, world)
+    if group.size > 1:
+        loss, each = _added(learner, loss, each if divided else each / group.size, group)
     positions = np.concatenate([piece.positions[: len(piece) // replicas].numpy() for piece in pieces])[:n_kept]
     return Accumulated(loss, each, positions)
 
 
-def _share(piece: Batch, world: Processes) -> tuple[int, Batch | None]:
+def _share(piece: Batch, world: ProcessGroup) -> tuple[int, Batch | None]:
     """Where the share of this process begins in a piece, and the share; None if there are too few examples."""
     shares = piece.split(world.size)
     own = shares[world.rank] if world.rank < len(shares) else None
     return sum(len(share) for share in shares[: world.rank]), own
 
 
-def _added(learner: Learner, loss: np.ndarray, each: np.ndarray, world: Processes) -> tuple[np.ndarray, np.ndarray]:
+def _added(learner: Learner, loss: np.ndarray, each: np.ndarray, world: ProcessGroup) -> tuple[np.ndarray, np.ndarray]:
     """The losses of all processes; their gradients are added up in place."""
     parameters = [p for p in learner.parameters() if p.requires_grad]
-    whole = world.add(np.concatenate([loss, each, learner.touched()]))
+    whole = world.all_reduce_sum(np.concatenate([loss, each, learner.has_grad()]))
     loss, each, with_gradient = np.split(whole, [len(loss), len(loss) + len(each)])
-    if not learner.together:
+    if not learner.is_collective:
         world.add_gradients(parameters, with_gradient > 0)
         return loss, each
     for parameter, there in zip(parameters, with_gradient > 0, strict=True):

@@ -43,7 +43,7 @@ class Learner(nn.Module):
         together: whether each pass, forward and backward, is one of all processes, which adds up their gradients.
     """
 
-    together = False
+    is_collective = False
 
     @abstractmethod
     def clip(self, largest: float | None) -> np.ndarray:
@@ -53,11 +53,11 @@ class Learner(nn.Module):
     def trained(self) -> list[nn.Module]:
         """The K models with their current weights."""
 
-    def touched(self) -> np.ndarray:
+    def has_grad(self) -> np.ndarray:
         """Which trainable parameters this process has a gradient of, bool, one a parameter."""
         return np.array([p.grad is not None for p in self.parameters() if p.requires_grad])
 
-    def whole(self, tensors: Iterable[tuple[str, Tensor]], *, everywhere: bool) -> dict[str, Tensor]:
+    def gather(self, tensors: Iterable[tuple[str, Tensor]], *, everywhere: bool) -> dict[str, Tensor]:
         """Tensors of its parameters' shapes by name, put together where they are divided over processes.
 
         Args:
@@ -65,12 +65,12 @@ class Learner(nn.Module):
         """
         return dict(tensors)
 
-    def part(self, x: Tensor, like: Tensor) -> Tensor:
+    def shard(self, x: Tensor, like: Tensor) -> Tensor:
         """Of `x`, which is whole, what this process holds of `like`, where that is."""
         return x.to(like.device)
 
 
-class Single(Learner):
+class SingleLearner(Learner):
     """One model."""
 
     def __init__(self, task: Task, model: nn.Module) -> None:
@@ -92,7 +92,7 @@ class Single(Learner):
         return [self.model]
 
 
-class Stacked(Learner):
+class StackedReplicas(Learner):
     """K replicas of one architecture: parameters stacked to (K, ...), the forward pass vectorised over K.
 
     Gradients stay separate, since the loss of replica k depends on slice k alone; AdamW and SGD are

@@ -11,21 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cads.data.training_batches import Draws
+from cads.data.training_batches import BatchStream
 from cads.errors import NonFiniteError
 from cads.runtime.checkpoint import State
-from cads.runtime.journal import perform_apart
-from cads.runtime.lockstep import Operation, Progress, Standing
-from cads.runtime.processes import current
-from cads.training.learners import Stacked
-from cads.training.result import Fit
-from cads.training.run_state import OPTIMIZER, WEIGHTS, Course
+from cads.runtime.journal import replay_or_run_parallel
+from cads.runtime.lockstep import Operation, OperationStatus, StepReporter
+from cads.runtime.processes import active_group
+from cads.training.learners import StackedReplicas
+from cads.training.result import TrainResult
+from cads.training.run_state import OPTIMIZER, WEIGHTS, TrainState
 
 if TYPE_CHECKING:
     from cads.training.loop import TrainingLoop, TrainingRun
 
 
-def spread_stack(trainer: TrainingLoop, models: Sequence[nn.Module], run: TrainingRun) -> Fit:
+def train_stacked_chunks(trainer: TrainingLoop, models: Sequence[nn.Module], run: TrainingRun) -> TrainResult:
     """Train a batched model of K replicas in contiguous chunks, one a process.
 
     Where examples differ in cost, a chunk alone would be padded otherwise, and cost something else than within the
@@ -36,19 +36,19 @@ def spread_stack(trainer: TrainingLoop, models: Sequence[nn.Module], run: Traini
 
     Raises: as `Trainer.fit_replicas`.
     """
-    world, count = current(), len(models)
+    world, count = active_group(), len(models)
     chunks = np.array_split(np.arange(count), world.size if _cost_alike(run.draws) else 1)
 
-    def part(progress: Progress, standing: list[Standing]) -> State:
+    def part(progress: StepReporter, standing: list[OperationStatus]) -> State:
         rows = chunks[world.rank] if world.rank < len(chunks) else np.arange(0)
         if not len(rows):
             return State()
-        learner = Stacked(trainer.task, [models[k] for k in rows])
-        course = Course(learner, len(rows), trainer.accelerator.scaler)
+        learner = StackedReplicas(trainer.task, [models[k] for k in rows])
+        train_state = TrainState(learner, len(rows), trainer.accelerator.scaler)
         begun = standing[0].state
         progress.restored = None if begun is None else _rows_of(begun, rows, count)
-        draws = run.draws.only(*(run.draws.streams[k] for k in rows))
-        return trainer.steps(replace(run, course=course, draws=draws), progress)
+        draws = run.draws.for_streams(*(run.draws.streams[k] for k in rows))
+        return trainer.steps(replace(run, train_state=train_state, draws=draws), progress)
 
     def join(parts: list[State]) -> list[State | None]:
         return [_joined([part for part in parts if part.tensors])]
@@ -56,28 +56,28 @@ def spread_stack(trainer: TrainingLoop, models: Sequence[nn.Module], run: Traini
     def settle(state: State) -> None:
         _settle(trainer, run, state)
         # The first process has shown its chunk.
-        run.course.begun = True
+        run.train_state.begun = True
 
-    (state,) = perform_apart([Operation("training", run.about, settle)], trainer.ledger, part, join)
+    (state,) = replay_or_run_parallel([Operation("training", run.journal_key, settle)], trainer.ledger, part, join)
     return trainer.finish(run, state)
 
 
-def spread_one_by_one(trainer: TrainingLoop, runs: Sequence[TrainingRun]) -> list[Fit | None]:
+def train_one_per_rank(trainer: TrainingLoop, runs: Sequence[TrainingRun]) -> list[TrainResult | None]:
     """Train single replicas, as many at a time as there are processes.
 
     Returns:
         the fit of each; None where it met a loss that is not finite.
     """
-    size = current().size
+    size = active_group().size
     waves = [runs[start : start + size] for start in range(0, len(runs), size)]
-    return [fit for wave in waves for fit in _wave(trainer, wave)]
+    return [fit for wave in waves for fit in _train_wave(trainer, wave)]
 
 
-def _wave(trainer: TrainingLoop, runs: Sequence[TrainingRun]) -> list[Fit | None]:
+def _train_wave(trainer: TrainingLoop, runs: Sequence[TrainingRun]) -> list[TrainResult | None]:
     """Train at most one replica a process."""
-    rank = current().rank
+    rank = active_group().rank
 
-    def part(progress: Progress, standing: list[Standing]) -> State:
+    def part(progress: StepReporter, standing: list[OperationStatus]) -> State:
         if rank >= len(runs) or standing[rank].finished:
             return State()
         begun = standing[rank].state
@@ -95,9 +95,9 @@ def _wave(trainer: TrainingLoop, runs: Sequence[TrainingRun]) -> list[Fit | None
         state.values["seconds"] /= len(runs)
         _settle(trainer, run, state)
 
-    operations = [Operation("training", run.about, partial(settle, run)) for run in runs]
-    states = perform_apart(operations, trainer.ledger, part, join)
-    fits: list[Fit | None] = []
+    operations = [Operation("training", run.journal_key, partial(settle, run)) for run in runs]
+    states = replay_or_run_parallel(operations, trainer.ledger, part, join)
+    fits: list[TrainResult | None] = []
     for run, state in zip(runs, states, strict=True):
         try:
             fits.append(trainer.finish(run, state))
@@ -108,12 +108,12 @@ def _wave(trainer: TrainingLoop, runs: Sequence[TrainingRun]) -> list[Fit | None
 
 def _settle(trainer: TrainingLoop, run: TrainingRun, state: State) -> None:
     """Take in what was trained, here or elsewhere, and charge for it."""
-    run.course.learner.to(trainer.accelerator.device).train()
-    run.course.restore(state, None)
-    run.course.charge(trainer.ledger, run.phase, run.stage)
+    run.train_state.learner.to(trainer.accelerator.device).train()
+    run.train_state.restore(state, None)
+    run.train_state.charge(trainer.ledger, run.phase, run.stage)
 
 
-def _cost_alike(draws: Draws) -> bool:
+def _cost_alike(draws: BatchStream) -> bool:
     """Whether all examples have one shape, so that replicas take the same steps whichever train beside them."""
     return len(draws.pool.examples.shapes()[0]) == 1
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from cads.estimators.loss_curves import tail
+from cads.estimators.loss_curves import last_steps
 from cads.runtime.checkpoint import State
 
 
 @dataclass
-class Fit:
+class TrainResult:
     """What training left behind, for K replicas.
 
     Attributes:
@@ -49,21 +49,21 @@ class Fit:
 
         Skipped batches have no part in it; where a replica diverged it is NaN.
         """
-        last = tail(self.losses)
+        last = last_steps(self.losses)
         known = np.isfinite(last)
         reached = np.where(known, last, 0.0).sum(axis=0) / np.maximum(1, known.sum(axis=0))
         return np.where(self.diverged | ~known.any(axis=0), np.nan, reached)
 
 
-def side_by_side(models: list[nn.Module], fits: list[Fit | None]) -> Fit:
+def stack_results(models: list[nn.Module], fits: list[TrainResult | None]) -> TrainResult:
     """One Fit of K replicas from fits made one by one (None where a replica diverged)."""
     sound = [f for f in fits if f is not None]
     diverged = np.array([f is None for f in fits])
     if not sound:
-        return Fit(models, np.full((1, len(models)), np.nan), np.array([np.nan]), diverged, 0.0)
+        return TrainResult(models, np.full((1, len(models)), np.nan), np.array([np.nan]), diverged, 0.0)
     # Where examples differ in cost so do the numbers of steps: the ends of the courses are put side by side.
     steps = min(len(f.losses) for f in sound)
     missing = np.full(steps, np.nan)
     losses = np.stack([missing if f is None else f.losses[-steps:, 0] for f in fits], axis=1)
     flops = np.mean([f.flops[-steps:] for f in sound], axis=0)
-    return Fit(models, losses, flops, diverged, sum(f.seconds for f in sound), sum(f.skipped for f in sound))
+    return TrainResult(models, losses, flops, diverged, sum(f.seconds for f in sound), sum(f.skipped for f in sound))

@@ -23,7 +23,7 @@ EXAMPLE_LOSSES = "example_losses"
 
 
 @dataclass(frozen=True)
-class Leg:
+class RunSegment:
     """One part of a training run that is done in parts.
 
     Attributes:
@@ -36,19 +36,19 @@ class Leg:
     horizon: float | None = None
     keep: bool = False
 
-    def about(self) -> list[Any]:
+    def journal_key(self) -> list[Any]:
         """What a journal has to know of it; nothing of a run in one part."""
-        if self == WHOLE:
+        if self == FULL_RUN:
             return []
         return [None if self.start is None else self.start.digest, self.horizon, self.keep]
 
 
-WHOLE = Leg()
+FULL_RUN = RunSegment()
 """A run in one part."""
 
 
 @dataclass
-class Course:
+class TrainState:
     """One training run of K replicas, as far as it has come.
 
     Attributes:
@@ -104,7 +104,7 @@ class Course:
         """Mean over the replicas that have not diverged, nats; NaN if all have."""
         return math.nan if self.diverged.all() else float(self.losses[step][~self.diverged].mean())
 
-    def pay(self, cost: float, pieces: Sequence[Batch]) -> None:
+    def charge_step(self, cost: float, pieces: Sequence[Batch]) -> None:
         """Account for a step on `pieces`, `cost` FLOPs a replica."""
         self.total += cost
         self.counts += np.sum([(len(p), p.tokens, p.answer_tokens) for p in pieces], axis=0)
@@ -118,7 +118,7 @@ class Course:
         for x, before in self._buffers:
             x.copy_(before)
 
-    def note(self, loss: np.ndarray) -> None:
+    def record_step(self, loss: np.ndarray) -> None:
         """A step is done; `loss`: nats, shape (K,)."""
         self.losses.append(loss)
         self.spent.append(self.total)
@@ -136,7 +136,7 @@ class Course:
             "learning_rate": rate,
         }
 
-    def see(self, positions: np.ndarray, losses: np.ndarray) -> None:
+    def record_example_losses(self, positions: np.ndarray, losses: np.ndarray) -> None:
         """Keep the losses (nats, shape (n,)) of the pool examples at `positions`, those that are finite."""
         if self.example_losses is not None:
             sound = np.isfinite(losses)
@@ -172,14 +172,14 @@ class Course:
         changed = [(f"{WEIGHTS}{name}", x) for name, x in changing(self.learner)]
         if optimizer is not None:
             changed += [(f"{OPTIMIZER}{name}", x) for name, x in optimizer_state(self.learner, optimizer).items()]
-        tensors = self.learner.whole(changed, everywhere=everywhere)
+        tensors = self.learner.gather(changed, everywhere=everywhere)
         tensors["losses"] = torch.from_numpy(np.array(self.losses, dtype=np.float64).reshape(-1, self.replicas))
         tensors["spent"] = torch.tensor(self.spent, dtype=torch.float64)
         if self.example_losses is not None:
             tensors[EXAMPLE_LOSSES] = torch.from_numpy(self.example_losses)
         return State(values, tensors)
 
-    def go_on_from(self, start: State, optimizer: torch.optim.Optimizer | None) -> None:
+    def resume_from(self, start: State, optimizer: torch.optim.Optimizer | None) -> None:
         """Stand where an earlier part of the run ended, which has been charged for.
 
         Raises:
@@ -213,7 +213,7 @@ class Course:
                         f"the weights {name} have shape {tuple(x.shape)} and type {x.dtype}, in the checkpoint "
                         f"{tuple(stored.shape)} and {stored.dtype}: it is of another model"
                     )
-                x.copy_(self.learner.part(stored, x))
+                x.copy_(self.learner.shard(stored, x))
         if optimizer is not None:
             load_optimizer_state(
                 self.learner,
@@ -268,7 +268,7 @@ def load_optimizer_state(learner: Learner, optimizer: torch.optim.Optimizer, sto
         if x.dim() and x.shape != parameter.shape:
             shape = tuple(x.shape)
             raise CheckpointError(f"the optimizer's {what} of {owner} has shape {shape}: it is of another model")
-        optimizer.state[parameter][what] = learner.part(x, parameter)
+        optimizer.state[parameter][what] = learner.shard(x, parameter)
 
 
 def _checked(failure: Any) -> dict[str, Any] | None:

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from cads.data.training_batches import Draws
+from cads.data.training_batches import BatchStream
 from cads.errors import NonFiniteError
-from cads.runtime.journal import perform
-from cads.runtime.processes import current
-from cads.training.learners import Single, Stacked, can_stack
+from cads.runtime.journal import replay_or_run
+from cads.runtime.processes import active_group
+from cads.training.learners import SingleLearner, StackedReplicas, can_stack
 from cads.training.loop import TrainingLoop, TrainingRun
-from cads.training.replica_parallel import spread_one_by_one, spread_stack
-from cads.training.result import Fit, side_by_side
-from cads.training.run_state import WHOLE, Leg
+from cads.training.replica_parallel import train_one_per_rank, train_stacked_chunks
+from cads.training.result import TrainResult, stack_results
+from cads.training.run_state import FULL_RUN, RunSegment
 
 
 class Trainer(TrainingLoop):
@@ -32,14 +32,14 @@ class Trainer(TrainingLoop):
     def fit(
         self,
         model: nn.Module,
-        draws: Draws,
+        draws: BatchStream,
         flops: float,
         *,
         seed: int,
         phase: str,
         stage: str,
-        leg: Leg = WHOLE,
-    ) -> Fit:
+        segment: RunSegment = FULL_RUN,
+    ) -> TrainResult:
         """Train `model` in place on `draws` for at most `flops`, and at most what the ledger has left.
 
         Args:
@@ -54,12 +54,12 @@ class Trainer(TrainingLoop):
             DataError: if a batch has no answer token.
             NonFiniteError: if the loss or the gradient becomes NaN or infinite, before the update.
         """
-        learner = Single(self.task, model)
-        return self._run(self.prepare(learner, draws, flops, seed, phase, stage, leg))
+        learner = SingleLearner(self.task, model)
+        return self._run(self.prepare(learner, draws, flops, seed, phase, stage, segment))
 
     def fit_replicas(
-        self, models: Sequence[nn.Module], draws: Draws, flops: float, *, seed: int, phase: str, stage: str
-    ) -> Fit:
+        self, models: Sequence[nn.Module], draws: BatchStream, flops: float, *, seed: int, phase: str, stage: str
+    ) -> TrainResult:
         """Train K models, each on its own stream of `draws`, each for at most `flops`.
 
         Dense models train as one batched model (`torch.func`), others one after another, and all where the loss is
@@ -67,28 +67,28 @@ class Trainer(TrainingLoop):
         """
         flops = min(flops, self.ledger.left / len(models))
         way = self.task.recipe.replicas
-        several = current().size > 1 and not self._shards
+        several = active_group().size > 1 and not self._shards
         alike = len(models) > 1 and can_stack(models[0])
         # One scaler skips the update of all replicas where one of them overflows.
         stackable = alike and self.accelerator.scaler is None and not self._skips and not self._shards
         if way == "batched" or (way == "auto" and stackable):
-            run = self.prepare(Stacked(self.task, models), draws, flops, seed, phase, stage)
-            return spread_stack(self, models, run) if several else self._run(run)
-        alone = [draws.only(stream) for stream in draws.streams]
+            run = self.prepare(StackedReplicas(self.task, models), draws, flops, seed, phase, stage)
+            return train_stacked_chunks(self, models, run) if several else self._run(run)
+        alone = [draws.for_streams(stream) for stream in draws.streams]
         if several:
             runs = [
-                self.prepare(Single(self.task, model), own, flops, seed, phase, stage)
+                self.prepare(SingleLearner(self.task, model), own, flops, seed, phase, stage)
                 for model, own in zip(models, alone, strict=True)
             ]
-            return side_by_side(list(models), spread_one_by_one(self, runs))
-        fits: list[Fit | None] = []
+            return stack_results(list(models), train_one_per_rank(self, runs))
+        fits: list[TrainResult | None] = []
         for model, own in zip(models, alone, strict=True):
             try:
                 fits.append(self.fit(model, own, flops, seed=seed, phase=phase, stage=stage))
             except NonFiniteError:
                 fits.append(None)
-        return side_by_side(list(models), fits)
+        return stack_results(list(models), fits)
 
-    def _run(self, run: TrainingRun) -> Fit:
-        state = perform("training", run.about, self.ledger, lambda progress: self._train(run, progress))
+    def _run(self, run: TrainingRun) -> TrainResult:
+        state = replay_or_run("training", run.journal_key, self.ledger, lambda progress: self._train(run, progress))
         return self.finish(run, state)

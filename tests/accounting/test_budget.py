@@ -14,8 +14,8 @@ from rich.console import Console
 
 from cads.accounting.budget import UNITS, Budget
 from cads.accounting.ledger import EVALUATE, SELECT, TRAIN, Ledger
-from cads.data.streams import Epochs
-from cads.data.training_batches import Draws
+from cads.data.streams import ShuffledStream
+from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError
 from cads.training.trainer import Trainer
 
@@ -94,7 +94,7 @@ def test_usages_of_whole_batches_buy_all_of_their_steps(features, steps, batch_s
 def test_epochs_buy_that_many_usages_of_each_example(features, n, batch_size, epochs):
     task = features(n=n, batch_size=batch_size, sources=0)
     ledger = Ledger()
-    draws = Draws(task.pool, [Epochs(np.arange(n), 0)], batch_size)
+    draws = BatchStream(task.pool, [ShuffledStream(np.arange(n), 0)], batch_size)
     flops = Budget(epochs, "epochs").flops(task)
     if epochs * n < batch_size:
         with pytest.raises(BudgetError):
@@ -107,7 +107,7 @@ def test_epochs_buy_that_many_usages_of_each_example(features, n, batch_size, ep
 def test_epochs_of_unequal_examples_buy_about_that_many_usages(sentences):
     task = sentences(batch_size=1)
     ledger = Ledger()
-    draws = Draws(task.pool, [Epochs(np.arange(len(task.pool)), 0)], 1)
+    draws = BatchStream(task.pool, [ShuffledStream(np.arange(len(task.pool)), 0)], 1)
     flops = Budget(2, "epochs").flops(task)
     Trainer(task, ledger).fit(task.model(0), draws, flops, seed=0, phase=TRAIN, stage="final")
     assert abs(ledger.total().usages - 2 * len(task.pool)) <= 1

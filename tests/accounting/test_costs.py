@@ -36,7 +36,7 @@ from cads.errors import ConfigError
 from cads.estimators.enumeration import enumerate_masks
 from cads.recipe import TrainConfig
 from cads.selectors.cads_e.candidates import Signals
-from cads.selectors.cads_e.schedule import STEPS
+from cads.selectors.cads_e.schedule import CANDIDATE_STEPS
 from cads.tasks.language.shapes import LanguageSketch
 from cads.tasks.vision.networks import Network
 from experiments import flops_overhead
@@ -395,11 +395,11 @@ def test_the_policies_of_cads_e_cost_what_they_execute():
     rng = np.random.default_rng(0)
     signals = [rng.random(3000).view(Counting) for _ in range(2)]
     Counting.flops = 0
-    made = Signals(*signals, STEPS).candidates
-    assert len(made) == len(STEPS)
+    made = Signals(*signals, CANDIDATE_STEPS).candidates
+    assert len(made) == len(CANDIDATE_STEPS)
     for candidate in made:
         candidate.probability()
-    assert candidates_flops(3000, len(STEPS)) == pytest.approx(Counting.flops, rel=0.05)
+    assert candidates_flops(3000, len(CANDIDATE_STEPS)) == pytest.approx(Counting.flops, rel=0.05)
 
 
 @given(n=st.integers(1, 9), m=st.integers(1, 9), d=st.integers(1, 9), k=st.integers(1, 9))

@@ -16,7 +16,7 @@ from torch.nn import functional
 import baselines.embedding
 import baselines.similarity.encoders
 from baselines.embedding import Embedding
-from baselines.similarity.encoders import FeatureSpace, SentenceSpace, backbone_network, load_encoder
+from baselines.similarity.encoders import FeatureEncoder, SentenceEncoder, backbone_network, load_encoder
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
 from cads.accounting.measured import count_flops
@@ -128,7 +128,7 @@ class TestBackbone:
         task = images()
         with torch.device("meta"):
             bare = backbone_network(task, "resnet18", size, pretrained=False, download=False)
-        space = FeatureSpace(task, bare, 512)
+        space = FeatureEncoder(task, bare, 512)
         network = backbone_network(task, "resnet18", size, pretrained=False, download=False).eval()
         batch = task.pool.batch([0])
         executed = count_flops(lambda: task.features(network, batch))
@@ -237,7 +237,7 @@ class TestSentences:
 
         monkeypatch.setattr(baselines.similarity.encoders, "load_encoder", load)
         task = texts(n=9)
-        space = SentenceSpace(task, str(tmp_path), 512)
+        space = SentenceEncoder(task, str(tmp_path), 512)
         assert space.dimension == 50
         for rows in space.batches(task.pool):
             expected = model.encode(task.texts(task.pool.part(rows, "some")))
@@ -273,7 +273,7 @@ class TestSentences:
     def test_long_texts_are_cut_as_the_encoder_cuts_them(self, texts, minilm):
         task = texts(n=4)
         task.texts = lambda pool: ["word " * 400] * len(pool)
-        space = SentenceSpace(task, minilm, 512)
+        space = SentenceEncoder(task, minilm, 512)
         assert space.encode(task.pool, np.arange(4)).tokens == 4 * 256
 
     @pytest.mark.parametrize("kind", ["images", "features"])

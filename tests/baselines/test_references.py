@@ -21,9 +21,9 @@ from cads.errors import ConfigError, DataError
 from cads.estimators.enumeration import enumerate_masks
 from cads.recipe import TrainConfig
 from cads.registry import build_selector
-from cads.search.inner_runs import Inner, Runs
+from cads.search.inner_runs import InnerLoop, InnerRuns
 from cads.tasks.vision.config import VisionConfig
-from cads.tasks.vision.synthetic_sources import SourceSpec
+from cads.tasks.vision.synthetic_sources import SyntheticSource
 
 BUDGET = Budget(50, "epochs")
 LEVELS = (0.0, 0.9, 0.3, 0.9)
@@ -33,7 +33,7 @@ METHODS = ["best-of", "best-source", "bilevel", "halving", "live-penalty", "mixt
 @pytest.fixture(scope="module")
 def task():
     """Four sources of digits; the first is clean."""
-    sources = [SourceSpec(f"{i}: noise {level}", label_noise=level) for i, level in enumerate(LEVELS)]
+    sources = [SyntheticSource(f"{i}: noise {level}", label_noise=level) for i, level in enumerate(LEVELS)]
     config = VisionConfig(hidden=16, n_pool=240, n_target=100, n_test=30, sources=sources)
     return config.build(TrainConfig(batch_size=8, learning_rate=3e-3))
 
@@ -48,7 +48,7 @@ class Oracle:
     def __call__(self, inner, space, draws, rung, seed, stage):
         self.asked.append((draws.copy(), rung))
         objective = np.array([self.function(draw) for draw in draws])
-        return Runs(objective, np.empty((0, 0)), np.empty(0), np.empty(0), [], np.zeros(len(objective)))
+        return InnerRuns(objective, np.empty((0, 0)), np.empty(0), np.empty(0), [], np.zeros(len(objective)))
 
 
 def choose(task, name, budget=BUDGET, seed=0, **options):
@@ -164,7 +164,7 @@ class TestHalving:
             choose(task, "halving")
 
     def test_the_rungs_of_the_recipe(self, task, monkeypatch):
-        sources = [SourceSpec(f"s{i}") for i in range(5)]
+        sources = [SyntheticSource(f"s{i}") for i in range(5)]
         large = VisionConfig(hidden=16, n_pool=400, n_target=40, n_test=10, sources=sources).build(TrainConfig())
         rungs = Oracle(lambda m: 0.0)
         monkeypatch.setattr(halving, "train_draws", rungs)
@@ -289,11 +289,11 @@ def test_the_guard_needs_the_full_pool(task, monkeypatch):
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "live-penalty"])
 def test_runs_that_all_diverge_are_said(task, monkeypatch, name):
     def diverging(inner, streams, *_, **__):
-        return Runs(
+        return InnerRuns(
             np.full(len(streams), np.nan), np.empty((0, 0)), np.empty(0), np.empty(0), [], np.zeros(len(streams))
         )
 
-    monkeypatch.setattr(Inner, "run", diverging)
+    monkeypatch.setattr(InnerLoop, "run", diverging)
     with pytest.raises(DataError, match=r"all \d+ runs met a loss that is not finite"):
         choose(task, name)
 

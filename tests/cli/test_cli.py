@@ -153,7 +153,7 @@ class TestRuns:
     def test_sources_as_a_flag(self, cads, config, tmp_path):
         flags = ("--task.sources", "[{name: one, size: 20}, {name: two, transform: invert}]", "--method", "full")
         assert cads("select", config, *flags, "--out", tmp_path / "run")[0] == 0
-        assert [row[:2] for row in Selection.load(tmp_path / "run").by_source()] == [("one", 20), ("two", 60)]
+        assert [row[:2] for row in Selection.load(tmp_path / "run").source_counts()] == [("one", 20), ("two", 60)]
         written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["task"]["sources"]
         assert [s["label_noise"] for s in written] == [0, 0], "the sources of the file are gone, item by item"
 

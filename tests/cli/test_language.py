@@ -21,12 +21,12 @@ from cads.cli.main import main
 from cads.errors import ConfigError, DataError
 from cads.recipe import TrainConfig
 from cads.registry import build_selector
-from cads.runtime.processes import ALONE
+from cads.runtime.processes import SINGLE_PROCESS
 from cads.selection import Selection
 from cads.tasks.language.config import LanguageConfig
 from cads.tasks.language.evaluation import extract
 from cads.tasks.language.rows import TextSource
-from cads.training.final import train_on
+from cads.training.final import train
 from tests.support.tiny_llama import model_folder, sums, tokenizer, write_lines
 
 LORA = {"type": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -101,7 +101,7 @@ def check_panels(folder):
 def test_what_is_recognised_is_said_once_by_the_first_process(folder, selected, tmp_path, monkeypatch, capsys, first):
     monkeypatch.setattr(logging.root, "handlers", [])
     monkeypatch.setattr(logging.root, "level", logging.WARNING)
-    monkeypatch.setattr(type(ALONE), "first", first)
+    monkeypatch.setattr(type(SINGLE_PROCESS), "first", first)
     monkeypatch.setattr("cads.cli.main.close", lambda: None)
     rows = [*sums(40), {"id": "e", "prompt": "nothing", "response": "", "source": "right", "kind": "small"}]
     pool = write_lines(tmp_path / "pool.jsonl", rows)
@@ -156,11 +156,11 @@ def test_training_learns_and_stays_within_its_tokens(folder):
     task = built(folder)
     everything = build_selector("full").select(task, Budget(30, "epochs"), seed=0, ledger=Ledger())
     budget = Budget(8000, "tokens")
-    outcome = train_on(task, everything, budget, seed=0)
+    outcome = train(task, everything, budget, seed=0)
     spent = outcome.ledger.total(TRAIN)
     assert spent.flops <= budget.flops(task)
     assert 0.8 * 8000 <= spent.tokens <= 1.2 * 8000
-    assert outcome.fit.losses[-3:].mean() < 0.8 * outcome.fit.losses[:3].mean()
+    assert outcome.train_result.losses[-3:].mean() < 0.8 * outcome.train_result.losses[:3].mean()
 
 
 def test_merge_and_full_write_folders_that_transformers_loads(folder, selected, tmp_path):
@@ -331,7 +331,7 @@ class TestProxy:
         ]
         assert chosen[0].pool_hash == alone.pool.content_hash
         assert ledgers[0].total(SELECT).flops < 0.7 * ledgers[1].total(SELECT).flops
-        assert train_on(alone, chosen[0], budget, seed=0).metrics["loss"] > 0
+        assert train(alone, chosen[0], budget, seed=0).metrics["loss"] > 0
 
 
 class TestElsewhere:

@@ -16,7 +16,7 @@ from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
 from cads.cli.main import main
 from cads.registry import build_selector
-from cads.runtime.processes import everyone
+from cads.runtime.processes import world_group
 from cads.scoring.score_files import read_groups, stream_scores
 from cads.selection import Selection
 from cads.training import final as final_module
@@ -54,7 +54,7 @@ def watch_writes(folder):
             if path.startswith(str(folder)) and isinstance(mode, int) and mode & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 raise RuntimeError(f"{event} {arguments}")
 
-    if not everyone().first:
+    if not world_group().first:
         sys.addaudithook(audit)
 
 
@@ -107,7 +107,7 @@ class TestCommands:
 
             def stop(kind):
                 taken.append(kind.__name__)
-                if len(taken) == at and not everyone().first:
+                if len(taken) == at and not world_group().first:
                     os.kill(os.getpid(), number)
 
             before_steps(stop)
@@ -150,7 +150,7 @@ class TestCommands:
 
             def stop(_):
                 taken.append(1)
-                if len(taken) == signalled and not everyone().first:
+                if len(taken) == signalled and not world_group().first:
                     os.kill(os.getpid(), signal.SIGTERM)
 
             if signalled is not None or steps is None:
@@ -196,7 +196,7 @@ class TestCommands:
     def test_a_report_is_written_once(self, tmp_path, monkeypatch):
         from cads.study.report import page
 
-        made = page.Made(tmp_path / "report.html", tmp_path / "fits.json", tmp_path / "figures", ["so"])
+        made = page.ReportFiles(tmp_path / "report.html", tmp_path / "fits.json", tmp_path / "figures", ["so"])
         monkeypatch.setattr(page, "write_report", lambda *given: (tmp_path / "page").touch(exist_ok=False) or made)
         assert spread(2, lambda: main(["report", str(tmp_path)]), tmp_path / "said") == [0, 0]
 
@@ -226,8 +226,8 @@ class TestCommands:
 
         def work():
             chosen = build_selector("full", {}).select(task, Budget.parse("2 epochs"), seed=0, ledger=Ledger())
-            found = final_module.train_on(task, chosen, Budget.parse("2 epochs"), seed=0)
-            return found.fit.flops_per_second / found.utilisation
+            found = final_module.train(task, chosen, Budget.parse("2 epochs"), seed=0)
+            return found.train_result.flops_per_second / found.utilisation
 
         assert spread(2, work, tmp_path) == pytest.approx([2.0, 2.0])
         assert work() == pytest.approx(1.0)

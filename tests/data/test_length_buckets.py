@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cads.data.pool import Pool
-from cads.data.streams import Epochs, Weighted
-from cads.data.training_batches import WINDOW, Draws
+from cads.data.streams import ShuffledStream, WeightedStream
+from cads.data.training_batches import WINDOW, BatchStream
 from cads.tasks.language.encoding import Encoder
 from cads.tasks.language.formats import Renderer
 from cads.tasks.language.models import load_tokenizer
@@ -48,12 +48,12 @@ def random_pool(n, seed=0, name="pool"):
 @given(n=st.integers(1, 300), size=st.integers(1, 16), seed=SEEDS)
 def test_a_window_holds_what_the_stream_has_there(n, size, seed):
     examples = random_pool(n)
-    stream = Epochs(np.arange(n), seed)
+    stream = ShuffledStream(np.arange(n), seed)
     batches = max(1, min(WINDOW, n // size))
     for window in (0, 2):
         steps = range(window * batches, (window + 1) * batches)
-        draws = Draws(examples, [stream], size, seed=7)
-        drawn = np.concatenate([p.positions for step in steps for p in draws.batches(step)])
+        draws = BatchStream(examples, [stream], size, seed=7)
+        drawn = np.concatenate([p.positions for step in steps for p in draws.step(step)])
         assert sorted(drawn) == sorted(stream.take(window * batches * size, batches * size))
 
 
@@ -63,48 +63,48 @@ def test_a_step_does_not_depend_on_the_steps_before_it(seed, steps, weighted):
     examples, target = random_pool(150), random_pool(40, 1, "target")
 
     def draws():
-        stream = Weighted(np.arange(150.0), seed) if weighted else Epochs(np.arange(150), seed)
-        return Draws(examples, [stream], 7, target=target, target_fraction=0.3, seed=1)
+        stream = WeightedStream(np.arange(150.0), seed) if weighted else ShuffledStream(np.arange(150), seed)
+        return BatchStream(examples, [stream], 7, target=target, target_fraction=0.3, seed=1)
 
     used = draws()
     for step in steps:
-        fresh, again = draws().batches(step), used.batches(step)
+        fresh, again = draws().step(step), used.step(step)
         assert [p.positions.tolist() for p in fresh] == [p.positions.tolist() for p in again]
         assert sum(map(len, fresh)) == 7
 
 
 def test_a_small_pool_is_not_repeated_within_a_batch():
     examples = random_pool(24)
-    draws = Draws(examples, [Epochs(np.arange(24), 3)], 8)
+    draws = BatchStream(examples, [ShuffledStream(np.arange(24), 3)], 8)
     for epoch in range(5):
-        seen = [i for step in range(3) for i in draws.batches(3 * epoch + step)[0].positions.tolist()]
+        seen = [i for step in range(3) for i in draws.step(3 * epoch + step)[0].positions.tolist()]
         assert sorted(seen) == list(range(24))
 
 
 def test_the_order_of_the_batches_is_drawn():
     examples = random_pool(512)
-    draws = Draws(examples, [Epochs(np.arange(512), 3)], 16)
-    longest = [draws.batches(step)[0].inputs["input_ids"].shape[1] for step in range(32)]
+    draws = BatchStream(examples, [ShuffledStream(np.arange(512), 3)], 16)
+    longest = [draws.step(step)[0].inputs["input_ids"].shape[1] for step in range(32)]
     assert longest != sorted(longest)
     assert abs(np.corrcoef(longest, np.arange(32))[0, 1]) < 0.6
-    other = Draws(examples, [Epochs(np.arange(512), 3)], 16, seed=1)
-    assert longest != [other.batches(step)[0].inputs["input_ids"].shape[1] for step in range(32)]
+    other = BatchStream(examples, [ShuffledStream(np.arange(512), 3)], 16, seed=1)
+    assert longest != [other.step(step)[0].inputs["input_ids"].shape[1] for step in range(32)]
 
 
 def test_replicas_have_streams_of_their_own():
     examples = random_pool(100)
-    streams = [Epochs(np.arange(100), s) for s in range(2)]
-    draws = Draws(examples, streams, 5)
-    together = draws.batches(4)[0].positions.reshape(2, 5)
+    streams = [ShuffledStream(np.arange(100), s) for s in range(2)]
+    draws = BatchStream(examples, streams, 5)
+    together = draws.step(4)[0].positions.reshape(2, 5)
     for row, stream in zip(together, streams, strict=True):
-        assert torch.equal(row, draws.only(stream).batches(4)[0].positions)
+        assert torch.equal(row, draws.for_streams(stream).step(4)[0].positions)
 
 
 def padding(examples, size):
     """Share of the positions of an epoch (at least a window) that are padding."""
-    draws = Draws(examples, [Epochs(np.arange(len(examples)), 0)], size)
+    draws = BatchStream(examples, [ShuffledStream(np.arange(len(examples)), 0)], size)
     steps = max(WINDOW, len(examples) // size)
-    batches = [p for step in range(steps) for p in draws.batches(step)]
+    batches = [p for step in range(steps) for p in draws.step(step)]
     real = sum(int(p.inputs["attention_mask"].sum()) for p in batches)
     return 1 - real / sum(p.tokens for p in batches)
 

@@ -17,9 +17,9 @@ from cads import seeding
 from cads.data import hashing, permutation, streams
 from cads.data.hashing import add_column, add_pairs, digests, row_digests
 from cads.data.ids import ascending, best_first, distinct, rank_by_score
-from cads.data.permutation import enciphered
+from cads.data.permutation import feistel_permutation
 from cads.data.pool import Pool
-from cads.data.streams import Epochs
+from cads.data.streams import ShuffledStream
 from cads.data.subsample import subsample
 from cads.errors import ConfigError
 from cads.seeding import derive, derive_each
@@ -124,20 +124,20 @@ class TestStreams:
     @pytest.mark.parametrize("shuffled", [1, 100])
     def test_nothing_can_be_taken(self, monkeypatch, shuffled):
         monkeypatch.setattr(streams, "SHUFFLED", shuffled)
-        assert Epochs(np.arange(5), 0).take(3, 0).tolist() == []
+        assert ShuffledStream(np.arange(5), 0).take(3, 0).tolist() == []
 
     @settings(deadline=None)
     @given(st.integers(1, 3000), st.integers(0, 2**63 - 1))
     def test_the_cipher_is_a_permutation(self, n, seed):
         keys = np.random.default_rng(seed).integers(2**64, size=permutation.ROUNDS, dtype=np.uint64)
-        assert np.array_equal(np.sort(enciphered(np.arange(n), n, keys)), np.arange(n))
+        assert np.array_equal(np.sort(feistel_permutation(np.arange(n), n, keys)), np.arange(n))
 
     @pytest.mark.parametrize("n", [streams.SHUFFLED + 7, 10**9])
     def test_the_cipher_scatters_neighbours_evenly(self, n):
         found = []
         for seed in range(16):
             keys = np.random.default_rng(seed).integers(2**64, size=permutation.ROUNDS, dtype=np.uint64)
-            found.append(enciphered(np.arange(4096) + seed * 5000, n, keys))
+            found.append(feistel_permutation(np.arange(4096) + seed * 5000, n, keys))
         bins = np.stack(found) * 16 // n
         assert chisquare(np.bincount(bins.ravel())).pvalue > 1e-3
         neighbours = np.bincount((16 * bins[:, :-1] + bins[:, 1:]).ravel(), minlength=256)
@@ -151,8 +151,8 @@ class TestStreams:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(streams, "SHUFFLED", 4)
             positions = np.random.default_rng(seed).permutation(3 * n)[:n]
-            whole = Epochs(positions, seed).take(0, 2 * n)
-            stream = Epochs(positions, seed)
+            whole = ShuffledStream(positions, seed).take(0, 2 * n)
+            stream = ShuffledStream(positions, seed)
             cut = np.concatenate([stream.take(i, min(count, 2 * n - i)) for i in range(0, 2 * n, count)])
         assert np.array_equal(whole, cut)
         for epoch in (whole[:n], whole[n:]):
@@ -161,7 +161,7 @@ class TestStreams:
             assert not np.array_equal(whole[:n], whole[n:])
 
     def test_a_batch_of_a_large_pool_takes_no_memory_of_its_size(self):
-        stream = Epochs(np.arange(2 * streams.SHUFFLED), 0)
+        stream = ShuffledStream(np.arange(2 * streams.SHUFFLED), 0)
         tracemalloc.start()
         stream.take(10**6, 64)
         extra = tracemalloc.get_traced_memory()[1]
@@ -183,7 +183,7 @@ class TestStreams:
                 return [str(c).encode() for c in contents]
 
         pool = Pool([str(i) for i in range(len(codes))], Contents(), codes, [str(s) for s in range(sources)])
-        place = np.random.default_rng(seed).permutation(pool.contents.max() + 1)[pool.contents]
+        place = np.random.default_rng(seed).permutation(pool.content_codes.max() + 1)[pool.content_codes]
         expected = []
         for source in range(sources):
             members = np.flatnonzero(codes == source)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cads.estimators.control_variate import Control
+from cads.estimators.control_variate import ControlVariate
 
 CUBE = np.array(list(itertools.product([0.0, 1.0], repeat=4)))
 
@@ -20,7 +20,7 @@ def reach(draws):
 
 def held(values, alpha, features):
     ones = np.ones(len(CUBE))
-    return Control(CUBE, values, ones, ones, features=features, risk=risk, reach=reach, alpha=alpha)
+    return ControlVariate(CUBE, values, ones, ones, features=features, risk=risk, reach=reach, alpha=alpha)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 3.0])

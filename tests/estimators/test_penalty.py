@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from cads.data.pool import Pool
 from cads.errors import ConfigError
-from cads.estimators.control_variate import Control
+from cads.estimators.control_variate import ControlVariate
 from cads.estimators.design import n_columns
 from cads.estimators.loss_curves import extrapolate
-from cads.estimators.reachable_loss import FittedReach, effective_size, mean_over_sources
-from cads.search.space import Masks
+from cads.estimators.reachable_loss import ReachableLossModel, effective_size, mean_over_sources
+from cads.search.space import SubsetSpace
 
 SIZES = np.array([50, 100, 200, 400])
 MASKS = np.array([m for m in itertools.product([0.0, 1.0], repeat=4) if any(m)])
@@ -149,7 +149,7 @@ def log_linear(seed):
 def test_a_log_linear_law_comes_back(seed):
     law, rng = log_linear(seed), np.random.default_rng(seed + 1)
     trained, others = rng.dirichlet(np.ones(4), 60) / SIZES, rng.dirichlet(np.ones(4), 30) / SIZES
-    fitted = FittedReach(trained, law(trained), SIZES, ridge=1e-9)
+    fitted = ReachableLossModel(trained, law(trained), SIZES, ridge=1e-9)
     np.testing.assert_allclose(fitted(others), law(others), rtol=1e-4)
     np.testing.assert_allclose(fitted(7 * others), fitted(others), rtol=1e-9)
 
@@ -159,7 +159,7 @@ def test_a_log_linear_law_comes_back(seed):
 def test_it_passes_near_its_own_points_and_nearer_than_their_mean(seed):
     law = log_linear(seed)
     reached = law(MASKS)
-    fitted = np.log(FittedReach(MASKS, reached, SIZES)(MASKS))
+    fitted = np.log(ReachableLossModel(MASKS, reached, SIZES)(MASKS))
     spread = np.log(reached).std()
     assert np.sqrt(np.mean((fitted - np.log(reached)) ** 2)) < 0.4 * spread + 1e-9
 
@@ -167,7 +167,7 @@ def test_it_passes_near_its_own_points_and_nearer_than_their_mean(seed):
 def test_pairs_that_are_harder_together_are_seen():
     first, second = ratios(MASKS)[:, 0], ratios(MASKS)[:, 3]
     reached = np.exp(-1 + 6 * first * second)
-    fitted = FittedReach(MASKS, reached, SIZES, ridge=1e-6)
+    fitted = ReachableLossModel(MASKS, reached, SIZES, ridge=1e-6)
     np.testing.assert_allclose(fitted(MASKS), reached, rtol=0.02)
 
 
@@ -176,10 +176,10 @@ def test_runs_that_diverged_are_left_out():
     spoilt = reached.copy()
     spoilt[[2, 5]] = np.nan, np.inf
     sound = np.isfinite(spoilt)
-    expected = FittedReach(MASKS[sound], reached[sound], SIZES)(MASKS)
-    np.testing.assert_allclose(FittedReach(MASKS, spoilt, SIZES)(MASKS), expected)
+    expected = ReachableLossModel(MASKS[sound], reached[sound], SIZES)(MASKS)
+    np.testing.assert_allclose(ReachableLossModel(MASKS, spoilt, SIZES)(MASKS), expected)
     with pytest.raises(ConfigError, match="no run reached"):
-        FittedReach(MASKS, np.full(len(MASKS), np.nan), SIZES)
+        ReachableLossModel(MASKS, np.full(len(MASKS), np.nan), SIZES)
 
 
 @settings(deadline=None, max_examples=30)
@@ -199,7 +199,7 @@ def test_the_fit_is_the_ridge_regression(seed, runs, ridge):
     slope = np.linalg.lstsq(rows, np.concatenate([y - y.mean(), np.zeros(11)]), rcond=None)[0]
     others = rng.uniform(0.1, 1, (20, 4))
     expected = np.exp((phi(others) - x.mean(axis=0)) @ slope + y.mean())
-    np.testing.assert_allclose(FittedReach(weights, reached, SIZES, ridge)(others), expected, rtol=1e-8)
+    np.testing.assert_allclose(ReachableLossModel(weights, reached, SIZES, ridge)(others), expected, rtol=1e-8)
 
 
 def test_many_sources_have_no_pairs_and_are_fitted_in_no_time():
@@ -208,7 +208,7 @@ def test_many_sources_have_no_pairs_and_are_fitted_in_no_time():
     rng = np.random.default_rng(0)
     sizes, draws = rng.integers(1, 9, n).astype(float), (rng.random((12, n)) < 0.5).astype(float)
     trend = effective_size(draws, sizes) / sizes.sum()
-    fitted = FittedReach(draws, np.exp(-trend), sizes, ridge=1e-6)
+    fitted = ReachableLossModel(draws, np.exp(-trend), sizes, ridge=1e-6)
     np.testing.assert_allclose(fitted(draws), np.exp(-trend), rtol=1e-3)
 
 
@@ -217,14 +217,14 @@ def test_features_are_as_many_as_are_charged_for(sources, columns):
     pool = Pool(
         [str(i) for i in range(sources)], Nothing(sources), np.arange(sources), [f"s{i}" for i in range(sources)]
     )
-    space = Masks(pool)
+    space = SubsetSpace(pool)
     draws = np.tri(sources)[-3:]
     assert space.features(draws).shape == (len(draws), columns)
     assert space.n_features == columns == n_columns(sources)
 
 
 def test_one_run_says_the_same_of_all():
-    np.testing.assert_allclose(FittedReach(MASKS[-1:], np.array([0.7]), SIZES)(MASKS), 0.7)
+    np.testing.assert_allclose(ReachableLossModel(MASKS[-1:], np.array([0.7]), SIZES)(MASKS), 0.7)
 
 
 # The control variate.
@@ -249,7 +249,7 @@ def reach(draws):
 def control(draws, values, weights=None, fidelity=None):
     weights = np.ones(len(draws)) if weights is None else weights
     fidelity = np.ones(len(draws)) if fidelity is None else fidelity
-    return Control(draws, values, weights, fidelity, features=features, risk=risk, reach=reach)
+    return ControlVariate(draws, values, weights, fidelity, features=features, risk=risk, reach=reach)
 
 
 @pytest.mark.parametrize(

@@ -123,8 +123,8 @@ class TestTruth:
     def test_a_subset_is_worth_the_same_as_a_selection(self, task, known, tmp_path):
         mask = np.array([True, False, True])
         selected = np.zeros(len(task.pool), dtype=bool)
-        selected[task.pool.in_sources(mask)] = True
-        made = Selection.of(task.pool, selected=selected, method="x", seed=0, budget=BUDGET, ledger=Ledger())
+        selected[task.pool.positions_in(mask)] = True
+        made = Selection.from_pool(task.pool, selected=selected, method="x", seed=0, budget=BUDGET, ledger=Ledger())
         losses, accuracy = worth(task, made, known.flops, [1, 3], tmp_path)
         row = known.row(mask)
         assert losses == pytest.approx(known.losses[row, 1::2], rel=1e-4)
@@ -146,7 +146,7 @@ class TestTruth:
         ledger.charge("select", "x", known.flops / 2)
         counted = Budget(8, "epochs", count_selection=True)
         everything = np.ones(len(task.pool), dtype=bool)
-        made = Selection.of(task.pool, selected=everything, method="x", seed=0, budget=counted, ledger=ledger)
+        made = Selection.from_pool(task.pool, selected=everything, method="x", seed=0, budget=counted, ledger=ledger)
         value_of(task, made, counted, known, TRUTH_SEEDS, tmp_path)
         assert trained[0][2] == pytest.approx(known.flops / 2)
         assert list(trained[0][3]) == [1, 3]

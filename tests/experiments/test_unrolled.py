@@ -15,7 +15,7 @@ from cads.accounting.measured import count_flops
 from cads.errors import ConfigError
 from cads.recipe import TrainConfig
 from cads.tasks.vision.config import VisionConfig
-from cads.tasks.vision.synthetic_sources import SourceSpec
+from cads.tasks.vision.synthetic_sources import SyntheticSource
 from experiments.unrolled import (
     UPDATE_FLOPS,
     Batches,
@@ -44,7 +44,7 @@ def precise(features):
 @pytest.fixture(scope="module")
 def task():
     """Four sources of digits; the first is clean, the third nearly so."""
-    sources = [SourceSpec(f"{i}", label_noise=level) for i, level in enumerate((0.0, 0.9, 0.1, 0.9))]
+    sources = [SyntheticSource(f"{i}", label_noise=level) for i, level in enumerate((0.0, 0.9, 0.1, 0.9))]
     config = VisionConfig(hidden=16, n_pool=240, n_target=100, n_test=30, sources=sources)
     return config.build(TrainConfig(batch_size=8, learning_rate=3e-3))
 

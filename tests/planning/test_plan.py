@@ -26,17 +26,17 @@ from cads.recipe import TrainConfig
 from cads.registry import SELECTORS, build_selector, names
 from cads.scoring.ranker import Ranker
 from cads.tasks.language.shapes import LanguageSketch
-from cads.tasks.shape_only import Field, Shaped, shaped_pool
+from cads.tasks.shape_only import Field, ShapeOnly, shape_only_pool
 from cads.tasks.vision.config import VisionConfig
-from cads.tasks.vision.synthetic_sources import SourceSpec
-from cads.training.final import train_on
+from cads.tasks.vision.synthetic_sources import SyntheticSource
+from cads.training.final import train
 from cads.training.trainer import Trainer
 from tests.support.paths import MODELS, ROOT
 
 NEEDED = {"source": {"name": "clean"}}
 TEXT_ONLY = ("bm25",)
 RECIPE = TrainConfig(batch_size=8)
-SOURCES = [SourceSpec("clean"), SourceSpec("noisy", label_noise=0.9), SourceSpec("small", size=20)]
+SOURCES = [SyntheticSource("clean"), SyntheticSource("noisy", label_noise=0.9), SyntheticSource("small", size=20)]
 DIGITS = VisionConfig(hidden=16, n_pool=80, n_target=30, n_test=30, sources=SOURCES)
 LLAMA = {"selector_model": str(MODELS / "llama-2-7b.json"), "pool_tokens": 98.0e6, "paper_context": 4096}
 LINE = 112
@@ -106,7 +106,10 @@ def test_what_is_planned_is_what_is_charged(digits, texts, name, budget):
         DIGITS,
         VisionConfig(),
         VisionConfig(
-            n_pool=100, model="cnn", image_size=16, sources=[SourceSpec("a", size=30), SourceSpec("b", size=9)]
+            n_pool=100,
+            model="cnn",
+            image_size=16,
+            sources=[SyntheticSource("a", size=30), SyntheticSource("b", size=9)],
         ),
     ],
 )
@@ -133,7 +136,7 @@ def test_a_sketch_costs_what_the_task_costs(config):
 )
 def test_shapes_without_examples_are_refused(n, shape, sources, message):
     with pytest.raises(ConfigError, match=message):
-        shaped_pool("pool", Shaped(n, {"x": Field(shape)}, Field(())), sources)
+        shape_only_pool("pool", ShapeOnly(n, {"x": Field(shape)}, Field(())), sources)
 
 
 def test_a_sketch_has_no_weights_and_no_data():
@@ -350,11 +353,11 @@ class Recorder(Monitor):
 def test_utilisation_is_logged_and_at_most_one(digits):
     recorder = Recorder()
     full = build_selector("full").select(digits, Budget(2, "epochs"), seed=0, ledger=Ledger())
-    outcome = train_on(digits, full, Budget(2, "epochs"), seed=0, monitor=recorder)
+    outcome = train(digits, full, Budget(2, "epochs"), seed=0, monitor=recorder)
     assert 0 < outcome.utilisation <= 1
     assert recorder.scalars["trainer/mfu"] == outcome.utilisation
     limit = matmul_flops_per_second(str(next(outcome.model.parameters()).device), "no")
-    assert outcome.utilisation == pytest.approx(outcome.fit.flops[-1] / outcome.fit.seconds / limit)
+    assert outcome.utilisation == pytest.approx(outcome.train_result.flops[-1] / outcome.train_result.seconds / limit)
     assert recorder.scalars["flops/train/final model"] == outcome.ledger.total("train").flops
 
 

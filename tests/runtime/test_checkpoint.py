@@ -18,8 +18,8 @@ from cads.runtime import checkpoint as checkpoint_module
 from cads.runtime import safe_read
 from cads.runtime.atomic_files import remove_folder, whole_file, whole_folder
 from cads.runtime.checkpoint import KEPT, MANIFEST, TENSORS, VALUES, CheckpointConfig, Checkpoints, State, differences
-from cads.runtime.journal import Journal, perform
-from cads.runtime.journal_record import Record
+from cads.runtime.journal import Journal, replay_or_run
+from cads.runtime.journal_record import JournalRecord
 from cads.runtime.journal_store import FINISHED, UNDERWAY, RecordStore
 
 IDENTITY = {"settings": {"seed": 0, "train": {"batch_size": 8}}, "pool": "abc"}
@@ -281,7 +281,7 @@ def test_a_finished_operation_is_written_when_its_time_has_come(tmp_path):
         journal = Journal(tmp_path / str(config), {}, config)
         with journal.open():
             for i in range(times):
-                perform("doing", [], Ledger(), lambda _, i=i: State({"i": i}))
+                replay_or_run("doing", [], Ledger(), lambda _, i=i: State({"i": i}))
         return sum(1 for _ in journal.store.checkpoints.read(FINISHED))
 
     assert written(CheckpointConfig(every_seconds=1000), 5) == 0
@@ -290,7 +290,7 @@ def test_a_finished_operation_is_written_when_its_time_has_come(tmp_path):
 
 
 def record(value):
-    return Record("doing", f"key {value}", {"value": value}, [], {"x": torch.full((3,), float(value))})
+    return JournalRecord("doing", f"key {value}", {"value": value}, [], {"x": torch.full((3,), float(value))})
 
 
 def held(store, index):
@@ -336,7 +336,7 @@ def test_a_ledger_with_a_limit_is_restored(tmp_path):
             ledger.charge(SELECT, "s", 3.0)
             return State()
 
-        perform("doing", [], ledger, compute)
+        replay_or_run("doing", [], ledger, compute)
 
     for _ in range(2):
         ledger = Ledger(limit=4.0)

@@ -23,9 +23,9 @@ from cads.cli.main import main
 from cads.errors import CadsError, CheckpointError, DataError, SelectionError
 from cads.runtime import checkpoint, safe_read
 from cads.runtime.checkpoint import MANIFEST, TENSORS, VALUES, CheckpointConfig, State, read_checkpoint
-from cads.runtime.journal import Journal, in_shards, perform
+from cads.runtime.journal import Journal, map_shards, replay_or_run
 from cads.runtime.journal_store import FINISHED
-from cads.runtime.run_folder import Run
+from cads.runtime.run_folder import RunFolder
 from cads.scoring.ranking import Ranking
 from cads.selection import COLUMNS, Selection
 from tests.support.killed_runs import trained
@@ -138,7 +138,7 @@ def damaged():
 def test_a_damaged_selection(selection, damaged, damage, file):
     folder = damaged(selection, file, damage((selection / file).read_bytes()))
     with suppress(SelectionError):
-        Selection.load(folder).by_source()
+        Selection.load(folder).source_counts()
 
 
 @FUZZED
@@ -216,8 +216,8 @@ class Work:
     def go(self, folder=None):
         with Journal(folder or self.folder, {"seed": 0}, CheckpointConfig(every_seconds=None, every_steps=3)).open():
             fit, ledger = trained(self.task, steps=4)
-            in_shards("scores", [], ledger, 3, lambda i: np.full(2, float(i)))
-            perform("measuring", [], ledger, lambda _: State({"objective": 1.0})).number("objective")
+            map_shards("scores", [], ledger, 3, lambda i: np.full(2, float(i)))
+            replay_or_run("measuring", [], ledger, lambda _: State({"objective": 1.0})).number("objective")
         return fit.losses
 
     def newest(self):
@@ -269,8 +269,8 @@ def test_any_record_of_a_run(document):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "select.json").write_text(json.dumps(document))
         (Path(folder) / "selection").mkdir()
-        with suppress(CadsError), Run(folder, "select", {"seed": 0}, ("selection",)) as run:
-            run.begin(pool="abc")
+        with suppress(CadsError), RunFolder(folder, "select", {"seed": 0}, ("selection",)) as run:
+            run.open_or_skip(pool="abc")
 
 
 CONFIG = {

@@ -15,8 +15,8 @@ from cads.accounting.ledger import SELECT, Ledger
 from cads.errors import CheckpointError
 from cads.runtime import journal as journal_module
 from cads.runtime.checkpoint import CheckpointConfig, State
-from cads.runtime.journal import Journal, in_shards, perform
-from cads.runtime.lockstep import Progress
+from cads.runtime.journal import Journal, map_shards, replay_or_run
+from cads.runtime.lockstep import StepReporter
 from cads.runtime.signals import Interrupted, Interrupts
 from tests.support.killed_runs import EVERY_STEP, IDENTITY, resumed, same_fit, trained
 
@@ -31,7 +31,7 @@ class TestJournal:
             ledger is None or ledger.charge(SELECT, "s", value)
             return State({"value": value}, {"x": torch.full((2,), float(value))})
 
-        return perform("doing", list(arguments), ledger or Ledger(), compute)
+        return replay_or_run("doing", list(arguments), ledger or Ledger(), compute)
 
     def test_what_is_done_answers_with_its_charges(self, tmp_path):
         values = [0.1, 0.2, 0.3]
@@ -63,7 +63,7 @@ class TestJournal:
         for expected in ([1, 2, 3], []):
             log = []
             with self.journal(tmp_path, CheckpointConfig(every_seconds=0)).open():
-                assert perform("outer", [], Ledger(), outer).values["sum"] == 3
+                assert replay_or_run("outer", [], Ledger(), outer).values["sum"] == 3
                 self.do(log, 3)
             assert log == expected
 
@@ -90,12 +90,12 @@ class TestJournal:
             return score
 
         plain = Ledger()
-        expected = in_shards("scores", [], plain, 6, shard(plain, None))
+        expected = map_shards("scores", [], plain, 6, shard(plain, None))
         done.clear()
         for last in (2, 4, None):
             ledger = Ledger()
             with contextlib.suppress(RuntimeError), self.journal(tmp_path).open():
-                found = in_shards("scores", [], ledger, 6, shard(ledger, last))
+                found = map_shards("scores", [], ledger, 6, shard(ledger, last))
         assert done == [0, 1, 2, 3, 4, 5]
         np.testing.assert_array_equal(found, expected)
         assert ledger.total().flops == plain.total().flops
@@ -113,7 +113,7 @@ class TestJournal:
 
         with self.journal(tmp_path).open():
             self.do([], 1, ledger)
-            return in_shards("pass", [], ledger, 4, shard).tolist()
+            return map_shards("pass", [], ledger, 4, shard).tolist()
 
     def test_where_a_pass_was_outlives_a_damaged_record_of_what_came_before(self, tmp_path):
         taken = []
@@ -132,8 +132,8 @@ class TestJournal:
 
     def test_without_a_journal_nothing_is_kept(self):
         seen = []
-        perform("doing", [], Ledger(), lambda progress: seen.append(type(progress)) or State())
-        assert seen == [Progress]
+        replay_or_run("doing", [], Ledger(), lambda progress: seen.append(type(progress)) or State())
+        assert seen == [StepReporter]
 
 
 class TestSignals:
@@ -176,7 +176,7 @@ class TestSignals:
 
         def run():
             with interrupts.listen(), Journal(tmp_path, IDENTITY, EVERY_STEP, interrupts).open():
-                perform("doing", [], Ledger(), lambda _: done.append(1) or State({"a": 1}))
+                replay_or_run("doing", [], Ledger(), lambda _: done.append(1) or State({"a": 1}))
 
         with monkeypatch.context() as patched:
             patched.setattr(journal_module, "charges_since", signalled)

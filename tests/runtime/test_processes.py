@@ -14,15 +14,15 @@ from torch import nn
 
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import TRAIN, Ledger
-from cads.data.streams import Epochs
-from cads.data.training_batches import Draws
+from cads.data.streams import ShuffledStream
+from cads.data.training_batches import BatchStream
 from cads.errors import NonFiniteError
 from cads.monitor import Monitor
 from cads.registry import build_selector
 from cads.runtime.journal import Journal
-from cads.runtime.processes import everyone
-from cads.search.inner_runs import Inner
-from cads.training.run_state import Leg
+from cads.runtime.processes import world_group
+from cads.search.inner_runs import InnerLoop
+from cads.training.run_state import RunSegment
 from cads.training.trainer import Trainer
 from tests.support.forked_processes import (
     PATIENCE,
@@ -71,7 +71,7 @@ def test_one_run_rides_on_divided_training(features, tmp_path):
     def work():
         selector = build_selector("cads-e", {"one_run": True})
         selection = selector.select(task, budget, seed=0, ledger=Ledger(), monitor=Monitor())
-        assert selection.start is not None
+        assert selection.warm_start is not None
         return chosen(selection)
 
     same(spread(2, work, tmp_path), work())
@@ -86,10 +86,10 @@ class TestTraining:
         def train(task):
             ledger = Ledger()
             target = {"target": task.target, "target_fraction": 0.4, "seed": 3}
-            draws = Draws(task.pool, [Epochs(np.arange(50), 0)], task.recipe.batch_size, **target)
+            draws = BatchStream(task.pool, [ShuffledStream(np.arange(50), 0)], task.recipe.batch_size, **target)
             usage = task.costs.per_usage(task.pool, task.recipe.batch_size)
             fit = Trainer(task, ledger).fit(
-                task.model(0), draws, 60 * usage, seed=1, phase=TRAIN, stage="x", leg=Leg(keep=True)
+                task.model(0), draws, 60 * usage, seed=1, phase=TRAIN, stage="x", segment=RunSegment(keep=True)
             )
             known = np.nan_to_num(fit.example_losses, nan=-1.0).tolist()
             return {"w": weights(fit.models[0]), "l": fit.losses[:, 0].tolist(), "e": known, "ledger": entries(ledger)}
@@ -105,7 +105,7 @@ class TestTraining:
         task = features(dropout=0.5, batch_size=8)
 
         def work():
-            draws = Draws(task.pool, [Epochs(np.zeros(1, dtype=int), 0)], 8)
+            draws = BatchStream(task.pool, [ShuffledStream(np.zeros(1, dtype=int), 0)], 8)
             fit = Trainer(task, Ledger()).fit(task.model(0), draws, 1e5, seed=1, phase=TRAIN, stage="x")
             return fit.losses[:, 0].tolist()
 
@@ -120,7 +120,7 @@ class TestTraining:
         task._build = lambda: nn.Sequential(nn.BatchNorm1d(6), build())
 
         def work():
-            draws = Draws(task.pool, [Epochs(np.arange(50), 0)], 8)
+            draws = BatchStream(task.pool, [ShuffledStream(np.arange(50), 0)], 8)
             fit = Trainer(task, Ledger()).fit(task.model(0), draws, 1e5, seed=1, phase=TRAIN, stage="x")
             return {"w": weights(fit.models[0])}
 
@@ -138,7 +138,7 @@ class TestTraining:
         task._build = unused
 
         def work():
-            draws = Draws(task.pool, [Epochs(np.arange(50), 0)], 8)
+            draws = BatchStream(task.pool, [ShuffledStream(np.arange(50), 0)], 8)
             fit = Trainer(task, Ledger()).fit(task.model(0), draws, 1e5, seed=1, phase=TRAIN, stage="x")
             return fit.models[0].unused.tolist()
 
@@ -150,7 +150,7 @@ class TestTraining:
         task.pool.examples.rows[7] = np.nan
 
         def work():
-            draws = Draws(task.pool, [Epochs(np.arange(12), 0)], 4)
+            draws = BatchStream(task.pool, [ShuffledStream(np.arange(12), 0)], 4)
             ledger = Ledger()
             trainer = Trainer(task, ledger)
             try:
@@ -179,11 +179,11 @@ class TestReplicas:
 
         def work():
             ledger = Ledger()
-            inner = Inner(task, ledger, Monitor())
-            streams = [Epochs(np.arange(k, 100, count), k) for k in range(count)]
+            inner = InnerLoop(task, ledger, Monitor())
+            streams = [ShuffledStream(np.arange(k, 100, count), k) for k in range(count)]
             runs = inner.run(streams, 40 * usage, seed=0, stage="short runs")
             models = [weights(m) for m in runs.models]
-            found = [runs.objective.tolist(), runs.losses.tolist(), runs.flops.tolist(), runs.reached.tolist()]
+            found = [runs.objective.tolist(), runs.losses.tolist(), runs.flops.tolist(), runs.final_train_loss.tolist()]
             return [*found, models, entries(ledger)]
 
         found, one = spread(2, work, tmp_path), work()
@@ -203,8 +203,8 @@ class TestReplicas:
 
         def work():
             ledger = Ledger()
-            streams = [Epochs(np.arange(k, 100 - 20 * k), k) for k in range(3)]
-            runs = Inner(task, ledger, Monitor()).run(streams, 1e4, seed=0, stage="short runs")
+            streams = [ShuffledStream(np.arange(k, 100 - 20 * k), k) for k in range(3)]
+            runs = InnerLoop(task, ledger, Monitor()).run(streams, 1e4, seed=0, stage="short runs")
             return [runs.objective.tolist(), runs.losses.tolist(), [weights(m) for m in runs.models], entries(ledger)]
 
         assert spread(2, work, tmp_path) == [json.loads(json.dumps(work()))] * 2
@@ -218,8 +218,8 @@ class TestReplicas:
 
         def run():
             ledger = Ledger()
-            streams = [Epochs(np.arange(20, 60), 0), Epochs(np.arange(12), 1)]
-            runs = Inner(task, ledger, Monitor()).run(streams, 160 * usage, seed=0, stage="short runs")
+            streams = [ShuffledStream(np.arange(20, 60), 0), ShuffledStream(np.arange(12), 1)]
+            runs = InnerLoop(task, ledger, Monitor()).run(streams, 160 * usage, seed=0, stage="short runs")
             return [runs.objective.tolist()[:1], entries(ledger)]
 
         def work(steps=None):
@@ -242,8 +242,8 @@ class TestReplicas:
             ledger, shown, began = Ledger(), [], time.perf_counter()
             monitor = Monitor()
             monitor.scalar = lambda tag, value, step: shown.append([tag, value])
-            streams = [Epochs(np.arange(k, 100, 3), k) for k in range(3)]
-            Inner(task, ledger, monitor).run(streams, 2e5, seed=0, stage="short runs")
+            streams = [ShuffledStream(np.arange(k, 100, 3), k) for k in range(3)]
+            InnerLoop(task, ledger, monitor).run(streams, 2e5, seed=0, stage="short runs")
             return [shown, ledger.total().seconds <= time.perf_counter() - began]
 
         (first, second), one = spread(2, work, tmp_path), json.loads(json.dumps(work()))
@@ -255,8 +255,8 @@ class TestReplicas:
             task = features(batch_size=4, replicas=way, learning_rate=1e36, optimizer="sgd", clip_norm=None)
 
             def work(task=task):
-                streams = [Epochs(np.arange(20), k) for k in range(3)]
-                runs = Inner(task, Ledger(), Monitor()).run(streams, 1e5, seed=0, stage="short runs")
+                streams = [ShuffledStream(np.arange(20), k) for k in range(3)]
+                runs = InnerLoop(task, Ledger(), Monitor()).run(streams, 1e5, seed=0, stage="short runs")
                 return np.isnan(runs.objective).tolist()
 
             assert spread(2, work, tmp_path) == [work()] * 2
@@ -269,7 +269,7 @@ class TestTheEnd:
         return features(batch_size=4)
 
     def train(self, task, steps=10_000, after=None):
-        draws = Draws(task.pool, [Epochs(np.arange(50), 0)], 4)
+        draws = BatchStream(task.pool, [ShuffledStream(np.arange(50), 0)], 4)
         flops = steps * 4 * task.costs.per_usage(task.pool, 4)
         if after is not None:
             after_steps(after)
@@ -279,7 +279,7 @@ class TestTheEnd:
         task = self.task(features)
 
         def odd(step):
-            if step == 5 and not everyone().first:
+            if step == 5 and not world_group().first:
                 raise MemoryError("no room")
 
         began = time.monotonic()
@@ -293,7 +293,7 @@ class TestTheEnd:
         task = self.task(features)
 
         def killed(step):
-            if step == 5 and not everyone().first:
+            if step == 5 and not world_group().first:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         ended(started(2, lambda: self.train(task, after=killed), tmp_path), PATIENCE / 2)
@@ -303,7 +303,7 @@ class TestTheEnd:
         task = self.task(features)
 
         def sleeps(step):
-            if step == 5 and not everyone().first:
+            if step == 5 and not world_group().first:
                 time.sleep(8)
 
         pids = started(2, lambda: self.train(task, after=sleeps), tmp_path, seconds=2)
@@ -315,8 +315,8 @@ class TestTheEnd:
     def replicas(self, features):
         """Two replicas, one a process."""
         task = features(batch_size=4, replicas="loop")
-        streams = [Epochs(np.arange(50), k) for k in range(2)]
-        return Inner(task, Ledger(), Monitor()).run(streams, 1e9, seed=0, stage="short runs")
+        streams = [ShuffledStream(np.arange(50), k) for k in range(2)]
+        return InnerLoop(task, Ledger(), Monitor()).run(streams, 1e9, seed=0, stage="short runs")
 
     def test_a_checkpoint_that_the_first_cannot_write_is_an_error_of_all(self, features, tmp_path):
         """Also where all are about to stop."""
@@ -328,7 +328,7 @@ class TestTheEnd:
                     raise ZeroDivisionError("odd")
 
                 def stop(kind):
-                    if not everyone().first:
+                    if not world_group().first:
                         journal.interrupts.pending = signal.SIGTERM
 
                 journal.store.checkpoints.write = odd

@@ -13,9 +13,9 @@ from cads.accounting.ledger import SELECT, Ledger
 from cads.errors import CadsError, ConfigError, DataError
 from cads.runtime import processes
 from cads.runtime.checkpoint import State
-from cads.runtime.journal import in_shards
+from cads.runtime.journal import map_shards
 from cads.runtime.lockstep import divide
-from cads.runtime.processes import RemoteError, everyone
+from cads.runtime.processes import RemoteError, world_group
 from tests.support.forked_processes import _alone, _free_port, ended, entries, spread
 
 
@@ -30,7 +30,7 @@ class TestShards:
                 ledger.charge(SELECT, "scoring", 0.1 * 3**i, tokens=i)
                 return np.arange(i + 1) * 1.5
 
-            found = in_shards("scoring", ["x"], ledger, count, shard)
+            found = map_shards("scoring", ["x"], ledger, count, shard)
             return [found.tolist(), entries(ledger)]
 
         assert spread(2, work, tmp_path) == [work()] * 2
@@ -62,15 +62,15 @@ class TestShards:
 class TestExchange:
     def test_states_arrive_as_they_were_sent(self, tmp_path):
         def work():
-            rank = everyone().rank
+            rank = world_group().rank
             kinds = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
             sent = State(
                 {"rank": rank, "nested": [1.5, None, {"a": float("inf")}]},
                 {str(k): torch.arange(rank, rank + 6).to(k).view(2, 3) for k in kinds}
                 | {"scalar": torch.tensor(rank), "empty": torch.zeros(0, 3)},
             )
-            parts = everyone().gather(lambda: sent)
-            first = everyone().from_first(lambda: sent)
+            parts = world_group().gather(lambda: sent)
+            first = world_group().broadcast(lambda: sent)
             return [[p.digest for p in parts], first.digest, sent.digest]
 
         a, b = spread(2, work, tmp_path)
@@ -78,13 +78,13 @@ class TestExchange:
         assert a[1] == b[1] == a[2]
 
     def test_what_cannot_be_sent_is_an_error_of_all(self, tmp_path):
-        first, second = spread(2, lambda: everyone().gather(self.odd), tmp_path)
+        first, second = spread(2, lambda: world_group().gather(self.odd), tmp_path)
         assert second[0] == "TypeError"
         assert first[0] == "RemoteError"
         assert "process 1: TypeError" in first[1]
 
     def odd(self):
-        return State({} if everyone().first else {"odd": object()})
+        return State({} if world_group().first else {"odd": object()})
 
     def test_others_that_are_not_there_are_missed_in_a_sentence(self, tmp_path):
         alone = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
@@ -92,9 +92,9 @@ class TestExchange:
         def work():
             os.environ.update({**alone, "LOCAL_RANK": "1", processes.TIMEOUT_VARIABLE: "1"})
             AcceleratorState._reset_state(reset_partial_state=True)
-            everyone.cache_clear()
+            world_group.cache_clear()
             try:
-                everyone()
+                world_group()
             except CadsError as error:
                 (tmp_path / "said").write_text(f"{type(error).__name__}: {error}")
 
@@ -103,7 +103,7 @@ class TestExchange:
         assert said.startswith("ProcessError: this process does not find the 1 others within 1 s (RANK=1, WORLD_SIZE=2")
 
     def test_processes_that_are_not_given_the_same_are_refused(self, tmp_path):
-        found = spread(2, lambda: everyone().check_alike("the data", everyone().rank), tmp_path)
+        found = spread(2, lambda: world_group().check_identical("the data", world_group().rank), tmp_path)
         assert [f[0] for f in found] == ["ProcessError"] * 2
         assert "the data differs between processes" in found[0][1]
 
@@ -112,10 +112,10 @@ class TestExchange:
         monkeypatch.setenv(processes.TIMEOUT_VARIABLE, text)
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(ConfigError, match="must be a positive number of seconds"):
-            everyone.__wrapped__()
+            world_group.__wrapped__()
 
     def test_divided_weights_are_refused(self, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         with pytest.raises(ConfigError, match="FSDP"):
-            everyone.__wrapped__()
+            world_group.__wrapped__()

@@ -14,8 +14,8 @@ from scipy.stats import sem
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import TRAIN, Ledger
 from cads.cli.main import main
-from cads.data.streams import Epochs
-from cads.data.training_batches import Draws
+from cads.data.streams import ShuffledStream
+from cads.data.training_batches import BatchStream
 from cads.errors import CheckpointError, NonFiniteError
 from cads.monitor import Monitor
 from cads.recipe import TrainConfig
@@ -24,10 +24,10 @@ from cads.runtime import journal as journal_module
 from cads.runtime.checkpoint import CheckpointConfig
 from cads.runtime.journal import Journal
 from cads.runtime.journal_store import FINISHED
-from cads.search.inner_runs import Inner
+from cads.search.inner_runs import InnerLoop
 from cads.tasks.vision.config import VisionConfig
-from cads.tasks.vision.synthetic_sources import SourceSpec
-from cads.training.final import train_on
+from cads.tasks.vision.synthetic_sources import SyntheticSource
+from cads.training.final import train
 from cads.training.loop import MOST_SKIPPED
 from cads.training.trainer import Trainer
 from experiments import chaos
@@ -91,7 +91,7 @@ class TestTraining:
             task = features(batch_size=8, hidden=64)
             model = task.model(0)
             model[0].requires_grad_(False)
-            draws = Draws(task.pool, [Epochs(np.arange(200), 0)], 8)
+            draws = BatchStream(task.pool, [ShuffledStream(np.arange(200), 0)], 8)
             flops = 8 * step_flops(task)
             return Trainer(task, Ledger()).fit(model, draws, flops, seed=0, phase=TRAIN, stage="s"), Ledger()
 
@@ -116,7 +116,7 @@ class TestTraining:
         def work():
             curve = Curve()
             trainer = Trainer(task, Ledger(), curve)
-            draws = Draws(task.pool, [Epochs(np.arange(200), 0)], 8)
+            draws = BatchStream(task.pool, [ShuffledStream(np.arange(200), 0)], 8)
             trainer.fit(task.model(0), draws, 9 * step_flops(task), seed=0, phase=TRAIN, stage="s")
             return curve.points
 
@@ -124,7 +124,7 @@ class TestTraining:
 
 
 BUDGET = Budget(8, "epochs")
-SOURCES = [SourceSpec("clean"), SourceSpec("noisy", label_noise=0.9)]
+SOURCES = [SyntheticSource("clean"), SyntheticSource("noisy", label_noise=0.9)]
 SPENDERS = sorted({*names(SELECTORS)} - {"full", "joint", "random", "source", "target-only", "bm25"})
 """All that train or score something on images."""
 
@@ -152,15 +152,17 @@ class TestSelectors:
 
     def test_errors_of_runs_are_those_of_paired_differences(self, digits, tmp_path):
         def work():
-            streams = [Epochs(np.arange(k, len(digits.pool), k + 1), k) for k in range(3)]
-            return Inner(digits, Ledger(), Monitor()).run(streams, 60 * step_flops(digits), seed=0, stage="short runs")
+            streams = [ShuffledStream(np.arange(k, len(digits.pool), k + 1), k) for k in range(3)]
+            return InnerLoop(digits, Ledger(), Monitor()).run(
+                streams, 60 * step_flops(digits), seed=0, stage="short runs"
+            )
 
         runs, again = work(), resumed(tmp_path, work, kills=(5, 12))
         each = [digits.metrics_by_example(model, digits.target)[digits.outer] for model in runs.models]
         assert runs.objective == pytest.approx([x.mean() for x in each])
-        assert runs.errors == pytest.approx([sem(x - each[0]) for x in each])
-        assert runs.errors[1] > runs.errors[0] == 0
-        np.testing.assert_array_equal(runs.errors, again.errors)
+        assert runs.stderr == pytest.approx([sem(x - each[0]) for x in each])
+        assert runs.stderr[1] > runs.stderr[0] == 0
+        np.testing.assert_array_equal(runs.stderr, again.stderr)
 
     def test_all_of_it_comes_from_the_journal_if_all_of_it_is_there(self, digits, tmp_path, monkeypatch):
         def work():
@@ -177,8 +179,8 @@ class TestSelectors:
         selection = build_selector("random").select(digits, BUDGET, seed=0, ledger=Ledger())
 
         def work():
-            outcome = train_on(digits, selection, BUDGET, seed=0)
-            return (outcome.fit, outcome.ledger), outcome.metrics
+            outcome = train(digits, selection, BUDGET, seed=0)
+            return (outcome.train_result, outcome.ledger), outcome.metrics
 
         (fit, metrics), (again, same) = work(), resumed(tmp_path, work, kills=(3, 30))
         same_fit(fit, again)
@@ -186,7 +188,7 @@ class TestSelectors:
 
     def test_a_disk_that_is_full_at_the_end_is_said(self, digits, tmp_path, monkeypatch):
         selection = build_selector("random").select(digits, BUDGET, seed=0, ledger=Ledger())
-        outcome = train_on(digits, selection, Budget(1, "epochs"), seed=0)
+        outcome = train(digits, selection, Budget(1, "epochs"), seed=0)
 
         def full(*_, **__):
             raise SafetensorError("No space left on device")

@@ -16,7 +16,7 @@ from cads.selectors.cads_amortised.policy import AmortisedPolicy
 from cads.selectors.cads_amortised.sample import visit_order
 from cads.selectors.cads_amortised.selector import probabilities_of
 from cads.tasks.vision.config import VisionConfig
-from cads.tasks.vision.synthetic_sources import SourceSpec
+from cads.tasks.vision.synthetic_sources import SyntheticSource
 from tests.support.noisy_digits import RECIPE, SOURCES, without_sources
 
 
@@ -131,9 +131,9 @@ class TestVisit:
             assert np.abs(seen - share * pool.source_sizes).max() <= 2
 
     def test_copies_stand_together(self):
-        sources = [SourceSpec("once", size=60), SourceSpec("copied", size=60, duplicates=4)]
+        sources = [SyntheticSource("once", size=60), SyntheticSource("copied", size=60, duplicates=4)]
         pool = VisionConfig(n_pool=200, n_target=20, n_test=20, sources=sources).build(RECIPE).pool
         for source in (0, 1):
             order = [i for i in visit_order(pool, 0) if pool.sources[i] == source]
-            codes = pool.contents[order]
+            codes = pool.content_codes[order]
             assert (np.diff(codes) != 0).sum() + 1 == len(np.unique(codes))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cads.accounting.costs import Price
+from cads.accounting.costs import ExampleCost
 from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
 from cads.accounting.measured import Counted, count_flops
 from cads.data.pool import Pool
@@ -22,7 +22,7 @@ from cads.data.token_batches import budget_batches, by_id, lengths, scoring_batc
 from cads.errors import ConfigError, DataError
 from cads.scoring import pool_scores
 from cads.scoring.pool_scores import planned_flops, reading_flops, score_pool
-from cads.scoring.reference_models import on_pool, on_target, plan_training, scorer_of
+from cads.scoring.reference_models import plan_training, proxy_of, train_on_pool, train_on_target
 
 
 def score(task, model, pool=None, **options):
@@ -151,8 +151,8 @@ class TestScorers:
         task, planned, spent = images(batch_size=8), PlannedLedger(), Ledger()
         plan_training(task, task.pool, passes, planned, stage="u", models=2)
         plan_training(task, task.target, passes, planned, stage="theta")
-        on_pool(task, passes, seeds=[0, 1], ledger=spent, stage="u")
-        on_target(task, passes, seed=0, ledger=spent, stage="theta")
+        train_on_pool(task, passes, seeds=[0, 1], ledger=spent, stage="u")
+        train_on_target(task, passes, seed=0, ledger=spent, stage="theta")
         assert planned.total().flops == pytest.approx(spent.total().flops, rel=1e-9)
         assert planned.total().usages == spent.total().usages
         if passes >= 1:
@@ -161,8 +161,8 @@ class TestScorers:
     def test_no_passes_are_the_initial_weights(self, images):
         task = images()
         for model in (
-            on_pool(task, 0, seeds=[5], ledger=Ledger(), stage="u")[0],
-            on_target(task, 0, seed=5, ledger=Ledger(), stage="t"),
+            train_on_pool(task, 0, seeds=[5], ledger=Ledger(), stage="u")[0],
+            train_on_target(task, 0, seed=5, ledger=Ledger(), stage="t"),
         ):
             for mine, its in zip(model.parameters(), task.model(5).parameters(), strict=True):
                 assert torch.equal(mine.cpu(), its)
@@ -173,25 +173,25 @@ class TestScorers:
         other = copy.copy(task)
         other.pool = Pool(task.pool.ids.take(pa.array(order)), task.pool.examples.take(order))
         assert by_id(other.pool).tolist() != by_id(task.pool).tolist()
-        one, two = (on_pool(t, 1, seeds=[0], ledger=Ledger(), stage="u")[0] for t in (task, other))
+        one, two = (train_on_pool(t, 1, seeds=[0], ledger=Ledger(), stage="u")[0] for t in (task, other))
         for mine, its in zip(one.parameters(), two.parameters(), strict=True):
             assert torch.equal(mine, its)
 
     def test_the_proxy_scores_and_must_hold_the_same_examples(self, images):
         task, proxy = images(), images(model="cnn")
-        assert scorer_of(task) is task
+        assert proxy_of(task) is task
         task = copy.copy(task)
         task.proxy = proxy
-        assert scorer_of(task) is proxy
+        assert proxy_of(task) is proxy
         task.proxy = copy.copy(proxy)
         task.proxy.pool = proxy.pool.part(np.arange(5), "pool")
         with pytest.raises(ConfigError, match="the same examples"):
-            scorer_of(task)
+            proxy_of(task)
 
     def test_models_that_diverge_are_refused(self, images):
         task = images(batch_size=8, learning_rate=1e30, clip_norm=None, optimizer="sgd")
         with pytest.raises(DataError, match="not finite"):
-            on_pool(task, 3, seeds=[0, 1], ledger=Ledger(), stage="u")
+            train_on_pool(task, 3, seeds=[0, 1], ledger=Ledger(), stage="u")
 
 
 def test_the_model_is_evaluated_not_trained(features):
@@ -206,5 +206,5 @@ def test_a_large_model_on_a_large_pool_does_not_overflow(features):
     pool = features().pool
     assert planned_flops(lambda batch: 2**62 * len(batch), pool) == pytest.approx(2.0**62 * len(pool))
     task = features()
-    task.costs._accounting.price = lambda batch: Price(2**61, 2**62, 1)
+    task.costs._accounting.price = lambda batch: ExampleCost(2**61, 2**62, 1)
     assert np.cumsum(task.costs.usages(task.pool))[-1] == pytest.approx(2.0**62 * len(task.pool))

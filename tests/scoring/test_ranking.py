@@ -45,7 +45,7 @@ def test_one_ranking_is_cut_for_every_budget(texts, kind):
 def test_ties_break_by_id(texts):
     task = texts()
     ranking = Ranking(task.pool.ids, np.zeros(len(task.pool)), "flat", 0, Ledger(), "")
-    chosen = Random(fraction=0.3).cut(ranking, task, Budget(1, "epochs"))
+    chosen = Random(fraction=0.3).select_top(ranking, task, Budget(1, "epochs"))
     ids = sorted(task.pool.ids.to_pylist())
     kept = set(task.pool.ids.filter(pa.array(chosen.selected)).to_pylist())
     assert kept == set(ids[: len(kept)])
@@ -79,7 +79,7 @@ class TestRankOnce:
         Bm25(fraction=0.1).rank_once(task, tmp_path / "r", seed=0, ledger=Ledger())
         ranker = Bm25(fraction=0.5, epochs=2)
         kept = ranker.rank_once(task, tmp_path / "r", seed=0, ledger=Ledger())
-        config = ranker.cut(kept, task, Budget(1, "epochs")).config
+        config = ranker.select_top(kept, task, Budget(1, "epochs")).config
         assert (config["fraction"], config["epochs"], config["k1"]) == (0.5, 2, ranker.k1)
 
     def test_other_subtasks_of_the_same_target_are_ranked_anew(self, texts, tmp_path):
@@ -107,7 +107,7 @@ class TestRankOnce:
         made = set()
         for selector, ranked, seed in cases:
             ranking = selector.rank_once(ranked, tmp_path / "r", seed=seed, ledger=Ledger())
-            made.add(ranking.made_from)
+            made.add(ranking.provenance_hash)
             assert ranking.method == selector.method
             assert len(ranking.ids) == len(ranked.pool)
         assert len(made) == len(cases)
@@ -161,7 +161,7 @@ def test_a_ranking_of_another_pool_is_refused(texts):
     small.pool = task.pool.part(np.arange(10), "pool")
     ranking = Bm25().rank(small, seed=0, ledger=Ledger())
     with pytest.raises(DataError, match="70 examples of the pool have no score"):
-        Bm25().cut(ranking, task, Budget(1, "epochs"))
+        Bm25().select_top(ranking, task, Budget(1, "epochs"))
 
 
 def test_scores_that_are_not_finite_are_refused_by_id(texts):

@@ -16,7 +16,7 @@ from cads.data.ids import best_first
 from cads.errors import ConfigError, DataError
 from cads.scoring.pool_scores import score_pool
 from cads.scoring.score_files import ScoreWriter, read_groups, stream_scores
-from cads.scoring.top_k import Best, best_of_files
+from cads.scoring.top_k import TopK, best_of_files
 
 SCORES = st.lists(st.sampled_from([-1.5, -0.0, 0.0, 0.25, 1.0, 7.0]), min_size=1, max_size=60)
 
@@ -30,7 +30,7 @@ class TestBest:
     @given(SCORES, st.integers(1, 70), st.integers(0, 9), st.lists(st.integers(0, 60), max_size=6))
     def test_it_is_the_head_of_the_ranking_in_memory(self, scores, k, seed, cuts):
         score, ids = np.array(scores), shuffled_ids(len(scores), seed)
-        best = Best(k)
+        best = TopK(k)
         edges = [0, *sorted(min(c, len(score)) for c in cuts), len(score)]
         for a, b in pairwise(edges):
             best.add(ids[a:b], score[a:b])
@@ -44,7 +44,7 @@ class TestBest:
     def test_what_costs_allow_is_the_prefix_that_fits(self, scores, most, seed, shard):
         score, ids = np.array(scores), shuffled_ids(len(scores), seed)
         cost = np.random.default_rng(seed).choice([0.25, 0.5, 1.0, 3.0], len(score))
-        best = Best(most)
+        best = TopK(most)
         for a in range(0, len(score), shard):
             best.add(ids[a : a + shard], score[a : a + shard], cost[a : a + shard])
         kept, spent = [], 0.0
@@ -56,7 +56,7 @@ class TestBest:
         assert best.result()[0].to_pylist() == kept
 
     def test_memory_is_that_of_what_is_kept_and_of_a_shard(self):
-        best, rng = Best(50), np.random.default_rng(0)
+        best, rng = TopK(50), np.random.default_rng(0)
         for start in range(0, 20_000, 1000):
             best.add(pa.array([f"{start + i:06d}" for i in range(1000)]), rng.random(1000))
             assert len(best._kept) + best._n_new <= 2 * (50 + 1)
@@ -64,17 +64,17 @@ class TestBest:
 
     def test_bad_input_is_named(self):
         with pytest.raises(ConfigError, match="positive"):
-            Best(0)
+            TopK(0)
         with pytest.raises(DataError, match="not finite"):
-            Best(1).add(pa.array(["a"]), np.array([np.nan]))
+            TopK(1).add(pa.array(["a"]), np.array([np.nan]))
         for ids, score, cost in (
             (pa.array(["a", "b"]), np.zeros(1), None),
             (pa.array([1]), np.zeros(1), None),
             (pa.array(["a"]), np.zeros(1), np.ones(2)),
         ):
             with pytest.raises(DataError, match="one of each"):
-                Best(1).add(ids, score, cost)
-        best = Best(3)
+                TopK(1).add(ids, score, cost)
+        best = TopK(3)
         for _ in range(2):
             best.add(pa.array(["a", "b"]), np.array([1.0, 0.0]))
         with pytest.raises(DataError, match=r"more than once.*'a'"):

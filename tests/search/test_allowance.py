@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cads.accounting.budget import Budget, check_step
 from cads.errors import BudgetError, ConfigError
-from cads.search.allowance import counted_allowance, divide
+from cads.search.allowance import selection_share, split_budget
 
 
 @settings(deadline=None, max_examples=40)
@@ -25,19 +25,21 @@ def test_a_counted_selection_and_training_share_the_budget(features, epochs, all
     task = features()
     budget = Budget(epochs, "epochs", count_selection=counted)
     total = budget.flops(task)
-    division = divide(task, budget, allowance, default)
-    assert division.selection >= 0
-    assert 0 < division.training <= total
+    division = split_budget(task, budget, allowance, default)
+    assert division.selection_flops >= 0
+    assert 0 < division.train_flops <= total
     if counted:
-        assert division.training + division.selection == pytest.approx(total)
+        assert division.train_flops + division.selection_flops == pytest.approx(total)
     else:
-        assert division.training == total
+        assert division.train_flops == total
     if allowance is not None:
-        assert division.selection == pytest.approx(allowance * division.training)
+        assert division.selection_flops == pytest.approx(allowance * division.train_flops)
     elif not counted:
-        assert division.selection == pytest.approx(default * total)
+        assert division.selection_flops == pytest.approx(default * total)
     else:
-        assert division.selection == pytest.approx(min(default, counted_allowance(task, total)) * division.training)
+        assert division.selection_flops == pytest.approx(
+            min(default, selection_share(task, total)) * division.train_flops
+        )
 
 
 @pytest.mark.parametrize(
@@ -46,9 +48,9 @@ def test_a_counted_selection_and_training_share_the_budget(features, epochs, all
 )
 def test_selection_may_spend_more_of_a_budget_whose_passes_repeat_the_pool(features, passes, allowance, of_pretrained):
     task = copy.copy(features(batch_size=16))
-    assert counted_allowance(task, Budget(passes, "epochs").flops(task)) == pytest.approx(allowance, rel=1e-6)
+    assert selection_share(task, Budget(passes, "epochs").flops(task)) == pytest.approx(allowance, rel=1e-6)
     task.pretrained = True
-    assert counted_allowance(task, Budget(passes, "epochs").flops(task)) == pytest.approx(of_pretrained, rel=1e-6)
+    assert selection_share(task, Budget(passes, "epochs").flops(task)) == pytest.approx(of_pretrained, rel=1e-6)
 
 
 @pytest.mark.parametrize("times", [1.2, 1.32, 1.35, 2.0, 5.0])
@@ -56,9 +58,9 @@ def test_selection_for_a_pretrained_model_gets_the_least_it_needs_or_its_share(f
     task = copy.copy(features(batch_size=16))
     total = Budget(3, "epochs").flops(task)
     least = total / times
-    assert counted_allowance(task, total, least) == counted_allowance(task, total)
+    assert selection_share(task, total, least) == selection_share(task, total)
     task.pretrained = True
-    share, found = counted_allowance(task, total), counted_allowance(task, total, least)
+    share, found = selection_share(task, total), selection_share(task, total, least)
     if 4 / 3 < times < 3:
         assert found > share
         assert least <= found * total / (1 + found) <= least * (1 + 1e-6)
@@ -69,13 +71,13 @@ def test_selection_for_a_pretrained_model_gets_the_least_it_needs_or_its_share(f
 def test_budgets_that_cannot_be_divided_are_refused(features):
     task = features(batch_size=16)
     with pytest.raises(ConfigError, match=r"allowance = -0\.5"):
-        divide(task, Budget(5, "epochs"), -0.5, 1.0)
+        split_budget(task, Budget(5, "epochs"), -0.5, 1.0)
     with pytest.raises(BudgetError) as caught:
-        divide(task, Budget(15, "usages"), None, 1.0)
+        split_budget(task, Budget(15, "usages"), None, 1.0)
     step = task.costs.usage(task.pool.batch(np.arange(16))) + task.costs.optimizer_step
     assert f"{Budget(15, 'usages').flops(task):.4g}" in str(caught.value)
     assert f"{step:.4g}" in str(caught.value)
-    divide(task, Budget(16, "usages"), None, 1.0)
+    split_budget(task, Budget(16, "usages"), None, 1.0)
 
 
 def test_a_step_is_affordable_or_refused(features):

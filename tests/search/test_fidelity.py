@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cads.search.fidelity import BY_HEART, FEW_PASSES, KEPT_PASSES, MIN_STEPS, ladder
+from cads.search.fidelity import (
+    FULL_DATA_MAX_PASSES,
+    MAX_KEPT_PASSES,
+    MIN_STEPS,
+    PRETRAINED_DATA_FACTOR,
+    fidelity_schedule,
+)
 
 POSITIVE = st.floats(1e-2, 1e4)
 
@@ -23,35 +29,37 @@ POSITIVE = st.floats(1e-2, 1e4)
 )
 def test_the_ladder_stays_within_its_allowance(steps, allowance, step, measuring, passes, pretrained):
     training, per_run = steps * step, measuring * step
-    rungs = ladder(training, allowance * step, step, per_run, passes, pretrained=pretrained)
-    assert sum(r.runs * (r.flops + per_run) for r in rungs) <= allowance * step * (1 + 1e-9)
-    assert all(r.runs >= 2 for r in rungs)
+    rungs = fidelity_schedule(training, allowance * step, step, per_run, passes, pretrained=pretrained)
+    assert sum(r.n_trials * (r.flops + per_run) for r in rungs) <= allowance * step * (1 + 1e-9)
+    assert all(r.n_trials >= 2 for r in rungs)
     assert all(r.flops == pytest.approx(r.fidelity * training) for r in rungs)
     assert all(r.flops >= min(training, MIN_STEPS * step) * (1 - 1e-9) for r in rungs)
-    assert all(0 < r.fidelity * (BY_HEART if pretrained else 1) <= r.data <= 1 for r in rungs)
-    kept = min(passes, math.sqrt(passes * KEPT_PASSES)) / (BY_HEART if pretrained else 1)
-    visits = [passes * rung.fidelity / rung.data for rung in rungs]
+    assert all(0 < r.fidelity * (PRETRAINED_DATA_FACTOR if pretrained else 1) <= r.data_fraction <= 1 for r in rungs)
+    kept = min(passes, math.sqrt(passes * MAX_KEPT_PASSES)) / (PRETRAINED_DATA_FACTOR if pretrained else 1)
+    visits = [passes * rung.fidelity / rung.data_fraction for rung in rungs]
     for rung, seen in zip(rungs[:-1], visits, strict=False):
-        assert rung.data == 1 or seen == pytest.approx(kept)
+        assert rung.data_fraction == 1 or seen == pytest.approx(kept)
     if rungs and pretrained:
-        assert passes > FEW_PASSES or all(rung.data == 1 for rung in rungs)
-        assert rungs[-1].data == 1 or visits[-1] == pytest.approx(kept)
-    elif rungs and rungs[-1].data < 1:
+        assert passes > FULL_DATA_MAX_PASSES or all(rung.data_fraction == 1 for rung in rungs)
+        assert rungs[-1].data_fraction == 1 or visits[-1] == pytest.approx(kept)
+    elif rungs and rungs[-1].data_fraction < 1:
         assert min(1.0, kept) * (1 - 1e-9) <= visits[-1] <= kept * (1 + 1e-9)
-        assert rungs[-1].data <= max(math.sqrt(rungs[-1].fidelity), passes * rungs[-1].fidelity / kept) * (1 + 1e-9)
+        assert rungs[-1].data_fraction <= max(math.sqrt(rungs[-1].fidelity), passes * rungs[-1].fidelity / kept) * (
+            1 + 1e-9
+        )
     fidelities = [r.fidelity for r in rungs]
     assert fidelities == sorted(set(fidelities))
 
 
 @given(steps=st.floats(1, 1e5), allowance=POSITIVE, measuring=st.floats(0, 100), factor=st.floats(1, 10))
 def test_more_allowance_never_buys_a_lower_ladder(steps, allowance, measuring, factor):
-    less, more = (ladder(steps, a, 1.0, measuring, 5.0) for a in (allowance, factor * allowance))
+    less, more = (fidelity_schedule(steps, a, 1.0, measuring, 5.0) for a in (allowance, factor * allowance))
     assert len(more) >= len(less)
-    spent = [sum(r.runs * (r.flops + measuring) for r in rungs) for rungs in (less, more)]
+    spent = [sum(r.n_trials * (r.flops + measuring) for r in rungs) for rungs in (less, more)]
     if len(less) == len(more):
         assert spent[1] >= spent[0]
 
 
 def test_no_allowance_no_ladder():
-    assert ladder(1e6, 0.0, 1.0, 1.0, 5.0) == []
-    assert ladder(1e6, 79.0, 1.0, 1.0, 5.0) == []
+    assert fidelity_schedule(1e6, 0.0, 1.0, 1.0, 5.0) == []
+    assert fidelity_schedule(1e6, 79.0, 1.0, 1.0, 5.0) == []

@@ -29,23 +29,23 @@ from cads.estimators.design import spaced
 from cads.monitor import Monitor
 from cads.recipe import TrainConfig
 from cads.search.fidelity import Rung
-from cads.search.inner_costs import Planned
-from cads.search.inner_runs import Inner, Runs, paired_error
+from cads.search.inner_costs import PlannedInnerLoop
+from cads.search.inner_runs import InnerLoop, InnerRuns, paired_error
 from cads.search.rungs import run_rung
 from cads.search.source_selection import source_selection
-from cads.search.space import Masks, Mixtures
+from cads.search.space import MixtureSpace, SubsetSpace
 from cads.selection import Selection
 from cads.selectors.cads_amortised.selector import CadsAmortised
 from cads.selectors.cads_e import selector as cads_e
 from cads.selectors.cads_e.selector import CadsExamples
 from cads.selectors.cads_s.penalty_form import PenalizedSources
-from cads.selectors.cads_s.proposals import first_draws
+from cads.selectors.cads_s.proposals import initial_design
 from cads.selectors.cads_s.selector import CadsSources
-from cads.selectors.cads_s.target_risk import THETA_STEPS, risk_beside, theta_risks
-from cads.selectors.cads_s.trials import Trials
-from cads.task import Measured
+from cads.selectors.cads_s.target_risk import THETA_STEPS, excess_target_loss, theta_risks
+from cads.selectors.cads_s.trials import TrialHistory
+from cads.task import ObjectiveValue
 from cads.tasks.vision.config import VisionConfig
-from cads.tasks.vision.synthetic_sources import SourceSpec
+from cads.tasks.vision.synthetic_sources import SyntheticSource
 
 
 @pytest.mark.parametrize("kind", [CadsSources, CadsExamples, LivePenalty])
@@ -176,9 +176,9 @@ def test_a_choice_beats_everything_by_more_than_the_target_can_tell_by_chance():
     draws, fidelity, errors = np.array([full, draw, full, draw]), np.array([0.1, 0.1, 0.3, 0.3]), [0, 0.05, 0, 0.02]
 
     def beats(early, late):
-        return Trials(draws, np.array([0, early, 0, late]), np.array(errors), fidelity, np.zeros(4)).beats_everything(
-            draw
-        )
+        return TrialHistory(
+            draws, np.array([0, early, 0, late]), np.array(errors), fidelity, np.zeros(4)
+        ).beats_full_pool(draw)
 
     assert beats(-0.1, -0.01)
     assert not beats(-0.01, -0.01)
@@ -189,57 +189,57 @@ def test_a_choice_beats_everything_by_more_than_the_target_can_tell_by_chance():
 
 def test_errors_of_runs_are_those_of_paired_differences():
     a, b = np.random.default_rng(0).normal(size=(2, 400))
-    found = paired_error(Measured(0.0, a), Measured(0.0, a + 0.1 * b))
+    found = paired_error(ObjectiveValue(0.0, a), ObjectiveValue(0.0, a + 0.1 * b))
     assert found == pytest.approx(sem(0.1 * b))
-    assert paired_error(Measured(0.0, a), Measured(0.0)) == 0
+    assert paired_error(ObjectiveValue(0.0, a), ObjectiveValue(0.0)) == 0
 
 
 def test_what_the_pool_teaches_is_taken_out_of_what_theta_finds(features, monkeypatch):
     task = features(batch_size=8)
-    inner = Inner(task, Ledger(), Monitor())
+    inner = InnerLoop(task, Ledger(), Monitor())
     theta, u = np.array([2.0, 1.0, 3.0]), np.array([3.0, 1.1, 3.2])
     found = iter([theta.copy(), u])
     monkeypatch.setattr("cads.selectors.cads_s.target_risk.mean_losses", lambda *_: next(found))
-    risk, where = theta_risks(inner, Masks(task.pool), Budget(16, "epochs").flops(task), 60, seed=0)
+    risk, where = theta_risks(inner, SubsetSpace(task.pool), Budget(16, "epochs").flops(task), 60, seed=0)
     np.testing.assert_array_equal(risk, theta)
     assert [set(task.pool.sources[there]) for there in where] == [{k} for k in range(len(task.pool.source_names))]
-    np.testing.assert_allclose(risk_beside(inner, risk, where, task.model(0)), theta - u + u.mean())
+    np.testing.assert_allclose(excess_target_loss(inner, risk, where, task.model(0)), theta - u + u.mean())
 
 
-@pytest.mark.parametrize("space", [Masks, Mixtures])
+@pytest.mark.parametrize("space", [SubsetSpace, MixtureSpace])
 @pytest.mark.parametrize("replicas", ["auto", "loop"])
 def test_a_rung_whose_first_run_was_made_before_is_the_same(space, replicas):
-    sources = [SourceSpec(name, label_noise=noise) for name, noise in (("a", 0.0), ("b", 0.5), ("c", 0.9))]
+    sources = [SyntheticSource(name, label_noise=noise) for name, noise in (("a", 0.0), ("b", 0.5), ("c", 0.9))]
     config = VisionConfig(hidden=16, n_pool=80, n_target=30, n_test=30, sources=sources)
     task = config.build(TrainConfig(batch_size=8, replicas=replicas))
     space, rung = space(task.pool), Rung(1 / 8, 40 * task.costs.per_usage(task.pool, 8) * 8, 0.5, 3)
     draws = space.nested(np.arange(len(space.sizes)))[:3]
     ledgers = Ledger(), Ledger()
-    whole = run_rung(Inner(task, ledgers[0], Monitor(), "loss"), space, draws, rung, 0, 0)
-    inner = Inner(task, ledgers[1], Monitor(), "loss")
-    begun = run_rung(inner, space, draws[:1], rung, 0, 0)
-    parts = run_rung(inner, space, draws, rung, 0, 0, begun)
-    assert parts.models[0] is begun.models[0]
+    whole = run_rung(InnerLoop(task, ledgers[0], Monitor(), "loss"), space, draws, rung, 0, 0)
+    inner = InnerLoop(task, ledgers[1], Monitor(), "loss")
+    reference_run = run_rung(inner, space, draws[:1], rung, 0, 0)
+    parts = run_rung(inner, space, draws, rung, 0, 0, reference_run)
+    assert parts.models[0] is reference_run.models[0]
     assert len(parts.models) == len(draws)
     for name in ("objective", "errors", "losses", "reached", "flops"):
         np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-3, atol=1e-5, err_msg=name)
     assert ledgers[1].total().flops == pytest.approx(ledgers[0].total().flops)
-    assert whole.errors[1:].all()
+    assert whole.stderr[1:].all()
 
 
 def test_runs_of_other_lengths_are_put_side_by_side_at_their_ends():
     def made(steps, runs, first):
         losses = np.arange(steps)[:, None] + 10.0 * np.arange(runs)
         values = np.arange(runs, dtype=np.float64)
-        return Runs(values, losses, np.arange(1.0, steps + 1), values, [None] * runs, values, first)
+        return InnerRuns(values, losses, np.arange(1.0, steps + 1), values, [None] * runs, values, first)
 
-    one, more = made(3, 1, Measured(0.5)), made(5, 3, Measured(0.7))
+    one, more = made(3, 1, ObjectiveValue(0.5)), made(5, 3, ObjectiveValue(0.7))
     both = one.followed_by(more)
     np.testing.assert_array_equal(both.losses, [[0, 2, 12, 22], [1, 3, 13, 23], [2, 4, 14, 24]])
     np.testing.assert_allclose(both.flops, (np.array([1, 2, 3]) + 3 * np.array([3, 4, 5])) / 4)
     np.testing.assert_array_equal(both.objective, [0, 0, 1, 2])
     assert len(both.models) == 4
-    assert both.first is one.first
+    assert both.reference is one.reference
 
 
 @pytest.mark.parametrize("selector", [CadsSources(), CadsSources(policy="mixture"), CadsExamples()])
@@ -247,7 +247,9 @@ def test_a_pretrained_model_is_searched_for_where_the_budget_buys_the_least(feat
     task, ledger = copy.copy(features(batch_size=8, hidden=1024)), Ledger()
     task.pretrained = True
     budget = Budget(
-        1.8 * selector.least(Planned(task, math.inf, held_out=selector.held_out)), "FLOPs", count_selection=True
+        1.8 * selector.min_flops(PlannedInnerLoop(task, math.inf, held_out=selector.held_out)),
+        "FLOPs",
+        count_selection=True,
     )
     selector.select(task, budget, seed=0, ledger=ledger)
     planned, spent = selector.plan(task, budget), ledger.total(SELECT)
@@ -325,7 +327,7 @@ def test_ratios_in_proportion_to_sizes_are_no_weights(features, sizes):
     task = copy.copy(features())
     pool = task.pool
     task.pool = Pool(pool.ids, pool.examples, np.repeat(np.arange(3), sizes), ("a", "b", "c"))
-    space = Mixtures(task.pool)
+    space = MixtureSpace(task.pool)
 
     def chosen(draw):
         about = {"budget": Budget(1, "epochs"), "method": "m", "seed": 0, "ledger": Ledger()}
@@ -362,14 +364,14 @@ def test_sources_are_kept_by_name(features, name, kept):
 
 def test_a_full_pool_that_diverges_is_named(features, monkeypatch):
     task = features(batch_size=8)
-    monkeypatch.setattr(type(task), "objective", lambda *_: Measured(float("nan")))
+    monkeypatch.setattr(type(task), "objective", lambda *_: ObjectiveValue(float("nan")))
     with pytest.raises(DataError, match="full pool met a loss that is not finite"):
         CadsSources().select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
 
 
 @pytest.mark.parametrize("kind", [CadsExamples, CadsAmortised])
 def test_a_reference_that_diverges_is_named(features, monkeypatch, kind):
-    task, run, stages = features(batch_size=8), Inner.run, []
+    task, run, stages = features(batch_size=8), InnerLoop.run, []
 
     def diverging(self, streams, flops, *, seed, stage):
         stages.append(stage)
@@ -378,7 +380,7 @@ def test_a_reference_that_diverges_is_named(features, monkeypatch, kind):
             runs.objective[:] = np.nan
         return runs
 
-    monkeypatch.setattr(Inner, "run", diverging)
+    monkeypatch.setattr(InnerLoop, "run", diverging)
     with pytest.raises(DataError, match=r"u: the run on .* pool met a loss that is not finite"):
         kind(allowance=1.0).select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
     assert stages == ["u"]
@@ -386,12 +388,12 @@ def test_a_reference_that_diverges_is_named(features, monkeypatch, kind):
 
 @pytest.mark.parametrize("guard", [True, False])
 def test_the_gain_is_that_of_the_choice_whatever_became_of_others(features, monkeypatch, guard):
-    def compare(inner, field, *_):
-        gains = np.linspace(-1.0, -0.5, len(field)) if guard else np.linspace(0.5, 1.0, len(field))
-        gains[0] = 0.0
-        if len(field) > 2:
-            gains[-1] = np.nan
-        return gains
+    def compare(inner, candidates, *_):
+        delta_objective = np.linspace(-1.0, -0.5, len(candidates)) if guard else np.linspace(0.5, 1.0, len(candidates))
+        delta_objective[0] = 0.0
+        if len(candidates) > 2:
+            delta_objective[-1] = np.nan
+        return delta_objective
 
     monkeypatch.setattr(cads_e, "compare", compare)
     task = features(batch_size=8)
@@ -434,13 +436,13 @@ def test_the_plain_penalty_stays_in_its_allowance_where_lengths_differ(texts):
     ],
 )
 def test_one_source_alone_is_left_for_last_where_it_is_learned_by_heart(features, count, alone, sizes):
-    space, risk = Masks(features().pool), np.array([0.3, 0.1, 0.4, 0.2])
-    draws = first_draws(space, space.full[None], risk, count, alone=alone)
+    space, risk = SubsetSpace(features().pool), np.array([0.3, 0.1, 0.4, 0.2])
+    draws = initial_design(space, space.full[None], risk, count, alone=alone)
     assert draws.sum(axis=1).tolist() == sizes
     assert [set(np.flatnonzero(draw)) for draw in draws] == [set([1, 3, 0, 2][:n]) for n in sizes]
 
 
-@pytest.mark.parametrize("space", [Masks, Mixtures])
+@pytest.mark.parametrize("space", [SubsetSpace, MixtureSpace])
 def test_sources_leave_a_draw_one_by_one(features, space):
     there = space(features().pool)
     draws = there.nested(np.array([2, 0, 3, 1]))
@@ -448,7 +450,7 @@ def test_sources_leave_a_draw_one_by_one(features, space):
     assert [set(np.flatnonzero(draw)) for draw in draws] == [{0, 1, 2, 3}, {0, 2, 3}, {0, 2}, {2}]
     weights = there.weights(draws)
     np.testing.assert_allclose(weights, (weights > 0) * weights.max(axis=1, keepdims=True))
-    np.testing.assert_allclose(draws.sum(axis=1), there.full.sum() if space is Mixtures else [4, 3, 2, 1])
+    np.testing.assert_allclose(draws.sum(axis=1), there.full.sum() if space is MixtureSpace else [4, 3, 2, 1])
 
 
 @pytest.mark.parametrize(

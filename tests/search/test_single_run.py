@@ -16,19 +16,19 @@ from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, TRAIN, Ledger
 from cads.cli.main import main
 from cads.data.pool import Pool
-from cads.data.streams import Epochs, Weighted
-from cads.data.training_batches import Draws
+from cads.data.streams import ShuffledStream, WeightedStream
+from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError, CheckpointError, ConfigError, DataError, SelectionError
 from cads.registry import build_selector
 from cads.runtime.checkpoint import State
 from cads.search.fidelity import PRETRAINED_STEPS
-from cads.search.inner_runs import Inner
+from cads.search.inner_runs import InnerLoop
 from cads.search.single_run import OneRun, by_example, by_source, own_losses_tell, standardised
 from cads.seeding import derive
 from cads.selection import Selection
 from cads.selectors.cads_e.selector import CadsExamples
-from cads.training.final import train_on
-from cads.training.run_state import Leg
+from cads.training.final import train
+from cads.training.run_state import RunSegment
 from cads.training.trainer import Trainer
 from tests.support.killed_runs import resumed
 
@@ -78,16 +78,18 @@ class TestARunInParts:
         task._build = lambda: torch.nn.Sequential(torch.nn.BatchNorm1d(6), build())
         step, steps = step_flops(task), 20
 
-        def run(flops, leg, ledger):
-            draws = Draws(task.pool, [Epochs(np.arange(200), 3)], 8, target=task.target, target_fraction=0.25)
+        def run(flops, segment, ledger):
+            draws = BatchStream(
+                task.pool, [ShuffledStream(np.arange(200), 3)], 8, target=task.target, target_fraction=0.25
+            )
             trainer = Trainer(task, ledger)
-            return trainer.fit(task.model(0), draws, flops, seed=1, phase=TRAIN, stage="model", leg=leg)
+            return trainer.fit(task.model(0), draws, flops, seed=1, phase=TRAIN, stage="model", segment=segment)
 
         ledgers = Ledger(), Ledger()
-        whole = run(steps * step, Leg(), ledgers[0])
-        first = run(at * step, Leg(horizon=steps * step, keep=True), ledgers[1])
+        whole = run(steps * step, RunSegment(), ledgers[0])
+        first = run(at * step, RunSegment(horizon=steps * step, keep=True), ledgers[1])
         assert len(first.losses) == at
-        last = run(steps * step, Leg(start=first.state), ledgers[1])
+        last = run(steps * step, RunSegment(start=first.state), ledgers[1])
         np.testing.assert_array_equal(last.losses, whole.losses)
         np.testing.assert_array_equal(last.flops, whole.flops)
         assert_same_weights(last.models[0], whole.models[0])
@@ -97,24 +99,26 @@ class TestARunInParts:
     def test_what_was_spent_before_counts_against_the_ledger_once(self, features):
         task = features(batch_size=8)
         ledger = Ledger(limit=20 * step_flops(task))
-        draws = Draws(task.pool, [Epochs(np.arange(200), 3)], 8)
+        draws = BatchStream(task.pool, [ShuffledStream(np.arange(200), 3)], 8)
 
-        def run(flops, leg):
-            fit = Trainer(task, ledger).fit(task.model(0), draws, flops, seed=1, phase=TRAIN, stage="m", leg=leg)
+        def run(flops, segment):
+            fit = Trainer(task, ledger).fit(
+                task.model(0), draws, flops, seed=1, phase=TRAIN, stage="m", segment=segment
+            )
             return len(fit.losses), fit.state
 
-        _, state = run(8 * step_flops(task), Leg(keep=True))
-        assert run(1e18, Leg(start=state))[0] == 20
+        _, state = run(8 * step_flops(task), RunSegment(keep=True))
+        assert run(1e18, RunSegment(start=state))[0] == 20
         assert ledger.total(TRAIN).flops == ledger.limit
 
     @pytest.mark.parametrize("accumulate", [1, 3])
     def test_the_losses_of_examples_are_theirs(self, sentences, accumulate):
         """With a model that does not move they are those of the model it began with, and of no target example."""
         task = sentences(batch_size=8, accumulate=accumulate, learning_rate=1e-30, weight_decay=0.0)
-        draws = Draws(task.pool, [Epochs(np.arange(150), 3)], 8, target=task.target, target_fraction=0.25)
+        draws = BatchStream(task.pool, [ShuffledStream(np.arange(150), 3)], 8, target=task.target, target_fraction=0.25)
         trainer, model = Trainer(task, Ledger()), task.model(0)
         flops = 12 * 8 * task.costs.per_usage(task.pool, 8)
-        fit = trainer.fit(model, draws, flops, seed=1, phase=TRAIN, stage="m", leg=Leg(keep=True))
+        fit = trainer.fit(model, draws, flops, seed=1, phase=TRAIN, stage="m", segment=RunSegment(keep=True))
         seen = np.unique(np.concatenate([draws.streams[0].take(6 * s, 6) for s in range(len(fit.losses))]))
         assert 0 < len(seen) < 150
         expected = np.full(150, np.nan)
@@ -125,13 +129,13 @@ class TestARunInParts:
 
     def test_the_latest_loss_is_kept(self, features):
         task = features(batch_size=200, learning_rate=0.1)
-        draws = Draws(task.pool, [Epochs(np.arange(200), 3)], 200)
+        draws = BatchStream(task.pool, [ShuffledStream(np.arange(200), 3)], 200)
         kept = []
         for steps in (1, 2):
             model = task.model(0)
             flops = (steps + 0.5) * step_flops(task)
             fit = Trainer(task, Ledger()).fit(
-                model, draws, flops, seed=1, phase=TRAIN, stage="m", leg=Leg(horizon=1e9, keep=True)
+                model, draws, flops, seed=1, phase=TRAIN, stage="m", segment=RunSegment(horizon=1e9, keep=True)
             )
             kept.append(fit.example_losses)
         assert kept[1].mean() == pytest.approx(fit.losses[1, 0], rel=1e-5)
@@ -145,20 +149,20 @@ class TestTheRun:
         task = features(batch_size=8, dropout=0.2, n=80)
         selection, ledger = choose(task, method=method, **options)
         assert bool(selection.notes["theta"]) == bool(options)
-        outcome = train_on(task, selection, BUDGET, seed=0)
+        outcome = train(task, selection, BUDGET, seed=0)
 
-        begun = len(selection.start.tensors["losses"])
+        reference_run = len(selection.warm_start.tensors["losses"])
         order, count = derive(0, "order"), 8 - round(0.3 * 8)
-        weighted = Weighted(selection.probability, order)
-        stream = Switched(Epochs(np.arange(80), order), weighted, begun * count)
+        weighted = WeightedStream(selection.probability, order)
+        stream = Switched(ShuffledStream(np.arange(80), order), weighted, reference_run * count)
         target_order = derive(0, "target order")
-        draws = Draws(task.pool, [stream], 8, target=task.target, target_fraction=0.3, seed=target_order)
+        draws = BatchStream(task.pool, [stream], 8, target=task.target, target_fraction=0.3, seed=target_order)
         flops = BUDGET.flops(task) - ledger.total(SELECT).flops
         model = task.model(derive(0, "final model"))
         whole = Trainer(task, Ledger()).fit(
             model, draws, flops, seed=derive(0, "training"), phase=TRAIN, stage="final model"
         )
-        np.testing.assert_array_equal(outcome.fit.losses, whole.losses)
+        np.testing.assert_array_equal(outcome.train_result.losses, whole.losses)
         assert_same_weights(outcome.model, whole.models[0])
         assert outcome.ledger.total(TRAIN).flops == whole.flops[-1]
         assert outcome.ledger.total(TRAIN).usages == 8 * len(whole.losses)
@@ -186,7 +190,7 @@ class TestTheRun:
         del options["method"]
         planned = build_selector(method, {"one_run": True, **options}).plan(task, budget).total(SELECT).flops
         assert planned == pytest.approx(chosen, rel=0.01)
-        outcome = train_on(task, selection, budget, seed=0)
+        outcome = train(task, selection, budget, seed=0)
         spent = outcome.ledger.total(SELECT).flops + outcome.ledger.total(TRAIN).flops
         assert total - step_flops(task) <= spent <= total * (1 + 1e-9)
 
@@ -196,13 +200,13 @@ class TestTheRun:
         task = texts(batch_size=8)
         assert not own_losses_tell(task)
         selection, ledger = choose(task, Budget(40, "epochs"), method=method)
-        assert selection.start is not None
+        assert selection.warm_start is not None
         assert ledger.entries[SELECT, "l*"].flops > 0
         planned = build_selector(method, {"one_run": True}).plan(task, Budget(40, "epochs"))
         # Texts are padded, batch by batch: theta may take a step more or less than the mean price tells.
         step = 8 * task.costs.per_usage(task.target, 8)
         assert planned.total(SELECT).flops == pytest.approx(ledger.total(SELECT).flops, abs=1.1 * step)
-        outcome = train_on(task, selection, Budget(40, "epochs"), seed=0)
+        outcome = train(task, selection, Budget(40, "epochs"), seed=0)
         spent = outcome.ledger.total(SELECT).flops + outcome.ledger.total(TRAIN).flops
         assert 0.98 * Budget(40, "epochs").flops(task) < spent <= Budget(40, "epochs").flops(task)
 
@@ -211,11 +215,11 @@ class TestTheRun:
         task = features(batch_size=8)
         small = Budget(3, "epochs", count_selection=True)
         selection, ledger = choose(task, small, method=method)
-        assert selection.start is None
+        assert selection.warm_start is None
         assert not ledger.total().flops
         assert "too small" in selection.notes["one run"]
         joint = build_selector("joint").select(task, small, seed=0, ledger=Ledger())
-        one, other = (train_on(task, s, small, seed=0) for s in (selection, joint))
+        one, other = (train(task, s, small, seed=0) for s in (selection, joint))
         assert_same_weights(one.model, other.model)
 
     @pytest.mark.parametrize(("epochs", "selects"), [(6, False), (30, True)])
@@ -225,17 +229,17 @@ class TestTheRun:
         task.pretrained = True
         hard = np.random.default_rng(0).permutation(80)
         found = []
-        monkeypatch.setattr(Inner, "losses", lambda self, *_, **__: hard + np.arange(80) / 100)
+        monkeypatch.setattr(InnerLoop, "losses", lambda self, *_, **__: hard + np.arange(80) / 100)
         monkeypatch.setattr(OneRun, "_reference", lambda self, *_: found.append(True) or hard * 1.0)
         selection, ledger = choose(task, Budget(epochs, "epochs"))
-        assert bool(found) == selects == bool(selection.notes.get("theta")) == (selection.start is not None)
+        assert bool(found) == selects == bool(selection.notes.get("theta")) == (selection.warm_start is not None)
         if selects:
             assert ledger.entries[SELECT, "theta"].usages >= 8 * PRETRAINED_STEPS
             assert (np.diff(selection.probability) < 0).all()
 
     def test_without_an_allowance_it_is_not_the_budget_that_is_blamed(self, features):
         selection, ledger = choose(features(batch_size=8), Budget(100, "epochs"), allowance=0.0)
-        assert selection.start is None
+        assert selection.warm_start is None
         assert not ledger.entries
         assert "allowance = 0 leaves nothing" in selection.notes["one run"]
 
@@ -246,10 +250,10 @@ class TestTheRun:
 
         def work():
             selection, ledger = choose(task, budget, method=method, **WITH_THETA)
-            return selection, ledger, train_on(task, selection, budget, seed=0)
+            return selection, ledger, train(task, selection, budget, seed=0)
 
         selection, ledger, outcome = work()
-        assert selection.start is not None
+        assert selection.warm_start is not None
         again, other_ledger, other = resumed(tmp_path, work, kills=(3, 30, 120))
         assert again.content_hash == selection.content_hash
         assert ledger.to_json(seconds=False) == other_ledger.to_json(seconds=False)
@@ -325,12 +329,12 @@ class TestOnDisk:
         selection, loaded = choose(task)[0], Selection.load(saved)
         assert loaded.content_hash == selection.content_hash
         assert loaded._header() == selection._header()
-        assert loaded.start.values == selection.start.values
-        assert set(loaded.start.tensors) == set(selection.start.tensors)
-        for name, x in loaded.start.tensors.items():
-            assert torch.equal(x, selection.start.tensors[name])
-            assert x.dtype == selection.start.tensors[name].dtype
-        assert_same_weights(*(train_on(task, s, BUDGET, seed=4).model for s in (selection, loaded)))
+        assert loaded.warm_start.values == selection.warm_start.values
+        assert set(loaded.warm_start.tensors) == set(selection.warm_start.tensors)
+        for name, x in loaded.warm_start.tensors.items():
+            assert torch.equal(x, selection.warm_start.tensors[name])
+            assert x.dtype == selection.warm_start.tensors[name].dtype
+        assert_same_weights(*(train(task, s, BUDGET, seed=4).model for s in (selection, loaded)))
 
     @pytest.mark.parametrize("method", METHODS)
     def test_same_seed_same_bytes(self, task, method, tmp_path):
@@ -344,15 +348,15 @@ class TestOnDisk:
         selection = choose(task)[0]
         before = selection.content_hash
         other = choose(task)[0]
-        other.start.tensors["weights/model.0.weight"][0, 0] += 1
+        other.warm_start.tensors["weights/model.0.weight"][0, 0] += 1
         assert other.content_hash != before
 
     def test_it_can_be_saved_over_a_selection_without_a_start(self, task, tmp_path):
         without = choose(task, Budget(2, "epochs"))[0]
         choose(task)[0].save(without.save(tmp_path / "s"))
-        assert Selection.load(tmp_path / "s").start is not None
+        assert Selection.load(tmp_path / "s").warm_start is not None
         without.save(tmp_path / "s")
-        assert Selection.load(tmp_path / "s").start is None
+        assert Selection.load(tmp_path / "s").warm_start is None
         assert not (tmp_path / "s" / "start.json").exists()
 
     @pytest.mark.parametrize("damage", list(DAMAGE))
@@ -404,20 +408,20 @@ class TestRefused:
     def test_a_start_of_another_model(self, task, features):
         selection, _ = choose(task)
         with pytest.raises(CheckpointError, match="of another model"):
-            train_on(features(batch_size=8, n=80, hidden=9), selection, BUDGET, seed=0)
+            train(features(batch_size=8, n=80, hidden=9), selection, BUDGET, seed=0)
 
     def test_a_start_that_makes_no_sense(self, task):
         selection, _ = choose(task)
-        selection.start = State({**selection.start.values, "counts": "many"}, selection.start.tensors)
+        selection.warm_start = State({**selection.warm_start.values, "counts": "many"}, selection.warm_start.tensors)
         with pytest.raises(CheckpointError, match="corrupt"):
-            train_on(task, selection, BUDGET, seed=0)
+            train(task, selection, BUDGET, seed=0)
 
     def test_a_budget_that_the_beginning_has_used_up(self, task):
         selection, _ = choose(task)
         with pytest.raises(
             BudgetError, match=r"has begun has spent .* give the budget that the selection was made for"
         ):
-            train_on(task, selection, Budget(2, "epochs"), seed=0)
+            train(task, selection, Budget(2, "epochs"), seed=0)
 
 
 CONFIG = """
@@ -437,7 +441,7 @@ def test_the_command_line_gives_the_same_as_python(tmp_path):
 
     from cads.recipe import TrainConfig
     from cads.tasks.vision.config import VisionConfig
-    from cads.tasks.vision.synthetic_sources import SourceSpec
+    from cads.tasks.vision.synthetic_sources import SyntheticSource
 
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG)
@@ -445,14 +449,14 @@ def test_the_command_line_gives_the_same_as_python(tmp_path):
     assert main(["select", str(file), "--out", out]) == 0
     assert main(["train", str(file), "--selection", out]) == 0
 
-    sources = [SourceSpec("clean"), SourceSpec("noisy", label_noise=0.9)]
+    sources = [SyntheticSource("clean"), SyntheticSource("noisy", label_noise=0.9)]
     config = VisionConfig(hidden=16, n_pool=80, n_target=30, n_test=30, sources=sources)
     task = config.build(TrainConfig(batch_size=8))
     budget, ledger = Budget(20.0, "epochs"), Ledger()
     selection = CadsExamples(one_run=True).select(task, budget, seed=3, ledger=ledger)
-    assert selection.start is not None
+    assert selection.warm_start is not None
     assert Selection.load(out).content_hash == selection.content_hash
-    outcome = train_on(task, selection, budget, seed=3)
+    outcome = train(task, selection, budget, seed=3)
     trained = load_file(Path(out) / "train" / "model.safetensors")
     assert set(trained) == set(weights_of(outcome.model))
     for name, x in weights_of(outcome.model).items():

@@ -20,10 +20,17 @@ from cads.registry import build_selector
 from cads.runtime.checkpoint import CheckpointConfig
 from cads.scoring.features import ENTROPY, GROUP, LENGTH, LOSS, MARGIN, SOURCE, FreeFeatures
 from cads.search.fidelity import Rung
-from cads.search.inner_costs import Planned
-from cads.search.inner_runs import Inner, Runs
+from cads.search.inner_costs import PlannedInnerLoop
+from cads.search.inner_runs import InnerLoop, InnerRuns
 from cads.selection import Selection
-from cads.selectors.cads_amortised.allowance import EXPLORING, STEPS, Parts, affordable, divide_allowance, exploring
+from cads.selectors.cads_amortised.allowance import (
+    EXPLORING,
+    STEPS,
+    AmortisedBudget,
+    affordable,
+    divide_allowance,
+    exploring,
+)
 from cads.selectors.cads_amortised.policy import AmortisedPolicy
 from cads.selectors.cads_amortised.sample import Sample, candidates, learn_from, visit_order
 from cads.selectors.cads_amortised.selector import (
@@ -31,12 +38,12 @@ from cads.selectors.cads_amortised.selector import (
     apply_policy,
     compare,
     explore,
-    filled,
+    fill_unread,
     probabilities_of,
 )
 from cads.selectors.cads_e.schedule import FIDELITIES
-from cads.task import Measured
-from cads.training.final import train_on
+from cads.task import ObjectiveValue
+from cads.training.final import train
 from tests.support.killed_runs import resumed
 from tests.support.noisy_digits import without_sources
 
@@ -70,7 +77,7 @@ class TestSearch:
     def test_it_separates_clean_from_noisy_among_unseen_examples(self, noisy, tmp_path):
         """Learned on a sample, applied to the rest: ranks at least 85 % of pairs rightly."""
         task = without_sources(noisy)
-        inner = Inner(task, Ledger(limit=0.5 * BUDGET.flops(task)), Monitor(), held_out=True)
+        inner = InnerLoop(task, Ledger(limit=0.5 * BUDGET.flops(task)), Monitor(), held_out=True)
         parts = divide_allowance(inner, BUDGET.flops(task), ["loss", "confidence"], None)
         parts = replace(parts, sample=512, read=512)
         sample = learn_from(inner, parts, ["loss", "confidence"], visit_order(task.pool, 0), 0)
@@ -176,7 +183,7 @@ class TestSearch:
         # The training sees 2,025 examples four times: more than there are, so that all that were not read are taken.
         assert selection.selected.sum() > len(task.pool) - notes["read"]
         assert (selection.probability == 1).sum() == len(task.pool) - notes["read"]
-        outcome = train_on(task, selection, budget, seed=0)
+        outcome = train(task, selection, budget, seed=0)
         assert outcome.ledger.total(SELECT).flops <= 0.2 * budget.flops(task) * (1 + 1e-9)
 
     def test_a_share_that_is_asked_for_is_read(self, noisy):
@@ -202,11 +209,11 @@ class TestSearch:
         task, budget = noisy, Budget(8, "epochs")
         selector = CadsAmortised(allowance=4)
         planned = selector.plan(task, budget)
-        inner = Inner(task, Ledger(limit=planned.limit), Monitor(), held_out=True)
+        inner = InnerLoop(task, Ledger(limit=planned.limit), Monitor(), held_out=True)
         parts = divide_allowance(inner, budget.flops(task), selector.kinds, None)
         rungs = affordable(inner, parts, budget.flops(task))
         assert not exploring(rungs, len(rungs) - 1)
-        assert rungs[0].runs >= EXPLORING
+        assert rungs[0].n_trials >= EXPLORING
         selection, ledger = choose(task, budget, allowance=4)
         assert planned.total().flops == pytest.approx(ledger.total().flops, rel=0.01)
         assert planned.total().usages == pytest.approx(ledger.total().usages, rel=0.01)
@@ -216,7 +223,7 @@ class TestSearch:
     def test_what_wins_short_runs_and_loses_longer_ones_is_not_returned(self, noisy, monkeypatch):
         seen = []
 
-        def compare(inner, parts, sample, policies, rung, seed, height):
+        def compare(inner, parts, sample, policies, rung, seed, rung_index):
             seen.append((rung.fidelity, len(policies)))
             # Against the full pool, 5.0: each policy is better in the short runs, and worse in the long one.
             others = 4.0 if rung.fidelity < FIDELITIES[2] else 5.1
@@ -237,7 +244,7 @@ class TestSearch:
     def test_a_run_that_nothing_can_do_without_is_named_if_it_diverges(self, noisy, monkeypatch, finite, named):
         """u is measured first."""
         objectives = chain(repeat(1.0, finite), repeat(float("nan")))
-        monkeypatch.setattr(type(noisy), "objective", lambda *_: Measured(next(objectives)))
+        monkeypatch.setattr(type(noisy), "objective", lambda *_: ObjectiveValue(next(objectives)))
         with pytest.raises(DataError, match=f"{named}.* met a loss that is not finite"):
             choose(noisy, Budget(16, "epochs"))
 
@@ -249,15 +256,15 @@ class TestSearch:
             selector, budget = CadsAmortised(allowance=allowance), Budget(passes, "epochs")
             planned = selector.plan(task, budget)
             assert planned.total().flops <= planned.limit
-            purse = Planned(task, planned.limit, held_out=True)
-            if divide_allowance(purse, budget.flops(task), selector.kinds, None) is not None:
+            costs = PlannedInnerLoop(task, planned.limit, held_out=True)
+            if divide_allowance(costs, budget.flops(task), selector.kinds, None) is not None:
                 runs = [e for (_, stage), e in planned.entries.items() if stage.startswith("short runs")]
                 assert runs
 
     def test_policies_are_compared_block_by_block(self, noisy, monkeypatch):
         """Of features that are free, those of all that a run sees are never there at once."""
         task, n = noisy, len(noisy.pool)
-        inner = Inner(task, Ledger(), Monitor(), held_out=True)
+        inner = InnerLoop(task, Ledger(), Monitor(), held_out=True)
         free = FreeFeatures(task, task.pool)
         sample = Sample(visit_order(task.pool, 0), np.empty((0, 13)), tuple(free.names), np.empty(0), None, free)
         shape = (len(free.names),)
@@ -267,13 +274,13 @@ class TestSearch:
             )
             for i in range(3)
         ]
-        rung, parts = Rung(0.25, 1e6, 0.6, 4), Parts(1.0, 0.0, 10, n, False, 0.0, 3)
+        rung, parts = Rung(0.25, 1e6, 0.6, 4), AmortisedBudget(1.0, 0.0, 10, n, False, 0.0, 3)
         seen = []
 
         def run(streams, flops, *, seed, stage):
             seen.append([np.sort(s.take(0, s.period)).tolist() for s in streams])
-            return Runs(
-                np.zeros(len(streams)), *(np.empty(0) for _ in range(3)), models=[], errors=np.zeros(len(streams))
+            return InnerRuns(
+                np.zeros(len(streams)), *(np.empty(0) for _ in range(3)), models=[], stderr=np.zeros(len(streams))
             )
 
         monkeypatch.setattr(inner, "run", run)
@@ -310,28 +317,28 @@ def test_the_step_leads_downhill(noisy, monkeypatch):
     """Where the objective falls with the weight of one feature, the corrected gradient raises that weight."""
     rng, n = np.random.default_rng(0), 400
     sample = Sample(np.arange(n), rng.normal(size=(n, 2)), ("a", "b"), rng.exponential(size=n), None)
-    field = candidates(sample, WITHOUT_U)
-    parts = Parts(1.0, 0.0, n, n, True, 0.0, 2)
+    proposals = candidates(sample, WITHOUT_U)
+    parts = AmortisedBudget(1.0, 0.0, n, n, True, 0.0, 2)
 
-    def compare(inner, parts, sample, policies, rung, seed, height):
+    def compare(inner, parts, sample, policies, rung, seed, rung_index):
         return np.array([5.0 - p.weights[1] for p in policies])
 
     monkeypatch.setattr("cads.selectors.cads_amortised.selector.compare", compare)
-    inner = Inner(noisy, Ledger(), Monitor())
-    made, values = explore(inner, parts, sample, field, np.full(len(field), -0.1), 5.0, 8, None, 0)
+    inner = InnerLoop(noisy, Ledger(), Monitor())
+    made, values = explore(inner, parts, sample, proposals, np.full(len(proposals), -0.1), 5.0, 8, None, 0)
     assert [p.origin for p in made] == ["draw"] * 8 + ["corrected gradient"]
     assert len(values) == len(made)
-    assert made[-1].policy.weights[1] > field[0].policy.weights[1]
+    assert made[-1].policy.weights[1] > proposals[0].policy.weights[1]
     # What it gains is measured, as that of the others.
     np.testing.assert_allclose(values, [-p.policy.weights[1] for p in made], atol=1e-12)
 
 
 def test_filling_up_takes_the_next_in_the_order_of_the_visit():
     order = np.array([4, 2, 0, 5, 1, 3])
-    parts = partial(Parts, 1.0, 0.0, 2, 3, True, columns=1)
+    parts = partial(AmortisedBudget, 1.0, 0.0, 2, 3, True, columns=1)
     probability = np.array([0.9, 0, 0.2, 0, 0.8, 0])
-    selected, found = filled(parts(least=3), probability, order, 3)
+    selected, found = fill_unread(parts(least=3), probability, order, 3)
     np.testing.assert_array_equal(np.flatnonzero(selected), [0, 4, 5])
     np.testing.assert_allclose(found, [0.9, 1 / 3, 0.2, 1 / 3, 0.8, 1 / 3])
-    assert filled(parts(least=2), probability, order, 3)[0].sum() == 2
-    assert filled(parts(least=0), np.zeros(6), order, 6)[0].all()
+    assert fill_unread(parts(least=2), probability, order, 3)[0].sum() == 2
+    assert fill_unread(parts(least=0), np.zeros(6), order, 6)[0].all()

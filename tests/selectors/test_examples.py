@@ -12,11 +12,11 @@ from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
 from cads.accounting.operations import candidates_flops
 from cads.monitor import Monitor
-from cads.search.inner_costs import Planned
-from cads.search.inner_runs import Inner
+from cads.search.inner_costs import PlannedInnerLoop
+from cads.search.inner_runs import InnerLoop
 from cads.selectors.cads_e import selector as cads_e
 from cads.selectors.cads_e.candidates import SHARPNESS, Candidate, Signals
-from cads.selectors.cads_e.schedule import STEPS, Thorough, affordable_steps
+from cads.selectors.cads_e.schedule import CANDIDATE_STEPS, FromScratch, affordable_steps
 from cads.selectors.cads_e.selector import CadsExamples, learn_from
 from tests.support.killed_runs import resumed
 
@@ -25,8 +25,8 @@ from tests.support.killed_runs import resumed
 def test_policies_are_steps_of_their_length_in_each_group(grouped):
     rng, n = np.random.default_rng(0), 4000
     theta, u, groups = rng.exponential(size=n), rng.exponential(size=n), rng.integers(0, 3, n) * 5
-    signals = Signals.of(theta, u, STEPS, groups if grouped else None)
-    for candidate, (kept, weight) in zip(signals.candidates, STEPS, strict=True):
+    signals = Signals.of(theta, u, CANDIDATE_STEPS, groups if grouped else None)
+    for candidate, (kept, weight) in zip(signals.candidates, CANDIDATE_STEPS, strict=True):
         z = (theta - weight * u - (theta - weight * u).mean()) / (theta - weight * u).std()
         expected = np.empty(n)
         for members in [groups == g for g in (0, 5, 10)] if grouped else [np.ones(n, dtype=bool)]:
@@ -34,7 +34,7 @@ def test_policies_are_steps_of_their_length_in_each_group(grouped):
         np.testing.assert_allclose(candidate.probability(), expected, rtol=1e-9)
     assert (signals.everything.probability() == 1).all()
     assert signals.everything.flops == 0
-    assert [(c.kept, c.reach_weight) for c in signals.candidates] == list(STEPS)
+    assert [(c.kept, c.reach_weight) for c in signals.candidates] == list(CANDIDATE_STEPS)
     assert {weight for _, weight in affordable_steps(with_reach=False)} == {0.0}
 
 
@@ -42,13 +42,13 @@ def test_candidates_take_no_memory_until_they_are_asked_for():
     n = 200_000
     losses = np.random.default_rng(0).exponential(size=n)
     tracemalloc.start()
-    field = Signals.of(losses, losses[::-1].copy(), STEPS).candidates
+    candidates = Signals.of(losses, losses[::-1].copy(), CANDIDATE_STEPS).candidates
     kept = tracemalloc.get_traced_memory()[0] / n
-    for candidate in field:
+    for candidate in candidates:
         candidate.probability()
     peak = tracemalloc.get_traced_memory()[1] / n
     tracemalloc.stop()
-    assert len(field) == len(STEPS)
+    assert len(candidates) == len(CANDIDATE_STEPS)
     # The copy of the losses, and the arrays of one candidate: signal, z, and what the quantile sorts.
     assert kept < 9
     assert peak < 8 + 5 * 8
@@ -61,7 +61,7 @@ def test_what_policies_cost_is_planned_and_charged(features):
     made = ledger.entries[SELECT, "policy"].flops
     assert made == pytest.approx(planned.entries[SELECT, "policy"].flops)
     # Each candidate, the best of them to look at it, and what theta is trained on in its second half.
-    each = Planned(task, planned.limit, held_out=True).measuring_flops
+    each = PlannedInnerLoop(task, planned.limit, held_out=True).measuring_flops
     stages = [s for _, s in planned.entries if s.startswith("short runs") and s.endswith("measuring")]
     runs = [round(planned.entries[SELECT, s].flops / each) for s in stages]
     assert made == candidates_flops(len(task.pool), sum(runs) + 1)
@@ -70,12 +70,12 @@ def test_what_policies_cost_is_planned_and_charged(features):
 def test_theta_goes_on_with_what_it_keeps_of_each_class(features, monkeypatch):
     task = features(batch_size=8)
     fitted, losses = [], []
-    inner = Inner(task, Ledger(), Monitor(), held_out=True)
+    inner = InnerLoop(task, Ledger(), Monitor(), held_out=True)
     monkeypatch.setattr(inner, "fit_target", lambda flops, **about: fitted.append((flops, about)))
     monkeypatch.setattr(
         inner, "losses", lambda *_, **__: losses.append(np.random.default_rng(len(losses)).random(200)) or losses[-1]
     )
-    signals = learn_from(inner, Thorough(2.0, 3.0), seed=0)
+    signals = learn_from(inner, FromScratch(2.0, 3.0), seed=0)
     assert [flops for flops, _ in fitted] == [2.0, 3.0]
     labels = task.groups(task.pool)
     kept = np.zeros(200, dtype=bool)
@@ -147,7 +147,7 @@ class TestPretrained:
         """Losses of both rise from example to example, and those of theta are larger for every other one."""
         hard, odd = np.linspace(0, 5, len(task.pool)), np.arange(len(task.pool)) % 2
         losses = {"R": hard + odd + hard[::-1] / 100, "l*": hard}
-        monkeypatch.setattr(Inner, "losses", lambda self, model, positions, *, stage: losses[stage])
+        monkeypatch.setattr(InnerLoop, "losses", lambda self, model, positions, *, stage: losses[stage])
         monkeypatch.setattr(
             cads_e,
             "compare",

@@ -162,8 +162,8 @@ class TestCorrectedGradient:
         sample = Sample(np.arange(100), x, ("a", "b"), theta, u)
         policies = [random_policy(rng) for _ in range(400)]
         policies = [AmortisedPolicy(("a", "b"), np.zeros(2), np.ones(2), p.weights, p.bias) for p in policies]
-        gains = np.array([2 * mean_loss(p, x, theta) - mean_loss(p, x, u) for p in policies])
-        penalty = Penalty.fitted(sample, policies, gains)
+        delta_objective = np.array([2 * mean_loss(p, x, theta) - mean_loss(p, x, u) for p in policies])
+        penalty = Penalty.fitted(sample, policies, delta_objective)
         assert (penalty.c1, penalty.c2) == (pytest.approx(2, rel=0.05), pytest.approx(1, rel=0.1))
         v, nudge = policies[0].parameters, 1e-6
         numeric = [

@@ -19,8 +19,8 @@ from cads.scoring.ranker import Ranker
 from cads.search.base import Search
 from cads.selection import Selection
 from cads.tasks.vision.config import VisionConfig
-from cads.tasks.vision.synthetic_sources import SourceSpec
-from cads.training.final import train_on
+from cads.tasks.vision.synthetic_sources import SyntheticSource
+from cads.training.final import train
 
 NEEDED = {"source": {"name": "clean"}}
 """Options without which a selector cannot be made."""
@@ -35,7 +35,7 @@ TEXT_TOO = ("embedding", "less", "loss", "ppl")
 SEARCHED_ALIKE = 0.95
 """Share of the examples on which two searches agree at least whose short runs visit the pool in another order."""
 BUDGET = Budget(16, "epochs")
-SOURCES = [SourceSpec("clean"), SourceSpec("noisy", label_noise=0.9)]
+SOURCES = [SyntheticSource("clean"), SyntheticSource("noisy", label_noise=0.9)]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_a_budget_that_counts_selection_covers_both(task, name, amount):
         assert not ledger.entries
         return
     made = choose(task, name, budget)
-    outcome = train_on(task, made.selection, budget, seed=0)
+    outcome = train(task, made.selection, budget, seed=0)
     spent = outcome.ledger.total(SELECT).flops + outcome.ledger.total(TRAIN).flops
     assert outcome.ledger.total(SELECT).flops == made.ledger.total(SELECT).flops
     assert spent <= budget.flops(task) * (1 + 1e-9)
@@ -162,7 +162,7 @@ def test_a_budget_that_counts_selection_covers_both(task, name, amount):
 
 @everywhere
 def test_training_alone_stays_within_a_budget_that_does_not(task, chosen, name):
-    outcome = train_on(task, chosen(name).selection, BUDGET, seed=0)
+    outcome = train(task, chosen(name).selection, BUDGET, seed=0)
     assert 0 < outcome.ledger.total(TRAIN).flops <= BUDGET.flops(task)
 
 

@@ -27,9 +27,9 @@ from cads.selection import Selection
 from cads.study.cells import Recorder, price
 from cads.study.grid import Cell, cells, check_grid, read_grid, settings
 from cads.study.runner import Study
-from cads.study.shard import Shard
+from cads.study.shard import GridShard
 from cads.study.tables import DONE, FAILED, NOT_APPLICABLE, OVER_BUDGET, read_rows, read_runs
-from cads.training.final import train_on
+from cads.training.final import train
 from tests.support.grids import GRID, grid_file, run
 from tests.support.paths import CONFIGS, ROOT
 
@@ -151,7 +151,7 @@ class TestGrid:
     @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "-1/2"])
     def test_shards_that_are_none(self, text):
         with pytest.raises(ConfigError, match="i/n"):
-            Shard.parse(text)
+            GridShard.parse(text)
 
     def test_published_configs_are_read(self):
         for path in CONFIGS.glob("compare-*.yaml"):
@@ -221,7 +221,7 @@ class TestRun:
 
     def test_shards_have_about_the_same_to_do_and_rankings_to_themselves(self, tmp_path):
         plans = Study(read_grid(grid_file(tmp_path, seeds=4)), tmp_path / "o", Console(quiet=True)).plan()
-        parts = [Shard(i, 3).part(plans) for i in (1, 2, 3)]
+        parts = [GridShard(i, 3).part(plans) for i in (1, 2, 3)]
         assert sorted(p.key for part in parts for p in part) == sorted(p.key for p in plans)
         assert max(sum(price(part)) for part in parts) < 1.35 * min(sum(price(part)) for part in parts)
         rankings = [{p.ranking for p in part if p.ranking} for part in parts]
@@ -234,9 +234,9 @@ class TestRun:
         )
         plans = study.plan()
         with RunLock(tmp_path / "o" / "locks" / plans[0].key):
-            assert study.run(plans, Shard()) == [plans[0].key]
+            assert study.run(plans, GridShard()) == [plans[0].key]
         assert {row["cell"] for row in read_runs(tmp_path / "o")} == {p.key for p in plans[1:]}
-        assert study.run(plans, Shard()) == []
+        assert study.run(plans, GridShard()) == []
 
     def test_a_failure_is_recorded_and_tried_again(self, tmp_path, monkeypatch):
         def fail(*_, **__):
@@ -299,7 +299,7 @@ class TestRun:
         assert run(tmp_path, **changes, methods=["full"]) == before
 
     def test_a_score_that_is_no_number_is_a_failure(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("cads.study.cells.train_on", lambda *a, **k: with_nan(train_on(*a, **k)))
+        monkeypatch.setattr("cads.study.cells.train_on", lambda *a, **k: with_nan(train(*a, **k)))
         (row,) = run(tmp_path, seeds=1, budgets=["2 epochs"], methods=["full"])
         assert row["status"] == FAILED
         assert "accuracy of the trained model is nan" in row["error"]
@@ -308,7 +308,7 @@ class TestRun:
         console = Console(force_terminal=False, width=300)
         task = {name: value for name, value in GRID["task"].items() if name != "sources"}
         study = Study(read_grid(grid_file(tmp_path, task=task, methods=["full", "cads-s"])), tmp_path / "o", console)
-        study.run(study.plan(), Shard())
+        study.run(study.plan(), GridShard())
         rows = read_runs(tmp_path / "o")
         assert {(row["method"], row["status"]) for row in rows} == {("full", DONE), ("cads-s", NOT_APPLICABLE)}
         said = capsys.readouterr().out

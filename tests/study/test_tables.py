@@ -19,16 +19,16 @@ from cads.cli.main import main
 from cads.errors import ConfigError, DataError
 from cads.study.analysis.fits import analyse, fixed_selection, to_json
 from cads.study.analysis.points import (
-    Point,
+    MethodPoint,
     affordable,
     answers,
     best_of,
     budgets_of,
+    differs_significantly,
     higher_is_better,
     place_name,
     points_of,
     regrets,
-    told_apart,
 )
 from cads.study.published_points import PUBLISHED_COLUMNS, import_points, parameters_of
 from cads.study.report.text_tables import markdown_table
@@ -230,9 +230,9 @@ def test_fits_of_the_published_points(tmp_path, path):
 
 def point(
     method="m", budget=1.0, scores=(0.5,), selection=0.0, metric="accuracy", training=None, budgets=None, seeds=None
-) -> Point:
+) -> MethodPoint:
     """A point; `budgets` in FLOPs of each seed, by default what the budget is called."""
-    return Point(
+    return MethodPoint(
         task="t",
         model="",
         method=method,
@@ -290,8 +290,8 @@ class TestPoints:
         rng = np.random.default_rng(seed)
         a, b = rng.normal(0.5, 0.1, 4), rng.normal(0.5 + 0.1 * seed, 0.1, 4)
         expected = stats.ttest_rel(a, b).pvalue < 0.05
-        assert told_apart(point(scores=a), point("n", scores=b)) == expected
-        assert told_apart(point(), point("n")) is None
+        assert differs_significantly(point(scores=a), point("n", scores=b)) == expected
+        assert differs_significantly(point(), point("n")) is None
 
     def test_affordable_is_the_costliest_run_within_the_total(self):
         points = [point("free", b) for b in (1, 2, 4)]

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from cads.accounting.ledger import SELECT, TRAIN, Ledger
-from cads.data.streams import Epochs, Weighted
-from cads.data.training_batches import Draws
+from cads.data.streams import ShuffledStream, WeightedStream
+from cads.data.training_batches import BatchStream
 from cads.monitor import Monitor
 from cads.training.trainer import Trainer
 
@@ -27,7 +27,7 @@ class Course(Monitor):
 
 
 def whole_pool(task, seed=0):
-    return Draws(task.pool, [Epochs(np.arange(len(task.pool)), seed)], task.recipe.batch_size)
+    return BatchStream(task.pool, [ShuffledStream(np.arange(len(task.pool)), seed)], task.recipe.batch_size)
 
 
 def step_cost(task, positions=None):
@@ -42,7 +42,7 @@ def fit(task, flops, *, draws=None, seed=0, model=None, ledger=None, monitor=Non
 
 
 def fit_replicas(task, steps, streams, *, ledger=None, seed=0):
-    draws = Draws(task.pool, streams, task.recipe.batch_size)
+    draws = BatchStream(task.pool, streams, task.recipe.batch_size)
     models = [task.model(seed) for _ in streams]
     trainer = Trainer(task, Ledger() if ledger is None else ledger)
     flops = steps * step_cost(task) * 1.001
@@ -52,8 +52,8 @@ def fit_replicas(task, steps, streams, *, ledger=None, seed=0):
 def streams_of(task, count):
     """Different parts of the pool, and one drawn with weights."""
     n = len(task.pool)
-    parts = [Epochs(np.arange(k, n, k + 1), k) for k in range(count - 1)]
-    return [*parts, Weighted(np.arange(1.0, n + 1), 7)]
+    parts = [ShuffledStream(np.arange(k, n, k + 1), k) for k in range(count - 1)]
+    return [*parts, WeightedStream(np.arange(1.0, n + 1), 7)]
 
 
 def weights(model):

@@ -14,8 +14,8 @@ from accelerate.state import AcceleratorState
 
 from cads.runtime import journal as journal_module
 from cads.runtime import processes
-from cads.runtime.lockstep import Progress
-from cads.runtime.processes import everyone
+from cads.runtime.lockstep import StepReporter
+from cads.runtime.processes import world_group
 
 PATIENCE = 300
 """Seconds after which a test says that processes hang."""
@@ -35,8 +35,8 @@ def _join(rank, size, port, seconds):
     os.environ.update({name: str(value) for name, value in said.items()})
     os.environ[processes.TIMEOUT_VARIABLE] = str(seconds)
     AcceleratorState._reset_state(reset_partial_state=True)
-    everyone.cache_clear()
-    assert everyone().size == size
+    world_group.cache_clear()
+    assert world_group().size == size
 
 
 def started(size, work, folder, seconds=PATIENCE):
@@ -125,7 +125,7 @@ def _close(x, y, tolerance):
 
 def before_steps(do):
     """Call `do` with the kind of progress before each step of an operation, in this process."""
-    for kind in (journal_module._Underway, journal_module.Rounds):
+    for kind in (journal_module._Underway, journal_module.Lockstep):
 
         def stepped(self, state, kind=kind, step=kind.step):
             do(kind)
@@ -137,7 +137,7 @@ def before_steps(do):
 def after_steps(do):
     """Call `do` with the number of each step of a run that no journal keeps, in this process."""
     numbers = itertools.count()
-    Progress.step = lambda self, state: do(next(numbers))
+    StepReporter.step = lambda self, state: do(next(numbers))
 
 
 def mortal(steps):

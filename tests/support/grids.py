@@ -9,7 +9,7 @@ from rich.console import Console
 
 from cads.study.grid import read_grid
 from cads.study.runner import Study
-from cads.study.shard import Shard
+from cads.study.shard import GridShard
 from cads.study.tables import read_runs
 
 GRID = {
@@ -41,5 +41,5 @@ def grid_file(folder: Path, **changes) -> Path:
 def run(folder: Path, out: str = "out", shard: str = "1/1", **changes) -> list[dict]:
     """Run a shard of the grid; returns its rows."""
     study = Study(read_grid(grid_file(folder, **changes)), folder / out, Console(quiet=True))
-    study.run(study.plan(), Shard.parse(shard))
+    study.run(study.plan(), GridShard.parse(shard))
     return read_runs(folder / out)

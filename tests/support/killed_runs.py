@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from cads.accounting.ledger import SELECT, TRAIN, Ledger
-from cads.data.streams import Epochs
-from cads.data.training_batches import Draws
+from cads.data.streams import ShuffledStream
+from cads.data.training_batches import BatchStream
 from cads.runtime import journal as journal_module
 from cads.runtime.checkpoint import CheckpointConfig
 from cads.runtime.journal import Journal
@@ -66,8 +66,8 @@ def trained(task, *, replicas=1, steps=12, scaler=None):
     trainer = Trainer(task, ledger)
     if scaler is not None:
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scaler, growth_interval=3)
-    streams = [Epochs(np.arange(k, len(task.pool), k + 1), k) for k in range(replicas)]
-    draws = Draws(task.pool, streams, task.recipe.batch_size, target=task.target, target_fraction=0.25)
+    streams = [ShuffledStream(np.arange(k, len(task.pool), k + 1), k) for k in range(replicas)]
+    draws = BatchStream(task.pool, streams, task.recipe.batch_size, target=task.target, target_fraction=0.25)
     models = [task.model(0) for _ in streams]
     flops = (steps + 0.5) * step_flops(task)
     if replicas == 1:

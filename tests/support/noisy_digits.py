@@ -7,9 +7,13 @@ import copy
 from cads.data.pool import Pool
 from cads.recipe import TrainConfig
 from cads.tasks.vision.config import VisionConfig
-from cads.tasks.vision.synthetic_sources import SourceSpec
+from cads.tasks.vision.synthetic_sources import SyntheticSource
 
-SOURCES = [SourceSpec("clean"), SourceSpec("half", label_noise=0.5), SourceSpec("noisy", label_noise=0.9)]
+SOURCES = [
+    SyntheticSource("clean"),
+    SyntheticSource("half", label_noise=0.5),
+    SyntheticSource("noisy", label_noise=0.9),
+]
 RECIPE = TrainConfig(batch_size=16, learning_rate=5e-3)
 
 

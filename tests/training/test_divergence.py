@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from cads.accounting.ledger import Ledger
-from cads.data.streams import Epochs
+from cads.data.streams import ShuffledStream
 from cads.errors import NonFiniteError
 from cads.monitor import Monitor
-from cads.search.inner_runs import Inner
+from cads.search.inner_runs import InnerLoop
 from tests.support.fitted import (
     Course,
     assert_close,
@@ -27,8 +27,8 @@ from tests.support.fitted import (
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_a_replica_that_diverges_is_marked_and_disturbs_nobody(features, way, value):
     task = poisoned(features(batch_size=8, replicas=way), value)
-    bad = Epochs(np.arange(40), 0)
-    good = [Epochs(np.arange(20 + k, 200), k) for k in range(3)]
+    bad = ShuffledStream(np.arange(40), 0)
+    good = [ShuffledStream(np.arange(20 + k, 200), k) for k in range(3)]
     ledger = Ledger()
     with_bad = fit_replicas(task, 20, [good[0], bad, *good[1:]], ledger=ledger)
     without = fit_replicas(task, 20, good)
@@ -46,15 +46,15 @@ def test_a_replica_that_diverges_is_marked_and_disturbs_nobody(features, way, va
 @pytest.mark.parametrize("count", [1, 2])
 def test_all_replicas_may_diverge(features, way, count):
     task = poisoned(features(batch_size=8, replicas=way), rows=slice(None))
-    done = fit_replicas(task, 5, [Epochs(np.arange(200), k) for k in range(count)])
+    done = fit_replicas(task, 5, [ShuffledStream(np.arange(200), k) for k in range(count)])
     assert done.diverged.all()
     assert not np.isfinite(done.training_loss).any()
 
 
 def test_runs_that_diverge_have_no_objective(features):
     task = poisoned(features(batch_size=8))
-    inner = Inner(task, Ledger(), Monitor())
-    streams = [Epochs(np.arange(20), 0), Epochs(np.arange(20, 200), 0)]
+    inner = InnerLoop(task, Ledger(), Monitor())
+    streams = [ShuffledStream(np.arange(20), 0), ShuffledStream(np.arange(20, 200), 0)]
     runs = inner.run(streams, 10 * step_cost(task), seed=0, stage="short runs")
     assert np.isnan(runs.objective).tolist() == [True, False]
     assert runs.objective[1] == task.objective(runs.models[1]).value
@@ -66,13 +66,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(features, value, accu
     first_bad = 3
     task = features(batch_size=8, accumulate=accumulate)
     draws = whole_pool(task)
-    task = poisoned(task, value, draws.batches(first_bad)[0].positions.numpy()[:1])
-    model, course, ledger, flops = task.model(0), Course(), Ledger(), 30 * step_cost(task)
+    task = poisoned(task, value, draws.step(first_bad)[0].positions.numpy()[:1])
+    model, train_state, ledger, flops = task.model(0), Course(), Ledger(), 30 * step_cost(task)
     with pytest.raises(NonFiniteError) as caught:
-        fit(task, flops, model=model, draws=draws, ledger=ledger, monitor=course)
+        fit(task, flops, model=model, draws=draws, ledger=ledger, monitor=train_state)
     error = caught.value
-    assert error.step == first_bad == len(course.points)
-    assert error.ids == draws.ids(draws.batches(first_bad))
+    assert error.step == first_bad == len(train_state.points)
+    assert error.ids == draws.ids(draws.step(first_bad))
     assert error.learning_rate == pytest.approx(task.recipe.rate((first_bad + 0.5) / 30))
     for shown in (f"step {first_bad}", error.ids[0], f"{error.learning_rate:.3g}"):
         assert shown in str(error)

@@ -16,19 +16,19 @@ from torch.distributed.tensor import DTensor
 
 from cads.accounting.ledger import TRAIN, Ledger
 from cads.cli.main import main
-from cads.data.streams import Epochs
-from cads.data.training_batches import Draws
+from cads.data.streams import ShuffledStream
+from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError, ConfigError, NonFiniteError
 from cads.monitor import Monitor
 from cads.recipe import TrainConfig
 from cads.runtime.checkpoint import CheckpointConfig
 from cads.runtime.journal import Journal
-from cads.runtime.processes import everyone
-from cads.search.inner_runs import Inner
+from cads.runtime.processes import world_group
+from cads.search.inner_runs import InnerLoop
 from cads.tasks.language.config import LanguageConfig
 from cads.tasks.language.rows import TextSource
 from cads.training.fsdp import check_backend
-from cads.training.run_state import Course, Leg
+from cads.training.run_state import RunSegment, TrainState
 from cads.training.trainer import Trainer
 from tests.support.forked_processes import after_steps, ended, entries, killed, mortal, same, spread, started, weights
 from tests.support.tiny_llama import model_folder, sums, write_lines
@@ -36,7 +36,7 @@ from tests.support.tiny_llama import model_folder, sums, write_lines
 TOLERANCE = 1e-5
 """How far weights and losses may be from those of one process: sums of gradients are rounded otherwise."""
 LORA = {"type": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]}
-KEEPING = Leg(keep=True)
+KEEPING = RunSegment(keep=True)
 EVERY_STEP = CheckpointConfig(every_seconds=None, every_steps=1)
 
 
@@ -56,13 +56,17 @@ def llama(tmp_path_factory):
     return make
 
 
-def fitted(task, *, steps=6, model=None, ledger=None, leg=KEEPING):
+def fitted(task, *, steps=6, model=None, ledger=None, segment=KEEPING):
     """A Fit on pool and target, after about so many steps."""
     size = task.recipe.batch_size
-    draws = Draws(task.pool, [Epochs(np.arange(len(task.pool)), 0)], size, target=task.target, target_fraction=0.3)
+    draws = BatchStream(
+        task.pool, [ShuffledStream(np.arange(len(task.pool)), 0)], size, target=task.target, target_fraction=0.3
+    )
     flops = steps * (size * task.costs.per_usage(task.pool, size) + task.costs.optimizer_step)
     trainer = Trainer(task, Ledger() if ledger is None else ledger)
-    return trainer.fit(task.model(0) if model is None else model, draws, flops, seed=1, phase=TRAIN, stage="x", leg=leg)
+    return trainer.fit(
+        task.model(0) if model is None else model, draws, flops, seed=1, phase=TRAIN, stage="x", segment=segment
+    )
 
 
 def told(task, **options):
@@ -113,8 +117,8 @@ class TestTraining:
 
     def test_in_bf16_it_is_near(self, llama, tmp_path):
         task = llama(precision="bf16")
-        one = told(task, leg=Leg())["losses"]
-        same(spread(2, lambda: told(task, leg=Leg())["losses"], tmp_path), one, 0.02)
+        one = told(task, leg=RunSegment())["losses"]
+        same(spread(2, lambda: told(task, leg=RunSegment())["losses"], tmp_path), one, 0.02)
 
     def test_weights_that_some_processes_do_not_use(self, features, tmp_path):
         task = features(batch_size=3, sharding="full", weight_decay=0.5)
@@ -142,7 +146,7 @@ class TestTraining:
         def work():
             ledger = Ledger()
             try:
-                fit = fitted(task, steps=80, ledger=ledger, leg=Leg())
+                fit = fitted(task, steps=80, ledger=ledger, segment=RunSegment())
             except NonFiniteError as error:
                 return [str(error), error.step, error.ids, entries(ledger)]
             return [fit.skipped, np.isfinite(weights(fit.models[0])).all().item(), entries(ledger)]
@@ -159,8 +163,8 @@ class TestTraining:
 
         def work():
             ledger = Ledger()
-            streams = [Epochs(np.arange(k, 100 - 20 * k), k) for k in range(3)]
-            runs = Inner(task, ledger, Monitor()).run(streams, 2e4, seed=0, stage="short runs")
+            streams = [ShuffledStream(np.arange(k, 100 - 20 * k), k) for k in range(3)]
+            runs = InnerLoop(task, ledger, Monitor()).run(streams, 2e4, seed=0, stage="short runs")
             models = {str(k): weights(model) for k, model in enumerate(runs.models)}
             return {"objective": runs.objective.tolist(), "ledger": entries(ledger), **models}
 
@@ -176,8 +180,10 @@ class TestTraining:
             assert full == none
 
         def replicas(sharding):
-            streams = [Epochs(np.arange(k, 100), k) for k in range(3)]
-            runs = Inner(features(sharding=sharding), Ledger(), Monitor()).run(streams, 1e5, seed=0, stage="short runs")
+            streams = [ShuffledStream(np.arange(k, 100), k) for k in range(3)]
+            runs = InnerLoop(features(sharding=sharding), Ledger(), Monitor()).run(
+                streams, 1e5, seed=0, stage="short runs"
+            )
             return [weights(model) for model in runs.models]
 
         assert replicas("full") == replicas("none")
@@ -192,7 +198,7 @@ class TestMemory:
         def work():
             found = []
 
-            def look(self, optimizer, state=Course.state, **keywords):
+            def look(self, optimizer, state=TrainState.state, **keywords):
                 if optimizer is not None:
                     parameters = [p for p in self.learner.parameters() if p.requires_grad]
                     moments = [optimizer.state[p]["exp_avg"] for p in parameters]
@@ -200,7 +206,7 @@ class TestMemory:
                 return state(self, optimizer, **keywords)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Course, "state", look)
+                patch.setattr(TrainState, "state", look)
                 model = task.model(0)
                 fitted(task, steps=3, model=model)
             return [*found, _held(model.parameters())]
@@ -263,8 +269,8 @@ class TestGoingOn:
         task = llama()
 
         def work():
-            first = fitted(task, steps=4, leg=Leg(horizon=1e9, keep=True))
-            return told(task, steps=8, leg=Leg(start=first.state, horizon=1e9))
+            first = fitted(task, steps=4, segment=RunSegment(horizon=1e9, keep=True))
+            return told(task, steps=8, leg=RunSegment(start=first.state, horizon=1e9))
 
         one = work()
         same(spread(2, work, tmp_path), one, TOLERANCE)
@@ -339,7 +345,7 @@ def test_one_that_is_killed_ends_the_others(features, tmp_path):
     task = features(batch_size=4, sharding="full")
 
     def die(step):
-        if step == 3 and not everyone().first:
+        if step == 3 and not world_group().first:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def work():

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from cads.accounting.ledger import TRAIN, Ledger
-from cads.data.streams import Epochs
-from cads.data.training_batches import Draws
+from cads.data.streams import ShuffledStream
+from cads.data.training_batches import BatchStream
 from cads.errors import ConfigError, NonFiniteError
 from cads.monitor import Monitor
 from cads.recipe import TrainConfig
 from cads.runtime.journal import Journal
 from cads.runtime.journal_store import FINISHED
-from cads.search.inner_runs import Inner
+from cads.search.inner_runs import InnerLoop
 from cads.training.loop import MOST_SKIPPED
 from cads.training.trainer import Trainer
 from tests.support.killed_runs import EVERY_STEP, IDENTITY, resumed, same_fit, step_flops, trained
@@ -28,7 +28,7 @@ class TestFailures:
 
     def work(self, task, steps=30):
         ledger = Ledger()
-        draws = Draws(task.pool, [Epochs(np.arange(1, 200), 0)], 8)
+        draws = BatchStream(task.pool, [ShuffledStream(np.arange(1, 200), 0)], 8)
         fit = Trainer(task, ledger).fit(
             task.model(0), draws, (steps + 0.5) * step_flops(task), seed=0, phase=TRAIN, stage="s"
         )
@@ -57,8 +57,8 @@ class TestFailures:
     def test_a_bad_batch_is_skipped_paid_for_and_counted(self, features, tmp_path):
         task = self.poisoned(features, non_finite="skip")
         fit, ledger = self.work(task)
-        draws = Draws(task.pool, [Epochs(np.arange(1, 200), 0)], 8)
-        bad = [not np.isfinite(draws.batches(t)[0].inputs["x"].numpy()).all() for t in range(30)]
+        draws = BatchStream(task.pool, [ShuffledStream(np.arange(1, 200), 0)], 8)
+        bad = [not np.isfinite(draws.step(t)[0].inputs["x"].numpy()).all() for t in range(30)]
         assert 0 < sum(bad) < 30
         assert fit.skipped == sum(bad)
         assert np.isnan(fit.losses[:, 0]).tolist() == bad
@@ -75,8 +75,8 @@ class TestFailures:
         if normalised:
             build = task._build
             task._build = lambda: torch.nn.Sequential(torch.nn.BatchNorm1d(6), build())
-        draws = Draws(task.pool, [Epochs(np.arange(200), 0)], 8)
-        plain = draws.batches
+        draws = BatchStream(task.pool, [ShuffledStream(np.arange(200), 0)], 8)
+        plain = draws.step
 
         def spoilt(step):
             pieces = plain(step)
@@ -89,7 +89,7 @@ class TestFailures:
 
         models = []
         for batches, steps in ((spoilt, 7), (without, 6)):
-            draws.batches = batches
+            draws.step = batches
             trainer = Trainer(task, Ledger())
             flops = (steps + 0.5) * step_flops(task)
             models.append(trainer.fit(task.model(0), draws, flops, seed=0, phase=TRAIN, stage="s").models[0])
@@ -118,16 +118,20 @@ class TestFailures:
     def test_a_diverged_replica_is_never_averaged_in(self, features, tmp_path, way):
         task = features(batch_size=8, replicas=way)
         task.pool.examples.rows[:20] = np.inf
-        streams = [Epochs(np.arange(20, 200), 0), Epochs(np.arange(40), 0), Epochs(np.arange(30, 200), 0)]
+        streams = [
+            ShuffledStream(np.arange(20, 200), 0),
+            ShuffledStream(np.arange(40), 0),
+            ShuffledStream(np.arange(30, 200), 0),
+        ]
 
         def work():
-            inner = Inner(task, Ledger(), Monitor())
+            inner = InnerLoop(task, Ledger(), Monitor())
             return inner.run(streams, 12 * step_flops(task), seed=0, stage="short runs"), inner.ledger
 
         runs, ledger = work()
         assert np.isnan(runs.objective).tolist() == [False, True, False]
-        assert np.isnan(runs.reached).tolist() == [False, True, False]
+        assert np.isnan(runs.final_train_loss).tolist() == [False, True, False]
         again, other = resumed(tmp_path, work)
         np.testing.assert_array_equal(runs.objective, again.objective)
-        np.testing.assert_array_equal(runs.reached, again.reached)
+        np.testing.assert_array_equal(runs.final_train_loss, again.final_train_loss)
         assert ledger.to_json(seconds=False) == other.to_json(seconds=False)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from cads.accounting.ledger import SELECT, Ledger
-from cads.data.streams import Epochs
-from cads.data.training_batches import Draws
+from cads.data.streams import ShuffledStream
+from cads.data.training_batches import BatchStream
 from cads.errors import ConfigError
 from cads.training.learners import can_stack
 from cads.training.trainer import Trainer
@@ -45,7 +45,7 @@ def test_joint_replicas_agree(features):
     losses = []
     for way in ("batched", "loop"):
         task = features(batch_size=12, replicas=way, accumulate=2)
-        draws = Draws(task.pool, streams_of(task, 3), 12, target=task.target, target_fraction=0.25, seed=5)
+        draws = BatchStream(task.pool, streams_of(task, 3), 12, target=task.target, target_fraction=0.25, seed=5)
         trainer, models = Trainer(task, Ledger()), [task.model(k) for k in range(3)]
         flops = 20 * step_cost(task)
         losses.append(trainer.fit_replicas(models, draws, flops, seed=0, phase=SELECT, stage="s").losses)
@@ -57,7 +57,7 @@ def test_a_batched_replica_is_what_the_model_would_be_alone(features):
     streams = streams_of(task, 3)
     done = fit_replicas(task, 25, streams)
     for k, stream in enumerate(streams):
-        alone = fit(task, 25 * step_cost(task) * 1.001, draws=Draws(task.pool, [stream], 16))
+        alone = fit(task, 25 * step_cost(task) * 1.001, draws=BatchStream(task.pool, [stream], 16))
         assert_close(done.models[k], alone.models[0], 1e-5)
 
 
@@ -65,7 +65,7 @@ def test_replicas_of_unequal_examples_may_take_unequal_numbers_of_steps(sentence
     task = sentences(batch_size=2)
     lengths = task.pool.examples.lengths
     ledger = Ledger()
-    streams = [Epochs(np.flatnonzero(lengths == n), 0) for n in (3, 8)]
+    streams = [ShuffledStream(np.flatnonzero(lengths == n), 0) for n in (3, 8)]
     done = fit_replicas(task, 20, streams, ledger=ledger)
     assert np.isfinite(done.losses).all()
     assert not done.diverged.any()

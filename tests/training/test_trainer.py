@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cads.accounting.ledger import SELECT, TRAIN, Ledger
-from cads.data.streams import Epochs
-from cads.data.training_batches import Draws
+from cads.data.streams import ShuffledStream
+from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError, ConfigError, DataError, NonFiniteError
 from cads.recipe import TrainConfig
 from cads.seeding import derive
@@ -63,7 +63,7 @@ def test_the_budget_is_never_exceeded_and_used_up(features, batch_size, budget, 
     prices = np.random.default_rng(0).uniform(0.5, 1.5, 40) if unequal else np.ones(40)
     task.costs = StatedCosts(scale * prices / batch_size, scale * update)
     draws, flops = whole_pool(task), scale * budget
-    steps = [step_cost(task, draws.batches(t)[0].positions.numpy()) for t in range(40)]
+    steps = [step_cost(task, draws.step(t)[0].positions.numpy()) for t in range(40)]
     ledger = Ledger(limit=flops) if limited else Ledger()
     asked = 10 * flops if limited else flops
     if steps[0] > flops:
@@ -93,7 +93,7 @@ def test_replicas_never_exceed_the_budget(features, count, budget, way, limited)
     task = features(n=40, sources=0, batch_size=4, replicas=way)
     step = step_cost(task)
     ledger = Ledger(limit=count * budget * step) if limited else Ledger()
-    draws = Draws(task.pool, [Epochs(np.arange(40), k) for k in range(count)], 4)
+    draws = BatchStream(task.pool, [ShuffledStream(np.arange(40), k) for k in range(count)], 4)
     trainer, models = Trainer(task, ledger), [task.model(0) for _ in range(count)]
     flops = budget * step * (10 if limited else 1)
 
@@ -133,7 +133,7 @@ def test_the_ledger_holds_steps_times_the_closed_form(features):
 
 def test_joint_training_costs_the_same_and_counts_both_parts(features):
     task = features(batch_size=8)
-    draws = Draws(task.pool, [Epochs(np.arange(200), 0)], 8, target=task.target, target_fraction=0.25)
+    draws = BatchStream(task.pool, [ShuffledStream(np.arange(200), 0)], 8, target=task.target, target_fraction=0.25)
     ledger = Ledger()
     fit(task, 5 * step_cost(task), draws=draws, ledger=ledger)
     assert ledger.total().usages == 5 * 8
@@ -144,7 +144,7 @@ def test_unequal_examples_are_charged_as_they_are_padded(sentences):
     task = sentences(batch_size=4)
     ledger, draws = Ledger(), whole_pool(task)
     done = fit(task, 30 * step_cost(task), draws=draws, ledger=ledger)
-    pieces = [draws.batches(t)[0] for t in range(len(done.losses))]
+    pieces = [draws.step(t)[0] for t in range(len(done.losses))]
     expected = sum(task.costs.usage(p) + task.costs.optimizer_step for p in pieces)
     assert ledger.total().flops == pytest.approx(expected)
     assert ledger.total().tokens == sum(p.tokens for p in pieces)
@@ -169,9 +169,9 @@ def test_training_learns(features, images, sentences, optimizer):
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize("warmup", [0.0, 0.2])
 def test_the_rate_warms_up_peaks_and_ends_near_zero(features, schedule, warmup):
-    task, course = features(batch_size=4, schedule=schedule, warmup=warmup, learning_rate=0.1), Course()
-    fit(task, 100.5 * step_cost(task), monitor=course)
-    rates = np.array([rate for _, _, rate in course.points])
+    task, train_state = features(batch_size=4, schedule=schedule, warmup=warmup, learning_rate=0.1), Course()
+    fit(task, 100.5 * step_cost(task), monitor=train_state)
+    rates = np.array([rate for _, _, rate in train_state.points])
     rising, falling = np.diff(rates[: int(warmup * 100)]), np.diff(rates[int(warmup * 100) + 1 :])
     assert len(rates) == 100
     assert (rising > 0).all()
@@ -183,9 +183,9 @@ def test_the_rate_warms_up_peaks_and_ends_near_zero(features, schedule, warmup):
 
 
 def test_a_constant_rate_is_constant(features):
-    task, course = features(batch_size=4, schedule="constant", warmup=0.0, learning_rate=0.1), Course()
-    fit(task, 20 * step_cost(task), monitor=course)
-    assert {rate for _, _, rate in course.points} == {0.1}
+    task, train_state = features(batch_size=4, schedule="constant", warmup=0.0, learning_rate=0.1), Course()
+    fit(task, 20 * step_cost(task), monitor=train_state)
+    assert {rate for _, _, rate in train_state.points} == {0.1}
 
 
 @given(st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 0.99), st.floats(0, 1))
@@ -198,7 +198,7 @@ def test_one_step_of_sgd_moves_by_the_clipped_gradient(features, clip_norm):
     recipe = {"schedule": "constant", "warmup": 0.0, "weight_decay": 0.0, "learning_rate": 1.0}
     task = features(batch_size=8, optimizer="sgd", clip_norm=clip_norm, **recipe)
     model, draws = task.model(0), whole_pool(task)
-    batch, before = draws.batches(0)[0], weights(task.model(0))
+    batch, before = draws.step(0)[0], weights(task.model(0))
     gradient = torch.autograd.grad(task.losses(model, batch).mean(), list(model.parameters()))
     norm = torch.cat([g.flatten() for g in gradient]).norm()
     fit(task, step_cost(task), model=model, draws=draws)
@@ -216,7 +216,7 @@ def test_accumulation_changes_nothing(features, sentences, optimizer, joint):
         for accumulate in (1, 4):
             task = make(batch_size=10, accumulate=accumulate, optimizer=optimizer, learning_rate=0.01, clip_norm=0.5)
             part = {"target": task.target, "target_fraction": 0.3} if joint else {}
-            draws = Draws(task.pool, [Epochs(np.arange(len(task.pool)), 0)], 10, **part)
+            draws = BatchStream(task.pool, [ShuffledStream(np.arange(len(task.pool)), 0)], 10, **part)
             models.append(fit(task, 20 * step_cost(task), draws=draws).models[0])
         assert_close(*models, 1e-5)
 
@@ -227,7 +227,9 @@ def test_workers_change_nothing(features, joint):
     for workers in (0, 1):
         task = features(batch_size=8, workers=workers)
         part = {"target": task.target, "target_fraction": 0.5} if joint else {}
-        models.append(fit(task, 4 * step_cost(task), draws=Draws(task.pool, [Epochs(np.arange(200), 0)], 8, **part)))
+        models.append(
+            fit(task, 4 * step_cost(task), draws=BatchStream(task.pool, [ShuffledStream(np.arange(200), 0)], 8, **part))
+        )
     assert identical(models[0].models[0], models[1].models[0])
 
 
@@ -237,7 +239,7 @@ def test_frozen_parameters_stay(features):
         models = [task.model(0) for _ in range(2)]
         for model in models:
             model[0].requires_grad_(False)
-        draws = Draws(task.pool, [Epochs(np.arange(200), k) for k in range(2)], 8)
+        draws = BatchStream(task.pool, [ShuffledStream(np.arange(200), k) for k in range(2)], 8)
         Trainer(task, Ledger()).fit_replicas(models, draws, 5 * step_cost(task), seed=0, phase=SELECT, stage="s")
         fresh = task.model(0)
         for model in models:
@@ -313,9 +315,9 @@ def scaling(task, scale=2.0**10):
 def test_a_replica_that_diverges_under_loss_scaling_disturbs_nobody(features):
     """One scaler would skip the update of all batched replicas."""
     task = poisoned(features(batch_size=8))
-    streams = [Epochs(np.arange(20 + k, 200), k) for k in range(2)]
+    streams = [ShuffledStream(np.arange(20 + k, 200), k) for k in range(2)]
     trainer, _ = scaling(task)
-    draws = Draws(task.pool, [streams[0], Epochs(np.arange(40), 0), streams[1]], 8)
+    draws = BatchStream(task.pool, [streams[0], ShuffledStream(np.arange(40), 0), streams[1]], 8)
     models = [task.model(0) for _ in draws.streams]
     done = trainer.fit_replicas(models, draws, 20 * step_cost(task), seed=0, phase=SELECT, stage="s")
     assert done.diverged.tolist() == [False, True, False]
@@ -401,7 +403,7 @@ def test_a_trainer_keeps_no_model_that_it_has_trained(features, way):
     trainer = Trainer(task, Ledger())
 
     def run():
-        draws = Draws(task.pool, streams_of(task, 2), 8)
+        draws = BatchStream(task.pool, streams_of(task, 2), 8)
         models = [task.model(0) for _ in range(2)]
         trainer.fit_replicas(models, draws, 3 * step_cost(task), seed=0, phase=SELECT, stage="s")
         return [weakref.ref(m) for m in models]
@@ -415,7 +417,7 @@ def test_a_batch_without_answers_is_refused_by_id_before_it_costs(sentences, mon
     task, ledger = sentences(), Ledger()
     batch = task.pool.examples.batch
     monkeypatch.setattr(task.pool.examples, "batch", lambda positions: replace(batch(positions), answer_tokens=0))
-    draws = Draws(task.pool, [Epochs(np.arange(len(task.pool)), 0)], task.recipe.batch_size)
+    draws = BatchStream(task.pool, [ShuffledStream(np.arange(len(task.pool)), 0)], task.recipe.batch_size)
     with pytest.raises(DataError, match=r"no answer token .* step 0 .*pool"):
         Trainer(task, ledger).fit(task.model(0), draws, 1e9, seed=0, phase="train", stage="run")
     assert ledger.total().flops == 0

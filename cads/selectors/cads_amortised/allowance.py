@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from cads.data.token_batches import lengths
 from cads.errors import ConfigError
 from cads.scoring.features import Kind, free_names, read_names
-from cads.search.fidelity import LOWEST, Rung
-from cads.search.inner_costs import Purse
+from cads.search.fidelity import MIN_FIDELITY, Rung
+from cads.search.inner_costs import InnerLoopCosts
 from cads.selectors.cads_e.schedule import REFERENCE_SHARE, THETA_PASSES, THETA_SHARE, comparisons, shortest
 
 THETA_MOST = 0.4
@@ -50,7 +50,7 @@ function. One column in each group is 1 and the others are 0: that is a look-up.
 
 
 @dataclass(frozen=True)
-class Parts:
+class AmortisedBudget:
     """How the allowance is divided.
 
     Attributes:
@@ -79,7 +79,7 @@ class Parts:
         """Examples whose features are known before the policy is applied: all of them where they are free."""
         return self.sample if self.forward else self.read
 
-    def seen(self, n: int, share: float) -> tuple[int, int]:
+    def visible(self, n: int, share: float) -> tuple[int, int]:
         """What a short run on a share of a pool of n sees: examples, and those of them to which a policy is applied.
 
         Of what the run sees it is applied to the same part as in the end, though to no more than are known.
@@ -113,7 +113,7 @@ class Parts:
         """The policy's probability of one example."""
         return float(FLOPS_PER_COLUMN * self.columns + FLOPS_PER_EXAMPLE)
 
-    def way(self, n: int) -> str:
+    def describe_scope(self, n: int) -> str:
         """What the policy is applied to in a pool of n, for the notes."""
         if not self.forward:
             return "selected by features that are free from the whole pool"
@@ -122,7 +122,9 @@ class Parts:
         return "the whole pool was read"
 
 
-def divide_allowance(purse: Purse, training: float, kinds: Sequence[Kind], share: float | None) -> Parts | None:
+def divide_allowance(
+    costs: InnerLoopCosts, train_flops: float, kinds: Sequence[Kind], share: float | None
+) -> AmortisedBudget | None:
     """How the allowance is divided; None where it does not buy what is needed.
 
     Where a pass over the pool is too dear, features that are free select from all of it, if there are any: while
@@ -135,69 +137,71 @@ def divide_allowance(purse: Purse, training: float, kinds: Sequence[Kind], share
     Raises:
         ConfigError: if this task has no feature of these kinds.
     """
-    task, n = purse.task, len(purse.task.pool)
+    task, n = costs.task, len(costs.task.pool)
     free, forward = len(free_names(task.pool, kinds)), len(read_names(task, kinds))
     if not free + forward:
         raise ConfigError(
             f"features = {list(kinds)}: examples of {task.name} have none of these that tells them apart: add 'loss'"
         )
-    scan, per_usage = purse.scoring_flops(1), purse.step_flops / task.recipe.batch_size
-    usages, short = training / per_usage, shortest(purse, training, LOWEST) * training
-    left = purse.ledger.left - LEAST_RUNS * (short + purse.measuring_flops)
+    scan, per_usage = costs.scoring_flops(1), costs.step_flops / task.recipe.batch_size
+    usages, short = train_flops / per_usage, shortest(costs, train_flops, MIN_FIDELITY) * train_flops
+    left = costs.ledger.left - LEAST_RUNS * (short + costs.measuring_flops)
     if left <= 0:
         return None
-    theta = min(purse.target_flops(THETA_SHARE, THETA_PASSES, training), THETA_MOST * left)
+    theta = min(costs.target_flops(THETA_SHARE, THETA_PASSES, train_flops), THETA_MOST * left)
     sample = min(n, max(LEAST_SAMPLE, int(SAMPLE_SHARE * left / (2 * scan))))
-    u = min(REFERENCE_SHARE * training, REFERENCE_MOST * left, REFERENCE_PASSES * sample * per_usage)
-    u = u if u >= purse.step_flops else 0.0
+    u = min(REFERENCE_SHARE * train_flops, REFERENCE_MOST * left, REFERENCE_PASSES * sample * per_usage)
+    u = u if u >= costs.step_flops else 0.0
     least = min(n, usages / FRESH_PASSES)
     for reference in (u, 0.0) if u else (u,):
-        parts = Parts(theta, reference, sample, n, False, least, free + forward)
-        scoring = sample * scan * (2 if reference else 1) + (purse.measuring_flops if reference else 0.0)
+        parts = AmortisedBudget(theta, reference, sample, n, False, least, free + forward)
+        scoring = sample * scan * (2 if reference else 1) + (costs.measuring_flops if reference else 0.0)
         over = left - theta - reference - scoring
         own = replace(parts, read=sample, forward=True)
         rest = min(over - own.learning_flops - own.comparing_flops(LEAST_RUNS, sample), PASS_SHARE * left)
-        affordable_read = sample + max(0, int(rest / (scan * padding(purse) + parts.per_example)))
+        affordable_read = sample + max(0, int(rest / (scan * padding(costs) + parts.per_example)))
         read = min(n, max(sample, min(affordable_read, int(READ_PER_USAGE * usages))))
         if share is not None:
             read = max(1, round(share * n))
             parts = replace(parts, sample=min(sample, read))
         if forward and not (share is None and read < n and free):
             parts = replace(parts, read=read, forward=True)
-        kept = parts.learning_flops + parts.comparing_flops(LEAST_RUNS, parts.known) + reserve(purse, parts)
-        if theta >= purse.target_step_flops and kept <= over:
+        kept = parts.learning_flops + parts.comparing_flops(LEAST_RUNS, parts.known) + reserve(costs, parts)
+        if theta >= costs.target_step_flops and kept <= over:
             return parts
     return None
 
 
-def reserve(purse: Purse, parts: Parts) -> float:
+def reserve(costs: InnerLoopCosts, parts: AmortisedBudget) -> float:
     """What is kept back for applying the policy."""
-    reading = purse.scoring_flops(parts.read - parts.sample) if parts.forward else 0.0
-    return padding(purse) * reading + parts.applying_flops
+    reading = costs.scoring_flops(parts.read - parts.sample) if parts.forward else 0.0
+    return padding(costs) * reading + parts.applying_flops
 
 
-def padding(purse: Purse) -> float:
+def padding(costs: InnerLoopCosts) -> float:
     """What a part of the pool may cost, in units of its share of the pool's price."""
-    return 1.0 if lengths(purse.task.pool) is None else PADDING
+    return 1.0 if lengths(costs.task.pool) is None else PADDING
 
 
-def affordable(purse: Purse, parts: Parts, training: float) -> list[Rung]:
+def affordable(costs: InnerLoopCosts, parts: AmortisedBudget, train_flops: float) -> list[Rung]:
     """The short runs that what is left buys beside the pass, with an update of the policy where they explore."""
 
     def bought(kept: float) -> list[Rung]:
         per_run = parts.comparing_flops(1, parts.known)
-        return comparisons(purse, training, lowest=LOWEST, least_runs=LEAST_RUNS, per_run=per_run, reserve=kept)
+        return comparisons(
+            costs, train_flops, lowest=MIN_FIDELITY, least_runs=LEAST_RUNS, per_run=per_run, reserve=kept
+        )
 
-    kept = reserve(purse, parts)
+    kept = reserve(costs, parts)
     rungs = bought(kept)
     tried = exploring(rungs, 0) if rungs else 0
     return bought(kept + parts.exploring_flops(tried)) if tried else rungs
 
 
-def exploring(rungs: Sequence[Rung], height: int) -> int:
+def exploring(rungs: Sequence[Rung], rung_index: int) -> int:
     """Draws that a rung tries around the best candidate: an even number; none where no rung follows.
 
     One more run of the rung belongs to them, that of the policy to which they lead.
     """
-    runs = rungs[height].runs
-    return (runs - 2) // 4 * 2 if height == 0 and len(rungs) > 1 and runs >= EXPLORING else 0
+    runs = rungs[rung_index].n_trials
+    return (runs - 2) // 4 * 2 if rung_index == 0 and len(rungs) > 1 and runs >= EXPLORING else 0

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from cads.data.pool import Pool
-from cads.data.streams import Epochs
+from cads.data.streams import ShuffledStream
 from cads.data.subsample import strata
 from cads.data.token_batches import by_id
 from cads.estimators.control_variate import fit_control
 from cads.policies.simplex import Floats
 from cads.scoring.features import GROUP, LOSS, FreeFeatures, Kind, ReadFeatures
 from cads.search.base import check_reference
-from cads.search.inner_runs import Inner
+from cads.search.inner_runs import InnerLoop
 from cads.seeding import derive
-from cads.selectors.cads_amortised.allowance import Parts
+from cads.selectors.cads_amortised.allowance import AmortisedBudget
 from cads.selectors.cads_amortised.policy import AmortisedPolicy, mean_loss, mean_loss_slope, penalty_direction
 from cads.selectors.cads_e.candidates import SHARPNESS
 
@@ -72,7 +72,7 @@ def visit_order(pool: Pool, seed: int) -> np.ndarray:
     """
     ids = by_id(pool)
     sources = strata(pool)[ids]
-    _, first, codes = np.unique(pool.contents[ids], return_index=True, return_inverse=True)
+    _, first, codes = np.unique(pool.content_codes[ids], return_index=True, return_inverse=True)
     # A content has its number by where it first stands among the ids, not by where it stands in the pool.
     number = np.empty(len(first), dtype=np.int64)
     number[np.argsort(first)] = np.arange(len(first))
@@ -88,7 +88,7 @@ def visit_order(pool: Pool, seed: int) -> np.ndarray:
     return np.asarray(ids[np.argsort(share, kind="stable")])
 
 
-def learn_from(inner: Inner, parts: Parts, kinds: Sequence[Kind], order: np.ndarray, seed: int) -> Sample:
+def learn_from(inner: InnerLoop, parts: AmortisedBudget, kinds: Sequence[Kind], order: np.ndarray, seed: int) -> Sample:
     """Fit theta to the target and u to the sample, and read the sample with both."""
     task, positions = inner.task, order[: parts.sample]
     theta = inner.fit_target(parts.theta, seed=derive(seed, "theta"), stage="theta")
@@ -100,7 +100,7 @@ def learn_from(inner: Inner, parts: Parts, kinds: Sequence[Kind], order: np.ndar
     from_u = None
     if parts.u:
         shuffled = derive(seed, "reference")
-        runs = inner.run([Epochs(positions, shuffled)], parts.u, seed=shuffled, stage="u")
+        runs = inner.run([ShuffledStream(positions, shuffled)], parts.u, seed=shuffled, stage="u")
         check_reference(float(runs.objective[0]), "u", "a sample of the pool")
         from_u = inner.losses(runs.models[0], positions, stage="l*")
     free = FreeFeatures(task, task.pool, kinds)
@@ -147,13 +147,13 @@ class Penalty:
     c2: float
 
     @classmethod
-    def fitted(cls, sample: Sample, policies: Sequence[AmortisedPolicy], gains: np.ndarray) -> Penalty:
+    def fitted(cls, sample: Sample, policies: Sequence[AmortisedPolicy], delta_objective: np.ndarray) -> Penalty:
         """With c1 and c2 from the gains (shape (K,)) of policies that were tried."""
         risk = [mean_loss(p, sample.features, sample.from_theta) for p in policies]
         reach = np.zeros(len(policies))
         if sample.from_u is not None:
             reach = np.array([mean_loss(p, sample.features, sample.from_u) for p in policies])
-        return cls(sample, *fit_control(gains, risk, reach))
+        return cls(sample, *fit_control(delta_objective, risk, reach))
 
     def value(self, policy: AmortisedPolicy) -> float:
         """h, in the unit of the gains."""

@@ -20,20 +20,20 @@ from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
 from cads.data.batch import Batch
 from cads.data.pool import Pool
-from cads.data.streams import Epochs
+from cads.data.streams import ShuffledStream
 from cads.errors import ConfigError
 from cads.policies.simplex import Floats
 from cads.scoring.features import KINDS, FreeFeatures, Kind, ReadFeatures
 from cads.scoring.pool_scores import score_pool
-from cads.search.base import NOTHING, Search, check_reference, verdict
+from cads.search.base import NO_SEARCH_AFFORDABLE, Search, check_reference, guard_message
 from cads.search.fidelity import Rung
-from cads.search.inner_costs import Planned
-from cads.search.inner_runs import Inner
+from cads.search.inner_costs import PlannedInnerLoop
+from cads.search.inner_runs import InnerLoop
 from cads.seeding import derive
 from cads.selection import Selection
 from cads.selectors.cads_amortised.allowance import (
     CONTROL_DRAWS,
-    Parts,
+    AmortisedBudget,
     affordable,
     divide_allowance,
     exploring,
@@ -82,56 +82,56 @@ class CadsAmortised(Search):
         """What the policy may look at."""
         return KINDS if self.features is None else self.features
 
-    def spend(self, purse: Planned, training: float) -> bool:
+    def plan_search(self, costs: PlannedInnerLoop, train_flops: float) -> bool:
         """What `search` would do unless it ends with the full pool, which saves the pass; see `Search`."""
-        parts = divide_allowance(purse, training, self.kinds, self.share)
+        parts = divide_allowance(costs, train_flops, self.kinds, self.share)
         if parts is None:
             return False
-        purse.fit_target(parts.theta, stage="theta")
-        purse.losses(parts.sample, stage="R")
+        costs.fit_target(parts.theta, stage="theta")
+        costs.losses(parts.sample, stage="R")
         if parts.u:
-            purse.run(1, parts.u, stage="u")
-            purse.losses(parts.sample, stage="l*")
-        purse.learn(parts.learning_flops)
-        rungs = affordable(purse, parts, training)
+            costs.run(1, parts.u, stage="u")
+            costs.losses(parts.sample, stage="l*")
+        costs.learn(parts.learning_flops)
+        rungs = affordable(costs, parts, train_flops)
         available = len(parts.steps)
-        for height, rung in enumerate(rungs):
-            tried = exploring(rungs, height)
-            available = min(rung.runs - 1 - tried - (tried > 0), available)
-            _, count = parts.seen(len(purse.task.pool), rung.data)
-            purse.learn(parts.comparing_flops(available + tried + (tried > 0), count))
-            purse.run(1 + available, rung.flops, stage=rung.stage)
+        for rung_index, rung in enumerate(rungs):
+            tried = exploring(rungs, rung_index)
+            available = min(rung.n_trials - 1 - tried - (tried > 0), available)
+            _, count = parts.visible(len(costs.task.pool), rung.data_fraction)
+            costs.learn(parts.comparing_flops(available + tried + (tried > 0), count))
+            costs.run(1 + available, rung.flops, stage=rung.stage)
             if tried:
                 available += tried + 1
-                purse.run(tried, rung.flops, stage=rung.stage)
-                purse.learn(parts.exploring_flops(tried))
-                purse.run(1, rung.flops, stage=rung.stage)
+                costs.run(tried, rung.flops, stage=rung.stage)
+                costs.learn(parts.exploring_flops(tried))
+                costs.run(1, rung.flops, stage=rung.stage)
         if rungs:
             if parts.forward and parts.read > parts.sample:
-                purse.losses(parts.read - parts.sample, stage="pass")
-            purse.learn(parts.applying_flops)
+                costs.losses(parts.read - parts.sample, stage="pass")
+            costs.learn(parts.applying_flops)
         return bool(rungs)
 
-    def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
+    def run_search(self, inner: InnerLoop, budget: Budget, train_flops: float, seed: int, ledger: Ledger) -> Selection:
         """theta, u, the sample, the ladder, and the pass; see `Search`."""
         task = inner.task
-        parts = divide_allowance(inner, training, self.kinds, self.share)
+        parts = divide_allowance(inner, train_flops, self.kinds, self.share)
         if parts is None:
-            return self.full_pool(task, budget, seed, ledger, NOTHING)
+            return self.full_pool(task, budget, seed, ledger, NO_SEARCH_AFFORDABLE)
         order = visit_order(task.pool, derive(seed, "visit"))
         sample = learn_from(inner, parts, self.kinds, order, seed)
         proposals = candidates(sample, parts.steps)
         inner.learn(parts.learning_flops)
-        rungs = affordable(inner, parts, training)
-        best, gain = climb(inner, parts, sample, proposals, rungs, seed, guard=self.guard)
+        rungs = affordable(inner, parts, train_flops)
+        best, gain = run_ladder(inner, parts, sample, proposals, rungs, seed, guard=self.guard)
         if best is None:
-            found = verdict(False) if rungs and proposals else NOTHING
+            found = guard_message(False) if rungs and proposals else NO_SEARCH_AFFORDABLE
             return self.full_pool(task, budget, seed, ledger, found)
         probability, read = apply_policy(inner, parts, best.policy, sample)
         inner.learn(parts.applying_flops)
-        selected, probability = filled(parts, probability, order, read)
+        selected, probability = fill_unread(parts, probability, order, read)
         inner.monitor.panels(task.pool, probability, len(rungs), task.describe)
-        return Selection.of(
+        return Selection.from_pool(
             task.pool,
             selected=selected,
             score=probability,
@@ -142,22 +142,22 @@ class CadsAmortised(Search):
             ledger=ledger,
             config=asdict(self),
             notes={
-                "guard": verdict(gain > 0),
+                "guard": guard_message(gain > 0),
                 "gain": gain,
                 "c2/c1": best.reach_weight,
                 "kept": best.kept,
                 "origin": best.origin,
                 "sample": parts.sample,
                 "read": read if parts.forward else parts.sample,
-                "way": parts.way(len(task.pool)),
+                "way": parts.describe_scope(len(task.pool)),
                 "policy": best.policy.to_json(),
             },
         )
 
 
-def climb(
-    inner: Inner,
-    parts: Parts,
+def run_ladder(
+    inner: InnerLoop,
+    parts: AmortisedBudget,
     sample: Sample,
     proposals: list[Proposal],
     rungs: Sequence[Rung],
@@ -170,31 +170,33 @@ def climb(
     Returns:
         the best one, or None if it does not beat the full pool; and by how much it does, in the outer objective.
     """
-    field, gains, best = proposals, np.zeros(len(proposals)), None
-    for height, rung in enumerate(rungs if proposals else []):
-        tried = exploring(rungs, height)
-        field = field[: rung.runs - 1 - tried - (tried > 0)]
-        objective = compare(inner, parts, sample, [None, *(p.policy for p in field)], rung, seed, height)
+    candidates, delta_objective, best = proposals, np.zeros(len(proposals)), None
+    for rung_index, rung in enumerate(rungs if proposals else []):
+        tried = exploring(rungs, rung_index)
+        candidates = candidates[: rung.n_trials - 1 - tried - (tried > 0)]
+        objective = compare(inner, parts, sample, [None, *(p.policy for p in candidates)], rung, seed, rung_index)
         check_reference(float(objective[0]), rung.stage)
-        gains = objective[1:] - objective[0]
-        if tried and np.isfinite(gains).any():
-            drawn, values = explore(inner, parts, sample, field, gains, float(objective[0]), tried, rung, seed)
-            field, gains = [*field, *drawn], np.append(gains, values)
-        order = np.argsort(np.nan_to_num(gains, nan=np.inf), kind="stable")
-        field, gains = [field[i] for i in order], gains[order]
-        best = field[0] if gains[0] < 0 or (np.isfinite(gains[0]) and not guard) else None
-        watch(inner, sample, best, objective, gains, height)
-    return best, 0.0 if best is None else -float(gains[0])
+        delta_objective = objective[1:] - objective[0]
+        if tried and np.isfinite(delta_objective).any():
+            drawn, values = explore(
+                inner, parts, sample, candidates, delta_objective, float(objective[0]), tried, rung, seed
+            )
+            candidates, delta_objective = [*candidates, *drawn], np.append(delta_objective, values)
+        order = np.argsort(np.nan_to_num(delta_objective, nan=np.inf), kind="stable")
+        candidates, delta_objective = [candidates[i] for i in order], delta_objective[order]
+        best = candidates[0] if delta_objective[0] < 0 or (np.isfinite(delta_objective[0]) and not guard) else None
+        watch(inner, sample, best, objective, delta_objective, rung_index)
+    return best, 0.0 if best is None else -float(delta_objective[0])
 
 
 def compare(
-    inner: Inner,
-    parts: Parts,
+    inner: InnerLoop,
+    parts: AmortisedBudget,
     sample: Sample,
     policies: Sequence[AmortisedPolicy | None],
     rung: Rung,
     seed: int,
-    height: int,
+    rung_index: int,
 ) -> np.ndarray:
     """The outer objective of each policy (None: the full pool) after a short run, shape (K,).
 
@@ -202,10 +204,10 @@ def compare(
     what would be added to that, so that it sees its examples as often.
     """
     n = len(inner.task.pool)
-    everything, count = parts.seen(n, rung.data)
+    everything, count = parts.visible(n, rung.data_fraction)
     inner.learn(parts.comparing_flops(sum(policy is not None for policy in policies), count))
     least = round(parts.least * everything / n)
-    shuffled = derive(seed, "rung", height)
+    shuffled = derive(seed, "rung", rung_index)
     visited = sample.order[:everything]
     kept: list[list[np.ndarray]] = [[] for _ in policies]
     for start in range(0, count, SHARD):
@@ -219,16 +221,16 @@ def compare(
         chosen = visited
         if policy is not None:
             chosen = np.concatenate([*found, visited[count:][: max(0, least - sum(map(len, found)))]])
-        streams.append(Epochs(chosen if len(chosen) else visited, shuffled))
+        streams.append(ShuffledStream(chosen if len(chosen) else visited, shuffled))
     return inner.run(streams, rung.flops, seed=shuffled, stage=rung.stage).objective
 
 
 def explore(
-    inner: Inner,
-    parts: Parts,
+    inner: InnerLoop,
+    parts: AmortisedBudget,
     sample: Sample,
-    field: Sequence[Proposal],
-    gains: np.ndarray,
+    candidates: Sequence[Proposal],
+    delta_objective: np.ndarray,
     reference: float,
     tried: int,
     rung: Rung,
@@ -241,7 +243,7 @@ def explore(
     Returns:
         the policies drawn, and the one that the step leads to; their gains.
     """
-    origin = field[int(np.nanargmin(gains))]
+    origin = candidates[int(np.nanargmin(delta_objective))]
     centre = origin.policy.parameters
     sigma = SIGMA * np.append(~sample.grouped, True).astype(np.float64)
     draws = mirrored(centre, sigma, tried // 2, np.random.default_rng(derive(seed, "explore")))
@@ -253,7 +255,7 @@ def explore(
     sound = np.isfinite(values).reshape(-1, 2).all(axis=1).repeat(2)
     if not sound.any():
         return made, values
-    penalty = Penalty.fitted(sample, [p.policy for p in field], gains)
+    penalty = Penalty.fitted(sample, [p.policy for p in candidates], delta_objective)
     held = [penalty.value(policies[k]) for k in np.flatnonzero(sound)]
     around = mirrored(centre, sigma, CONTROL_DRAWS, np.random.default_rng(derive(seed, "control")))
     slope = np.mean([penalty.slope(origin.policy.at(v)) for v in around], axis=0)
@@ -265,7 +267,9 @@ def explore(
     return made, values
 
 
-def apply_policy(inner: Inner, parts: Parts, policy: AmortisedPolicy, sample: Sample) -> tuple[Floats, int]:
+def apply_policy(
+    inner: InnerLoop, parts: AmortisedBudget, policy: AmortisedPolicy, sample: Sample
+) -> tuple[Floats, int]:
     """The probability of every example, 0 for those that the policy was not applied to, and to how many it was."""
     pool, order = inner.task.pool, sample.order
     probability = np.zeros(len(pool))
@@ -318,7 +322,7 @@ def probabilities_of(
     return score_pool(pool, score, price, ledger=ledger, stage="pass", device=device, positions=positions)
 
 
-def filled(parts: Parts, probability: Floats, order: np.ndarray, read: int) -> tuple[np.ndarray, Floats]:
+def fill_unread(parts: AmortisedBudget, probability: Floats, order: np.ndarray, read: int) -> tuple[np.ndarray, Floats]:
     """What is selected, bool, and the probability of each example, shape (N,) each, with unread ones added at random.
 
     The policy's own choice is all there is, unless the final training would see it too often (`Parts.least`). If it
@@ -336,16 +340,21 @@ def filled(parts: Parts, probability: Floats, order: np.ndarray, read: int) -> t
 
 
 def watch(
-    inner: Inner, sample: Sample, best: Proposal | None, objective: np.ndarray, gains: np.ndarray, height: int
+    inner: InnerLoop,
+    sample: Sample,
+    best: Proposal | None,
+    objective: np.ndarray,
+    delta_objective: np.ndarray,
+    rung_index: int,
 ) -> None:
     """Record how the search stands after a rung."""
     monitor = inner.monitor
-    monitor.scalar("outer/objective", float(np.nanmin(objective)), height)
-    monitor.scalar("outer/best_gain", float(np.nanmin(np.append(gains, 0.0))), height)
+    monitor.scalar("outer/objective", float(np.nanmin(objective)), rung_index)
+    monitor.scalar("outer/best_gain", float(np.nanmin(np.append(delta_objective, 0.0))), rung_index)
     if best is None:
         return
     probability = best.policy.probabilities(sample.features)
-    monitor.scalar("outer/R", float(np.average(sample.from_theta, weights=probability)), height)
-    monitor.scalar("outer/entropy", entropy(probability), height)
-    monitor.scalar("control/c2_over_c1", best.reach_weight, height)
-    monitor.histogram("outer/probabilities", probability, height)
+    monitor.scalar("outer/R", float(np.average(sample.from_theta, weights=probability)), rung_index)
+    monitor.scalar("outer/entropy", entropy(probability), rung_index)
+    monitor.scalar("control/c2_over_c1", best.reach_weight, rung_index)
+    monitor.histogram("outer/probabilities", probability, rung_index)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cads.accounting.operations import candidates_flops
-from cads.search.fidelity import FEW_PASSES, MIN_STEPS, PRETRAINED_SHARE, PRETRAINED_STEPS, Rung
-from cads.search.inner_costs import Purse
+from cads.search.fidelity import FULL_DATA_MAX_PASSES, MIN_STEPS, PRETRAINED_SHARE, PRETRAINED_STEPS, Rung
+from cads.search.inner_costs import InnerLoopCosts
 
 THETA_SHARE, THETA_PASSES = 0.2, 20
 """theta is fitted to the target for this share of C, but for no more passes over it than this."""
@@ -16,7 +16,7 @@ REFERENCE_SHARE = 0.25
 """u is trained on the pool for this share of C."""
 EACH_OF_ALLOWANCE = 0.15
 """Share of the allowance that theta, and u, take at most."""
-STEPS = (
+CANDIDATE_STEPS = (
     (0.6, -1.0), (0.85, 1.0), (0.5, 1.0), (0.85, -1.0), (0.6, 0.0), (0.5, -1.0), (0.85, 0.0), (0.95, -1.0),
 )  # fmt: skip
 """Steps that are tried, the widest spread first: the expected share of the pool that is kept, which is the length of
@@ -27,7 +27,7 @@ FIDELITIES = (1 / 8, 1 / 4, 1 / 2)
 """Shares of C: of the runs that compare candidates where the allowance is small; of those that do so otherwise; and
 of those in which the best candidate must then beat the full pool. Shorter runs take easy examples for the better ones,
 since they help early and not later."""
-TAUGHT, LEAST_TAUGHT = 1.5, 0.3
+MAX_THETA_SHARE, MIN_THETA_SHARE = 1.5, 0.3
 """Shares of C: what theta takes at most, in two halves, where short runs of the highest fidelity decide besides, and
 at least. Only a theta that has seen the target often enough tells what is wrong from what is hard."""
 WORTH_REPEATING = 0.75
@@ -35,19 +35,19 @@ WORTH_REPEATING = 0.75
 KEPT_FOR_THETA, TARGET_FRACTION = 0.6, 0.3
 """In its second half theta is trained, as in the penalty, on the target and on what the policy keeps: this share of the
 pool. The target is this share of each batch."""
-LENGTHS = (0.6, 0.8, 0.9, 0.7, 0.5)
+KEEP_FRACTIONS = (0.6, 0.8, 0.9, 0.7, 0.5)
 """Shares of the pool that such a theta's candidates keep, those that are tried where few can be tried first."""
 LEAST_STEPS, LEAST_RUNS = 40, 3
 """Steps of the shortest run, and runs, the full pool's among them, that are worth comparing."""
-PRETRAINED_LENGTHS = (0.2, 0.33, 0.5, 0.67, 0.83)
+PRETRAINED_KEEP_FRACTIONS = (0.2, 0.33, 0.5, 0.67, 0.83)
 """Shares of the pool that candidates keep then."""
-SEEN, MOST_SEEN = 3.0, 8.0
+TARGET_PASSES, MAX_PASSES = 3.0, 8.0
 """Passes of the final training over what is kept: the shares that come nearest to the first are tried first, those
 above the second not at all."""
 
 
 @dataclass(frozen=True)
-class Teachers:
+class SignalModels:
     """What the models cost whose losses are the signals, FLOPs; 0 for what the ledger does not buy.
 
     Attributes:
@@ -56,11 +56,11 @@ class Teachers:
     """
 
     theta: float = 0.0
-    again: float = 0.0
+    theta_refit_flops: float = 0.0
     u: float = 0.0
 
     @property
-    def beside(self) -> bool:
+    def reference_is_first_run(self) -> bool:
         """Whether u is the first of the runs that compare candidates, the one on the full pool."""
         return False
 
@@ -69,29 +69,29 @@ class Teachers:
         """Share that is kept and weight of l* of the candidates that these models make."""
         return affordable_steps(with_reach=self.u > 0)
 
-    def comparisons(self, purse: Purse, training: float) -> list[Rung]:
+    def comparisons(self, costs: InnerLoopCosts, train_flops: float) -> list[Rung]:
         """The short runs that are left to compare candidates, once theta and u are paid for."""
-        return comparisons(purse, training, per_run=candidates_flops(len(purse.task.pool), 1))
+        return comparisons(costs, train_flops, per_run=candidates_flops(len(costs.task.pool), 1))
 
 
-class Thorough(Teachers):
+class FromScratch(SignalModels):
     """A theta that takes what only few and long short runs leave, and needs no u."""
 
     @property
     def steps(self) -> Sequence[tuple[float, float]]:
         """See `Teachers`."""
-        return [(kept, 0.0) for kept in LENGTHS]
+        return [(kept, 0.0) for kept in KEEP_FRACTIONS]
 
-    def comparisons(self, purse: Purse, training: float) -> list[Rung]:
+    def comparisons(self, costs: InnerLoopCosts, train_flops: float) -> list[Rung]:
         """See `Teachers`."""
-        f, price = deciding(purse, training)
-        if (runs := int(purse.ledger.left / price)) < 2:
+        f, price = deciding(costs, train_flops)
+        if (runs := int(costs.ledger.left / price)) < 2:
             return []
-        return [purse.deciding_rung(f, training, runs)]
+        return [costs.deciding_rung(f, train_flops, runs)]
 
 
 @dataclass(frozen=True)
-class Pretrained(Teachers):
+class FineTuned(SignalModels):
     """Few steps of both models, and the difference of their losses.
 
     Pretrained models find some examples easier than others, whatever these are good for, and learn from whatever they
@@ -104,90 +104,90 @@ class Pretrained(Teachers):
     passes: float = 1.0
 
     @property
-    def beside(self) -> bool:
+    def reference_is_first_run(self) -> bool:
         """See `Teachers`. Where the short runs see a part of the pool alone, u is no such run."""
         return self.u == 0
 
     @property
     def steps(self) -> Sequence[tuple[float, float]]:
         """See `Teachers`."""
-        wanted = math.log(self.passes / SEEN)
-        lengths = sorted(PRETRAINED_LENGTHS, key=lambda kept: abs(math.log(kept) - wanted))
-        tried = [kept for kept in lengths if self.passes <= MOST_SEEN * kept] or [max(lengths)]
+        wanted = math.log(self.passes / TARGET_PASSES)
+        lengths = sorted(PRETRAINED_KEEP_FRACTIONS, key=lambda kept: abs(math.log(kept) - wanted))
+        tried = [kept for kept in lengths if self.passes <= MAX_PASSES * kept] or [max(lengths)]
         return [(kept, 1.0) for kept in tried]
 
-    def comparisons(self, purse: Purse, training: float) -> list[Rung]:
+    def comparisons(self, costs: InnerLoopCosts, train_flops: float) -> list[Rung]:
         """See `Teachers`."""
-        n = len(purse.task.pool)
-        left = purse.ledger.left - (purse.scoring_flops(n) if self.beside else 0.0)
-        return self.short_runs(purse, training, left)
+        n = len(costs.task.pool)
+        left = costs.ledger.left - (costs.scoring_flops(n) if self.reference_is_first_run else 0.0)
+        return self.short_runs(costs, train_flops, left)
 
-    def short_runs(self, purse: Purse, training: float, left: float) -> list[Rung]:
+    def short_runs(self, costs: InnerLoopCosts, train_flops: float, left: float) -> list[Rung]:
         """As many as there are candidates, and as long as `left` FLOPs make them; or fewer, of the shortest."""
-        beside = purse.measuring_flops + candidates_flops(len(purse.task.pool), 1)
-        lowest = max(FIDELITIES[0], MIN_STEPS * purse.step_flops / training)
-        runs = min(1 + len(self.steps), int(left / (lowest * training + beside)))
+        beside = costs.measuring_flops + candidates_flops(len(costs.task.pool), 1)
+        lowest = max(FIDELITIES[0], MIN_STEPS * costs.step_flops / train_flops)
+        runs = min(1 + len(self.steps), int(left / (lowest * train_flops + beside)))
         if lowest > 1 or runs < 2:
             return []
-        f = max(lowest, min(FIDELITIES[2], (left / runs - beside) / training))
-        return [Rung(f, f * training, 1.0 if self.beside else f, runs)]
+        f = max(lowest, min(FIDELITIES[2], (left / runs - beside) / train_flops))
+        return [Rung(f, f * train_flops, 1.0 if self.reference_is_first_run else f, runs)]
 
 
-def deciding(purse: Purse, training: float) -> tuple[float, float]:
+def deciding(costs: InnerLoopCosts, train_flops: float) -> tuple[float, float]:
     """Share of C, and price, of a short run that decides by itself."""
-    f = shortest(purse, training, FIDELITIES[2])
-    return f, f * training + purse.measuring_flops + candidates_flops(len(purse.task.pool), 1)
+    f = shortest(costs, train_flops, FIDELITIES[2])
+    return f, f * train_flops + costs.measuring_flops + candidates_flops(len(costs.task.pool), 1)
 
 
-def teachers_of(purse: Purse, training: float) -> Teachers:
+def signal_models(costs: InnerLoopCosts, train_flops: float) -> SignalModels:
     """The models that what is left of the ledger buys, with a pass over the pool each, beside the short runs."""
-    if purse.task.pretrained:
-        return pretrained_teachers(purse, training)
-    n = len(purse.task.pool)
-    scoring, left = purse.scoring_flops(n), purse.ledger.left
-    fidelity, price = deciding(purse, training)
-    spare = min(TAUGHT * training, left - LEAST_RUNS * price - scoring)
-    if fidelity <= 1 and spare >= max(LEAST_TAUGHT * training, purse.target_step_flops):
+    if costs.task.pretrained:
+        return fine_tuned_signal_models(costs, train_flops)
+    n = len(costs.task.pool)
+    scoring, left = costs.scoring_flops(n), costs.ledger.left
+    fidelity, price = deciding(costs, train_flops)
+    spare = min(MAX_THETA_SHARE * train_flops, left - LEAST_RUNS * price - scoring)
+    if fidelity <= 1 and spare >= max(MIN_THETA_SHARE * train_flops, costs.target_step_flops):
         both = min(spare, left - LEAST_RUNS * price - 2 * scoring - candidates_flops(n, 1))
-        from_target = round(TARGET_FRACTION * purse.task.recipe.batch_size)
-        if from_target and both >= max(WORTH_REPEATING * training, 2 * purse.target_step_flops):
-            return Thorough(both / 2, both / 2)
-        return Thorough(spare)
-    each = EACH_OF_ALLOWANCE * left / training
-    theta = purse.target_flops(min(THETA_SHARE, each), THETA_PASSES, training)
-    per_run = purse.measuring_flops + candidates_flops(n, 1)
-    least = shortest(purse, training, FIDELITIES[0])
-    most = left - LEAST_RUNS * (least * training + per_run)
-    if least > 1 or theta < purse.target_step_flops or theta + scoring > most:
-        return Teachers()
-    u = min(REFERENCE_SHARE, each) * training
-    if u < purse.step_flops or theta + u + 2 * scoring + purse.measuring_flops > most:
-        return Teachers(theta)
-    return Teachers(theta, u=u)
+        from_target = round(TARGET_FRACTION * costs.task.recipe.batch_size)
+        if from_target and both >= max(WORTH_REPEATING * train_flops, 2 * costs.target_step_flops):
+            return FromScratch(both / 2, both / 2)
+        return FromScratch(spare)
+    each = EACH_OF_ALLOWANCE * left / train_flops
+    theta = costs.target_flops(min(THETA_SHARE, each), THETA_PASSES, train_flops)
+    per_run = costs.measuring_flops + candidates_flops(n, 1)
+    least = shortest(costs, train_flops, FIDELITIES[0])
+    most = left - LEAST_RUNS * (least * train_flops + per_run)
+    if least > 1 or theta < costs.target_step_flops or theta + scoring > most:
+        return SignalModels()
+    u = min(REFERENCE_SHARE, each) * train_flops
+    if u < costs.step_flops or theta + u + 2 * scoring + costs.measuring_flops > most:
+        return SignalModels(theta)
+    return SignalModels(theta, u=u)
 
 
-def pretrained_teachers(purse: Purse, training: float) -> Teachers:
+def fine_tuned_signal_models(costs: InnerLoopCosts, train_flops: float) -> SignalModels:
     """The same where models are pretrained."""
-    most = purse.target_flops(PRETRAINED_SHARE, THETA_PASSES, training)
-    theta = max(purse.target_steps_flops(PRETRAINED_STEPS), min(most, PRETRAINED_SHARE * purse.ledger.left))
-    passes, u = purse.passes(training), 0.0
-    if passes > FEW_PASSES:
-        u = max(theta, MIN_STEPS * purse.step_flops)
-    teachers = Pretrained(theta, u=u, passes=passes)
-    taken = theta + u + 2 * purse.scoring_flops(len(purse.task.pool)) + (purse.measuring_flops if u else 0.0)
-    return teachers if teachers.short_runs(purse, training, purse.ledger.left - taken) else Teachers()
+    most = costs.target_flops(PRETRAINED_SHARE, THETA_PASSES, train_flops)
+    theta = max(costs.target_steps_flops(PRETRAINED_STEPS), min(most, PRETRAINED_SHARE * costs.ledger.left))
+    passes, u = costs.passes(train_flops), 0.0
+    if passes > FULL_DATA_MAX_PASSES:
+        u = max(theta, MIN_STEPS * costs.step_flops)
+    teachers = FineTuned(theta, u=u, passes=passes)
+    taken = theta + u + 2 * costs.scoring_flops(len(costs.task.pool)) + (costs.measuring_flops if u else 0.0)
+    return teachers if teachers.short_runs(costs, train_flops, costs.ledger.left - taken) else SignalModels()
 
 
-def least_flops(purse: Purse) -> float:
+def least_flops(costs: InnerLoopCosts) -> float:
     """What CADS-E takes at least where models are pretrained: theta, two passes over the pool, and two short runs."""
-    n = len(purse.task.pool)
-    run = MIN_STEPS * purse.step_flops + purse.measuring_flops + candidates_flops(n, 1)
-    return purse.target_steps_flops(PRETRAINED_STEPS) + 2 * purse.scoring_flops(n) + 2 * run
+    n = len(costs.task.pool)
+    run = MIN_STEPS * costs.step_flops + costs.measuring_flops + candidates_flops(n, 1)
+    return costs.target_steps_flops(PRETRAINED_STEPS) + 2 * costs.scoring_flops(n) + 2 * run
 
 
 def comparisons(
-    purse: Purse,
-    training: float,
+    costs: InnerLoopCosts,
+    train_flops: float,
     *,
     lowest: float = FIDELITIES[0],
     least_runs: int = LEAST_RUNS,
@@ -201,9 +201,9 @@ def comparisons(
         least_runs: of the full pool and of candidates; where fewer can be paid, there are none.
         per_run: FLOPs on top of training and measuring, for the policy. reserve: FLOPs that are not to be spent.
     """
-    left = purse.ledger.left - reserve
-    small, usual, confirmed = (shortest(purse, training, f) for f in (lowest, *FIDELITIES[1:]))
-    price = {f: f * training + purse.measuring_flops + per_run for f in (small, usual, confirmed)}
+    left = costs.ledger.left - reserve
+    small, usual, confirmed = (shortest(costs, train_flops, f) for f in (lowest, *FIDELITIES[1:]))
+    price = {f: f * train_flops + costs.measuring_flops + per_run for f in (small, usual, confirmed)}
     if (first := int((left - 2 * price[confirmed]) / price[usual])) >= LEAST_RUNS and usual < confirmed:
         runs = {usual: first, confirmed: 2}
     else:
@@ -212,14 +212,14 @@ def comparisons(
     lowest_share, compared = next(iter(runs.items()))
     if lowest_share > 1 or compared < least_runs:
         return []
-    return [purse.deciding_rung(f, training, n) for f, n in runs.items()]
+    return [costs.deciding_rung(f, train_flops, n) for f, n in runs.items()]
 
 
-def shortest(purse: Purse, training: float, fidelity: float) -> float:
+def shortest(costs: InnerLoopCosts, train_flops: float, fidelity: float) -> float:
     """`fidelity`, or more where that would be too few steps."""
-    return max(fidelity, LEAST_STEPS * purse.step_flops / training)
+    return max(fidelity, LEAST_STEPS * costs.step_flops / train_flops)
 
 
 def affordable_steps(*, with_reach: bool) -> list[tuple[float, float]]:
     """Those of `STEPS` that can be taken: without l*, the ones that give it no weight."""
-    return [(kept, weight) for kept, weight in STEPS if with_reach or not weight]
+    return [(kept, weight) for kept, weight in CANDIDATE_STEPS if with_reach or not weight]

@@ -18,19 +18,19 @@ import numpy as np
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
 from cads.accounting.operations import candidates_flops
-from cads.data.streams import Epochs
+from cads.data.streams import ShuffledStream
 from cads.data.subsample import subsample
 from cads.monitor import Monitor
-from cads.search.base import NOTHING, check_reference, verdict
+from cads.search.base import NO_SEARCH_AFFORDABLE, check_reference, guard_message
 from cads.search.fidelity import Rung
-from cads.search.inner_costs import Planned, Purse
-from cads.search.inner_runs import Inner, Runs
+from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
+from cads.search.inner_runs import InnerLoop, InnerRuns
 from cads.search.rungs import run_streams
 from cads.search.single_run import OneRunSearch, by_example, watch_sources
 from cads.seeding import derive
 from cads.selection import Selection
 from cads.selectors.cads_e.candidates import Candidate, Signals, entropy, most_probable
-from cads.selectors.cads_e.schedule import KEPT_FOR_THETA, TARGET_FRACTION, Teachers, least_flops, teachers_of
+from cads.selectors.cads_e.schedule import KEPT_FOR_THETA, TARGET_FRACTION, SignalModels, least_flops, signal_models
 
 
 @dataclass
@@ -51,66 +51,72 @@ class CadsExamples(OneRunSearch):
     default_allowance: ClassVar[float] = 3.0
     weigh = staticmethod(by_example)
 
-    def spend(self, purse: Planned, training: float) -> bool:
+    def plan_search(self, costs: PlannedInnerLoop, train_flops: float) -> bool:
         """What `search` would do; see `Search`."""
-        n = len(purse.task.pool)
-        teachers = teachers_of(purse, training)
+        n = len(costs.task.pool)
+        teachers = signal_models(costs, train_flops)
         if not teachers.theta:
             return False
-        purse.fit_target(teachers.theta, stage="theta")
-        purse.losses(n, stage="R")
-        if teachers.again:
-            purse.learn(candidates_flops(n, 1))
-            purse.fit_target(teachers.again, stage="theta, with the pool")
-            purse.losses(n, stage="R")
+        costs.fit_target(teachers.theta, stage="theta")
+        costs.losses(n, stage="R")
+        if teachers.theta_refit_flops:
+            costs.learn(candidates_flops(n, 1))
+            costs.fit_target(teachers.theta_refit_flops, stage="theta, with the pool")
+            costs.losses(n, stage="R")
         if teachers.u:
-            purse.run(1, teachers.u, stage="u")
-            purse.losses(n, stage="l*")
-        rungs = teachers.comparisons(purse, training)
-        if teachers.beside:
-            purse.losses(n, stage="l*")
+            costs.run(1, teachers.u, stage="u")
+            costs.losses(n, stage="l*")
+        rungs = teachers.comparisons(costs, train_flops)
+        if teachers.reference_is_first_run:
+            costs.losses(n, stage="l*")
         for rung in rungs:
-            runs = min(rung.runs, 1 + len(teachers.steps))
+            runs = min(rung.n_trials, 1 + len(teachers.steps))
             # All but the full pool's, and the best one once more.
-            purse.learn(candidates_flops(n, runs))
-            purse.run(runs, rung.flops, stage=rung.stage)
+            costs.learn(candidates_flops(n, runs))
+            costs.run(runs, rung.flops, stage=rung.stage)
         return bool(rungs)
 
-    def least(self, purse: Purse) -> float:
+    def min_flops(self, costs: InnerLoopCosts) -> float:
         """Two models, their losses, and two short runs; see `Search`."""
-        return least_flops(purse) if purse.task.pretrained else 0.0
+        return least_flops(costs) if costs.task.pretrained else 0.0
 
-    def search(self, inner: Inner, budget: Budget, training: float, seed: int, ledger: Ledger) -> Selection:
+    def run_search(self, inner: InnerLoop, budget: Budget, train_flops: float, seed: int, ledger: Ledger) -> Selection:
         """theta, u, the candidates, and the ladder; see `Search`."""
         task, monitor = inner.task, inner.monitor
-        teachers = teachers_of(inner, training)
+        teachers = signal_models(inner, train_flops)
         signals = learn_from(inner, teachers, seed)
-        rungs = teachers.comparisons(inner, training)
+        rungs = teachers.comparisons(inner, train_flops)
         if not rungs:
-            return self.full_pool(task, budget, seed, ledger, NOTHING)
-        begun: Runs | None = None
-        if teachers.beside:
-            begun = run_field(inner, [signals.everything], rungs[0], seed, 0)
-            signals = replace(signals, from_u=inner.losses(begun.models[0], np.arange(len(task.pool)), stage="l*"))
+            return self.full_pool(task, budget, seed, ledger, NO_SEARCH_AFFORDABLE)
+        reference_run: InnerRuns | None = None
+        if teachers.reference_is_first_run:
+            reference_run = run_candidates(inner, [signals.everything], rungs[0], seed, 0)
+            signals = replace(
+                signals, from_u=inner.losses(reference_run.models[0], np.arange(len(task.pool)), stage="l*")
+            )
         everything = signals.everything
-        field = [everything, *signals.candidates]
-        for height, rung in enumerate(rungs):
-            field = field[: rung.runs]
-            gains = compare(inner, field, rung, seed, height, begun if height == 0 else None)
-            order = [0, *(1 + np.argsort(np.nan_to_num(gains[1:], nan=np.inf), kind="stable"))]
-            field, gains = [field[i] for i in order], gains[order]
-            chosen = len(field) > 1 and (gains[1] < 0 or (np.isfinite(gains[1]) and not self.guard))
-            best, gain = (field[1], -float(gains[1])) if chosen else (everything, 0.0)
+        candidates = [everything, *signals.candidates]
+        for rung_index, rung in enumerate(rungs):
+            candidates = candidates[: rung.n_trials]
+            delta_objective = compare(
+                inner, candidates, rung, seed, rung_index, reference_run if rung_index == 0 else None
+            )
+            order = [0, *(1 + np.argsort(np.nan_to_num(delta_objective[1:], nan=np.inf), kind="stable"))]
+            candidates, delta_objective = [candidates[i] for i in order], delta_objective[order]
+            chosen = len(candidates) > 1 and (
+                delta_objective[1] < 0 or (np.isfinite(delta_objective[1]) and not self.guard)
+            )
+            best, gain = (candidates[1], -float(delta_objective[1])) if chosen else (everything, 0.0)
             inner.learn(best.flops)
             probability = best.probability()
-            watch_penalty(monitor, signals, probability, height)
-            watch_sources(monitor, task.pool, probability, height)
-            monitor.scalar("outer/best_gain", float(np.nanmin(gains)), height)
-            monitor.scalar("outer/entropy", entropy(probability), height)
-            monitor.scalar("control/c2_over_c1", best.reach_weight, height)
-            monitor.histogram("outer/probabilities", probability, height)
+            watch_penalty(monitor, signals, probability, rung_index)
+            watch_sources(monitor, task.pool, probability, rung_index)
+            monitor.scalar("outer/best_gain", float(np.nanmin(delta_objective)), rung_index)
+            monitor.scalar("outer/entropy", entropy(probability), rung_index)
+            monitor.scalar("control/c2_over_c1", best.reach_weight, rung_index)
+            monitor.histogram("outer/probabilities", probability, rung_index)
         monitor.panels(task.pool, probability, len(rungs), task.describe)
-        return Selection.of(
+        return Selection.from_pool(
             task.pool,
             selected=most_probable(probability),
             score=probability,
@@ -121,7 +127,7 @@ class CadsExamples(OneRunSearch):
             ledger=ledger,
             config=asdict(self),
             notes={
-                "guard": verdict(best is not everything),
+                "guard": guard_message(best is not everything),
                 "gain": gain,
                 "c2/c1": best.reach_weight,
                 "kept": best.kept,
@@ -129,58 +135,68 @@ class CadsExamples(OneRunSearch):
         )
 
 
-def learn_from(inner: Inner, teachers: Teachers, seed: int) -> Signals:
+def learn_from(inner: InnerLoop, teachers: SignalModels, seed: int) -> Signals:
     """The losses of every example under theta and, if there is one, under u."""
     task, everything = inner.task, np.arange(len(inner.task.pool))
     groups, steps = task.groups(task.pool), teachers.steps
     theta = inner.fit_target(teachers.theta, seed=derive(seed, "theta"), stage="theta")
     signals = Signals.of(inner.losses(theta, everything, stage="R"), None, steps, groups)
-    if teachers.again:
+    if teachers.theta_refit_flops:
         inner.learn(candidates_flops(len(everything), 1))
         kept = everything[most_probable(Candidate(signals, 0.0, KEPT_FOR_THETA).probability())]
         order = derive(seed, "theta", "with the pool")
         theta = inner.fit_target(
-            teachers.again,
+            teachers.theta_refit_flops,
             seed=order,
             stage="theta, with the pool",
             model=theta,
-            stream=Epochs(kept, order),
+            stream=ShuffledStream(kept, order),
             target_fraction=TARGET_FRACTION,
         )
         return Signals.of(inner.losses(theta, everything, stage="R"), None, steps, groups)
     if not teachers.u:
         return signals
     order = derive(seed, "reference")
-    runs = inner.run([Epochs(everything, order)], teachers.u, seed=order, stage="u")
+    runs = inner.run([ShuffledStream(everything, order)], teachers.u, seed=order, stage="u")
     check_reference(float(runs.objective[0]), "u")
     return replace(signals, from_u=inner.losses(runs.models[0], everything, stage="l*"))
 
 
 def compare(
-    inner: Inner, field: Sequence[Candidate], rung: Rung, seed: int, height: int, begun: Runs | None = None
+    inner: InnerLoop,
+    candidates: Sequence[Candidate],
+    rung: Rung,
+    seed: int,
+    rung_index: int,
+    reference_run: InnerRuns | None = None,
 ) -> np.ndarray:
     """The objective of each candidate less that of the first (the full pool), after a short run; shape (K,).
 
     Args:
         begun: the run on the full pool, if it has been made before.
     """
-    runs = run_field(inner, field, rung, seed, height, begun)
-    inner.monitor.scalar("outer/objective", float(np.nanmin(runs.objective)), height)
+    runs = run_candidates(inner, candidates, rung, seed, rung_index, reference_run)
+    inner.monitor.scalar("outer/objective", float(np.nanmin(runs.objective)), rung_index)
     return np.asarray(runs.objective - runs.objective[0])
 
 
-def run_field(
-    inner: Inner, field: Sequence[Candidate], rung: Rung, seed: int, height: int, begun: Runs | None = None
-) -> Runs:
+def run_candidates(
+    inner: InnerLoop,
+    candidates: Sequence[Candidate],
+    rung: Rung,
+    seed: int,
+    rung_index: int,
+    reference_run: InnerRuns | None = None,
+) -> InnerRuns:
     """Train on what each candidate keeps of the rung's share of the pool; see `cads.rungs.run_streams`."""
-    positions = subsample(inner.task.pool, rung.data, derive(seed, "subsample"))
-    order = derive(seed, "rung", height)
+    positions = subsample(inner.task.pool, rung.data_fraction, derive(seed, "subsample"))
+    order = derive(seed, "rung", rung_index)
     streams = []
-    for candidate in field:
+    for candidate in candidates:
         inner.learn(candidate.flops)
         chosen = positions[most_probable(candidate.probability()[positions])]
-        streams.append(Epochs(chosen, order))
-    return run_streams(inner, streams, rung, order, begun)
+        streams.append(ShuffledStream(chosen, order))
+    return run_streams(inner, streams, rung, order, reference_run)
 
 
 def watch_penalty(monitor: Monitor, signals: Signals, probability: np.ndarray, step: int) -> None:

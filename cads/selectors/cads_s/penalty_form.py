@@ -19,26 +19,26 @@ import numpy as np
 from cads.accounting.budget import Budget, check_step
 from cads.accounting.ledger import Ledger, PlannedLedger
 from cads.accounting.operations import source_policy_flops
-from cads.data.streams import Weighted
+from cads.data.streams import WeightedStream
 from cads.errors import ConfigError
 from cads.estimators.design import distinct
 from cads.estimators.loss_curves import extrapolate
-from cads.estimators.reachable_loss import FittedReach, mean_over_sources
+from cads.estimators.reachable_loss import ReachableLossModel, mean_over_sources
 from cads.estimators.score_function import penalty
 from cads.monitor import Monitor
 from cads.policies.bernoulli import BernoulliPolicy
-from cads.search.allowance import Division
+from cads.search.allowance import BudgetSplit
 from cads.search.base import ONE_SOURCE, has_one_source
 from cads.search.fidelity import Rung
-from cads.search.inner_costs import Planned, Purse
-from cads.search.inner_runs import Inner
+from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
+from cads.search.inner_runs import InnerLoop
 from cads.search.rungs import run_rung
 from cads.search.source_selection import nonempty, source_selection
-from cads.search.space import Masks
+from cads.search.space import SubsetSpace
 from cads.seeding import derive
 from cads.selection import Selection
-from cads.selector import uniform
-from cads.selectors.cads_s.target_risk import mean_losses, probes, probing_flops
+from cads.selector import full_pool_selection
+from cads.selectors.cads_s.target_risk import mean_losses, probe_positions, probing_flops
 from cads.task import Task
 
 log = logging.getLogger(__name__)
@@ -86,15 +86,15 @@ class PenalizedSources:
         division = self._division(task, budget)
         if isinstance(division, str):
             log.warning("cads-s-penalty: %s", division)
-            everything = uniform(
+            everything = full_pool_selection(
                 task, budget, method="cads-s-penalty", seed=seed, ledger=ledger, notes={"guard": division}
             )
             return replace(everything, config=asdict(self))
-        spent = Ledger(limit=division.selection)
-        inner, space = Inner(task, spent, monitor), Masks(task.pool)
+        spent = Ledger(limit=division.selection_flops)
+        inner, space = InnerLoop(task, spent, monitor), SubsetSpace(task.pool)
         try:
-            reach = self._reach(inner, space, division.training, seed)
-            policy = self._alternate(inner, space, reach, division.training, seed)
+            reach = self._reach(inner, space, division.train_flops, seed)
+            policy = self._alternate(inner, space, reach, division.train_flops, seed)
         finally:
             ledger.merge(spent)
         mask = policy.probabilities > 0.5
@@ -116,16 +116,16 @@ class PenalizedSources:
         division = self._division(task, budget)
         if isinstance(division, str):
             return PlannedLedger(note=division)
-        purse, space = Planned(task, division.selection), Masks(task.pool)
-        rung, where = self._rung(division.training, space), probes(space)
-        purse.run(rung.runs, rung.flops, stage=rung.stage)
+        costs, space = PlannedInnerLoop(task, division.selection_flops), SubsetSpace(task.pool)
+        rung, where = self._rung(division.train_flops, space), probe_positions(space)
+        costs.run(rung.n_trials, rung.flops, stage=rung.stage)
         for _ in range(self.rounds):
-            purse.fit_target(THETA_SHARE * division.training / self.rounds, stage="theta")
-            purse.losses(sum(map(len, where)), stage="R", flops=probing_flops(purse, where))
-            purse.learn(self._update_flops(space))
-        return purse.ledger
+            costs.fit_target(THETA_SHARE * division.train_flops / self.rounds, stage="theta")
+            costs.losses(sum(map(len, where)), stage="R", flops=probing_flops(costs, where))
+            costs.learn(self._update_flops(space))
+        return costs.ledger
 
-    def _division(self, task: Task, budget: Budget) -> Division | str:
+    def _division(self, task: Task, budget: Budget) -> BudgetSplit | str:
         """FLOPs for training and for selection, which spends in proportion to training and a little besides.
 
         Returns:
@@ -144,54 +144,56 @@ class PenalizedSources:
                 f"alpha = {self.alpha}: of a batch of {batch_size} theta would take {from_target} examples from the "
                 "target, and it needs some from the pool too: choose an alpha nearer to 1, or raise batch_size"
             )
-        purse, space = Purse(task, Ledger()), Masks(task.pool)
+        costs, space = InnerLoopCosts(task, Ledger()), SubsetSpace(task.pool)
         if has_one_source(task.pool):
             return ONE_SOURCE
         runs = min(self.masks, space.count)
         share = runs * self._share + THETA_SHARE
-        round_flops = probing_flops(purse, probes(space)) + self._update_flops(space)
-        fixed = runs * purse.measuring_flops + self.rounds * round_flops
+        round_flops = probing_flops(costs, probe_positions(space)) + self._update_flops(space)
+        fixed = runs * costs.measuring_flops + self.rounds * round_flops
         training = (total - fixed) / (1 + share) if budget.count_selection else total
         # A line through a curve takes two points of it.
         steps = 2 if self.reach == "extrapolated" else 1
-        if min(self._share / steps, THETA_SHARE / self.rounds) * training < purse.step_flops:
+        if min(self._share / steps, THETA_SHARE / self.rounds) * training < costs.step_flops:
             return NOTHING
-        return Division(training, (share * training + fixed) * (1 + 1e-9))
+        return BudgetSplit(training, (share * training + fixed) * (1 + 1e-9))
 
     @property
     def _share(self) -> float:
         return 1.0 if self.reach == "exact" else SHORT
 
-    def _rung(self, training: float, space: Masks) -> Rung:
-        return Rung(self._share, self._share * training, self._share, min(self.masks, space.count))
+    def _rung(self, train_flops: float, space: SubsetSpace) -> Rung:
+        return Rung(self._share, self._share * train_flops, self._share, min(self.masks, space.count))
 
-    def _update_flops(self, space: Masks) -> float:
+    def _update_flops(self, space: SubsetSpace) -> float:
         return source_policy_flops(len(space.sizes), space.n_features, self.draws, self.masks, POLICY_STEPS)
 
-    def _reach(self, inner: Inner, space: Masks, training: float, seed: int) -> FittedReach:
-        rung = self._rung(training, space)
+    def _reach(self, inner: InnerLoop, space: SubsetSpace, train_flops: float, seed: int) -> ReachableLossModel:
+        rung = self._rung(train_flops, space)
         rng = np.random.default_rng(derive(seed, "masks"))
-        drawn = nonempty(space.policy().sample(64 * rung.runs, rng)).astype(np.float64)
-        masks = distinct([space.full, *drawn])[: rung.runs]
+        drawn = nonempty(space.policy().sample(64 * rung.n_trials, rng)).astype(np.float64)
+        masks = distinct([space.full, *drawn])[: rung.n_trials]
         runs = run_rung(inner, space, masks, rung, seed, 0)
-        reached = runs.reached
+        reached = runs.final_train_loss
         if self.reach == "extrapolated":
-            reached = extrapolate(runs.flops, runs.losses, training)
-        return FittedReach(masks, reached, space.sizes)
+            reached = extrapolate(runs.flops, runs.losses, train_flops)
+        return ReachableLossModel(masks, reached, space.sizes)
 
-    def _alternate(self, inner: Inner, space: Masks, reach: FittedReach, training: float, seed: int) -> BernoulliPolicy:
+    def _alternate(
+        self, inner: InnerLoop, space: SubsetSpace, reach: ReachableLossModel, train_flops: float, seed: int
+    ) -> BernoulliPolicy:
         """theta on target and draws, then the policy on the penalty, `rounds` times."""
         task, monitor = inner.task, inner.monitor
-        policy, where = BernoulliPolicy(np.full(len(space.sizes), 0.5)), probes(space)
+        policy, where = BernoulliPolicy(np.full(len(space.sizes), 0.5)), probe_positions(space)
         theta = None
         for turn in range(self.rounds):
             order = derive(seed, "theta", turn)
             theta = inner.fit_target(
-                THETA_SHARE * training / self.rounds,
+                THETA_SHARE * train_flops / self.rounds,
                 seed=order,
                 stage="theta",
                 model=theta,
-                stream=Weighted(np.maximum(policy.probabilities, 1e-9)[task.pool.sources], order),
+                stream=WeightedStream(np.maximum(policy.probabilities, 1e-9)[task.pool.sources], order),
                 target_fraction=1 / (1 + self.alpha),
             )
             risks = mean_losses(inner, where, theta)

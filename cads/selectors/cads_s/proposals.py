@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from cads.estimators.control_variate import Control
+from cads.estimators.control_variate import ControlVariate
 from cads.estimators.design import d_optimal, distinct, spaced
 from cads.policies.base import Policy
 from cads.search.rungs import SAMPLED
 from cads.search.source_selection import nonempty
-from cads.search.space import Space
-from cads.selectors.cads_s.trials import Trials
+from cads.search.space import SearchSpace
+from cads.selectors.cads_s.trials import TrialHistory
 
 
-def propose(space: Space, policy: Policy, seed: int) -> np.ndarray:
+def sample_candidates(space: SearchSpace, policy: Policy, seed: int) -> np.ndarray:
     """What a policy that is kept away from certainty draws, shape (M, S)."""
     return nonempty(space.explore(policy).sample(SAMPLED, np.random.default_rng(seed))).astype(np.float64)
 
 
-def first_draws(space: Space, proposed: np.ndarray, risk: np.ndarray, count: int, *, alone: bool) -> np.ndarray:
+def initial_design(
+    space: SearchSpace, proposed: np.ndarray, risk: np.ndarray, count: int, *, alone: bool
+) -> np.ndarray:
     """The draws of the first rung, the full pool first, shape (K, S), K <= `count`.
 
     The sources without those of the largest risk (shape (S,)), one after another, and of those that the policy proposes
@@ -37,7 +39,9 @@ def first_draws(space: Space, proposed: np.ndarray, risk: np.ndarray, count: int
     return candidates[d_optimal(candidates, count, taken=len(known))]
 
 
-def next_draws(space: Space, proposed: np.ndarray, control: Control, trials: Trials, count: int) -> np.ndarray:
+def promote(
+    space: SearchSpace, proposed: np.ndarray, control: ControlVariate, trials: TrialHistory, count: int
+) -> np.ndarray:
     """The draws of a later rung, the full pool first, shape (K, S), K <= `count`.
 
     The best of the latest rung, and what promises most of what the policy proposes and of what was tried, with the
@@ -47,5 +51,5 @@ def next_draws(space: Space, proposed: np.ndarray, control: Control, trials: Tri
     ranked = candidates[np.argsort(trials.value(candidates, control), kind="stable")]
     tried = {row.tobytes() for row in trials.draws}
     near = [n for n in space.neighbours(ranked[0], control) if n.tobytes() not in tried]
-    draws, gains = trials.latest
-    return distinct([space.full, draws[np.argmin(gains)], ranked[0], *near, *ranked[1:]])[:count]
+    draws, delta_objective = trials.latest
+    return distinct([space.full, draws[np.argmin(delta_objective)], ranked[0], *near, *ranked[1:]])[:count]

@@ -32,7 +32,7 @@ from cads.study.analysis.frontier import (
     simulate_figure1,
     smallest_optimal_ratio,
 )
-from cads.study.analysis.points import Point, answers, budgets_of, by_group, in_percent, regrets
+from cads.study.analysis.points import MethodPoint, answers, budgets_of, by_group, in_percent, regrets
 
 FITS_VERSION = 1
 FORMS: tuple[Form, ...] = ("shifted", "published")
@@ -63,13 +63,13 @@ class GroupFits:
     model: str
     metric: str
     maximised: bool
-    points: list[Point]
+    points: list[MethodPoint]
     p_bar: float
     complete: bool
     c_full: float
     fits: dict[str, dict[Form, PerformanceFit]]
     not_fitted: dict[str, str]
-    frontier: list[Point]
+    frontier: list[MethodPoint]
     line: FrontierLine | None
 
     @property
@@ -100,24 +100,24 @@ def is_telling(fit: PerformanceFit) -> bool:
     return not fit.degenerate and float(np.mean(np.square(fit.residuals))) <= (1 - EXPLAINED) * variance
 
 
-def turned(p: Point) -> float:
+def turned(p: MethodPoint) -> float:
     """The mean of a point, higher is better, shares in percent."""
     value = 100 * p.mean if in_percent(p.metric) else p.mean
     return value if p.maximised else -value
 
 
-def fixed_selection(points: Sequence[Point]) -> float:
+def fixed_selection(points: Sequence[MethodPoint]) -> float:
     """What a method pays before any training, whatever the budget; 0 if its selection grows with the budget."""
     costs = [p.selection for p in points]
     return float(np.mean(costs)) if max(costs) - min(costs) <= SAME_COST * max(costs) else 0.0
 
 
-def analyse(points: Sequence[Point]) -> list[GroupFits]:
+def analyse(points: Sequence[MethodPoint]) -> list[GroupFits]:
     """Fit every group of points."""
     return [_analyse(group) for group in by_group(points).values()]
 
 
-def _analyse(points: list[Point]) -> GroupFits:
+def _analyse(points: list[MethodPoint]) -> GroupFits:
     first = points[0]
     complete = [p for p in points if p.imported and p.selection == 0 and p.training >= (1 - SAME_COST) * p.full_flops]
     p_bar = float(np.mean([turned(p) for p in complete])) if complete else max(turned(p) for p in points)
@@ -186,7 +186,7 @@ def break_even(group: GroupFits) -> list[dict[str, Any]]:
     return rows
 
 
-def advices(group: GroupFits) -> list[str]:
+def recommendations(group: GroupFits) -> list[str]:
     """What the fitted curves say for each budget, in a sentence each, and where the runs say otherwise."""
     if not group.curves:
         return []
@@ -246,7 +246,7 @@ def _group_json(group: GroupFits, *, ratios: bool) -> dict[str, Any]:
         "compute_optimal": [{"method": m, "from": a, "to": b} for m, a, b in pieces],
         "break_even": break_even(group),
         "size_ratios": size_ratios(group) if ratios else {},
-        "advice": advices(group),
+        "advice": recommendations(group),
         "answers": [
             {
                 "budget": a.budget,

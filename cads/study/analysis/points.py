@@ -24,7 +24,7 @@ SLACK = 1 + 1e-3
 
 
 @dataclass(frozen=True)
-class Point:
+class MethodPoint:
     """One method at one budget on one task at one size: means over seeds.
 
     Attributes:
@@ -107,7 +107,7 @@ def shown(value: float, metric: str) -> str:
     return f"{100 * value:.2f}" if in_percent(metric) else f"{value:.4g}"
 
 
-def points_of(runs: Iterable[Mapping[str, Any]], metric: str | None = None) -> list[Point]:
+def points_of(runs: Iterable[Mapping[str, Any]], metric: str | None = None) -> list[MethodPoint]:
     """Means over seeds, in the order of the runs.
 
     Args:
@@ -131,7 +131,7 @@ def points_of(runs: Iterable[Mapping[str, Any]], metric: str | None = None) -> l
     return points
 
 
-def _point(rows: Sequence[Mapping[str, Any]], metric: str | None) -> Point:
+def _point(rows: Sequence[Mapping[str, Any]], metric: str | None) -> MethodPoint:
     first, scores = rows[0], []
     for row in rows:
         values = json.loads(row["metrics"]) if metric else {row["metric"]: row["score"]}
@@ -150,7 +150,7 @@ def _point(rows: Sequence[Mapping[str, Any]], metric: str | None) -> Point:
 
     own = first["maximised"] if metric in (None, first["metric"]) else None
 
-    return Point(
+    return MethodPoint(
         task=first["task"],
         model=first["model"],
         method=first["method"],
@@ -170,16 +170,16 @@ def _point(rows: Sequence[Mapping[str, Any]], metric: str | None) -> Point:
     )
 
 
-def by_group(points: Iterable[Point]) -> dict[tuple[str, str], list[Point]]:
+def by_group(points: Iterable[MethodPoint]) -> dict[tuple[str, str], list[MethodPoint]]:
     """Points by (task, model), in order."""
-    groups: dict[tuple[str, str], list[Point]] = {}
+    groups: dict[tuple[str, str], list[MethodPoint]] = {}
     for p in points:
         groups.setdefault(p.group, []).append(p)
     return groups
 
 
 @dataclass(frozen=True)
-class Limit:
+class BudgetLevel:
     """One budget of a group, as given and in FLOPs.
 
     Attributes:
@@ -196,28 +196,28 @@ class Limit:
             return self.flops
         return float(np.mean([self.by_seed[seed] for seed in seeds]))
 
-    def allows(self, p: Point) -> bool:
+    def allows(self, p: MethodPoint) -> bool:
         """Whether a run is within the budget: its means over seeds are held against the budget of the same seeds."""
         return p.total <= self.on(p.seeds) * SLACK
 
 
-def budgets_of(points: Sequence[Point]) -> list[Limit]:
+def budgets_of(points: Sequence[MethodPoint]) -> list[BudgetLevel]:
     """The distinct budgets of a group, rising. One that is given in two ways, at the same FLOPs, is there once."""
     by_seed: dict[str, dict[int, float]] = {}
     for p in points:
         for seed, flops in zip(p.seeds, p.budgets, strict=True):
             by_seed.setdefault(p.budget, {}).setdefault(seed, flops)
-    found: dict[float, Limit] = {}
+    found: dict[float, BudgetLevel] = {}
     for budget, each in by_seed.items():
         # Sorted, so that the order of the seeds does not show in the last digit.
-        limit = Limit(budget, float(np.mean([each[seed] for seed in sorted(each)])), each)
+        limit = BudgetLevel(budget, float(np.mean([each[seed] for seed in sorted(each)])), each)
         found.setdefault(limit.flops, limit)
     return [found[flops] for flops in sorted(found)]
 
 
-def affordable(points: Iterable[Point], limit: Limit) -> list[Point]:
+def affordable(points: Iterable[MethodPoint], limit: BudgetLevel) -> list[MethodPoint]:
     """Of each method the costliest run whose total is within the budget: the cost-aware utility of CCDS."""
-    best: dict[str, Point] = {}
+    best: dict[str, MethodPoint] = {}
     for p in points:
         before = best.get(p.method)
         if limit.allows(p) and (before is None or p.total > before.total):
@@ -225,12 +225,12 @@ def affordable(points: Iterable[Point], limit: Limit) -> list[Point]:
     return list(best.values())
 
 
-def better(a: Point, b: Point) -> bool:
+def better(a: MethodPoint, b: MethodPoint) -> bool:
     """Whether the mean of `a` is strictly better than that of `b`."""
     return a.mean > b.mean if a.maximised else a.mean < b.mean
 
 
-def best_of(points: Sequence[Point]) -> Point:
+def best_of(points: Sequence[MethodPoint]) -> MethodPoint:
     """The best mean; of equals the cheaper selection, then the first."""
     ordered = sorted(points, key=lambda p: p.selection)
     best = ordered[0]
@@ -240,7 +240,7 @@ def best_of(points: Sequence[Point]) -> Point:
     return best
 
 
-def told_apart(a: Point, b: Point) -> bool | None:
+def differs_significantly(a: MethodPoint, b: MethodPoint) -> bool | None:
     """Whether the difference of two means is beyond chance, by a paired t-test over the seeds both have.
 
     Seeds draw the data too, so that pairs share it. None where fewer than two seeds are shared.
@@ -254,7 +254,7 @@ def told_apart(a: Point, b: Point) -> bool | None:
 
 
 @dataclass(frozen=True)
-class Answer:
+class BudgetVerdict:
     """What to do with one budget.
 
     Attributes:
@@ -264,12 +264,12 @@ class Answer:
 
     budget: str
     flops: float
-    best: Point
+    best: MethodPoint
     level: tuple[str, ...]
     sentence: str
 
 
-def answers(points: Sequence[Point]) -> list[Answer]:
+def answers(points: Sequence[MethodPoint]) -> list[BudgetVerdict]:
     """For each budget of a group, what its points say is best at that total cost."""
     made = []
     for limit in budgets_of(points):
@@ -279,19 +279,19 @@ def answers(points: Sequence[Point]) -> list[Answer]:
         ranked = complete(rivals)
         best = best_of(ranked)
         others = sorted(ranked, key=lambda p: -p.mean if p.maximised else p.mean)
-        level = tuple(p.method for p in others if p is not best and told_apart(best, p) is False)
+        level = tuple(p.method for p in others if p is not best and differs_significantly(best, p) is False)
         partly = [f"{p.method} ({len(p.seeds)} of {len(best.seeds)} seeds)" for p in rivals if p not in ranked]
-        made.append(Answer(limit.budget, limit.flops, best, level, _sentence(limit, best, level, partly)))
+        made.append(BudgetVerdict(limit.budget, limit.flops, best, level, _sentence(limit, best, level, partly)))
     return made
 
 
-def complete(rivals: Sequence[Point]) -> list[Point]:
+def complete(rivals: Sequence[MethodPoint]) -> list[MethodPoint]:
     """Those with scores for as many seeds as any: seeds draw the data, so that fewer are another comparison."""
     most = max(len(p.seeds) for p in rivals)
     return [p for p in rivals if len(p.seeds) == most]
 
 
-def _sentence(limit: Limit, best: Point, level: Sequence[str], partly: Sequence[str]) -> str:
+def _sentence(limit: BudgetLevel, best: MethodPoint, level: Sequence[str], partly: Sequence[str]) -> str:
     unit = " %" if in_percent(best.metric) else ""
     score = shown(best.mean, best.metric)
     if not math.isnan(best.half_width):
@@ -307,7 +307,7 @@ def _sentence(limit: Limit, best: Point, level: Sequence[str], partly: Sequence[
     return f"{text}."
 
 
-def regrets(points: Sequence[Point]) -> dict[str, list[tuple[float, float]]]:
+def regrets(points: Sequence[MethodPoint]) -> dict[str, list[tuple[float, float]]]:
     """By method, (budget in FLOPs, how much worse than the best affordable mean of the grid), at each budget.
 
     The best of many noisy means flatters itself: regrets are upper estimates.

@@ -39,7 +39,7 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class ExampleGallery:
     """A few examples that one method kept, and that it left out; each with id, label, text and image (a data URI)."""
 
     place: Place
@@ -139,7 +139,7 @@ def overlap(folder: Path, place: Place, methods: Mapping[str, Sequence[Row]]) ->
     return Overlap(place, names, matrix, expected)
 
 
-def exhibits(folder: Path, place: Place, methods: Mapping[str, Sequence[Row]]) -> list[Exhibit]:
+def exhibits(folder: Path, place: Place, methods: Mapping[str, Sequence[Row]]) -> list[ExampleGallery]:
     """What each method kept and left out, in its first seed."""
     made = []
     for method, rows in methods.items():
@@ -147,7 +147,7 @@ def exhibits(folder: Path, place: Place, methods: Mapping[str, Sequence[Row]]) -
         shown = [_visible(row) for row in read_rows(folder, "examples", [key])]
         kept, left = [e for e in shown if e["kept"]], [e for e in shown if not e["kept"]]
         if any(e["image"] or e["text"] for e in shown):
-            made.append(Exhibit(place, method, kept, left))
+            made.append(ExampleGallery(place, method, kept, left))
     return made
 
 

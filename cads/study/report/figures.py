@@ -23,8 +23,8 @@ from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, 
 
 from cads.study.analysis.fits import SHARED_TASKS, GroupFits, fixed_selection
 from cads.study.analysis.frontier import PerformanceCurve, amortised_flops
-from cads.study.analysis.points import Point, in_percent, place_name
-from cads.study.report.style import FAINT, INK, SERIES, Look
+from cads.study.analysis.points import MethodPoint, in_percent, place_name
+from cads.study.report.style import FAINT, INK, SERIES, MethodStyle
 
 WIDTH, AXES_HEIGHT, LEGEND_ROW = 4.5, 2.9, 0.21
 """Inches. Shown 350 pixels wide, text of `TEXT` points is then about as many pixels high."""
@@ -65,7 +65,7 @@ TOTAL, TRAINING = "total FLOPs (selection + training)", "training FLOPs"
 
 
 @dataclass(frozen=True)
-class Drawing:
+class CaptionedFigure:
     """A figure with its words.
 
     Attributes:
@@ -158,16 +158,16 @@ def _flops_axis(axes: Axes, label: str) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _seen(p: Point) -> float:
+def _seen(p: MethodPoint) -> float:
     """The mean as it is shown: in percent if it is a share, never turned around."""
     return 100 * p.mean if in_percent(p.metric) else p.mean
 
 
-def _half_width(p: Point) -> float:
+def _half_width(p: MethodPoint) -> float:
     return (100 if in_percent(p.metric) else 1) * np.nan_to_num(p.half_width)
 
 
-def _limit(axes: Axes, points: Sequence[Point]) -> str:
+def _limit(axes: Axes, points: Sequence[MethodPoint]) -> str:
     """Leave out what is far below the best; says so."""
     if not in_percent(points[0].metric) or not points[0].maximised:
         return ""
@@ -183,14 +183,14 @@ def _limit(axes: Axes, points: Sequence[Point]) -> str:
     return f" What lies more than {SHOWN_POINTS:.0f} points below the best of every budget is in the table."
 
 
-def _by_method(points: Sequence[Point]) -> dict[str, list[Point]]:
-    lines: dict[str, list[Point]] = {}
+def _by_method(points: Sequence[MethodPoint]) -> dict[str, list[MethodPoint]]:
+    lines: dict[str, list[MethodPoint]] = {}
     for p in points:
         lines.setdefault(p.method, []).append(p)
     return {method: sorted(line, key=lambda p: p.total) for method, line in lines.items()}
 
 
-def _divided(points: Sequence[Point]) -> list[list[str]]:
+def _divided(points: Sequence[MethodPoint]) -> list[list[str]]:
     """The methods of each panel: all in one if they are few, else the best first, with `ANCHORS` in each."""
     lines = _by_method(points)
     if len(lines) <= MOST_LINES:
@@ -216,7 +216,9 @@ def _where(group: GroupFits) -> str:
     return place_name(group.task, group.model)
 
 
-def scores(group: GroupFits, look: Mapping[str, Look], name: str, *, training_only: bool = False) -> Drawing:
+def scores(
+    group: GroupFits, look: Mapping[str, MethodStyle], name: str, *, training_only: bool = False
+) -> CaptionedFigure:
     """Scores with intervals over seeds, against total or (CCDS figure 5) training FLOPs."""
     lines, parts, notes = _by_method(group.points), _divided(group.points), []
     with _panels(list(map(len, parts))) as (figure, panels):
@@ -246,10 +248,10 @@ def scores(group: GroupFits, look: Mapping[str, Look], name: str, *, training_on
     what = "the budget of training alone" if training_only else "everything spent, selection included"
     title = f"{_where(group)}: {group.metric} against {TRAINING if training_only else 'total FLOPs'}"
     caption = f"{text} The horizontal axis is {what}.{_order_note(parts)}{max(notes, key=len)}"
-    return Drawing(name, title, caption, figure)
+    return CaptionedFigure(name, title, caption, figure)
 
 
-def frontier(group: GroupFits, look: Mapping[str, Look], name: str, *, fitted: bool) -> Drawing:
+def frontier(group: GroupFits, look: Mapping[str, MethodStyle], name: str, *, fitted: bool) -> CaptionedFigure:
     """CCDS figures 2 and 3: points with the frontier line, without and with the fitted curves."""
     lines, parts, notes = _by_method(group.points), _divided(group.points), []
     low, high = group.span
@@ -288,12 +290,12 @@ def frontier(group: GroupFits, look: Mapping[str, Look], name: str, *, fitted: b
         caption += f" Too few budgets for {missing}." if missing else ""
         caption += f" No such curve describes {', '.join(group.unused)}." if group.unused else ""
     title = f"{_where(group)}: {'fits' if fitted else 'frontier'}"
-    return Drawing(name, title, caption + _order_note(parts) + max(notes, key=len), figure)
+    return CaptionedFigure(name, title, caption + _order_note(parts) + max(notes, key=len), figure)
 
 
-def break_even(group: GroupFits, look: Mapping[str, Look], prefix: str) -> list[Drawing]:
+def break_even(group: GroupFits, look: Mapping[str, MethodStyle], prefix: str) -> list[CaptionedFigure]:
     """CCDS figure 4: the same scores if T tasks share the selection, one figure a method that pays up front."""
-    made: list[Drawing] = []
+    made: list[CaptionedFigure] = []
     grid = np.geomspace(*group.span, CURVE_POINTS)
     sign = 1 if group.maximised else -1
     for method, line in _by_method(group.points).items():
@@ -316,11 +318,13 @@ def break_even(group: GroupFits, look: Mapping[str, Look], prefix: str) -> list[
             _flops_axis(axes, "FLOPs a task, C_select / T + C_train")
             axes.set_ylabel(_score_label(group.metric))
         caption = f"What a task pays if T tasks share one selection by {method}; left of the line it pays off."
-        made.append(Drawing(f"{prefix}-{len(made) + 1}", f"{_where(group)}: break-even of {method}", caption, figure))
+        made.append(
+            CaptionedFigure(f"{prefix}-{len(made) + 1}", f"{_where(group)}: break-even of {method}", caption, figure)
+        )
     return made
 
 
-def overlap(names: Sequence[str], matrix: np.ndarray, expected: np.ndarray, title: str, name: str) -> Drawing:
+def overlap(names: Sequence[str], matrix: np.ndarray, expected: np.ndarray, title: str, name: str) -> CaptionedFigure:
     """CCDS figure 6: Jaccard overlap of selections, and of random ones of the same sizes, both of shape (M, M)."""
     shown = np.tril(matrix) + np.triu(expected, k=1)
     # As wide as the page it would leave nothing but white below.
@@ -346,10 +350,12 @@ def overlap(names: Sequence[str], matrix: np.ndarray, expected: np.ndarray, titl
         "Below the diagonal: Jaccard overlap |A & B| / |A | B| of the first seed's selections. Above it: of two random "
         "ones of the same sizes, p q / (p + q - p q)."
     )
-    return Drawing(name, title, caption, figure)
+    return CaptionedFigure(name, title, caption, figure)
 
 
-def simulation(curves: Sequence[PerformanceCurve], n_parameters: float, look: Mapping[str, Look], name: str) -> Drawing:
+def simulation(
+    curves: Sequence[PerformanceCurve], n_parameters: float, look: Mapping[str, MethodStyle], name: str
+) -> CaptionedFigure:
     """CCDS figure 1: simulated performance of four kinds of methods at one size of the trained model."""
     grid = np.geomspace(1e16, max(curves[0].c_full, 2e19), CURVE_POINTS * 2)
     with _panel(len(curves)) as (figure, axes):
@@ -361,12 +367,12 @@ def simulation(curves: Sequence[PerformanceCurve], n_parameters: float, look: Ma
         axes.set_ylabel("simulated score (%)")
         axes.set_ylim(0, 102)
     caption = "Simulated, not measured: P0 = 0, Pbar = 100, 1e8 tokens, a scorer of 7.5e9 parameters."
-    return Drawing(name, f"Simulation: training a model of {n_parameters:.3g} parameters", caption, figure)
+    return CaptionedFigure(name, f"Simulation: training a model of {n_parameters:.3g} parameters", caption, figure)
 
 
 def regret(
-    group: GroupFits, rows: Mapping[str, Sequence[tuple[float, float]]], look: Mapping[str, Look], name: str
-) -> Drawing:
+    group: GroupFits, rows: Mapping[str, Sequence[tuple[float, float]]], look: Mapping[str, MethodStyle], name: str
+) -> CaptionedFigure:
     """How far each method is from the best of the grid at each budget."""
     scale = 100 if in_percent(group.metric) else 1
     parts = [[m for m in part if m in rows] for part in _divided(group.points)]
@@ -389,10 +395,10 @@ def regret(
             highest = max(1e-9, *(scale * r for method in methods for _, r in rows[method]))
             axes.set_ylim(-0.03 * highest, min(1.05 * highest, SHOWN_POINTS) if scale == 100 else None)
     caption = "Distance to the best affordable mean of the grid; the best of noisy means flatters itself."
-    return Drawing(name, f"{_where(group)}: regret", caption + _order_note(parts), figure)
+    return CaptionedFigure(name, f"{_where(group)}: regret", caption + _order_note(parts), figure)
 
 
-def probabilities(course: Mapping[str, np.ndarray], title: str, name: str) -> Drawing:
+def probabilities(course: Mapping[str, np.ndarray], title: str, name: str) -> CaptionedFigure:
     """Probability of each source over the steps of the policy; values of shape (steps,), NaN where there is none."""
     with _panel(len(course)) as (figure, axes):
         for i, (source, values) in enumerate(course.items()):
@@ -409,7 +415,7 @@ def probabilities(course: Mapping[str, np.ndarray], title: str, name: str) -> Dr
         axes.set_ylim(-0.03, 1.03)
         axes.set_xlim(0.8, max(map(len, course.values())) + 0.2)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return Drawing(name, title, "Probability of selecting each source, mean over seeds.", figure)
+    return CaptionedFigure(name, title, "Probability of selecting each source, mean over seeds.", figure)
 
 
 def stacked(
@@ -420,7 +426,7 @@ def stacked(
     caption: str,
     name: str,
     order: Sequence[str] = (),
-) -> Drawing:
+) -> CaptionedFigure:
     """A stacked bar for each row, by part; parts have the colours of their places in `order`, and then of the rest."""
     own = list(dict.fromkeys(part for row in rows.values() for part in row))
     place = {part: i for i, part in enumerate(dict.fromkeys([*order, *own]))}
@@ -446,4 +452,4 @@ def stacked(
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(xlabel)
-    return Drawing(name, title, caption, figure)
+    return CaptionedFigure(name, title, caption, figure)

@@ -16,13 +16,13 @@ from markupsafe import Markup
 from cads.errors import ConfigError
 from cads.registry import selector_class
 from cads.runtime.atomic_files import whole_file
-from cads.scoring.ranker import CUTS, Ranker
-from cads.study.analysis.fits import SIMULATED_SIZES, GroupFits, advices, analyse, to_json
+from cads.scoring.ranker import CUT_OPTIONS, Ranker
+from cads.study.analysis.fits import SIMULATED_SIZES, GroupFits, analyse, recommendations, to_json
 from cads.study.analysis.frontier import simulate_figure1
 from cads.study.analysis.points import answers, place_name, points_of, regrets
 from cads.study.report import evidence, figures
-from cads.study.report.figures import Drawing
-from cads.study.report.style import Look, looks
+from cads.study.report.figures import CaptionedFigure
+from cads.study.report.style import MethodStyle, method_styles
 from cads.study.report.text_tables import header, texts
 from cads.study.tables import DONE, IMPORTED, read_runs
 
@@ -37,11 +37,11 @@ class Section:
 
     title: str
     about: str
-    drawings: list[Drawing]
+    drawings: list[CaptionedFigure]
 
 
 @dataclass(frozen=True)
-class Made:
+class ReportFiles:
     """What was written: the page, the fits, the folder of figures; and the answers, a sentence each."""
 
     page: Path
@@ -50,7 +50,7 @@ class Made:
     answers: list[str]
 
 
-def write_report(folder: Path, out: Path | None = None, metric: str | None = None) -> Made:
+def write_report(folder: Path, out: Path | None = None, metric: str | None = None) -> ReportFiles:
     """Write the report on the results in `folder`.
 
     Args:
@@ -64,7 +64,7 @@ def write_report(folder: Path, out: Path | None = None, metric: str | None = Non
     runs = read_runs(folder)
     points = points_of(runs, metric)
     groups = analyse(points)
-    look = looks((row["method"], row["selector"]) for row in runs)
+    look = method_styles((row["method"], row["selector"]) for row in runs)
     sections = [s for s in _sections(folder, runs, groups, look) if s.drawings]
     page = out or folder / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def write_report(folder: Path, out: Path | None = None, metric: str | None = Non
     whole_file(page, _page(folder, runs, sections, sentences))
     many = len(groups) > 1
     said = [f"{_name(g)}: {s}" if many else s for g, group in sentences for s in group]
-    return Made(page, page.parent / "fits.json", page.parent / "figures", said)
+    return ReportFiles(page, page.parent / "fits.json", page.parent / "figures", said)
 
 
 def _sweep(figures: Path, drawn: set[str]) -> None:
@@ -108,7 +108,7 @@ def _name(group: GroupFits) -> str:
 
 
 def _sections(
-    folder: Path, runs: Sequence[Mapping[str, Any]], groups: Sequence[GroupFits], look: Mapping[str, Look]
+    folder: Path, runs: Sequence[Mapping[str, Any]], groups: Sequence[GroupFits], look: Mapping[str, MethodStyle]
 ) -> list[Section]:
     number = count(1)
 
@@ -121,7 +121,7 @@ def _sections(
     )
     compared = [Section(f"Results: {_name(g)}", about, _of_group(g, look, name)) for g in groups]
     simulated = [
-        figures.simulation(curves, n, looks((c.method, c.method) for c in curves), name("simulation"))
+        figures.simulation(curves, n, method_styles((c.method, c.method) for c in curves), name("simulation"))
         for n in SIMULATED_SIZES
         for curves in [simulate_figure1(n)]
     ]
@@ -132,7 +132,7 @@ def _sections(
     ]
 
 
-def _of_group(group: GroupFits, look: Mapping[str, Look], name: Namer) -> list[Drawing]:
+def _of_group(group: GroupFits, look: Mapping[str, MethodStyle], name: Namer) -> list[CaptionedFigure]:
     drawings = [figures.scores(group, look, name("scores"))]
     if rows := regrets(group.points):
         drawings.append(figures.regret(group, rows, look, name("regret")))
@@ -195,7 +195,9 @@ def spent_flops(runs: Sequence[Mapping[str, Any]]) -> float:
         own += row["training_flops"] or 0.0
         selection = row["selection_flops_spent"] or 0.0
         if row["status"] == DONE and _ranks(row["selector"]):
-            options = {name: value for name, value in json.loads(row["options"] or "{}").items() if name not in CUTS}
+            options = {
+                name: value for name, value in json.loads(row["options"] or "{}").items() if name not in CUT_OPTIONS
+            }
             where = (row["task"], row["model"], row["seed"], row["selector"], json.dumps(options, sort_keys=True))
             shared[where] = selection
         else:
@@ -238,7 +240,7 @@ def _page(
             cells += [] if where in cells else [where]
     return environment.get_template(TEMPLATE).render(
         title=folder.resolve().name,
-        groups=[(_name(g), said, advices(g)) for g, said in sentences],
+        groups=[(_name(g), said, recommendations(g)) for g, said in sentences],
         sections=sections,
         # Matplotlib has escaped the names in its SVG.
         svg={d.name: Markup(d.svg()) for s in sections for d in s.drawings},

@@ -50,7 +50,7 @@ SERIES = ("#35608d", "#b98300", "#00947f", "#c2488f", "#7d8085", "#d55e00", "#88
 
 
 @dataclass(frozen=True)
-class Look:
+class MethodStyle:
     """Of one method: colour, marker, and style of its line."""
 
     colour: str
@@ -65,14 +65,14 @@ def colour_of(selector: str) -> str:
     return PALETTE[OF_METHOD.get(selector, fallback)]
 
 
-def looks(methods: Iterable[tuple[str, str]]) -> dict[str, Look]:
+def method_styles(methods: Iterable[tuple[str, str]]) -> dict[str, MethodStyle]:
     """The look of each label in a study.
 
     Args:
         methods: (label, selector) of all methods in it; labels of one selector share its colour and differ in
             marker and line, as do methods whose colours coincide.
     """
-    made: dict[str, Look] = {}
+    made: dict[str, MethodStyle] = {}
     taken: dict[str, int] = {}
     for label, selector in sorted(set(methods), key=lambda pair: (pair[0] != pair[1], pair)):
         if label in made:
@@ -81,5 +81,5 @@ def looks(methods: Iterable[tuple[str, str]]) -> dict[str, Look]:
         n_before = taken.get(colour, 0)
         taken[colour] = n_before + 1
         first = list(PALETTE.values()).index(colour)
-        made[label] = Look(colour, MARKERS[(first + n_before) % len(MARKERS)], LINES[n_before % len(LINES)])
+        made[label] = MethodStyle(colour, MARKERS[(first + n_before) % len(MARKERS)], LINES[n_before % len(LINES)])
     return made

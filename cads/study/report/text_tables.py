@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from cads.study.analysis.points import CONFIDENCE, Point, best_of, complete, in_percent, shown
+from cads.study.analysis.points import CONFIDENCE, MethodPoint, best_of, complete, in_percent, shown
 
 WIDTH = 132
 """Columns of tables where there is no terminal."""
@@ -22,20 +22,20 @@ def wide_console(*, quiet: bool = False) -> Console:
     return console
 
 
-def header(points: Sequence[Point]) -> list[str]:
+def header(points: Sequence[MethodPoint]) -> list[str]:
     """Names of the columns."""
     metric = points[0].metric + (", %" if in_percent(points[0].metric) else "")
     where = [name for name in ("task", "model") if len({getattr(p, name) for p in points}) > 1]
     return [*where, "budget", "method", "selection", "training", metric, "selected"]
 
 
-def texts(points: Sequence[Point]) -> list[list[str]]:
+def texts(points: Sequence[MethodPoint]) -> list[list[str]]:
     """One row a point, a budget after the other; the best of each budget is marked by a star.
 
     Intervals are t-intervals over seeds; a point with fewer seeds than others says so, and is never the best.
     """
     columns = header(points)
-    blocks: dict[tuple[str, str, str], list[Point]] = {}
+    blocks: dict[tuple[str, str, str], list[MethodPoint]] = {}
     for p in points:
         blocks.setdefault((p.task, p.model, p.budget), []).append(p)
     rows = []
@@ -54,7 +54,7 @@ def texts(points: Sequence[Point]) -> list[list[str]]:
     return rows
 
 
-def terminal_table(points: Sequence[Point], title: str) -> Table:
+def terminal_table(points: Sequence[MethodPoint], title: str) -> Table:
     """For the terminal, a section a budget."""
     table = Table(title=f"{title}: {intervals(points)}", title_justify="left")
     columns = header(points)
@@ -68,14 +68,14 @@ def terminal_table(points: Sequence[Point], title: str) -> Table:
     return table
 
 
-def markdown_table(points: Sequence[Point]) -> str:
+def markdown_table(points: Sequence[MethodPoint]) -> str:
     """The same as Markdown."""
     columns = header(points)
     lines = [columns, ["---"] * len(columns), *([x.replace("|", "\\|") for x in row] for row in texts(points))]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def intervals(points: Sequence[Point]) -> str:
+def intervals(points: Sequence[MethodPoint]) -> str:
     """Over how many seeds, and what the intervals are."""
     most = max(len(p.seeds) for p in points)
     return f"{most} seeds, {CONFIDENCE:.0%} t-intervals" if most > 1 else "one seed"

@@ -33,9 +33,9 @@ class LanguageConfig(LanguageSettings):
 
     def sketch(self, recipe: TrainConfig) -> LanguageTask:
         """The task with its examples and without weights; see `cads.tasks.language_sketch`."""
-        from cads.tasks.language.meta_task import SketchedLanguageTask
+        from cads.tasks.language.meta_task import MetaLanguageTask
 
-        return self._built(recipe, SketchedLanguageTask)
+        return self._built(recipe, MetaLanguageTask)
 
     def split(self) -> Split:
         """The rows of pool, target and test set."""

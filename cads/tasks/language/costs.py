@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from cads.accounting.costs import Costs, Measured, Paper, Price, Workload
+from cads.accounting.costs import Costs, ExampleCost, MeasuredAccounting, PaperAccounting, Workload
 from cads.accounting.nominal import forward_flops, training_flops
 from cads.data.batch import Batch
 from cads.data.pool import Pool
@@ -74,49 +74,49 @@ class LanguageCosts(Costs):
 
     def usages(self, pool: Pool) -> np.ndarray:
         """One forward and backward pass of each example of `pool` by itself, without padding; shape (N,)."""
-        if not isinstance(self._accounting, Paper):
+        if not isinstance(self._accounting, PaperAccounting):
             return super().usages(pool)
         return self._nominal(pool, 1.0).usage * _lengths(pool)
 
-    def _mean(self, pool: Pool) -> Price:
-        if not isinstance(self._accounting, Paper):
+    def _mean(self, pool: Pool) -> ExampleCost:
+        if not isinstance(self._accounting, PaperAccounting):
             return super()._mean(pool)
         if pool not in self._pools:
             self._pools[pool] = self._nominal(pool, float(_lengths(pool).mean()))
         return self._pools[pool]
 
-    def _nominal(self, pool: Pool, tokens: float) -> Price:
+    def _nominal(self, pool: Pool, tokens: float) -> ExampleCost:
         """2ND and 6ND for D tokens."""
         n, _ = self.task.nominal(self.model, pool.batch([0]))
-        return Price(forward_flops(n, tokens), training_flops(n, tokens), tokens)
+        return ExampleCost(forward_flops(n, tokens), training_flops(n, tokens), tokens)
 
     def _in_rows(self, batch: Batch) -> bool:
         """Whether sequences share rows, which is all the same to 6ND."""
-        return "row" in batch.inputs and not isinstance(self._accounting, Paper)
+        return "row" in batch.inputs and not isinstance(self._accounting, PaperAccounting)
 
-    def _price(self, batch: Batch) -> Price:
-        if isinstance(self._accounting, Paper):
+    def _price(self, batch: Batch) -> ExampleCost:
+        if isinstance(self._accounting, PaperAccounting):
             # Batches of one shape differ in their padding: no price of another one would be right.
             return self._accounting.price(batch)
-        if not isinstance(self._accounting, Measured) or self._law is None:
+        if not isinstance(self._accounting, MeasuredAccounting) or self._law is None:
             return super()._price(batch)
         return self._by_law(batch.inputs["input_ids"].shape[1], batch.inputs["answers"].shape[1], 1)
 
-    def _rows(self, batch: Batch) -> Price:
+    def _rows(self, batch: Batch) -> ExampleCost:
         """All of a packed batch: its rows, with the head at the answers of its examples."""
         rows = int(batch.inputs["row"].max() - batch.inputs["row"].min()) + 1
         length = batch.tokens // rows
         n_answers = batch.inputs["answers"].numel()
-        if isinstance(self._accounting, Measured) and self._law is not None:
+        if isinstance(self._accounting, MeasuredAccounting) and self._law is not None:
             return self._by_law(length, n_answers, rows)
         # Without a law, rows are taken to be examples with their share of the answers.
         row = super()._price(self._probe(length, min(length, -(-n_answers // rows))))
-        return Price(row.forward * rows, row.usage * rows, batch.tokens)
+        return ExampleCost(row.forward * rows, row.usage * rows, batch.tokens)
 
-    def _by_law(self, length: int, n_answers: int, rows: int) -> Price:
+    def _by_law(self, length: int, n_answers: int, rows: int) -> ExampleCost:
         assert self._law is not None
         forward, usage = rows * (self._law[:, :3] @ [1, length, length**2]) + self._law[:, 3] * n_answers
-        return Price(float(round(forward)), float(round(usage)), rows * length)
+        return ExampleCost(float(round(forward)), float(round(usage)), rows * length)
 
     @cached_property
     def _law(self) -> np.ndarray | None:

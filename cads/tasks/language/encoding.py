@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Kept:
+class EncodingReport:
     """What became of the rows of one source when they were encoded.
 
     Attributes:
@@ -78,7 +78,7 @@ class Encoder:
         kept = self.encode_into(rows, collected)
         return self.tokens(collected.sequences()), kept.positions
 
-    def encode_into(self, rows: Rows, sink: Sink) -> Kept:
+    def encode_into(self, rows: Rows, sink: Sink) -> EncodingReport:
         """Give the tokens of `rows` to `sink`, `ROWS_AT_ONCE` rows at a time; what was cut or left out is said.
 
         Raises:
@@ -99,7 +99,7 @@ class Encoder:
                 sink.add(_shard([encoded[k] for k in chosen], [examples[k].asked for k in chosen]))
         was_cut, has_answer = np.concatenate(cut), np.concatenate(answered)
         left_out = np.flatnonzero(~has_answer)
-        kept = Kept(len(rows), int((was_cut & has_answer).sum()), left_out, int(was_cut[left_out].sum()))
+        kept = EncodingReport(len(rows), int((was_cut & has_answer).sum()), left_out, int(was_cut[left_out].sum()))
         self.say(rows, kept)
         return kept
 
@@ -109,7 +109,7 @@ class Encoder:
             *sequences, subtasks=subtasks, pad=self.tokenizer.pad_token_id, longest=self.longest, packed=self.packed
         )
 
-    def say(self, rows: Rows, kept: Kept) -> None:
+    def say(self, rows: Rows, kept: EncodingReport) -> None:
         """Say what was cut and left out.
 
         Raises:

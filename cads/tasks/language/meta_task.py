@@ -12,7 +12,7 @@ from cads.data.batch import Batch
 from cads.tasks.language.task import LanguageTask
 
 
-class SketchedLanguageTask(LanguageTask):
+class MetaLanguageTask(LanguageTask):
     """A language task whose models are on the meta device; examples are read, since costs follow from their lengths."""
 
     def model(self, seed: int) -> nn.Module:

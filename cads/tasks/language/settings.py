@@ -101,7 +101,7 @@ class LanguageSettings:
         if self.packing and str(self.attn_implementation).startswith("flash"):
             raise ConfigError(f"packing needs a mask, and {self.attn_implementation} takes none: use sdpa or eager")
 
-    def decisive(self) -> dict[str, Any]:
+    def result_fields(self) -> dict[str, Any]:
         """The fields on which a result depends, as JSON values: not where tokens are kept."""
         unset = [name for name in ADDED if getattr(self, name) is None]
         return {name: value for name, value in asdict(self).items() if name not in ("token_cache", *unset)}

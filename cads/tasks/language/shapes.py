@@ -20,7 +20,7 @@ from cads.data.batch import Batch
 from cads.data.pool import Pool
 from cads.errors import ConfigError
 from cads.task import Metrics, Task
-from cads.tasks.shape_only import Field, Shaped, shaped_pool
+from cads.tasks.shape_only import Field, ShapeOnly, shape_only_pool
 
 if TYPE_CHECKING:
     from cads.recipe import TrainConfig
@@ -197,7 +197,7 @@ class SketchedLanguage(Task):
         # A transformer that builds its own mask looks at data, and on the meta device there is none.
         mask = Field((1, length, length), torch.bool)
         inputs = {"input_ids": Field((length,)), "attention_mask": mask}
-        return shaped_pool(name, Shaped(n, inputs, Field((length,)), length), sources)
+        return shape_only_pool(name, ShapeOnly(n, inputs, Field((length,)), length), sources)
 
 
 def _size(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from cads.data.pool import Pool
 from cads.errors import DataError
-from cads.tasks.language.encoding import Encoder, Kept
+from cads.tasks.language.encoding import Encoder, EncodingReport
 from cads.tasks.language.formats import Renderer
 from cads.tasks.language.rows import Rows, TextSource, load_rows
 from cads.tasks.language.token_cache import TokenCache
@@ -27,7 +27,7 @@ SPLIT = 6
 
 Parts = list[Rows]
 """Rows of several sources, one after another."""
-Encode = Callable[[Parts], tuple[Sequences, list[Kept]]]
+Encode = Callable[[Parts], tuple[Sequences, list[EncodingReport]]]
 """Makes the tokens of rows, or finds them, and says what became of the rows of each source."""
 
 
@@ -116,7 +116,7 @@ def encode_pools(
     return [pool for pool, _ in made], {"max_tokens": longest, **{pool.name: counts for pool, counts in made}}
 
 
-def _in_memory(encoder: Encoder, parts: Parts) -> tuple[Sequences, list[Kept]]:
+def _in_memory(encoder: Encoder, parts: Parts) -> tuple[Sequences, list[EncodingReport]]:
     collected = Collected()
     kept = [encoder.encode_into(rows, collected) for rows in parts]
     return collected.sequences(), kept

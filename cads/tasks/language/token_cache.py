@@ -27,7 +27,7 @@ from cads.runtime.atomic_files import whole_folder
 from cads.runtime.checkpoint import HASHED_AT_ONCE, check_size, load_json
 from cads.runtime.lock import LockedError, RunLock
 from cads.runtime.processes import digest as number_of
-from cads.tasks.language.encoding import Encoder, Kept
+from cads.tasks.language.encoding import Encoder, EncodingReport
 from cads.tasks.language.rows import Rows
 from cads.tasks.language.tokens import Sequences
 
@@ -47,7 +47,7 @@ ABANDONED = 3600.0
 LOOK_EVERY = 0.2
 """Seconds between two looks whether the process that writes an entry has finished."""
 
-Encoded = tuple[Sequences, list[Kept]]
+Encoded = tuple[Sequences, list[EncodingReport]]
 """Token sequences of several sources, one after another, and what became of the rows of each."""
 
 
@@ -177,7 +177,7 @@ class TokenFiles:
         self._append("text", data[offsets[0] : offsets[-1]])
         self._append_ends("text_offsets", offsets)
 
-    def finish(self, about: Mapping[str, Any], kept: Sequence[Kept]) -> None:
+    def finish(self, about: Mapping[str, Any], kept: Sequence[EncodingReport]) -> None:
         """Write the manifest.
 
         Args:
@@ -250,7 +250,7 @@ def _mapped(path: Path, size: int, sha256: str, kind: str) -> np.ndarray:
         return np.asarray(np.memmap(file, dtype=kind, mode="r")) if size else np.empty(0, dtype=kind)
 
 
-def _kept(parts: Sequence[Mapping[str, int]], left_out: np.ndarray) -> list[Kept]:
+def _kept(parts: Sequence[Mapping[str, int]], left_out: np.ndarray) -> list[EncodingReport]:
     ends = np.cumsum([0, *(part["left_out"] for part in parts)])
     if ends[-1] != len(left_out):
         raise DataError("it does not list what was left out")
@@ -259,7 +259,7 @@ def _kept(parts: Sequence[Mapping[str, int]], left_out: np.ndarray) -> list[Kept
         positions = left_out[begin:end]
         if len(positions) and (positions[0] < 0 or positions[-1] >= part["rows"] or (np.diff(positions) < 1).any()):
             raise DataError("it lists rows as left out that are none")
-        found.append(Kept(part["rows"], part["cut"], positions, part["left_out_cut"]))
+        found.append(EncodingReport(part["rows"], part["cut"], positions, part["left_out_cut"]))
     return found
 
 

@@ -15,7 +15,7 @@ import torch
 from cads.data.ids import numbered
 from cads.data.pool import Pool
 from cads.errors import ConfigError, DataError
-from cads.tasks.shape_only import Field, Shaped, shaped_pool
+from cads.tasks.shape_only import Field, ShapeOnly, shape_only_pool
 from cads.tasks.vision.datasets import (
     load_arrays,
     load_cifar,
@@ -26,8 +26,8 @@ from cads.tasks.vision.datasets import (
 )
 from cads.tasks.vision.images import ImageData, Images, ImageTensors
 from cads.tasks.vision.networks import Network
-from cads.tasks.vision.shapes import KNOWN, SketchedVision
-from cads.tasks.vision.synthetic_sources import SourcedImages, SourceSpec, make_sources, source_sizes
+from cads.tasks.vision.shapes import KNOWN, MetaVisionTask
+from cads.tasks.vision.synthetic_sources import SyntheticPool, SyntheticSource, make_synthetic_sources, source_sizes
 from cads.tasks.vision.task import VisionTask, check_labels, images_of
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class VisionConfig:
     """Clean test examples; null: the data set's test split, where there is none a fifth of all."""
     n_pool: int | None = None
     """Examples of the training split for the pool, or to make its sources from; null: all the rest."""
-    sources: list[SourceSpec] = field(default_factory=list)
+    sources: list[SyntheticSource] = field(default_factory=list)
     """Sources to make from the pool; empty: those that the data has, if any."""
     data_seed: int = 0
     """Of what goes into target, test, pool and sources, and of the label noise."""
@@ -107,11 +107,11 @@ class VisionConfig:
         data = self._load()
         positions, ids, target, test = self._divide(data)
         n_classes = len(data.classes)
-        truth: SourcedImages | None = None
+        truth: SyntheticPool | None = None
         if self.sources:
             clean = data.train.take(positions)
             check_labels(clean, n_classes, ids, "pool")
-            truth = make_sources(clean, self.sources, n_classes, self.data_seed)
+            truth = make_synthetic_sources(clean, self.sources, n_classes, self.data_seed)
             pool = _sourced_pool(truth, ids)
         else:
             pool = _given_pool(data, positions, ids)
@@ -191,7 +191,7 @@ class VisionConfig:
         return Pool(numbered("test", len(images)).take(pa.array(where)), images.take(where), name="test set")
 
 
-def _sourced_pool(truth: SourcedImages, ids: pa.Array) -> Pool:
+def _sourced_pool(truth: SyntheticPool, ids: pa.Array) -> Pool:
     named, copies = ids.take(pa.array(truth.origins)), pa.array(truth.copies)
     repeated = pc.binary_join_element_wise(named, copies.cast(pa.string()), "#")
     return Pool(pc.if_else(pc.greater(copies, 0), repeated, named), truth.images, truth.sources, truth.names)
@@ -217,7 +217,7 @@ def _resized(data: ImageData, size: int) -> ImageData:
     return replace(data, train=resized(data.train), test=test)
 
 
-def sketch(config: VisionConfig, recipe: TrainConfig) -> SketchedVision:
+def sketch(config: VisionConfig, recipe: TrainConfig) -> MetaVisionTask:
     """The task of `config`; its sources are as large as even classes make them.
 
     Only folders and hub data sets, whose sizes are not known beforehand, are opened.
@@ -229,7 +229,7 @@ def sketch(config: VisionConfig, recipe: TrainConfig) -> SketchedVision:
     if config.dataset not in KNOWN:
         real = config.build(recipe)
         build = partial(network.build, images_of(real.pool).shape, len(real.classes))
-        return SketchedVision(real.pool, real.target, real.test, build, recipe, real.name)
+        return MetaVisionTask(real.pool, real.target, real.test, build, recipe, real.name)
     known, size = KNOWN[config.dataset], config.image_size
     shape = known.shape if size is None else (known.shape[0], size, size)
     n_test, n_target, n_pool = config.sizes(known.n_train, known.n_test)
@@ -240,10 +240,10 @@ def sketch(config: VisionConfig, recipe: TrainConfig) -> SketchedVision:
         sources = {spec.name: int(n) for spec, n in zip(config.sources, sizes, strict=True)}
         n_pool = sum(sources.values())
     image, label = {"images": Field(shape, torch.uint8)}, Field(())
-    return SketchedVision(
-        shaped_pool("pool", Shaped(n_pool, image, label), sources),
-        shaped_pool("target", Shaped(n_target, image, label)),
-        shaped_pool("test", Shaped(n_test, image, label)),
+    return MetaVisionTask(
+        shape_only_pool("pool", ShapeOnly(n_pool, image, label), sources),
+        shape_only_pool("target", ShapeOnly(n_target, image, label)),
+        shape_only_pool("test", ShapeOnly(n_test, image, label)),
         partial(network.build, shape, known.n_classes),
         recipe,
         f"vision/{config.dataset}",

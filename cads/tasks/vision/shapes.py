@@ -35,7 +35,7 @@ KNOWN = {
 }
 
 
-class SketchedVision(VisionTask):
+class MetaVisionTask(VisionTask):
     """An image task whose networks, and whose images if it has any, are on the meta device.
 
     Args:

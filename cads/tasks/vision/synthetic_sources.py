@@ -24,7 +24,7 @@ BLUR = 1 / 14
 
 
 @dataclass
-class SourceSpec:
+class SyntheticSource:
     """One made source."""
 
     name: str
@@ -79,7 +79,7 @@ class SourceSpec:
 
 
 @dataclass(frozen=True)
-class SourcedImages:
+class SyntheticPool:
     """What was made, source after source, and the truth about it.
 
     Attributes:
@@ -101,7 +101,9 @@ class SourcedImages:
     copies: np.ndarray
 
 
-def make_sources(images: Images, specs: Sequence[SourceSpec], n_classes: int, seed: int) -> SourcedImages:
+def make_synthetic_sources(
+    images: Images, specs: Sequence[SyntheticSource], n_classes: int, seed: int
+) -> SyntheticPool:
     """Divide clean images into sources that share no example, and spoil each as its spec says.
 
     Which examples, labels and order source i gets is drawn from (seed, i). A source holds its classes in the
@@ -137,7 +139,7 @@ def make_sources(images: Images, specs: Sequence[SourceSpec], n_classes: int, se
     taken = np.concatenate(origins)
     true_labels, seen_labels = images.labels[taken], torch.from_numpy(np.concatenate(noisy))
     sources = np.repeat(np.arange(len(specs)), sizes)
-    return SourcedImages(
+    return SyntheticPool(
         images=_transformed(images.take(taken).relabel(seen_labels), specs, sources),
         sources=sources,
         names=names,
@@ -148,7 +150,7 @@ def make_sources(images: Images, specs: Sequence[SourceSpec], n_classes: int, se
     )
 
 
-def source_sizes(specs: Sequence[SourceSpec], counts: np.ndarray, n_classes: int) -> np.ndarray:
+def source_sizes(specs: Sequence[SyntheticSource], counts: np.ndarray, n_classes: int) -> np.ndarray:
     """How many examples each source gets, shape (S,), of `counts` images of each class (shape (n_classes,)).
 
     Raises:
@@ -157,7 +159,7 @@ def source_sizes(specs: Sequence[SourceSpec], counts: np.ndarray, n_classes: int
     return _quotas(specs, counts, n_classes)[1]
 
 
-def _redraw(labels: np.ndarray, spec: SourceSpec, n_classes: int, rng: np.random.Generator) -> np.ndarray:
+def _redraw(labels: np.ndarray, spec: SyntheticSource, n_classes: int, rng: np.random.Generator) -> np.ndarray:
     """With probability `label_noise` another class, each of the others equally likely."""
     if spec.label_noise > 0 and n_classes < 2:
         raise ConfigError(f"source {spec.name!r}: label_noise needs at least two classes")
@@ -166,7 +168,7 @@ def _redraw(labels: np.ndarray, spec: SourceSpec, n_classes: int, rng: np.random
     return np.where(replaced, (labels + shift) % n_classes, labels)
 
 
-def _quotas(specs: Sequence[SourceSpec], counts: np.ndarray, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
+def _quotas(specs: Sequence[SyntheticSource], counts: np.ndarray, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Distinct examples of each class for each source, shape (S, n_classes), and the sources' sizes, (S,)."""
     weights = np.array([spec.weights(n_classes) for spec in specs])
     quotas = np.zeros((len(specs), n_classes), dtype=np.int64)
@@ -201,7 +203,7 @@ def _quotas(specs: Sequence[SourceSpec], counts: np.ndarray, n_classes: int) -> 
     return quotas, sizes
 
 
-def _proportions(spec: SourceSpec, weights: np.ndarray, available: np.ndarray) -> np.ndarray:
+def _proportions(spec: SyntheticSource, weights: np.ndarray, available: np.ndarray) -> np.ndarray:
     return weights if spec.class_weights is not None else np.where(weights > 0, available, 0)
 
 
@@ -253,7 +255,7 @@ class TransformedImages(Images):
         return taken
 
 
-def _transformed(images: Images, specs: Sequence[SourceSpec], sources: np.ndarray) -> Images:
+def _transformed(images: Images, specs: Sequence[SyntheticSource], sources: np.ndarray) -> Images:
     names = np.array([spec.transform for spec in specs])
     if (names == "none").all():
         return images

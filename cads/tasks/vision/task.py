@@ -19,7 +19,7 @@ from cads.scoring.pool_scores import evaluating
 from cads.task import Metrics, Task
 from cads.tasks.vision.calibration import calibrated_losses
 from cads.tasks.vision.images import Images, chunk_size
-from cads.tasks.vision.synthetic_sources import SourcedImages
+from cads.tasks.vision.synthetic_sources import SyntheticPool
 
 if TYPE_CHECKING:
     from cads.recipe import TrainConfig
@@ -61,7 +61,7 @@ class VisionTask(Task):
         classes: Sequence[str],
         build_model: Callable[[], nn.Module],
         recipe: TrainConfig,
-        truth: SourcedImages | None = None,
+        truth: SyntheticPool | None = None,
         name: str = "vision",
     ) -> None:
         self.pool, self.target, self.test = pool, target, test

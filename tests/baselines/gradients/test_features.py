@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 import baselines.gradients.features
 from baselines.gradients import feature_store
-from baselines.gradients.feature_store import Shard, Shards
+from baselines.gradients.feature_store import FeatureShard, FeatureStore
 from baselines.gradients.features import GradientFeatures
 from baselines.less import Less
 from cads.accounting.ledger import Ledger
@@ -72,9 +72,9 @@ class TestFeaturesOnDisk:
         assert "holds no features of this run" in caplog.text
 
     def test_what_has_another_shape_is_not_even_read(self, tmp_path, monkeypatch):
-        shards = Shards(tmp_path)
+        shards = FeatureStore(tmp_path)
         features = torch.arange(6.0).view(2, 3)
-        shards.get("key", 2, 3, lambda: Shard(features, {}))
+        shards.get("key", 2, 3, lambda: FeatureShard(features, {}))
         opened = feature_store.safe_open
 
         @contextmanager
@@ -83,7 +83,7 @@ class TestFeaturesOnDisk:
                 yield SimpleNamespace(metadata=file.metadata, get_slice=file.get_slice, get_tensor=pytest.fail)
 
         monkeypatch.setattr(feature_store, "safe_open", watched)
-        other = Shard(torch.zeros(5, 3), {})
+        other = FeatureShard(torch.zeros(5, 3), {})
         assert shards.get("key", 5, 3, lambda: other) is other
 
     def test_a_shard_that_cannot_be_written_is_said(self, tmp_path, monkeypatch):
@@ -92,7 +92,7 @@ class TestFeaturesOnDisk:
 
         monkeypatch.setattr(feature_store, "save_file", full)
         with pytest.raises(CheckpointError, match=r"cannot be written .*no space left"):
-            Shards(tmp_path).get("key", 1, 1, lambda: Shard(torch.zeros(1, 1), {}))
+            FeatureStore(tmp_path).get("key", 1, 1, lambda: FeatureShard(torch.zeros(1, 1), {}))
         assert list(tmp_path.iterdir()) == []
 
     def test_other_features_have_other_names(self, task, tmp_path):

@@ -22,7 +22,7 @@ from cads.study.analysis.points import points_of, regrets
 from cads.study.published_points import import_points
 from cads.study.report import figures
 from cads.study.report.page import spent_flops, write_report
-from cads.study.report.style import PALETTE, colour_of, looks
+from cads.study.report.style import PALETTE, colour_of, method_styles
 from cads.study.tables import DONE, FAILED, IMPORTED, NOT_APPLICABLE, read_runs, write_rows
 from tests.support.paths import EXCERPT
 
@@ -112,7 +112,7 @@ def test_many_methods_are_divided_among_panels(made, monkeypatch):
     """The best first, what all are compared with in each, and no method twice or lost."""
     runs = read_runs(made.page.parent)
     group = analyse([p for p in points_of(runs) if p.task == "vision/digits"])[0]
-    look = looks((run["method"], run["selector"]) for run in runs)
+    look = method_styles((run["method"], run["selector"]) for run in runs)
     assert len(figures.scores(group, look, "few").figure.axes) == 1
     monkeypatch.setattr("cads.study.report.figures.MOST_LINES", 4)
     for drawing in (
@@ -227,13 +227,13 @@ class TestFiles:
 
 class TestStyle:
     def test_colours_follow_the_name_alone(self):
-        few, many = looks([("cads-s", "cads-s")]), looks([(m, s) for m, s in METHODS.items()])
+        few, many = method_styles([("cads-s", "cads-s")]), method_styles([(m, s) for m, s in METHODS.items()])
         assert few["cads-s"] == many["cads-s"]
         assert many["cads-s, all in"].colour == many["cads-s"].colour
         assert many["cads-s, all in"] != many["cads-s"]
 
     def test_no_two_methods_look_alike(self):
-        made = looks((f"label {i}", f"selector {i}") for i in range(30))
+        made = method_styles((f"label {i}", f"selector {i}") for i in range(30))
         assert len(set(made.values())) == 30
 
     @pytest.mark.parametrize("page", ["#ffffff", "#131416"])

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cads.accounting.ledger import TRAIN, Ledger
-from cads.data.streams import Epochs
-from cads.data.training_batches import Draws
+from cads.data.streams import ShuffledStream
+from cads.data.training_batches import BatchStream
 from cads.errors import ConfigError
 from cads.recipe import TrainConfig
 from cads.seeding import derive
@@ -47,7 +47,7 @@ class TestSharedBase:
         task = build(peft=LORA)
         trained, other = task.model(0), task.model(1)
         before = [p.detach().clone() for p in (*other.parameters(), *task.models.base.parameters())]
-        draws = Draws(task.pool, [Epochs(np.arange(len(task.pool)), 0)], 8)
+        draws = BatchStream(task.pool, [ShuffledStream(np.arange(len(task.pool)), 0)], 8)
         flops = 5 * 8 * task.costs.per_usage(task.pool, 8)
         fit = Trainer(task, Ledger()).fit(trained, draws, flops, seed=0, phase=TRAIN, stage="one")
         assert len(fit.losses) > 2

@@ -12,7 +12,7 @@ from tokenizers import normalizers
 
 from cads.errors import ConfigError, DataError
 from cads.recipe import TrainConfig
-from cads.scoring.reference_models import scorer_of
+from cads.scoring.reference_models import proxy_of
 from cads.tasks.language.config import LanguageConfig
 from cads.tasks.language.rows import TextSource
 from cads.tasks.language.tokens import tokens_of
@@ -82,7 +82,7 @@ class TestProxy:
             assert {i.split("-")[0] for i in alone.pool.ids.to_pylist()} == {"x", "b"}
             # What the model is tested on has nothing to do with the selector.
             assert task.test.content_hash == alone.test.content_hash
-            assert scorer_of(task) is task.proxy
+            assert proxy_of(task) is task.proxy
             assert task.counts["selector"]["max_tokens"] == 50
         with pytest.raises(DataError, match="have no answer token"):
             replace(both, drop=False).build(TrainConfig(batch_size=4))
@@ -117,10 +117,10 @@ class TestProxy:
         """Keys of finished cells follow from `decisive`: a field that was added later changes none of them."""
         pool = [TextSource(path=str(folder / "sums.jsonl"))]
         config = LanguageConfig(model=str(folder / "llama"), pool=pool, selector_model=str(folder / "small"))
-        assert {"selector_model", "pad_token", "peft"} <= set(config.decisive())
+        assert {"selector_model", "pad_token", "peft"} <= set(config.result_fields())
         for name, value in (("selector_pad_token", "</s>"), ("selector_peft", {})):
-            assert name not in config.decisive()
-            assert replace(config, **{name: value}).decisive() == {**config.decisive(), name: value}
+            assert name not in config.result_fields()
+            assert replace(config, **{name: value}).result_fields() == {**config.result_fields(), name: value}
 
 
 def test_a_proxy_without_weights_to_tell_is_known_by_its_name(build, monkeypatch):

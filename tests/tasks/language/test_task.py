@@ -13,8 +13,8 @@ from cads.accounting.budget import Budget
 from cads.accounting.ledger import TRAIN, Ledger
 from cads.accounting.measured import count_flops
 from cads.data.pool import Pool
-from cads.data.streams import Epochs
-from cads.data.training_batches import Draws
+from cads.data.streams import ShuffledStream
+from cads.data.training_batches import BatchStream
 from cads.errors import ConfigError
 from cads.recipe import TrainConfig
 from cads.tasks.language.config import LanguageConfig
@@ -105,9 +105,11 @@ class TestLosses:
         steps, found = [], []
         for packing in (False, True):
             task = build(packing=packing)
-            draws = Draws(task.pool, [Epochs(np.arange(40), 0)], 4, target=task.target, target_fraction=0.5)
+            draws = BatchStream(
+                task.pool, [ShuffledStream(np.arange(40), 0)], 4, target=task.target, target_fraction=0.5
+            )
             model = sharpened(task.model(0))
-            steps = [draws.batches(step) for step in range(8)]
+            steps = [draws.step(step) for step in range(8)]
             with torch.no_grad():
                 losses = [torch.cat([task.losses(model, piece) for piece in pieces]) for pieces in steps]
             found.append(torch.stack([x.sort().values for x in losses]))
@@ -143,8 +145,8 @@ class TestLosses:
         for weighting in ("token", "example"):
             task = build(weighting=weighting)
             model = task.model(0)
-            draws = Draws(task.pool, [Epochs(np.arange(len(task.pool)), 0)], 8)
-            [first] = draws.batches(0)
+            draws = BatchStream(task.pool, [ShuffledStream(np.arange(len(task.pool)), 0)], 8)
+            [first] = draws.step(0)
             with torch.no_grad():
                 expected = float(task.training_losses(model, first).mean())
             fit = Trainer(task, Ledger()).fit(model, draws, 3 * task.costs.usage(first), seed=0, phase=TRAIN, stage="s")
@@ -177,7 +179,7 @@ class TestAdapters:
         task = build(recipe=TrainConfig(batch_size=8, learning_rate=0.05, **recipe), **options)
         model, batch = task.model(0), task.pool.batch(np.arange(8))
         before = task.metrics(model, task.pool)["loss"]
-        draws = Draws(task.pool, [Epochs(np.arange(len(task.pool)), 0)], 8)
+        draws = BatchStream(task.pool, [ShuffledStream(np.arange(len(task.pool)), 0)], 8)
         flops = 12 * 8 * task.costs.per_usage(task.pool, 8)
         Trainer(task, Ledger()).fit(model, draws, flops, seed=0, phase=TRAIN, stage="adapters")
         assert task.metrics(model, task.pool)["loss"] < before - 1e-3

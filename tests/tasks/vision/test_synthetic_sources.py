@@ -9,7 +9,14 @@ from PIL import Image
 
 from cads.errors import ConfigError, DataError
 from cads.tasks.vision.images import ImageFiles, ImageTensors
-from cads.tasks.vision.synthetic_sources import SourceSpec, TransformedImages, blur, invert, make_sources, rotate
+from cads.tasks.vision.synthetic_sources import (
+    SyntheticSource,
+    TransformedImages,
+    blur,
+    invert,
+    make_synthetic_sources,
+    rotate,
+)
 
 N_CLASSES = 5
 
@@ -30,7 +37,7 @@ def specs(draw):
         classes = draw(st.none() | st.lists(st.integers(0, N_CLASSES - 1), min_size=1, max_size=N_CLASSES, unique=True))
         n = N_CLASSES if classes is None else len(classes)
         weights = draw(st.none() | st.lists(st.floats(0.1, 9), min_size=n, max_size=n))
-        return SourceSpec(
+        return SyntheticSource(
             f"s{i}",
             size=draw(st.none() | st.integers(1, 60)),
             label_noise=draw(st.sampled_from([0.0, 0.3, 1.0])),
@@ -48,7 +55,7 @@ def specs(draw):
 def test_laws_of_all_sources(specs, seed):
     images = clean(400)
     try:
-        made = make_sources(images, specs, N_CLASSES, seed)
+        made = make_synthetic_sources(images, specs, N_CLASSES, seed)
     except DataError:
         return
     assert len(made.images) == len(made.sources) == len(made.origins) == len(made.corrupted)
@@ -71,10 +78,10 @@ def test_laws_of_all_sources(specs, seed):
 
 
 def test_the_same_seed_makes_the_same_sources_and_another_does_not():
-    specs = [SourceSpec("a", label_noise=0.5), SourceSpec("b", transform="blur", duplicates=2)]
-    first = make_sources(clean(), specs, N_CLASSES, 7)
-    again = make_sources(clean(), specs, N_CLASSES, 7)
-    other = make_sources(clean(), specs, N_CLASSES, 8)
+    specs = [SyntheticSource("a", label_noise=0.5), SyntheticSource("b", transform="blur", duplicates=2)]
+    first = make_synthetic_sources(clean(), specs, N_CLASSES, 7)
+    again = make_synthetic_sources(clean(), specs, N_CLASSES, 7)
+    other = make_synthetic_sources(clean(), specs, N_CLASSES, 8)
     assert np.array_equal(first.origins, again.origins)
     assert torch.equal(first.images.labels, again.images.labels)
     assert first.images.digests() == again.images.digests()
@@ -84,7 +91,7 @@ def test_the_same_seed_makes_the_same_sources_and_another_does_not():
 
 @pytest.mark.parametrize("noise", [0.0, 0.225, 0.9, 1.0])
 def test_the_noise_level_is_the_share_of_wrong_labels(noise):
-    made = make_sources(clean(20_000, side=1), [SourceSpec("a", label_noise=noise)], N_CLASSES, 0)
+    made = make_synthetic_sources(clean(20_000, side=1), [SyntheticSource("a", label_noise=noise)], N_CLASSES, 0)
     four_deviations = 4 * np.sqrt(noise * (1 - noise) / 20_000)
     assert abs(made.corrupted.mean() - noise) <= four_deviations
     if noise:
@@ -95,7 +102,7 @@ def test_the_noise_level_is_the_share_of_wrong_labels(noise):
 
 
 def test_copies_are_exact():
-    made = make_sources(clean(), [SourceSpec("a", 90, 0.5, duplicates=3)], N_CLASSES, 0)
+    made = make_synthetic_sources(clean(), [SyntheticSource("a", 90, 0.5, duplicates=3)], N_CLASSES, 0)
     digests = made.images.digests()
     for origin in np.unique(made.origins):
         rows = np.flatnonzero(made.origins == origin)
@@ -106,25 +113,30 @@ def test_copies_are_exact():
 
 
 def test_sources_without_a_size_share_what_is_left():
-    specs = [SourceSpec("a"), SourceSpec("b", size=303), SourceSpec("c"), SourceSpec("d", duplicates=2)]
-    made = make_sources(clean(), specs, N_CLASSES, 0)
+    specs = [
+        SyntheticSource("a"),
+        SyntheticSource("b", size=303),
+        SyntheticSource("c"),
+        SyntheticSource("d", duplicates=2),
+    ]
+    made = make_synthetic_sources(clean(), specs, N_CLASSES, 0)
     sizes = np.bincount(made.sources)
     assert sizes[1] == 303
     assert sorted(sizes[[0, 2, 3]]) == [232, 232, 233]
 
 
 def test_sized_sources_may_use_everything_up():
-    specs = [SourceSpec(str(i), size=200) for i in range(4)]
-    specs.append(SourceSpec("zeros", classes=[0], size=200))
+    specs = [SyntheticSource(str(i), size=200) for i in range(4)]
+    specs.append(SyntheticSource("zeros", classes=[0], size=200))
     images = clean().relabel(torch.arange(1000) % N_CLASSES)
-    made = make_sources(images, specs, N_CLASSES, 0)
+    made = make_synthetic_sources(images, specs, N_CLASSES, 0)
     assert sorted(made.origins) == list(range(1000))
 
 
 def test_class_weights_are_the_proportions():
-    weighted = SourceSpec("a", 100, class_weights=[8, 1, 1, 0, 0])
-    rest = SourceSpec("b", classes=[3, 1], class_weights=[1, 3])
-    made = make_sources(clean(), [weighted, rest], N_CLASSES, 0)
+    weighted = SyntheticSource("a", 100, class_weights=[8, 1, 1, 0, 0])
+    rest = SyntheticSource("b", classes=[3, 1], class_weights=[1, 3])
+    made = make_synthetic_sources(clean(), [weighted, rest], N_CLASSES, 0)
     assert np.bincount(made.true_labels[part(made, "a")], minlength=N_CLASSES).tolist() == [80, 10, 10, 0, 0]
     counts = np.bincount(made.true_labels[part(made, "b")], minlength=N_CLASSES)
     assert abs(counts[1] - 3 * counts[3]) <= 3
@@ -155,8 +167,8 @@ def test_images_behind_files_are_transformed_as_those_in_memory():
     memory = clean(60)
     rows = [(Image.fromarray(x[0].numpy()),) for x in memory.images]
     files = ImageFiles(rows, 0, memory.labels.numpy())
-    specs = [SourceSpec("a", transform="rotate"), SourceSpec("b", label_noise=0.5, transform="invert")]
-    one, two = (make_sources(images, specs, N_CLASSES, 0) for images in (memory, files))
+    specs = [SyntheticSource("a", transform="rotate"), SyntheticSource("b", label_noise=0.5, transform="invert")]
+    one, two = (make_synthetic_sources(images, specs, N_CLASSES, 0) for images in (memory, files))
     assert isinstance(one.images, ImageTensors)
     assert isinstance(two.images, TransformedImages)
     assert one.images.digests() == two.images.digests()
@@ -185,46 +197,48 @@ def test_images_behind_files_are_transformed_as_those_in_memory():
 )
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        SourceSpec("a", **settings)
+        SyntheticSource("a", **settings)
 
 
 @pytest.mark.parametrize(
     ("specs", "message"),
     [
         ([], "at least one"),
-        ([SourceSpec("a"), SourceSpec("a")], "each once"),
-        ([SourceSpec("a", classes=[2, 5])], r"classes \[5\] are unknown: use 0\.\.4"),
-        ([SourceSpec("a", classes=[1], class_weights=[1, 2])], "2 class_weights for 1 classes"),
+        ([SyntheticSource("a"), SyntheticSource("a")], "each once"),
+        ([SyntheticSource("a", classes=[2, 5])], r"classes \[5\] are unknown: use 0\.\.4"),
+        ([SyntheticSource("a", classes=[1], class_weights=[1, 2])], "2 class_weights for 1 classes"),
     ],
 )
 def test_sources_that_do_not_fit_are_refused(specs, message):
     with pytest.raises(ConfigError, match=message):
-        make_sources(clean(50), specs, N_CLASSES, 0)
+        make_synthetic_sources(clean(50), specs, N_CLASSES, 0)
 
 
 def test_too_few_examples_are_counted():
     images = clean(1000)
     zeros = int((images.labels == 0).sum())
     with pytest.raises(DataError, match=f"'a' needs 900 distinct examples, and {zeros} are there"):
-        make_sources(images, [SourceSpec("a", 900, classes=[0])], N_CLASSES, 0)
+        make_synthetic_sources(images, [SyntheticSource("a", 900, classes=[0])], N_CLASSES, 0)
     with pytest.raises(DataError, match="'b' needs 501 distinct examples, and 500 are there"):
-        make_sources(images, [SourceSpec("a", 500), SourceSpec("b", 501)], N_CLASSES, 0)
+        make_synthetic_sources(images, [SyntheticSource("a", 500), SyntheticSource("b", 501)], N_CLASSES, 0)
     with pytest.raises(DataError, match="nothing is left for source 'b'"):
-        make_sources(images, [SourceSpec("a", 1000), SourceSpec("b")], N_CLASSES, 0)
-    assert len(make_sources(images, [SourceSpec("a", 1800, duplicates=2)], N_CLASSES, 0).images) == 1800
+        make_synthetic_sources(images, [SyntheticSource("a", 1000), SyntheticSource("b")], N_CLASSES, 0)
+    assert len(make_synthetic_sources(images, [SyntheticSource("a", 1800, duplicates=2)], N_CLASSES, 0).images) == 1800
 
 
 def test_labels_that_are_none_are_refused():
     with pytest.raises(DataError, match=r"use 0\.\.2"):
-        make_sources(clean(50), [SourceSpec("a")], 3, 0)
+        make_synthetic_sources(clean(50), [SyntheticSource("a")], 3, 0)
 
 
 def test_rotation_needs_square_images():
     oblong = ImageTensors(torch.zeros(4, 1, 2, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ConfigError, match="square"):
-        make_sources(oblong, [SourceSpec("a", transform="rotate")], 2, 0)
+        make_synthetic_sources(oblong, [SyntheticSource("a", transform="rotate")], 2, 0)
 
 
 def test_noise_needs_another_class():
     with pytest.raises(ConfigError, match="two classes"):
-        make_sources(clean(9).relabel(torch.zeros(9, dtype=torch.int64)), [SourceSpec("a", None, 0.5)], 1, 0)
+        make_synthetic_sources(
+            clean(9).relabel(torch.zeros(9, dtype=torch.int64)), [SyntheticSource("a", None, 0.5)], 1, 0
+        )

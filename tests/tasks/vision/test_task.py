@@ -26,7 +26,7 @@ from cads.tasks.vision.calibration import calibrated_losses
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.images import ImageTensors
 from cads.tasks.vision.networks import Network
-from cads.tasks.vision.synthetic_sources import SourceSpec
+from cads.tasks.vision.synthetic_sources import SyntheticSource
 from cads.tasks.vision.task import VisionTask, channel_moments
 
 RECIPE = TrainConfig()
@@ -42,7 +42,11 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def noisy():
-    specs = [SourceSpec("clean"), SourceSpec("noise", label_noise=0.9), SourceSpec("copies", duplicates=3)]
+    specs = [
+        SyntheticSource("clean"),
+        SyntheticSource("noise", label_noise=0.9),
+        SyntheticSource("copies", duplicates=3),
+    ]
     return VisionConfig(sources=specs, n_target=200).build(RECIPE)
 
 
@@ -102,7 +106,7 @@ def test_ids_name_the_original_and_the_copy(noisy):
 
 def test_the_same_data_seed_gives_the_same_task_and_another_does_not():
     def hashes(seed):
-        task = VisionConfig(data_seed=seed, n_pool=300, sources=[SourceSpec("a", None, 0.5)]).build(RECIPE)
+        task = VisionConfig(data_seed=seed, n_pool=300, sources=[SyntheticSource("a", None, 0.5)]).build(RECIPE)
         return [p.content_hash for p in (task.pool, task.target, task.test)]
 
     assert hashes(3) == hashes(3)
@@ -170,7 +174,7 @@ def test_unknown_labels_are_counted_and_named():
 def test_unlabelled_hub_data_is_refused_before_sources_are_made(tmp_path):
     rows = colour_data().remove_columns("label").add_column("label", [-1] * 5 + [1] * 35)
     rows.save_to_disk(tmp_path)
-    for sources in ([], [SourceSpec("a")]):
+    for sources in ([], [SyntheticSource("a")]):
         config = VisionConfig(dataset="hub", path=str(tmp_path), n_target=1, n_test=1, sources=sources)
         with pytest.raises(DataError, match="holds -1 to 1: number them from 0"):
             config.build(RECIPE)
@@ -365,7 +369,7 @@ def test_weights_that_hold_code_are_refused_and_never_run(zipped, tmp_path, monk
         ({"n_pool": -1}, "n_pool = -1"),
         ({"image_size": 0}, "image_size = 0"),
         ({"data_seed": -1}, "data_seed = -1"),
-        ({"sources": [SourceSpec("a"), SourceSpec("a")]}, "own name"),
+        ({"sources": [SyntheticSource("a"), SyntheticSource("a")]}, "own name"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
