@@ -240,7 +240,7 @@ class Bm25(Ranker):
         self._made: tuple[Task, Okapi, np.ndarray] | None = None
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
-        """Index, count, multiply; see `cads.ranking.Ranker`."""
+        """Index, count, multiply; see `cads.scoring.ranker.Ranker`."""
         with ledger.timed(SELECT, STAGE):
             okapi, queries = self._indexed(task)
             ledger.charge(SELECT, STAGE, _flops(okapi, queries))
@@ -249,7 +249,7 @@ class Bm25(Ranker):
         return self.ranking(task, score, seed=seed, ledger=ledger)
 
     def rank_plan(self, task: Task) -> PlannedLedger:
-        """Exact where there are texts, since counting words is free; see `cads.ranking.Ranker`."""
+        """Exact where there are texts, since counting words is free; see `cads.scoring.ranker.Ranker`."""
         ledger = PlannedLedger()
         if isinstance(task.pool.examples, ShapeOnly):
             task.texts(task.pool.subset(np.zeros(1, dtype=np.int64), "pool"))

@@ -51,7 +51,7 @@ class El2n(Ranker):
             raise ConfigError(f"models = {self.models}: it must be at least 1")
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
-        """Train the models, and read the pool with each; see `cads.ranking.Ranker`."""
+        """Train the models, and read the pool with each; see `cads.scoring.ranker.Ranker`."""
         scorer = proxy_of(task)
         _check_classes(scorer)
         seeds = [derive(seed, "el2n", k) for k in range(self.models)]
@@ -70,7 +70,7 @@ class El2n(Ranker):
         return self.ranking(task, score, seed=seed, ledger=ledger, pool=scorer.pool)
 
     def rank_plan(self, task: Task) -> PlannedLedger:
-        """As many models as there are; see `cads.ranking.Ranker`."""
+        """As many models as there are; see `cads.scoring.ranker.Ranker`."""
         scorer, ledger = proxy_of(task), PlannedLedger()
         _check_classes(scorer)
         plan_training(scorer, scorer.pool, self.warm_up, ledger, stage=WARM_UP, models=self.models)

@@ -89,7 +89,7 @@ class Embedding(Ranker):
         return self.encoder is None and self.backbone is None
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
-        """Encode the target, then the pool batch by batch; see `cads.ranking.Ranker`."""
+        """Encode the target, then the pool batch by batch; see `cads.scoring.ranker.Ranker`."""
         scorer = proxy_of(task)
         space = self._space(scorer)
         self._fill(space, scorer, seed, ledger, monitor)
@@ -115,7 +115,7 @@ class Embedding(Ranker):
         return self.ranking(task, score, seed=seed, ledger=ledger, pool=pool)
 
     def rank_plan(self, task: Task) -> PlannedLedger:
-        """Padding included; see `cads.ranking.Ranker`."""
+        """Padding included; see `cads.scoring.ranker.Ranker`."""
         scorer, ledger = proxy_of(task), PlannedLedger()
         space = self._space(scorer)
         plan_training(scorer, scorer.pool, self.warm_up, ledger, stage=WARM_UP)

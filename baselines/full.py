@@ -19,10 +19,10 @@ class Full:
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
-        """Select everything; see `cads.optimizer.Selector`."""
+        """Select everything; see `cads.selector.Selector`."""
         check_step(task, budget.flops(task))
         return full_pool_selection(task, budget, method="full", seed=seed, ledger=ledger, notes={})
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """Nothing is spent; see `cads.optimizer.Selector`."""
+        """Nothing is spent; see `cads.selector.Selector`."""
         return zero_cost_plan(task, budget)

@@ -27,11 +27,11 @@ class Joint:
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
-        """Select everything, target included; see `cads.optimizer.Selector`."""
+        """Select everything, target included; see `cads.selector.Selector`."""
         check_step(task, budget.flops(task))
         everything = full_pool_selection(task, budget, method="joint", seed=seed, ledger=ledger, notes={})
         return replace(everything, target_fraction=self.target_fraction, config=asdict(self))
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """Nothing is spent; see `cads.optimizer.Selector`."""
+        """Nothing is spent; see `cads.selector.Selector`."""
         return zero_cost_plan(task, budget)

@@ -84,7 +84,7 @@ class Less(Ranker):
         FeatureStore(self.features)
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
-        """Warm up, take gradients of target and pool at each checkpoint, compare; see `cads.ranking.Ranker`.
+        """Warm up, take gradients of target and pool at each checkpoint, compare; see `cads.scoring.ranker.Ranker`.
 
         Raises:
             ConfigError: if the recipe needs Adam and the task has none, or the projection is no projection.
@@ -107,7 +107,7 @@ class Less(Ranker):
         return self.ranking(task, scores.max(axis=1), seed=seed, ledger=ledger, pool=scorer.pool, **notes)
 
     def rank_plan(self, task: Task) -> PlannedLedger:
-        """See `cads.ranking.Ranker`; as if the target had one subtask."""
+        """See `cads.scoring.ranker.Ranker`; as if the target had one subtask."""
         scorer = proxy_of(task)
         sizes = self._sizes(scorer)
         size, project = sum(sizes.values()), make_projection(sizes, self.dimension, 0)

@@ -40,7 +40,7 @@ class Loss(Ranker):
             raise ConfigError(f"batch_tokens = {self.batch_tokens}: it must be at least 1")
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
-        """Fit theta, and read the pool once; see `cads.ranking.Ranker`."""
+        """Fit theta, and read the pool once; see `cads.scoring.ranker.Ranker`."""
         scorer = proxy_of(task)
         model_seed = derive(seed, "theta") if self.passes else seed
         theta = train_on_target(scorer, self.passes, seed=model_seed, ledger=ledger, monitor=monitor, stage=FITTING)
@@ -48,7 +48,7 @@ class Loss(Ranker):
         return self.ranking(task, in_order(losses, self.order), seed=seed, ledger=ledger, pool=scorer.pool)
 
     def rank_plan(self, task: Task) -> PlannedLedger:
-        """Padding included; see `cads.ranking.Ranker`."""
+        """Padding included; see `cads.scoring.ranker.Ranker`."""
         scorer, ledger = proxy_of(task), PlannedLedger()
         plan_training(scorer, scorer.target, self.passes, ledger, stage=FITTING)
         plan_losses(scorer, ledger, stage=SCORING, tokens=self.batch_tokens)

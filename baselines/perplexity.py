@@ -71,7 +71,7 @@ class Perplexity(Ranker):
         return PAPER_PASSES if self.recipe == "paper" else 0.0
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
-        """Fine-tune if asked for, and read the pool once; see `cads.ranking.Ranker`."""
+        """Fine-tune if asked for, and read the pool once; see `cads.scoring.ranker.Ranker`."""
         scorer = proxy_of(task)
         pool = self._scored(scorer)
         model = train_on_target(scorer, self.passes, seed=seed, ledger=ledger, monitor=monitor, stage=TUNING)
@@ -85,7 +85,7 @@ class Perplexity(Ranker):
         return self.ranking(task, score, seed=seed, ledger=ledger, pool=pool, median_loss=float(np.median(losses)))
 
     def rank_plan(self, task: Task) -> PlannedLedger:
-        """Padding included; see `cads.ranking.Ranker`."""
+        """Padding included; see `cads.scoring.ranker.Ranker`."""
         scorer, ledger = proxy_of(task), PlannedLedger()
         plan_training(scorer, scorer.target, self.passes, ledger, stage=TUNING)
         plan_losses(scorer, ledger, stage=SCORING, tokens=self.batch_tokens, pool=self._scored(scorer))

@@ -28,11 +28,11 @@ class Random(Ranker):
     reads_model: ClassVar[bool] = False
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
-        """A uniform number for each id; see `cads.ranking.Ranker`."""
+        """A uniform number for each id; see `cads.scoring.ranker.Ranker`."""
         return self.ranking(task, random_scores(task.pool, seed), seed=seed, ledger=ledger)
 
     def rank_plan(self, task: Task) -> PlannedLedger:
-        """Nothing is spent; see `cads.ranking.Ranker`."""
+        """Nothing is spent; see `cads.scoring.ranker.Ranker`."""
         return PlannedLedger()
 
 

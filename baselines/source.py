@@ -25,7 +25,7 @@ class Source:
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
-        """Select all of them; see `cads.optimizer.Selector`."""
+        """Select all of them; see `cads.selector.Selector`."""
         check_step(task, budget.flops(task))
         names = self._known(task)
         mask = np.array([name in self._wanted for name in names])
@@ -43,7 +43,7 @@ class Source:
         )
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """Nothing is spent; see `cads.optimizer.Selector`."""
+        """Nothing is spent; see `cads.selector.Selector`."""
         self._known(task)
         return zero_cost_plan(task, budget)
 

@@ -21,7 +21,7 @@ class TargetOnly:
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
-        """Select nothing of the pool; see `cads.optimizer.Selector`."""
+        """Select nothing of the pool; see `cads.selector.Selector`."""
         check_step(task, budget.flops(task))
         return Selection.from_pool(
             task.pool,
@@ -34,5 +34,5 @@ class TargetOnly:
         )
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """Nothing is spent; see `cads.optimizer.Selector`."""
+        """Nothing is spent; see `cads.selector.Selector`."""
         return zero_cost_plan(task, budget)

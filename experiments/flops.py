@@ -2,7 +2,7 @@
 
     python -m experiments.flops --out experiments/results/flops.md
 
-Measured: `FlopCounterMode` on the meta device, eager attention. Analytic: closed forms of `cads.analytic`.
+Measured: `FlopCounterMode` on the meta device, eager attention. Analytic: closed forms of `cads.accounting.closed_form`.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def report(rows: list[Row], command: str) -> str:
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, transformers "
         f"{transformers.__version__}. Batch of one sequence; LoRA of rank {LORA_RANK} on query, key, value "
         "and output projections. Measured: `FlopCounterMode` on the meta device, eager attention, with the "
-        "formula of `cads.counting` for the backward of grouped convolutions, which PyTorch overcounts.",
+        "formula of `cads.accounting.measured` for the backward of grouped convolutions, which PyTorch overcounts.",
         "",
         f"{len(rows)} comparisons; the largest relative difference is {worst.difference:.2e} "
         f"({worst.model}, {worst.mode}, {worst.shape}); {TOLERANCE:.0%} is allowed.",
@@ -273,7 +273,7 @@ def report(rows: list[Row], command: str) -> str:
         "",
         "## CCDS",
         "",
-        f"`paper` accounting with D = {CCDS_TOKENS:.4g} tokens (`cads/paper.py` says how they are implied).",
+        f"`paper` accounting with D = {CCDS_TOKENS:.4g} tokens (`cads/accounting/nominal.py` says how they are implied).",
         "",
         *paper_table(),
         "",

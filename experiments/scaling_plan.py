@@ -78,8 +78,8 @@ def on_cores(rows: Sequence[Row]) -> list[tuple[str, str, float, float]]:
     """Steps without a model: (engine, what it does, core hours for `N`, bytes on a machine that does it)."""
     engines = {
         ("texts", "BM25"): ("two passes over Arrow shards; document frequencies of shards add up", SHARD),
-        ("scores", "stream to Parquet"): ("`cads.score_files.ScoreWriter`, a row group at a time", 0),
-        ("scores", "the best 10,000"): ("`cads.topk.Best` over score files; lists of shards merge", 0),
+        ("scores", "stream to Parquet"): ("`cads.scoring.score_files.ScoreWriter`, a row group at a time", 0),
+        ("scores", "the best 10,000"): ("`cads.scoring.top_k.TopK` over score files; lists of shards merge", 0),
         ("policy", WHOLE_UPDATE): ("one policy a shard, each with its share of the cap", SHARD),
         ("pool", "content hashes of all examples"): ("a pass over each shard", SHARD),
         ("selection", "save"): ("one Selection a shard", SHARD),
@@ -106,7 +106,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "",
         f"Engine: Arrow shards of {SHARD:,} examples on shared storage ({size(N * TEXT_BYTES)} of text at "
         f"{TEXT_BYTES:,} bytes each), {math.ceil(N / SHARD)} of them; each machine scores its shards into Parquet "
-        f"({size(N * (8 + ID_BYTES))} of ids and scores in all), one pass with `cads.topk.Best` finds what is kept, "
+        f"({size(N * (8 + ID_BYTES))} of ids and scores in all), one pass with `cads.scoring.top_k.TopK` finds what is kept, "
         "and training reads that alone. No step holds all ids or scores of the pool in one memory.",
         "",
         "| selection | FLOPs | of one pass of training | GPU hours | machines for a day |",

@@ -294,7 +294,7 @@ def small_shards(monkeypatch) -> None:
 
 @pytest.fixture
 def rows(tmp_path) -> Any:
-    """30 sums, as `cads.tasks.language_data.Rows`."""
+    """30 sums, as `cads.tasks.language.rows.Rows`."""
     from tests.support.token_caches import rows_of_sums
 
     return rows_of_sums(tmp_path)

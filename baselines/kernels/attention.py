@@ -36,7 +36,7 @@ class ShortAttention(Replaced):
         self._dtype = dtype
 
     def instead(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """See `baselines.replaced.Replaced`."""
+        """See `baselines.kernels.override.Replaced`."""
         given = {"dropout_p": 0.0, **dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
         limit = SHORT if self._dtype == torch.bfloat16 else SHORT_EXACT
         if not torch.is_grad_enabled() or not _is_short(given, limit):

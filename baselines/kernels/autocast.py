@@ -36,8 +36,8 @@ class Passes:
 
     Args:
         model: whose passes they are; what is frozen stays frozen.
-        precision: no (float32, as the model is: by `baselines.attention`, `baselines.norms`,
-            `baselines.cross_entropy` and `baselines.products`) or bf16.
+        precision: no (float32, as the model is: by `baselines.kernels.attention`, `baselines.kernels.norms`,
+            `baselines.kernels.cross_entropy` and `baselines.kernels.matmul`) or bf16.
     """
 
     def __init__(self, model: nn.Module, precision: Precision) -> None:

@@ -37,7 +37,7 @@ class LogitsInPlace(Replaced):
         super().__init__(functional.cross_entropy)
 
     def instead(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """See `baselines.replaced.Replaced`."""
+        """See `baselines.kernels.override.Replaced`."""
         given = {name: value for name, value in kwargs.items() if value != DEFAULTS[name]}
         ignored = given.pop("ignore_index", DEFAULTS["ignore_index"])
         if given != {"reduction": "none"} or len(args) != 2 or not _is_large(*args) or not _is_forgotten(args[0]):

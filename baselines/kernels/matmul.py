@@ -40,7 +40,7 @@ class FrozenProducts(Replaced):
         super().__init__(functional.linear)
 
     def instead(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """See `baselines.replaced.Replaced`."""
+        """See `baselines.kernels.override.Replaced`."""
         x, weight, bias = (*args, None, None)[:3]
         if kwargs or _linear is None or not torch.is_grad_enabled() or not _is_frozen(x, weight, bias):
             return None

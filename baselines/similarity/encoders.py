@@ -106,11 +106,11 @@ class FeatureEncoder(Encoder):
             self.dimension = int(task.features(counted, probe.to(device)).shape[1])
 
     def batches(self, pool: Pool) -> list[np.ndarray]:
-        """By token budget; see `Space`."""
+        """By token budget; see `Encoder`."""
         return scoring_batches(pool, tokens=self._tokens)
 
     def encode(self, pool: Pool, positions: np.ndarray) -> Encoded:
-        """Features in evaluation mode; see `Space`."""
+        """Features in evaluation mode; see `Encoder`."""
         assert self.model is not None
         batch = pool.batch(positions)
         flops = self._price(batch)
@@ -119,7 +119,7 @@ class FeatureEncoder(Encoder):
         return Encoded(vectors, flops, batch.tokens)
 
     def flops(self, pool: Pool) -> float:
-        """Counted once per shape; see `Space`."""
+        """Counted once per shape; see `Encoder`."""
         return planned_flops(self._price, pool, tokens=self._tokens)
 
 
@@ -148,11 +148,11 @@ class SentenceEncoder(Encoder):
         self._cuts: dict[Pool, _Cut] = {}
 
     def batches(self, pool: Pool) -> list[np.ndarray]:
-        """By token budget; see `Space`."""
+        """By token budget; see `Encoder`."""
         return self._cut(pool).batches
 
     def encode(self, pool: Pool, positions: np.ndarray) -> Encoded:
-        """Sentence embeddings; see `Space`."""
+        """Sentence embeddings; see `Encoder`."""
         cut = self._cut(pool)
         inputs = self._tokenize(self._texts(pool, positions))
         with torch.inference_mode():
@@ -161,7 +161,7 @@ class SentenceEncoder(Encoder):
         return Encoded(vectors, self._price(width) * len(positions), width * len(positions))
 
     def flops(self, pool: Pool) -> float:
-        """By the length to which each batch is padded; see `Space`."""
+        """By the length to which each batch is padded; see `Encoder`."""
         cut = self._cut(pool)
         return sum(self._price(cut.width(rows)) * len(rows) for rows in cut.batches)
 

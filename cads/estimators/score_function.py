@@ -4,7 +4,7 @@
 and `expected_gradient` is that of the control variate where masks are few.
 
 Letters, throughout: K draws, n items, F_k = F(m_k) the value of draw k (any unit; nats for losses), score_k
-the gradient of log p(m_k; s) in s, shape (n,) (`cads.policy.Policy.score`), s the inclusion probabilities.
+the gradient of log p(m_k; s) in s, shape (n,) (`cads.policies.base.Policy.score`), s the inclusion probabilities.
 Gradients have shape (n,) and the unit of F.
 """
 

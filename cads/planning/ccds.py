@@ -1,7 +1,7 @@
 """What the selectors of CCDS cost: BM25, embedding, perplexity and LESS, stage by stage.
 
 Source: Yin and Rush, "Compute-Constrained Data Selection" (CCDS), ICLR 2025, arXiv 2410.16208; LESS: Xia et al.
-2024, arXiv 2402.04333. Under `paper` accounting the figures are CCDS's own (`cads.paper`).
+2024, arXiv 2402.04333. Under `paper` accounting the figures are CCDS's own (`cads.accounting.nominal`).
 """
 
 from __future__ import annotations

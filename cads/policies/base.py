@@ -1,7 +1,7 @@
 """Distributions over what to train on: masks of n items (Bernoulli) or mixture ratios of n sources.
 
 A policy p(.; s) is drawn from, scored and moved: the outer problem is min_s E_{m ~ p(.; s)} [ F(m) ], and
-`cads.estimator` turns draws, losses and scores into gradients in s.
+`cads.estimators.score_function` turns draws, losses and scores into gradients in s.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def replay_or_run_parallel(operations: Sequence[Operation], ledger: Ledger, part
     A journal keeps them as it would if one process had performed one after another.
 
     Args:
-        ledger: charged by `Operation.settle`, in order. part: does what falls to this process. join: see `Join`.
+        ledger: charged by `Operation.settle`, in order. part: does what falls to this process. join: see `Merge`.
 
     Returns:
         what came out of each; the same in all processes.
@@ -169,7 +169,7 @@ class Journal:
 
     @contextmanager
     def open(self) -> Iterator[Journal]:
-        """Let `perform` answer from this journal within the block.
+        """Let `replay_or_run` answer from this journal within the block.
 
         What is done is written down if the block is interrupted, if numbers go wrong, a disk is full, or another
         process is lost. A setting that is refused leaves nothing beyond what was due, so that it can be corrected.
@@ -186,7 +186,7 @@ class Journal:
     def replay_or_run(
         self, name: str, arguments: Sequence[Any], ledger: Ledger, compute: Callable[[StepReporter], State]
     ) -> State:
-        """See the function `perform`."""
+        """See the function `replay_or_run`."""
         index, self._next = self._next, self._next + 1
         before = _entries(ledger)
         key = key_of(index, name, arguments, before)
@@ -215,7 +215,7 @@ class Journal:
     def replay_or_run_parallel(
         self, operations: Sequence[Operation], ledger: Ledger, part: Part, join: Merge
     ) -> list[State]:
-        """See the function `perform_apart`."""
+        """See the function `replay_or_run_parallel`."""
         first, self._next = self._next, self._next + len(operations)
         # What is spent before each of them is known when all are done: while they are under way, it is no part of keys.
         keys = [key_of(first + i, o.name, o.arguments, {}) for i, o in enumerate(operations)]

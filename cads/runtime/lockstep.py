@@ -37,7 +37,7 @@ class Operation:
     """One of several that do not depend on each other.
 
     Attributes:
-        name, arguments: as for `perform`.
+        name, arguments: as for `replay_or_run`.
         settle: takes in what came out, and charges the ledger for it; called in the order of the operations.
     """
 
@@ -93,7 +93,7 @@ class Lockstep(StepReporter):
         return self._world.gather(lambda: self._mine(part, standing))
 
     def step(self, state: Callable[[], State]) -> None:
-        """See `Progress`; `state` is that of the part."""
+        """See `StepReporter`; `state` is that of the part."""
         self._meet(state, working=True)
 
     def _mine(self, part: Part, standing: list[OperationStatus]) -> State:

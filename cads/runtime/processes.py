@@ -134,21 +134,21 @@ class TorchProcessGroup(ProcessGroup):
         self._seconds = seconds
 
     def all_reduce_max(self, numbers: Sequence[int]) -> list[int]:
-        """See `Processes`."""
+        """See `ProcessGroup`."""
         x = torch.tensor(numbers, dtype=torch.int64, device=self._device)
         with self._reaching():
             dist.all_reduce(x, dist.ReduceOp.MAX)
         return [int(n) for n in x.tolist()]
 
     def all_reduce_sum(self, numbers: np.ndarray) -> np.ndarray:
-        """See `Processes`."""
+        """See `ProcessGroup`."""
         x = torch.from_numpy(numbers.astype(np.float64)).to(self._device)
         with self._reaching():
             dist.all_reduce(x)
         return np.asarray(x.cpu().numpy())
 
     def add_gradients(self, parameters: Sequence[nn.Parameter], present: np.ndarray) -> None:
-        """See `Processes`."""
+        """See `ProcessGroup`."""
         bucket: list[Tensor] = []
         for parameter, there in zip(parameters, present, strict=True):
             if not there:
@@ -163,14 +163,14 @@ class TorchProcessGroup(ProcessGroup):
             self._add_up(bucket)
 
     def gather(self, compute: Callable[[], State]) -> list[State]:
-        """See `Processes`."""
+        """See `ProcessGroup`."""
         mine, failure, header = _attempt(compute)
         said = [json.loads(text) for text in self._gather_bytes(header)]
         self._raise_first([about["error"] for about in said], failure)
         return [self._broadcast(about, mine, rank) for rank, about in enumerate(said)]
 
     def locally(self, compute: Callable[[], T]) -> T:
-        """See `Processes`."""
+        """See `ProcessGroup`."""
         found: list[T] = []
 
         def own() -> State:
@@ -181,7 +181,7 @@ class TorchProcessGroup(ProcessGroup):
         return found[0]
 
     def broadcast(self, compute: Callable[[], State]) -> State:
-        """See `Processes`."""
+        """See `ProcessGroup`."""
         mine, failure, header = _attempt(compute) if self.first else (State(), None, b"")
         size = torch.tensor([len(header)], dtype=torch.int64, device=self._device)
         with self._reaching():
@@ -192,11 +192,11 @@ class TorchProcessGroup(ProcessGroup):
         return self._broadcast(about, mine, 0)
 
     def on_rank_zero(self, compute: Callable[[], Any]) -> Any:
-        """See `Processes`."""
+        """See `ProcessGroup`."""
         return self.broadcast(lambda: State({"value": compute()})).values["value"]
 
     def check_identical(self, what: str, value: Any) -> None:
-        """See `Processes`."""
+        """See `ProcessGroup`."""
         number = digest(value)
         most, least = self.all_reduce_max([number, -number])
         if most != -least:

@@ -109,7 +109,7 @@ class Ranker(ABC):
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
-        """Rank and cut; see `cads.optimizer.Selector`.
+        """Rank and cut; see `cads.selector.Selector`.
 
         Raises:
             BudgetError: if the budget must cover selection, and does not leave one step to train with.
@@ -119,7 +119,7 @@ class Ranker(ABC):
         return self.select_top(ranking, task, budget, ledger)
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """What `select` would charge; see `cads.optimizer.Selector`."""
+        """What `select` would charge; see `cads.selector.Selector`."""
         check_step(task, budget.flops(task))
         return self.rank_plan(task)
 

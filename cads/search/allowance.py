@@ -40,7 +40,7 @@ def split_budget(
 
     Args:
         allowance: selection FLOPs in units of the training FLOPs; None for `default`, but for no more than
-            `counted_allowance` if the budget must cover selection.
+            `selection_share` if the budget must cover selection.
         least: FLOPs below which selection can do nothing.
 
     Raises:

@@ -64,7 +64,7 @@ class Search(ABC):
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
-        """Choose what to train on; see `cads.optimizer.Selector`."""
+        """Choose what to train on; see `cads.selector.Selector`."""
         proxy_of(task).check_outer(self.outer)
         if note := self.plan(task, budget).note:
             log.warning("%s: %s", self.method, note)
@@ -84,7 +84,7 @@ class Search(ABC):
         )
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """What `select` would charge; see `cads.optimizer.Selector`."""
+        """What `select` would charge; see `cads.selector.Selector`."""
         scorer, division = self.split_budget(task, budget)
         if self.whole_sources and has_one_source(task.pool):
             return PlannedLedger(division.selection_flops, ONE_SOURCE)

@@ -60,7 +60,7 @@ def fidelity_schedule(
 
     The smallest run follows from the budget: at least `MIN_STEPS`, at most the whole training. Rungs
     that would hold fewer than two runs (one is always the full pool) are left out, the highest first; a single one
-    needs `LEAST_RUNS`, since one candidate is no search.
+    needs `MIN_TRIALS`, since one candidate is no search.
 
     Args:
         training: C, FLOPs of the final training. allowance: FLOPs for all runs. step: FLOPs of one step.
@@ -89,7 +89,7 @@ def data_fraction(fidelity: float, passes: float, *, decides: bool, pretrained: 
     A run that decides gives up passes as well as examples, as long as it sees each example once, because where examples
     alone are missing, quantity looks dearer than it is. Those of pretrained models never do: these learn a small subset
     by heart within the passes that the final training makes over it, which takes a shorter run more of them; where
-    there are too few passes for that (`FEW_PASSES`), it sees everything.
+    there are too few passes for that (`FULL_DATA_MAX_PASSES`), it sees everything.
 
     Args:
         passes: over the pool, that the whole budget buys.

@@ -76,7 +76,7 @@ class InnerLoopCosts:
         )
 
     def deciding_rung(self, fidelity: float, train_flops: float, runs: int) -> Rung:
-        """One of runs that decide, on the data that `data_share` gives them."""
+        """One of runs that decide, on the data that `data_fraction` gives them."""
         data = data_fraction(fidelity, self.passes(train_flops), decides=True, pretrained=self.task.pretrained)
         return Rung(fidelity, fidelity * train_flops, data, runs)
 
@@ -94,7 +94,7 @@ class InnerLoopCosts:
 
 
 class PlannedInnerLoop(InnerLoopCosts):
-    """Charges for runs as `Inner` would, and runs nothing."""
+    """Charges for runs as `InnerLoop` would, and runs nothing."""
 
     ledger: PlannedLedger
 

@@ -54,7 +54,7 @@ class InnerRuns:
 
     def followed_by(self, more: InnerRuns) -> InnerRuns:
         """These and `more`, which were made for as many FLOPs and measured beside the first of these."""
-        # As `cads.fit.side_by_side` has runs whose numbers of steps differ.
+        # As `cads.training.result.stack_results` has runs whose numbers of steps differ.
         steps = min(len(self.losses), len(more.losses))
         flops = [runs.flops[-steps:] for runs in (self, more)]
         return InnerRuns(
@@ -76,7 +76,7 @@ class InnerLoop(InnerLoopCosts):
         ledger: charged for training and for measuring.
         monitor: shows progress.
         outer: the objective, by name or callable; None for the task's own.
-        held_out: see `Purse`.
+        held_out: see `InnerLoopCosts`.
     """
 
     def __init__(

@@ -118,12 +118,12 @@ class OneRunSearch(Search):
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
-        """Choose what to train on; see `cads.optimizer.Selector`."""
+        """Choose what to train on; see `cads.selector.Selector`."""
         way = self.riding().select if self.one_run else super().select
         return way(task, budget, seed=seed, ledger=ledger, monitor=monitor)
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """What `select` would charge; see `cads.optimizer.Selector`."""
+        """What `select` would charge; see `cads.selector.Selector`."""
         return self.riding().plan(task, budget) if self.one_run else super().plan(task, budget)
 
     def riding(self) -> OneRun:
@@ -147,7 +147,7 @@ class OneRun:
         method: name of the selector. config: its options.
         weigh: what the signal makes of examples, or of their sources.
         target_fraction: share of each batch that is drawn from the target, throughout.
-        allowance: the most that selection may take, in units of the training FLOPs; None for a share of C (see `Way`).
+        allowance: the most that selection may take, in units of the training FLOPs; None for a share of C (see `OneRunSplit`).
 
     Raises:
         ConfigError: if `target_fraction` or `allowance` is out of range.
@@ -185,7 +185,7 @@ class OneRun:
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
-        """Begin the run and weigh the pool for the rest of it; see `cads.optimizer.Selector`.
+        """Begin the run and weigh the pool for the rest of it; see `cads.selector.Selector`.
 
         Returns:
             a Selection with a `start`; without one, where the budget is too small to select in.

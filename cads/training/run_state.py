@@ -29,7 +29,7 @@ class RunSegment:
     Attributes:
         start: where the part before it ended; None at the beginning.
         horizon: FLOPs of the whole run, which the learning rate follows; None if this part is the last.
-        keep: whether its `Fit` holds the state to go on from, and the loss of each example.
+        keep: whether its `TrainResult` holds the state to go on from, and the loss of each example.
     """
 
     start: State | None = None

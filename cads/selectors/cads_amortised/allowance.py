@@ -13,7 +13,7 @@ from cads.search.inner_costs import InnerLoopCosts
 from cads.selectors.cads_e.schedule import REFERENCE_SHARE, THETA_PASSES, THETA_SHARE, comparisons, shortest
 
 THETA_MOST = 0.4
-"""theta is fitted as in CADS-E, but for no more than this share of what the allowance leaves beside `LEAST_RUNS`."""
+"""theta is fitted as in CADS-E, but for no more than this share of what the allowance leaves beside `MIN_TRIALS`."""
 REFERENCE_PASSES, REFERENCE_MOST = 4, 0.1
 """u is trained on the sample, for no more passes over it than this, and for no more than this share."""
 SAMPLE_SHARE, LEAST_SAMPLE = 0.1, 512
@@ -30,7 +30,7 @@ STEPS = (
     (0.4, 1.0), (0.7, 0.0), (0.6, -1.0), (0.85, 1.0), (0.4, 0.0), (0.25, 1.0), (0.25, 0.0),
 )  # fmt: skip
 """Steps that are tried, the widest spread first: the share of the sample that is kept, and the weight c2/c1 of l*; see
-`cads.examples`."""
+`cads.selectors.cads_e.selector`."""
 LEAST_RUNS = 2
 """Short runs that are kept back, before the allowance is divided, to compare a policy with the full pool. They may be
 shorter than those of CADS-E: of a pool that is large beside the budget an eighth is more than the allowance."""
@@ -71,7 +71,7 @@ class AmortisedBudget:
 
     @property
     def steps(self) -> list[tuple[float, float]]:
-        """Those of `STEPS` that can be taken: without u, the ones that give l* no weight."""
+        """Those of `CANDIDATE_STEPS` that can be taken: without u, the ones that give l* no weight."""
         return [(kept, weight) for kept, weight in STEPS if self.u or not weight]
 
     @property

@@ -2,7 +2,7 @@
 
 It has as many parameters as there are features, however many examples there are, so that it can be learned on a sample
 and applied to what was never seen. Letters, throughout: n examples, P features, phi standardised, v = (w, b) the
-parameters, R and l* as in `cads.estimator`.
+parameters, R and l* as in `cads.estimators.score_function`.
 """
 
 from __future__ import annotations

@@ -79,11 +79,11 @@ class FromScratch(SignalModels):
 
     @property
     def steps(self) -> Sequence[tuple[float, float]]:
-        """See `Teachers`."""
+        """See `SignalModels`."""
         return [(kept, 0.0) for kept in KEEP_FRACTIONS]
 
     def comparisons(self, costs: InnerLoopCosts, train_flops: float) -> list[Rung]:
-        """See `Teachers`."""
+        """See `SignalModels`."""
         f, price = deciding(costs, train_flops)
         if (runs := int(costs.ledger.left / price)) < 2:
             return []
@@ -105,19 +105,19 @@ class FineTuned(SignalModels):
 
     @property
     def reference_is_first_run(self) -> bool:
-        """See `Teachers`. Where the short runs see a part of the pool alone, u is no such run."""
+        """See `SignalModels`. Where the short runs see a part of the pool alone, u is no such run."""
         return self.u == 0
 
     @property
     def steps(self) -> Sequence[tuple[float, float]]:
-        """See `Teachers`."""
+        """See `SignalModels`."""
         wanted = math.log(self.passes / TARGET_PASSES)
         lengths = sorted(PRETRAINED_KEEP_FRACTIONS, key=lambda kept: abs(math.log(kept) - wanted))
         tried = [kept for kept in lengths if self.passes <= MAX_PASSES * kept] or [max(lengths)]
         return [(kept, 1.0) for kept in tried]
 
     def comparisons(self, costs: InnerLoopCosts, train_flops: float) -> list[Rung]:
-        """See `Teachers`."""
+        """See `SignalModels`."""
         n = len(costs.task.pool)
         left = costs.ledger.left - (costs.scoring_flops(n) if self.reference_is_first_run else 0.0)
         return self.short_runs(costs, train_flops, left)
@@ -221,5 +221,5 @@ def shortest(costs: InnerLoopCosts, train_flops: float, fidelity: float) -> floa
 
 
 def affordable_steps(*, with_reach: bool) -> list[tuple[float, float]]:
-    """Those of `STEPS` that can be taken: without l*, the ones that give it no weight."""
+    """Those of `CANDIDATE_STEPS` that can be taken: without l*, the ones that give it no weight."""
     return [(kept, weight) for kept, weight in CANDIDATE_STEPS if with_reach or not weight]

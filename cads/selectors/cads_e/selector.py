@@ -188,7 +188,7 @@ def run_candidates(
     rung_index: int,
     reference_run: InnerRuns | None = None,
 ) -> InnerRuns:
-    """Train on what each candidate keeps of the rung's share of the pool; see `cads.rungs.run_streams`."""
+    """Train on what each candidate keeps of the rung's share of the pool; see `cads.search.rungs.run_streams`."""
     positions = subsample(inner.task.pool, rung.data_fraction, derive(seed, "subsample"))
     order = derive(seed, "rung", rung_index)
     streams = []

@@ -81,7 +81,7 @@ class PenalizedSources:
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
-        """Choose sources; see `cads.optimizer.Selector`."""
+        """Choose sources; see `cads.selector.Selector`."""
         monitor = monitor or Monitor()
         division = self._division(task, budget)
         if isinstance(division, str):
@@ -112,7 +112,7 @@ class PenalizedSources:
         )
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """What `select` would charge; see `cads.optimizer.Selector`."""
+        """What `select` would charge; see `cads.selector.Selector`."""
         division = self._division(task, budget)
         if isinstance(division, str):
             return PlannedLedger(note=division)

@@ -75,7 +75,7 @@ def theta_flops(
 
 
 def looking_flops(costs: InnerLoopCosts, where: Sequence[np.ndarray]) -> float:
-    """What measuring the sources will charge, with as many models as `looks`."""
+    """What measuring the sources will charge, with as many models as `n_probed_models`."""
     return n_probed_models(costs) * probing_flops(costs, where)
 
 

@@ -1,6 +1,6 @@
 """Every fit, line and crossover of a study: a pure function of its points, written as `fits.json`.
 
-The analysis is that of CCDS (Yin and Rush, ICLR 2025, arXiv 2410.16208) as `cads.study.frontier` has it.
+The analysis is that of CCDS (Yin and Rush, ICLR 2025, arXiv 2410.16208) as `cads.study.analysis.frontier` has it.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class LanguageConfig(LanguageSettings):
         return self._built(recipe, LanguageTask)
 
     def sketch(self, recipe: TrainConfig) -> LanguageTask:
-        """The task with its examples and without weights; see `cads.tasks.language_sketch`."""
+        """The task with its examples and without weights; see `cads.tasks.language.meta_task`."""
         from cads.tasks.language.meta_task import MetaLanguageTask
 
         return self._built(recipe, MetaLanguageTask)

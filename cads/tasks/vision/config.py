@@ -127,7 +127,7 @@ class VisionConfig:
         )
 
     def sketch(self, recipe: TrainConfig) -> VisionTask:
-        """The task with shapes in place of images and of weights; see `cads.tasks.vision_sketch`."""
+        """The task with shapes in place of images and of weights; see `cads.tasks.vision.shapes`."""
         return sketch(self, recipe)
 
     def network(self) -> Network:
