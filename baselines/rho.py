@@ -46,7 +46,8 @@ class Rho(Ranker):
             raise ConfigError(f"batch_tokens = {self.batch_tokens}: it must be at least 1")
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
-        """Train both models from the same initial weights, and read the pool twice; see `cads.scoring.ranker.Ranker`."""
+        """Train both models from the same initial weights, and read the pool twice; see
+        `cads.scoring.ranker.Ranker`."""
         scorer, seed_ = proxy_of(task), derive(seed, "rho")
         theta = train_on_target(scorer, self.target_passes, seed=seed_, ledger=ledger, monitor=monitor, stage=HOLDOUT)
         irreducible = pool_losses(scorer, theta, ledger=ledger, stage=HOLDOUT_LOSSES, tokens=self.batch_tokens)

@@ -78,7 +78,8 @@ class Selection:
         method, config, seed, budget, ledger: how it was made; of functions in the config, the names.
         pool_hash: content hash of the pool it was made from.
         notes: what the selector has to say, such as the guard's verdict.
-        start: where training goes on from, if the selector has begun the run of the final model (`cads.search.single_run`):
+        start: where training goes on from, if the selector has begun the run of the final model
+        (`cads.search.single_run`):
             weights, optimizer and step. What it took is in `ledger` under "train".
     """
 

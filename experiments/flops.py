@@ -2,7 +2,8 @@
 
     python -m experiments.flops --out experiments/results/flops.md
 
-Measured: `FlopCounterMode` on the meta device, eager attention. Analytic: closed forms of `cads.accounting.closed_form`.
+Measured: `FlopCounterMode` on the meta device, eager attention. Analytic: closed forms of
+`cads.accounting.closed_form`.
 """
 
 from __future__ import annotations
@@ -273,7 +274,8 @@ def report(rows: list[Row], command: str) -> str:
         "",
         "## CCDS",
         "",
-        f"`paper` accounting with D = {CCDS_TOKENS:.4g} tokens (`cads/accounting/nominal.py` says how they are implied).",
+        f"`paper` accounting with D = {CCDS_TOKENS:.4g} tokens (`cads/accounting/nominal.py` says how they are "
+        "implied).",
         "",
         *paper_table(),
         "",

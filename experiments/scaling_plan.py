@@ -106,8 +106,8 @@ def markdown(rows: Sequence[Row]) -> str:
         "",
         f"Engine: Arrow shards of {SHARD:,} examples on shared storage ({size(N * TEXT_BYTES)} of text at "
         f"{TEXT_BYTES:,} bytes each), {math.ceil(N / SHARD)} of them; each machine scores its shards into Parquet "
-        f"({size(N * (8 + ID_BYTES))} of ids and scores in all), one pass with `cads.scoring.top_k.TopK` finds what is kept, "
-        "and training reads that alone. No step holds all ids or scores of the pool in one memory.",
+        f"({size(N * (8 + ID_BYTES))} of ids and scores in all), one pass with `cads.scoring.top_k.TopK` finds what is "
+        "kept, and training reads that alone. No step holds all ids or scores of the pool in one memory.",
         "",
         "| selection | FLOPs | of one pass of training | GPU hours | machines for a day |",
         "| --- | --- | --- | --- | --- |",

@@ -47,7 +47,8 @@ Context = Callable[[], AbstractContextManager[None]]
 class PerExample:
     """Gradients of the loss of each example, in evaluation mode, so that examples do not touch each other.
 
-    Layers without a rule (`baselines.kernels.layer_rules`), layers that mix examples, and parameters used outside their layers
+    Layers without a rule (`baselines.kernels.layer_rules`), layers that mix examples, and parameters used outside
+    their layers
     make it fall back to one example at a time, by autograd; that is said once.
 
     Args:

@@ -130,7 +130,8 @@ def fidelity(costs: InnerLoopCosts, train_flops: float, share: float) -> float:
 def train_draws(
     inner: InnerLoop, space: SearchSpace, draws: np.ndarray, rung: Rung, seed: int, stage: str
 ) -> InnerRuns:
-    """Train each draw (K, S) on the rung's share of the pool, all from the same weights; as `cads.search.rungs.run_rung`.
+    """Train each draw (K, S) on the rung's share of the pool, all from the same weights; as
+    `cads.search.rungs.run_rung`.
 
     Raises:
         DataError: if all of them met a loss that is not finite: there is nothing to choose by.

@@ -77,7 +77,8 @@ def source_policy_flops(n_sources: int, n_features: int, n_drawn: int, n_runs: f
     """CADS-S: a policy over S sources, moved by `steps` corrected gradients after a rung of short runs.
 
     A round number, on which the lengths of searches depend: a regression on P columns, which is read off anew in each
-    step. `cads.estimators.control_variate` has 2P columns (phi, and phi log f) and l* is fitted besides, in as many unknowns as there are
+    step. `cads.estimators.control_variate` has 2P columns (phi, and phi log f) and l* is fitted besides, in as many
+    unknowns as there are
     runs; where masks are enumerated, on the other hand, all of them are read off once.
 
     Args:

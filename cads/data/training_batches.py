@@ -52,7 +52,8 @@ class LengthBuckets:
 class BatchStream:
     """The training batches of K replicas.
 
-    Where examples have a length (`pool.examples.lengths()`), batches hold examples of similar length; see `LengthBuckets`.
+    Where examples have a length (`pool.examples.lengths()`), batches hold examples of similar length; see
+    `LengthBuckets`.
 
     Args:
         pool: what the streams point into.

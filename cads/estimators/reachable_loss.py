@@ -44,7 +44,8 @@ class ReachableLossModel:
     """l*_C over all masks of sources, from a few: `log l*` linear in mixture ratios, their pairs and log size.
 
     A fit on ratios alone misleads, since the amount of data matters as much as the mixture; and the loss of a
-    union is no combination of its parts' (two easy problems make a hard one), hence the pairs (`cads.estimators.design.pairs`).
+    union is no combination of its parts' (two easy problems make a hard one), hence the pairs
+    (`cads.estimators.design.pairs`).
 
     Args:
         weights: what was trained on, as in `effective_size`, shape (K, S).

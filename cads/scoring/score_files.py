@@ -136,7 +136,8 @@ def stream_scores(
 ) -> None:
     """Score all of `pool` into the file at `path`, shard by shard: `score_pool` in memory bounded by a shard.
 
-    For pools whose scores do not fit in memory: `cads.scoring.top_k.best_of_files` selects from what is written. Several
+    For pools whose scores do not fit in memory: `cads.scoring.top_k.best_of_files` selects from what is written.
+    Several
     processes score together, and the first writes.
 
     Args:

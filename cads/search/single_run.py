@@ -147,7 +147,8 @@ class OneRun:
         method: name of the selector. config: its options.
         weigh: what the signal makes of examples, or of their sources.
         target_fraction: share of each batch that is drawn from the target, throughout.
-        allowance: the most that selection may take, in units of the training FLOPs; None for a share of C (see `OneRunSplit`).
+        allowance: the most that selection may take, in units of the training FLOPs; None for a share of C (see
+        `OneRunSplit`).
 
     Raises:
         ConfigError: if `target_fraction` or `allowance` is out of range.
@@ -225,7 +226,7 @@ class OneRun:
             ledger=ledger,
             config=self.config,
             notes={"one run": "selected", "theta": bool(parts.theta), "first": float(fit.flops[-1])},
-            start=fit.state,
+            warm_start=fit.state,
         )
 
     @property

@@ -78,7 +78,8 @@ class SearchSpace(ABC):
         return n_columns(len(self.sizes))
 
     def features(self, draws: np.ndarray) -> np.ndarray:
-        """phi for the regression: each source, `cads.estimators.design.pairs`, and the log of the effective size; (K, P)."""
+        """phi for the regression: each source, `cads.estimators.design.pairs`, and the log of the effective size;
+        (K, P)."""
         x = np.asarray(draws, dtype=np.float64)
         size = np.log(effective_size(self.weights(draws), self.sizes))[:, None]
         return np.hstack([x, pairs(x), size])

@@ -1,6 +1,7 @@
 """CADS with an amortised policy: probabilities as a function of cheap features, for pools too large to visit.
 
-CADS-E (`cads.selectors.cads_e.selector`) gives each example a probability of its own, and has to look at all of them. Here the
+CADS-E (`cads.selectors.cads_e.selector`) gives each example a probability of its own, and has to look at all of
+them. Here the
 probability is a function of features, with as many parameters as there are features. It is learned on a sample of the
 pool, with the estimators of CADS (arXiv 2510.16806): candidates one step along the penalty's gradient, a ladder of
 short runs of the true objective, and the corrected policy gradient in the parameters. Then it is applied to as much of
@@ -325,7 +326,8 @@ def probabilities_of(
 def fill_unread(parts: AmortisedBudget, probability: Floats, order: np.ndarray, read: int) -> tuple[np.ndarray, Floats]:
     """What is selected, bool, and the probability of each example, shape (N,) each, with unread ones added at random.
 
-    The policy's own choice is all there is, unless the final training would see it too often (`AmortisedBudget.min_flops`). If it
+    The policy's own choice is all there is, unless the final training would see it too often
+    (`AmortisedBudget.min_flops`). If it
     chooses nothing, everything is selected.
     """
     selected = probability > 0.5
