@@ -8,7 +8,7 @@ import pytest
 from cads.cli.main import main
 from tests.support.paths import ROOT
 
-README = ROOT / "README.md"
+README = (ROOT / "README.md").read_text()
 
 
 def test_example_runs_as_printed(capsys):

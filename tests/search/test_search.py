@@ -76,7 +76,7 @@ def test_a_selection_by_a_function_of_ones_own_is_saved_with_its_name(features, 
     task = features(batch_size=8)
     made = kind(outer=confidence_lost).select(task, Budget(passes, "epochs"), seed=0, ledger=Ledger())
     loaded = Selection.load(made.save(tmp_path / "selection"))
-    assert loaded.config["outer"] == "test_search.confidence_lost"
+    assert loaded.config["outer"] == f"{__name__}.confidence_lost"
     assert loaded.config == made.config
     assert loaded.content_hash == made.content_hash
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import baselines.gradients
+from baselines.gradients import per_example
 import baselines.kernels.norms
 from baselines.gradients.per_example import PerExample, last_layer, rows_of
 from cads.data.batch import Batch
@@ -205,7 +205,7 @@ def test_batch_size_order_and_chunks_change_nothing(name, monkeypatch):
     pieces = torch.cat([collected(gradients, rows_of(batch, i, i + 2))[0] for i in range(0, B, 2)])
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-7)
     parameters = len(gradients.sizes)
-    monkeypatch.setattr(baselines.gradients, "CHUNK_VALUES", 1)
+    monkeypatch.setattr(per_example, "CHUNK_VALUES", 1)
     chunked, count = collected(gradients, batch)
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-7)
     # A shared parameter is added up for the whole batch before it is handed out.
@@ -344,7 +344,7 @@ def test_batches_are_cut_where_shared_parameters_would_fill_the_memory(monkeypat
     model, batch = seeded(Tied), batch_of(WORDS)
     whole, pieces = collected(PerExample(Stub(), model), batch)
     table = VOCABULARY * 6
-    monkeypatch.setattr(baselines.gradients, "SHARED_VALUES", 2 * table + 1)
+    monkeypatch.setattr(per_example, "SHARED_VALUES", 2 * table + 1)
     held = []
     new_zeros = torch.Tensor.new_zeros
     monkeypatch.setattr(torch.Tensor, "new_zeros", lambda x, *shape: held.append(shape) or new_zeros(x, *shape))
