@@ -1,4 +1,4 @@
-"""The best of J random subsets of the sources: what a search without any model of the objective finds."""
+"""Random search: the best of J random subsets of the sources, without any model of the objective."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from cads.seeding import derive
 
 @dataclass
 class BestOf(RungSearch):
-    """As many random masks as the allowance buys, the full pool among them; the best on the target is returned."""
+    """Trains as many random masks as the allowance buys, the full pool included, and returns the best on the target."""
 
     share: float = 0.25
-    """Share of C for which each is trained; more where that would be fewer than 40 steps."""
+    """Share of the training budget C for which each mask is trained; raised where it would be fewer than 40 steps."""
 
     method: ClassVar[str] = "best-of"
 
@@ -40,7 +40,7 @@ class BestOf(RungSearch):
         return [Rung(share, share * train_flops, share, runs)] if runs >= 2 else []
 
     def choose(self, inner: InnerLoop, space: SearchSpace, train_flops: float, seed: int) -> tuple[np.ndarray, Policy]:
-        """Train them all and take the best."""
+        """Train all masks and take the best."""
         (rung,) = self.rungs(inner, space, train_flops)
         masks = random_masks(space, rung.n_trials, derive(seed, "masks"), full_first=True)
         runs = train_draws(inner, space, masks, rung, derive(seed, "runs"), rung.stage)

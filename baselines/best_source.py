@@ -1,4 +1,4 @@
-"""The best single source, by short runs on each: what a user without a selector would try."""
+"""The best single source, by a trial on each: what a user without a selector would try."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from cads.seeding import derive
 
 @dataclass
 class BestSource(RungSearch):
-    """Each source alone for a share of C; the best on the target is returned."""
+    """Trains on each source alone for a share of the training budget C, and returns the best on the target."""
 
     share: float = 0.25
-    """Share of C for which each is trained; less where the allowance asks for it, more to make 40 steps."""
+    """Share of C for which each source is trained; raised to 40 steps, but never above what the allowance buys."""
 
     method: ClassVar[str] = "best-source"
 
@@ -33,18 +33,18 @@ class BestSource(RungSearch):
             raise ConfigError(f"share = {self.share}: a share of the budget, above 0 and at most 1")
 
     def schedule(self, costs: InnerLoopCosts, space: SearchSpace, train_flops: float, allowance: float) -> list[Rung]:
-        """One rung, a run for each source."""
+        """One rung, with a trial for each source."""
         n = len(space.sizes)
-        affordable = (allowance / n - costs.measuring_flops) / train_flops
-        share = min(fidelity(costs, train_flops, self.share), affordable)
+        affordable_share = (allowance / n - costs.measuring_flops) / train_flops
+        share = min(fidelity(costs, train_flops, self.share), affordable_share)
         if share * train_flops < costs.step_flops:
             return []
         return [Rung(share, share * train_flops, share, n)]
 
     def choose(self, inner: InnerLoop, space: SearchSpace, train_flops: float, seed: int) -> tuple[np.ndarray, Policy]:
-        """Train on each and take the best."""
+        """Train on each source and take the best."""
         (rung,) = self.rungs(inner, space, train_flops)
-        alone = np.eye(len(space.sizes))
-        runs = train_draws(inner, space, alone, rung, derive(seed, "runs"), rung.stage)
-        best = alone[best_of_runs(runs.objective)]
+        masks = np.eye(len(space.sizes))
+        runs = train_draws(inner, space, masks, rung, derive(seed, "runs"), rung.stage)
+        best = masks[best_of_runs(runs.objective)]
         return best, BernoulliPolicy(best)

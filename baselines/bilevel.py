@@ -2,7 +2,8 @@
 
     g = 1/(K - 1) sum_k (F_k - mean F) grad_s log p(m_k; s),   F_k = L_val(theta_C(m_k))
 
-This is what CADS is measured against: nothing is assumed and nothing is approximated, but K C is spent a step.
+theta_C(m) is the model trained on mask m for the training budget C, and s are the policy's probabilities. CADS is
+measured against this search: it assumes and approximates nothing, but spends K C in each outer step.
 """
 
 from __future__ import annotations
@@ -24,39 +25,41 @@ from cads.policies.simplex import project_capped_simplex
 from cads.search.fidelity import Rung
 from cads.search.inner_costs import InnerLoopCosts
 from cads.search.inner_runs import InnerLoop
-from cads.search.source_selection import nonempty
+from cads.search.source_choice import nonempty
 from cads.search.space import SearchSpace
 from cads.seeding import derive
 
 RATE = 5e-2
-"""Adam's rate for s, of the PBCS recipe."""
+"""Adam's learning rate for s, from the PBCS recipe."""
 SCORE_FLOPS = 6
-"""Per entry of a mask: its score 4, weighed and summed 2."""
-REDRAWN = 64
-"""Masks drawn for each one wanted, since the empty one is passed over."""
+"""FLOPs per entry of a mask: 4 for its score, 2 to weight and sum it."""
+OVERSAMPLING = 64
+"""Masks drawn for each one needed, since empty masks are dropped."""
 
 
 @dataclass
 class Bilevel(RungSearch):
-    """Score-function gradients of the true bilevel objective, and projected Adam steps on them."""
+    """Projected Adam steps on score-function gradients of the true bilevel objective."""
 
     draws: int = 5
-    """K, masks that are trained in each outer step."""
+    """K, the number of masks trained in each outer step."""
     share: float = 1.0
-    """Share of C for which each is trained."""
+    """Share of C for which each mask is trained."""
     cap: float | None = None
     """Largest expected number of sources, sum(s); null for no limit."""
     baseline: Baseline = "loo"
-    """What is subtracted from each value: the mean of the others, of all ("mean"), or nothing ("none")."""
+    """Subtracted from each value: the mean of the other values ("loo"), of all values ("mean"), or nothing ("none")."""
 
     method: ClassVar[str] = "bilevel"
     default_allowance: ClassVar[float] = 30.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # The mean of one value is that value, and of the others there are none.
-        if self.draws < (least := 1 if self.baseline == "none" else 2):
-            raise ConfigError(f"draws = {self.draws}: with baseline = {self.baseline!r} it must be at least {least}")
+        # One draw minus its own mean is zero, and with one draw there are no others to average.
+        if self.draws < (min_draws := 1 if self.baseline == "none" else 2):
+            raise ConfigError(
+                f"draws = {self.draws}: with baseline = {self.baseline!r} it must be at least {min_draws}"
+            )
         if not 0 < self.share <= 1:
             raise ConfigError(f"share = {self.share}: a share of the budget, above 0 and at most 1")
         if self.cap is not None and not (math.isfinite(self.cap) and self.cap > 0):
@@ -65,7 +68,7 @@ class Bilevel(RungSearch):
             raise ConfigError(f"baseline = {self.baseline!r}: choose from {list(get_args(Baseline))}")
 
     def schedule(self, costs: InnerLoopCosts, space: SearchSpace, train_flops: float, allowance: float) -> list[Rung]:
-        """As many outer steps as the allowance buys."""
+        """One rung of K masks for each outer step that the allowance buys."""
         flops = self.share * train_flops
         if flops < costs.step_flops * (1 - 1e-9):
             return []
@@ -73,23 +76,23 @@ class Bilevel(RungSearch):
         return [Rung(self.share, flops, 1.0, self.draws)] * steps
 
     def learning(self, space: SearchSpace, runs: int) -> float:
-        """A score-function gradient and a step of Adam."""
+        """FLOPs of a score-function gradient and a step of Adam."""
         return float(len(space.sizes) * (SCORE_FLOPS * self.draws + ADAM_FLOPS))
 
     def choose(self, inner: InnerLoop, space: SearchSpace, train_flops: float, seed: int) -> tuple[np.ndarray, Policy]:
-        """Outer steps from s = 1/2; the sources with s > 1/2, and at least the likeliest."""
+        """Take outer steps from s = 1/2, then keep the sources with s > 1/2, and at least the likeliest source."""
         n = len(space.sizes)
-        start = project_capped_simplex(np.full(n, 0.5), n if self.cap is None else self.cap)
-        policy, adam = BernoulliPolicy(start, cap=self.cap), Adam(n)
+        initial = project_capped_simplex(np.full(n, 0.5), n if self.cap is None else self.cap)
+        policy, adam = BernoulliPolicy(initial, cap=self.cap), Adam(n)
         for step, rung in enumerate(self.rungs(inner, space, train_flops)):
             rng = np.random.default_rng(derive(seed, "masks", step))
-            masks = nonempty(policy.sample(REDRAWN * self.draws, rng))[: self.draws]
-            # Where s is so low that hardly a mask is not empty, the likeliest source stands in.
+            masks = nonempty(policy.sample(OVERSAMPLING * self.draws, rng))[: self.draws]
+            # If s is so low that almost all masks are empty, masks of the likeliest source alone fill the gap.
             likeliest = np.arange(n) == np.argmax(policy.probabilities)
             masks = np.concatenate([masks, np.tile(likeliest, (self.draws - len(masks), 1))])
             runs = train_draws(inner, space, masks.astype(np.float64), rung, derive(seed, "outer", step), rung.stage)
-            values, sound = runs.objective, np.isfinite(runs.objective)
-            values = np.where(sound, values, values[sound].max())
+            values, finite = runs.objective, np.isfinite(runs.objective)
+            values = np.where(finite, values, values[finite].max())
             policy.step(adam(direct(values, policy.score(masks), self.baseline)), RATE)
             inner.learn(self.learning(space, self.draws))
             inner.monitor.scalar("outer/objective", float(np.mean(values)), step)

@@ -1,10 +1,10 @@
-"""BM25: the words that a text shares with the target, by the Okapi formula.
+"""BM25: scores the words that a text shares with the target, by the Okapi formula.
 
 Source: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009, with the floor on
-negative idf of `rank_bm25.BM25Okapi`; as a selector: CCDS (arXiv 2410.16208), whose mean over all queries is
-`aggregate = mean`; the best mean of a subtask, as in LESS, is the default here.
+negative idf of `rank_bm25.BM25Okapi`. As a selector: CCDS (arXiv 2410.16208), whose mean over all queries is
+`aggregate = mean`. The default here is the best of the subtasks' means, as in LESS.
 
-The mean over queries is one product: scores are linear in the counts of query terms, so these are averaged first.
+Scores are linear in the counts of query terms. The counts are averaged first, so the mean over queries is one product.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ from cads.tasks.shape_only import ShapeOnly
 log = logging.getLogger(__name__)
 
 K1, B, EPSILON = 1.5, 0.75, 0.25
-"""`rank_bm25`'s defaults: saturation of the term frequency, correction for length, floor of a negative idf."""
+"""`rank_bm25`'s defaults: saturation of the term frequency, length normalisation, floor of a negative idf."""
 PUNCTUATION = r"[!-/:-@\[-`{-~]"
 """`string.punctuation` as a class of RE2."""
 CHUNK, CHUNK_CHARACTERS = 2**16, 2**28
-"""Texts, and characters of them, whose tokens are in memory as strings at once: at four bytes a character half of the
-2 GB that Arrow's strings hold."""
+"""Texts, and characters in them, whose tokens are in memory as strings at once: at four bytes a character, 1 GB of the
+2 GB that an Arrow string array holds."""
 KEPT = 2**24
-"""Most postings whose weights are kept: 200 MB. Of more, the texts are read again when they are scored."""
+"""Maximum number of postings whose weights stay in memory: 200 MB. Beyond it, scoring reads the texts again."""
 STAGE = "index and scores"
 
 
 class Okapi:
     """Documents as rows of term counts, with the formula's weights.
 
-    Of up to `KEPT` postings the weights are kept. Of more, only the statistics of the terms are, and every scoring
-    reads the documents again: then memory is that of the vocabulary and of one chunk.
+    With up to `KEPT` postings, their weights stay in memory. With more, only the statistics of the terms do, and every
+    scoring reads the documents again: memory then holds the vocabulary and one chunk.
 
     Args:
-        documents: token lists, chunk by chunk (`pa.ListArray` of strings); iterated again for every scoring if they
-            are many.
-        k1, b, epsilon: of the formula; idf below 0 becomes `epsilon` times the mean idf.
+        documents: token lists, chunk by chunk (`pa.ListArray` of strings); iterated again for every scoring if there
+            are more than `KEPT` postings.
+        k1, b, epsilon: parameters of the formula; an idf below 0 becomes `epsilon` times the mean idf.
 
     Attributes:
-        document_frequency: documents that hold each term, int64, shape (V,).
-        idf: of each term, shape (V,).
+        document_frequency: number of documents that hold each term, int64, shape (V,).
+        idf: inverse document frequency of each term, shape (V,).
         n_postings: distinct terms of each document, summed over the documents.
     """
 
@@ -68,27 +68,27 @@ class Okapi:
         self._documents, self._k1, self._b = documents, k1, b
         self.n_postings = 0
         n, n_words = 0, 0
-        terms, kept = _Terms(), []
+        terms, chunks = _TermCounts(), []
         for lists in documents:
             chunk = _Chunk.of(lists)
             terms.add(chunk)
             n, n_words = n + len(chunk.size), n_words + int(chunk.size.sum())
             self.n_postings += chunk.counts.nnz
-            kept.append(chunk)
+            chunks.append(chunk)
             if self.n_postings > KEPT:
-                kept.clear()
-        # In alphabetical order, sums do not depend on the order of the documents, to the last bit.
+                chunks.clear()
+        # With terms in alphabetical order, sums are bit-identical for any order of the documents.
         self._vocabulary, self.document_frequency = terms.alphabetical()
         idf = np.log(n - self.document_frequency + 0.5) - np.log(self.document_frequency + 0.5)
         self.idf = np.where(idf < 0, epsilon * (idf.mean() if len(idf) else 0.0), idf)
         self._mean_size = max(n_words / n, 1.0 / n)
-        self._kept = [self._weights(chunk) for chunk in kept] if self.n_postings <= KEPT else None
+        self._chunk_weights = [self._weights(chunk) for chunk in chunks] if self.n_postings <= KEPT else None
 
     def count(self, queries: pa.ListArray) -> csr_array:
-        """How often each query holds each term of the documents, shape (M, V); unknown terms are left out."""
+        """How often each query holds each term of the documents, shape (M, V); other terms are left out."""
         terms = pc.index_in(queries.flatten(), value_set=self._vocabulary)
-        known = terms.is_valid().to_numpy(zero_copy_only=False)
-        rows = np.repeat(np.arange(len(queries)), np.diff(_offsets(queries)))[known]
+        in_vocabulary = terms.is_valid().to_numpy(zero_copy_only=False)
+        rows = np.repeat(np.arange(len(queries)), np.diff(_offsets(queries)))[in_vocabulary]
         columns = terms.drop_null().to_numpy()
         shape = len(queries), len(self._vocabulary)
         return csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
@@ -96,18 +96,19 @@ class Okapi:
     def scores(self, *queries: np.ndarray) -> np.ndarray:
         """The score of each document for the (mean) term counts of a query, shape (V,); float64, shape (N,).
 
-        Of several queries, the best score of each document.
+        For several queries, the best score of each document.
         """
         scaled = [self.idf * query for query in queries]
-        chunks = self._kept if self._kept is not None else (self._weights(_Chunk.of(x)) for x in self._documents)
+        chunk_weights = self._chunk_weights
+        chunks = chunk_weights if chunk_weights is not None else (self._weights(_Chunk.of(x)) for x in self._documents)
         return np.concatenate([_best(weights, scaled) for weights in chunks])
 
     def n_matches(self, query: np.ndarray) -> int:
-        """Postings of the terms of a query (shape (V,))."""
+        """Number of postings of the terms of a query (shape (V,))."""
         return int(self.document_frequency[query != 0].sum())
 
     def _weights(self, chunk: _Chunk) -> csr_array:
-        """The formula's factor of idf for each posting, shape (n, V)."""
+        """The factor that the formula multiplies with idf, for each posting, shape (n, V)."""
         counts = chunk.counts
         saturation = self._k1 * (1 - self._b + self._b * chunk.size / self._mean_size)
         frequency = counts.data.astype(np.float64)
@@ -115,14 +116,16 @@ class Okapi:
         weight += frequency
         np.divide(frequency, weight, out=weight)
         weight *= self._k1 + 1
-        # A chunk's terms are in alphabetical order too, so that the columns stay sorted.
-        place = pc.index_in(chunk.terms, value_set=self._vocabulary).to_numpy()
-        return csr_array((weight, place[counts.indices], counts.indptr), shape=(counts.shape[0], len(self._vocabulary)))
+        # A chunk's terms are in alphabetical order too, so the columns stay sorted.
+        columns = pc.index_in(chunk.terms, value_set=self._vocabulary).to_numpy()
+        return csr_array(
+            (weight, columns[counts.indices], counts.indptr), shape=(counts.shape[0], len(self._vocabulary))
+        )
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some documents: their terms in alphabetical order, the counts (n, terms), and the words of each (n,)."""
+    """Some documents: their terms in alphabetical order, the counts (n, terms), and the words in each (n,)."""
 
     terms: pa.Array
     counts: csr_array
@@ -130,41 +133,41 @@ class _Chunk:
 
     @classmethod
     def of(cls, lists: pa.ListArray) -> _Chunk:
-        """Count the words of token lists."""
+        """Count the terms of token lists."""
         coded = pc.dictionary_encode(lists.flatten())
         order = pc.sort_indices(coded.dictionary)
-        place = np.empty(len(order), dtype=np.int32)
-        place[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
+        rank = np.empty(len(order), dtype=np.int32)
+        rank[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
         size = np.diff(_offsets(lists))
         ends = np.concatenate([[0], np.cumsum(size)])
-        columns = place[coded.indices.to_numpy()]
-        index = np.int32 if len(columns) < 2**31 else np.int64
-        # Whole numbers up to 2^24 are exact in float32, at half the memory.
+        columns = rank[coded.indices.to_numpy()]
+        index_type = np.int32 if len(columns) < 2**31 else np.int64
+        # float32 is exact for integers up to 2^24, at half the memory of float64.
         counts = csr_array(
-            (np.ones(len(columns), dtype=np.float32), columns.astype(index, copy=False), ends.astype(index)),
+            (np.ones(len(columns), dtype=np.float32), columns.astype(index_type, copy=False), ends.astype(index_type)),
             shape=(len(size), len(order)),
         )
         counts.sum_duplicates()
         return cls(coded.dictionary.take(order), counts, size)
 
 
-class _Terms:
-    """The distinct terms of all chunks, and how many documents hold each."""
+class _TermCounts:
+    """The distinct terms of all chunks, and the number of documents that hold each."""
 
     def __init__(self) -> None:
         self._parts: list[pa.Table] = []
         self._merged = 0
 
     def add(self, chunk: _Chunk) -> None:
-        """Take in one chunk."""
-        found = np.bincount(chunk.counts.indices, minlength=len(chunk.terms)).astype(np.int64)
-        self._parts.append(pa.table({"term": chunk.terms, "documents": found}))
-        # Each merge at least doubles what was merged, so that a term is looked up a few times, not once a chunk.
+        """Add one chunk."""
+        document_frequency = np.bincount(chunk.counts.indices, minlength=len(chunk.terms)).astype(np.int64)
+        self._parts.append(pa.table({"term": chunk.terms, "documents": document_frequency}))
+        # Merging only when the table has doubled keeps the number of merges logarithmic, not one per chunk.
         if sum(map(len, self._parts)) > 2 * self._merged:
             self._merge()
 
     def alphabetical(self) -> tuple[pa.Array, np.ndarray]:
-        """The terms in alphabetical order, and the documents that hold each, int64, shape (V,)."""
+        """The terms in alphabetical order, and the number of documents that hold each, int64, shape (V,)."""
         self._merge()
         table = self._parts[0].sort_by("term").combine_chunks()
         return table["term"].combine_chunks(), table["documents"].to_numpy()
@@ -190,25 +193,25 @@ def okapi_scores(documents: Sequence[Sequence[str]], queries: Sequence[Sequence[
         if any(isinstance(text, str) for text in texts):
             raise DataError(f"{name} has texts that are strings: split them into tokens")
     try:
-        lists = pa.array(documents, pa.list_(pa.string()))
-        asked = pa.array(queries, pa.list_(pa.string()))
+        document_lists = pa.array(documents, pa.list_(pa.string()))
+        query_lists = pa.array(queries, pa.list_(pa.string()))
     except (pa.ArrowException, TypeError) as error:
         raise DataError(f"documents and queries must be lists of tokens that are strings: {error}") from error
-    for name, found in (("documents", lists), ("queries", asked)):
-        if found.null_count or found.flatten().null_count:
+    for name, lists in (("documents", document_lists), ("queries", query_lists)):
+        if lists.null_count or lists.flatten().null_count:
             raise DataError(f"{name} has tokens, or lists of them, that are None: leave them out")
-    okapi = Okapi([lists])
-    return okapi.scores(np.asarray(okapi.count(asked).mean(axis=0)))
+    okapi = Okapi([document_lists])
+    return okapi.scores(np.asarray(okapi.count(query_lists).mean(axis=0)))
 
 
 def tokenize(texts: Sequence[str]) -> pa.ListArray:
-    """Lower case, without punctuation, split on white space."""
+    """Lower-case the texts, remove punctuation and split on white space."""
     plain = pc.replace_substring_regex(pc.utf8_lower(pa.array(texts, pa.large_string())), PUNCTUATION, "")
     split = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(plain))
-    # An empty text is split into one empty token.
+    # Arrow splits an empty text into one empty token.
     empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(plain)), 0)
-    nothing = pa.scalar([], split.type)
-    return pc.if_else(empty, nothing, split).cast(pa.list_(pa.string()))
+    no_tokens = pa.scalar([], split.type)
+    return pc.if_else(empty, no_tokens, split).cast(pa.list_(pa.string()))
 
 
 @dataclass
@@ -216,13 +219,13 @@ class Bm25(Ranker):
     """Okapi BM25 of each text of the pool against the texts of the target: the task's texts, never the answers."""
 
     k1: float = K1
-    """How slowly repeated words saturate."""
+    """Saturation of the term frequency: the larger, the more repeated words count."""
     b: float = B
-    """How much longer texts are held back: 0 not at all, 1 in proportion."""
+    """Length normalisation: 0 none, 1 in full proportion to the length of the text."""
     epsilon: float = EPSILON
     """A negative idf (a word in more than half of the texts) becomes this share of the mean idf."""
     aggregate: Literal["subtask", "mean"] = "subtask"
-    """Over the target: the best of its subtasks' means, or the mean of all (CCDS). Without subtasks they agree."""
+    """Over the target: the best of the subtasks' means, or the mean of all (CCDS). They agree without subtasks."""
 
     method: ClassVar[str] = "bm25"
     reads_model: ClassVar[bool] = False
@@ -237,19 +240,19 @@ class Bm25(Ranker):
             raise ConfigError(f"epsilon = {self.epsilon}: it must be >= 0")
         if self.aggregate not in get_args(Literal["subtask", "mean"]):
             raise ConfigError(f"aggregate = {self.aggregate!r}: choose subtask or mean")
-        self._made: tuple[Task, Okapi, np.ndarray] | None = None
+        self._cached: tuple[Task, Okapi, np.ndarray] | None = None
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
-        """Index, count, multiply; see `cads.scoring.ranker.Ranker`."""
+        """Index the pool, count the query terms, multiply; see `cads.scoring.ranker.Ranker`."""
         with ledger.timed(SELECT, STAGE):
             okapi, queries = self._indexed(task)
             ledger.charge(SELECT, STAGE, _flops(okapi, queries))
             score = okapi.scores(*queries)
-        self._made = None
+        self._cached = None
         return self.ranking(task, score, seed=seed, ledger=ledger)
 
     def rank_plan(self, task: Task) -> PlannedLedger:
-        """Exact where there are texts, since counting words is free; see `cads.scoring.ranker.Ranker`."""
+        """Exact if the pool has texts, since counting words is free; see `cads.scoring.ranker.Ranker`."""
         ledger = PlannedLedger()
         if isinstance(task.pool.examples, ShapeOnly):
             task.texts(task.pool.subset(np.zeros(1, dtype=np.int64), "pool"))
@@ -260,26 +263,28 @@ class Bm25(Ranker):
         return ledger
 
     def _indexed(self, task: Task) -> tuple[Okapi, np.ndarray]:
-        """The index of the pool, kept from the plan to the ranking, and the mean query of each subtask, (G, V)."""
-        if self._made is None or self._made[0] is not task:
-            asked = tokenize(task.texts(task.target))
-            okapi = Okapi(_Texts(task, task.pool), k1=self.k1, b=self.b, epsilon=self.epsilon)
-            counts = okapi.count(asked)
-            blank = len(asked) - np.count_nonzero(np.diff(counts.indptr))
-            if blank:
-                what = "all scores are zero" if blank == len(asked) else "they score every text with zero"
-                log.warning("bm25: %d of %d target texts share no word with the pool: %s", blank, len(asked), what)
+        """The index of the pool and the mean query of each subtask, (G, V); cached between the plan and the ranking."""
+        if self._cached is None or self._cached[0] is not task:
+            queries = tokenize(task.texts(task.target))
+            okapi = Okapi(_TokenizedTexts(task, task.pool), k1=self.k1, b=self.b, epsilon=self.epsilon)
+            counts = okapi.count(queries)
+            n_unmatched = len(queries) - np.count_nonzero(np.diff(counts.indptr))
+            if n_unmatched:
+                effect = "all scores are zero" if n_unmatched == len(queries) else "they score every text with zero"
+                log.warning(
+                    "bm25: %d of %d target texts share no word with the pool: %s", n_unmatched, len(queries), effect
+                )
             weights = subtask_weights(task) if self.aggregate == "subtask" else mean_weights(task)
-            self._made = task, okapi, np.stack([counts.T @ row for row in weights])
-        return self._made[1:]
+            self._cached = task, okapi, np.stack([counts.T @ row for row in weights])
+        return self._cached[1:]
 
 
 def _flops(okapi: Okapi, queries: np.ndarray) -> float:
     return bm25_flops(okapi.n_postings, sum(okapi.n_matches(query) for query in queries))
 
 
-class _Texts:
-    """The texts of a pool as token lists, as often as they are asked for; only a chunk of them is in memory."""
+class _TokenizedTexts:
+    """The texts of a pool as token lists, which can be iterated repeatedly; only one chunk of them is in memory."""
 
     def __init__(self, task: Task, pool: Pool) -> None:
         self._task, self._pool = task, pool
@@ -291,7 +296,7 @@ class _Texts:
             part = self._pool if n <= CHUNK else self._pool.subset(rows, self._pool.name)
             texts = self._task.texts(part)
             characters = np.cumsum([len(text) for text in texts])
-            # Neighbours that end within the same multiple: more than that by one text at most.
+            # Texts that end within the same multiple of CHUNK_CHARACTERS: a group exceeds it by one text at most.
             cuts = np.flatnonzero(np.diff(characters // CHUNK_CHARACTERS)) + 1
             for first, last in pairwise([0, *cuts.tolist(), len(texts)]):
                 yield tokenize(texts[first:last])

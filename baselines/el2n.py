@@ -1,4 +1,4 @@
-"""EL2N: how far the class probabilities of a briefly trained classifier are from the label.
+"""EL2N: the distance of a briefly trained classifier's class probabilities from the label.
 
 Source: Paul et al., "Deep Learning on a Data Diet", NeurIPS 2021, arXiv 2107.07075, definition 2.2.
 """
@@ -35,11 +35,11 @@ class El2n(Ranker):
     """The L2 norm of softmax(logits) - onehot(label), averaged over a few models early in training."""
 
     models: int = 3
-    """Models, each with its own initial weights and order of the pool."""
+    """Number of models, each with its own initial weights and order of the pool."""
     warm_up: float = 1.0
-    """Passes of each model over the pool."""
+    """Training passes of each model over the pool."""
     order: Order = "high"
-    """Which examples come first: high is what the paper keeps; low where labels are noisy."""
+    """Which examples come first: high as in the paper; low for noisy labels."""
 
     method: ClassVar[str] = "el2n"
 
@@ -51,7 +51,7 @@ class El2n(Ranker):
             raise ConfigError(f"models = {self.models}: it must be at least 1")
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
-        """Train the models, and read the pool with each; see `cads.scoring.ranker.Ranker`."""
+        """Train the models, and score the pool with each; see `cads.scoring.ranker.Ranker`."""
         scorer = proxy_of(task)
         _check_classes(scorer)
         seeds = [derive(seed, "el2n", k) for k in range(self.models)]
@@ -70,7 +70,7 @@ class El2n(Ranker):
         return self.ranking(task, score, seed=seed, ledger=ledger, pool=scorer.pool)
 
     def rank_plan(self, task: Task) -> PlannedLedger:
-        """As many models as there are; see `cads.scoring.ranker.Ranker`."""
+        """Training and one forward pass over the pool for each model; see `cads.scoring.ranker.Ranker`."""
         scorer, ledger = proxy_of(task), PlannedLedger()
         _check_classes(scorer)
         plan_training(scorer, scorer.pool, self.warm_up, ledger, stage=WARM_UP, models=self.models)
@@ -87,6 +87,6 @@ def error_norms(task: Task, model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _check_classes(task: Task) -> None:
-    """Let a task without classes say so before anything is trained."""
+    """Make a task without classes raise its error before anything is trained."""
     with torch.no_grad():
         task.logits(task.costs.model.eval(), task.pool.batch(np.zeros(1, dtype=np.int64)))

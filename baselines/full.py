@@ -19,7 +19,7 @@ class Full:
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
-        """Select everything; see `cads.selector.Selector`."""
+        """Select the whole pool; see `cads.selector.Selector`."""
         check_step(task, budget.flops(task))
         return full_pool_selection(task, budget, method="full", seed=seed, ledger=ledger, notes={})
 

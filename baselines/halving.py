@@ -1,8 +1,10 @@
-"""Successive halving over masks of sources: the bar that a policy gradient has to earn its place against.
+"""Successive halving over masks of sources: the baseline that a policy gradient has to beat.
 
-Random masks on a small share of the data and of C, a ridge regression on sources and pairs of them, fewer masks on
-twice as much, again, and the best of the last is returned. The full pool is among them throughout, and everything is
-measured relative to it at the same fidelity (Jamieson and Talwalkar, AISTATS 2016, arXiv 1502.07943, for the halving).
+The first rung trains random masks on a small share of the data and of the training budget C. After each rung a ridge
+regression on sources and pairs of sources predicts the objective of all candidates. The next rung trains fewer masks,
+those predicted best, on twice as much. The best mask of the last rung is returned. Every rung trains the full pool too,
+and objectives are relative to it at the same fidelity. Halving is from Jamieson and Talwalkar, AISTATS 2016, arXiv
+1502.07943.
 """
 
 from __future__ import annotations
@@ -25,78 +27,78 @@ from cads.search.inner_runs import InnerLoop
 from cads.search.space import SearchSpace
 from cads.seeding import derive
 
-LADDER = ((1 / 16, 16), (1 / 8, 7), (1 / 4, 4))
-"""Shares of C (and of each source), and how many masks are trained for each: 2.875 C in all."""
+RUNGS = ((1 / 16, 16), (1 / 8, 7), (1 / 4, 4))
+"""(share of C and of each source, number of masks) of each rung: 2.875 C in all."""
 ENUMERATED, SAMPLED = 12, 4096
-"""Up to this many sources every mask is predicted; above, this many random ones."""
+"""Up to `ENUMERATED` sources, all masks are candidates; with more sources, `SAMPLED` random masks are."""
 
 
 @dataclass
 class Halving(RungSearch):
-    """16 masks at C/16, 7 at C/8, 4 at C/4, or in that proportion what the allowance buys."""
+    """16 masks at C/16, 7 at C/8 and 4 at C/4, scaled to what the allowance buys."""
 
     method: ClassVar[str] = "halving"
     default_allowance: ClassVar[float] = 3.0
 
     def schedule(self, costs: InnerLoopCosts, space: SearchSpace, train_flops: float, allowance: float) -> list[Rung]:
-        """The rungs, each of at least two masks; the last are left out where the allowance does not buy them.
+        """The rungs, each of at least two masks; the last rungs are left out if the allowance does not buy them.
 
-        Shares that come to the same number of steps, the least there may be, are one rung.
+        Shares that `fidelity` raises to the same minimum number of steps become one rung.
         """
-        most = _count(space)
-        for rung_index in range(len(LADDER), 0, -1):
-            kept = LADDER[:rung_index]
-            whole = sum(share * count for share, count in kept)
-            parts: dict[float, float] = {}
-            for share, count in kept:
+        max_masks = _n_candidates(space)
+        for n_rungs in range(len(RUNGS), 0, -1):
+            levels = RUNGS[:n_rungs]
+            total_share = sum(share * count for share, count in levels)
+            rung_allowances: dict[float, float] = {}
+            for share, count in levels:
                 f = fidelity(costs, train_flops, share)
-                parts[f] = parts.get(f, 0.0) + allowance * share * count / whole
+                rung_allowances[f] = rung_allowances.get(f, 0.0) + allowance * share * count / total_share
             rungs = [
-                Rung(f, f * train_flops, f, min(most, int(part / (f * train_flops + costs.measuring_flops))))
-                for f, part in parts.items()
+                Rung(f, f * train_flops, f, min(max_masks, int(flops / (f * train_flops + costs.measuring_flops))))
+                for f, flops in rung_allowances.items()
             ]
             if all(rung.n_trials >= 2 for rung in rungs):
                 return rungs
         return []
 
     def learning(self, space: SearchSpace, runs: int) -> float:
-        """The regression, and its prediction for all masks."""
-        return pairs_flops(len(space.sizes), runs, _count(space))
+        """FLOPs of the regression and of its predictions for all candidates."""
+        return pairs_flops(len(space.sizes), runs, _n_candidates(space))
 
     def choose(self, inner: InnerLoop, space: SearchSpace, train_flops: float, seed: int) -> tuple[np.ndarray, Policy]:
-        """Rung by rung, the full pool first in each."""
-        everything = _all(space)
+        """Train rung by rung, with the full pool as the first mask of each rung."""
+        candidates = _candidates(space)
         draws, delta_objective, trust = np.empty((0, len(space.sizes))), np.empty(0), np.empty(0)
-        masks = here = np.empty((0, 0))
+        masks = rung_delta = np.empty((0, 0))
         predicted = np.empty(0)
         for rung_index, rung in enumerate(self.rungs(inner, space, train_flops)):
             if rung_index == 0:
                 masks = random_masks(space, rung.n_trials, derive(seed, "masks"), full_first=True)
             else:
-                ranked = everything[np.argsort(predicted, kind="stable")]
+                ranked = candidates[np.argsort(predicted, kind="stable")]
                 masks = distinct([space.full, *ranked])[: rung.n_trials]
             runs = train_draws(inner, space, masks, rung, derive(seed, "rung", rung_index), rung.stage)
             check_reference(float(runs.objective[0]), rung.stage)
-            here = runs.objective - runs.objective[0]
-            draws, delta_objective = np.concatenate([draws, masks]), np.concatenate([delta_objective, here])
+            rung_delta = runs.objective - runs.objective[0]
+            draws, delta_objective = np.concatenate([draws, masks]), np.concatenate([delta_objective, rung_delta])
             trust = np.concatenate([trust, np.full(len(masks), rung.fidelity)])
-            predicted = predict(Ridge(with_pairs(draws), delta_objective, trust), everything, with_pairs)
+            predicted = predict(Ridge(with_pairs(draws), delta_objective, trust), candidates, with_pairs)
             inner.learn(self.learning(space, len(delta_objective)))
             inner.monitor.scalar(
-                "outer/best_gain", float(np.min(here, initial=0.0, where=np.isfinite(here))), rung_index
+                "outer/best_gain", float(np.min(rung_delta, initial=0.0, where=np.isfinite(rung_delta))), rung_index
             )
-        best = masks[best_of_runs(here)]
+        best = masks[best_of_runs(rung_delta)]
         return best, BernoulliPolicy(best)
 
 
-def _count(space: SearchSpace) -> int:
-    """How many masks are predicted."""
+def _n_candidates(space: SearchSpace) -> int:
+    """How many masks `_candidates` gives."""
     n = len(space.sizes)
     return 2**n - 1 if n <= ENUMERATED else SAMPLED
 
 
-def _all(space: SearchSpace) -> np.ndarray:
-    """The masks that are predicted, float, shape (M, S); at random, some may be there twice."""
+def _candidates(space: SearchSpace) -> np.ndarray:
+    """The masks whose objective is predicted, float, shape (M, S); random ones may hold duplicates."""
     n = len(space.sizes)
     if n <= ENUMERATED:
         return enumerate_masks(n)[1:].astype(np.float64)

@@ -15,7 +15,7 @@ from cads.task import Task
 
 @dataclass
 class Joint:
-    """The whole pool, with a share of each batch from the target: it costs nothing to select."""
+    """The whole pool, with a share of each batch from the target: selection costs nothing."""
 
     target_fraction: float = 0.3
     """Share of each batch that is drawn from the target."""
@@ -27,10 +27,10 @@ class Joint:
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
-        """Select everything, target included; see `cads.selector.Selector`."""
+        """Select the whole pool, with a share of each batch from the target; see `cads.selector.Selector`."""
         check_step(task, budget.flops(task))
-        everything = full_pool_selection(task, budget, method="joint", seed=seed, ledger=ledger, notes={})
-        return replace(everything, target_fraction=self.target_fraction, config=asdict(self))
+        full_pool = full_pool_selection(task, budget, method="joint", seed=seed, ledger=ledger, notes={})
+        return replace(full_pool, target_fraction=self.target_fraction, config=asdict(self))
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """Nothing is spent; see `cads.selector.Selector`."""

@@ -1,4 +1,4 @@
-"""LESS: train on the examples whose gradients, as Adam would take them, point where the target's point.
+"""LESS: train on the examples whose Adam directions are most similar to the gradients of the target.
 
 Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning", ICML 2024, arXiv 2402.04333.
 """
@@ -45,26 +45,26 @@ BATCH_TOKENS = 1024
 class Less(Ranker):
     """LESS: `S = sum_i w_i cos(T_i, Gamma_i)` over checkpoints i of a short warm-up, w_i the mean learning rates.
 
-    T_i are projected gradients of the target, Gamma_i projected Adam directions of the pool; the mean is taken within
-    each subtask of the target, then the best subtask counts.
+    T_i are projected gradients of the target, Gamma_i projected Adam directions of the pool. Similarities are averaged
+    within each subtask of the target; the score is the best of these means.
     """
 
     warmup_share: float = 0.05
-    """Share of the pool that the warm-up trains on, at random."""
+    """Share of the pool, drawn at random, that the warm-up trains on."""
     checkpoints: int = 4
-    """Epochs of the warm-up, each of which leaves a checkpoint."""
+    """Epochs of the warm-up; each ends with a checkpoint."""
     recipe: Recipe = "corrected"
     """corrected: Adam's next step; paper: without bias correction, as released; sgd: plain gradients."""
     dimension: Dimension = "auto"
-    """Of the projection; auto: 8192, or none where the gradient has no more entries; null: no projection."""
+    """Dimension of the projection; auto: 8192, or none if the gradient has no more entries; null: no projection."""
     layers: Layers = "all"
-    """Whose gradients: all trainable layers, or the last one."""
+    """Layers whose gradients are used: all trainable layers, or the last one."""
     precision: Precision = "no"
-    """Of the passes that gradients are taken in: no (float32) or bf16."""
+    """Precision of the forward and backward passes: no (float32) or bf16."""
     batch_tokens: int = BATCH_TOKENS
-    """Padded tokens in one pass; examples without a length come in batches of at most 1024."""
+    """Padded tokens in one pass; examples without a length are batched by at most 1024."""
     features: str | None = None
-    """Folder in which the features of the pool are kept for the next ranking; null: they are not kept."""
+    """Folder that stores the features of the pool for later rankings; null: they are not stored."""
 
     method: ClassVar[str] = "less"
 
@@ -76,9 +76,9 @@ class Less(Ranker):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: it must be at least 1")
         choices = {"recipe": get_args(Recipe), "layers": get_args(Layers), "precision": get_args(Precision)}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} = {getattr(self, name)!r}: choose from {list(known)}")
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: choose from {list(allowed)}")
         if isinstance(self.dimension, str) and self.dimension != "auto":
             raise ConfigError(f"dimension = {self.dimension!r}: a number, 'auto', or null for no projection")
         FeatureStore(self.features)
@@ -87,30 +87,30 @@ class Less(Ranker):
         """Warm up, take gradients of target and pool at each checkpoint, compare; see `cads.scoring.ranker.Ranker`.
 
         Raises:
-            ConfigError: if the recipe needs Adam and the task has none, or the projection is no projection.
+            ConfigError: if the recipe needs Adam and the task has none, or `dimension` is out of range.
             DataError: if the gradient of an example is not finite.
         """
         scorer = proxy_of(task)
         self._sizes(scorer)
         queries = subtask_weights(scorer)
         plan = schedule(scorer, self.warmup_share, self.checkpoints)
-        found = warm_up(scorer, plan, seed=seed, ledger=ledger, monitor=monitor)
+        checkpoints = warm_up(scorer, plan, seed=seed, ledger=ledger, monitor=monitor)
         features = GradientFeatures(self.feature_config(), scorer, scorer.model(seed), seed, ledger)
-        features.check(found[0])
-        rates = np.array([c.rate for c in found])
+        features.check(checkpoints[0])
+        rates = np.array([c.rate for c in checkpoints])
         weights = rates / rates.sum()
         scores = np.zeros((len(scorer.pool), len(queries)))
-        for i, (checkpoint, weight) in enumerate(zip(found, weights, strict=True)):
+        for i, (checkpoint, weight) in enumerate(zip(checkpoints, weights, strict=True)):
             features.load(checkpoint)
-            scores += weight * features.similarities(queries, f"{i + 1} of {len(found)}")
+            scores += weight * features.similarities(queries, f"{i + 1} of {len(checkpoints)}")
         notes = {"checkpoint_weights": weights.tolist(), "subtasks": len(queries)}
         return self.ranking(task, scores.max(axis=1), seed=seed, ledger=ledger, pool=scorer.pool, **notes)
 
     def rank_plan(self, task: Task) -> PlannedLedger:
-        """See `cads.scoring.ranker.Ranker`; as if the target had one subtask."""
+        """Planned as if the target had one subtask; see `cads.scoring.ranker.Ranker`."""
         scorer = proxy_of(task)
         sizes = self._sizes(scorer)
-        size, project = sum(sizes.values()), make_projection(sizes, self.dimension, 0)
+        n_entries, projection = sum(sizes.values()), make_projection(sizes, self.dimension, 0)
         directions = AdamDirection(self.recipe, {}, {}, 0)
         n, m, k = len(scorer.pool), len(scorer.target), self.checkpoints
         plan, ledger = schedule(scorer, self.warmup_share, k), PlannedLedger()
@@ -118,28 +118,33 @@ class Less(Ranker):
         usages = k * plan.steps * batch_size
         tokens = scorer.costs.tokens_per_example(scorer.pool)
         ledger.charge(SELECT, STAGE, planned_flops(scorer, plan), usages=usages, tokens=round(usages * tokens))
-        price = self.feature_config().price(scorer)
-        for stage, part, extra in ((TARGET, unpacked(scorer.target), 1 + min(2, m)), (POOL, unpacked(scorer.pool), 0)):
-            flops = planned_scoring(price, part, tokens=self.batch_tokens)
-            usages = k * len(part) + extra
-            tokens = round(usages * scorer.costs.tokens_per_example(part))
-            ledger.charge(SELECT, stage, flops * usages / len(part), usages=usages, tokens=tokens)
-        projected = project.flops(m + n) + directions.flops(n, size)
-        if projected:
-            ledger.charge(SELECT, PROJECTIONS, k * projected)
-        compared = normalisation_flops(m + n, project.dimension) + similarity_flops(1, m + n, project.dimension)
-        ledger.charge(SELECT, SIMILARITIES, k * compared)
+        batch_price = self.feature_config().price(scorer)
+        for stage, examples, check_usages in (
+            (TARGET, unpacked(scorer.target), 1 + min(2, m)),
+            (POOL, unpacked(scorer.pool), 0),
+        ):
+            flops = planned_scoring(batch_price, examples, tokens=self.batch_tokens)
+            usages = k * len(examples) + check_usages
+            tokens = round(usages * scorer.costs.tokens_per_example(examples))
+            ledger.charge(SELECT, stage, flops * usages / len(examples), usages=usages, tokens=tokens)
+        projection_flops = projection.flops(m + n) + directions.flops(n, n_entries)
+        if projection_flops:
+            ledger.charge(SELECT, PROJECTIONS, k * projection_flops)
+        comparison_flops = normalisation_flops(m + n, projection.dimension) + similarity_flops(
+            1, m + n, projection.dimension
+        )
+        ledger.charge(SELECT, SIMILARITIES, k * comparison_flops)
         ledger.trained.append((scorer, 1))
         return ledger
 
     def feature_config(self) -> GradientFeatureConfig:
-        """How the features are made that it compares."""
+        """The options that determine the features."""
         return GradientFeatureConfig(
             self.recipe, self.layers, self.precision, self.dimension, self.batch_tokens, self.features
         )
 
     def _sizes(self, task: Task) -> dict[str, int]:
-        """Entries of the parameters whose gradients are taken.
+        """Number of entries of each parameter whose gradients are taken, by name.
 
         Raises:
             ConfigError: if the options do not apply to this task.

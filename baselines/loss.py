@@ -1,4 +1,4 @@
-"""Low loss: the examples that a model fitted to the target finds easy."""
+"""Low loss: train on the examples with the lowest loss under a model fitted to the target."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ FITTING, SCORING = "theta", "R"
 
 @dataclass
 class Loss(Ranker):
-    """l_i(theta), theta trained on the target: what CADS-E moves by, without l* and without short runs."""
+    """Ranks by l_i(theta), the loss under the target model theta, which is trained on the target.
+
+    CADS-E uses this signal too, together with l* (the training loss within reach of the budget) and trials.
+    """
 
     order: Order = "low"
-    """Which examples come first: of low loss, of a loss close to the median, or of high loss."""
+    """Which examples come first: those of low loss, of a loss close to the median, or of high loss."""
     passes: float = 8.0
     """Passes of theta over the target; 0 scores with the initial (or pretrained) weights."""
     batch_tokens: int = SCORED_TOKENS
@@ -40,7 +43,7 @@ class Loss(Ranker):
             raise ConfigError(f"batch_tokens = {self.batch_tokens}: it must be at least 1")
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
-        """Fit theta, and read the pool once; see `cads.scoring.ranker.Ranker`."""
+        """Train theta on the target, and score the pool with it; see `cads.scoring.ranker.Ranker`."""
         scorer = proxy_of(task)
         model_seed = derive(seed, "theta") if self.passes else seed
         theta = train_on_target(scorer, self.passes, seed=model_seed, ledger=ledger, monitor=monitor, stage=FITTING)

@@ -1,8 +1,8 @@
-"""Mixture regression: short runs on random mixtures, a regression on the ratios, the best predicted mixture.
+"""Mixture regression: trials on random mixtures, a regression on their ratios, and the best predicted mixture.
 
 RegMix (Liu et al., ICLR 2025, arXiv 2407.01492) trains many small models on mixtures from Dirichlet distributions
-around the sizes of the sources, regresses the objective on the ratios, predicts it for many more mixtures and
-averages the best of those.
+around the sizes of the sources, regresses the objective on the ratios, predicts the objective of many more mixtures
+and averages the best of them.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from cads.search.space import SIGMA, MixtureSpace, SearchSpace
 from cads.seeding import derive
 
 SHARE = 1 / 16
-"""Share of C, and of each source, of every run."""
+"""Share of the training budget C, and of each source, that every trial uses."""
 STRENGTHS = (0.1, 5.0)
 """Range of the Dirichlet's total concentration, as in RegMix: from nearly one source alone to nearly uniform."""
 CANDIDATES, AVERAGED = 8192, 32
-"""Mixtures whose objective is predicted, and how many of the best make the answer."""
-LEAST_RUNS = 3
-"""Below it there is nothing to regress on."""
+"""Mixtures whose objective is predicted, and how many of the best are averaged into the result."""
+MIN_RUNS = 3
+"""Fewest trials that a regression is fitted to."""
 
 
 @dataclass
 class MixtureRegression(RungSearch):
-    """RegMix: as many runs at C/16 on random mixtures as the allowance buys."""
+    """RegMix: as many trials at C/16 on random mixtures as the allowance buys."""
 
     regression: Literal["linear", "pairs"] = "pairs"
-    """On the ratios alone, or on their products too; above 128 sources on the ratios alone."""
+    """linear: on the ratios; pairs: on the ratios and their pairwise products, up to 128 sources."""
 
     method: ClassVar[str] = "mixture-regression"
     ranges_over: ClassVar[type[SearchSpace]] = MixtureSpace
@@ -54,10 +54,10 @@ class MixtureRegression(RungSearch):
         """One rung of mixtures."""
         share = fidelity(costs, train_flops, SHARE)
         runs = int(allowance / (share * train_flops + costs.measuring_flops))
-        return [Rung(share, share * train_flops, share, runs)] if runs >= LEAST_RUNS else []
+        return [Rung(share, share * train_flops, share, runs)] if runs >= MIN_RUNS else []
 
     def learning(self, space: SearchSpace, runs: int) -> float:
-        """The regression, and its prediction for all candidates."""
+        """FLOPs of the regression and of its predictions for all candidates."""
         n = len(space.sizes)
         columns = float(n if self.regression == "linear" else n_columns(n))
         return regression_flops(runs, columns) + 3 * CANDIDATES * columns
@@ -69,7 +69,7 @@ class MixtureRegression(RungSearch):
         runs = train_draws(inner, space, mixtures, rung, derive(seed, "runs"), rung.stage)
         inner.learn(self.learning(space, rung.n_trials))
         best = space.full
-        if np.isfinite(runs.objective).sum() >= LEAST_RUNS:
+        if np.isfinite(runs.objective).sum() >= MIN_RUNS:
             candidates = sample_mixtures(space.full, CANDIDATES, derive(seed, "candidates"))
             best = self.best_predicted(mixtures, runs.objective, candidates)
         return best, MixturePolicy(best, SIGMA)
@@ -78,7 +78,7 @@ class MixtureRegression(RungSearch):
         """The mean of the candidates with the least predicted objective, shape (S,).
 
         Args:
-            mixtures: ratios that were trained on, shape (K, S). objective: what came of them, shape (K,).
+            mixtures: ratios that were trained on, shape (K, S). objective: their measured objectives, shape (K,).
             candidates: ratios, shape (M, S).
         """
         features = with_pairs if self.regression == "pairs" else np.asarray
@@ -89,8 +89,8 @@ class MixtureRegression(RungSearch):
 def sample_mixtures(proportions: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Ratios from Dirichlet distributions with mean `proportions` (S,) and log-uniform strength, shape (count, S)."""
     rng = np.random.default_rng(seed)
-    least, most = STRENGTHS
-    strengths = np.exp(rng.uniform(math.log(least), math.log(most), count))
-    # Gammas of small shapes underflow; the tiny number keeps their sum from being 0.
+    min_strength, max_strength = STRENGTHS
+    strengths = np.exp(rng.uniform(math.log(min_strength), math.log(max_strength), count))
+    # Gamma draws with small shape parameters underflow to 0: the tiny constant keeps their sum above 0.
     gammas = rng.gamma(strengths[:, None] * proportions) + np.finfo(float).tiny
     return np.asarray(gammas / gammas.sum(axis=1, keepdims=True))

@@ -1,8 +1,8 @@
-"""Perplexity: the loss of an example under a scorer that may have been fine-tuned on the target.
+"""Perplexity: the loss of an example under a scorer that may be fine-tuned on the target.
 
 Source: CCDS (arXiv 2410.16208), whose PPL ranks by the perplexity of prompt and answer. CCDS reads longer texts in
-strided windows and takes the mean of their losses; here `recipe = paper`, too, reads a text as the task does, which
-cuts it at its longest sequence (`max_tokens`).
+strided windows and averages their losses. Here even `recipe = paper` reads a text as the task does: truncated to the
+task's maximum length (`max_tokens`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Recipe = Literal["cads", "paper"]
 PAPER_PASSES = 4.0
 """Passes over the target with which CCDS fine-tunes the scorer."""
 THIRDS: dict[Order, tuple[int, int, int]] = {"low": (0, 1, 2), "mid": (1, 0, 2), "high": (2, 1, 0)}
-"""The thirds of the pool by rising perplexity, in the order in which CCDS trains on them."""
+"""The thirds of the pool by increasing perplexity, in the order in which CCDS trains on them."""
 TUNING, SCORING = "fine-tuning", "scores"
 
 
@@ -38,19 +38,19 @@ TUNING, SCORING = "fine-tuning", "scores"
 class Perplexity(Ranker):
     """The loss of each example (nats; for texts the mean over its answer tokens) under one model.
 
-    Perplexity is its exponential, which ranks alike. The scorer is the task's proxy if it has one.
+    Perplexity is the exponential of the loss and gives the same ranking. The scorer is the task's proxy if it has one.
     """
 
     order: Order = "mid"
-    """Which examples come first: of low loss, of a loss close to the median, or of high loss."""
+    """Which examples come first: those of low loss, of a loss close to the median, or of high loss."""
     fine_tune: float | None = None
-    """Passes over the target to train the scorer first; null: none, or 4 with recipe = paper."""
+    """Passes over the target that fine-tune the scorer first; null: none, or 4 with recipe = paper."""
     recipe: Recipe = "cads"
-    """cads: answer tokens, in order of the loss. paper: all tokens, in thirds shuffled within, as CCDS does."""
+    """cads: loss of the answer tokens, in order of loss. paper: loss of all tokens, in shuffled thirds, as in CCDS."""
     autocast: bool = False
-    """Score in bfloat16: faster where the hardware has it, and about 1 % off."""
+    """Score in bfloat16: faster on hardware that supports it; losses are off by about 1 %."""
     batch_tokens: int = SCORED_TOKENS
-    """Padded tokens of a batch when the pool is scored; with autocast twice as many are faster on a CPU."""
+    """Padded tokens of a batch when the pool is scored; on a CPU with autocast, twice as many are faster."""
 
     method: ClassVar[str] = "ppl"
 
@@ -71,9 +71,9 @@ class Perplexity(Ranker):
         return PAPER_PASSES if self.recipe == "paper" else 0.0
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
-        """Fine-tune if asked for, and read the pool once; see `cads.scoring.ranker.Ranker`."""
+        """Fine-tune the scorer if `passes` is above 0, and score the pool; see `cads.scoring.ranker.Ranker`."""
         scorer = proxy_of(task)
-        pool = self._scored(scorer)
+        pool = self._scored_pool(scorer)
         model = train_on_target(scorer, self.passes, seed=seed, ledger=ledger, monitor=monitor, stage=TUNING)
         losses = pool_losses(
             scorer, model, ledger=ledger, stage=SCORING, tokens=self.batch_tokens, pool=pool, autocast=self.autocast
@@ -88,16 +88,16 @@ class Perplexity(Ranker):
         """Padding included; see `cads.scoring.ranker.Ranker`."""
         scorer, ledger = proxy_of(task), PlannedLedger()
         plan_training(scorer, scorer.target, self.passes, ledger, stage=TUNING)
-        plan_losses(scorer, ledger, stage=SCORING, tokens=self.batch_tokens, pool=self._scored(scorer))
+        plan_losses(scorer, ledger, stage=SCORING, tokens=self.batch_tokens, pool=self._scored_pool(scorer))
         return ledger
 
-    def _scored(self, scorer: Task) -> Pool:
+    def _scored_pool(self, scorer: Task) -> Pool:
         return whole_texts(scorer.pool) if self.recipe == "paper" else scorer.pool
 
 
 def shuffled_thirds(pool: Pool, losses: np.ndarray, order: Order, seed: int) -> np.ndarray:
-    """Scores that rank the thirds of the pool by rising loss in `order`, shuffled within each by seed; shape (N,)."""
+    """Scores that rank the thirds of the pool by loss in `order`, and shuffle each third by seed; shape (N,)."""
     third = 3 * rank_by_score(pool.ids, -losses) // len(losses)
-    place = np.empty(3, dtype=np.int64)
-    place[list(THIRDS[order])] = np.arange(3)
-    return random_scores(pool, seed) - place[third]
+    turn = np.empty(3, dtype=np.int64)
+    turn[list(THIRDS[order])] = np.arange(3)
+    return random_scores(pool, seed) - turn[third]

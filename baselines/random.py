@@ -1,4 +1,4 @@
-"""Random: a seeded random subset, nested over budgets and sizes."""
+"""Random: a seeded random subset; smaller subsets are nested in larger ones."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ class Random(Ranker):
 
 
 def random_scores(pool: Pool, seed: int) -> np.ndarray:
-    """A uniform number in [0, 1) for each id, whatever its place in the pool; shape (N,)."""
+    """A uniform number in [0, 1) for each id, independent of its position in the pool; shape (N,)."""
     return derive_each(seed, pool.ids) / 2.0**63

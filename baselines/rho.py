@@ -1,4 +1,4 @@
-"""RHO: reducible holdout loss, what can be learned from an example that has not been learned yet.
+"""RHO: reducible holdout loss, the part of an example's loss that can still be learned.
 
 Source: Mindermann et al., "Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt",
 ICML 2022, arXiv 2206.07137, equation 3, scored once rather than in every batch.
@@ -26,12 +26,15 @@ POOL, POOL_LOSSES = "pool model", "pool losses"
 
 @dataclass
 class Rho(Ranker):
-    """l_i(u) - l_i(theta): u trained on the pool, theta on the target, which is the holdout set."""
+    """Ranks by l_i(u) - l_i(theta): the loss under the reference model u less that under the target model theta.
+
+    u is trained on the pool, theta on the target, which serves as the holdout set.
+    """
 
     pool_passes: float = 1.0
-    """Passes of u over the pool; 0 for its initial (or pretrained) weights."""
+    """Passes of the reference model u over the pool; 0 for its initial (or pretrained) weights."""
     target_passes: float = 8.0
-    """Passes of theta over the target."""
+    """Passes of the target model theta over the target."""
     batch_tokens: int = SCORED_TOKENS
     """Padded tokens of a batch when the pool is scored."""
 
@@ -46,12 +49,16 @@ class Rho(Ranker):
             raise ConfigError(f"batch_tokens = {self.batch_tokens}: it must be at least 1")
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
-        """Train both models from the same initial weights, and read the pool twice; see
-        `cads.scoring.ranker.Ranker`."""
-        scorer, seed_ = proxy_of(task), derive(seed, "rho")
-        theta = train_on_target(scorer, self.target_passes, seed=seed_, ledger=ledger, monitor=monitor, stage=HOLDOUT)
+        """Train both models from the same initial weights, and score the pool with each.
+
+        See `cads.scoring.ranker.Ranker`.
+        """
+        scorer, model_seed = proxy_of(task), derive(seed, "rho")
+        theta = train_on_target(
+            scorer, self.target_passes, seed=model_seed, ledger=ledger, monitor=monitor, stage=HOLDOUT
+        )
         irreducible = pool_losses(scorer, theta, ledger=ledger, stage=HOLDOUT_LOSSES, tokens=self.batch_tokens)
-        u = train_on_pool(scorer, self.pool_passes, seeds=[seed_], ledger=ledger, monitor=monitor, stage=POOL)[0]
+        u = train_on_pool(scorer, self.pool_passes, seeds=[model_seed], ledger=ledger, monitor=monitor, stage=POOL)[0]
         losses = pool_losses(scorer, u, ledger=ledger, stage=POOL_LOSSES, tokens=self.batch_tokens)
         return self.ranking(task, losses - irreducible, seed=seed, ledger=ledger, pool=scorer.pool)
 

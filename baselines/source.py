@@ -1,4 +1,4 @@
-"""Source: train on one source alone, or on some."""
+"""Source: train on one source alone, or on several."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from cads.task import Task
 
 @dataclass
 class Source:
-    """One source, or some, by name: what a user without a selector would try."""
+    """One or several sources, by name: what a user without a selector would try."""
 
     name: str | list[str]
-    """The source, or several."""
+    """The name of the source, or several names."""
 
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
-        """Select all of them; see `cads.selector.Selector`."""
+        """Select all examples of the sources; see `cads.selector.Selector`."""
         check_step(task, budget.flops(task))
-        names = self._known(task)
-        mask = np.array([name in self._wanted for name in names])
+        names = self._source_names(task)
+        mask = np.array([name in self._requested for name in names])
         selected = np.zeros(len(task.pool), dtype=bool)
         selected[task.pool.positions_in(mask)] = True
         return Selection.from_pool(
@@ -44,22 +44,22 @@ class Source:
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """Nothing is spent; see `cads.selector.Selector`."""
-        self._known(task)
+        self._source_names(task)
         return zero_cost_plan(task, budget)
 
     @property
-    def _wanted(self) -> list[str]:
+    def _requested(self) -> list[str]:
         return [self.name] if isinstance(self.name, str) else self.name
 
-    def _known(self, task: Task) -> tuple[str, ...]:
-        """The names of the sources.
+    def _source_names(self, task: Task) -> tuple[str, ...]:
+        """The names of the pool's sources.
 
         Raises:
-            ConfigError: if one that is asked for is not among them, or none is.
+            ConfigError: if a requested source is not among them, or none is requested.
         """
         names = task.pool.source_names
-        unknown = [name for name in self._wanted if name not in names]
-        if unknown or not self._wanted:
-            wrong = f"{unknown[0]!r} is no source of the pool" if unknown else "[] names no source"
-            raise ConfigError(f"name = {wrong}: choose from {list(names)}")
+        unknown = [name for name in self._requested if name not in names]
+        if unknown or not self._requested:
+            problem = f"{unknown[0]!r} is no source of the pool" if unknown else "[] names no source"
+            raise ConfigError(f"name = {problem}: choose from {list(names)}")
         return names

@@ -16,7 +16,7 @@ from cads.task import Task
 
 @dataclass
 class TargetOnly:
-    """Nothing of the pool: the target is all that is trained on. Best, or close to it, at the smallest budgets."""
+    """Selects nothing of the pool and trains on the target only. Best, or close to it, at the smallest budgets."""
 
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None

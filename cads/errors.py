@@ -1,10 +1,10 @@
-"""The one root of everything that cads raises on purpose: what was wrong, where, and what to do."""
+"""The errors that cads raises on purpose. A message says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 
 class CadsError(Exception):
-    """Root of all errors of this package. The message names the thing, its value and the remedy."""
+    """Base class of all errors of this package. The message names the setting or file, its value and the remedy."""
 
 
 class ConfigError(CadsError):
@@ -16,14 +16,18 @@ class DataError(CadsError):
 
 
 class BudgetError(CadsError):
-    """A budget that does not parse, that buys nothing, or that would be exceeded."""
+    """A budget that does not parse, that does not buy one step, or that would be exceeded."""
+
+
+class NotAffordableError(BudgetError):
+    """A budget that buys the final training, and no search beside it. The message says what is done instead."""
 
 
 class NonFiniteError(CadsError):
     """A loss or gradient that is NaN or infinite, caught before the weights were updated.
 
     Attributes:
-        step: the optimizer step (0-based) that was about to be taken.
+        step: the optimizer step (0-based) that was not taken.
         ids: the examples in the batch.
         learning_rate: the learning rate of that step.
     """
@@ -36,8 +40,8 @@ class NonFiniteError(CadsError):
 
 
 class SelectionError(CadsError):
-    """A Selection on disk that is missing, foreign, corrupt, or made for another pool."""
+    """A Selection on disk that is missing, of another format, corrupt, or made for another pool."""
 
 
 class CheckpointError(CadsError):
-    """A file of saved state that is missing, foreign or corrupt."""
+    """A file of saved state that is missing, of another format, or corrupt."""

@@ -13,12 +13,12 @@ ONE_BY_ONE = {
     ("precision", "fp16"): "batched ones share the scale of the loss",
     ("sharding", "full"): "sharded ones train one by one",
 }
-"""Settings with which replicas cannot be batched, and why."""
+"""Settings with which replicas cannot be batched, and the reason."""
 
 
 @dataclass
 class TrainConfig:
-    """How a model is trained: the same recipe for the final model and for every inner run of a selector."""
+    """How a model is trained. The final model and every inner run of a selector share one recipe."""
 
     batch_size: int = 32
     """Examples a step."""
@@ -29,26 +29,27 @@ class TrainConfig:
     weight_decay: float = 0.01
     """Decoupled for AdamW, L2 for SGD."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate over the budget, after the warm-up; cosine and linear end at 0."""
+    """Decay of the learning rate over the budget, after the warm-up; cosine and linear end at 0."""
     warmup: float = 0.05
     """Share of the budget over which the learning rate rises linearly."""
     clip_norm: float | None = 1.0
-    """Largest gradient norm, or null."""
+    """Maximum gradient norm, or null for no clipping."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast precision ("no" is float32)."""
     accumulate: int = 1
-    """Pieces into which a batch is split to save memory (gradient accumulation)."""
+    """Micro-batches into which a batch is split to save memory (gradient accumulation)."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """What happens where a loss or gradient is NaN or infinite: the run stops before the update, or leaves the batch
-    out, pays for it and counts it (replicas then train one by one)."""
+    """What happens if a loss or gradient is NaN or infinite. "stop" ends the run before the update. "skip" leaves out
+    the update, but charges and counts the batch; replicas then train one by one."""
     workers: int = 0
-    """Processes that load data."""
+    """Worker processes that load data; 0 loads in the training process."""
     replicas: Literal["auto", "batched", "loop"] = "auto"
-    """How the inner runs of a selector train: as one batched model where it is dense, or one by one, as with fp16."""
+    """How the inner runs of a selector train: as one batched model, or one by one. "auto" batches dense models and
+    trains others, and all models in fp16, one by one."""
     sharding: Literal["none", "full"] = "none"
-    """Whether several processes divide parameters, gradients and optimizer state of a model while it trains, for models
-    whose training does not fit into one; inner runs then train one after another. When it is trained each holds it
-    whole. One process is the same without."""
+    """Whether several processes shard parameters, gradients and optimizer state of a model while it trains, for models
+    whose training does not fit into one process. Inner runs then train one after another. After training each process
+    holds the full model. With one process this setting changes nothing."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(TrainConfig).items():
@@ -67,25 +68,25 @@ class TrainConfig:
             raise ConfigError(f"clip_norm = {self.clip_norm}: it must be positive, or null for no clipping")
         if self.accumulate > self.batch_size:
             raise ConfigError(f"accumulate = {self.accumulate} splits a batch of only {self.batch_size} examples")
-        for (name, value), why in ONE_BY_ONE.items():
+        for (name, value), reason in ONE_BY_ONE.items():
             if self.replicas == "batched" and getattr(self, name) == value:
-                raise ConfigError(f"{name} = {value!r} needs replicas = 'auto' or 'loop': {why}")
+                raise ConfigError(f"{name} = {value!r} needs replicas = 'auto' or 'loop': {reason}")
         if self.sharding == "full" and self.precision == "fp16":
             raise ConfigError("sharding = 'full' needs precision = 'no' or 'bf16': fp16 scales the loss")
 
     def result_fields(self) -> dict[str, Any]:
         """The fields on which a result depends by more than rounding, as JSON values.
 
-        Results are known by a hash of them. `workers`, on which nothing depends, is among them with its default.
+        Results are identified by a hash of these fields. No result depends on `workers`: it is included as its default.
         """
         fields = {**asdict(self), "workers": TrainConfig.workers}
         return {name: value for name, value in fields.items() if name != "sharding"}
 
     def rate(self, progress: float) -> float:
-        """The learning rate when `progress` (0 to 1) of the budget is spent."""
+        """The learning rate once a share `progress` (0 to 1) of the budget is spent."""
         if progress < self.warmup:
             return self.learning_rate * progress / self.warmup
-        after = (progress - self.warmup) / (1 - self.warmup)
+        decay_progress = (progress - self.warmup) / (1 - self.warmup)
         if self.schedule == "cosine":
-            return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, after)))
-        return self.learning_rate * (1 - min(1.0, after)) if self.schedule == "linear" else self.learning_rate
+            return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, decay_progress)))
+        return self.learning_rate * (1 - min(1.0, decay_progress)) if self.schedule == "linear" else self.learning_rate

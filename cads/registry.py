@@ -24,7 +24,7 @@ class TaskConfig(Protocol):
         """Load the data and make the task."""
         ...
 
-    def sketch(self, recipe: TrainConfig) -> Task:
+    def meta(self, recipe: TrainConfig) -> Task:
         """The task with shapes in place of examples and weights: enough to say what everything costs."""
         ...
 

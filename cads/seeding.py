@@ -1,4 +1,4 @@
-"""Seeds for named purposes, so that no draw depends on what was drawn before it or on global state."""
+"""Seeds derived from a purpose, so that no draw depends on earlier draws or on global state."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import pyarrow as pa
 from cads.errors import ConfigError
 
 BLOCK = 2**16
-"""Names whose seeds are derived at once."""
+"""Names whose seeds are derived at a time."""
 WORD = 2**32
+"""Number of values of a 32-bit word."""
 INIT_A, MULT_A, INIT_B, MULT_B = 0x43B0D7E5, 0x931E8875, 0x8B51F9DD, 0x58F38DED
 MIX_LEFT, MIX_RIGHT = 0xCA01F9DD, 0x4973F715
-"""Constants of `numpy.random.SeedSequence`, which NumPy keeps as they are so that seeds stay what they are."""
-POOL = 4
-"""Words of 32 bits into which it mixes."""
+"""Constants of `numpy.random.SeedSequence`. NumPy guarantees that they do not change."""
+POOL_SIZE = 4
+"""32-bit words in the entropy pool of `numpy.random.SeedSequence`."""
 
 
 def derive(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed that depends on `seed` and on what it is for.
+    """A 63-bit seed that depends on `seed` and `purpose`.
 
     Raises:
         ConfigError: if the seed is negative.
@@ -40,46 +41,55 @@ def derive_each(seed: int, names: pa.Array) -> np.ndarray:
     """
     if not 0 <= seed < WORD**2:
         raise ConfigError(f"seed = {seed}: it must be >= 0 and below 2^64")
-    own = [seed % WORD, seed // WORD] if seed >= WORD else [seed]
-    found = np.empty(len(names), dtype=np.int64)
+    seed_words = [seed % WORD, seed // WORD] if seed >= WORD else [seed]
+    seeds = np.empty(len(names), dtype=np.int64)
     for start in range(0, len(names), BLOCK):
         block = names.slice(start, BLOCK).cast(pa.binary()).to_pylist()
-        hashed = np.frombuffer(b"".join(map(_hashed, block)), "<u4").reshape(-1, 2)
-        found[start : start + BLOCK] = _mixed(own, hashed.astype(np.uint32))
-    return found
+        name_words = np.frombuffer(b"".join(map(_hashed, block)), "<u4").reshape(-1, 2)
+        seeds[start : start + BLOCK] = _seed_sequence(seed_words, name_words.astype(np.uint32))
+    return seeds
 
 
 def _hashed(name: bytes) -> bytes:
-    """The entropy that a name gives: 64 bits."""
+    """The entropy of a name: 64 bits of its SHA-256."""
     return hashlib.sha256(name).digest()[:8]
 
 
-def _mixed(own: list[int], hashed: np.ndarray) -> np.ndarray:
-    """`SeedSequence([*own, *row]).generate_state(1, np.uint64)[0] >> 1` for each row of `hashed` (uint32, (n, 2)).
+def _seed_sequence(seed_words: list[int], name_words: np.ndarray) -> np.ndarray:
+    """`SeedSequence([*seed_words, *row]).generate_state(1, np.uint64)[0] >> 1` for each row of `name_words`.
 
-    Words that are missing count as zeros there, so that it makes no difference that a small number has one word.
+    `SeedSequence` fills missing words with zeros, so that a number with one word needs no second one.
+
+    Args:
+        seed_words: the seed as one or two 32-bit words, the lowest first.
+        name_words: uint32, shape (n, 2).
+
+    Returns:
+        the seeds, int64, shape (n,).
     """
-    words = [np.full(len(hashed), w, dtype=np.uint32) for w in own] + [hashed[:, 0], hashed[:, 1]]
-    words += [np.zeros(len(hashed), dtype=np.uint32)] * (POOL - len(words))
+    n = len(name_words)
+    words = [np.full(n, word, dtype=np.uint32) for word in seed_words] + [name_words[:, 0], name_words[:, 1]]
+    words += [np.zeros(n, dtype=np.uint32)] * (POOL_SIZE - len(words))
     constant = INIT_A
 
-    def stirred(value: np.ndarray) -> np.ndarray:
+    def hashmix(value: np.ndarray) -> np.ndarray:
         nonlocal constant
-        before, constant = constant, constant * MULT_A % WORD
-        return _folded((value ^ np.uint32(before)) * np.uint32(constant))
+        previous, constant = constant, constant * MULT_A % WORD
+        return _xorshift((value ^ np.uint32(previous)) * np.uint32(constant))
 
-    pool = [stirred(word) for word in words]
-    for source in range(POOL):
-        for to in range(POOL):
-            if to != source:
-                other = stirred(pool[source])
-                pool[to] = _folded(pool[to] * np.uint32(MIX_LEFT) - other * np.uint32(MIX_RIGHT))
+    pool = [hashmix(word) for word in words]
+    for source in range(POOL_SIZE):
+        for destination in range(POOL_SIZE):
+            if destination != source:
+                mixed = hashmix(pool[source])
+                pool[destination] = _xorshift(pool[destination] * np.uint32(MIX_LEFT) - mixed * np.uint32(MIX_RIGHT))
     low, high = (
-        _folded((pool[i] ^ np.uint32(INIT_B * MULT_B**i % WORD)) * np.uint32(INIT_B * MULT_B ** (i + 1) % WORD))
+        _xorshift((pool[i] ^ np.uint32(INIT_B * MULT_B**i % WORD)) * np.uint32(INIT_B * MULT_B ** (i + 1) % WORD))
         for i in range(2)
     )
     return ((high.astype(np.uint64) << np.uint64(32) | low) >> np.uint64(1)).astype(np.int64)
 
 
-def _folded(x: np.ndarray) -> np.ndarray:
+def _xorshift(x: np.ndarray) -> np.ndarray:
+    """The final step of each hash in `numpy.random.SeedSequence`."""
     return x ^ (x >> np.uint32(16))

@@ -1,4 +1,4 @@
-"""Selection: the result that every selector returns. Scores travel with ids; it loads without any model."""
+"""Selection: the result that every selector returns. It stores scores by id, and loads without a model."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from cads.warm_start import START_FILES, read_start, write_start
 
 SCHEMA_VERSION = 1
 FILES = ("selection.json", "scores.parquet", "timings.json", *START_FILES)
-"""What a saved Selection consists of; the last two only where it has a start."""
-LISTED = 2**16
-"""Positions that a sampler holds as Python numbers at once."""
+"""The files of a saved Selection; the last two only if it has a `warm_start`."""
+SAMPLER_BLOCK = 2**16
+"""Positions that a sampler converts to Python integers at a time."""
 LIBRARIES = ("cads-select", "torch", "numpy", "accelerate")
 COLUMNS = {
     "id": pa.string(),
@@ -57,7 +57,7 @@ HEADER: dict[str, type | tuple[type, ...]] = {
     "weighted": bool,
     "notes": dict,
 }
-"""Fields of selection.json that a Selection takes over as they are, and their types."""
+"""Fields of selection.json that become fields of a Selection unchanged, and their types."""
 
 
 @dataclass
@@ -65,22 +65,22 @@ class Selection:
     """Which examples of a pool to train on.
 
     Attributes:
-        ids: one a pool example, in the order of the pool it was made from.
+        ids: one a pool example, in the order of the pool that the selection was made from.
         score: higher is better, shape (N,).
         probability: of being selected, shape (N,).
         selected: bool, shape (N,); may be empty only if `target_fraction` is 1.
-        sources: the name of each example's source (given as a list or as Arrow strings, kept as a dictionary array
-            of 4 bytes an example), or None.
+        sources: the name of each example's source, or None. Given as a list or Arrow strings, it becomes a dictionary
+            array of 4 bytes an example.
         source_probability: probability of each source, for selectors that choose sources.
         target_fraction: share of each training batch drawn from the target (0: pool only).
         weighted: whether training draws examples in proportion to their probability, with replacement, instead
             of going through the selected ones epoch by epoch.
-        method, config, seed, budget, ledger: how it was made; of functions in the config, the names.
-        pool_hash: content hash of the pool it was made from.
-        notes: what the selector has to say, such as the guard's verdict.
-        start: where training goes on from, if the selector has begun the run of the final model
-        (`cads.search.single_run`):
-            weights, optimizer and step. What it took is in `ledger` under "train".
+        method, config, seed, budget, ledger: how the selection was made. Functions in `config` become their names.
+        pool_hash: content hash of that pool.
+        notes: remarks of the selector, such as the decision of the guard.
+        versions: versions of Python and of the libraries that results depend on.
+        warm_start: weights, optimizer and step from which training continues, if the selector started the run of the
+            final model (`cads.search.single_run`). The FLOPs of that start are in `ledger` under "train".
     """
 
     ids: pa.Array
@@ -119,7 +119,7 @@ class Selection:
         if not self.selected.any() and self.target_fraction < 1:
             raise SelectionError(f"{self.method} selected no example: lower its threshold or raise the budget")
         self.versions = self.versions or versions()
-        self.config = {option: _named(value) for option, value in self.config.items()}
+        self.config = {option: _qualified_name(value) for option, value in self.config.items()}
 
     @classmethod
     def from_pool(
@@ -133,30 +133,30 @@ class Selection:
         ledger: Ledger,
         score: np.ndarray | None = None,
         probability: np.ndarray | None = None,
-        **more: Any,
+        **fields: Any,
     ) -> Selection:
-        """A Selection from `pool`; score and probability default to `selected` as 0 and 1."""
-        plain = np.asarray(selected, dtype=np.float64)
-        names = None
+        """A Selection from `pool`; score and probability default to `selected` as 0 and 1. `fields`: other fields."""
+        indicator = np.asarray(selected, dtype=np.float64)
+        sources = None
         if pool.sources is not None:
-            names = pa.DictionaryArray.from_arrays(pool.sources, pa.array(pool.source_names, pa.string()))
+            sources = pa.DictionaryArray.from_arrays(pool.sources, pa.array(pool.source_names, pa.string()))
         return cls(
             ids=pool.ids,
-            score=plain if score is None else np.asarray(score, dtype=np.float64),
-            probability=plain if probability is None else np.asarray(probability, dtype=np.float64),
+            score=indicator if score is None else np.asarray(score, dtype=np.float64),
+            probability=indicator if probability is None else np.asarray(probability, dtype=np.float64),
             selected=np.asarray(selected, dtype=bool),
             method=method,
             seed=seed,
             budget=budget,
             ledger=ledger,
             pool_hash=pool.content_hash,
-            sources=names,
-            **more,
+            sources=sources,
+            **fields,
         )
 
     @cached_property
     def content_hash(self) -> str:
-        """Of all that is saved but the times: two selections with the same hash are trained on alike."""
+        """Hash of everything that is saved except times: selections with the same hash give the same training run."""
         digest = hashlib.sha256(json.dumps(self._header(), sort_keys=True).encode())
         add_column(digest, self.ids)
         if self.sources is not None:
@@ -171,26 +171,26 @@ class Selection:
 
     @property
     def rank(self) -> np.ndarray:
-        """Place of each example by falling score, 0 is best, ties by id; shape (N,)."""
+        """Rank of each example by score: 0 has the highest score, ties by id; int64, shape (N,)."""
         return rank_by_score(self.ids, self.score)
 
     def positions(self, pool: Pool) -> np.ndarray:
-        """Where the selected examples stand in `pool`, which may be reordered, int64.
+        """Positions of the selected examples in `pool`, which may be in another order; sorted, int64.
 
         Raises:
             SelectionError: if a selected id is not in the pool.
         """
         if self.ids.equals(pool.ids):
             return np.flatnonzero(self.selected)
-        wanted = self.ids.filter(pa.array(self.selected))
-        found = pc.index_in(wanted, value_set=pool.ids)
-        if found.null_count:
-            missing = wanted.filter(pc.is_null(found))
+        selected_ids = self.ids.filter(pa.array(self.selected))
+        positions = pc.index_in(selected_ids, value_set=pool.ids)
+        if positions.null_count:
+            missing = selected_ids.filter(pc.is_null(positions))
             raise SelectionError(
-                f"{found.null_count} selected ids are not in the {pool.name}, such as {missing[:3].to_pylist()}: "
+                f"{positions.null_count} selected ids are not in the {pool.name}, such as {missing[:3].to_pylist()}: "
                 "use the pool that the selection was made from"
             )
-        return np.sort(found.to_numpy(zero_copy_only=False).astype(np.int64))
+        return np.sort(positions.to_numpy(zero_copy_only=False).astype(np.int64))
 
     def stream(self, pool: Pool, seed: int) -> Stream:
         """An endless, seeded sequence of positions in `pool` to train on.
@@ -202,35 +202,35 @@ class Selection:
         if not self.weighted:
             return ShuffledStream(positions, seed)
         weights = np.zeros(len(pool))
-        place = pc.index_in(pool.ids.take(pa.array(positions)), value_set=self.ids).to_numpy()
-        weights[positions] = self.probability[place]
+        rows = pc.index_in(pool.ids.take(pa.array(positions)), value_set=self.ids).to_numpy()
+        weights[positions] = self.probability[rows]
         return WeightedStream(weights, seed)
 
     def apply(self, dataset: Any, id_column: str = "id") -> Any:
         """The selected rows of a `datasets.Dataset`, matched by its id column.
 
         Raises:
-            SelectionError: if the column is missing, or a selected id is not in it.
+            SelectionError: if the column is missing, or does not contain a selected id.
         """
         if id_column not in dataset.column_names:
             raise SelectionError(f"the dataset has no column {id_column!r}: it has {dataset.column_names}")
         ids = _as_strings(dataset, id_column)
-        wanted = self.ids.filter(pa.array(self.selected))
-        found = pc.index_in(wanted, value_set=ids)
-        if found.null_count:
-            missing = wanted.filter(pc.is_null(found))
+        selected_ids = self.ids.filter(pa.array(self.selected))
+        rows = pc.index_in(selected_ids, value_set=ids)
+        if rows.null_count:
+            missing = selected_ids.filter(pc.is_null(rows))
             raise SelectionError(
-                f"{found.null_count} selected ids are not in column {id_column!r}, such as "
+                f"{rows.null_count} selected ids are not in column {id_column!r}, such as "
                 f"{missing[:3].to_pylist()}: use the data that the selection was made from"
             )
-        return dataset.select(np.sort(found.to_numpy(zero_copy_only=False)))
+        return dataset.select(np.sort(rows.to_numpy(zero_copy_only=False)))
 
     def sampler(self, pool: Pool, seed: int = 0) -> SelectionSampler:
-        """A `torch.utils.data.Sampler` over positions of `pool`, in which the selected ids must be."""
+        """A `torch.utils.data.Sampler` over positions of `pool`, which must contain the selected ids."""
         return SelectionSampler(self.stream(pool, seed), int(self.selected.sum()))
 
     def source_counts(self) -> list[tuple[str, int, int, float]]:
-        """For each source (or the whole pool): name, examples, selected examples, mean probability."""
+        """For each source (or the full pool): name, number of examples, number selected, mean probability."""
         if self.sources is None:
             names, codes = ["(all)"], np.zeros(len(self.ids), dtype=np.int32)
         else:
@@ -242,10 +242,10 @@ class Selection:
         return [(str(n), int(e), int(s), float(p)) for n, e, s, p in sorted(rows) if e]
 
     def mixture(self) -> dict[str, float]:
-        """The share of each source among what is trained on, for `datasets.interleave_datasets`.
+        """The share of each source in the training data, for `datasets.interleave_datasets`.
 
         Raises:
-            SelectionError: if the pool had no sources, or nothing of it is selected.
+            SelectionError: if the pool had no sources, or no pool example is selected.
         """
         if self.sources is None:
             raise SelectionError("the pool of this selection had no sources, so there is no mixture")
@@ -259,17 +259,17 @@ class Selection:
         return {name: amount / total for name, amount in amounts.items()}
 
     def save(self, folder: Path | str) -> Path:
-        """Write `selection.json`, `scores.parquet`, `timings.json` and the start, if there is one, to a new folder.
+        """Write `selection.json`, `scores.parquet`, `timings.json` and the `warm_start`, if any, to a new folder.
 
-        It is written whole or not at all. All but the times are the same, byte for byte, for two runs of one seed.
+        The folder is written atomically. Two runs with the same seed write the same bytes, except for the times.
 
         Raises:
-            SelectionError: if the folder already exists with something else in it (`check_folder`).
+            SelectionError: if the folder exists and holds other files (`check_folder`).
         """
         folder = Path(folder)
         check_folder(folder)
         with whole_folder(folder) as partial:
-            # A dictionary of unique ids would only be built and thrown away.
+            # Ids are unique: Parquet would build a dictionary of them and discard it.
             pq.write_table(self.table(), partial / "scores.parquet", use_dictionary=["source"])
             (partial / "selection.json").write_text(json.dumps(self._header(), indent=2, sort_keys=True) + "\n")
             self.ledger.save(partial / "timings.json")
@@ -293,9 +293,9 @@ class Selection:
         )
 
     def _header(self) -> dict[str, Any]:
-        begun = {} if self.warm_start is None else {"start": self._start_digest}
+        warm_start = {} if self.warm_start is None else {"start": self._start_digest}
         return {
-            **begun,
+            **warm_start,
             "schema_version": SCHEMA_VERSION,
             "method": self.method,
             "config": self.config,
@@ -317,10 +317,10 @@ class Selection:
 
     @classmethod
     def load(cls, folder: Path | str) -> Selection:
-        """Read a Selection: JSON and Parquet alone, nothing is executed.
+        """Read a Selection from JSON, Parquet and safetensors; no code is executed.
 
         Raises:
-            SelectionError: if it is missing, corrupt, of another version, or its parts disagree.
+            SelectionError: if it is missing, corrupt, of another version, or its files do not match.
         """
         folder = Path(folder)
         if (folder / "selection" / "selection.json").exists():
@@ -363,8 +363,8 @@ class Selection:
         )
 
 
-def _named(value: Any) -> Any:
-    """The full name of a function, or of the class of another callable; anything else as it is."""
+def _qualified_name(value: Any) -> Any:
+    """The qualified name of a function, or of the class of another callable; any other value unchanged."""
     if not callable(value):
         return value
     return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
@@ -379,10 +379,10 @@ def _dictionary(names: pa.Array | Sequence[str] | None) -> pa.DictionaryArray | 
 
 
 def _as_strings(dataset: Any, column: str) -> pa.ChunkedArray:
-    """A column of a `datasets.Dataset`, of strings or of numbers.
+    """A column of strings or numbers of a `datasets.Dataset`, as strings.
 
     Raises:
-        SelectionError: if it holds something else.
+        SelectionError: if the column has another type.
     """
     values = dataset.select_columns([column]).with_format("arrow")[:][column]
     try:
@@ -392,13 +392,14 @@ def _as_strings(dataset: Any, column: str) -> pa.ChunkedArray:
 
 
 def check_folder(folder: Path | str, files: Sequence[str] = FILES) -> None:
-    """Refuse to save where something else would be overwritten: an earlier Selection alone may stand there.
+    """Refuse to save to a folder that holds anything other than an earlier Selection.
 
     Args:
-        files: what an earlier Selection consists of.
+        folder: to save to.
+        files: the names of the files of an earlier Selection.
 
     Raises:
-        SelectionError: if `folder` is a file, or holds anything but an earlier Selection.
+        SelectionError: if `folder` is a file, or holds other files.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -411,7 +412,7 @@ def check_folder(folder: Path | str, files: Sequence[str] = FILES) -> None:
 
 
 class SelectionSampler(Sampler[int]):
-    """One epoch of positions in a pool, as many as are selected.
+    """One epoch of positions in a pool: as many as examples are selected.
 
     Call `set_epoch` before each epoch, as with `DistributedSampler`.
     """
@@ -422,24 +423,24 @@ class SelectionSampler(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through."""
+        """Set the epoch of the next iteration."""
         self._epoch = epoch
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[int]:
-        drawn = self._stream.take(self._epoch * self._count, self._count)
-        for start in range(0, len(drawn), LISTED):
-            yield from drawn[start : start + LISTED].tolist()
+        positions = self._stream.take(self._epoch * self._count, self._count)
+        for start in range(0, len(positions), SAMPLER_BLOCK):
+            yield from positions[start : start + SAMPLER_BLOCK].tolist()
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries on which results depend."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the libraries on which results depend."""
+    installed = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed

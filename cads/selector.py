@@ -1,4 +1,4 @@
-"""What CADS-S and CADS-E share: dividing the compute, the ladder of short runs, and the guard."""
+"""The interface of a selector, and the plan and selection of a selector that does not search."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from cads.task import Task
 
 
 class Selector(Protocol):
-    """Anything that chooses what to train on; found through the entry-point group `cads.selectors`."""
+    """A method that chooses what to train on; registered in the entry-point group `cads.selectors`."""
 
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
-        """Choose from `task.pool` for training within `budget`, charging `ledger` for what is spent."""
+        """Choose examples of `task.pool` for training within `budget`, and charge `ledger` for the cost of choosing."""
         ...
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """What `select` would charge, by stage; nothing is trained and no example is read."""
+        """What `select` would charge, by stage. Nothing is trained and no example is read."""
         ...
 
 
 def zero_cost_plan(task: Task, budget: Budget) -> PlannedLedger:
-    """The plan of a selector that spends nothing.
+    """The empty plan of a selector that spends no FLOPs.
 
     Raises:
         BudgetError: if the budget does not buy one step.
@@ -40,7 +40,7 @@ def zero_cost_plan(task: Task, budget: Budget) -> PlannedLedger:
 def full_pool_selection(
     task: Task, budget: Budget, *, method: str, seed: int, ledger: Ledger, notes: dict[str, object]
 ) -> Selection:
-    """The full pool: what a selector returns when nothing better was found, or nothing could be tried."""
+    """The full pool: what a selector returns if it found nothing better, or if the budget buys no trial."""
     return Selection.from_pool(
         task.pool,
         selected=np.ones(len(task.pool), dtype=bool),

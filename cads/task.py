@@ -1,7 +1,7 @@
-"""The only door between data and models on one side and the selection algorithms on the other.
+"""The interface between data and models on one side and the selection algorithms on the other.
 
-A `Task` is a pool, a target, a test set, a way to build the model, the loss of one example, and the recipe
-by which the final model will be trained. Everything else in cads is written against these classes.
+A `Task` is a pool, a target, a test set, a way to build the model, the loss of one example, and the recipe by which the
+final model is trained. The rest of cads uses data and models only through these classes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEAK_TOLERANCE = 0.01
-"""Share of the target that may have exact copies in the pool or the test set before it is called a leak."""
+"""Share of the target that may have exact copies in the pool or the test set; a larger share is refused as a leak."""
 
 
 Metrics = dict[str, float]
 Objective = Callable[["Task", nn.Module, Pool], float]
-"""Any metric of a trained model on a pool, lower is better: (task, model, target) -> value."""
+"""Any metric of a trained model on a pool, lower is better: (task, model, pool) -> value."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ObjectiveValue:
 
     Attributes:
         value: lower is better.
-        by_example: what it is the mean of, float64, shape (N,); None where it is the mean of nothing.
+        by_example: the values of single examples whose mean is `value`, float64, shape (N,); None if it is no mean.
     """
 
     value: float
@@ -54,20 +54,22 @@ class ObjectiveValue:
 
 
 class Task(ABC):
-    """What is to be learned, from what, and how the final model is trained.
+    """Data, a model and a recipe: what is learned, from which examples, and how the final model is trained.
 
     Attributes:
-        pool: the candidates. target: what selection optimises for. test: held out, seen by no selector.
+        pool: the candidate examples.
+        target: the examples that selection optimises for.
+        test: held-out examples that no selector sees.
         recipe: how the model is trained: batch size, optimizer, learning rate, precision.
         outer: the metric of `metrics` (lower is better) that selection minimises on the target.
-        maximised: metrics of which more is better: none of them can be `outer`.
-        averaged: metrics that are means of a value of each example, see `metrics_by_example`.
-        pretrained: whether models begin with weights that find some examples easier than others.
-        source_outer: another one where whole sources are chosen; None for the same.
+        maximised: metrics where higher is better; none of them can be `outer`.
+        averaged: metrics that are the mean of one value per example; see `metrics_by_example`.
+        pretrained: whether models start from weights for which some examples are already easier than others.
+        source_outer: the outer metric of selectors that choose whole sources; None for `outer`.
         accounting: how FLOPs are counted: `measured`, `analytic` or `paper`.
-        mergeable: whether its models have adapters that can be written into the weights they stand on.
-        proxy: the same data for a smaller model, on which selectors may work in place of the one that is trained;
-            None if they work on that one.
+        mergeable: whether the models have adapters that can be merged into the base weights.
+        proxy: a task with the same data and a smaller proxy model, which selectors use in place of the final model;
+            None if they use the final model.
     """
 
     name: str = "task"
@@ -93,20 +95,20 @@ class Task(ABC):
         """The loss of each example, in nats, shape (B,)."""
 
     def training_losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """What a training step takes the mean of, shape (B,): the losses, unless examples weigh differently."""
+        """The losses whose mean a training step minimises, shape (B,); `losses`, unless examples are weighted."""
         return self.losses(model, batch)
 
     @abstractmethod
     def metrics(self, model: nn.Module, pool: Pool) -> Metrics:
         """Metrics of `model` on all of `pool`, among them "loss" (nats per example) and `outer`.
 
-        It is one forward pass over the pool; the caller charges it.
+        This is one forward pass over the pool, which the caller charges.
         """
 
     def groups(self, pool: Pool) -> np.ndarray | None:
         """Groups within which examples compete for selection (for classifiers the labels), int, shape (N,), or None.
 
-        Hard classes have higher losses: without groups a selector by losses would thin them out.
+        Hard classes have higher losses. Without groups, selection by loss would drop most of their examples.
         """
         return None
 
@@ -118,7 +120,7 @@ class Task(ABC):
         return None
 
     def texts(self, pool: Pool) -> list[str]:
-        """What each example asks, as text, never the answer: for selectors that compare words.
+        """The prompt of each example as text, never its answer; for selectors that compare words.
 
         Raises:
             ConfigError: if the examples are not text.
@@ -126,15 +128,15 @@ class Task(ABC):
         raise ConfigError(f"{self.name} has no text: choose a selector that does not compare words")
 
     def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """Scores of the classes of a classifier, shape (B, C); labels are class numbers, shape (B,).
+        """Logits of the classes of a classifier, shape (B, C); labels are class numbers, shape (B,).
 
         Raises:
-            ConfigError: if the task is no classification.
+            ConfigError: if the task is not classification.
         """
         raise ConfigError(f"{self.name} has no classes: choose a selector that does not compare class probabilities")
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What the last layer of `model` reads, one vector an example, shape (B, D): a space to compare examples in.
+        """The input of the last layer of `model`, one vector an example, shape (B, D), in which examples are compared.
 
         Raises:
             ConfigError: if the model has no such layer.
@@ -143,38 +145,38 @@ class Task(ABC):
 
     @property
     def identity(self) -> dict[str, str]:
-        """What data it is: two tasks of one configuration with the same identity give the same results."""
+        """Hashes of pool, target and test: tasks with equal configuration and identity give the same results."""
         return {name: getattr(self, name).content_hash for name in ("pool", "target", "test")}
 
     @cached_property
     def costs(self) -> Costs:
-        """What one example costs, counted once per shape."""
+        """The cost of one example, counted once per shape."""
         from cads.accounting.costs import Costs
 
         return Costs(self, self.accounting)
 
     def describe(self, pool: Pool, positions: np.ndarray) -> list[str] | None:
-        """The examples at `positions` as text, to look at, or None where they are none."""
+        """The examples at `positions` as text for people to read, or None if they are not text."""
         return None
 
     def save(self, model: nn.Module, folder: Path, *, merge: bool = False) -> None:
-        """Write a trained model to an existing folder: here `model.safetensors`, whole or not at all.
+        """Write a trained model to an existing folder: by default as `model.safetensors`, written atomically.
 
         Raises:
-            ConfigError: if adapters are to be merged and there are none.
+            ConfigError: if `merge` is set and the models have no adapters.
         """
         self.check_merge(merge)
         weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
-        handle, partial = tempfile.mkstemp(prefix=".model.", dir=folder)
+        handle, temporary = tempfile.mkstemp(prefix=".model.", dir=folder)
         os.close(handle)
-        save_file(weights, partial)
-        os.replace(partial, folder / "model.safetensors")
+        save_file(weights, temporary)
+        os.replace(temporary, folder / "model.safetensors")
 
     def check_merge(self, merge: bool) -> None:
-        """Refuse to merge what cannot be merged.
+        """Refuse to merge adapters if the models have none.
 
         Raises:
-            ConfigError: if `merge` is asked for and the models have no adapters.
+            ConfigError: if `merge` is set and the models have no adapters.
         """
         if merge and not self.mergeable:
             raise ConfigError(f"merge = true: the models of {self.name} have no adapters to merge")
@@ -183,7 +185,7 @@ class Task(ABC):
         """Refuse an evaluation that this task does not have, before anything is trained for it.
 
         Raises:
-            ConfigError: if there is none of that name, or it lacks something.
+            ConfigError: if no evaluation has that name, or something it needs is missing.
         """
         raise ConfigError(f"evaluation {name!r} is unknown: {self.name} has none beside its test metrics")
 
@@ -196,12 +198,15 @@ class Task(ABC):
         """(N, D) of `paper` accounting: the parameters of `model`, and the tokens of `batch`.
 
         Raises:
-            ConfigError: if this task has no such numbers.
+            ConfigError: if these numbers are not defined for the task.
         """
         return float(sum(p.numel() for p in model.parameters())), float(batch.tokens)
 
     def metrics_by_example(self, model: nn.Module, pool: Pool) -> dict[str, np.ndarray]:
-        """What `averaged` names, float64, shape (N,) each; one forward pass over the pool, which the caller charges."""
+        """The values whose means are the `averaged` metrics, float64, shape (N,) each.
+
+        This is one forward pass over the pool, which the caller charges.
+        """
         return {}
 
     def objective(
@@ -221,18 +226,18 @@ class Task(ABC):
             by_example = self.metrics_by_example(model, pool)[outer]
             return ObjectiveValue(float(by_example.mean()), by_example)
         metrics = self.metrics(model, pool)
-        known = sorted(set(metrics) - set(self.maximised))
-        if outer not in known:
+        minimised = sorted(set(metrics) - set(self.maximised))
+        if outer not in minimised:
             raise ConfigError(
-                f"outer = {outer!r} is no metric of {self.name} that can be minimised: choose from {known}"
+                f"outer = {outer!r} is no metric of {self.name} that can be minimised: choose from {minimised}"
             )
         return ObjectiveValue(metrics[outer])
 
     def check_outer(self, outer: str | Objective | None) -> None:
-        """Refuse an outer objective by a name that is not known, before anything is spent: it is tried on one example.
+        """Refuse an unknown name of an outer objective before any FLOP is spent, by evaluating it on one example.
 
         Raises:
-            ConfigError: naming those there are.
+            ConfigError: naming the metrics that can be minimised.
         """
         if isinstance(outer, str):
             self.objective(self.model(0), outer, self.target.subset(np.arange(1), self.target.name))
@@ -241,7 +246,7 @@ class Task(ABC):
         """Refuse a target that leaks into the pool or the test set, by id or by content.
 
         Raises:
-            DataError: naming the first examples that stand on both sides.
+            DataError: naming the first examples that are in both.
         """
         contents = self.target.digests
         for other in (self.pool, self.test):

@@ -1,4 +1,4 @@
-"""A training run that was begun by selection, beside the scores: JSON values, and tensors as safetensors."""
+"""The state of a training run that selection started, stored beside the scores as JSON and safetensors."""
 
 from __future__ import annotations
 
@@ -13,38 +13,42 @@ from cads.runtime.checkpoint import State, StoredTensors, load_json
 
 VALUES, TENSORS = "start.json", "start.safetensors"
 START_FILES = (VALUES, TENSORS)
+"""The files of a stored state."""
 
 
 def write_start(start: State, folder: Path) -> None:
-    """Write the state to an existing folder; the same state gives the same bytes.
+    """Write `start` to an existing folder; the same state gives the same bytes.
 
     Raises:
-        SelectionError: if it cannot be written, for example to a full disk.
+        SelectionError: if the state cannot be written, for example to a full disk.
     """
-    kept = start.detached()
+    state = start.detached()
     try:
-        save_file(kept.tensors, folder / TENSORS)
+        save_file(state.tensors, folder / TENSORS)
     except SafetensorError as error:
         raise SelectionError(f"the start of the run cannot be written to {folder}: {error}") from error
-    (folder / VALUES).write_text(json.dumps(kept.values, indent=2, sort_keys=True) + "\n")
+    (folder / VALUES).write_text(json.dumps(state.values, indent=2, sort_keys=True) + "\n")
 
 
 def read_start(folder: Path, digest: str) -> State:
-    """Read the state that `write_start` wrote: sizes before contents, and nothing in it is executed.
+    """Read the state that `write_start` wrote. Sizes are checked before contents are read; no code is executed.
 
     Args:
-        digest: of the state, as the Selection knows it.
+        folder: of the Selection.
+        digest: the digest of the state in the header of the Selection.
 
     Raises:
-        SelectionError: if it is missing, corrupt, a link, larger than this machine can hold, or another state.
+        SelectionError: if a file is missing, corrupt, a link or too large for this machine, or the digest differs.
     """
     try:
         values = load_json(folder / VALUES)
         if not isinstance(values, dict):
             raise CheckpointError(f"{VALUES} holds {type(values).__name__}, not names and values")
-        found = State(values, StoredTensors(folder / TENSORS).load())
+        state = State(values, StoredTensors(folder / TENSORS).load())
     except (OSError, ValueError, RecursionError, SafetensorError, MemoryError, CheckpointError) as error:
         raise SelectionError(f"the start of the run in {folder} cannot be read: {error}") from error
-    if found.digest != digest:
-        raise SelectionError(f"the start of the run in {folder} is not what the selection says: its hash differs")
-    return found
+    if state.digest != digest:
+        raise SelectionError(
+            f"the start of the run in {folder} is not the one that the selection was saved with: its hash differs"
+        )
+    return state

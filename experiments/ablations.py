@@ -1,14 +1,16 @@
-"""What each part of CADS-S is for, in worlds whose truth is known; one table.
+"""Ablations of CADS-S in worlds whose true regrets are known, in one table.
 
     python -m experiments.ablations --budgets 1,4,16,64 --seeds 3 --json runs/ablations.json \
         [--results experiments/results/ablations.md]
 
-Each line replaces one option of what the first line of its part does. Two parts have another selector there than
-CADS-S: the direct estimator has the baselines and K, the plain penalty an exact l*. The part `estimator` compares the
-three selectors whole: they differ in more than the estimator, such as the search by short runs and the guard.
+The table has parts. The first line of a part is its reference; each further line changes one option of the reference.
+The reference is CADS-S, but for two kinds of parts: the direct estimator is the reference where its baseline and its K
+are varied, the plain penalty where an exact l* (the training loss within reach of the budget) is tried.
+The part `estimator` compares three whole selectors. They differ in more than the estimator, such as the search by
+trials and the guard.
 
-The cells are those of `experiments.oracle`, under the same --cache: a run that was stopped goes on where it was, and
-one that names several worlds reads what was run for each.
+The cells are those of `experiments.oracle`, under the same --cache. A run that was stopped resumes; a run over
+several worlds reads the cells that were run for each world.
 """
 
 from __future__ import annotations
@@ -35,14 +37,17 @@ from experiments.worlds import SHORT, read_world, shipped
 BASE = Contender("cads-s", "cads-s")
 PENALTY = Contender("cads-s-penalty", "cads-s-penalty")
 DIRECT_OPTIONS = {"allowance": 2.75, "share": 1 / 8}
-"""The direct estimator at what CADS-S may spend: whole runs would not fit."""
+"""The direct estimator with the allowance of CADS-S, which does not pay for inner runs of the whole C."""
 DIRECT = Contender("direct", "bilevel", DIRECT_OPTIONS)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A line of the table: which part, what stands in its place, and who does that; others are compared with the first
-    of the part."""
+    """A line of the table; every line of a part is compared with the first.
+
+    Attributes:
+        part: the part of the table. value: what the line calls the option's value. who: the selector that is run.
+    """
 
     part: str
     value: str
@@ -117,23 +122,27 @@ COLUMNS = (
 
 
 def contenders(parts: Sequence[str]) -> list[Contender]:
-    """Everyone in these parts, once.
+    """The contenders of these parts, each once.
 
     Raises:
         ConfigError: if there is no such part.
     """
-    if stray := sorted(set(parts) - set(PARTS)):
-        raise ConfigError(f"--parts {stray}: choose from {list(PARTS)}")
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise ConfigError(f"--parts {unknown}: choose from {list(PARTS)}")
     return list({v.who.label: v.who for v in VARIANTS if v.part in parts}.values())
 
 
 def difference(cells: Sequence[Cell], label: str, base: str) -> tuple[float, float]:
-    """Regret in accuracy of a contender less that of `base` on the same cells, and half its interval over seeds."""
-    regret = {(c.world, c.budget, c.seed, c.method): c.regret_acc for c in cells}
+    """Regret in accuracy of the contender `label` less that of the contender `base` on the same cells.
+
+    Returns:
+        the mean, and half its interval over seeds.
+    """
+    regrets = {(c.world, c.budget, c.seed, c.method): c.regret_acc for c in cells}
     by_seed: dict[int, list[float]] = {}
-    for (world, budget, seed, method), value in regret.items():
+    for (world, budget, seed, method), value in regrets.items():
         if method == label:
-            by_seed.setdefault(seed, []).append(value - regret[world, budget, seed, base])
+            by_seed.setdefault(seed, []).append(value - regrets[world, budget, seed, base])
     means = [float(np.mean(values)) for values in by_seed.values()]
     return float(np.mean(means)), half_width(means)
 
@@ -142,20 +151,20 @@ def _points(mean: float, width: float, sign: str = "") -> str:
     return f"{100 * mean:{sign}.2f}" + ("" if np.isnan(width) else f" ± {100 * width:.2f}")
 
 
-def _row(variant: Variant, row: Summary, cells: Sequence[Cell]) -> list[str]:
-    places = len({(c.world, c.budget) for c in row.cells})
+def _row(variant: Variant, summary: Summary, cells: Sequence[Cell]) -> list[str]:
+    n_settings = len({(c.world, c.budget) for c in summary.cells})
     base = next(v.who.label for v in VARIANTS if v.part == variant.part)
-    own = variant.who.label == base
+    is_reference = variant.who.label == base
     return [
         variant.part,
         variant.value,
-        _points(row.regret_acc, row.width_acc),
-        "" if own else _points(*difference(cells, variant.who.label, base), sign="+"),
-        "-" if np.isnan(row.long_acc) else _points(row.long_acc, row.long_width),
-        f"{row.regret_val:.3f}",
-        f"{row.selection:.2f}",
-        f"{row.seconds:.1f}",
-        f"{len(row.worse)} of {places}",
+        _points(summary.regret_acc, summary.width_acc),
+        "" if is_reference else _points(*difference(cells, variant.who.label, base), sign="+"),
+        "-" if np.isnan(summary.long_acc) else _points(summary.long_acc, summary.long_width),
+        f"{summary.regret_val:.3f}",
+        f"{summary.selection:.2f}",
+        f"{summary.seconds:.1f}",
+        f"{len(summary.worse)} of {n_settings}",
     ]
 
 
@@ -165,14 +174,14 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(cells: Sequence[Cell], references: Sequence[Reference], parts: Sequence[str]) -> str:
-    """The table of all parts, and the regret of each outer objective world by world."""
-    summary = {row.method: row for row in summary_of(cells, references)}
-    rows = [_row(v, summary[v.who.label], cells) for v in VARIANTS if v.part in parts]
+    """The table of all parts, and the regret of each outer objective by world."""
+    summaries = {summary.method: summary for summary in summary_of(cells, references)}
+    rows = [_row(v, summaries[v.who.label], cells) for v in VARIANTS if v.part in parts]
     worlds = list(dict.fromkeys(r.world for r in references))
     budgets = list(dict.fromkeys(r.budget for r in references))
     seeds = len({c.seed for c in cells})
-    where = f"Worlds: {', '.join(worlds)}; passes: {', '.join(f'{b:g}' for b in budgets)}; {seeds} seeds."
-    text = f"{NOTE}\n\n{where}\n\n{_table(COLUMNS, rows)}"
+    settings = f"Worlds: {', '.join(worlds)}; passes: {', '.join(f'{b:g}' for b in budgets)}; {seeds} seeds."
+    text = f"{NOTE}\n\n{settings}\n\n{_table(COLUMNS, rows)}"
     if OUTER in parts:
         title = "The outer objective of CADS-S, world by world, regret in points; `*`: the lowest in the world"
         text += f"\n{title}:\n\n{_table((OUTER, *worlds), outer_by_world(cells, worlds))}"
@@ -180,12 +189,12 @@ def markdown(cells: Sequence[Cell], references: Sequence[Reference], parts: Sequ
 
 
 def outer_by_world(cells: Sequence[Cell], worlds: Sequence[str]) -> list[list[str]]:
-    """A line an outer objective: its name, and its mean regret in each world in points, the lowest marked by `*`."""
+    """One row for each outer objective: its name, then its mean regret in each world in points; `*`: the lowest."""
     variants = [v for v in VARIANTS if v.part == OUTER]
     columns = []
     for world in worlds:
-        here = [[c.regret_acc for c in cells if (c.method, c.world) == (v.who.label, world)] for v in variants]
-        texts = [f"{100 * np.mean(values):.2f}" for values in here]
+        regrets = [[c.regret_acc for c in cells if (c.method, c.world) == (v.who.label, world)] for v in variants]
+        texts = [f"{100 * np.mean(values):.2f}" for values in regrets]
         lowest = min(texts, key=float)
         columns.append([f"{text} *" if text == lowest else text for text in texts])
     return [[v.value, *row] for v, row in zip(variants, zip(*columns, strict=True), strict=True)]
@@ -193,35 +202,37 @@ def outer_by_world(cells: Sequence[Cell], worlds: Sequence[str]) -> list[list[st
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", type=Path, action="append", help="a YAML file; again for more")
+    parser.add_argument("--world", type=Path, action="append", help="YAML file of a world; repeat for more")
     parser.add_argument("--budgets", default="1,4,16,64", help="passes over the pool, separated by commas")
-    parser.add_argument("--parts", default=",".join(PARTS), help="what to replace")
-    parser.add_argument("--seeds", type=int, default=3, help="of the selectors")
-    parser.add_argument("--truth-seeds", type=int, default=5, help="of the truth")
-    parser.add_argument("--json", type=Path, required=True, help="everything that was measured")
+    parser.add_argument("--parts", default=",".join(PARTS), help="parts of the table, separated by commas")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds of the selectors")
+    parser.add_argument("--truth-seeds", type=int, default=5, help="number of seeds of the truth")
+    parser.add_argument("--json", type=Path, required=True, help="JSON file for everything that was measured")
     parser.add_argument("--results", type=Path, help="also write the tables here")
-    parser.add_argument("--cache", type=Path, default=Path("runs/oracle"), help="folder of the cells")
-    parser.add_argument("--truth", type=Path, default=Path("runs/truth"), help="folder of the truth")
-    parser.add_argument("--fresh", action="append", default=[], help="a label whose kept cells are run again")
-    given = parser.parse_args(argv)
-    given.world = given.world or shipped(SHORT)
-    return given
+    parser.add_argument("--cache", type=Path, default=Path("runs/oracle"), help="folder where cells are kept")
+    parser.add_argument("--truth", type=Path, default=Path("runs/truth"), help="folder where the truth is kept")
+    parser.add_argument(
+        "--fresh", action="append", default=[], help="label of a contender whose kept cells are run again"
+    )
+    args = parser.parse_args(argv)
+    args.world = args.world or shipped(SHORT)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the ablations."""
-    given = _arguments(argv)
+    args = _arguments(argv)
     console = Console()
     started = time.perf_counter()
     try:
-        parts = [part.strip() for part in given.parts.split(",")]
-        who = contenders(parts)
-        budgets = [Budget.parse(f"{b.strip()} epochs").amount for b in given.budgets.split(",")]
-        if given.seeds < 1:
-            raise ConfigError(f"--seeds {given.seeds}: at least one is needed")
-        worlds = [read_world(path) for path in given.world]
-        oracle = Oracle(given.cache, given.truth, given.truth_seeds, bound_seconds=600.0, fresh=given.fresh)
-        cells, references = run(worlds, budgets, who, given.seeds, oracle, console)
+        parts = [part.strip() for part in args.parts.split(",")]
+        selectors = contenders(parts)
+        budgets = [Budget.parse(f"{b.strip()} epochs").amount for b in args.budgets.split(",")]
+        if args.seeds < 1:
+            raise ConfigError(f"--seeds {args.seeds}: at least one is needed")
+        worlds = [read_world(path) for path in args.world]
+        oracle = Oracle(args.cache, args.truth, args.truth_seeds, bound_seconds=600.0, fresh=args.fresh)
+        cells, references = run(worlds, budgets, selectors, args.seeds, oracle, console)
     except CadsError as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
         return 1
@@ -233,10 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cells": [asdict(c) for c in cells],
         "truth": [asdict(r) for r in references],
     }
-    write_whole(given.json, record)
-    if given.results:
-        given.results.parent.mkdir(parents=True, exist_ok=True)
-        given.results.write_text(f"# What each part of CADS-S is for\n\n    {command}\n\n{text}")
+    write_whole(args.json, record)
+    if args.results:
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.results.write_text(f"# What each part of CADS-S is for\n\n    {command}\n\n{text}")
     console.print(f"finished in {time.perf_counter() - started:.0f} s", highlight=False)
     return 0
 

@@ -1,11 +1,12 @@
-"""Kill -9 at random moments, over and over, with damaged checkpoints and full disks: the results must not change.
+"""Results must not change under kill -9 at random moments, damaged checkpoints and full disks.
 
     python -m experiments.chaos --kills 50 --out experiments/results/chaos.md
 
-Each of `select`, `train` and `compare` runs once undisturbed; then it is started again and again in its folder, killed
-at random moments, until the kills are used up. Between kills the newest checkpoint is sometimes cut, flipped in one bit
-or deprived of a file, and sometimes the next process finds the disk full. Every result that is reached must equal the
-undisturbed one: the Selection byte by byte, weights, metrics and ledgers, all but the times.
+Each of `select`, `train` and `compare` runs once undisturbed. Then it is started again and again in its folder and
+killed at random moments, until the given number of kills is reached. After some kills a file of the newest checkpoint
+is cut short, has one bit flipped or is removed; after some the next process finds the disk full. Every result that is
+reached must equal that of the undisturbed run in all but the times: the Selection byte by byte, weights, metrics and
+ledgers.
 """
 
 from __future__ import annotations
@@ -51,23 +52,28 @@ GRID = {
 QUIET = ("--progress", "false", "--tensorboard", "false", "--checkpoint.every_seconds", "0.05")
 DAMAGES = ("cut", "flip", "remove")
 DAMAGED, FULL = 0.5, 0.15
-"""Share of the kills after which the newest checkpoint is damaged, or the next process finds a full disk."""
-DISK, LEFT = 2**24, 6000
-"""Bytes of the small disk, and what a filler leaves of it."""
+"""Share of the kills after which the newest checkpoint is damaged; share of the starts that find a full disk."""
+DISK_BYTES, FREE_BYTES = 2**24, 6000
+"""Bytes of the small disk; bytes of it that stay free when it counts as full."""
 SUBPROCESS_EVERY = 20
-"""Every so many kills the command is a process that starts Python itself; the others are forks, which is faster."""
-MOST_SECONDS = 300.0
-"""No command takes that long here: one that does hangs."""
+"""One kill in this many is of a new Python interpreter; the others are of forks, which start faster."""
+MAX_SECONDS = 300.0
+"""A command that takes longer than this is taken to hang."""
 TIMES = ("seconds", "code", "cell", "version")
-"""Columns of the table of runs that may differ."""
+"""Columns of the table of runs that may differ between two runs."""
 
 
 @dataclass
 class Subject:
-    """A command, and what it comes to."""
+    """A command that is disturbed.
+
+    Attributes:
+        arguments: of the command, given the folder that it writes to. digest: of the result in such a folder.
+        expected: digest of the undisturbed run. seconds: that a run takes undisturbed. counts: by `COLUMNS`.
+    """
 
     name: str
-    words: Callable[[Path], list[str]]
+    arguments: Callable[[Path], list[str]]
     digest: Callable[[Path], str]
     expected: str = ""
     seconds: float = 0.0
@@ -75,13 +81,13 @@ class Subject:
 
 
 def digest_selection(folder: Path) -> str:
-    """Of what `cads select` has written, but for the times."""
+    """Digest of what `cads select` has written, but for the times."""
     parts = [(folder / "selection" / name).read_bytes() for name in ("selection.json", "scores.parquet")]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def digest_training(folder: Path) -> str:
-    """Of what `cads train` has written, but for the times."""
+    """Digest of what `cads train` has written, but for the times."""
     results = json.loads((folder / "results.json").read_text())
     ledger = [{k: v for k, v in entry.items() if k != "seconds"} for entry in results["ledger"]]
     rest = json.dumps([results["metrics"], results["steps"], ledger], sort_keys=True).encode()
@@ -89,12 +95,12 @@ def digest_training(folder: Path) -> str:
 
 
 def digest_study(folder: Path) -> str:
-    """Of the table of runs, but for the times."""
+    """Digest of the table of runs, but for the times."""
     rows = []
     for row in read_runs(folder):
-        kept = {k: v for k, v in row.items() if k not in TIMES}
-        kept["ledger"] = [{k: v for k, v in e.items() if k != "seconds"} for e in json.loads(row["ledger"] or "[]")]
-        rows.append(json.dumps(kept, sort_keys=True))
+        compared = {k: v for k, v in row.items() if k not in TIMES}
+        compared["ledger"] = [{k: v for k, v in e.items() if k != "seconds"} for e in json.loads(row["ledger"] or "[]")]
+        rows.append(json.dumps(compared, sort_keys=True))
     return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
 
@@ -102,8 +108,9 @@ class Chaos:
     """The commands in their folders, and what is done to them.
 
     Args:
-        folder: of the work. seed: of what is drawn; the moments of the kills depend on the machine too.
-        small_disk: mount a small disk for the runs; without it a full disk is a limit on the size of files.
+        folder: to work in. seed: of all that is drawn; the moments of the kills depend on the machine's speed too.
+        small_disk: whether `folder`/disk is a small disk that can be filled; if not, a limit on the size of files
+            stands for a full disk.
     """
 
     def __init__(self, folder: Path, seed: int, *, small_disk: bool) -> None:
@@ -114,10 +121,12 @@ class Chaos:
         self._rng = np.random.default_rng(seed)
         (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
         (folder / "grid.yaml").write_text(yaml.safe_dump(GRID))
-        chosen = folder / "expected-select"
+        selection_folder = folder / "expected-select"
         self.subjects = [
-            Subject("select", lambda out: self._words("select", out), digest_selection),
-            Subject("train", lambda out: self._words("train", out, "--selection", chosen), digest_training),
+            Subject("select", lambda out: self._arguments("select", out), digest_selection),
+            Subject(
+                "train", lambda out: self._arguments("train", out, "--selection", selection_folder), digest_training
+            ),
             Subject("compare", lambda out: ["compare", str(folder / "grid.yaml"), "--out", str(out)], digest_study),
         ]
 
@@ -132,68 +141,82 @@ class Chaos:
                 self._one_result(subject, kills // len(chosen) + (i < kills % len(chosen)))
             print(subject.name, dict(subject.counts), flush=True)
 
-    def _words(self, command: str, out: Path, *more: object) -> list[str]:
-        return [command, str(self.folder / "config.yaml"), "--out", str(out), *QUIET, *map(str, more)]
+    def _arguments(self, command: str, out: Path, *options: object) -> list[str]:
+        return [command, str(self.folder / "config.yaml"), "--out", str(out), *QUIET, *map(str, options)]
 
     def _undisturbed(self, subject: Subject) -> None:
-        """What the command comes to, in this process, which then has all modules that forks need; and its time."""
+        """Store the digest of the undisturbed result, and the time that a fork takes for it.
+
+        The first run is in this process, so that all modules that forks need are imported.
+        """
         out = self.folder / f"expected-{subject.name}"
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            status = cads(subject.words(out))
+        with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull), contextlib.redirect_stderr(devnull):
+            status = cads(subject.arguments(out))
         assert status == 0, f"{subject.name} fails by itself"
         subject.expected = subject.digest(out)
-        again = self.disk / "again"
+        repeated = self.disk / "again"
         started = time.monotonic()
-        status = self._wait(self._start(subject, again), None)
+        status = self._wait(self._start(subject, repeated), None)
         subject.seconds = time.monotonic() - started
         assert status == 0, f"{subject.name} fails in a fork: {self.log.read_text()[-2000:]}"
-        assert subject.digest(again) == subject.expected, f"{subject.name} does not repeat itself"
-        shutil.rmtree(again)
+        assert subject.digest(repeated) == subject.expected, f"{subject.name} does not repeat itself"
+        shutil.rmtree(repeated)
 
     def _one_result(self, subject: Subject, kills: int) -> None:
-        """Start a command until it has finished; once the kills are used up it is left alone."""
+        """Start a command until it has finished; it is disturbed until it was killed `kills` times in all."""
         out = self.disk / subject.name
         shutil.rmtree(out, ignore_errors=True)
         status: int | None = None
         while status != 0:
-            last = subject.counts["kills"] >= kills
-            full = not last and self._rng.random() < FULL
-            fresh = not last and not full and subject.counts["kills"] % SUBPROCESS_EVERY == SUBPROCESS_EVERY - 1
-            started, begun = time.monotonic(), not out.exists()
+            kills_reached = subject.counts["kills"] >= kills
+            full = not kills_reached and self._rng.random() < FULL
+            new_interpreter = (
+                not kills_reached and not full and subject.counts["kills"] % SUBPROCESS_EVERY == SUBPROCESS_EVERY - 1
+            )
+            started, first_start = time.monotonic(), not out.exists()
             with self._full() if full else contextlib.nullcontext():
-                process = self._start(subject, out, limited=full and not self.small_disk, fresh=fresh)
-                after = None if last else float(self._rng.uniform(0, 1)) * subject.seconds
-                status = self._wait(process, after if not fresh or after is None else after + self._import_seconds)
-            if begun and status == 0 and not fresh:
-                # The machine has other work too: when to kill follows from how fast it is now.
+                process = self._start(
+                    subject, out, limited=full and not self.small_disk, new_interpreter=new_interpreter
+                )
+                delay = None if kills_reached else float(self._rng.uniform(0, 1)) * subject.seconds
+                status = self._wait(
+                    process, delay if not new_interpreter or delay is None else delay + self._import_seconds
+                )
+            if first_start and status == 0 and not new_interpreter:
+                # Other jobs change the machine's speed: the moments of the kills follow the time of the last whole run.
                 subject.seconds = time.monotonic() - started
-            self._account(subject, status, full=full, fresh=fresh)
+            self._account(subject, status, full=full, new_interpreter=new_interpreter)
             if status == -signal.SIGKILL and self._rng.random() < DAMAGED:
                 self._damage(subject, out)
         subject.counts["results"] += 1
         subject.counts["mismatches"] += subject.digest(out) != subject.expected
         subject.counts["left over"] += (out / "checkpoints").exists() or (out / ".lock").exists()
 
-    def _account(self, subject: Subject, status: int, *, full: bool, fresh: bool) -> None:
-        said = " ".join(self.log.read_text(errors="replace").split())
+    def _account(self, subject: Subject, status: int, *, full: bool, new_interpreter: bool) -> None:
+        log = " ".join(self.log.read_text(errors="replace").split())
         subject.counts["kills"] += status == -signal.SIGKILL
-        subject.counts["own process"] += fresh and status == -signal.SIGKILL
+        subject.counts["own process"] += new_interpreter and status == -signal.SIGKILL
         subject.counts["full disks"] += full
         subject.counts["stopped by a full disk"] += full and status == 1
-        subject.counts["resumed"] += "going on from the checkpoints" in said
-        subject.counts["checkpoints passed over"] += said.count("passed over")
-        subject.counts["checkpoints not written"] += "no checkpoint could be written" in said
-        # A fork that ends by an exception has status 70: 1 is said by a command that could not go on.
-        sound = status in (0, -signal.SIGKILL) or (full and status == 1)
-        assert sound, f"{subject.name} ended with {status}: {said[-2000:]}"
+        subject.counts["resumed"] += "going on from the checkpoints" in log
+        subject.counts["checkpoints passed over"] += log.count("passed over")
+        subject.counts["checkpoints not written"] += "no checkpoint could be written" in log
+        # A fork that ends by an exception has status 70; status 1 is that of a command that reports an error.
+        acceptable = status in (0, -signal.SIGKILL) or (full and status == 1)
+        assert acceptable, f"{subject.name} ended with {status}: {log[-2000:]}"
 
-    def _start(self, subject: Subject, out: Path, *, limited: bool = False, fresh: bool = False) -> int:
-        """A process that runs the command; returns its id."""
-        words = subject.words(out)
-        if fresh:
+    def _start(self, subject: Subject, out: Path, *, limited: bool = False, new_interpreter: bool = False) -> int:
+        """Start a process that runs the command; returns its process id.
+
+        Args:
+            limited: whether no file may grow beyond `FREE_BYTES`.
+            new_interpreter: whether Python is started anew, not forked.
+        """
+        arguments = subject.arguments(out)
+        if new_interpreter:
             with open(self.log, "wb") as log:
                 code = "import sys; from cads.cli import main; sys.exit(main(sys.argv[1:]))"
-                return subprocess.Popen([sys.executable, "-c", code, *words], stdout=log, stderr=log).pid
+                return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=log, stderr=log).pid
         sys.stdout.flush()
         child = os.fork()
         if child:
@@ -204,8 +227,8 @@ class Chaos:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
             if limited:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (LEFT, LEFT))
-            status = cads(words)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (FREE_BYTES, FREE_BYTES))
+            status = cads(arguments)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -213,37 +236,37 @@ class Chaos:
             sys.stderr.flush()
             os._exit(status)
 
-    def _wait(self, process: int, after: float | None) -> int:
-        """Wait for a process, and kill it `after` seconds; returns its status, negative for a signal."""
-        deadline = time.monotonic() + (MOST_SECONDS if after is None else after)
+    def _wait(self, process: int, delay: float | None) -> int:
+        """Wait for a process, and kill it after `delay` seconds; returns its status, negative for a signal."""
+        deadline = time.monotonic() + (MAX_SECONDS if delay is None else delay)
         while True:
-            done, status = os.waitpid(process, os.WNOHANG)
-            if done:
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
                 return os.waitstatus_to_exitcode(status)
             if time.monotonic() >= deadline:
                 os.kill(process, signal.SIGKILL)
                 status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-                assert after is not None, f"a command has not ended in {MOST_SECONDS} s"
+                assert delay is not None, f"a command has not ended in {MAX_SECONDS} s"
                 return status
             time.sleep(0.002)
 
     def _damage(self, subject: Subject, out: Path) -> None:
-        """Spoil one file of the newest checkpoint."""
-        found = sorted(p for p in out.glob("checkpoints/**/0*-*") if p.is_dir())
-        if not found:
+        """Damage one file of the newest checkpoint."""
+        checkpoints = sorted(p for p in out.glob("checkpoints/**/0*-*") if p.is_dir())
+        if not checkpoints:
             return
-        file = found[-1] / str(self._rng.choice([TENSORS, VALUES, MANIFEST]))
+        file = checkpoints[-1] / str(self._rng.choice([TENSORS, VALUES, MANIFEST]))
         if not file.exists():
             return
-        how, content = str(self._rng.choice(DAMAGES)), bytearray(file.read_bytes())
-        if how == "remove":
+        damage, content = str(self._rng.choice(DAMAGES)), bytearray(file.read_bytes())
+        if damage == "remove":
             file.unlink()
-        elif how == "cut":
+        elif damage == "cut":
             file.write_bytes(content[: int(self._rng.integers(len(content)))])
         else:
             content[int(self._rng.integers(len(content)))] ^= 1 << int(self._rng.integers(8))
             file.write_bytes(content)
-        subject.counts[f"damaged: {how}"] += 1
+        subject.counts[f"damaged: {damage}"] += 1
 
     @contextlib.contextmanager
     def _full(self) -> Iterator[None]:
@@ -252,14 +275,14 @@ class Chaos:
         try:
             if self.small_disk:
                 state = os.statvfs(self.disk)
-                filler.write_bytes(bytes(max(0, state.f_bavail * state.f_frsize - LEFT)))
+                filler.write_bytes(bytes(max(0, state.f_bavail * state.f_frsize - FREE_BYTES)))
             yield
         finally:
             filler.unlink(missing_ok=True)
 
     @property
     def _import_seconds(self) -> float:
-        """What a process of its own takes before it begins."""
+        """Seconds that a new interpreter takes to import the command."""
         if not hasattr(self, "_imported"):
             started = time.monotonic()
             subprocess.run([sys.executable, "-c", "import cads.cli"], check=True)
@@ -269,14 +292,14 @@ class Chaos:
 
 @contextlib.contextmanager
 def workspace(small_disk: bool) -> Iterator[tuple[Path, bool]]:
-    """A folder to work in, with a small disk in it, if one is wanted and can be mounted.
+    """A folder to work in, with a small disk mounted in it if `small_disk` asks for it and it can be mounted.
 
     Yields:
-        the folder, and whether `disk` in it is a small disk.
+        the folder, and whether its subfolder `disk` is a small disk.
     """
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     (folder / "disk").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder / "disk")]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder / "disk")]
     mounted = small_disk and shutil.which("mount") is not None and not subprocess.run(mount, check=False).returncode
     try:
         yield folder, mounted
@@ -293,7 +316,7 @@ COLUMNS = (
 
 
 def report(subjects: Sequence[Subject], command: str, *, small_disk: bool) -> str:
-    """What was done and what came out, as Markdown."""
+    """How often each command was disturbed, and how many results differ, as Markdown."""
     ran = [s for s in subjects if s.counts]
     total = sum((s.counts for s in ran), Counter[str]())
     head = ["", *(s.name for s in ran), "all"]
@@ -301,7 +324,7 @@ def report(subjects: Sequence[Subject], command: str, *, small_disk: bool) -> st
     rows.append(["seconds undisturbed", *(f"{s.seconds:.1f}" for s in ran), ""])
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    disk = f"a small disk (tmpfs of {DISK >> 20} MiB) filled up" if small_disk else "a limit on the size of files"
+    disk = f"a small disk (tmpfs of {DISK_BYTES >> 20} MiB) filled up" if small_disk else "a limit on the size of files"
     return (
         f"# Kill -9, damaged checkpoints, full disks\n\n    {command}\n\n{total['kills']} kills, {total['results']} "
         f"results reached, {total['mismatches']} of them different from the undisturbed run's. torch "
@@ -313,23 +336,23 @@ def report(subjects: Sequence[Subject], command: str, *, small_disk: bool) -> st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make chaos and write down what came of it; returns 1 if a result differs."""
+    """Disturb the commands and write the report; returns 1 if a result differs, or files are left over."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", nargs="+", default=["select", "train", "compare"])
     parser.add_argument("--small-disk", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--out", type=Path, help="write the log here")
-    given = parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    with workspace(given.small_disk) as (folder, small_disk):
-        chaos = Chaos(folder, given.seed, small_disk=small_disk)
-        chaos.run(given.kills, given.commands)
+    with workspace(args.small_disk) as (folder, small_disk):
+        chaos = Chaos(folder, args.seed, small_disk=small_disk)
+        chaos.run(args.kills, args.commands)
         command = f"python -m experiments.chaos {shlex.join(sys.argv[1:] if argv is None else argv)}"
-        said = report(chaos.subjects, command, small_disk=small_disk)
-    print(said)
-    if given.out:
-        given.out.write_text(said)
+        text = report(chaos.subjects, command, small_disk=small_disk)
+    print(text)
+    if args.out:
+        args.out.write_text(text)
     return int(any(s.counts["mismatches"] + s.counts["left over"] for s in chaos.subjects))
 
 

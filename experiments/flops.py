@@ -1,4 +1,4 @@
-"""Measured against analytic FLOPs, for transformers and convolutional networks, without weights.
+"""Measured FLOPs against analytic FLOPs, for transformers and convolutional networks, without weights.
 
     python -m experiments.flops --out experiments/results/flops.md
 
@@ -40,7 +40,9 @@ from cads.errors import CadsError
 from cads.tasks.vision.networks import Network
 
 TOLERANCE = 0.01
+"""Relative difference that is allowed between measured and analytic FLOPs."""
 LENGTHS = (64, 256, 1024, 2048)
+"""Sequence lengths T."""
 LORA_RANK = 128
 MODELS = Path(__file__).parent / "configs" / "models"
 PUBLISHED = {"llama-2-7b": 4.593e18, "llama-2-13b": 8.638e18, "llama-2-70b": 4.926e19}
@@ -52,6 +54,7 @@ ATTENTION = {
     "gpt2": ("attn.c_attn", "attn.c_proj"),
     "bert": ("query", "key", "value", "attention.output.dense"),
 }
+"""Projections of attention that LoRA adapts, by model type, where they are not called as in `QKVO`."""
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 MODES: dict[str, tuple[str, Checkpointing | None]] = {
     "forward": ("frozen", None),
@@ -63,11 +66,12 @@ MODES: dict[str, tuple[str, Checkpointing | None]] = {
     "LoRA, reentrant checkpointing": ("lora", "reentrant"),
     "LoRA on all linears": ("lora-all", None),
 }
+"""What is trained, and the kind of activation checkpointing, by the name of the mode in the table."""
 
 
 @dataclass
 class Row:
-    """One comparison."""
+    """One comparison of measured and analytic FLOPs."""
 
     model: str
     mode: str
@@ -77,7 +81,7 @@ class Row:
 
     @property
     def difference(self) -> float:
-        """The larger relative difference of the two figures."""
+        """The larger of the relative differences of the forward and of the whole FLOPs."""
         pairs = zip(self.analytic, self.measured, strict=True)
         return max(abs(a - m) / m for a, m in pairs)
 
@@ -119,7 +123,7 @@ def small_configs() -> dict[str, Any]:
 
 
 def transformer_rows(lengths: tuple[int, ...], large: bool) -> Iterator[Row]:
-    """Every mode at every length; Llama-2-7B, which takes longer, at the ends of the range."""
+    """Every mode at every length; if `large`, Llama-2-7B too, which takes longer, at the first and the last length."""
     for name, config in small_configs().items():
         for mode in MODES:
             for length in lengths:
@@ -132,21 +136,21 @@ def transformer_rows(lengths: tuple[int, ...], large: bool) -> Iterator[Row]:
 
 
 def _transformer_row(name: str, config: Any, mode: str, length: int) -> Row:
-    kind, checkpointing = MODES[mode]
-    choices: dict[str, Trainable] = {
+    trained, checkpointing = MODES[mode]
+    trainables: dict[str, Trainable] = {
         "frozen": Frozen(),
         "full": Full(),
         "lora": Lora(LORA_RANK, ATTENTION.get(config.model_type, QKVO)),
         "lora-all": Lora(LORA_RANK, "all-linear"),
     }
-    trainable = choices[kind]
+    trainable = trainables[trained]
     measured = measure(config, (1, length), trainable=trainable, checkpointing=checkpointing)
     analytic = transformer_flops(from_config(config), length, trainable=trainable, checkpointing=checkpointing)
     return Row(name, mode, f"T = {length}", measured, analytic)
 
 
 def image_rows() -> Iterator[Row]:
-    """Convolutional networks and an MLP: forward only, trained whole, and trained in the last layer."""
+    """Convolutional networks and an MLP: forward pass only, all layers trained, only the last layer trained."""
     networks = {
         "ResNet-18": ("resnet18", (3, 224, 224)),
         "EfficientNet-B0": ("efficientnet_b0", (3, 224, 224)),
@@ -155,7 +159,7 @@ def image_rows() -> Iterator[Row]:
     }
     for name, (key, shape) in networks.items():
         network = Network(key)
-        for mode, prepare in (("forward", _freeze), ("full", _keep), ("last layer", _last)):
+        for mode, prepare in (("forward", _freeze_all), ("full", _train_all), ("last layer", _train_last)):
 
             def build(network: Network = network, prepare: Any = prepare, shape: Any = shape) -> nn.Module:
                 return prepare(network.build(shape, 10))
@@ -164,22 +168,22 @@ def image_rows() -> Iterator[Row]:
             yield Row(name, mode, f"2 images {shape}", measure(build, (2, *shape)), analytic)
 
 
-def _keep(model: nn.Module) -> nn.Module:
+def _train_all(model: nn.Module) -> nn.Module:
     return model
 
 
-def _freeze(model: nn.Module) -> nn.Module:
+def _freeze_all(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _last(model: nn.Module) -> nn.Module:
+def _train_last(model: nn.Module) -> nn.Module:
     linears = [m for m in model.requires_grad_(False).modules() if isinstance(m, nn.Linear)]
     linears[-1].requires_grad_(True)
     return model
 
 
 def kernels() -> list[str]:
-    """What the counter says of a small Llama trained on the CPU and on meta, with both attention kernels."""
+    """FLOPs counted for a small Llama trained on the CPU and on the meta device, with both attention kernels."""
     config = LlamaConfig(
         hidden_size=96,
         num_hidden_layers=3,
@@ -199,14 +203,14 @@ def kernels() -> list[str]:
             def step(model: Any = model, tokens: Any = tokens, mask: Any = mask) -> None:
                 model(input_ids=tokens, attention_mask=mask).logits.sum().backward()
 
-            fused = (attention, device) == ("sdpa", "cpu")
-            form = transformer_flops(from_config(config), 64, batch=2, fused_attention=fused)
-            lines.append(f"| {attention} | {device} | {count_flops(step):,} | {form.usage:,} |")
+            fused_kernel = (attention, device) == ("sdpa", "cpu")
+            closed_form = transformer_flops(from_config(config), 64, batch=2, fused_attention=fused_kernel)
+            lines.append(f"| {attention} | {device} | {count_flops(step):,} | {closed_form.usage:,} |")
     return lines
 
 
 def paper_table() -> list[str]:
-    """CCDS's published figures beside ours."""
+    """The FLOPs that CCDS published beside ours."""
     lines = ["| figure | N of 6ND | ours | published | difference |", "|---|---:|---:|---:|---:|"]
     for name, published in PUBLISHED.items():
         n = ccds_parameters(from_config(read_config(MODELS / f"{name}.json")))
@@ -220,7 +224,7 @@ def paper_table() -> list[str]:
 
 
 def pool_table() -> list[str]:
-    """What the closed forms say of one example of Llama-2, beside 6ND and 4ND."""
+    """FLOPs of one example of Llama-2 in closed form, beside the rules of thumb 6ND and 4ND."""
     lora = Lora(LORA_RANK, QKVO)
     lines = [
         "| model | parameters | LoRA parameters | full | 6ND | LoRA | 4ND |",
@@ -239,9 +243,9 @@ def pool_table() -> list[str]:
 
 
 def report(rows: list[Row], command: str) -> str:
-    """The results file."""
+    """The text of the results file."""
     worst = max(rows, key=lambda row: row.difference)
-    changes = attention_self_test()
+    deviations = attention_self_test()
     lines = [
         "# FLOPs: measured against analytic",
         "",
@@ -254,7 +258,7 @@ def report(rows: list[Row], command: str) -> str:
         "",
         f"{len(rows)} comparisons; the largest relative difference is {worst.difference:.2e} "
         f"({worst.model}, {worst.mode}, {worst.shape}); {TOLERANCE:.0%} is allowed.",
-        "Self-test of attention on the CPU: " + ("; ".join(changes) or "as expected") + ".",
+        "Self-test of attention on the CPU: " + ("; ".join(deviations) or "as expected") + ".",
         "",
         "| model | mode | shape | forward, measured | forward, analytic | forward+backward, measured "
         "| forward+backward, analytic | difference |",

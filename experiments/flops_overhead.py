@@ -1,8 +1,8 @@
-"""What counting FLOPs costs: time spent on it in a training step, over the time of the step.
+"""The cost of counting FLOPs: the share of a training step's time that is spent on it.
 
     python -m experiments.flops_overhead --out experiments/results/flops_overhead.md
 
-The calls that a training step makes are timed inside the run itself; each shape is counted once, before.
+The calls of the counter that a training step makes are timed within a run. Each shape is counted once, before that.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from cads.tasks.vision.config import VisionConfig
 from cads.training.trainer import Trainer
 
 ALLOWED = 0.01
-"""Share of a step."""
+"""Share of a step's time that counting may take."""
 WARM_UP = 50
-"""Steps before the clock is read."""
+"""Training steps before those that are timed."""
 
 
 class TimedCosts(Costs):
     """Costs that add up the time spent on counting while a model trains.
 
     Attributes:
-        seconds: of each call of `usage`.
+        seconds: that each call of `usage` took.
     """
 
     def __init__(self, task: Task) -> None:
@@ -49,7 +49,7 @@ class TimedCosts(Costs):
         self.seconds: list[float] = []
 
     def usage(self, batch: Batch) -> float:
-        """As `Costs.usage`, timed; what reading the clock takes is taken off."""
+        """`Costs.usage`, timed; the time of reading the clock is subtracted."""
         before, begin = time.perf_counter(), time.perf_counter()
         flops = super().usage(batch)
         self.seconds.append(time.perf_counter() - begin - (begin - before))
@@ -68,12 +68,12 @@ class Row:
 
     @property
     def share(self) -> float:
-        """Of counting in a step."""
+        """Share of a step's time that counting takes."""
         return self.counting / self.step
 
 
 def measure(name: str, batch_size: int, steps: int, config: VisionConfig) -> Row:
-    """Train on the images of `config` and time it."""
+    """Train on the images of `config`, and time the steps and the counting."""
     task = config.build(TrainConfig(batch_size=batch_size))
     costs = TimedCosts(task)
     task.costs = costs
@@ -85,12 +85,12 @@ def measure(name: str, batch_size: int, steps: int, config: VisionConfig) -> Row
     trainer.fit(model, draws, WARM_UP * step, seed=0, phase=TRAIN, stage="warm-up")
     costs.seconds.clear()
     fit = trainer.fit(model, draws, steps * step, seed=0, phase=TRAIN, stage="timed")
-    # Medians: what else runs on the machine now and then interrupts a call of a microsecond for milliseconds.
+    # The median: other jobs on the machine now and then interrupt a call of a microsecond for milliseconds.
     return Row(name, batch_size, fit.seconds / len(fit.losses), float(np.median(costs.seconds)), once)
 
 
 def report(rows: list[Row], command: str) -> str:
-    """The results file."""
+    """The text of the results file."""
     worst = max(rows, key=lambda row: row.share)
     lines = [
         "# What counting FLOPs costs",
@@ -115,12 +115,12 @@ def report(rows: list[Row], command: str) -> str:
 
 
 def main(arguments: list[str] | None = None, show: Callable[[str], None] = print) -> int:
-    """Write the table; returns 1 if a share is beyond what is allowed."""
+    """Write the table; returns 1 if a share is above `ALLOWED`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--steps", type=int, default=500, help="training steps that are timed")
     options = parser.parse_args(arguments)
-    # Whatever counting loads when it is first used is no part of counting a shape.
+    # The first use of the counter loads modules; their time is no part of counting a shape.
     attention_self_test()
     digits = partial(VisionConfig, dataset="digits")
     try:

@@ -1,9 +1,9 @@
-"""A pool of instruction data in several sources of different use for one skill, as JSON lines.
+"""A pool of instruction data for one skill, in sources of different usefulness, as JSON lines.
 
     python -m experiments.language_data experiments/configs/gsm8k-pool.yaml --file gsm8k=PATH --out DIR
 
-The pool, the target and the test set are drawn from corpora (`experiments.corpora`); a source may be spoilt: with its
-answers shuffled, or with empty phrases in their place. No content is in two files.
+The pool, the target and the test set are drawn from corpora (`experiments.corpora`). A source may be spoilt: its
+answers are shuffled, or replaced by empty phrases. No content is in two files.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from experiments.corpora import DICTIONARIES, Corpus, Pair, read_corpus
 
 Spoil = Literal["shuffle", "empty"]
 Drawn = dict[str, list[list[Pair]]]
-"""By the name of a file: what was drawn for it from each of its corpora."""
+"""The pairs that were drawn for each file from each of its corpora, by the name of the file."""
 SPARE = 1.5
-"""Rows that are written for each one that is used: each seed draws its own."""
+"""Rows that are written for each row that a seed uses: each seed draws its own from them."""
 CHOICES, NEAREST = 4, 20
-"""Answers to choose from; each wrong one is drawn from this many of its corpus, the nearest in length."""
+"""Answers to choose from; answers from which each wrong one is drawn, the nearest in length of its kind."""
 TEXT_WORDS = 90
-"""Words in a piece of text for pretraining."""
+"""Words of a piece of text for pretraining."""
 PHRASES = (
     "That is a very good question.",
     "It depends on what you mean by that.",
@@ -49,7 +49,7 @@ PHRASES = (
 TEXT = "news"
 """The corpus whose articles become text for pretraining."""
 MANIFEST = "data.json"
-"""In the folder of the data: what it was made by, and the number of rows in each file."""
+"""File in the folder of the data: its configuration, and the number of rows in each file."""
 
 
 @dataclass
@@ -57,13 +57,13 @@ class PoolSource:
     """One source of the pool."""
 
     name: str
-    """What it is called; also the name of its file."""
+    """Name of the source and of its file."""
     corpora: list[str]
-    """Where its rows come from, the same number from each."""
+    """Corpora that its rows come from, the same number from each."""
     n: int
-    """Examples of it in the pool."""
+    """Number of its examples in the pool."""
     spoil: Spoil | None = None
-    """`shuffle`: every answer stands under another question; `empty`: phrases that say nothing are the answers."""
+    """`shuffle`: every question has the answer of another one; `empty`: the answers are phrases that say nothing."""
 
     def __post_init__(self) -> None:
         if not self.corpora or self.n < len(self.corpora):
@@ -85,20 +85,20 @@ class DataConfig:
     n_test: int = 300
     """Examples of the test set, and questions of the multiple choice."""
     longest_answer: int = 30
-    """Words; longer answers are left out."""
+    """Words of the longest answer; longer answers are left out."""
     text: bool = False
     """Also write news that is in no other file, as text to pretrain models on."""
     files: dict[str, str] = field(default_factory=dict)
-    """Corpora of one's own: files of prompts and responses, by name."""
+    """The user's own corpora: files of prompts and responses, by name."""
     dictionaries: str = str(DICTIONARIES)
-    """Where the dictionaries are."""
+    """Folder of the dictionaries."""
     seed: int = 0
-    """Of all that is drawn."""
+    """Seed of all that is drawn."""
 
     def __post_init__(self) -> None:
-        for name, least in (("n_target", 1), ("n_test", CHOICES), ("longest_answer", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} = {getattr(self, name)}: it must be at least {least}")
+        for name, minimum in (("n_target", 1), ("n_test", CHOICES), ("longest_answer", 1), ("seed", 0)):
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{name} = {getattr(self, name)}: it must be at least {minimum}")
         names = [s.name for s in self.sources]
         if len(names) < 2 or len(set(names)) < len(names):
             raise ConfigError(f"sources are called {names}: give at least two, of different names")
@@ -109,7 +109,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DataFolder:
-    """Where the files of an experiment are."""
+    """The folder of an experiment's data, and the configuration that the data is made by."""
 
     folder: Path
     config: DataConfig
@@ -119,7 +119,7 @@ class DataFolder:
         return str(self.folder / f"{name}.jsonl")
 
     def task(self) -> dict[str, Any]:
-        """The fields of `LanguageConfig` that say where the data is; seeds draw pool and target from what is there."""
+        """The fields of `LanguageConfig` for this data; each seed draws its pool and target from the files."""
         pool = [{"name": s.name, "path": self.file(s.name), "limit": s.n} for s in self.config.sources]
         return {
             "pool": pool,
@@ -131,33 +131,35 @@ class DataFolder:
 
     def texts(self) -> dict[str, str]:
         """Question and answer of every row of the pool, by its id."""
-        found = {}
+        texts = {}
         for source in self.config.sources:
             for line in Path(self.file(source.name)).read_text("utf-8").splitlines():
                 row = json.loads(line)
-                found[row["id"]] = f"{row['prompt']} → {row['response']}"
-        return found
+                texts[row["id"]] = f"{row['prompt']} → {row['response']}"
+        return texts
 
 
 def write_data(config: DataConfig, folder: Path) -> DataFolder:
-    """Write the files of an experiment, unless they are there: made by the same configuration.
+    """Write the files of an experiment, unless the folder has those of the same configuration already.
 
     Raises:
         ConfigError: if a corpus is unknown or not installed.
         DataError: if a corpus has too few rows.
     """
-    made, key = DataFolder(folder, config), content_key([asdict(config), SPARE, PHRASES])
+    data_folder, key = DataFolder(folder, config), content_key([asdict(config), SPARE, PHRASES])
     try:
         if json.loads((folder / MANIFEST).read_text("utf-8"))["key"] == key:
-            return made
+            return data_folder
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # there is nothing, or something else
+        pass  # the folder does not exist, or holds something else
     corpora = _corpora(config)
     drawn, rest = divide(config, corpora)
-    tested = drawn["test"][0]
-    others = [[corpora[name].pairs[i].response for i in left] for name, left in rest.items() if name != config.skill]
+    test_pairs = drawn["test"][0]
+    others = [
+        [corpora[name].pairs[i].response for i in positions] for name, positions in rest.items() if name != config.skill
+    ]
     files = {name: _rows(name, drawn[name][0]) for name in ("target", "test")}
-    files["choices"] = multiple_choice(tested, others, derive(config.seed, "choices"))
+    files["choices"] = multiple_choice(test_pairs, others, derive(config.seed, "choices"))
     for source in config.sources:
         pairs = [pair for part in drawn[source.name] for pair in part]
         files[source.name] = _rows(source.name, spoilt(pairs, source.spoil, derive(config.seed, source.name)))
@@ -169,49 +171,51 @@ def write_data(config: DataConfig, folder: Path) -> DataFolder:
             (partial / f"{name}.jsonl").write_text("".join(lines), "utf-8")
         manifest = {"key": key, "config": asdict(config), "rows": {name: len(rows) for name, rows in files.items()}}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    return made
+    return data_folder
 
 
 def divide(config: DataConfig, corpora: Mapping[str, Corpus]) -> tuple[Drawn, dict[str, np.ndarray]]:
-    """Draw the rows of every file; no pair goes into two, and none whose content is in another corpus too.
+    """Draw the rows of every file; no pair is drawn for two files.
+
+    A pair whose content is in an earlier corpus too counts as one of that corpus alone.
 
     Returns:
-        what was drawn; and by the name of each corpus, the positions of its own pairs that were not.
+        the pairs drawn; the positions of the pairs of each corpus that were not drawn, by the corpus's name.
 
     Raises:
         DataError: if a corpus has too few rows.
     """
-    wanted = [("test", config.skill, config.n_test), ("target", config.skill, round(SPARE * config.n_target))]
+    requests = [("test", config.skill, config.n_test), ("target", config.skill, round(SPARE * config.n_target))]
     for source in config.sources:
         parts = np.array_split(np.arange(round(SPARE * source.n)), len(source.corpora))
-        wanted += [(source.name, name, len(part)) for name, part in zip(source.corpora, parts, strict=True)]
-    drawn: Drawn = {name: [] for name, _, _ in wanted}
+        requests += [(source.name, name, len(part)) for name, part in zip(source.corpora, parts, strict=True)]
+    drawn: Drawn = {name: [] for name, _, _ in requests}
     rest: dict[str, np.ndarray] = {}
     seen: set[str] = set()
     for name, corpus in corpora.items():
-        own = np.array([i for i, pair in enumerate(corpus.pairs) if not seen & set(pair.content)], dtype=np.int64)
+        eligible = np.array([i for i, pair in enumerate(corpus.pairs) if not seen & set(pair.content)], dtype=np.int64)
         seen.update(key for pair in corpus.pairs for key in pair.content)
-        order = np.random.default_rng(derive(config.seed, "divide", name)).permutation(own)
-        counts = {file: count for file, needed, count in wanted if needed == name}
+        order = np.random.default_rng(derive(config.seed, "divide", name)).permutation(eligible)
+        counts = {file: count for file, corpus_name, count in requests if corpus_name == name}
         if sum(counts.values()) > len(order):
             raise DataError(
-                f"corpus {name!r} has {len(order)} rows of its own, and {counts} are asked of it "
-                f"({SPARE:g} times what is used): lower n of the sources"
+                f"corpus {name!r} has {len(order)} rows of its own, but {counts} are needed "
+                f"({SPARE:g} times the rows in use): lower n of the sources"
             )
         ends = np.cumsum(list(counts.values()))
-        *parts, left = np.split(order, ends) if counts else [order]
+        *parts, undrawn = np.split(order, ends) if counts else [order]
         for file, part in zip(counts, parts, strict=True):
             drawn[file].append([corpus.pairs[i] for i in part])
-        rest[name] = np.sort(left)
+        rest[name] = np.sort(undrawn)
     return drawn, rest
 
 
 def spoilt(pairs: Sequence[Pair], spoil: Spoil | None, seed: int) -> list[Pair]:
-    """The pairs of a source in random order, with their answers spoilt if they are to be."""
+    """The pairs of a source in random order, with their answers spoilt as `spoil` says."""
     rng = np.random.default_rng(seed)
     pairs = [pairs[i] for i in rng.permutation(len(pairs))]
     if spoil == "shuffle":
-        # Their order is random, so an answer that moves on by one is a random one, and never the right one.
+        # The order is random: the answer of the pair before is a random one, and never the right one.
         return [Pair(pair.prompt, pairs[i - 1].response) for i, pair in enumerate(pairs)]
     if spoil == "empty":
         return [Pair(pair.prompt, PHRASES[rng.integers(len(PHRASES))]) for pair in pairs]
@@ -219,9 +223,13 @@ def spoilt(pairs: Sequence[Pair], spoil: Spoil | None, seed: int) -> list[Pair]:
 
 
 def multiple_choice(pairs: Sequence[Pair], others: Sequence[Sequence[str]], seed: int) -> list[dict[str, Any]]:
-    """For each question its answer among wrong ones of about its length, so that length tells nothing.
+    """Multiple-choice rows: each question with its answer and wrong ones of about the same length.
 
-    The first wrong answer is right for another question; each further one is of another kind: from `others`, in turn.
+    The similar lengths give no hint. The first wrong answer is the right one of another question; each further one is
+    from one of `others`, in turn.
+
+    Args:
+        others: answers of other kinds, such as those of other corpora.
     """
     rng = np.random.default_rng(seed)
     kinds = [[pair.response for pair in pairs], *(kind for kind in others if len(kind) >= CHOICES)]
@@ -232,16 +240,16 @@ def multiple_choice(pairs: Sequence[Pair], others: Sequence[Sequence[str]], seed
         while len(choices) < CHOICES:
             kind = (len(choices) - 1) % len(kinds)
             nearest = np.argsort(np.abs(lengths[kind] - len(pair.response)), kind="stable")
-            near = [kinds[kind][j] for j in nearest[: NEAREST + CHOICES]]
-            choices.append(str(rng.choice([answer for answer in near if answer not in choices][:NEAREST])))
+            candidates = [kinds[kind][j] for j in nearest[: NEAREST + CHOICES]]
+            choices.append(str(rng.choice([answer for answer in candidates if answer not in choices][:NEAREST])))
         order = rng.permutation(CHOICES)
-        places = [choices[j] for j in order]
-        rows.append({"prompt": pair.prompt, "choices": places, "answer": int(np.flatnonzero(order == 0)[0])})
+        shuffled = [choices[j] for j in order]
+        rows.append({"prompt": pair.prompt, "choices": shuffled, "answer": int(np.flatnonzero(order == 0)[0])})
     return rows
 
 
 def _corpora(config: DataConfig) -> dict[str, Corpus]:
-    """The corpora that are needed; that of the skill first, whose content the others may not have."""
+    """The corpora that the data needs; the skill's is first, since the others may not share its content."""
     named = [config.skill, *(name for source in config.sources for name in source.corpora), *[TEXT] * config.text]
     files = {name: Path(path) for name, path in config.files.items()}
     folder = Path(config.dictionaries)
@@ -253,7 +261,7 @@ def _rows(name: str, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 
 
 def _pieces(articles: Sequence[str]) -> list[dict[str, Any]]:
-    """Articles in pieces of `TEXT_WORDS` words, each once."""
+    """The articles cut into pieces of `TEXT_WORDS` words, without repetitions."""
     pieces: dict[str, None] = {}
     for article in articles:
         words = article.split()
@@ -269,27 +277,27 @@ def read_sections(path: Path) -> dict[str, Any]:
         ConfigError: if it cannot be read, or has no section `data`.
     """
     try:
-        given = yaml.safe_load(path.read_text("utf-8"))
+        sections = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(given, dict) or not isinstance(given.get("data"), dict):
+    if not isinstance(sections, dict) or not isinstance(sections.get("data"), dict):
         raise ConfigError(f"{path} has no section `data`, which says what the pool is made of")
-    return given
+    return sections
 
 
-def data_config(given: Mapping[str, Any], files: Sequence[str] = ()) -> DataConfig:
-    """The section `data` of a configuration, with files given as `NAME=PATH` besides.
+def data_config(section: Mapping[str, Any], files: Sequence[str] = ()) -> DataConfig:
+    """The section `data` of a configuration, with further files as `NAME=PATH`.
 
     Raises:
         ConfigError: if a name or value is unknown or refused.
     """
-    named = dict(given.get("files") or {})
+    own_files = dict(section.get("files") or {})
     for text in files:
-        name, equals, path = text.partition("=")
-        if not (name and equals and path):
+        name, separator, path = text.partition("=")
+        if not (name and separator and path):
             raise ConfigError(f"--file {text}: write NAME=PATH")
-        named[name] = path
-    config: DataConfig = filled(DataConfig, {**given, "files": named}, "data")
+        own_files[name] = path
+    config: DataConfig = filled(DataConfig, {**section, "files": own_files}, "data")
     return config
 
 
@@ -297,16 +305,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the data of a configuration file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the files")
-    parser.add_argument("--file", action="append", default=[], metavar="NAME=PATH", help="a corpus of one's own")
-    given = parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the files to")
+    parser.add_argument(
+        "--file", action="append", default=[], metavar="NAME=PATH", help="your own corpus; repeat for more"
+    )
+    args = parser.parse_args(argv)
     console = Console()
     try:
-        made = write_data(data_config(read_sections(given.config)["data"], given.file), given.out)
+        data_folder = write_data(data_config(read_sections(args.config)["data"], args.file), args.out)
     except CadsError as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
         return 1
-    console.print(f"data         {made.folder}", highlight=False, soft_wrap=True)
+    console.print(f"data         {data_folder.folder}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What came out of a language experiment, as Markdown: scores, learned probabilities, and the examples themselves."""
+"""Results of a language experiment as Markdown: scores, learned probabilities, and some of the examples."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from cads.study.report.text_tables import intervals, markdown_table
 from cads.study.tables import DONE, read_runs
 
 N_EXAMPLES = 10
-"""Most probable examples that are shown, and as many least probable ones."""
-LONGEST_SHOWN = 160
-"""Characters of an example."""
+"""Number of the most probable examples that are shown, and of the least probable ones."""
+MAX_CHARACTERS = 160
+"""Characters of an example that are shown; longer ones are cut."""
 CHOICES = "choices"
 UNSELECTED = ("full", "random")
-"""Methods to which those that select are compared."""
+"""Reference methods; the others are compared with these."""
 
 
-def report(grid: Grid, title: str, command: str, about: Sequence[str], out: Path, texts: Mapping[str, str]) -> str:
+def report(
+    grid: Grid, title: str, command: str, description: Sequence[str], out: Path, texts: Mapping[str, str]
+) -> str:
     """The page of a finished experiment.
 
     Args:
-        grid: what was run. title: of the page. command: that made it. about: sentences on data and models.
+        grid: that was run. title: of the page. command: that made it. description: sentences on data and models.
         out: folder of the study. texts: question and answer of pool examples, by id.
     """
     runs = [row for row in read_runs(out) if row["status"] == DONE]
@@ -38,7 +40,7 @@ def report(grid: Grid, title: str, command: str, about: Sequence[str], out: Path
     parts = [
         f"# {title}: {intervals(points)}",
         f"    {command}",
-        " ".join(about),
+        " ".join(description),
         f"The budget {covers}, but where a method says otherwise: `all in` pays for its selection from it, `on top` "
         "does not. Columns of selection and training are FLOPs; * marks the best of each budget.",
         f"## Test {points[0].metric}",
@@ -49,13 +51,13 @@ def report(grid: Grid, title: str, command: str, about: Sequence[str], out: Path
     sentences = [f"- {a.sentence}" for group in by_group(points).values() for a in answers(group)]
     parts += ["## What to use", "\n".join(sentences)]
     better = "above" if points[0].maximised else "below"
-    said = f"Of test {points[0].metric}, paired over seeds: {better} 0 the method is better than the one it is against."
-    parts += ["## Differences", said, differences(points), "## Learned probabilities", probabilities(runs)]
+    note = f"Of test {points[0].metric}, paired over seeds: {better} 0 the method is better than the one it is against."
+    parts += ["## Differences", note, differences(points), "## Learned probabilities", probabilities(runs)]
     return "\n\n".join([*parts, *examples(runs, out, texts)]) + "\n"
 
 
 def differences(points: Sequence[MethodPoint]) -> str:
-    """How much each method that spends on selection differs from those that do not, with paired intervals."""
+    """Difference of each method that spends on selection to each method that does not, with paired intervals."""
     lines = ["| model | budget | method | against | difference | interval |", "| --- | --- | --- | --- | --- | --- |"]
     for group in by_group(points).values():
         for p in group:
@@ -79,7 +81,7 @@ def _difference(a: MethodPoint, b: MethodPoint) -> str:
 
 
 def probabilities(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The probability of each source at the end of selection, mean over seeds, by method and budget."""
+    """Probability of each source at the end of selection, mean over seeds, by model, budget and method."""
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for row in runs:
         if json.loads(row["probability_course"] or "[]"):
@@ -91,22 +93,23 @@ def probabilities(runs: Sequence[Mapping[str, Any]]) -> str:
         "| " + " | ".join(["model", "budget", "method", *names, "full pool returned"]) + " |",
         "| " + " | ".join(["---"] * (len(names) + 4)) + " |",
     ]
-    for where, rows in groups.items():
+    for setting, rows in groups.items():
         means = [float(np.mean([_learned(r).get(n, np.nan) for r in rows])) for n in names]
-        kept = sum("not beaten" in json.loads(r["notes"]).get("guard", "") for r in rows)
-        lines.append("| " + " | ".join([*where, *(f"{m:.2f}" for m in means), f"{kept} of {len(rows)}"]) + " |")
+        full_pools = sum("not beaten" in json.loads(r["notes"]).get("guard", "") for r in rows)
+        lines.append("| " + " | ".join([*setting, *(f"{m:.2f}" for m in means), f"{full_pools} of {len(rows)}"]) + " |")
     return "\n".join(lines)
 
 
 def _learned(row: Mapping[str, Any]) -> dict[str, float]:
-    found: dict[str, float] = json.loads(row["probability_course"])[-1]
-    return found
+    last: dict[str, float] = json.loads(row["probability_course"])[-1]
+    return last
 
 
 def examples(runs: Sequence[Mapping[str, Any]], out: Path, texts: Mapping[str, str]) -> list[str]:
-    """Most and least probable examples of the costliest selection of single examples, first seed.
+    """Most and least probable examples of the costliest selection of single examples with the first seed.
 
-    One that tells them apart: a search that does not beat the full pool returns it.
+    Selections that give all examples the same probability are passed over: a search that does not beat the full pool
+    returns the full pool.
     """
     single = [r for r in runs if r["selector"] == "cads-e" and json.loads(r["probability_course"] or "[]")]
     if not single:
@@ -120,12 +123,12 @@ def examples(runs: Sequence[Mapping[str, Any]], out: Path, texts: Mapping[str, s
         return ["## Examples", "The full pool was not beaten: all examples have the same probability."]
     order = np.argsort(selection.rank, kind="stable")
     parts = [f"## Examples ({row['method']}, {row['budget']}, seed {row['seed']})"]
-    for name, places in (("Most probable", order[:N_EXAMPLES]), ("Least probable", order[::-1][:N_EXAMPLES])):
+    for name, positions in (("Most probable", order[:N_EXAMPLES]), ("Least probable", order[::-1][:N_EXAMPLES])):
         lines = ["| probability | id | example |", "| --- | --- | --- |"]
-        for i in places:
-            identity = selection.ids[int(i)].as_py()
-            text = texts.get(identity, "").replace("|", "\\|").replace("\n", " ")
-            cut = text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + " ..."
-            lines.append(f"| {selection.probability[i]:.3f} | {identity} | {cut} |")
+        for i in positions:
+            example_id = selection.ids[int(i)].as_py()
+            text = texts.get(example_id, "").replace("|", "\\|").replace("\n", " ")
+            cut = text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " ..."
+            lines.append(f"| {selection.probability[i]:.3f} | {example_id} | {cut} |")
         parts += [f"{name}:", "\n".join(lines)]
     return parts

@@ -1,11 +1,11 @@
-"""Regret of selectors in small worlds whose truth is known.
+"""Regret of selectors in small worlds where the value of every subset of sources is known.
 
     python -m experiments.oracle --world experiments/configs/worlds/noise.yaml --budgets 1,4,16,64 \
         --methods full,cads-s,halving --seeds 5 --json runs/oracle.json [--results experiments/results/oracle.md]
 
-A world is a data set cut into sources; all subsets of at most 6 sources are trained (above, a search gives a
-bound), and what each selector chooses is compared with the best of them. Budgets are passes over the pool.
-Finished cells are kept under --cache, so that a run that was stopped goes on where it was.
+A world is a data set cut into sources. With at most 6 sources all subsets are trained, which gives the truth; with more
+a search gives a bound. The choice of each selector is compared with the best subset. Budgets are passes over the pool.
+Finished cells are kept under --cache, so that a run that was stopped resumes.
 """
 
 from __future__ import annotations
@@ -39,16 +39,19 @@ from experiments.truth import ENUMERATED, MEASURED_ON, TRUTH_VERSION, Truth, tru
 from experiments.worlds import SHIPPED, World, read_world, shipped
 
 ORACLE_VERSION = 1
-"""Part of every cell's key: raise it when what a cell holds changes its meaning."""
+"""Part of every cell's key: raise it when the contents of a cell change their meaning."""
 LATER = {"alpha": None, "policy_steps": 60}
-"""Options younger than kept cells, at what was done before they came: these are no part of a key."""
+"""Options that are newer than cells in use, with the values that those cells were run with.
+
+An option with this value is no part of a cell's key, so that older cells stay valid.
+"""
 WIDTH = 132
-"""Columns of the tables where there is no terminal to ask."""
+"""Width of the tables in characters where the output is no terminal."""
 
 
 @dataclass
 class Contender:
-    """One line of the comparison: a selector with its options, under a name of its own."""
+    """One line of the comparison: a selector with its options, under a label."""
 
     label: str
     method: str
@@ -57,43 +60,48 @@ class Contender:
 
 
 def contenders(labels: Sequence[str], settings: Sequence[str]) -> list[Contender]:
-    """The contenders that `--methods` names, as `--options` describes them.
+    """The contenders that `--methods` names, with the options that `--options` gives.
 
     Args:
-        settings: each `LABEL={name: value, ...}` in YAML: options of the selector; `method`, if the label is not
-            its name; `count_selection`, whether the budget covers selection too.
+        labels: of the contenders.
+        settings: each `LABEL={name: value, ...}` in YAML. The values are options of the selector, and two more:
+            `method`, the selector's name where the label is not; `count_selection`, whether the budget covers
+            selection too.
 
     Raises:
         ConfigError: if a setting does not parse or belongs to no label, or a method or option is unknown.
     """
-    given: dict[str, dict[str, Any]] = {}
+    options_by_label: dict[str, dict[str, Any]] = {}
     for text in settings:
-        label, _, rest = text.partition("=")
+        label, _, yaml_text = text.partition("=")
         try:
-            values = yaml.safe_load(rest)
+            values = yaml.safe_load(yaml_text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--options {text!r} does not parse: {error}") from error
         if not isinstance(values, dict) or label not in labels:
             raise ConfigError(f"--options {text!r}: write LABEL={{name: value}}, with a label of --methods {labels}")
-        given[label] = values
-    made = []
+        options_by_label[label] = values
+    parsed = []
     for label in labels:
-        options = dict(given.get(label, {}))
-        made.append(
+        options = dict(options_by_label.get(label, {}))
+        parsed.append(
             Contender(label, options.pop("method", label), count_selection=options.pop("count_selection", False))
         )
-        made[-1].options = options
-        build_selector(made[-1].method, options)
-    return made
+        parsed[-1].options = options
+        build_selector(parsed[-1].method, options)
+    return parsed
 
 
 def settings_of(selector: Selector) -> dict[str, str]:
-    """What a cell's key has of a selector: also options that were not given, since another default is another cell."""
+    """All options of a selector for a cell's key, defaults included: a cell is run again when a default changes."""
     return {name: repr(value) for name, value in vars(selector).items() if (name, value) not in LATER.items()}
 
 
 def chosen_of(selection: Selection, task: Task) -> list[float]:
-    """The mean weight of the examples of each source: 0 and 1 for subsets, the share kept for examples."""
+    """The mean weight of the examples of each source, shape (S,).
+
+    It is 0 or 1 in a selection of whole sources, and the share that is selected in one of single examples.
+    """
     weight = selection.selected * (selection.probability if selection.weighted else 1.0)
     assert task.pool.sources is not None
     mean = np.bincount(task.pool.sources, weights=weight) / task.pool.source_sizes
@@ -101,22 +109,22 @@ def chosen_of(selection: Selection, task: Task) -> list[float]:
 
 
 def value_of(
-    task: Task, selection: Selection, budget: Budget, known: Truth, seeds: int, cache: Path
+    task: Task, selection: Selection, budget: Budget, ground_truth: Truth, seeds: int, cache: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Calibrated test loss and accuracy of models trained on `selection`, with the truth's seeds to measure on.
 
-    Subsets of sources are read off the truth; everything else is trained. A run that selection has begun is ended,
-    once, with the seed of the selection: it is no other run's beginning.
+    Subsets of sources are looked up in the truth; all other selections are trained. Where selection has trained the
+    model already (a warm start), that run is continued once, with the seed of the selection.
     """
     if selection.warm_start is not None:
         metrics = train(task, selection, budget, seed=selection.seed).metrics
         return np.array([metrics["calibrated_loss"]]), np.array([metrics["accuracy"]])
     flops = training_flops(task, budget, selection)
-    chosen = np.array(chosen_of(selection, task))
-    mask = chosen == 1
-    plain = not selection.weighted and selection.target_fraction == 0 and flops == known.flops
-    if plain and np.isin(chosen, (0, 1)).all() and (row := known.row(mask)) is not None:
-        return known.losses[row, MEASURED_ON], known.accuracy[row, MEASURED_ON]
+    weights = np.array(chosen_of(selection, task))
+    mask = weights == 1
+    as_in_truth = not selection.weighted and selection.target_fraction == 0 and flops == ground_truth.flops
+    if as_in_truth and np.isin(weights, (0, 1)).all() and (row := ground_truth.row(mask)) is not None:
+        return ground_truth.losses[row, MEASURED_ON], ground_truth.accuracy[row, MEASURED_ON]
     return worth(task, selection, flops, range(seeds)[MEASURED_ON], cache)
 
 
@@ -124,9 +132,9 @@ class Oracle:
     """Runs cells, and keeps them.
 
     Args:
-        cache: folder of the truth and the cells. truth_seeds: of the truth, at least two.
-        bound_seconds: for the search in worlds with many sources.
-        fresh: labels whose kept cells are not to be used.
+        cache: folder of the cells. truth_cache: folder of the truth. truth_seeds: number of its seeds, at least two.
+        bound_seconds: time for the search in worlds with many sources.
+        fresh: labels of contenders whose kept cells are run again.
     """
 
     def __init__(
@@ -138,24 +146,34 @@ class Oracle:
         self.truth_seeds, self.bound_seconds, self.fresh = truth_seeds, bound_seconds, set(fresh)
 
     def truth(self, task: Task, budget: Budget) -> Truth:
-        """All subsets, or a search among them."""
+        """The values of all subsets, or of those that a search finds."""
         if len(task.pool.source_names) <= ENUMERATED:
             return truth(task, budget, self.truth_seeds, self.truth_cache)
         return bound(task, budget, self.truth_seeds, self.truth_cache, seconds=self.bound_seconds)
 
-    def cell(self, world: World, task: Task, known: Truth, who: Contender, passes: float, seed: int) -> Cell:
-        """Select, and look up or train what was selected; read from the cache if it was done before."""
-        selector = build_selector(who.method, who.options)
-        about = [ORACLE_VERSION, TRUTH_VERSION, world.settings(), passes, asdict(who), seed, self.truth_seeds]
-        about.append(settings_of(selector))
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-        file = self.cache / f"{world.name}-{passes:g}-{who.label.replace('/', '_')}-{seed}-{digest}.json"
-        if who.label in self.fresh or not file.exists():
-            budget = Budget(passes, "epochs", count_selection=who.count_selection)
+    def cell(
+        self, world: World, task: Task, ground_truth: Truth, contender: Contender, passes: float, seed: int
+    ) -> Cell:
+        """The cell of one contender: its choice and the value of that; read from the cache if it was run before."""
+        selector = build_selector(contender.method, contender.options)
+        key_fields = [
+            ORACLE_VERSION,
+            TRUTH_VERSION,
+            world.settings(),
+            passes,
+            asdict(contender),
+            seed,
+            self.truth_seeds,
+        ]
+        key_fields.append(settings_of(selector))
+        digest = hashlib.sha256(json.dumps(key_fields, sort_keys=True).encode()).hexdigest()[:12]
+        file = self.cache / f"{world.name}-{passes:g}-{contender.label.replace('/', '_')}-{seed}-{digest}.json"
+        if contender.label in self.fresh or not file.exists():
+            budget = Budget(passes, "epochs", count_selection=contender.count_selection)
             ledger, started = Ledger(), time.perf_counter()
             selection = selector.select(task, budget, seed=seed, ledger=ledger)
             seconds = time.perf_counter() - started
-            losses, accuracy = value_of(task, selection, budget, known, self.truth_seeds, self.truth_cache)
+            losses, accuracy = value_of(task, selection, budget, ground_truth, self.truth_seeds, self.truth_cache)
             record = {
                 "chosen": chosen_of(selection, task),
                 "target_fraction": selection.target_fraction,
@@ -167,36 +185,36 @@ class Oracle:
             }
             write_whole(file, record)
         record = json.loads(file.read_text())
-        regret_val, regret_acc = known.regret_of(record["losses"], record["accuracy"])
-        return Cell(world.name, passes, who.label, seed, regret_val=regret_val, regret_acc=regret_acc, **record)
+        regret_val, regret_acc = ground_truth.regret_of(record["losses"], record["accuracy"])
+        return Cell(world.name, passes, contender.label, seed, regret_val=regret_val, regret_acc=regret_acc, **record)
 
 
-def reference(world: World, passes: float, known: Truth) -> Reference:
-    """The best subset and the full pool, as the truth knows them."""
-    full = known.row(np.ones(known.masks.shape[1], dtype=bool))
+def reference(world: World, passes: float, ground_truth: Truth) -> Reference:
+    """Values of the best subset and of the full pool in the truth."""
+    full = ground_truth.row(np.ones(ground_truth.masks.shape[1], dtype=bool))
     assert full is not None
-    regret_val, regret_acc = known.regret(known.masks[full])
-    best = known.best[1]
-    floor = known.floor
+    regret_val, regret_acc = ground_truth.regret(ground_truth.masks[full])
+    best = ground_truth.best[1]
+    floor = ground_truth.floor
     return Reference(
         world=world.name,
         budget=passes,
         sources=[spec.name for spec in world.task.sources],
-        best=known.masks[best].astype(float).tolist(),
-        best_accuracy=float(known.accuracy[best, MEASURED_ON].mean()),
+        best=ground_truth.masks[best].astype(float).tolist(),
+        best_accuracy=float(ground_truth.accuracy[best, MEASURED_ON].mean()),
         uniform_regret_val=regret_val,
         uniform_regret_acc=regret_acc,
         floor_val=floor[0],
         floor_acc=floor[1],
-        exhaustive=known.exhaustive,
-        subsets=len(known.masks),
+        exhaustive=ground_truth.exhaustive,
+        subsets=len(ground_truth.masks),
     )
 
 
 def run(
     worlds: Sequence[World],
     budgets: Sequence[float],
-    who: Sequence[Contender],
+    selectors: Sequence[Contender],
     seeds: int,
     oracle: Oracle,
     console: Console,
@@ -204,24 +222,26 @@ def run(
     """All cells, world by world and budget by budget.
 
     Raises:
-        ConfigError: if a label whose kept cells are not to be used is no contender's.
+        ConfigError: if a label in `oracle.fresh` is no contender's.
     """
-    labels = [contender.label for contender in who]
-    if stray := sorted(oracle.fresh - set(labels)):
-        raise ConfigError(f"--fresh {stray}: choose from {labels}")
+    labels = [contender.label for contender in selectors]
+    if unknown := sorted(oracle.fresh - set(labels)):
+        raise ConfigError(f"--fresh {unknown}: choose from {labels}")
     cells, references = [], []
     for world in worlds:
         task = world.build()
         for passes in budgets:
-            known = oracle.truth(task, Budget(passes, "epochs"))
-            references.append(reference(world, passes, known))
-            for contender in who:
-                here = [oracle.cell(world, task, known, contender, passes, seed) for seed in range(seeds)]
-                cells += here
+            ground_truth = oracle.truth(task, Budget(passes, "epochs"))
+            references.append(reference(world, passes, ground_truth))
+            for contender in selectors:
+                contender_cells = [
+                    oracle.cell(world, task, ground_truth, contender, passes, seed) for seed in range(seeds)
+                ]
+                cells += contender_cells
                 console.print(
                     f"{world.name}, {passes:g} passes: {contender.label:24s} regret "
-                    f"{100 * np.mean([c.regret_acc for c in here]):6.2f} points, "
-                    f"{np.mean([c.selection_over_C for c in here]):.2f} C",
+                    f"{100 * np.mean([c.regret_acc for c in contender_cells]):6.2f} points, "
+                    f"{np.mean([c.selection_over_C for c in contender_cells]):.2f} C",
                     highlight=False,
                 )
     return cells, references
@@ -230,57 +250,62 @@ def run(
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--world", type=Path, action="append", help=f"a YAML file; again for more (default: {', '.join(SHIPPED)})"
+        "--world",
+        type=Path,
+        action="append",
+        help=f"YAML file of a world; repeat for more (default: {', '.join(SHIPPED)})",
     )
     parser.add_argument("--budgets", default="1,4,16,64", help="passes over the pool, separated by commas")
     parser.add_argument("--methods", default="full,cads-s", help="selectors, or labels that --options explains")
-    parser.add_argument("--options", action="append", default=[], help="LABEL={name: value, ...}; again for more")
-    parser.add_argument("--seeds", type=int, default=5, help="of the selectors")
-    parser.add_argument("--truth-seeds", type=int, default=5, help="of the truth")
-    parser.add_argument("--bound-seconds", type=float, default=600.0, help="to search worlds of many sources")
-    parser.add_argument("--json", type=Path, required=True, help="everything that was measured")
+    parser.add_argument("--options", action="append", default=[], help="LABEL={name: value, ...}; repeat for more")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds of the selectors")
+    parser.add_argument("--truth-seeds", type=int, default=5, help="number of seeds of the truth")
+    parser.add_argument("--bound-seconds", type=float, default=600.0, help="time to search worlds of many sources")
+    parser.add_argument("--json", type=Path, required=True, help="JSON file for everything that was measured")
     parser.add_argument("--results", type=Path, help="also write the tables (NAME.md) and the figure (NAME.png)")
-    parser.add_argument("--cache", type=Path, default=Path("runs/oracle"), help="folder of the cells")
-    parser.add_argument("--truth", type=Path, default=Path("runs/truth"), help="folder of the truth")
-    parser.add_argument("--fresh", action="append", default=[], help="a label whose kept cells are run again")
-    given = parser.parse_args(argv)
-    given.world = given.world or shipped(SHIPPED)
-    return given
+    parser.add_argument("--cache", type=Path, default=Path("runs/oracle"), help="folder where cells are kept")
+    parser.add_argument("--truth", type=Path, default=Path("runs/truth"), help="folder where the truth is kept")
+    parser.add_argument(
+        "--fresh", action="append", default=[], help="label of a contender whose kept cells are run again"
+    )
+    args = parser.parse_args(argv)
+    args.world = args.world or shipped(SHIPPED)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    given = _arguments(argv)
+    args = _arguments(argv)
     console = Console()
     started = time.perf_counter()
     try:
-        labels = [label.strip() for label in given.methods.split(",")]
-        who = contenders(labels, given.options)
-        budgets = [Budget.parse(f"{b.strip()} epochs").amount for b in given.budgets.split(",")]
-        worlds = [read_world(path) for path in given.world]
-        if given.seeds < 1:
-            raise ConfigError(f"--seeds {given.seeds}: at least one is needed")
-        oracle = Oracle(given.cache, given.truth, given.truth_seeds, given.bound_seconds, given.fresh)
-        cells, references = run(worlds, budgets, who, given.seeds, oracle, console)
+        labels = [label.strip() for label in args.methods.split(",")]
+        selectors = contenders(labels, args.options)
+        budgets = [Budget.parse(f"{b.strip()} epochs").amount for b in args.budgets.split(",")]
+        worlds = [read_world(path) for path in args.world]
+        if args.seeds < 1:
+            raise ConfigError(f"--seeds {args.seeds}: at least one is needed")
+        oracle = Oracle(args.cache, args.truth, args.truth_seeds, args.bound_seconds, args.fresh)
+        cells, references = run(worlds, budgets, selectors, args.seeds, oracle, console)
     except CadsError as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
         return 1
-    wide = console if console.is_terminal else Console(width=WIDTH)
+    table_console = console if console.is_terminal else Console(width=WIDTH)
     for table in tables(cells, references):
-        wide.print(table)
-    words = [*(sys.argv[1:] if argv is None else argv)]
-    command = f"python -m experiments.oracle {shlex.join(words)}"
+        table_console.print(table)
+    arguments = [*(sys.argv[1:] if argv is None else argv)]
+    command = f"python -m experiments.oracle {shlex.join(arguments)}"
     record = {
         "command": command,
-        "contenders": [asdict(c) for c in who],
+        "contenders": [asdict(c) for c in selectors],
         "cells": [asdict(c) for c in cells],
         "truth": [asdict(r) for r in references],
     }
-    write_whole(given.json, record)
-    if given.results:
-        given.results.parent.mkdir(parents=True, exist_ok=True)
-        draw(cells, references, given.results.with_suffix(".png"))
-        given.results.write_text(
+    write_whole(args.json, record)
+    if args.results:
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        draw(cells, references, args.results.with_suffix(".png"))
+        args.results.write_text(
             f"# Regret in worlds whose truth is known\n\n    {command}\n\n{markdown(cells, references)}"
         )
     console.print(f"finished in {time.perf_counter() - started:.0f} s", highlight=False)

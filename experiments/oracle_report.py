@@ -1,4 +1,4 @@
-"""Tables and figure of the known-answer benchmark: pure functions of its cells."""
+"""Tables and figure of the known-answer benchmark, computed from its cells alone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cads.study.analysis.points import CONFIDENCE, half_width
 mpl.use("Agg")
 
 WORSE = 0.005
-"""Accuracy below uniform from which a cell counts as worse than it."""
+"""Loss of accuracy against uniform from which a cell counts as worse than uniform."""
 LONG_FROM = 4
-"""Passes from which a budget counts as long in the summary."""
+"""Passes over the pool from which a budget counts as long in the summary."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-"""The palette of Okabe and Ito, which colour-blind readers can tell apart; markers repeat what colours say."""
+"""The palette of Okabe and Ito, which colour-blind readers can tell apart; markers distinguish the methods too."""
 MARKERS = "osD^vP*X<>hp"
 
 NOTE = (
@@ -36,15 +36,15 @@ NOTE = (
 
 @dataclass
 class Cell:
-    """What one method chose with one seed, and what that came to.
+    """The choice of one method with one seed, and its value.
 
     Attributes:
-        world, budget, method, seed: which cell; the budget in passes over the pool.
-        chosen: mean weight of the examples of each source.
-        target_fraction: share of each batch from the target.
-        regret_val: nats. regret_acc: between 0 and 1.
-        selection_over_C: FLOPs of selection in units of the budget. seconds: of selection.
-        losses, accuracy: of the models trained on the choice, one a seed of the truth.
+        world, budget, method, seed: what was run; the budget in passes over the pool.
+        chosen: mean weight of the examples of each source, shape (S,).
+        target_fraction: share of each batch that is drawn from the target.
+        regret_val: regret in calibrated test loss, nats. regret_acc: regret in test accuracy, between 0 and 1.
+        selection_over_C: FLOPs of selection in units of the budget. seconds: that selection took.
+        losses, accuracy: of the models trained on the choice, one for each seed of the truth.
         notes: of the selection.
     """
 
@@ -65,14 +65,14 @@ class Cell:
 
 @dataclass
 class Reference:
-    """What is known of a world at a budget.
+    """The truth of a world at a budget, which cells are compared with.
 
     Attributes:
-        best: the best subset. best_accuracy: of it, on the seeds to measure on.
-        uniform_regret_val, uniform_regret_acc: of the full pool.
+        best: the best subset. best_accuracy: its accuracy on the seeds to measure on.
+        uniform_regret_val, uniform_regret_acc: regret of the full pool, in nats and in accuracy.
         floor_val, floor_acc: see `experiments.truth.Truth.floor`.
         exhaustive: whether `best` is the best of all subsets, or the best that a search found.
-        subsets: how many were trained.
+        subsets: number of subsets that were trained.
     """
 
     world: str
@@ -90,7 +90,7 @@ class Reference:
 
 @dataclass
 class Row:
-    """One method in one table: means, and half widths of their intervals over seeds."""
+    """One method in one table: means, and half-widths of their intervals over seeds."""
 
     method: str
     regret_acc: float
@@ -104,7 +104,12 @@ class Row:
 
 @dataclass
 class Summary(Row):
-    """One method over many cells of a world and a budget."""
+    """One method over all worlds and budgets.
+
+    Attributes:
+        long_acc, long_width, long_val: as in `Row`, over long budgets alone; NaN where there are none.
+        worse: worlds and budgets where the method is worse than uniform, with the loss in points.
+    """
 
     long_acc: float = np.nan
     long_width: float = np.nan
@@ -113,7 +118,7 @@ class Summary(Row):
 
 
 def rows_of(cells: Iterable[Cell]) -> list[Row]:
-    """One row a method; `cells` are of one world and budget."""
+    """One row for each method, lowest regret first; `cells` are of one world and budget."""
     rows = []
     for method, group in _by(cells, lambda c: c.method).items():
         acc, val = [c.regret_acc for c in group], [c.regret_val for c in group]
@@ -122,14 +127,17 @@ def rows_of(cells: Iterable[Cell]) -> list[Row]:
 
 
 def summary_of(cells: Sequence[Cell], references: Sequence[Reference]) -> list[Summary]:
-    """One row a method over all worlds and budgets; intervals are over seeds, each averaged over its cells."""
+    """One row for each method over all worlds and budgets, lowest regret first.
+
+    Intervals are over seeds; the regret of a seed is the mean over its cells.
+    """
     uniform = {(r.world, r.budget): r.uniform_regret_acc for r in references}
     rows = []
     for method, group in _by(cells, lambda c: c.method).items():
         long = [c for c in group if c.budget >= LONG_FROM]
-        lost = {
-            place: np.mean([c.regret_acc for c in here]) - uniform[place]
-            for place, here in _by(group, lambda c: (c.world, c.budget)).items()
+        losses = {
+            setting: np.mean([c.regret_acc for c in cells_there]) - uniform[setting]
+            for setting, cells_there in _by(group, lambda c: (c.world, c.budget)).items()
         }
         row = Summary(
             method,
@@ -137,9 +145,9 @@ def summary_of(cells: Sequence[Cell], references: Sequence[Reference]) -> list[S
             *_mean_and_width(_by_seed(group, "regret_val")),
             *_costs(group),
             group,
-            worse=[f"{world} {budget:g} ({100 * lost[world, budget]:+.1f})" for world, budget in lost],
+            worse=[f"{world} {budget:g} ({100 * losses[world, budget]:+.1f})" for world, budget in losses],
         )
-        row.worse = [text for text, loss in zip(row.worse, lost.values(), strict=True) if loss > WORSE]
+        row.worse = [text for text, loss in zip(row.worse, losses.values(), strict=True) if loss > WORSE]
         if long:
             row.long_acc, row.long_width = _mean_and_width(_by_seed(long, "regret_acc"))
             row.long_val = float(np.mean([c.regret_val for c in long]))
@@ -167,7 +175,7 @@ def _costs(cells: Sequence[Cell]) -> tuple[float, float]:
 
 
 def weights(chosen: Sequence[float]) -> str:
-    """Weights of sources in short: 1 0 .31."""
+    """Weights of sources in short form: 1 0 .31."""
     return " ".join("1" if w > 0.995 else "0" if w == 0 else f"{w:.2f}".lstrip("0") for w in chosen)
 
 
@@ -190,20 +198,20 @@ def _points(mean: float, width: float) -> str:
 
 
 def _texts(row: Row) -> list[str]:
-    often, times = Counter(weights(c.chosen) for c in row.cells).most_common(1)[0]
+    choice, count = Counter(weights(c.chosen) for c in row.cells).most_common(1)[0]
     return [
         row.method,
         _points(row.regret_acc, row.width_acc),
         f"{row.regret_val:.3f}" + ("" if np.isnan(row.width_val) else f" ± {row.width_val:.3f}"),
         f"{row.selection:.2f}",
         f"{row.seconds:.1f}",
-        f"{often} ({times} of {len(row.cells)})",
+        f"{choice} ({count} of {len(row.cells)})",
     ]
 
 
 def _summary_texts(row: Summary) -> list[str]:
-    places = len({(c.world, c.budget) for c in row.cells})
-    worse = f"{len(row.worse)} of {places}" + (f": {', '.join(row.worse)}" if row.worse else "")
+    n_settings = len({(c.world, c.budget) for c in row.cells})
+    worse = f"{len(row.worse)} of {n_settings}" + (f": {', '.join(row.worse)}" if row.worse else "")
     return [
         row.method,
         _points(row.regret_acc, row.width_acc),
@@ -230,22 +238,22 @@ Section = tuple[str, Sequence[str], list[list[str]]]
 
 def _sections(cells: Sequence[Cell], references: Sequence[Reference]) -> list[Section]:
     """Every table, the summary first."""
-    places = f"{len({r.world for r in references})} worlds, {len({r.budget for r in references})} budgets"
+    counts = f"{len({r.world for r in references})} worlds, {len({r.budget for r in references})} budgets"
     uniform = [100 * r.uniform_regret_acc for r in references]
     long = [100 * r.uniform_regret_acc for r in references if r.budget >= LONG_FROM]
-    title = f"{places}; uniform loses {np.mean(uniform):.2f} points"
+    title = f"{counts}; uniform loses {np.mean(uniform):.2f} points"
     title += f", {np.mean(long):.2f} from {LONG_FROM} passes on" if long else ""
     title += f"; floor {100 * np.mean([r.floor_acc for r in references]):.2f}"
     sections: list[Section] = [(title, SUMMARY, [_summary_texts(row) for row in summary_of(cells, references)])]
     for r in references:
-        here = [c for c in cells if (c.world, c.budget) == (r.world, r.budget)]
-        sections.append((_heading(r), COLUMNS, [_texts(row) for row in rows_of(here)]))
+        own_cells = [c for c in cells if (c.world, c.budget) == (r.world, r.budget)]
+        sections.append((_heading(r), COLUMNS, [_texts(row) for row in rows_of(own_cells)]))
     return sections
 
 
 def tables(cells: Sequence[Cell], references: Sequence[Reference]) -> list[Table]:
-    """For the terminal: a table a world and budget, then the summary."""
-    made = []
+    """Tables for the terminal: one for each world and budget, then the summary."""
+    rendered = []
     for title, columns, rows in reversed(_sections(cells, references)):
         table = Table(title=title, title_justify="left")
         for i, column in enumerate(columns):
@@ -254,12 +262,12 @@ def tables(cells: Sequence[Cell], references: Sequence[Reference]) -> list[Table
             )
         for row in rows:
             table.add_row(*row)
-        made.append(table)
-    return made
+        rendered.append(table)
+    return rendered
 
 
 def markdown(cells: Sequence[Cell], references: Sequence[Reference]) -> str:
-    """The same as Markdown, the summary first."""
+    """The same tables as Markdown, the summary first."""
     parts = [NOTE + "\n"]
     for title, columns, rows in _sections(cells, references):
         lines = [columns, ["---"] * len(columns), *rows]
@@ -268,13 +276,13 @@ def markdown(cells: Sequence[Cell], references: Sequence[Reference]) -> str:
 
 
 def _range(cells: Sequence[Cell]) -> tuple[float, float]:
-    """Limits in points that hold every mean, whatever the intervals."""
+    """Limits of the axis of regret in points: they contain every mean, but not every interval."""
     means = [100 * row.regret_acc for group in _by(cells, lambda c: c.budget).values() for row in rows_of(group)]
     return min(-0.5, 1.5 * min(means)), max(2.0, 1.5 * max(means))
 
 
 def draw(cells: Sequence[Cell], references: Sequence[Reference], path: Path) -> None:
-    """Mean regret over the worlds against selection FLOPs, a panel a budget and one for all."""
+    """Mean regret over the worlds against selection FLOPs: a panel for each budget, and one for all budgets."""
     import matplotlib.pyplot as plt
 
     budgets = sorted({r.budget for r in references})
@@ -285,9 +293,9 @@ def draw(cells: Sequence[Cell], references: Sequence[Reference], path: Path) -> 
     figure, grid = plt.subplots(
         1, len(panels), figsize=(3.4 * len(panels) + 2, 4.2), sharey=True, squeeze=False, layout="constrained"
     )
-    for axes, (title, inside) in zip(grid[0], panels, strict=True):
+    for axes, (title, panel_budgets) in zip(grid[0], panels, strict=True):
         for i, method in enumerate(methods):
-            group = [c for c in cells if c.method == method and c.budget in inside]
+            group = [c for c in cells if c.method == method and c.budget in panel_budgets]
             if not group:
                 continue
             regret, width = _mean_and_width([100 * x for x in _by_seed(group, "regret_acc")])
@@ -302,7 +310,7 @@ def draw(cells: Sequence[Cell], references: Sequence[Reference], path: Path) -> 
                 capsize=2,
                 label=method,
             )
-        uniform = np.mean([100 * r.uniform_regret_acc for r in references if r.budget in inside])
+        uniform = np.mean([100 * r.uniform_regret_acc for r in references if r.budget in panel_budgets])
         axes.axhline(uniform, color="#999999", linestyle="--", linewidth=1, label="uniform")
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set_xscale("symlog", linthresh=0.1)

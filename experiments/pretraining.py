@@ -1,8 +1,9 @@
-"""A ladder of small Llama-architecture models, each pretrained once from scratch on text, and kept by its content.
+"""Small models of the Llama architecture in several sizes, each pretrained once from scratch on text.
 
     python -m experiments.pretraining TEXT.jsonl --sizes 1M --tokens 1.5e6 [--out runs/pretrained]
 
-Pretraining is a training run like any other: format text, all of it, for a budget of tokens.
+Pretraining is a training run like any other: on data of the format `text`, all of it, for a budget of tokens. A model
+is kept in a folder whose name contains a hash of its configuration and data.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ from cads.tasks.language.config import LanguageConfig
 from cads.tasks.language.rows import TextSource
 from cads.training.final import train
 
-KEPT = Path("runs/pretrained")
-"""Where models are kept."""
+MODEL_CACHE = Path("runs/pretrained")
+"""Folder where pretrained models are kept."""
 CONTEXT = 256
-"""Positions that the models can read."""
+"""Context length of the models in tokens."""
 TEXT_TOKENS = 192
 """Tokens at which a piece of text is cut in pretraining."""
 HEAD_WIDTH = 32
-"""Width of an attention head; keys and values have half as many as queries."""
+"""Width of an attention head; keys and values have half as many heads as queries."""
 PAD, END = "<pad>", "</s>"
 HELD_OUT = 200
-"""Pieces of text on which the pretrained model is tested, or a tenth of them if that is less."""
+"""Pieces of text on which the pretrained model is tested; a tenth of all pieces if that is less."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model: width, layers, and width of the feed-forward part."""
+    """Sizes of a model: hidden width, number of layers, and width of the feed-forward layers."""
 
     hidden: int
     layers: int
@@ -53,25 +54,25 @@ class Shape:
 
 
 LADDER = {"1M": Shape(128, 3, 320), "5M": Shape(256, 6, 640), "20M": Shape(512, 6, 1408)}
-"""Models by their number of parameters with 4,096 tokens; input and output embeddings are one."""
+"""Shapes by the number of parameters with a vocabulary of 4,096 tokens; input and output embeddings are tied."""
 
 
 @dataclass
 class PretrainingConfig:
-    """How the ladder is pretrained."""
+    """How the models are pretrained."""
 
     tokens: float = 1.5e6
     """Tokens that each model is trained on, padding included."""
     vocabulary: int = 4096
-    """Byte pairs of the tokenizer, at most."""
+    """Size of the byte-pair tokenizer's vocabulary, at most."""
     batch_size: int = 16
-    """Pieces of text a step."""
+    """Pieces of text in a step."""
     learning_rate: float = 3e-3
-    """Peak learning rate of the smallest model; it falls with the root of the width."""
+    """Peak learning rate of the size 1M; that of another size is inversely proportional to the root of its width."""
     seed: int = 0
-    """Of weights and order."""
+    """Seed of the initial weights and of the order of the text."""
     ladder: dict[str, Shape] = field(default_factory=lambda: dict(LADDER))
-    """Further sizes, or others."""
+    """The shape of each size."""
 
     def __post_init__(self) -> None:
         if not self.tokens > 0:
@@ -82,17 +83,17 @@ class PretrainingConfig:
             )
 
     def shapes(self, sizes: Sequence[str]) -> dict[str, Shape]:
-        """The shapes of models by their names.
+        """The shapes of models, by the names of their sizes.
 
         Raises:
-            ConfigError: if one is not in the ladder.
+            ConfigError: if a size is not in `ladder`.
         """
         if unknown := sorted(set(sizes) - set(self.ladder)):
             raise ConfigError(f"sizes {unknown} are unknown: choose from {list(self.ladder)}")
         return {size: self.ladder[size] for size in sizes}
 
     def recipe(self, shape: Shape) -> TrainConfig:
-        """How a model is pretrained."""
+        """The training recipe of a model of that shape."""
         rate = self.learning_rate * (LADDER["1M"].hidden / shape.hidden) ** 0.5
         return TrainConfig(batch_size=self.batch_size, learning_rate=rate, weight_decay=0.1)
 
@@ -100,34 +101,34 @@ class PretrainingConfig:
 def pretrained(
     sizes: Sequence[str],
     text: Path,
-    more: Sequence[Path],
+    tokenizer_files: Sequence[Path],
     config: PretrainingConfig,
-    kept: Path = KEPT,
+    model_cache: Path = MODEL_CACHE,
     console: Console | None = None,
 ) -> dict[str, Path]:
-    """The folders of pretrained models, each made if it is not there.
+    """The folders of pretrained models; models that do not exist yet are pretrained.
 
     Args:
-        sizes: names in the ladder. text: JSON lines with `text`, which is learned.
-        more: further JSON lines whose texts, prompts and responses the tokenizer is trained on, and no model.
-        kept: the folder of all models; the name of each ends in a hash of all that it follows from.
+        sizes: names in `config.ladder`. text: JSON lines with `text`, which the models are trained on.
+        tokenizer_files: further JSON lines; only the tokenizer is trained on their texts, prompts and responses.
+        model_cache: folder of all models; the name of each ends in a hash of configuration and data.
 
     Raises:
         ConfigError: if a size is unknown.
         DataError: if a file cannot be read.
-        BudgetError: if the tokens do not buy one step.
+        BudgetError: if `config.tokens` are too few for one step.
     """
     shapes = config.shapes(sizes)
-    contents = [_digest(path) for path in (text, *more)]
-    found = {}
+    contents = [_digest(path) for path in (text, *tokenizer_files)]
+    folders = {}
     for size, shape in shapes.items():
         recipe = config.recipe(shape)
-        about = [asdict(shape), recipe.result_fields(), config.tokens, config.vocabulary, config.seed, contents]
-        folder = kept / f"{size}-{content_key([*about, CONTEXT, TEXT_TOKENS, HEAD_WIDTH])}"
+        key_fields = [asdict(shape), recipe.result_fields(), config.tokens, config.vocabulary, config.seed, contents]
+        folder = model_cache / f"{size}-{content_key([*key_fields, CONTEXT, TEXT_TOKENS, HEAD_WIDTH])}"
         if not folder.exists():
-            _pretrain(folder, shape, recipe, text, more, config, console)
-        found[size] = folder
-    return found
+            _pretrain(folder, shape, recipe, text, tokenizer_files, config, console)
+        folders[size] = folder
+    return folders
 
 
 def _pretrain(
@@ -135,42 +136,47 @@ def _pretrain(
     shape: Shape,
     recipe: TrainConfig,
     text: Path,
-    more: Sequence[Path],
+    tokenizer_files: Sequence[Path],
     config: PretrainingConfig,
     console: Console | None,
 ) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        write_blank(Path(place), shape, (text, *more), config.vocabulary)
+    with tempfile.TemporaryDirectory() as blank_folder:
+        write_blank(Path(blank_folder), shape, (text, *tokenizer_files), config.vocabulary)
         source = TextSource(name="text", path=str(text), format="text")
         held_out = max(1, min(HELD_OUT, len(_read(text).splitlines()) // 10))
         task = LanguageConfig(
-            model=place, pool=[source], n_target=1, n_test=held_out, max_tokens=TEXT_TOKENS, data_seed=config.seed
+            model=blank_folder,
+            pool=[source],
+            n_target=1,
+            n_test=held_out,
+            max_tokens=TEXT_TOKENS,
+            data_seed=config.seed,
         ).build(recipe)
         budget = Budget(config.tokens, "tokens")
-        everything = build_selector("full").select(task, budget, seed=config.seed, ledger=Ledger())
+        full_pool = build_selector("full").select(task, budget, seed=config.seed, ledger=Ledger())
         with Monitor(console=console) as monitor, monitor.named(folder.name):
-            outcome = train(task, everything, budget, seed=config.seed, monitor=monitor)
+            outcome = train(task, full_pool, budget, seed=config.seed, monitor=monitor)
         with whole_folder(folder) as partial:
             outcome.save(partial)
 
 
 def write_blank(folder: Path, shape: Shape, files: Sequence[Path], vocabulary: int) -> None:
-    """A model without weights: its config, and a byte-pair tokenizer trained on the files."""
+    """Write a model without weights: its config, and a byte-pair tokenizer trained on the files."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-    pairs = Tokenizer(models.BPE())
-    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pairs.decoder = decoders.ByteLevel()
+    byte_pairs = Tokenizer(models.BPE())
+    byte_pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_pairs.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[PAD, END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pairs.train_from_iterator(_texts(files), trainer)
+    byte_pairs.train_from_iterator(_texts(files), trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=pairs, pad_token=PAD, eos_token=END, model_max_length=CONTEXT, padding_side="right"
+        tokenizer_object=byte_pairs, pad_token=PAD, eos_token=END, model_max_length=CONTEXT, padding_side="right"
     )
     tokenizer.save_pretrained(folder)
     heads = max(1, shape.hidden // HEAD_WIDTH)
@@ -211,19 +217,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Pretrain models on a file of text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="JSON lines with `text`")
-    parser.add_argument("more", type=Path, nargs="*", help="further files for the tokenizer")
-    parser.add_argument("--sizes", default="1M", help="comma-separated names")
+    parser.add_argument("tokenizer_files", type=Path, nargs="*", help="further files to train the tokenizer on")
+    parser.add_argument("--sizes", default="1M", help="sizes, separated by commas")
     parser.add_argument("--tokens", type=float, default=PretrainingConfig.tokens)
-    parser.add_argument("--out", type=Path, default=KEPT)
-    given = parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, default=MODEL_CACHE)
+    args = parser.parse_args(argv)
     console = Console()
     try:
-        config = PretrainingConfig(tokens=given.tokens)
-        found = pretrained(given.sizes.split(","), given.text, given.more, config, given.out, console)
+        config = PretrainingConfig(tokens=args.tokens)
+        folders = pretrained(args.sizes.split(","), args.text, args.tokenizer_files, config, args.out, console)
     except CadsError as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
         return 1
-    for size, folder in found.items():
+    for size, folder in folders.items():
         results = json.loads((folder / "results.json").read_text())
         perplexity = results["metrics"]["perplexity"]
         console.print(f"{size}  {folder}  perplexity {perplexity:.1f} on text held out", highlight=False)

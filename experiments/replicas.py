@@ -1,8 +1,8 @@
-"""How much faster K replicas of a dense network train as one batched model than one after another.
+"""Speed-up of training K replicas of a dense network as one batched model instead of one after another.
 
     python -m experiments.replicas [--world WORLD.yaml] [--out experiments/results/replicas.md]
 
-Both ways take the same steps; all times are of one run on one machine, the best of several.
+Both modes take the same training steps. All times are of one run on one machine; each is the best of several.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from experiments.worlds import read_world
 PASSES = Budget(1, "epochs")
 REPEATS = 3
 HIDDEN = (64, 256)
-"""Hidden units: those of the worlds, and a network that is bound by its products."""
+"""Hidden units: those of the worlds, and those of a network whose time goes mostly into matrix products."""
 COUNTS = (4, REPLICAS, 31)
+"""Numbers of replicas K."""
 PROFILED = 12
 """Operations that the profile lists."""
 HEADER = (
@@ -48,9 +49,13 @@ HEADER = (
 )
 
 
-def train(task: VisionTask, replicas: int, way: str) -> tuple[float, float, np.ndarray]:
-    """Train once in one way: seconds, FLOPs, and the losses of all steps (steps, K)."""
-    task.recipe.replicas = "batched" if way == "batched" else "loop"
+def train(task: VisionTask, replicas: int, mode: str) -> tuple[float, float, np.ndarray]:
+    """Train once in the mode `loop` or `batched`.
+
+    Returns:
+        seconds, FLOPs, and the losses of all steps, shape (steps, K).
+    """
+    task.recipe.replicas = "batched" if mode == "batched" else "loop"
     ledger = Ledger()
     streams = [ShuffledStream(np.arange(len(task.pool)), derive(0, k)) for k in range(replicas)]
     draws = BatchStream(task.pool, streams, task.recipe.batch_size)
@@ -61,17 +66,17 @@ def train(task: VisionTask, replicas: int, way: str) -> tuple[float, float, np.n
 
 
 def compare(task: VisionTask, hidden: int, replicas: int, limit: float) -> list[str]:
-    """A row of the table; the two ways take turns, so that whatever else the machine does disturbs both.
+    """A row of the table; the two modes take turns, so that other jobs on the machine disturb both alike.
 
     Args:
-        limit: FLOP/s of a large matrix product.
+        hidden: hidden units of the network. limit: FLOP/s of a large matrix product.
     """
     times: dict[str, list[float]] = {"loop": [], "batched": []}
     losses, flops = {}, 0.0
     for _ in range(REPEATS):
-        for way, taken in times.items():
-            seconds, flops, losses[way] = train(task, replicas, way)
-            taken.append(seconds)
+        for mode, mode_times in times.items():
+            seconds, flops, losses[mode] = train(task, replicas, mode)
+            mode_times.append(seconds)
     looped, batched = min(times["loop"]), min(times["batched"])
     rate = flops / batched
     return [
@@ -87,7 +92,7 @@ def compare(task: VisionTask, hidden: int, replicas: int, limit: float) -> list[
 
 
 def operations(task: VisionTask) -> list[list[str]]:
-    """Where the time of a batched training goes: operation, share of the CPU time, calls a step."""
+    """The operations that a batched training spends most time on: name, share of the CPU time, calls per step."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         _, _, losses = train(task, REPLICAS, "batched")
     events = sorted(recorded.key_averages(), key=lambda e: -e.self_cpu_time_total)
@@ -108,8 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=Path, default=Path("experiments/configs/worlds/noise.yaml"))
     parser.add_argument("--out", type=Path, help="write the tables here")
-    given = parser.parse_args(argv)
-    world = read_world(given.world)
+    args = parser.parse_args(argv)
+    world = read_world(args.world)
     limit = matmul_flops_per_second("cpu", world.train.precision)
     rows, profiled = [], []
     for hidden in HIDDEN:
@@ -121,16 +126,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(" ".join(rows[-1]), flush=True)
         if hidden == HIDDEN[0]:
             profiled = operations(task)
-    if given.out:
+    if args.out:
         command = f"python -m experiments.replicas {shlex.join(sys.argv[1:] if argv is None else argv)}"
-        about = (
+        setup = (
             f"World `{world.name}`: an MLP on {len(task.pool)} images, batches of {task.recipe.batch_size}, {PASSES}, "
             f"float32, {torch.get_num_threads()} threads; a large matrix product runs at {limit:.2g} FLOP/s. The best "
-            f"of {REPEATS} times; the two ways take turns."
+            f"of {REPEATS} times; the two modes take turns."
         )
-        where = f"Where the time goes at K = {REPLICAS}, {HIDDEN[0]} hidden units:"
-        given.out.write_text(
-            f"# Replicas: batched against one by one\n\n    {command}\n\n{about}\n\n{_table(HEADER, rows)}\n{where}\n\n"
+        title = f"Where the time goes at K = {REPLICAS}, {HIDDEN[0]} hidden units:"
+        args.out.write_text(
+            f"# Replicas: batched against one by one\n\n    {command}\n\n{setup}\n\n{_table(HEADER, rows)}\n{title}\n\n"
             + _table(("operation", "share of CPU time", "calls a step"), profiled)
         )
     return 0

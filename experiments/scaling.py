@@ -1,9 +1,9 @@
-"""How time and memory grow with the pool, from 10^5 to 10^7 examples, and what 10^9 would take.
+"""Growth of time and memory with the size of the pool, from 10^5 to 10^7 examples, and a plan for 10^9.
 
     python -m experiments.scaling --out experiments/results/scaling.md
 
-Each section is measured at each size in a process of its own, one at a time, on one thread. The rows are written beside
-the table as JSON, from which `--render` makes table, figure and plan again; what is measured anew replaces its rows.
+Each section is measured at each size in its own process, one at a time, on one thread. The rows are written as JSON
+beside the table. `--render` makes table, figure and plan again from that file. Rows measured anew replace the old ones.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ SIZES: dict[str, tuple[int, ...]] = {
     "cads-e": (10**5, 10**6),
     "texts": (10**5, 10**6),
 }
-"""Examples, by section."""
-FLAT, MOST_BYTES = 2.0, 40.0
-"""What is asked of an update of a policy: the time of an example may vary by this factor over the sizes, and it may
-take this many bytes beyond the parameters."""
+"""Sizes of the pool in examples, by section."""
+MAX_TIME_RATIO, MAX_BYTES = 2.0, 40.0
+"""Limits for an update of a policy: the largest time per example over the smallest, over all sizes; and the bytes per
+example beyond the parameters."""
 TITLES = {
     "policy": "Policy: one Bernoulli draw, its log-probability and score, and a projected step",
     "pool": "Pool of images 8x8 in a mapped `.npy` file, and the batches drawn from it",
@@ -52,7 +52,7 @@ NOTES = {
     "random features of words hashed to 512 places, since a sentence encoder (MiniLM) would take hours on this "
     "machine: what is measured is everything around it.",
 }
-DRAWN = {
+FIGURE_STEPS = {
     ("policy", WHOLE_UPDATE): "policy update",
     ("pool", "content hashes of all examples"): "hash of an image",
     ("selection", "save"): "selection, save",
@@ -62,21 +62,21 @@ DRAWN = {
     ("texts", "BM25"): "BM25",
     ("texts", "embedding"): "embedding",
 }
-"""Steps that the figure shows, and what it calls them."""
+"""Steps that the figure shows, with their labels in it."""
 
 
 def measure(section: str, n: int) -> list[Row]:
-    """One section at one size, in a process of its own on one thread."""
+    """Measure one section at one size, in its own process on one thread."""
     command = [sys.executable, "-m", "experiments.scaling", "--measure", section, "--n", str(n)]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stderr}")
-    return [Row(**record) for record in json.loads(done.stdout.splitlines()[-1])]
+    completed = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
+    if completed.returncode:
+        raise SystemExit(f"{shlex.join(command)} ended with {completed.returncode}:\n{completed.stderr}")
+    return [Row(**record) for record in json.loads(completed.stdout.splitlines()[-1])]
 
 
 def markdown(rows: Sequence[Row], command: str) -> str:
-    """The results file."""
+    """The text of the results file."""
     parts = [
         "# Growth with the pool\n",
         f"    {command}\n",
@@ -87,9 +87,9 @@ def markdown(rows: Sequence[Row], command: str) -> str:
         _verdict(rows),
     ]
     for section, title in TITLES.items():
-        here = [r for r in rows if r.section == section]
-        if here:
-            parts += [f"## {title}\n", _table(here)]
+        section_rows = [r for r in rows if r.section == section]
+        if section_rows:
+            parts += [f"## {title}\n", _table(section_rows)]
             if section in NOTES:
                 parts.append(NOTES[section] + "\n")
     return "\n".join([*parts, plan_markdown(rows)])
@@ -103,12 +103,12 @@ def _verdict(rows: Sequence[Row]) -> str:
     updates = [r for r in rows if (r.section, r.step) == ("policy", WHOLE_UPDATE)]
     if not updates:
         return ""
-    each = [r.seconds / r.n for r in updates]
-    low, high, most = 1e9 * min(each), 1e9 * max(each), max(r.extra / r.n for r in updates)
+    per_example = [r.seconds / r.n for r in updates]
+    low, high, extra = 1e9 * min(per_example), 1e9 * max(per_example), max(r.extra / r.n for r in updates)
     return (
         f"An update of a policy takes {low:.0f} to {high:.0f} ns an example, a factor of {high / low:.2f} "
-        f"({'within' if high <= FLAT * low else 'NOT within'} {FLAT:g}), and {most:.1f} bytes an example beyond the "
-        f"parameters ({'below' if most < MOST_BYTES else 'NOT below'} {MOST_BYTES:g}).\n"
+        f"({'within' if high <= MAX_TIME_RATIO * low else 'NOT within'} {MAX_TIME_RATIO:g}), and {extra:.1f} bytes an "
+        f"example beyond the parameters ({'below' if extra < MAX_BYTES else 'NOT below'} {MAX_BYTES:g}).\n"
     )
 
 
@@ -126,7 +126,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Time and extra memory of an example against the size of the pool."""
+    """Draw time and extra memory per example against the size of the pool."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -136,14 +136,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     with mpl.rc_context(RC):
         figure = Figure(figsize=(2 * WIDTH, AXES_HEIGHT + 1), layout="constrained")
         panels = figure.subplots(1, 2)
-        for i, ((section, step), label) in enumerate(DRAWN.items()):
-            line = sorted((r for r in rows if (r.section, r.step) == (section, step)), key=lambda r: r.n)
-            if not line:
+        for i, ((section, step), label) in enumerate(FIGURE_STEPS.items()):
+            step_rows = sorted((r for r in rows if (r.section, r.step) == (section, step)), key=lambda r: r.n)
+            if not step_rows:
                 continue
-            look = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.4}
-            sizes = [r.n for r in line]
-            panels[0].plot(sizes, [r.seconds / r.n * 1e6 for r in line], label=label, **look)
-            panels[1].plot(sizes, [max(r.extra / r.n, 1e-2) for r in line], **look)
+            style = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.4}
+            sizes = [r.n for r in step_rows]
+            panels[0].plot(sizes, [r.seconds / r.n * 1e6 for r in step_rows], label=label, **style)
+            panels[1].plot(sizes, [max(r.extra / r.n, 1e-2) for r in step_rows], **style)
         for axes, label in zip(panels, ("microseconds an example", "extra bytes an example"), strict=True):
             axes.set_xscale("log")
             axes.set_yscale("log")
@@ -157,34 +157,36 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and tabulate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the table here; figure and rows beside it")
+    parser.add_argument("--out", type=Path, help="Markdown file for the table; figure and rows are written beside it")
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="what to measure")
-    parser.add_argument("--sizes", nargs="+", type=int, help="examples; default: by section, up to 10^7")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, help="sizes of the pool in examples; default: by section, up to 10^7"
+    )
     parser.add_argument("--render", action="store_true", help="measure nothing: read the rows beside --out")
-    parser.add_argument("--measure", choices=list(SECTIONS), help="one section in this process: rows to stdout")
-    parser.add_argument("--n", type=int, default=10**5, help="with --measure: examples")
-    given = parser.parse_args(argv)
-    if given.measure:
+    parser.add_argument("--measure", choices=list(SECTIONS), help="measure one section in this process; print its rows")
+    parser.add_argument("--n", type=int, default=10**5, help="with --measure: size of the pool in examples")
+    args = parser.parse_args(argv)
+    if args.measure:
         import torch
 
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
-            rows = SECTIONS[given.measure](given.n, Path(folder))
+            rows = SECTIONS[args.measure](args.n, Path(folder))
         print(json.dumps([asdict(row) for row in rows]))
         return 0
-    if given.out is None:
+    if args.out is None:
         parser.error("--out is missing: name the table, such as experiments/results/scaling.md")
-    stored = given.out.with_suffix(".json")
+    stored = args.out.with_suffix(".json")
     rows = [Row(**record) for record in json.loads(stored.read_text())] if stored.exists() else []
-    if not given.render:
-        for section in given.sections:
-            for n in given.sizes or SIZES[section]:
-                found = measure(section, n)
-                print(f"{section} {n:,}: {sum(r.seconds for r in found):.1f} s", flush=True)
-                rows = [r for r in rows if (r.section, r.n) != (section, n)] + found
+    if not args.render:
+        for section in args.sections:
+            for n in args.sizes or SIZES[section]:
+                measured = measure(section, n)
+                print(f"{section} {n:,}: {sum(r.seconds for r in measured):.1f} s", flush=True)
+                rows = [r for r in rows if (r.section, r.n) != (section, n)] + measured
                 stored.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    draw(rows, given.out.with_name(FIGURE))
-    given.out.write_text(markdown(rows, f"python -m experiments.scaling --out {shlex.quote(str(given.out))}"))
+    draw(rows, args.out.with_name(FIGURE))
+    args.out.write_text(markdown(rows, f"python -m experiments.scaling --out {shlex.quote(str(args.out))}"))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A plan for 10^9 examples, from closed forms for a stated model and from what was measured of each example here."""
+"""A plan for 10^9 examples: costs of models from closed forms, costs of other steps from the measured rows."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from cads.planning.ccds import PUBLISHED
 from cads.planning.plan import Plannable, duration, make_plan, size
 from cads.recipe import TrainConfig
 from cads.selectors.cads_e.selector import CadsExamples
-from cads.tasks.language.shapes import LanguageSketch
+from cads.tasks.language.shapes import LanguageShapes
 from experiments.scaling_steps import WHOLE_UPDATE, Row
 
 N = 10**9
+"""Examples of the plan."""
 PLANNED = 10**6
-"""Examples that are planned for; every stage but those on the target is linear in them."""
+"""Examples for which `cads plan` computes FLOPs; all stages but those on the target are linear in them."""
 MODELS = Path(__file__).parent / "configs" / "models"
 TOKENS = 512
-"""Positions of an example."""
+"""Tokens of an example."""
 GPU_FLOPS = 0.4 * 312e12
-"""Of one GPU: 40 % of what an A100 does in bfloat16."""
+"""FLOP/s of one GPU: 40 % of the peak of an A100 in bfloat16."""
 GPUS, CORES, MEMORY = 8, 64, 512 * 2**30
-"""Of one machine."""
+"""GPUs, CPU cores and bytes of memory of one machine."""
 HOURS = 24.0
-"""In which selection is to end."""
+"""Hours within which selection is to end."""
 TEXT_BYTES, ID_BYTES = 2000, 20
-"""Of an example on disk: its text in Arrow, and its id."""
+"""Bytes of an example on disk: of its text in Arrow, and of its id."""
 SHARD = 2**24
-"""Examples of a shard: what a machine has open at a time."""
+"""Examples of a shard, which is what a machine processes at a time."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Line:
     """One way to select from `N` examples.
 
     Attributes:
-        method: its name. flops: of the selection. hours: of one GPU. machines: that end it in `HOURS`.
-        share: of the FLOPs of one pass of training over all.
+        method: its name. flops: of the selection. hours: on one GPU. machines: that are needed to end it in `HOURS`.
+        share: FLOPs of selection over those of one pass of training over all examples.
     """
 
     method: str
@@ -50,10 +51,10 @@ class Line:
     share: float
 
 
-def sketch() -> LanguageSketch:
+def llama_shapes() -> LanguageShapes:
     """Llama-2 7B with LoRA trained on `PLANNED` examples, scored by itself; BERT-base as sentence encoder."""
     llama = str(MODELS / "llama-2-7b.json")
-    return LanguageSketch(
+    return LanguageShapes(
         model=llama, selector_model=llama, embedding_model=str(MODELS / "bert-base.json"), tokens=TOKENS,
         n_pool=PLANNED,
     )  # fmt: skip
@@ -61,8 +62,8 @@ def sketch() -> LanguageSketch:
 
 @lru_cache(maxsize=1)
 def on_gpus() -> tuple[Line, ...]:
-    """What selection by models costs, by `cads plan`, the cheapest first."""
-    task = sketch().sketch(TrainConfig(batch_size=128, precision="bf16"))
+    """The costs of selection by models according to `cads plan`, the cheapest first."""
+    task = llama_shapes().meta(TrainConfig(batch_size=128, precision="bf16"))
     task.accounting = "analytic"
     methods: dict[str, Plannable] = {"cads-e": CadsExamples(), **PUBLISHED}
     plan = make_plan(task, Budget(1, "epochs"), methods, flops_per_second=GPU_FLOPS)
@@ -75,7 +76,7 @@ def on_gpus() -> tuple[Line, ...]:
 
 
 def on_cores(rows: Sequence[Row]) -> list[tuple[str, str, float, float]]:
-    """Steps without a model: (engine, what it does, core hours for `N`, bytes on a machine that does it)."""
+    """Steps without a model: (step, engine, core hours for `N` examples, bytes on a machine that does the step)."""
     engines = {
         ("texts", "BM25"): ("two passes over Arrow shards; document frequencies of shards add up", SHARD),
         ("scores", "stream to Parquet"): ("`cads.scoring.score_files.ScoreWriter`, a row group at a time", 0),
@@ -84,14 +85,14 @@ def on_cores(rows: Sequence[Row]) -> list[tuple[str, str, float, float]]:
         ("pool", "content hashes of all examples"): ("a pass over each shard", SHARD),
         ("selection", "save"): ("one Selection a shard", SHARD),
     }
-    found = []
-    for (section, step), (engine, held) in engines.items():
-        of_step = [r for r in rows if (r.section, r.step) == (section, step)]
-        if of_step:
-            r = max(of_step, key=lambda r: r.n)
-            memory = r.extra / r.n * held if held else float(r.extra)
-            found.append((f"{section}: {step}", engine, r.seconds / r.n * N / 3600, memory))
-    return found
+    steps = []
+    for (section, step), (engine, n_in_memory) in engines.items():
+        step_rows = [r for r in rows if (r.section, r.step) == (section, step)]
+        if step_rows:
+            r = max(step_rows, key=lambda r: r.n)
+            memory = r.extra / r.n * n_in_memory if n_in_memory else float(r.extra)
+            steps.append((f"{section}: {step}", engine, r.seconds / r.n * N / 3600, memory))
+    return steps
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -123,9 +124,9 @@ def markdown(rows: Sequence[Row]) -> str:
         "| step | engine | core hours | machines for a day | memory on one machine |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for what, engine, hours, memory in on_cores(rows):
+    for step, engine, hours, memory in on_cores(rows):
         machines = max(1, math.ceil(hours / HOURS / CORES))
-        lines.append(f"| {what} | {engine} | {hours:.3g} ({duration(3600 * hours)}) | {machines} | {size(memory)} |")
+        lines.append(f"| {step} | {engine} | {hours:.3g} ({duration(3600 * hours)}) | {machines} | {size(memory)} |")
     lines += [
         "",
         "What is not there yet: a run of `cads select` holds the ids and a few numbers for each example of its pool, "

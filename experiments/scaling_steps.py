@@ -1,4 +1,4 @@
-"""What is measured of a pool of n examples: seconds and peak memory of each step, in a process of its own."""
+"""The steps that are measured on a pool of n examples: seconds and peak memory of each, in a separate process."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from experiments.scaling_data import TextTask, digit_config, write_digits, write
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 UPDATES = 9
-"""Updates of a policy, of which the fastest counts: what else runs on the machine interrupts some."""
+"""Updates of a policy, of which the fastest counts: other jobs on the machine interrupt some."""
 WHOLE_UPDATE = "draw, log-probability, score, step"
-"""An outer update of a policy."""
-KEPT = 0.3
+"""Name of the step that is a whole outer update of a policy."""
+SELECTED = 0.3
 """Share of the pool that a policy may select in expectation."""
 STEPS, BATCH = 2000, 64
 """Training steps whose examples are drawn, and examples in each."""
-BEST = 10_000
+TOP_K = 10_000
 """Examples that an external top-k keeps."""
 PIECE = 2**18
-"""Scores that are made at once."""
+"""Scores that are generated at once."""
 PASSES = 1
 """Budget of CADS-E, in passes over the pool."""
 T = TypeVar("T")
@@ -56,8 +56,9 @@ class Row:
     """One step on n examples.
 
     Attributes:
-        seconds: it took. extra: bytes at its peak beyond what was in memory before it. peak: bytes of the process at
-            that moment, files that are mapped included. flops: charged to the ledger.
+        section, step: their names. n: examples of the pool. seconds: that the step took.
+        extra: bytes at the peak of the step beyond those in memory before it.
+        peak: bytes of the process at that peak, mapped files included. flops: charged to the ledger.
     """
 
     section: str
@@ -77,9 +78,9 @@ class Meter:
         self.rows: list[Row] = []
 
     def __call__(self, step: str, work: Callable[[], T]) -> T:
-        """Do `work`, and write down what it took."""
+        """Do `work` and add its row; returns its result."""
         before = _memory("VmRSS")
-        CLEAR.write_text("5")  # The peak counts from now on.
+        CLEAR.write_text("5")  # Resets VmHWM, so that the peak is that of `work`.
         start = time.perf_counter()
         result = work()
         seconds, peak = time.perf_counter() - start, _memory("VmHWM")
@@ -87,9 +88,9 @@ class Meter:
         return result
 
     def arrays(self, step: str, work: Callable[[], T]) -> T:
-        """The same for work on numpy arrays alone: the best of `UPDATES` times, and exactly what it allocates.
+        """The same for work on numpy arrays alone: the best of `UPDATES` times, and exactly the bytes it allocates.
 
-        Memory that was freed before hides what is allocated from the figures of the process.
+        The memory of the process would not show them, since arrays may reuse memory that was freed before.
         """
         times = []
         for _ in range(UPDATES):
@@ -105,25 +106,25 @@ class Meter:
         return result
 
     def charged(self, flops: float) -> None:
-        """Say what the last step has cost."""
+        """Add the FLOPs of the last step to its row."""
         self.rows[-1].flops = flops
 
 
 def _memory(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def policy(n: int, folder: Path) -> list[Row]:
     """One outer update of a policy over n examples: draw, log-probability, score, projected step."""
     meter, rng = Meter("policy", n), np.random.default_rng(0)
-    start = BernoulliPolicy(project_capped_simplex(KEPT * rng.random(n), KEPT * n), cap=KEPT * n)
+    start = BernoulliPolicy(project_capped_simplex(SELECTED * rng.random(n), SELECTED * n), cap=SELECTED * n)
 
     def update() -> None:
         masks = start.sample(1, rng)
         start.log_prob(masks)
-        # A step that would raise most probabilities, so that the projection has a cap to find.
+        # The step raises most probabilities, so that the projection has to enforce the cap.
         gradient = start.score(masks)[0]
         gradient -= 1.0
         start.step(gradient, 1e-3)
@@ -145,17 +146,21 @@ def pool(n: int, folder: Path) -> list[Row]:
     labels = np.load(folder / "digits" / "labels.npy").astype(np.int64)
     ids = _ids(n)
     sources = (np.arange(n) % 5).astype(np.int32)
-    made = meter("ids are unique", lambda: Pool(ids, ImageArrays([images], labels), sources, "abcde"))
-    meter("content hashes of all examples", lambda: made.digests)
-    meter("content hash of the pool", lambda: made.content_hash)
-    meter("copies of each other", lambda: made.content_codes)
-    meter("a tenth of each source", lambda: subsample(made, 0.1, 0))
-    everything = np.arange(n)
-    epochs = meter("stream by epochs", lambda: ShuffledStream(everything, 0))
-    meter(f"{STEPS} batches of {BATCH}", lambda: [made.batch(epochs.take(i * BATCH, BATCH)) for i in range(STEPS)])
+    images_pool = meter("ids are unique", lambda: Pool(ids, ImageArrays([images], labels), sources, "abcde"))
+    meter("content hashes of all examples", lambda: images_pool.digests)
+    meter("content hash of the pool", lambda: images_pool.content_hash)
+    meter("copies of each other", lambda: images_pool.content_codes)
+    meter("a tenth of each source", lambda: subsample(images_pool, 0.1, 0))
+    positions = np.arange(n)
+    epochs = meter("stream by epochs", lambda: ShuffledStream(positions, 0))
+    meter(
+        f"{STEPS} batches of {BATCH}", lambda: [images_pool.batch(epochs.take(i * BATCH, BATCH)) for i in range(STEPS)]
+    )
     weights = np.random.default_rng(0).random(n)
     weighted = meter("stream by weight", lambda: WeightedStream(weights, 0))
-    meter(f"{STEPS} batches by weight", lambda: [made.batch(weighted.take(i * BATCH, BATCH)) for i in range(STEPS)])
+    meter(
+        f"{STEPS} batches by weight", lambda: [images_pool.batch(weighted.take(i * BATCH, BATCH)) for i in range(STEPS)]
+    )
     return meter.rows
 
 
@@ -165,9 +170,9 @@ def selection(n: int, folder: Path) -> list[Row]:
     ids, score = _ids(n), rng.random(n)
     sources = pa.DictionaryArray.from_arrays(pa.array((np.arange(n) % 5).astype(np.int32)), list("abcde"))
     meter("ranking", lambda: rank_by_score(ids, score))
-    made = Selection(ids, score, score, score > 0.5, "scaling", 0, Budget(1.0), Ledger(), "", sources)
-    meter("content hash", lambda: made.content_hash)
-    meter("save", lambda: made.save(folder / "selection"))
+    ranked = Selection(ids, score, score, score > 0.5, "scaling", 0, Budget(1.0), Ledger(), "", sources)
+    meter("content hash", lambda: ranked.content_hash)
+    meter("save", lambda: ranked.save(folder / "selection"))
     loaded = meter("load", lambda: Selection.load(folder / "selection"))
     meter("table by source", loaded.source_counts)
     return meter.rows
@@ -184,7 +189,7 @@ def scores(n: int, folder: Path) -> list[Row]:
                 writer.write(_ids(count, start), np.random.default_rng(start).random(count))
 
     meter("stream to Parquet", write)
-    meter(f"the best {BEST:,}", lambda: best_of_files([path], BEST))
+    meter(f"the best {TOP_K:,}", lambda: best_of_files([path], TOP_K))
     return meter.rows
 
 
@@ -196,9 +201,9 @@ def cads_e(n: int, folder: Path) -> list[Row]:
     task = meter("task from the mapped file", lambda: digit_config(folder / "digits", n).build(recipe))
     meter("leaks are looked for", task.check)
     budget = Budget(PASSES, "epochs")
-    chosen = meter("select", lambda: CadsExamples().select(task, budget, seed=0, ledger=ledger))
+    selected = meter("select", lambda: CadsExamples().select(task, budget, seed=0, ledger=ledger))
     meter.charged(ledger.total(SELECT).flops)
-    meter("save", lambda: chosen.save(folder / "selection"))
+    meter("save", lambda: selected.save(folder / "selection"))
     return meter.rows
 
 
@@ -229,4 +234,4 @@ SECTIONS: dict[str, Callable[[int, Path], list[Row]]] = {
     "cads-e": cads_e,
     "texts": texts,
 }
-"""What can be measured, by name."""
+"""The sections that can be measured, by name."""

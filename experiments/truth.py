@@ -1,4 +1,7 @@
-"""The truth of small worlds: every subset of sources trained for C, several seeds, kept on disk by content."""
+"""The truth of small worlds: the value of every subset of sources, trained for C with several seeds.
+
+Results are kept on disk, in files named by a hash of all that they depend on.
+"""
 
 from __future__ import annotations
 
@@ -24,24 +27,25 @@ from cads.task import Task
 from cads.training.trainer import Trainer
 
 TRUTH_VERSION = 1
+"""Part of every result's key: raise it when the contents of a result change their meaning."""
 REPLICAS = 16
-"""Models that are trained at once: more does not speed a small dense network up on a CPU."""
+"""Models that are trained at once: more do not make the training of small dense networks on a CPU faster."""
 ENUMERATED = 6
-"""Sources whose subsets are all trained."""
+"""Largest number of sources for which all subsets are trained."""
 CHOSEN_ON, MEASURED_ON = slice(0, None, 2), slice(1, None, 2)
-"""The seeds on which the best subset is chosen, and those on which it, and everything else, is measured."""
+"""The seeds on which the best subset is chosen, and the seeds on which it and all other choices are measured."""
 
 
 @dataclass
 class Truth:
-    """What the subsets of the sources come to.
+    """Test loss and accuracy of models trained on subsets of the sources.
 
     Attributes:
-        masks: bool, shape (M, S).
+        masks: the subsets, bool, shape (M, S).
         losses: calibrated test loss, nats, shape (M, seeds). accuracy: on the test set, shape (M, seeds).
             NaN where a subset was not trained with a seed.
-        flops: of one training.
-        exhaustive: whether all subsets are here, or only those that a search came across.
+        flops: of the training of one model.
+        exhaustive: whether `masks` has all subsets, or only those that a search has trained.
     """
 
     masks: np.ndarray
@@ -60,31 +64,35 @@ class Truth:
 
     @property
     def floor(self) -> tuple[float, float]:
-        """How much the best mean of the seeds to measure on flatters itself, in loss (nats) and in accuracy.
+        """The bias of choosing the best of many noisy means, in loss (nats) and in accuracy: no regret is more precise.
 
-        It lies this far above the best subset as chosen on the other seeds: no regret is known more closely.
+        The best mean on the seeds to measure on is better by this much than the mean, on the same seeds, of the subset
+        that is best on the seeds to choose on.
         """
         loss, accuracy = self.losses[:, MEASURED_ON].mean(axis=1), self.accuracy[:, MEASURED_ON].mean(axis=1)
         best_loss, best_accuracy = self.best
         return float(loss[best_loss] - np.nanmin(loss)), float(np.nanmax(accuracy) - accuracy[best_accuracy])
 
     def row(self, mask: np.ndarray) -> int | None:
-        """Where a subset stands, or None if it was not trained with all seeds."""
-        found = np.flatnonzero((self.masks == mask).all(axis=1))
-        return int(found[0]) if len(found) and np.isfinite(self.losses[found[0]]).all() else None
+        """The row of a subset in `masks`, or None if it was not trained with all seeds."""
+        rows = np.flatnonzero((self.masks == mask).all(axis=1))
+        return int(rows[0]) if len(rows) and np.isfinite(self.losses[rows[0]]).all() else None
 
     def regret(self, mask: np.ndarray) -> tuple[float, float]:
         """(regret in loss, regret in accuracy) of a subset; see `regret_of`."""
-        here = self.row(mask)
-        if here is None:
+        row = self.row(mask)
+        if row is None:
             raise ConfigError(f"the subset {np.asarray(mask).astype(int).tolist()} was not trained: measure it first")
-        return self.regret_of(self.losses[here, MEASURED_ON], self.accuracy[here, MEASURED_ON])
+        return self.regret_of(self.losses[row, MEASURED_ON], self.accuracy[row, MEASURED_ON])
 
     def regret_of(self, losses: np.ndarray, accuracy: np.ndarray) -> tuple[float, float]:
-        """(regret in loss, regret in accuracy) of what came to these on the seeds to measure on.
+        """(regret in loss, regret in accuracy) of models with these losses and accuracies.
 
-        The best of many noisy means flatters itself: the best subset is the one with the least loss (the highest
-        accuracy) on the even seeds, and what it is worth is read off the odd ones.
+        The best of many noisy means is biased. So the best subset is chosen on the even seeds, by the lowest loss (the
+        highest accuracy), and its value is taken from the odd seeds.
+
+        Args:
+            losses, accuracy: on the test set, with the seeds to measure on.
         """
         best_loss, best_accuracy = self.best
         return (
@@ -99,7 +107,7 @@ def train_streams(
     """Train a model on each stream for `flops`, in batched replicas, and measure it on the test set.
 
     Args:
-        runs: what to train on, and the seed of the initial weights.
+        runs: for each model, the stream to train on and the seed of the initial weights.
         target_fraction: share of each batch that is drawn from the target.
 
     Returns:
@@ -127,7 +135,7 @@ def train_streams(
 
 
 def train_masks(task: Task, masks: Iterable[np.ndarray], flops: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Train each subset for `flops`, all from the same weights and in the same order.
+    """Train a model on each subset for `flops`, all from the same weights and in the same order.
 
     Returns:
         calibrated test loss (M,), test accuracy (M,).
@@ -138,15 +146,15 @@ def train_masks(task: Task, masks: Iterable[np.ndarray], flops: float, *, seed: 
 
 
 def truth(task: Task, budget: Budget, seeds: int, cache: Path) -> Truth:
-    """The truth for all subsets of at most 6 sources; read from `cache` where it was found before."""
+    """The truth of a task of at most 6 sources, all subsets; read from `cache` where it was computed before."""
     masks = enumerate_masks(len(task.pool.source_names))[1:]
     flops = budget.flops(task)
     losses, accuracy = [], []
     for seed in range(seeds):
         file = cache / f"{content_key(task, flops, seed)}.json"
         if not file.exists():
-            found = train_masks(task, masks, flops, seed=derive(seed, "truth"))
-            write_whole(file, {"losses": found[0].tolist(), "accuracy": found[1].tolist()})
+            results = train_masks(task, masks, flops, seed=derive(seed, "truth"))
+            write_whole(file, {"losses": results[0].tolist(), "accuracy": results[1].tolist()})
         record = json.loads(file.read_text())
         losses.append(record["losses"])
         accuracy.append(record["accuracy"])
@@ -156,7 +164,10 @@ def truth(task: Task, budget: Budget, seeds: int, cache: Path) -> Truth:
 def worth(
     task: Task, selection: Selection, flops: float, seeds: Sequence[int], cache: Path
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a Selection comes to when trained with seeds of the truth; read from `cache` where it is known.
+    """Test loss and accuracy of models trained on a Selection; read from `cache` where they were computed before.
+
+    Args:
+        seeds: of the truth; one model is trained with each.
 
     Returns:
         calibrated test loss (seeds,), test accuracy (seeds,).
@@ -165,38 +176,44 @@ def worth(
     digest.update(selection.selected.tobytes())
     if selection.weighted:
         digest.update(selection.probability.tobytes())
-    about: list[Any] = [digest.hexdigest(), list(seeds)]
+    key_fields: list[Any] = [digest.hexdigest(), list(seeds)]
     if selection.target_fraction > 0:
-        about.append(task.target.content_hash)
-    file = cache / f"{content_key(task, flops, about)}.json"
+        key_fields.append(task.target.content_hash)
+    file = cache / f"{content_key(task, flops, key_fields)}.json"
     if not file.exists():
         runs: list[tuple[Stream, int]] = []
         for seed in (derive(s, "truth") for s in seeds):
             order = derive(seed, "order")
-            some = selection.target_fraction < 1
-            runs.append((selection.stream(task.pool, order) if some else ShuffledStream(np.arange(1), order), seed))
-        found = train_streams(task, runs, flops, selection.target_fraction)
-        write_whole(file, {"losses": found[0].tolist(), "accuracy": found[1].tolist()})
+            uses_pool = selection.target_fraction < 1
+            runs.append(
+                (selection.stream(task.pool, order) if uses_pool else ShuffledStream(np.arange(1), order), seed)
+            )
+        results = train_streams(task, runs, flops, selection.target_fraction)
+        write_whole(file, {"losses": results[0].tolist(), "accuracy": results[1].tolist()})
     record = json.loads(file.read_text())
     return np.array(record["losses"]), np.array(record["accuracy"])
 
 
-def content_key(task: Task, flops: float, about: Any) -> str:
-    """Name of what depends on the contents of pool and test set, the recipe, the network, the budget and `about`."""
+def content_key(task: Task, flops: float, extra_fields: Any) -> str:
+    """Hash of the contents of pool and test set, recipe, network, budget and `extra_fields`, for a file's name.
+
+    Args:
+        extra_fields: all else that the contents of the file depend on, as JSON values.
+    """
     settings = [
         TRUTH_VERSION,
         task.pool.content_hash,
         task.test.content_hash,
         task.recipe.result_fields(),
         flops,
-        about,
+        extra_fields,
     ]
     network = str(task.model(0))
     return hashlib.sha256(json.dumps([*settings, network], sort_keys=True).encode()).hexdigest()[:24]
 
 
 def write_whole(file: Path, record: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON to a file, completely or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(record))

@@ -3,10 +3,11 @@
     min_a L_val(theta_n(w)),   w = sigmoid(a),
     theta_{t+1} = theta_t - rate grad [ sum_i w_{s(i)} l_i(theta_t) / sum_i w_{s(i)} ]  (i of batch t, source s(i))
 
-Every outer step trains from fresh weights by SGD on all sources, each example weighed by its source, and takes the
-derivative in a through the last steps: reverse mode as in Maclaurin, Duvenaud and Adams (ICML 2015, arXiv 1502.03492),
-truncated as in Shaban, Cheng, Hatch and Boots (AISTATS 2019, arXiv 1810.10667). It is a reference to measure CADS
-against: memory grows with the steps that are differentiated, and the outer objective must be differentiable.
+Here theta is the model of the inner training. Every outer step trains it from fresh weights by SGD on all sources, each
+example weighed by its source, and takes the derivative in a through the last steps. Reverse mode is as in Maclaurin,
+Duvenaud and Adams (ICML 2015, arXiv 1502.03492), truncation as in Shaban, Cheng, Hatch and Boots (AISTATS 2019, arXiv
+1810.10667). The method is a reference that CADS is compared with. Its memory grows with the steps that are
+differentiated, and its outer objective must be differentiable.
 """
 
 from __future__ import annotations
@@ -25,38 +26,41 @@ from torch.func import functional_call, grad, grad_and_value
 from baselines.search.adam import FLOPS as ADAM_FLOPS
 from baselines.search.adam import Adam
 from baselines.search.source_search import SourceSearch, kept
-from cads.accounting.ledger import SELECT, Ledger
+from cads.accounting.ledger import SELECT
 from cads.accounting.measured import count_flops
 from cads.accounting.transformer import trainable_size
 from cads.data.batch import Batch
 from cads.data.streams import ShuffledStream
-from cads.errors import ConfigError
+from cads.errors import ConfigError, NotAffordableError
 from cads.policies.base import Policy
 from cads.policies.bernoulli import BernoulliPolicy
-from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
+from cads.search.base import NO_SEARCH_AFFORDABLE
+from cads.search.inner_costs import InnerLoopCosts
 from cads.search.inner_runs import InnerLoop
 from cads.search.space import SearchSpace
+from cads.search.stages import Stages, Steps, UpdatePolicy
 from cads.seeding import derive
 from cads.task import Task
 
 UPDATE_FLOPS = 2
-"""Per parameter: a step of SGD, `theta - rate g`."""
-REVERSED = 3
-"""An update and its derivative, in units of the update: that of a product is two products."""
+"""FLOPs of a step of SGD, `theta - rate g`, for each parameter."""
+UPDATE_AND_REVERSE = 3
+"""Cost of an update and its derivative in units of the update: the derivative of a product takes two products."""
 SIGMOID_FLOPS = 8
-"""Per source: the weight 4, and its derivative 4."""
-COUNTED = 3
-"""Unrolled steps that are counted; each more costs what the last of them has added."""
+"""FLOPs for each source: 4 for the weight, and 4 for its derivative."""
+COUNTED_STEPS = 3
+"""Unrolled steps whose FLOPs are counted; each further step costs as much as the last of them added."""
 
 Parameters = dict[str, Tensor]
+"""Parameters of the inner model by name."""
 
 
 class WeightedSgd:
     """The inner training: SGD on batches whose examples are weighed by their sources.
 
     Args:
-        task: whose losses are used. model: its network; the weights in it are not used.
-        rate: of SGD.
+        task: whose losses are minimised. model: its network; the weights in it are not used.
+        rate: learning rate of SGD.
 
     Raises:
         ConfigError: if the model has buffers, which a pure function of its parameters cannot change.
@@ -76,7 +80,7 @@ class WeightedSgd:
         return self.task.training_losses(model, batch)
 
     def step(self, parameters: Parameters, weights: Tensor, batch: Batch) -> Parameters:
-        """The parameters after a step; `weights`: of the examples of `batch`, shape (B,)."""
+        """The parameters after a step; `weights` are those of the examples in `batch`, shape (B,)."""
 
         def loss(parameters: Parameters) -> Tensor:
             return weights @ self.losses(parameters, batch) / weights.sum()
@@ -90,11 +94,13 @@ class WeightedSgd:
         """Derivative in a of the mean loss on the target after `steps`, and that loss.
 
         Args:
-            logits: a, shape (S,). parameters: theta where the derivative begins: it does not depend on a.
-            steps: the batches, and the source of each of their examples, int64, shape (B,).
+            logits: a, shape (S,).
+            parameters: theta before the first of `steps`; they count as independent of a.
+            steps: the batch of each step, and the source of each of its examples, int64, shape (B,).
+            target: all examples of the target.
 
         Returns:
-            shape (S,), and nats.
+            the derivative, shape (S,), and the loss, nats.
         """
 
         def validation(logits: Tensor) -> Tensor:
@@ -109,10 +115,11 @@ class WeightedSgd:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the allowance buys.
+    """The numbers of steps that the allowance pays for, and their costs.
 
     Attributes:
-        outer: outer steps. plain, unrolled: steps of each inner training before and within the derivative.
+        outer: outer steps.
+        plain: steps of each inner training before those that are differentiated. unrolled: those that are.
         plain_flops: of one plain step. unrolled_flops: of all unrolled steps, the target and the derivative.
     """
 
@@ -122,12 +129,20 @@ class Schedule:
     plain_flops: float
     unrolled_flops: float
 
+    @property
+    def steps(self) -> tuple[Steps, Steps]:
+        """The stages of one outer step."""
+        return (
+            Steps("plain steps", self.plain * self.plain_flops, self.plain),
+            Steps("unrolled steps", self.unrolled_flops, self.unrolled),
+        )
+
 
 @dataclass
 class Unrolled(SourceSearch):
     """Weights of sources by hypergradients; sources with a weight above 1/2 are kept.
 
-    The objective is the mean loss on the target, whatever `outer` says: that is for the guard alone.
+    The objective is always the mean loss on the target. The option `outer` applies to the guard alone.
     """
 
     share: float = 1.0
@@ -135,9 +150,9 @@ class Unrolled(SourceSearch):
     unroll: int = 64
     """Last steps of each training that are differentiated."""
     rate: float = 0.1
-    """Of the inner SGD."""
+    """Learning rate of the inner SGD."""
     outer_rate: float = 0.3
-    """Adam's rate for a: few outer steps are affordable."""
+    """Learning rate of Adam for a; it is large, since the allowance pays for few outer steps."""
 
     method: ClassVar[str] = "unrolled"
     default_allowance: ClassVar[float] = 30.0
@@ -153,7 +168,7 @@ class Unrolled(SourceSearch):
                 raise ConfigError(f"{name} = {getattr(self, name)}: it must be positive and finite")
 
     def schedule(self, costs: InnerLoopCosts, space: SearchSpace, train_flops: float) -> Schedule:
-        """As many outer steps as the allowance buys; each trains on as many examples as `share` of C would."""
+        """As many outer steps as the allowance pays for; each trains on as many examples as `share` of C pays for."""
         task = costs.task
         n_steps = int(self.share * train_flops / costs.step_flops * (1 + 1e-9))
         unrolled = min(self.unroll, n_steps)
@@ -161,23 +176,23 @@ class Unrolled(SourceSearch):
             return Schedule(0, 0, 0, 0.0, 0.0)
         update = UPDATE_FLOPS * trainable_size(task.costs.model)
         plain_flops = costs.step_flops - task.costs.optimizer_step + update
-        unrolled_flops = unrolled_products(task, unrolled) + unrolled * REVERSED * update
-        each = (n_steps - unrolled) * plain_flops + unrolled_flops + self.learning(space)
-        outer = int(self.available(costs, train_flops) / each)
+        unrolled_flops = unrolled_products(task, unrolled) + unrolled * UPDATE_AND_REVERSE * update
+        outer_flops = (n_steps - unrolled) * plain_flops + unrolled_flops + self.learning(space)
+        outer = int(self.available(costs, train_flops) / outer_flops)
         return Schedule(outer, n_steps - unrolled, unrolled, plain_flops, unrolled_flops)
 
     def learning(self, space: SearchSpace) -> float:
-        """FLOPs of moving the weights of the sources."""
+        """FLOPs of one update of the weights of the sources."""
         return float(len(space.sizes) * (SIGMOID_FLOPS + ADAM_FLOPS))
 
-    def plan_choose(self, costs: PlannedInnerLoop, space: SearchSpace, train_flops: float) -> bool:
-        """Charge for all outer steps."""
+    def search_stages(self, costs: InnerLoopCosts, space: SearchSpace, train_flops: float) -> Stages:
+        """All outer steps; see `SourceSearch`."""
         schedule = self.schedule(costs, space, train_flops)
+        if not schedule.outer:
+            raise NotAffordableError(NO_SEARCH_AFFORDABLE)
         for _ in range(schedule.outer):
-            self._charge(costs, schedule)
-            costs.learn(self.learning(space))
-        costs.ledger.trained.append((costs.task, 1))
-        return schedule.outer > 0
+            yield from schedule.steps
+            yield UpdatePolicy(self.learning(space))
 
     def choose(self, inner: InnerLoop, space: SearchSpace, train_flops: float, seed: int) -> tuple[np.ndarray, Policy]:
         """Outer steps from w = 1/2."""
@@ -186,7 +201,8 @@ class Unrolled(SourceSearch):
         schedule = self.schedule(inner, space, train_flops)
         logits, adam = np.zeros(n), Adam(n)
         for step in range(schedule.outer):
-            self._charge(inner, schedule)
+            for steps in schedule.steps:
+                inner.pay_steps(steps)
             started = time.perf_counter()
             gradient, value = outer_gradient(sgd, logits, schedule, derive(seed, "outer", step))
             inner.ledger.charge(SELECT, "unrolled steps", 0.0, seconds=time.perf_counter() - started)
@@ -197,26 +213,16 @@ class Unrolled(SourceSearch):
             inner.monitor.probabilities(space.pool.source_names, expit(logits), step)
         return kept(expit(logits)), BernoulliPolicy(expit(logits))
 
-    def _charge(self, costs: InnerLoopCosts, schedule: Schedule) -> None:
-        ledger: Ledger = costs.ledger
-        size = costs.task.recipe.batch_size
-        for stage, steps, flops in (
-            ("plain steps", schedule.plain, schedule.plain * schedule.plain_flops),
-            ("unrolled steps", schedule.unrolled, schedule.unrolled_flops),
-        ):
-            tokens = round(steps * size * costs.task.costs.tokens_per_example(costs.task.pool))
-            ledger.charge(SELECT, stage, flops, usages=steps * size, tokens=tokens)
-
 
 def outer_gradient(sgd: WeightedSgd, logits: np.ndarray, schedule: Schedule, seed: int) -> tuple[np.ndarray, float]:
-    """Train from fresh weights, and the hypergradient through the last steps.
+    """Train from fresh weights, and take the hypergradient through the last steps.
 
     Returns:
-        shape (S,), and the mean loss on the target, nats.
+        the hypergradient, shape (S,), and the mean loss on the target, nats.
     """
     task = sgd.task
     parameters = {name: x.detach() for name, x in task.model(seed).named_parameters()}
-    # In the precision of the network, so that the weighted loss has it too.
+    # The weights have the precision of the network, so that the weighted loss has it too.
     a = torch.tensor(logits, dtype=next(iter(parameters.values())).dtype)
     w, batches = torch.sigmoid(a), Batches(task, seed)
     for step in range(schedule.plain):
@@ -249,11 +255,11 @@ class Batches:
 def unrolled_products(task: Task, steps: int) -> float:
     """FLOPs of the matrix products of one hypergradient through `steps` steps: forward, backward and reverse.
 
-    A few steps are executed and counted; all after the second cost the same.
+    At most `COUNTED_STEPS` steps are executed and counted: all steps after the second cost the same.
     """
     sgd = WeightedSgd(task, task.model(0).train(), 0.1)
-    counts = [float(_count(sgd, n)) for n in range(1, min(steps, COUNTED) + 1)]
-    return counts[-1] + (steps - COUNTED) * (counts[-1] - counts[-2]) if steps > COUNTED else counts[-1]
+    counts = [float(_count(sgd, n)) for n in range(1, min(steps, COUNTED_STEPS) + 1)]
+    return counts[-1] + (steps - COUNTED_STEPS) * (counts[-1] - counts[-2]) if steps > COUNTED_STEPS else counts[-1]
 
 
 def _count(sgd: WeightedSgd, steps: int) -> int:

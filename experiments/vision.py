@@ -1,8 +1,8 @@
-"""A grid of methods, budgets and seeds: run it, tabulate it, report it; `cads compare` and `cads report` in one.
+"""Run, tabulate and report a grid of methods, budgets and seeds: `cads compare` and `cads report` in one.
 
     python -m experiments.vision experiments/configs/fashion-mnist-noise.yaml [--out DIR] [--results FILE.md]
 
-Finished cells are kept in the run directory, so that a run that was stopped goes on where it was.
+Finished cells are kept in the run directory, so that a run that was stopped resumes.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ TOTAL_BUDGET = "The budget covers selection and training."
 
 
 EVERY, MIDDLE = ("regret", "frontier", "fits"), ("overlap", "ledger", "sources")
-"""Figures of a report that results keep: of each task and size; of the budget in the middle."""
+"""Figures of a report that are copied to the results: of each task and size; of the budget in the middle alone."""
 
 
-def write_results(grid: Grid, config: Path, out: Path, made: ReportFiles, results: Path) -> None:
+def write_results(grid: Grid, config: Path, out: Path, report: ReportFiles, results: Path) -> None:
     """Write the table of a finished grid as Markdown, and its figure beside it (one for each task and size).
 
-    All runs are in NAME/tables, so that `cads report NAME` draws and fits them again; the fits and some figures of the
-    grid's own report, which knows the selections too, stand beside them.
+    All runs are written to NAME/tables, so that `cads report NAME` can draw and fit them again. The fits and some
+    figures of the grid's own report, which shows the selections too, are copied to NAME.
     """
     runs = read_runs(out)
     points = points_of(runs)
-    look = method_styles((row["method"], row["selector"]) for row in runs)
+    styles = method_styles((row["method"], row["selector"]) for row in runs)
     results.parent.mkdir(parents=True, exist_ok=True)
     write_rows(results.with_suffix(""), "runs", "all", runs)
     for i, group in enumerate(analyse(points)):
         name = results.stem if i == 0 else f"{results.stem}-{i + 1}"
-        figures.scores(group, look, name).save(results.parent, formats=("png",))
-    keep_figures(made, results.with_suffix(""))
+        figures.scores(group, styles, name).save(results.parent, formats=("png",))
+    keep_figures(report, results.with_suffix(""))
     note = (
         "FLOPs of selection and of training; * marks the best of each budget. "
         f"{TOTAL_BUDGET if grid.count_selection else TRAINING_BUDGET}"
@@ -60,15 +60,15 @@ def write_results(grid: Grid, config: Path, out: Path, made: ReportFiles, result
     results.write_text(f"# {title}\n\n    {command}\n\n{note}\n\n{markdown_table(points)}")
 
 
-def keep_figures(made: ReportFiles, folder: Path) -> None:
-    """Copy the fits of a report, and `EVERY` and `MIDDLE` of its figures without their numbers, into `folder`."""
-    shutil.copyfile(made.fits, folder / "fits.json")
+def keep_figures(report: ReportFiles, folder: Path) -> None:
+    """Copy the fits of a report and its figures of `EVERY` and `MIDDLE` to `folder`; file names lose their numbers."""
+    shutil.copyfile(report.fits, folder / "fits.json")
     (folder / "figures").mkdir(exist_ok=True)
     for kind in EVERY + MIDDLE:
-        drawn = sorted(made.figures.glob(f"[0-9][0-9]-{kind}.png"))
+        files = sorted(report.figures.glob(f"[0-9][0-9]-{kind}.png"))
         if kind in MIDDLE:
-            drawn = drawn[len(drawn) // 2 :][:1]
-        for i, file in enumerate(drawn):
+            files = files[len(files) // 2 :][:1]
+        for i, file in enumerate(files):
             shutil.copyfile(file, folder / "figures" / f"{kind}{f'-{i + 1}' if i else ''}.png")
 
 
@@ -78,22 +78,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, help="run directory (default: runs/NAME of the config)")
     parser.add_argument("--results", type=Path, help="also write table, figure and runs here: NAME.md, NAME.png, NAME/")
-    given = parser.parse_args(argv)
-    out = given.out or Path("runs") / given.config.stem
+    args = parser.parse_args(argv)
+    out = args.out or Path("runs") / args.config.stem
     console = wide_console()
     started = time.perf_counter()
     try:
-        grid = read_grid(given.config)
-        run_grid(given.config, out, GridShard(), console)
-        made = write_report(out)
-        if given.results:
-            write_results(grid, given.config, out, made, given.results)
+        grid = read_grid(args.config)
+        run_grid(args.config, out, GridShard(), console)
+        report = write_report(out)
+        if args.results:
+            write_results(grid, args.config, out, report, args.results)
     except CadsError as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
         return 1
-    for sentence in made.answers:
+    for sentence in report.answers:
         console.print(sentence, highlight=False, markup=False)
-    console.print(f"report       {made.page}", highlight=False, soft_wrap=True)
+    console.print(f"report       {report.page}", highlight=False, soft_wrap=True)
     console.print(f"finished in {time.perf_counter() - started:.0f} s", highlight=False)
     return 0
 

@@ -17,10 +17,11 @@ from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.task import VisionTask
 
 BUILT_IN = Path(__file__).parent / "configs" / "worlds"
+"""Folder of the shipped worlds."""
 SHORT = ("complementary", "domains", "noise", "redundant")
 """Shipped worlds of about 2,000 examples whose subsets are all trained."""
 SHIPPED = ("complementary", "domains", "many", "noise-5000", "noise", "redundant")
-"""What the benchmark runs if no world is named: not those that belong to one question, such as noise-5000-200."""
+"""Worlds that the benchmark runs if none is named; worlds made for one question, such as noise-5000-200, are not."""
 
 
 def shipped(names: Sequence[str]) -> list[Path]:
@@ -47,7 +48,7 @@ class World:
         return task
 
     def settings(self) -> dict[str, Any]:
-        """All that its results depend on."""
+        """All settings that the results of the world depend on."""
         return {"task": asdict(self.task), "train": self.train.result_fields()}
 
 
@@ -55,21 +56,21 @@ def read_world(path: Path) -> World:
     """The world in a YAML file with the keys `task` (as of `VisionConfig`) and `train` (as of `TrainConfig`).
 
     Raises:
-        ConfigError: if it cannot be read, a key or value is refused, or it has fewer than two sources.
+        ConfigError: if the file cannot be read, a key or value is refused, or the world has fewer than two sources.
     """
     try:
-        given = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(given, dict):
+    if not isinstance(settings, dict):
         raise ConfigError(f"{path} must map `task` and `train` to their settings")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(VisionConfig, "task")
     parser.add_class_arguments(TrainConfig, "train")
     try:
-        read = parser.instantiate(parser.parse_object(given))
+        world = parser.instantiate(parser.parse_object(settings))
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} cannot be used: {error}") from error
-    if len(read.task.sources) < 2:
-        raise ConfigError(f"{path} has {len(read.task.sources)} sources: list at least two under task.sources")
-    return World(path.stem, read.task, read.train)
+    if len(world.task.sources) < 2:
+        raise ConfigError(f"{path} has {len(world.task.sources)} sources: list at least two under task.sources")
+    return World(path.stem, world.task, world.train)

@@ -1,1 +1,1 @@
-"""Gradients of single examples, and features made of them."""
+"""Per-example gradients, and features computed from them."""

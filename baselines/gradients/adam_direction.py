@@ -1,4 +1,4 @@
-"""Where a single example would move the parameters: its gradient, seen through the moments of Adam (LESS)."""
+"""The direction in which a single example would move the parameters: its gradient after Adam's scaling (LESS)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cads.accounting.operations import adam_direction_flops
 from cads.errors import CheckpointError, ConfigError
 
 BETAS = 0.9, 0.999
-"""(b1, b2) of Adam, as the trainer has them."""
+"""(b1, b2) of Adam, equal to the trainer's."""
 EPSILON = 1e-8
 
 Recipe = Literal["corrected", "paper", "sgd"]
 
 
 class AdamDirection:
-    """`Gamma(g)`, the direction of the next step of Adam if the batch were this one example.
+    """`Gamma(g)`, the direction of Adam's next step if the batch were a single example with gradient g.
 
     With m and v the moments after t steps, `m' = b1 m + (1 - b1) g` and `v' = b2 v + (1 - b2) g^2`:
     - paper: `m' / sqrt(v' + eps)`, without bias correction (LESS's released code, arXiv 2402.04333);
@@ -28,23 +28,25 @@ class AdamDirection:
 
     Args:
         recipe: paper, corrected or sgd.
-        first, second: m and v of each parameter, by its name.
-        steps: t.
+        first, second: m and v of each parameter, by name.
+        steps: t, the number of steps so far.
 
     Raises:
-        ConfigError: if there is no such recipe.
-        CheckpointError: if the moments are not of the same parameters.
+        ConfigError: if the recipe is unknown.
+        CheckpointError: if `first` and `second` have different parameters.
     """
 
     def __init__(self, recipe: Recipe, first: Mapping[str, Tensor], second: Mapping[str, Tensor], steps: int) -> None:
         if recipe not in get_args(Recipe):
             raise ConfigError(f"recipe = {recipe!r}: choose from {list(get_args(Recipe))}")
         if first.keys() != second.keys():
-            odd = sorted(first.keys() ^ second.keys())
-            raise CheckpointError(f"Adam's moments are not of the same parameters: {odd[:3]} have only one of them")
+            unpaired = sorted(first.keys() ^ second.keys())
+            raise CheckpointError(
+                f"Adam's moments are not of the same parameters: {unpaired[:3]} have only one of them"
+            )
         self.recipe: Recipe = recipe
-        self._first = {name: x.flatten() for name, x in first.items()}
-        self._second = {name: x.flatten() for name, x in second.items()}
+        self._first = {name: moment.flatten() for name, moment in first.items()}
+        self._second = {name: moment.flatten() for name, moment in second.items()}
         self._correction = (1.0, 1.0)
         if recipe == "corrected":
             b1, b2 = BETAS
@@ -54,7 +56,7 @@ class AdamDirection:
         """The direction of one parameter for b examples, shape (b, entries), from their gradients.
 
         Raises:
-            CheckpointError: if there are no moments of this parameter, or of another size.
+            CheckpointError: if the moments of this parameter are missing or have another size.
         """
         if self.recipe == "sgd":
             return gradient
@@ -72,5 +74,5 @@ class AdamDirection:
         return first.div_(second.sqrt_().add_(EPSILON))
 
     def flops(self, n: float, size: int) -> float:
-        """What the directions of n examples cost."""
+        """FLOPs of the directions of n examples."""
         return 0.0 if self.recipe == "sgd" else adam_direction_flops(n, size)

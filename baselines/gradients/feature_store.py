@@ -1,4 +1,4 @@
-"""Features on disk, shard by shard: files named by what they were computed from, so that none is computed twice."""
+"""Features on disk, one file per shard, named by a hash of its inputs, so that no shard is computed twice."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORMAT = "cads-features-1"
 
 @dataclass(frozen=True)
 class FeatureShard:
-    """Features of some examples, float32, shape (n, d), and what they have cost, by stage."""
+    """Features of some examples, float32, shape (n, d), and what computing them cost, by stage."""
 
     features: Tensor
     spent: dict[str, LedgerEntry]
@@ -37,10 +37,10 @@ class FeatureStore:
     """A folder of features.
 
     Args:
-        folder: made if it is missing; None to keep nothing.
+        folder: created if it is missing; None to store nothing.
 
     Raises:
-        ConfigError: if there is a file of this name.
+        ConfigError: if `folder` is a file.
     """
 
     def __init__(self, folder: Path | str | None) -> None:
@@ -49,11 +49,11 @@ class FeatureStore:
             raise ConfigError(f"features = {str(folder)!r} is a file: name a folder for the features")
 
     def get(self, key: str, n: int, dimension: int, compute: Callable[[], FeatureShard]) -> FeatureShard:
-        """The shard of `key`: read if it is there and whole, computed and kept otherwise.
+        """The shard of `key`: read if its file exists and is intact, computed and stored otherwise.
 
         Args:
-            key: a hash of all that the features depend on.
-            n, dimension: what their shape must be.
+            key: a hash of everything the features depend on.
+            n, dimension: the shape that the features must have.
         """
         if self.folder is None:
             return compute()
@@ -69,10 +69,10 @@ class FeatureStore:
 
 
 def _write(path: Path, key: str, shard: FeatureShard) -> None:
-    """Whole or not at all.
+    """Write atomically: the file is complete or absent.
 
     Raises:
-        CheckpointError: if it cannot be written.
+        CheckpointError: if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     spent = {stage: asdict(entry) for stage, entry in shard.spent.items()}
@@ -89,10 +89,10 @@ def _write(path: Path, key: str, shard: FeatureShard) -> None:
 
 
 def _read(path: Path, key: str, shape: tuple[int, int]) -> FeatureShard:
-    """Read what `_write` wrote.
+    """Read a file written by `_write`.
 
     Raises:
-        CheckpointError: if it is corrupt, or something else.
+        CheckpointError: if the file is corrupt, or holds something else.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -100,7 +100,7 @@ def _read(path: Path, key: str, shape: tuple[int, int]) -> FeatureShard:
             if header.get("format") != FORMAT or header.get("key") != key:
                 raise CheckpointError(f"{path} holds no features of this run")
             stored = file.get_slice("features")
-            # Nothing is read of a file that holds something else, however large it is.
+            # Checked before reading, so that a large file that holds something else is never loaded.
             if stored.get_dtype() != "F32" or tuple(stored.get_shape()) != shape:
                 raise CheckpointError(f"{path} is damaged")
             features = file.get_tensor("features")

@@ -1,6 +1,6 @@
-"""Gradient features of the pool and of the target at one checkpoint after another, and their similarities.
+"""Gradient features of the pool and of the target, checkpoint by checkpoint, and their similarities.
 
-Features are computed, compared and forgotten shard by shard: never are those of the whole pool in memory.
+Features are computed, compared and freed shard by shard: those of the whole pool are never in memory at once.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from cads.training.trainer import Trainer
 
 TARGET, POOL, PROJECTIONS, SIMILARITIES = "target gradients", "pool gradients", "projections", "similarities"
 TARGET_BATCHES = 64
-"""Batches of the target whose means are in memory at once."""
+"""Target batches whose means are in memory at once."""
 SHARD_EXAMPLES = 1024
-"""Fewest examples of a shard, but for the last: 32 MB of features in 8,192 dimensions."""
+"""Fewest examples of a shard, except the last one: 32 MB of features in 8,192 dimensions."""
 
 
 Layers = Literal["all", "last"]
@@ -47,7 +47,7 @@ Layers = Literal["all", "last"]
 
 @dataclass(frozen=True)
 class GradientFeatureConfig:
-    """How gradient features are made; the fields are those of `baselines.less.Less`."""
+    """The options that determine gradient features; fields as in `baselines.less.Less`."""
 
     recipe: Recipe
     layers: Layers
@@ -57,16 +57,16 @@ class GradientFeatureConfig:
     folder: str | None
 
     def price(self, task: Task) -> BatchPrice:
-        """What the gradients of a batch cost: a usage, which for the last layer goes back no further than to it."""
+        """The cost of a batch's gradients: a usage, whose backward pass stops at the last layer if `layers = last`."""
         return (task if self.layers == "all" else only_last_layer(task)).costs.usage
 
 
 class GradientFeatures:
-    """Projected gradients of the examples of a task at one checkpoint after another.
+    """Projected gradients of the examples of a task, checkpoint by checkpoint.
 
     Args:
-        config: how features are made. task: whose model scores. model: fresh weights. seed: of the projection.
-        ledger: charged for every pass.
+        config: options that determine the features. task: its model computes the gradients. model: fresh weights, which
+            `load` overwrites. seed: of the projection. ledger: charged for every pass.
     """
 
     def __init__(self, config: GradientFeatureConfig, task: Task, model: nn.Module, seed: int, ledger: Ledger) -> None:
@@ -83,29 +83,32 @@ class GradientFeatures:
         self._projection.check()
         self._pool, self._target = unpacked(task.pool), unpacked(task.target)
         self._shards = FeatureStore(config.folder)
-        self._frozen = ""
+        self._frozen_digest = ""
         if config.folder is not None:
             digest = hashlib.sha256()
             update_digest(digest, {n: p for n, p in model.named_parameters() if not p.requires_grad})
-            self._frozen = digest.hexdigest()
+            self._frozen_digest = digest.hexdigest()
         self._checkpoint: Checkpoint | None = None
         self._direction: AdamDirection | None = None
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go to a checkpoint.
+        """Load a checkpoint into the model.
 
         Raises:
-            CheckpointError: if it has no moments of Adam where the recipe needs them.
+            CheckpointError: if the checkpoint lacks moments of Adam that the recipe needs.
         """
         if self._config.recipe != "sgd":
             checkpoint.need_moments()
         checkpoint.load_into(self._model)
-        first, second = ({n: x.to(self._device) for n, x in m.items()} for m in (checkpoint.first, checkpoint.second))
+        first, second = (
+            {name: moment.to(self._device) for name, moment in moments.items()}
+            for moments in (checkpoint.first, checkpoint.second)
+        )
         self._direction = AdamDirection(self._config.recipe, first, second, checkpoint.steps)
         self._checkpoint = checkpoint
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Compare gradients with autograd on an example of the target, and charge for it."""
+        """Compare the gradients of a target example with autograd's, and charge for it."""
         self.load(checkpoint)
 
         def compute(_: StepReporter) -> State:
@@ -121,82 +124,86 @@ class GradientFeatures:
         self._gradients.batched = bool(replay_or_run("gradient check", [], self._ledger, compute).values["batched"])
 
     def similarities(self, weights: np.ndarray, name: str) -> np.ndarray:
-        """Weighted means of the similarities of each pool example to the target's, shape (N, G).
+        """Weighted means of the similarities of each pool example to the target examples, shape (N, G).
 
         Args:
-            weights: of the target examples in each mean, shape (G, M). name: of the checkpoint.
+            weights: weights of the target examples in each mean, shape (G, M). name: label of the checkpoint.
         """
         centres = self._centres(torch.from_numpy(weights).to(self._device))
         batches = scoring_batches(self._pool, tokens=self._config.batch_tokens)
-        parts = _parts([len(b) for b in batches])
+        shards = _group_batches([len(b) for b in batches])
         identity = [name, len(batches), self._config.recipe, self._projection.dimension]
 
         def shard(i: int) -> np.ndarray:
-            return self._shard([batches[j] for j in parts[i]], centres)
+            return self._shard_similarities([batches[j] for j in shards[i]], centres)
 
-        found = map_shards("similarities", identity, self._ledger, len(parts), shard)
-        scores = np.empty_like(found)
-        scores[np.concatenate(batches)] = found
+        in_batch_order = map_shards("similarities", identity, self._ledger, len(shards), shard)
+        scores = np.empty_like(in_batch_order)
+        scores[np.concatenate(batches)] = in_batch_order
         return scores
 
     def _centres(self, weights: Tensor) -> Tensor:
-        """Weighted means of the target's features, float64, shape (G, d): the mean of inner products is the inner
-        product with the mean."""
+        """Weighted means of the target's features, float64, shape (G, d).
+
+        The mean of inner products is the inner product with the mean.
+        """
         pool, d = self._target, self._projection.dimension
-        found = torch.zeros(len(weights), d, dtype=torch.float64, device=self._device)
+        centres = torch.zeros(len(weights), d, dtype=torch.float64, device=self._device)
         batches = scoring_batches(pool, tokens=self._config.batch_tokens)
 
-        def centre(i: int) -> np.ndarray:
+        def batch_mean(i: int) -> np.ndarray:
             rows = batches[i]
-            features = self._of(pool, rows, TARGET, adam=False, ledger=self._ledger)
+            features = self._features_of(pool, rows, TARGET, adam=False, ledger=self._ledger)
             mean = weights[:, torch.from_numpy(rows).to(self._device)] @ features.double()
             self._ledger.charge(SELECT, SIMILARITIES, similarity_flops(len(weights), len(rows), d))
             return np.asarray(mean.cpu().numpy())
 
         for i in range(0, len(batches), TARGET_BATCHES):
-            for mean in divide(self._ledger, range(i, min(i + TARGET_BATCHES, len(batches))), centre):
-                found += torch.from_numpy(mean).to(self._device)
-        return found
+            for mean in divide(self._ledger, range(i, min(i + TARGET_BATCHES, len(batches))), batch_mean):
+                centres += torch.from_numpy(mean).to(self._device)
+        return centres
 
-    def _shard(self, batches: Sequence[np.ndarray], centres: Tensor) -> np.ndarray:
-        """Similarities of the examples of some batches with the centres, shape (n, G)."""
+    def _shard_similarities(self, batches: Sequence[np.ndarray], centres: Tensor) -> np.ndarray:
+        """Similarities of the examples of one shard's batches with the centres, shape (n, G)."""
         pool, rows, d = self._pool, np.concatenate(batches), self._projection.dimension
 
         def compute() -> FeatureShard:
-            own = Ledger()
-            features = [self._of(pool, r, POOL, adam=True, ledger=own) for r in batches]
-            return FeatureShard(torch.cat(features).cpu(), {stage: e for (_, stage), e in own.entries.items()})
+            shard_ledger = Ledger()
+            features = [self._features_of(pool, batch, POOL, adam=True, ledger=shard_ledger) for batch in batches]
+            return FeatureShard(
+                torch.cat(features).cpu(), {stage: entry for (_, stage), entry in shard_ledger.entries.items()}
+            )
 
         shard = self._shards.get(self._key(rows), len(rows), d, compute)
-        # Features that were kept have cost what they have cost, whoever paid for them first.
+        # Stored features are charged at their original cost, so that the ledger does not depend on the store.
         for stage, entry in shard.spent.items():
             self._ledger.charge(SELECT, stage, **asdict(entry))
         with self._ledger.timed(SELECT, SIMILARITIES):
             self._ledger.charge(SELECT, SIMILARITIES, similarity_flops(len(rows), len(centres), d))
             return np.asarray((shard.features.to(self._device).double() @ centres.T).cpu().numpy())
 
-    def _of(self, pool: Pool, rows: np.ndarray, stage: str, *, adam: bool, ledger: Ledger) -> Tensor:
+    def _features_of(self, pool: Pool, rows: np.ndarray, stage: str, *, adam: bool, ledger: Ledger) -> Tensor:
         """Projected and normalised gradients (or directions) of some examples, float32, shape (n, d).
 
         Raises:
-            DataError: if one is not finite, by its id.
+            DataError: if a gradient is not finite; the message names the examples.
         """
         assert self._direction is not None
         batch, direction = pool.batch(rows), self._direction
         features = self._projection.empty(len(rows))
 
         def receive(name: str, start: int, gradient: Tensor) -> None:
-            moved = direction(name, gradient) if adam else gradient
-            self._projection.add(name, moved, features[start : start + len(gradient)])
+            vectors = direction(name, gradient) if adam else gradient
+            self._projection.add(name, vectors, features[start : start + len(gradient)])
 
         with ledger.timed(SELECT, stage):
             self._charge(stage, batch, ledger)
             self._gradients.each(batch.to(self._device), receive)
         finite = torch.isfinite(features).all(dim=1).cpu().numpy()
         if not finite.all():
-            bad = pool.ids.take(pa.array(rows[~finite][:5])).to_pylist()
+            ids = pool.ids.take(pa.array(rows[~finite][:5])).to_pylist()
             raise DataError(
-                f"the gradients of {int((~finite).sum())} examples of the {pool.name}, such as {bad}, are not finite: "
+                f"the gradients of {int((~finite).sum())} examples of the {pool.name}, such as {ids}, are not finite: "
                 "look at these examples, or lower the learning rate of the warm-up"
             )
         ledger.charge(SELECT, PROJECTIONS, self._projection.flops(len(rows)))
@@ -218,15 +225,15 @@ class GradientFeatures:
         )
 
     def _key(self, rows: np.ndarray) -> str:
-        """A hash of all that these features, and what they cost, depend on; empty if they are not kept."""
+        """A hash of everything that the features of `rows` and their cost depend on; empty if none are stored."""
         if self._shards.folder is None or self._checkpoint is None:
             return ""
         projection = self._projection
-        parts = [
+        inputs = [
             self._task.pool.content_hash,
             *self._pool.ids.take(pa.array(rows)).to_pylist(),
             self._checkpoint.content_hash,
-            self._frozen,
+            self._frozen_digest,
             self._task.costs.accounting,
             self._config.recipe,
             self._config.precision,
@@ -236,25 +243,25 @@ class GradientFeatures:
             sorted(projection.sizes.items()),
             torch.__version__,
         ]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
 
 def unpacked(pool: Pool) -> Pool:
-    """The pool with each example in a row of its own: gradients of examples that share a row cannot be told apart."""
+    """The pool with one example per row: gradients of examples packed into one row cannot be separated."""
     examples: Any = pool.examples
     if not getattr(examples, "packed", False):
         return pool
     return Pool(pool.ids, replace(examples, packed=False), name=pool.name)
 
 
-def _parts(sizes: Sequence[int]) -> list[list[int]]:
-    """Consecutive batches in shards of at least `SHARD_EXAMPLES` examples."""
-    found: list[list[int]] = [[]]
-    count = 0
+def _group_batches(sizes: Sequence[int]) -> list[list[int]]:
+    """Indices of consecutive batches, grouped into shards of at least `SHARD_EXAMPLES` examples."""
+    shards: list[list[int]] = [[]]
+    n_examples = 0
     for i, size in enumerate(sizes):
-        if count >= SHARD_EXAMPLES:
-            found.append([])
-            count = 0
-        found[-1].append(i)
-        count += size
-    return found
+        if n_examples >= SHARD_EXAMPLES:
+            shards.append([])
+            n_examples = 0
+        shards[-1].append(i)
+        n_examples += size
+    return shards

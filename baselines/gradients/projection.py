@@ -1,8 +1,9 @@
-"""Projection of gradients to few dimensions that keeps inner products: a seeded sparse sketch, in plain PyTorch.
+"""Projection of gradients to few dimensions that preserves inner products: a seeded sparse sketch, in plain PyTorch.
 
-A CountSketch (Charikar et al. 2002; the sparse Johnson-Lindenstrauss transform with one nonzero an entry, Kane and
-Nelson 2014): each entry of the gradient is signed and added to one of d places. For fixed x and y the sketched inner
-product is unbiased with variance at most `(|x|^2 |y|^2 + <x, y>^2) / d`, over the draw of places and signs.
+The sketch is a CountSketch (Charikar et al. 2002; the sparse Johnson-Lindenstrauss transform with one nonzero per
+entry, Kane and Nelson 2014): each entry of the gradient gets a random sign and is added to one of d buckets. For fixed
+x and y the sketched inner product is unbiased, with variance at most `(|x|^2 |y|^2 + <x, y>^2) / d` over the draw of
+buckets and signs.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from cads.seeding import derive
 PROJECTED = 8192
 """Dimension of LESS (arXiv 2402.04333, appendix A)."""
 CHECK_DEVIATIONS = 8.0
-"""Standard deviations within which the self-test wants its norms and inner products."""
+"""Standard deviations by which norms and inner products may be off in the self-test."""
 
 Dimension = int | Literal["auto"] | None
 
 
 class ProjectionError(CadsError):
-    """A projection that loses what it is given."""
+    """A projection that does not preserve norms and inner products."""
 
 
 class Projection(ABC):
@@ -37,9 +38,9 @@ class Projection(ABC):
 
     Args:
         sizes: the number of entries of each parameter, by name, in order.
-        dimension: of the vectors.
-        seed: of the map.
-        device: on which gradients come.
+        dimension: number of entries of the vectors.
+        seed: determines the map.
+        device: device of the gradients.
 
     Raises:
         ConfigError: if there is no parameter.
@@ -57,7 +58,7 @@ class Projection(ABC):
         return sum(self.sizes.values())
 
     def empty(self, n: int) -> Tensor:
-        """Where the vectors of n gradients are added up: zeros, shape (n, dimension), in double precision."""
+        """Accumulators for the vectors of n gradients: zeros, shape (n, dimension), in double precision."""
         return torch.zeros(n, self.dimension, dtype=torch.float64, device=self.device)
 
     @abstractmethod
@@ -71,7 +72,7 @@ class Projection(ABC):
 
     @abstractmethod
     def flops(self, n: float) -> float:
-        """What the projection of n gradients costs."""
+        """FLOPs of the projection of n gradients."""
 
     def check(self) -> None:
         """Project two random gradients, and compare their norms and their inner product with the true ones.
@@ -80,11 +81,11 @@ class Projection(ABC):
             ProjectionError: if a result is zero, NaN, or off by more than chance explains.
         """
         exact = torch.zeros(2, 2, dtype=torch.float64)
-        found = self.empty(2)
-        for name, rows in self._probes():
-            exact += (rows.double() @ rows.double().T).cpu()
-            self.add(name, rows, found)
-        gram = (found @ found.T).cpu()
+        projected = self.empty(2)
+        for name, gradients in self._probes():
+            exact += (gradients.double() @ gradients.double().T).cpu()
+            self.add(name, gradients, projected)
+        gram = (projected @ projected.T).cpu()
         if not torch.isfinite(gram).all() or not (gram.diagonal() > 0).all():
             raise ProjectionError(
                 f"the projection to {self.dimension} dimensions turns random gradients into vectors of squared norms "
@@ -92,11 +93,11 @@ class Projection(ABC):
                 "ranked with it"
             )
         scale = exact.diagonal().sqrt()
-        off = float(((gram - exact) / torch.outer(scale, scale)).abs().max())
-        if off > self._tolerance():
+        error = float(((gram - exact) / torch.outer(scale, scale)).abs().max())
+        if error > self._tolerance():
             raise ProjectionError(
                 f"the projection to {self.dimension} dimensions changes inner products of random gradients by "
-                f"{off:.3g} of their norms, where chance allows {self._tolerance():.3g}"
+                f"{error:.3g} of their norms, where chance allows {self._tolerance():.3g}"
             )
 
     @abstractmethod
@@ -105,33 +106,33 @@ class Projection(ABC):
 
     def _probes(self) -> Iterator[tuple[str, Tensor]]:
         for name, size in self.sizes.items():
-            rows = torch.randn(2, size, generator=_generator(self.seed, name, "check"))
-            rows[1] += rows[0]  # so that their inner product is far from zero
-            yield name, rows.to(self.device)
+            gradients = torch.randn(2, size, generator=_generator(self.seed, name, "check"))
+            gradients[1] += gradients[0]  # so that their inner product is far from zero
+            yield name, gradients.to(self.device)
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Where the entries of one parameter go: k full rounds of all d places, and what is left over.
+class _Buckets:
+    """The buckets of one parameter's entries: k full rounds over all d buckets, and r < d remaining entries.
 
     Attributes:
-        order: the entries of the full rounds, round by round, shape (k d,). order_signs: theirs.
-        rest: the other entries, shape (r,), r < d. rest_signs: theirs. places: where they go, all different.
+        order: entries of the full rounds, round by round, shape (k d,). order_signs: their signs.
+        rest: the remaining entries, shape (r,). rest_signs: their signs. rest_buckets: their buckets, all different.
     """
 
     order: Tensor
     order_signs: Tensor
     rest: Tensor
     rest_signs: Tensor
-    places: Tensor
+    rest_buckets: Tensor
 
 
 class Sketch(Projection):
-    """A CountSketch whose places are as full as each other.
+    """A CountSketch whose buckets are equally full.
 
-    Entries of one parameter are dealt out to the places in rounds, so that two of them collide a little less often
-    than with a hash; parameters are dealt out independently, each by (seed, name). Draws are made on the CPU: the map
-    is the same on all devices. Nothing is scattered to one place twice: sums have a fixed order.
+    The entries of one parameter are assigned to the buckets in rounds, so that two entries collide a little less often
+    than with a hash. Parameters are assigned independently, each by (seed, name). Draws are made on the CPU, so the map
+    is the same on all devices. No scatter writes to one bucket twice, so sums have a fixed order.
 
     Raises:
         ConfigError: if `dimension` is not positive, or above the number of entries.
@@ -140,50 +141,50 @@ class Sketch(Projection):
     def __init__(self, sizes: Mapping[str, int], dimension: int, seed: int, device: torch.device | str = "cpu") -> None:
         super().__init__(sizes, dimension, seed, device)
         check_dimension(dimension, self.size)
-        self._places: dict[str, _Places] = {}
+        self._buckets: dict[str, _Buckets] = {}
 
     def add(self, name: str, gradient: Tensor, into: Tensor) -> None:
-        """Sign each entry and add it to its place; see `Projection.add`."""
-        if name not in self._places:
-            self._places[name] = self._deal(name)
-        p, d = self._places[name], self.dimension
+        """Sign each entry and add it to its bucket; see `Projection.add`."""
+        if name not in self._buckets:
+            self._buckets[name] = self._assign(name)
+        p, d = self._buckets[name], self.dimension
         if len(p.order):
             signed = gradient.index_select(1, p.order).mul_(p.order_signs)
             into += signed.view(len(gradient), -1, d).sum(dim=1)
         if len(p.rest):
             signed = gradient.index_select(1, p.rest).mul_(p.rest_signs)
-            into.index_add_(1, p.places, signed.to(into.dtype))
+            into.index_add_(1, p.rest_buckets, signed.to(into.dtype))
 
     def flops(self, n: float) -> float:
-        """One signed addition an entry."""
+        """One signed addition per entry."""
         return sketch_flops(n, self.size)
 
-    def _deal(self, name: str) -> _Places:
+    def _assign(self, name: str) -> _Buckets:
         generator, d, n = _generator(self.seed, name, "places"), self.dimension, self.sizes[name]
-        full = n // d * d
+        n_full = n // d * d
         order = torch.randperm(n, generator=generator)
         signs = torch.randint(0, 2, (n,), generator=generator, dtype=torch.int8) * 2 - 1
-        places = torch.randperm(d, generator=generator)[: n - full]
+        rest_buckets = torch.randperm(d, generator=generator)[: n - n_full]
         order = order.int()
-        parts = (order[:full], signs[:full], order[full:], signs[full:], places)
-        return _Places(*(x.to(self.device) for x in parts))
+        parts = (order[:n_full], signs[:n_full], order[n_full:], signs[n_full:], rest_buckets)
+        return _Buckets(*(part.to(self.device) for part in parts))
 
     def _tolerance(self) -> float:
-        # Probes have inner products below 1 of their norms: the variance is at most 2 / d.
+        # The two probes scaled to unit norm have |<x, y>| <= 1, so the variance is at most 2 / d.
         return CHECK_DEVIATIONS * math.sqrt(2 / self.dimension)
 
 
 class Whole(Projection):
-    """No projection: the parameters' gradients side by side, in the order of `sizes`."""
+    """No projection: the gradients of all parameters concatenated, in the order of `sizes`."""
 
     def __init__(self, sizes: Mapping[str, int], device: torch.device | str = "cpu") -> None:
         super().__init__(sizes, sum(sizes.values()), 0, device)
         ends = torch.tensor(list(sizes.values())).cumsum(0).tolist()
-        self._where = {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
+        self._slices = {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
 
     def add(self, name: str, gradient: Tensor, into: Tensor) -> None:
-        """Add the gradient where the parameter stands; see `Projection.add`."""
-        into[:, self._where[name]] += gradient
+        """Add the gradient at the parameter's slice; see `Projection.add`."""
+        into[:, self._slices[name]] += gradient
 
     def flops(self, n: float) -> float:
         """Nothing is computed."""
@@ -200,8 +201,8 @@ def make_projection(
 
     Args:
         sizes: the number of entries of each parameter, by name.
-        dimension: d; None for the gradients as they are; "auto" for `PROJECTED`, or for the gradients as they are
-            where they have no more entries than that.
+        dimension: d; None for no projection; "auto" for `PROJECTED`, or for no projection if gradients have no more
+            entries than that.
 
     Raises:
         ConfigError: if the dimension is not positive, or above the number of entries.
@@ -213,7 +214,7 @@ def make_projection(
 
 
 def check_dimension(dimension: int, size: int) -> None:
-    """Refuse a dimension that is no projection.
+    """Refuse a dimension that a projection cannot have.
 
     Raises:
         ConfigError: if it is not positive, or above `size`.

@@ -1,4 +1,4 @@
-"""The warm-up of LESS: short training on a random part of the pool, one checkpoint an epoch, Adam's moments kept."""
+"""The warm-up of LESS: short training on a random part of the pool; each epoch ends with weights and Adam's moments."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from cads.training.trainer import Trainer
 
 STAGE = "warm-up"
 LEARNER = "model."
-"""What the trainer puts before the names of the one model it trains."""
+"""Prefix that the trainer puts before the parameter names of its model."""
 MOMENTS = ("/exp_avg", "/exp_avg_sq")
-"""How the state of Adam names its moments, after the name of the parameter."""
+"""Suffixes of the first and second moment in Adam's state, after the name of the parameter."""
 PARTS = ("parameters", "first", "second", "buffers")
-"""What a checkpoint holds, each by name."""
+"""The fields of a checkpoint that hold tensors by name."""
 PLANNED_STEPS = 64
-"""Batches, at least, that a plan prices where examples have lengths."""
+"""Minimum number of batches whose cost a plan averages if examples have lengths."""
 
 
 @dataclass
 class Checkpoint:
-    """A model at the end of an epoch: what is trained of it, and the state of its optimizer, by parameter name.
+    """A model at the end of an epoch: its trainable parameters, buffers and optimizer state, by parameter name.
 
     Attributes:
         parameters: the trainable parameters.
         first, second: moments of Adam, of the same shapes; empty if the optimizer has none.
-        buffers: such as running means of batch normalisation.
-        steps: updates so far. rate: mean learning rate of the epoch.
+        buffers: for example running means of batch normalisation.
+        steps: number of updates so far. rate: mean learning rate of the epoch.
     """
 
     parameters: dict[str, Tensor]
@@ -55,16 +55,16 @@ class Checkpoint:
     rate: float
 
     def load_into(self, model: nn.Module) -> None:
-        """Give `model` these weights.
+        """Load these weights into `model`.
 
         Raises:
-            CheckpointError: if it has other parameters.
+            CheckpointError: if `model` has other parameters.
         """
         state = model.state_dict(keep_vars=True)
-        wanted = {n for n, p in model.named_parameters() if p.requires_grad}
-        if wanted != self.parameters.keys():
-            odd = sorted(wanted ^ self.parameters.keys())
-            raise CheckpointError(f"the checkpoint is of another model: {odd[:3]} stand on one side only")
+        trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+        if trainable != self.parameters.keys():
+            unmatched = sorted(trainable ^ self.parameters.keys())
+            raise CheckpointError(f"the checkpoint is of another model: only one of the two has {unmatched[:3]}")
         with torch.no_grad():
             for name, value in {**self.parameters, **self.buffers}.items():
                 if name not in state or state[name].shape != value.shape:
@@ -75,7 +75,7 @@ class Checkpoint:
         """Refuse a checkpoint without Adam's moments.
 
         Raises:
-            CheckpointError: naming the parameters.
+            CheckpointError: if moments are missing; the message names the parameters.
         """
         missing = sorted(self.parameters.keys() - (self.first.keys() & self.second.keys()))
         if missing:
@@ -87,7 +87,7 @@ class Checkpoint:
 
     @property
     def content_hash(self) -> str:
-        """Of all tensors: two checkpoints with the same hash give the same features."""
+        """Hash of all tensors and the step: two checkpoints with the same hash give the same features."""
         digest = hashlib.sha256(str(self.steps).encode())
         for part in PARTS:
             update_digest(digest, getattr(self, part))
@@ -96,11 +96,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long the warm-up is.
+    """The length of the warm-up.
 
     Attributes:
-        examples: how many are drawn from the pool.
-        steps: of one epoch, at least one. epochs: checkpoints.
+        examples: number of examples drawn from the pool.
+        steps: steps per epoch, at least one. epochs: number of epochs, and so of checkpoints.
     """
 
     examples: int
@@ -109,52 +109,52 @@ class Schedule:
 
 
 def schedule(task: Task, share: float, epochs: int) -> Schedule:
-    """A share of the pool, though at least a batch, in whole steps."""
-    n, batch = len(task.pool), task.recipe.batch_size
-    examples = min(n, max(batch, round(share * n)))
-    return Schedule(examples, max(1, round(examples / batch)), epochs)
+    """A share of the pool, but at least one batch, in whole steps."""
+    n, batch_size = len(task.pool), task.recipe.batch_size
+    examples = min(n, max(batch_size, round(share * n)))
+    return Schedule(examples, max(1, round(examples / batch_size)), epochs)
 
 
 def planned_flops(task: Task, plan: Schedule) -> float:
-    """What the warm-up costs, if its batches are padded as those of random parts of the pool are on average."""
-    pool, batch, steps = task.pool, task.recipe.batch_size, plan.epochs * plan.steps
+    """FLOPs of the warm-up, if its batches are padded like those of random parts of the pool on average."""
+    pool, batch_size, steps = task.pool, task.recipe.batch_size, plan.epochs * plan.steps
     if lengths(pool) is None:
-        return steps * batch * task.costs.per_usage(pool, batch)
+        return steps * batch_size * task.costs.per_usage(pool, batch_size)
     rng = np.random.default_rng(0)
-    drawn: list[Batch] = []
-    while len(drawn) < PLANNED_STEPS:
-        chosen = rng.choice(len(pool), plan.examples, replace=False)
-        draws = BatchStream(pool, [ShuffledStream(chosen, 0)], batch)
-        drawn += [b for step in range(min(plan.steps, PLANNED_STEPS)) for b in draws.step(step)]
-    return steps * (float(np.mean([task.costs.usage(b) for b in drawn])) + task.costs.optimizer_step)
+    batches: list[Batch] = []
+    while len(batches) < PLANNED_STEPS:
+        positions = rng.choice(len(pool), plan.examples, replace=False)
+        stream = BatchStream(pool, [ShuffledStream(positions, 0)], batch_size)
+        batches += [b for step in range(min(plan.steps, PLANNED_STEPS)) for b in stream.step(step)]
+    return steps * (float(np.mean([task.costs.usage(b) for b in batches])) + task.costs.optimizer_step)
 
 
 def warm_up(
     task: Task, plan: Schedule, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
 ) -> list[Checkpoint]:
-    """Train fresh weights on `plan.examples` random examples; what is drawn does not depend on their order in the pool.
+    """Train fresh weights on `plan.examples` random examples; the draw does not depend on the order of the pool.
 
-    Each epoch is a part of one training run: a run that is gone through again takes the epochs that are done from its
-    journal, and goes on in the one that was under way.
+    Each epoch is a segment of one training run. A resumed run takes finished epochs from its journal, and continues the
+    epoch that was interrupted.
 
     Returns:
-        one checkpoint an epoch, on the CPU.
+        one checkpoint per epoch, on the CPU.
 
     Raises:
-        BudgetError: if what the ledger has left does not pay for all epochs.
+        BudgetError: if the FLOPs left in the ledger do not pay for all epochs.
     """
-    order = rank_by_score(task.pool.ids, random_scores(task.pool, derive(seed, STAGE)))
-    chosen = np.argsort(order, kind="stable")[: plan.examples]
-    draws = BatchStream(task.pool, [ShuffledStream(chosen, derive(seed, STAGE, "order"))], task.recipe.batch_size)
-    steps = [sum(task.costs.usage(b) for b in draws.step(i)) for i in range(plan.epochs * plan.steps)]
-    # A hair more than the steps cost, so that rounding does not lose the last of an epoch.
-    ends = np.cumsum(np.add(steps, task.costs.optimizer_step))[plan.steps - 1 :: plan.steps] * ROUNDING
+    rank = rank_by_score(task.pool.ids, random_scores(task.pool, derive(seed, STAGE)))
+    positions = np.argsort(rank, kind="stable")[: plan.examples]
+    stream = BatchStream(task.pool, [ShuffledStream(positions, derive(seed, STAGE, "order"))], task.recipe.batch_size)
+    step_flops = [sum(task.costs.usage(b) for b in stream.step(i)) for i in range(plan.epochs * plan.steps)]
+    # Slightly more than the steps cost, so that rounding does not lose the last step of an epoch.
+    epoch_ends = np.cumsum(np.add(step_flops, task.costs.optimizer_step))[plan.steps - 1 :: plan.steps] * ROUNDING
     trainer, model = Trainer(task, ledger, monitor), task.model(seed)
-    found: list[Checkpoint] = []
+    checkpoints: list[Checkpoint] = []
     start: State | None = None
-    for epoch, end in enumerate(ends.tolist()):
-        segment = RunSegment(start, horizon=float(ends[-1]), keep=True)
-        fit = trainer.fit(model, draws, end, seed=seed, phase=SELECT, stage=STAGE, segment=segment)
+    for epoch, end in enumerate(epoch_ends.tolist()):
+        segment = RunSegment(start, horizon=float(epoch_ends[-1]), keep=True)
+        fit = trainer.fit(model, stream, end, seed=seed, phase=SELECT, stage=STAGE, segment=segment)
         if len(fit.flops) < (epoch + 1) * plan.steps:
             raise BudgetError(
                 f"{STAGE}: epoch {epoch + 1} of {plan.epochs} ends after {len(fit.flops)} of "
@@ -163,21 +163,21 @@ def warm_up(
             )
         start = fit.state
         assert start is not None
-        # The learning rate of a step is that in the middle of what it costs.
-        middles = fit.flops - np.diff(fit.flops, prepend=0.0) / 2
-        rates = [task.recipe.rate(middle / ends[-1]) for middle in middles[-plan.steps :]]
-        found.append(_checkpoint(fit.models[0], start, len(fit.flops), float(np.mean(rates))))
-    return found
+        # The learning rate of a step is taken at the midpoint of its FLOPs.
+        midpoints = fit.flops - np.diff(fit.flops, prepend=0.0) / 2
+        rates = [task.recipe.rate(midpoint / epoch_ends[-1]) for midpoint in midpoints[-plan.steps :]]
+        checkpoints.append(_checkpoint(fit.models[0], start, len(fit.flops), float(np.mean(rates))))
+    return checkpoints
 
 
 def _checkpoint(model: nn.Module, state: State, steps: int, rate: float) -> Checkpoint:
-    """What a training run keeps to go on from, by the names of the model's parameters."""
+    """The resume state of a training run as a checkpoint, by the names of the model's parameters."""
     parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in (WEIGHTS, OPTIMIZER)}
-    for key, x in state.tensors.items():
+    for key, tensor in state.tensors.items():
         for prefix, part in parts.items():
             if key.startswith(prefix + LEARNER):
-                part[key.removeprefix(prefix + LEARNER)] = x
-    weights, kept = parts[WEIGHTS], model.state_dict().keys()
+                part[key.removeprefix(prefix + LEARNER)] = tensor
+    weights, persistent = parts[WEIGHTS], model.state_dict().keys()
     first, second = (
         {n.removesuffix(moment): x for n, x in parts[OPTIMIZER].items() if n.endswith(moment)} for moment in MOMENTS
     )
@@ -185,17 +185,17 @@ def _checkpoint(model: nn.Module, state: State, steps: int, rate: float) -> Chec
         {n: weights[n] for n, p in model.named_parameters() if p.requires_grad},
         first,
         second,
-        {n: weights[n] for n, _ in model.named_buffers() if n in kept},
+        {n: weights[n] for n, _ in model.named_buffers() if n in persistent},
         steps,
         rate,
     )
 
 
 def need_adam(task: Task) -> None:
-    """Refuse a task whose recipe leaves no moments of Adam.
+    """Refuse a task whose optimizer has no moments of Adam.
 
     Raises:
-        ConfigError: with the remedy.
+        ConfigError: if the optimizer is not adamw; the message says what to do.
     """
     if task.recipe.optimizer != "adamw":
         raise ConfigError(
@@ -205,7 +205,7 @@ def need_adam(task: Task) -> None:
 
 
 def update_digest(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
-    """Add tensors to a digest: names, shapes, types and bytes, in the order of the names."""
+    """Add tensors to a digest: names, shapes, types and bytes, in order of the names."""
     for name in sorted(tensors):
         x = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tuple(x.shape)} {x.dtype}\0".encode())

@@ -1,1 +1,1 @@
-"""Faster forms of operations of torch, for gradients of single examples."""
+"""Faster forms of torch operations, for per-example gradients."""

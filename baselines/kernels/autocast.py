@@ -1,7 +1,7 @@
-"""Passes in bfloat16 that do not cast what stays as it is: autocast on frozen weights that are cast once.
+"""Passes in bfloat16 that cast frozen weights only once.
 
-Autocast casts the weights of a layer whenever it is called, and what a layer reads once for each layer that reads it.
-Here frozen weights stand in bfloat16 for the time of a pass, and the outputs of frozen norms are cast where they arise.
+Autocast casts the weights of a layer at every call, and an input once for each layer that reads it. Here frozen weights
+are replaced by bfloat16 copies during a pass, and frozen norms cast their outputs themselves.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from baselines.kernels.norms import frozen_norms, short_norms
 Precision = Literal["no", "bf16"]
 
 CASTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Layers whose weights autocast would cast; subclasses may use theirs in other ways."""
+"""Layers whose weights autocast would cast; without subclasses, which may use their weights in other ways."""
 NORMS = (layer_norm, rms_norm, transformers_rms_norm)
 PEFT_CASTS = "cast_input_dtype_enabled"
-"""Switch of PEFT's layers (see `peft.helpers.disable_input_dtype_casting`)."""
+"""Attribute of PEFT's layers that switches input casts (see `peft.helpers.disable_input_dtype_casting`)."""
 
 
 class Passes:
     """The precision of forward and backward passes of one model.
 
-    Nothing of the model is changed but while a pass is under way. Copies of its frozen weights are kept between passes,
-    half as large as they are, and made anew if the weights have changed.
+    The model is changed only during a pass. Between passes, bfloat16 copies of its frozen weights stay in memory, at
+    half the size of the weights. A copy is made again if its weight has changed.
 
     Args:
-        model: whose passes they are; what is frozen stays frozen.
-        precision: no (float32, as the model is: by `baselines.kernels.attention`, `baselines.kernels.norms`,
+        model: runs the passes; frozen parameters stay frozen.
+        precision: no (float32, by `baselines.kernels.attention`, `baselines.kernels.norms`,
             `baselines.kernels.cross_entropy` and `baselines.kernels.matmul`) or bf16.
     """
 
@@ -44,36 +44,38 @@ class Passes:
         self._model, self._precision = model, precision
         modules = dict(model.named_modules()) if precision == "bf16" else {}
         self._layers = {path: m for path, m in modules.items() if type(m) in CASTED or rule_of(m) is transposed_linear}
-        self._short = frozen_norms(model)
-        self._norms = [m for m in modules.values() if rule_of(m) in NORMS and _is_frozen(m) and m not in self._short]
+        self._fast_norms = frozen_norms(model)
+        self._other_norms = [
+            m for m in modules.values() if rule_of(m) in NORMS and _is_frozen(m) and m not in self._fast_norms
+        ]
         self._adapters = [m for m in modules.values() if getattr(m, PEFT_CASTS, False)]
         self._copies: dict[str, tuple[nn.Parameter, int, nn.Parameter]] = {}
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """The block computes in this precision."""
+        """The context in which passes have this precision."""
         dtype = torch.float32 if self._precision == "no" else torch.bfloat16
         with ExitStack() as stack:
-            stack.enter_context(short_norms(self._short, dtype))
+            stack.enter_context(short_norms(self._fast_norms, dtype))
             stack.enter_context(ShortAttention(dtype))
             stack.enter_context(LogitsInPlace())
             stack.enter_context(FrozenProducts())
             if self._precision == "no":
                 yield
                 return
-            for norm in self._norms:
-                stack.callback(norm.register_forward_hook(_halved).remove)
+            for norm in self._other_norms:
+                stack.callback(norm.register_forward_hook(_to_bfloat16).remove)
             for adapter in self._adapters:
-                # Else an adapter makes its inputs float32, for autocast to make them bfloat16 again.
+                # Otherwise an adapter casts its inputs to float32, and autocast casts them back to bfloat16.
                 stack.callback(setattr, adapter, PEFT_CASTS, True)
                 setattr(adapter, PEFT_CASTS, False)
-            stack.enter_context(self._stored())
+            stack.enter_context(self._bfloat16_weights())
             stack.enter_context(torch.autocast(next(self._model.parameters()).device.type, dtype=dtype))
             yield
 
     @contextmanager
-    def _stored(self) -> Iterator[None]:
-        """Frozen weights in bfloat16, in the modules of this model alone: others may share the parameters."""
+    def _bfloat16_weights(self) -> Iterator[None]:
+        """Replace frozen weights by bfloat16 copies in the modules of this model only: other models may share them."""
         replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
         try:
             for path, module in self._layers.items():
@@ -87,18 +89,18 @@ class Passes:
                 module._parameters[name] = parameter
 
     def _copy(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        known = self._copies.get(name)
-        if known is None or known[0] is not parameter or known[1] != parameter._version:
-            # Scores are computed in inference mode, whose tensors no later backward pass could use.
+        cached = self._copies.get(name)
+        if cached is None or cached[0] is not parameter or cached[1] != parameter._version:
+            # A caller may be in inference mode, whose tensors cannot be used in a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
                 copy = nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False)
-            self._copies[name] = known = (parameter, parameter._version, copy)
-        return known[2]
+            self._copies[name] = cached = (parameter, parameter._version, copy)
+        return cached[2]
 
 
 def _is_frozen(module: nn.Module) -> bool:
     return not any(p.requires_grad for p in module.parameters())
 
 
-def _halved(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _to_bfloat16(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output.to(torch.bfloat16)

@@ -1,7 +1,7 @@
-"""What one layer's parameters owe to each example: from its inputs and the gradient of its output, in batches.
+"""Per-example gradients of one layer's parameters, from its inputs and the gradient of its outputs, in batches.
 
-For a linear layer `y_t = W a_t + b` the gradient of example i is `sum_t g_t a_t^T` and `sum_t g_t`, over its own
-positions t (Goodfellow 2015, arXiv 1510.01799); the other layers are alike.
+For a linear layer `y_t = W a_t + b` the gradients of example i are `sum_t g_t a_t^T` and `sum_t g_t`, over the
+positions t of that example (Goodfellow 2015, arXiv 1510.01799). The rules of other layers are analogous.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 ParameterGradients = dict[str, Tensor]
-"""The gradients of b examples by the name of the parameter within its layer, each of shape (b, *shape)."""
+"""The gradients of b examples, by the parameter's name within its layer, each of shape (b, *shape)."""
 Rule = Callable[[Any, Tensor, Tensor], ParameterGradients]
 """(layer, inputs (b, ...), gradient of the outputs (b, ...)) -> gradients of its parameters."""
 
@@ -27,7 +27,7 @@ def linear(layer: nn.Linear, a: Tensor, g: Tensor) -> ParameterGradients:
 
 
 def transposed_linear(layer: nn.Module, a: Tensor, g: Tensor) -> ParameterGradients:
-    """The linear of GPT-2, whose weight has shape (n_in, n_out)."""
+    """The linear layer of GPT-2, whose weight has shape (n_in, n_out)."""
     a, g = _sequences(a), _sequences(g)
     return _with_bias(layer, {"weight": torch.bmm(a.mT, g)}, g)
 
@@ -35,8 +35,8 @@ def transposed_linear(layer: nn.Module, a: Tensor, g: Tensor) -> ParameterGradie
 def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, g: Tensor) -> ParameterGradients:
     """Inputs (b, C_in, *size), outputs (b, C_out, *size)."""
 
-    def one(a: Tensor, g: Tensor) -> Tensor:
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+    def one_example(a: Tensor, g: Tensor) -> Tensor:
+        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
             g[None],
             a[None],
             layer.weight,
@@ -49,14 +49,14 @@ def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, g: Tensor) 
             layer.groups,
             [False, True, False],
         )
-        return found[1]
+        return gradients[1]
 
-    weight = torch.func.vmap(one)(a, g)
+    weight = torch.func.vmap(one_example)(a, g)
     return _with_bias(layer, {"weight": weight}, g.flatten(2).mT)
 
 
 def embedding(layer: nn.Embedding, a: Tensor, g: Tensor) -> ParameterGradients:
-    """Inputs (b, ...), indices; outputs (b, ..., width)."""
+    """Inputs (b, ...) are indices, outputs (b, ..., width)."""
     b, width = len(a), layer.embedding_dim
     index, g = a.reshape(b, -1), g.reshape(b, -1, width)
     if layer.padding_idx is not None:
@@ -96,16 +96,16 @@ def batch_norm(layer: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, a: Tenso
 
 
 def rule_of(layer: nn.Module) -> Rule | None:
-    """How to compute the gradients of `layer`, or None if that is not known.
+    """The rule that computes the gradients of `layer`, or None if there is none.
 
-    A subclass counts where it computes what its parent does.
+    A subclass of a type in `RULES` has the rule of that type if it does not override `forward`.
     """
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return convolution if layer.padding_mode == "zeros" and not isinstance(layer.padding, str) else None
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         return batch_norm if layer.track_running_stats else None
-    for kind, rule in RULES.items():
-        if isinstance(layer, kind) and type(layer).forward is kind.forward:
+    for layer_type, rule in RULES.items():
+        if isinstance(layer, layer_type) and type(layer).forward is layer_type.forward:
             return rule
     name = type(layer).__name__
     if type(layer).__module__.startswith("transformers.") and hasattr(layer, "weight"):
@@ -126,32 +126,32 @@ RULES: dict[type[nn.Module], Rule] = {
 
 
 def _sequences(x: Tensor) -> Tensor:
-    """(b, ..., n) as (b, T, n), T >= 1."""
+    """Reshape (b, ..., n) to (b, T, n), T >= 1."""
     return x.reshape(len(x), prod(x.shape[1:-1]), x.shape[-1])
 
 
-def _with_bias(layer: nn.Module, found: ParameterGradients, g: Tensor) -> ParameterGradients:
-    """Add the bias's, for outputs as sequences (b, T, n_out)."""
+def _with_bias(layer: nn.Module, gradients: ParameterGradients, g: Tensor) -> ParameterGradients:
+    """Add the gradient of the bias, for outputs as sequences (b, T, n_out)."""
     if getattr(layer, "bias", None) is not None:
-        found["bias"] = g.sum(dim=1)
-    return found
+        gradients["bias"] = g.sum(dim=1)
+    return gradients
 
 
 def _scale(layer: nn.Module, normal: Tensor, g: Tensor, shape: tuple[int, ...] | torch.Size) -> ParameterGradients:
     """`y = weight * normal + bias` with parameters of `shape`, the last dimensions.
 
-    Autograd still needs `g` for earlier layers: what is handed out to be changed is a copy of it.
+    Autograd still needs `g` for earlier layers, and receivers may change gradients in place: the bias gets a copy.
     """
-    inner = range(1, g.dim() - len(shape))
-    found = {"weight": (g * normal).sum(dim=tuple(inner)) if inner else g * normal}
+    inner_dims = range(1, g.dim() - len(shape))
+    gradients = {"weight": (g * normal).sum(dim=tuple(inner_dims)) if inner_dims else g * normal}
     if getattr(layer, "bias", None) is not None:
-        found["bias"] = g.sum(dim=tuple(inner)) if inner else g.clone()
-    return found
+        gradients["bias"] = g.sum(dim=tuple(inner_dims)) if inner_dims else g.clone()
+    return gradients
 
 
 def _channels(layer: nn.Module, normal: Tensor, g: Tensor) -> ParameterGradients:
-    """`y = weight * normal + bias` with one weight and bias a channel, the second dimension."""
-    found = {"weight": (g * normal).flatten(2).sum(dim=2) if g.dim() > 2 else g * normal}
+    """`y = weight * normal + bias` with one weight and bias per channel, the second dimension."""
+    gradients = {"weight": (g * normal).flatten(2).sum(dim=2) if g.dim() > 2 else g * normal}
     if getattr(layer, "bias", None) is not None:
-        found["bias"] = g.flatten(2).sum(dim=2) if g.dim() > 2 else g.clone()
-    return found
+        gradients["bias"] = g.flatten(2).sum(dim=2) if g.dim() > 2 else g.clone()
+    return gradients

@@ -1,8 +1,9 @@
-"""Products with frozen weights by oneDNN, where gradients are taken on a CPU in float32.
+"""Matrix products with frozen weights by oneDNN, for gradients on a CPU in float32.
 
-torch hands products of float32 to MKL. oneDNN computes them from the same memory a tenth faster, those of small layers
-a fifth: 966 x 576 by 576 x 1,536 at 194 GFLOP/s for 170, by 576 x 192 at 185 for 154, and so it is on the way back, but
-for a head of 49,152 words (159 for 182; torch 2.14, two cores of an AMD EPYC). They are two thirds and more of a pass.
+Torch computes products in float32 with MKL. oneDNN computes them from the same memory a tenth faster, and those of
+small layers a fifth faster: 966 x 576 by 576 x 1,536 at 194 GFLOP/s against 170, by 576 x 192 at 185 against 154. The
+backward pass gains as much, except for a head of 49,152 words (159 against 182). The products are at least two thirds
+of a pass (torch 2.14, two cores of an AMD EPYC).
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from torch.utils.flop_counter import register_flop_formula
 from baselines.kernels.override import Replaced
 
 ENOUGH = 2**16
-"""Entries of a weight below which nothing is gained."""
+"""Entries of a weight below which oneDNN is not faster."""
 _linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-"""What `torch.compile` uses for frozen weights: (x, weight, bias, what follows, its scalars, its algorithm). It has no
-gradient of its own."""
+"""The operator that `torch.compile` uses for frozen weights: (x, weight, bias, post-operation, its scalars, its
+algorithm). Autograd has no formula for it."""
 
 if _linear is not None:
 
     @register_flop_formula(_linear)
     def _linear_flops(x: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
-        """Of (..., K) by the transpose of (N, K)."""
+        """FLOPs of (..., K) times the transpose of (N, K)."""
         return 2 * prod(x) * weight[0]
 
 
 class FrozenProducts(Replaced):
-    """In the block, `linear` with a frozen weight is `frozen_linear`, where gradients go back to its input."""
+    """In the block, `linear` with a frozen weight is `frozen_linear`, if its input needs a gradient."""
 
     def __init__(self) -> None:
         super().__init__(functional.linear)
@@ -48,7 +49,7 @@ class FrozenProducts(Replaced):
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`; no gradient of weight and bias is computed.
+    """`torch.nn.functional.linear`, without gradients of weight and bias.
 
     Args:
         x: (..., K), float32. weight: (N, K). bias: (N,).
@@ -56,8 +57,8 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     Returns:
         (..., N).
     """
-    written: Tensor = _Linear.apply(x, weight, bias)
-    return written
+    output: Tensor = _Linear.apply(x, weight, bias)
+    return output
 
 
 class _Linear(torch.autograd.Function):
@@ -70,17 +71,17 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        # A view: oneDNN reads the weight either way.
+        # The transpose is a view: oneDNN reads the weight in either layout.
         return _product(gradient, weight.t(), None), None, None
 
 
 FROZEN_LINEAR = f"{_Linear.__name__}Backward"
-"""What autograd calls it."""
+"""Name of the autograd node of `frozen_linear`."""
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    written: Tensor = _linear(x, weight, bias, "none", [], "")
-    return written
+    product: Tensor = _linear(x, weight, bias, "none", [], "")
+    return product
 
 
 def _is_frozen(x: Any, weight: Any, bias: Any) -> bool:

@@ -1,7 +1,7 @@
-"""The norm of Llama and its relatives in few passes over what it reads, where its weight is frozen.
+"""The RMSNorm of Llama and related models in few passes over its input, if its weight is frozen.
 
-torch keeps five steps of it, and goes back through each: forward and backward over 7 x 132 positions of 576 take
-2.8 ms, and 1.6 as here (torch 2.14, two cores). A model of 135M parameters has 61 of them.
+Torch records five operations for a norm, and goes back through each. Forward and backward over 7 x 132 positions of 576
+take 2.8 ms with torch, and 1.6 ms here (torch 2.14, two cores). A model of 135M parameters has 61 such norms.
 """
 
 from __future__ import annotations
@@ -18,58 +18,60 @@ from torch.autograd.function import once_differentiable
 from baselines.kernels.layer_rules import rule_of, transformers_rms_norm
 
 PROBE = (1.0, 1e-3, 0.0)
-"""Scales of the rows that tell whether a module computes what is computed here: of the last two eps is most."""
+"""Scales of the probe rows that test whether a module computes `normalized`; eps dominates the last two."""
 
 
 def frozen_norms(model: nn.Module) -> list[nn.Module]:
     """The norms of `model` that are `weight * x / sqrt(mean(x^2) + eps)`, with frozen weights in float32, on a CPU.
 
-    Others with the same name (Gemma's multiplies by one more than its weight) are told apart by what they compute.
+    Norms of that name that compute something else (Gemma's multiplies by 1 + weight) are recognised by their outputs.
     """
     return [m for m in model.modules() if rule_of(m) is transformers_rms_norm and _is_plain(m)]
 
 
 @contextmanager
 def short_norms(norms: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """In the block, `norms` compute as is done here, in float32, and write `dtype`.
+    """In the block, `norms` compute `normalized`, in float32, and return `dtype`.
 
-    Inputs of another type than this and float32 are left to what was there before. Blocks may be nested.
+    Inputs of a type other than `dtype` and float32 go to the previous `forward`. Blocks may be nested.
     """
     replaced: list[tuple[nn.Module, Any]] = []
     try:
         for norm in norms:
             replaced.append((norm, vars(norm).get("forward")))
-            # On the instance: hooks are still called, and classes and other models are as they were.
+            # Set on the instance: hooks are still called, and the class and other models are unchanged.
             weight: Any = norm.weight
-            norm.forward = partial(_short, norm.forward, weight, _eps(norm), dtype)
+            norm.forward = partial(_short_forward, norm.forward, weight, _eps(norm), dtype)
         yield
     finally:
-        for norm, before in reversed(replaced):
+        for norm, previous in reversed(replaced):
             del norm.forward
-            if before is not None:
-                norm.forward = before
+            if previous is not None:
+                norm.forward = previous
 
 
-def _short(own: Callable[[Tensor], Tensor], weight: Tensor, eps: float, dtype: torch.dtype, x: Tensor) -> Tensor:
-    return normalized(x, weight, eps, dtype) if x.dtype in (torch.float32, dtype) else own(x)
+def _short_forward(
+    original: Callable[[Tensor], Tensor], weight: Tensor, eps: float, dtype: torch.dtype, x: Tensor
+) -> Tensor:
+    return normalized(x, weight, eps, dtype) if x.dtype in (torch.float32, dtype) else original(x)
 
 
 def normalized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension; no gradient of the weight is computed.
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension, without a gradient of the weight.
 
     Args:
-        x: (..., width). weight: (width,), float32. eps: keeps zeros finite. dtype: of what is returned.
+        x: (..., width). weight: (width,), float32. eps: avoids division by zero. dtype: of the output.
     """
-    written: Tensor = _RmsNorm.apply(x, weight, eps, dtype)
-    return written
+    output: Tensor = _RmsNorm.apply(x, weight, eps, dtype)
+    return output
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Its gradient by x is (g' - n mean(g' n)) / rms, of g' = weight g and n = x / rms (Zhang and Sennrich, 2019)."""
+    """Its gradient in x is (g' - n mean(g' n)) / rms, with g' = weight g and n = x / rms (Zhang and Sennrich, 2019)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        ctx.read, x = x.dtype, x.float()
+        ctx.input_dtype, x = x.dtype, x.float()
         scale = x.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
         normal = x * scale
         ctx.save_for_backward(normal, scale, weight)
@@ -80,8 +82,8 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         normal, scale, weight = ctx.saved_tensors
         scaled = gradient * weight
-        along = (scaled * normal).mean(dim=-1, keepdim=True)
-        return scaled.addcmul_(normal, along, value=-1).mul_(scale).to(ctx.read), None, None, None
+        mean_product = (scaled * normal).mean(dim=-1, keepdim=True)
+        return scaled.addcmul_(normal, mean_product, value=-1).mul_(scale).to(ctx.input_dtype), None, None, None
 
 
 def _eps(norm: nn.Module) -> float:

@@ -1,4 +1,4 @@
-"""Functions of torch that are computed in another way for the time of a block."""
+"""Replace a function of torch by another implementation within a block."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class Replaced(TorchFunctionMode, ABC):
-    """In the block, calls of one function go to `instead`, and to torch where that leaves them.
+    """In the block, calls of one function go to `instead`, and on to torch if `instead` returns None.
 
     Args:
-        function: of torch, as whoever calls it finds it.
+        function: the torch function, under the name by which it is called.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -29,10 +29,10 @@ class Replaced(TorchFunctionMode, ABC):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is self._function and (found := self.instead(args, kwargs)) is not None:
-            return found
+        if func is self._function and (result := self.instead(args, kwargs)) is not None:
+            return result
         return func(*args, **kwargs)
 
     @abstractmethod
     def instead(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """What the function returns, or None to leave the call to torch."""
+        """The result of the function, or None to leave the call to torch."""

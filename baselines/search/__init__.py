@@ -1,1 +1,1 @@
-"""What searches over sources share."""
+"""Code shared by the searches over sources."""

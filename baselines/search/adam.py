@@ -7,21 +7,21 @@ import numpy as np
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 FLOPS = 14
-"""Per parameter and step: two moments (3 and 4), their corrections (2), root, epsilon, quotient, step (2)."""
+"""FLOPs per parameter and step: two moments (3 and 4), their corrections (2), root, epsilon, quotient, step (2)."""
 
 
 class Adam:
-    """Moments of the gradients so far.
+    """Adam's moments of the gradients so far.
 
     Args:
-        n: parameters.
+        n: number of parameters.
     """
 
     def __init__(self, n: int) -> None:
         self._m, self._v, self._steps = np.zeros(n), np.zeros(n), 0
 
     def __call__(self, gradient: np.ndarray) -> np.ndarray:
-        """m_hat / (sqrt(v_hat) + eps) with this gradient (n,) included, shape (n,): subtract it times a rate."""
+        """m_hat / (sqrt(v_hat) + eps) after this gradient (n,), shape (n,): subtract it times a learning rate."""
         b1, b2 = BETAS
         self._steps += 1
         self._m = b1 * self._m + (1 - b1) * gradient

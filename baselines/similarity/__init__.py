@@ -1,1 +1,1 @@
-"""Spaces in which examples are compared."""
+"""Encoders, queries and losses by which examples are compared."""

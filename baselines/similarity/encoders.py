@@ -1,6 +1,6 @@
-"""Spaces in which examples are compared: a task's own features, a torchvision backbone's, or a sentence encoder's.
+"""Encoders of examples: a task's own features, a torchvision backbone's, or a sentence encoder's.
 
-Each gives the vectors of a pool batch by batch, so that no more of them are in memory than the caller keeps.
+Each encodes a pool batch by batch, so that only the vectors that the caller stores are in memory.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from cads.task import Task
 from cads.tasks.vision.networks import Network
 from cads.tasks.vision.task import VisionTask
 
-TOKENIZED = 1024
-"""Texts whose tokens are in memory at once while their lengths are looked up."""
+TOKENIZED_TEXTS = 1024
+"""Texts whose tokens are in memory at once while their lengths are determined."""
 N_UNUSED = 2
-"""Classes of a backbone, whose scores nobody looks at."""
+"""Number of classes of a backbone; its class scores are never used."""
 COUNTED_LENGTHS = (8, 16, 32)
-"""Lengths at which an encoder is counted. Attention makes its cost quadratic in the length: three say it all."""
+"""Lengths at which FLOPs are counted. Attention makes them quadratic in the length: three lengths determine them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Encoded:
     """Vectors of some examples of a pool.
 
     Attributes:
-        vectors: shape (B, D). flops: what they cost. tokens: of the batch, padding included.
+        vectors: shape (B, D). flops: cost of encoding. tokens: number in the batch, padding included.
     """
 
     vectors: Tensor
@@ -47,29 +47,29 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """The tokens of each text of a pool (shape (N,)), and the batches they are encoded in."""
+class _Batching:
+    """The number of tokens of each text of a pool (shape (N,)), and the batches in which texts are encoded."""
 
     length: np.ndarray
     batches: list[np.ndarray]
 
     def width(self, positions: np.ndarray) -> int:
-        """Tokens to which a batch is padded."""
+        """Number of tokens to which a batch is padded."""
         return int(self.length[positions].max())
 
 
 class Encoder(ABC):
-    """Where examples are vectors.
+    """A map from examples to vectors.
 
     Attributes:
-        dimension: D.
+        dimension: D, the length of a vector.
     """
 
     dimension: int
 
     @abstractmethod
     def batches(self, pool: Pool) -> list[np.ndarray]:
-        """All positions of `pool`, as they are encoded together."""
+        """All positions of `pool`, grouped into the batches that are encoded together."""
 
     @abstractmethod
     def encode(self, pool: Pool, positions: np.ndarray) -> Encoded:
@@ -77,19 +77,19 @@ class Encoder(ABC):
 
     @abstractmethod
     def flops(self, pool: Pool) -> float:
-        """What encoding all of `pool` will cost."""
+        """FLOPs of encoding all of `pool`."""
 
 
 class FeatureEncoder(Encoder):
-    """What the last layer of a model reads, by `Task.features`.
+    """The inputs of a model's last layer, by `Task.features`.
 
     Args:
-        task: whose features they are.
+        task: computes the features.
         counted: a model of the same shapes on which FLOPs are counted, on the CPU or on the meta device.
         tokens: padded tokens of a batch.
 
     Attributes:
-        model: gives the vectors; to be set before the first `encode`.
+        model: computes the vectors; has to be set before the first `encode`.
 
     Raises:
         ConfigError: if the model has no features.
@@ -124,13 +124,14 @@ class FeatureEncoder(Encoder):
 
 
 class SentenceEncoder(Encoder):
-    """A sentence-transformers model, fed in length-sorted batches by token budget.
+    """A sentence-transformers model, run on length-sorted batches by token budget.
 
-    Vectors are those of its `encode`: behind its default prompt, and of its `truncate_dim` if it has one.
+    Vectors equal those of the model's `encode`: with its default prompt, and truncated to its `truncate_dim` if it has
+    one.
 
     Args:
-        task: whose texts are encoded.
-        name: of the model on the hub, or its folder.
+        task: has the texts that are encoded.
+        name: the model's name on the hub, or its folder.
         tokens: padded tokens of a batch.
 
     Raises:
@@ -139,54 +140,54 @@ class SentenceEncoder(Encoder):
     """
 
     def __init__(self, task: Task, name: str, tokens: int) -> None:
-        task.texts(task.target)  # A task without texts says so before the encoder is loaded.
+        task.texts(task.target)  # A task without texts raises before the encoder is loaded.
         self._task, self._tokens = task, tokens
         self._model = load_encoder(name)
         self._prompt = self._model.prompts.get(self._model.default_prompt_name)
         self._check(name)
-        self._law = self._count()
-        self._cuts: dict[Pool, _Cut] = {}
+        self._flops_coefficients = self._count_flops()
+        self._batchings: dict[Pool, _Batching] = {}
 
     def batches(self, pool: Pool) -> list[np.ndarray]:
         """By token budget; see `Encoder`."""
-        return self._cut(pool).batches
+        return self._batching(pool).batches
 
     def encode(self, pool: Pool, positions: np.ndarray) -> Encoded:
         """Sentence embeddings; see `Encoder`."""
-        cut = self._cut(pool)
+        batching = self._batching(pool)
         inputs = self._tokenize(self._texts(pool, positions))
         with torch.inference_mode():
             vectors = self._vectors(inputs)
-        width = cut.width(positions)
-        return Encoded(vectors, self._price(width) * len(positions), width * len(positions))
+        width = batching.width(positions)
+        return Encoded(vectors, self._text_flops(width) * len(positions), width * len(positions))
 
     def flops(self, pool: Pool) -> float:
-        """By the length to which each batch is padded; see `Encoder`."""
-        cut = self._cut(pool)
-        return sum(self._price(cut.width(rows)) * len(rows) for rows in cut.batches)
+        """From the length to which each batch is padded; see `Encoder`."""
+        batching = self._batching(pool)
+        return sum(self._text_flops(batching.width(rows)) * len(rows) for rows in batching.batches)
 
-    def _cut(self, pool: Pool) -> _Cut:
-        if pool not in self._cuts:
-            everything = np.arange(len(pool))
-            chunks = (everything[start : start + TOKENIZED] for start in range(0, len(pool), TOKENIZED))
+    def _batching(self, pool: Pool) -> _Batching:
+        if pool not in self._batchings:
+            positions = np.arange(len(pool))
+            chunks = (positions[start : start + TOKENIZED_TEXTS] for start in range(0, len(pool), TOKENIZED_TEXTS))
             masks = (self._tokenize(self._texts(pool, rows))["attention_mask"] for rows in chunks)
             length = np.concatenate([mask.sum(dim=1).numpy() for mask in masks])
-            self._cuts[pool] = _Cut(length, budget_batches(length, pool.ids, self._tokens))
-        return self._cuts[pool]
+            self._batchings[pool] = _Batching(length, budget_batches(length, pool.ids, self._tokens))
+        return self._batchings[pool]
 
     def _texts(self, pool: Pool, positions: np.ndarray) -> list[str]:
-        """The texts at `positions`: those of a whole pool may not fit in memory."""
+        """The texts at `positions` only: the texts of a whole pool may not fit in memory."""
         return self._task.texts(pool.subset(positions, pool.name))
 
     def _tokenize(self, texts: list[str]) -> dict[str, Any]:
-        """Tensors by token, and what else the model wants to know, such as the length of the prompt."""
-        made: dict[str, Any] = self._model.preprocess(texts, prompt=self._prompt)
-        return made
+        """Token tensors, and the model's other inputs, such as the length of the prompt."""
+        inputs: dict[str, Any] = self._model.preprocess(texts, prompt=self._prompt)
+        return inputs
 
     def _vectors(self, inputs: dict[str, Any]) -> Tensor:
         device = self._model.device
-        made = self._model({name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()})
-        vectors: Tensor = made["sentence_embedding"][:, : self._model.truncate_dim]
+        outputs = self._model({name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()})
+        vectors: Tensor = outputs["sentence_embedding"][:, : self._model.truncate_dim]
         return vectors
 
     def _check(self, name: str) -> None:
@@ -197,27 +198,27 @@ class SentenceEncoder(Encoder):
                 "texts are batched and FLOPs counted: name a transformer"
             )
 
-    def _price(self, length: int) -> float:
+    def _text_flops(self, length: int) -> float:
         """FLOPs of one text of `length` tokens."""
-        return float(self._law @ [1, length, length**2])
+        return float(self._flops_coefficients @ [1, length, length**2])
 
-    def _count(self) -> np.ndarray:
-        """Coefficients of the cost of a text in its length: constant, linear, quadratic. Sets `dimension`."""
+    def _count_flops(self) -> np.ndarray:
+        """Coefficients of a text's FLOPs in its length: constant, linear, quadratic. Sets `dimension`."""
         inputs = self._tokenize(["word " * max(COUNTED_LENGTHS)])
         costs = []
         for length in COUNTED_LENGTHS:
-            cut = {name: x[:, :length] if isinstance(x, Tensor) else x for name, x in inputs.items()}
+            truncated = {name: x[:, :length] if isinstance(x, Tensor) else x for name, x in inputs.items()}
             with torch.no_grad():
-                self.dimension = self._vectors(cut).shape[1]
-                costs.append(count_flops(partial(self._vectors, cut)))
+                self.dimension = self._vectors(truncated).shape[1]
+                costs.append(count_flops(partial(self._vectors, truncated)))
         return np.linalg.solve(np.vander(COUNTED_LENGTHS, increasing=True).astype(float), np.array(costs, dtype=float))
 
 
 def load_encoder(name: str) -> Any:
-    """A sentence-transformers model in evaluation mode, in float32; no code of the model's own is executed.
+    """A sentence-transformers model in evaluation mode, in float32; no code from the model's repository is executed.
 
     Raises:
-        ConfigError: if the extra is not installed, or the model is neither a folder nor to be had from the hub.
+        ConfigError: if the extra is not installed, or the model is neither a folder nor available from the hub.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -226,12 +227,12 @@ def load_encoder(name: str) -> Any:
             f"encoder = {name!r} needs sentence-transformers: pip install 'cads-select[sentence-transformers]'"
         ) from error
     try:
-        # By default the weights keep the type they are stored in.
+        # Without `dtype` the weights would keep the type they are stored in.
         model = SentenceTransformer(name, trust_remote_code=False, model_kwargs={"dtype": torch.float32})
     except Interrupted:
         raise
     except Exception as error:
-        # What a missing or damaged model raises depends on which of its files is read first.
+        # The type of error that a missing or damaged model raises depends on which of its files is read first.
         raise ConfigError(
             f"encoder = {name!r} cannot be loaded ({type(error).__name__}: {error}): name a folder, or a "
             "sentence-transformers model that the hub has"
@@ -240,26 +241,27 @@ def load_encoder(name: str) -> Any:
 
 
 def backbone_network(task: Task, name: str, size: int | None, *, pretrained: bool, download: bool) -> nn.Module:
-    """A torchvision classifier for the images of `task`, scaled to `size` pixels square if that is given.
+    """A torchvision classifier for the images of `task`, scaled to `size` pixels square if `size` is given.
 
-    The task normalises images by the moments of its pool; pretrained weights read them as they were trained to.
+    The task normalises images by the moments of its pool. For pretrained weights they are renormalised by the moments
+    that the weights were trained with.
 
     Raises:
         ConfigError: if the task has no images. DataError: if pretrained weights are missing.
     """
     if not isinstance(task, VisionTask):
         raise ConfigError(f"backbone = {name!r} reads images, and {task.name} has none: name an encoder of its kind")
-    channels, *sides = task.pool.batch(np.zeros(1, dtype=np.int64)).inputs["images"].shape[1:]
-    height, width = sides if size is None else (size, size)
+    channels, *image_size = task.pool.batch(np.zeros(1, dtype=np.int64)).inputs["images"].shape[1:]
+    height, width = image_size if size is None else (size, size)
     network = Network(name, pretrained=pretrained, download=download).build((channels, height, width), N_UNUSED)
-    before: list[nn.Module] = [] if size is None else [nn.Upsample(size=(size, size), mode="bilinear")]
+    preprocessing: list[nn.Module] = [] if size is None else [nn.Upsample(size=(size, size), mode="bilinear")]
     if pretrained:
-        before.append(_AsTrained(task, name))
-    return nn.Sequential(*before, network)
+        preprocessing.append(_Renormalise(task, name))
+    return nn.Sequential(*preprocessing, network)
 
 
-class _AsTrained(nn.Module):
-    """Images normalised by the moments of a task, (B, C, H, W), as torchvision's weights of `name` read them."""
+class _Renormalise(nn.Module):
+    """Maps images normalised by a task's moments, (B, C, H, W), to the normalisation of torchvision's weights."""
 
     scale: Tensor
     shift: Tensor
@@ -270,10 +272,10 @@ class _AsTrained(nn.Module):
 
         weights = torchvision.models.get_model_weights(name).DEFAULT.transforms()
         moments = task.mean, task.std, weights.mean, weights.std
-        mean, std, its_mean, its_std = (torch.tensor(x)[:, None, None] for x in moments)
-        self.register_buffer("scale", std / 255 / its_std)
-        self.register_buffer("shift", (mean / 255 - its_mean) / its_std)
+        mean, std, weights_mean, weights_std = (torch.tensor(x)[:, None, None] for x in moments)
+        self.register_buffer("scale", std / 255 / weights_std)
+        self.register_buffer("shift", (mean / 255 - weights_mean) / weights_std)
 
     def forward(self, images: Tensor) -> Tensor:
-        """In colour where the weights are."""
+        """Grey images become colour images by broadcasting if the weights expect three channels."""
         return images * self.scale + self.shift

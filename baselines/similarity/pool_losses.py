@@ -1,4 +1,4 @@
-"""The loss of every pool example under a model, in one forward pass, and what order of losses is good."""
+"""The loss of every pool example under a model, in one forward pass, and the order in which losses rank examples."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cads.scoring.reference_models import device_of
 from cads.task import Task
 
 Order = Literal["low", "mid", "high"]
-"""Which come first: the lowest, those closest to the median, or the highest."""
+"""Which losses come first: the lowest, those closest to the median, or the highest."""
 
 
 def check_order(order: str) -> None:
-    """Refuse what is no order.
+    """Refuse an unknown order.
 
     Raises:
         ConfigError: naming the choices.
@@ -48,11 +48,13 @@ def pool_losses(
     pool: Pool | None = None,
     autocast: bool = False,
 ) -> np.ndarray:
-    """The loss of each example of the task's pool (or of `pool`), nats, float64, shape (N,); `model` stops training.
+    """The loss of each example of the task's pool (or of `pool`), nats, float64, shape (N,).
+
+    Puts `model` in evaluation mode.
 
     Args:
         tokens: padded tokens of a batch.
-        autocast: compute in bfloat16: faster where there is hardware for it, and off by about 1 % (`Passes`).
+        autocast: compute in bfloat16: faster on hardware that supports it, and off by about 1 % (`Passes`).
     """
     model.eval()
     device = device_of(model)
@@ -69,7 +71,7 @@ def pool_losses(
 def plan_losses(
     task: Task, ledger: PlannedLedger, *, stage: str, tokens: int, pool: Pool | None = None, models: int = 1
 ) -> None:
-    """Charge `ledger` as `models` calls of `pool_losses` will."""
+    """Charge `ledger` for `models` calls of `pool_losses`."""
     pool = pool or task.pool
     flops = planned_flops(task.costs.forward, pool, tokens=tokens)
     ledger.charge(SELECT, stage, models * flops)
@@ -77,11 +79,11 @@ def plan_losses(
 
 
 def whole_texts(pool: Pool) -> Pool:
-    """The examples of a pool of tokens with every token learned from, prompts too; other pools as they are."""
+    """A pool of tokens with the loss taken over every token, prompts too; other pools unchanged."""
     from cads.tasks.language.tokens import Tokens
 
     examples = pool.examples
     if not isinstance(examples, Tokens):
         return pool
-    learned = replace(examples, learned=np.ones(len(examples.ids), dtype=bool))
-    return Pool(pool.ids, learned, name=pool.name)
+    unmasked = replace(examples, loss_mask=np.ones(len(examples.ids), dtype=bool))
+    return Pool(pool.ids, unmasked, name=pool.name)

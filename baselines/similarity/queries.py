@@ -1,4 +1,4 @@
-"""Target examples as queries: which of them are averaged, before the best average counts."""
+"""Target examples as queries: the weights with which they are averaged; the best average counts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from cads.task import Task
 
 
 def subtask_weights(task: Task) -> np.ndarray:
-    """Weights with which target examples are averaged within their subtasks, shape (G, M); G = 1 without subtasks.
+    """Weights that average target examples within their subtasks, shape (G, M); G = 1 without subtasks.
 
-    A selector takes the mean within a subtask, and the best of them (LESS, arXiv 2402.04333): a mean over all
-    would follow the largest.
+    A selector takes the mean within each subtask, and then the best of these means (LESS, arXiv 2402.04333). A mean
+    over all examples would follow the largest subtask.
 
     Raises:
         DataError: if the task does not say the subtask of each target example.

@@ -1,1 +1,1 @@
-"""What things cost, in FLOPs, and the ledger that charges for them."""
+"""Costs in FLOPs, budgets, and the ledger of what is spent."""

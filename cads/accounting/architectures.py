@@ -1,4 +1,4 @@
-"""The dense transformers whose cost has a closed form: their linear layers by name, read from a config."""
+"""Dense transformers whose cost has a closed form: the name and shape of each linear layer, read from a config."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ class Linear:
     """A matrix product with a weight of shape (n_out, n_in).
 
     Attributes:
-        name: its path in the model, as PEFT matches it; `{i}` stands for the layer.
-        bias: whether it adds one.
-        positions: where it is applied: to all T positions, to those that are learned from if the caller
-            restricts the head to them, or to the first of the sequence.
+        name: its path in the model, as PEFT matches it; `{i}` stands for the index of the layer.
+        n_in, n_out: input and output width.
+        bias: whether a bias is added.
+        positions: where it is applied: "all" T positions; "answer" positions, if the caller restricts the head to
+            them, otherwise all; or the "first" position of the sequence.
         in_loss: whether the loss depends on it.
     """
 
@@ -35,11 +36,11 @@ class Linear:
 
     @property
     def n_parameters(self) -> int:
-        """Entries of weight and bias."""
+        """Number of entries of weight and bias."""
         return self.n_out * (self.n_in + self.bias)
 
     def of(self, layer: int) -> Linear:
-        """The one of a given layer."""
+        """This linear with the index of a given layer in its name."""
         return replace(self, name=self.name.format(i=layer))
 
 
@@ -48,19 +49,19 @@ class Architecture:
     """A dense transformer: L layers of width h, H query heads and H_kv key and value heads of width d.
 
     Attributes:
-        family: `model_type` of the config.
+        family: the `model_type` of the config.
         hidden, layers, heads, kv_heads, head_dim, intermediate: h, L, H, H_kv, d and the width I of the MLP.
         gated: whether the MLP multiplies two projections.
-        vocabulary: V.
+        vocabulary: V, its size.
         tied: whether the head shares its weight with the token embedding.
         head: "lm" or "masked-lm" (V logits), "classifier", or "none" (hidden states).
-        attention_in: one linear for query, key and value together, or three in this order.
+        attention_in: one linear for query, key and value together, or one each, in this order.
         attention_out, mlp_in, mlp_out, head_linears: the other linears, in the order of execution.
         embedding_names: paths of the embedding tables.
-        n_embedding, n_norm: parameters of the embedding tables, and of all normalisations.
-        max_positions: longest sequence of a learned position table; None for rotary positions.
-        tail_saves: whether an operation after `mlp_out` in its layer keeps a tensor for the backward pass
-            (dropout, a norm), so that recomputing the layer has to run to its end.
+        n_embedding, n_norm: number of parameters of the embedding tables, and of all normalisations.
+        max_positions: length of the learned position table; None for rotary positions.
+        tail_saves: whether an operation after `mlp_out` in its layer (dropout, a norm) saves a tensor for the backward
+            pass, so that recomputation has to run to the end of the layer.
     """
 
     family: str
@@ -87,7 +88,7 @@ class Architecture:
 
     @property
     def n_parameters(self) -> dict[str, int]:
-        """Parameters by part: embedding, attention, mlp, norm, head (without a tied weight)."""
+        """Number of parameters by part: embedding, attention, mlp, norm, head (without a tied weight)."""
         head = sum(x.n_parameters for x in self.head_linears)
         if self.tied and self.head in ("lm", "masked-lm"):
             head -= self.hidden * self.vocabulary
@@ -109,7 +110,7 @@ class Architecture:
 
 
 def head_kind(config: Any) -> Head:
-    """What `config.architectures` puts on top of the model; if it is silent, a language-model head."""
+    """The head that `config.architectures` names; by default a language-model head, of BERT a masked one."""
     name = (getattr(config, "architectures", None) or [""])[0]
     if "SequenceClassification" in name:
         return "classifier"
@@ -123,10 +124,10 @@ def from_config(config: Any, head: Head | None = None) -> Architecture:
 
     Args:
         config: a `PretrainedConfig` of Llama, Qwen2, Qwen3, GPT-2 or BERT.
-        head: what stands on top; by default what `config.architectures` says.
+        head: the head on top of the model; by default the one that `config.architectures` names.
 
     Raises:
-        ConfigError: if no closed form is known for it; `measured` accounting runs any model.
+        ConfigError: if the model has no closed form; `measured` accounting runs any model.
     """
     head = head or head_kind(config)
     family = getattr(config, "model_type", None)
@@ -149,7 +150,7 @@ def read_config(path: Path | str) -> Any:
     """A transformers config from a JSON file that names its `model_type`.
 
     Raises:
-        ConfigError: if the file is missing, no JSON object, or of a type that transformers does not know.
+        ConfigError: if the file is missing, is no JSON object, or its `model_type` is unknown to transformers.
     """
     from transformers import AutoConfig
 
@@ -165,7 +166,7 @@ def read_config(path: Path | str) -> Any:
 
 
 def _gated_decoder(config: Any, head: Head) -> Architecture:
-    """Llama, Qwen2 and Qwen3 differ in biases and in Qwen3's norms of query and key."""
+    """Llama, Qwen2 or Qwen3. They differ in biases, and Qwen3 normalises query and key."""
     h, heads, intermediate = config.hidden_size, config.num_attention_heads, config.intermediate_size
     kv = getattr(config, "num_key_value_heads", None) or heads
     d = getattr(config, "head_dim", None) or h // heads
@@ -174,7 +175,7 @@ def _gated_decoder(config: Any, head: Head) -> Architecture:
     mlp_bias = getattr(config, "mlp_bias", False)
     layer = "model.layers.{i}."
     qk_norm = 2 * d if config.model_type == "qwen3" else 0
-    heads_on_top: dict[str, tuple[Linear, ...]] = {
+    heads_by_kind: dict[str, tuple[Linear, ...]] = {
         "lm": (Linear("lm_head", h, config.vocab_size, positions="answer"),),
         "classifier": (Linear("score", h, config.num_labels),),
     }
@@ -201,7 +202,7 @@ def _gated_decoder(config: Any, head: Head) -> Architecture:
             Linear(layer + "mlp.up_proj", h, intermediate, mlp_bias),
         ),
         mlp_out=Linear(layer + "mlp.down_proj", intermediate, h, mlp_bias),
-        head_linears=heads_on_top.get(head, ()),
+        head_linears=heads_by_kind.get(head, ()),
         embedding_names=("model.embed_tokens",),
         n_embedding=config.vocab_size * h,
         n_norm=config.num_hidden_layers * (2 * h + qk_norm) + h,
@@ -214,7 +215,7 @@ def _gpt2(config: Any, head: Head) -> Architecture:
     h, layers = config.hidden_size, config.num_hidden_layers
     intermediate = config.n_inner or 4 * h
     layer = "transformer.h.{i}."
-    heads_on_top: dict[str, tuple[Linear, ...]] = {
+    heads_by_kind: dict[str, tuple[Linear, ...]] = {
         "lm": (Linear("lm_head", h, config.vocab_size, positions="answer"),),
         "classifier": (Linear("score", h, config.num_labels),),
     }
@@ -234,7 +235,7 @@ def _gpt2(config: Any, head: Head) -> Architecture:
         attention_out=Linear(layer + "attn.c_proj", h, h, bias=True),
         mlp_in=(Linear(layer + "mlp.c_fc", h, intermediate, bias=True),),
         mlp_out=Linear(layer + "mlp.c_proj", intermediate, h, bias=True),
-        head_linears=heads_on_top.get(head, ()),
+        head_linears=heads_by_kind.get(head, ()),
         embedding_names=("transformer.wte", "transformer.wpe"),
         n_embedding=(config.vocab_size + config.n_positions) * h,
         n_norm=layers * 4 * h + 2 * h,
@@ -247,7 +248,7 @@ def _bert(config: Any, head: Head) -> Architecture:
     h, layers, intermediate = config.hidden_size, config.num_hidden_layers, config.intermediate_size
     layer = "bert.encoder.layer.{i}."
     pooler = Linear("bert.pooler.dense", h, h, bias=True, positions="first")
-    heads_on_top: dict[str, tuple[Linear, ...]] = {
+    heads_by_kind: dict[str, tuple[Linear, ...]] = {
         "masked-lm": (
             Linear("cls.predictions.transform.dense", h, h, bias=True),
             Linear("cls.predictions.decoder", h, config.vocab_size, bias=True),
@@ -274,7 +275,7 @@ def _bert(config: Any, head: Head) -> Architecture:
         attention_out=Linear(layer + "attention.output.dense", h, h, bias=True),
         mlp_in=(Linear(layer + "intermediate.dense", h, intermediate, bias=True),),
         mlp_out=Linear(layer + "output.dense", intermediate, h, bias=True),
-        head_linears=heads_on_top[head],
+        head_linears=heads_by_kind[head],
         embedding_names=tuple(f"bert.embeddings.{x}_embeddings" for x in ("word", "position", "token_type")),
         n_embedding=tables * h,
         n_norm=(4 * layers + 2) * h + (2 * h if head == "masked-lm" else 0),

@@ -1,4 +1,4 @@
-"""What may be spent: a budget in FLOPs, usages, epochs or tokens."""
+"""The budget of training: FLOPs, usages, epochs or tokens."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ UNITS = {
 class Budget:
     """Compute allowed for training the final model.
 
-    FLOPs are the currency. A usage is one forward+backward of one example, with its share of the optimizer
-    step; an epoch is one usage of each pool example; tokens are those the model computes on.
+    Every unit is converted to FLOPs. A usage is one forward and backward pass of one example, with its share of the
+    optimizer step. An epoch is one usage of each pool example. Tokens are those that the model computes on.
 
     Attributes:
-        amount: how much, in `unit`; positive and finite.
+        amount: number of units; positive and finite.
         unit: "FLOPs", "usages", "epochs" or "tokens".
-        count_selection: whether the budget must cover selection too.
+        count_selection: whether the budget also has to cover selection.
     """
 
     amount: float
@@ -49,10 +49,10 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str | float, *, count_selection: bool = False) -> Budget:
-        """Read `2e15`, `2e15 FLOPs`, `225000 usages`, `5 epochs` or `3e6 tokens`.
+        """Parse `2e15`, `2e15 FLOPs`, `225000 usages`, `5 epochs` or `3e6 tokens`.
 
         Raises:
-            BudgetError: if the text is no number and unit, or the number is not positive.
+            BudgetError: if the text is not a number and a unit, or the number is not positive.
         """
         match = re.fullmatch(r"\s*([-+]?[0-9][0-9_]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
         if match is None or match[2].lower() not in UNITS:
@@ -72,24 +72,24 @@ class Budget:
         elif self.unit == "tokens":
             usages /= task.costs.tokens_per_example(task.pool)
         flops = usages * task.costs.per_usage(task.pool, task.recipe.batch_size)
-        # FLOPs are whole numbers: what rounding has lost would cost the last step of an exact budget.
+        # FLOPs are whole numbers. Without rounding up, float error would cost an exact budget its last step.
         return float(math.ceil(flops)) if math.isfinite(flops) else flops
 
     def __str__(self) -> str:
-        short = f"{self.amount:g}"
-        return f"{short if float(short) == self.amount else repr(float(self.amount))} {self.unit}"
+        rounded = f"{self.amount:g}"
+        return f"{rounded if float(rounded) == self.amount else repr(float(self.amount))} {self.unit}"
 
 
 def check_step(task: Workload, flops: float) -> None:
     """Refuse a budget that does not buy one training step.
 
     Raises:
-        BudgetError: with the cost of a step.
+        BudgetError: if it does not; the message gives the cost of a step.
     """
     batch_size = task.recipe.batch_size
-    step = task.costs.per_usage(task.pool, batch_size) * batch_size
-    if flops < step * (1 - 1e-9):
+    step_flops = task.costs.per_usage(task.pool, batch_size) * batch_size
+    if flops < step_flops * (1 - 1e-9):
         raise BudgetError(
             f"a budget of {flops:.4g} FLOPs does not buy one step of {batch_size} examples, which costs "
-            f"{step:.4g}: raise the budget or lower batch_size"
+            f"{step_flops:.4g}: raise the budget or lower batch_size"
         )

@@ -1,7 +1,7 @@
-"""What one usage costs, in FLOPs of forward and of forward+backward: one interface, three accountings.
+"""The cost of one example in FLOPs, forward and forward+backward: one interface, three accountings.
 
-`measured` runs each shape of example once under `FlopCounterMode`; `analytic` adds up closed forms; `paper` is
-2ND and 6ND. Each shape is worked out once and cached, so that counting is a look-up while a model trains.
+`measured` runs each shape of example once under `FlopCounterMode`. `analytic` adds up closed forms. `paper` is 2ND and
+6ND. The cost of each shape is cached, so that counting is a look-up while a model trains.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CLIP_FLOPS = 3
 
 
 class ExampleCost(NamedTuple):
-    """Of one example: FLOPs of forward and of forward+backward, and the tokens they are for."""
+    """The cost of one example: FLOPs of forward and of forward+backward, and the number of tokens."""
 
     forward: float
     usage: float
@@ -48,7 +48,7 @@ class ExampleCost(NamedTuple):
 
 
 class Workload(Protocol):
-    """What is accounted for: examples, a model and its losses. Every `cads.task.Task` is one."""
+    """What accounting needs: examples, a model and its losses. Every `cads.task.Task` is one."""
 
     name: str
     pool: Pool
@@ -56,7 +56,7 @@ class Workload(Protocol):
 
     @property
     def costs(self) -> Costs:
-        """What one example costs."""
+        """The cost of one example."""
         ...
 
     def model(self, seed: int) -> nn.Module:
@@ -73,13 +73,13 @@ class Workload(Protocol):
 
 
 class Accounting(ABC):
-    """A way to say what an example costs on the model of a task.
+    """A method that computes the cost of an example on the model of a task.
 
     Args:
         task: whose model, losses and recipe are used.
 
     Raises:
-        ConfigError: if the task cannot be accounted for in this way.
+        ConfigError: if the method does not apply to the task.
     """
 
     name: AccountingName
@@ -89,34 +89,35 @@ class Accounting(ABC):
 
     @cached_property
     def model(self) -> nn.Module:
-        """A model of the task, trainable as it will be trained; its weights are not used."""
+        """A model of the task, with `requires_grad` set as for training; its weights are not used."""
         return self.task.model(0)
 
     @abstractmethod
     def price(self, batch: Batch) -> ExampleCost:
-        """Of one example of the shape of `batch`."""
+        """The cost of one example of the shape of `batch`."""
 
     @property
     def optimizer_step(self) -> float:
-        """One update of the trainable parameters, with clipping if the recipe asks for it."""
+        """FLOPs of one update of the trainable parameters, with clipping if the recipe clips."""
         recipe = self.task.recipe
         per_parameter = ADAMW_FLOPS if recipe.optimizer == "adamw" else SGD_FLOPS
         return float(trainable_size(self.model) * (per_parameter + (CLIP_FLOPS if recipe.clip_norm else 0)))
 
     def _probe(self, batch: Batch) -> Batch:
+        """`PROBE_SIZE` copies of the first example."""
         return batch.map(lambda x: x[:1].repeat_interleave(PROBE_SIZE, dim=0))
 
 
 class MeasuredAccounting(Accounting):
-    """What is executed, counted by running it."""
+    """The FLOPs that are executed, counted while one batch runs."""
 
     name = "measured"
 
     def price(self, batch: Batch) -> ExampleCost:
-        """Runs one batch.
+        """Run one batch and count.
 
         Raises:
-            DataError: if it cannot run.
+            DataError: if the batch cannot run through the model.
         """
         probe = self._probe(batch)
         model = self.model.train()
@@ -128,15 +129,15 @@ class MeasuredAccounting(Accounting):
             try:
                 usage = count_flops(lambda: forward().backward())
                 with torch.no_grad():
-                    once = count_flops(forward)
+                    forward_only = count_flops(forward)
             except (RuntimeError, IndexError, ValueError) as error:
                 raise DataError(f"an example of shape {batch.shape} cannot run through the model: {error}") from error
         model.zero_grad(set_to_none=True)
-        return ExampleCost(once / PROBE_SIZE, usage / PROBE_SIZE, batch.tokens / len(batch))
+        return ExampleCost(forward_only / PROBE_SIZE, usage / PROBE_SIZE, batch.tokens / len(batch))
 
 
 class AnalyticAccounting(Accounting):
-    """Closed forms: of a transformer by its config, of other models by their linears and convolutions."""
+    """Closed forms: for a transformer from its config, for other models from their linears and convolutions."""
 
     name = "analytic"
 
@@ -149,28 +150,28 @@ class AnalyticAccounting(Accounting):
             raise ConfigError("a transformer has a closed form for `input_ids` alone, and this task has other inputs")
 
     def price(self, batch: Batch) -> ExampleCost:
-        """Adds up one example.
+        """Add up the closed forms for one example.
 
         Raises:
-            DataError: if it cannot run.
+            DataError: if the example cannot run through the model.
         """
         tokens = batch.tokens / len(batch)
         try:
             if self._transformer is not None:
-                # A task that learns from answers alone says where they are; the head computes nothing else.
+                # A task whose loss is on answer tokens alone gives their positions: the head computes only those.
                 answers = batch.inputs.get("answers")
                 head_positions = None if answers is None else answers.shape[-1]
-                once, usage = self._transformer.flops(batch.inputs["input_ids"].shape[-1], head_positions)
-                return ExampleCost(once, usage, tokens)
+                forward, usage = self._transformer.flops(batch.inputs["input_ids"].shape[-1], head_positions)
+                return ExampleCost(forward, usage, tokens)
             probe = self._probe(batch).to("meta")
-            found = product_flops(self.model.train(), lambda model: self.task.losses(model, probe))
+            flops = product_flops(self.model.train(), lambda model: self.task.losses(model, probe))
         except ConfigError as error:
             raise DataError(f"an example of shape {batch.shape} cannot run through the model: {error}") from error
-        return ExampleCost(found.forward / PROBE_SIZE, found.usage / PROBE_SIZE, tokens)
+        return ExampleCost(flops.forward / PROBE_SIZE, flops.usage / PROBE_SIZE, tokens)
 
 
 class PaperAccounting(Accounting):
-    """2ND and 6ND, with the N and D that the task states; the optimizer is free."""
+    """2ND and 6ND, with N and D from `Workload.nominal`; the optimizer step costs nothing."""
 
     name = "paper"
     optimizer_step = 0.0
@@ -180,7 +181,7 @@ class PaperAccounting(Accounting):
         self.price(task.pool.batch(np.zeros(1, dtype=np.int64)))
 
     def price(self, batch: Batch) -> ExampleCost:
-        """From the size of the model and the number of tokens."""
+        """The cost from the number of parameters and tokens."""
         n, d = self.task.nominal(self.model, batch)
         d /= len(batch)
         return ExampleCost(forward_flops(n, d), training_flops(n, d), d)
@@ -192,17 +193,17 @@ ACCOUNTINGS: dict[str, type[Accounting]] = {
 
 
 class Costs:
-    """What the examples of a task cost on its model, in FLOPs.
+    """The cost of the examples of a task on its model, in FLOPs.
 
     Args:
         task: whose model and losses are counted.
         accounting: `measured`, `analytic` or `paper`. A model without a closed form is measured, with a warning.
 
     Attributes:
-        accounting: the one that is used.
+        accounting: the name of the accounting in use.
 
     Raises:
-        ConfigError: if there is no such accounting, or the task does not support it.
+        ConfigError: if the accounting is unknown, or the task does not support it.
     """
 
     def __init__(self, task: Workload, accounting: str = "measured") -> None:
@@ -221,42 +222,43 @@ class Costs:
         self._pools: WeakKeyDictionary[Pool, ExampleCost] = WeakKeyDictionary()
 
     def forward(self, batch: Batch) -> float:
-        """One forward pass of all of `batch`."""
+        """FLOPs of one forward pass of all examples of `batch`."""
         return self._price(batch).forward * len(batch)
 
     def usage(self, batch: Batch) -> float:
-        """One forward and backward pass of all of `batch`."""
+        """FLOPs of one forward and backward pass of all examples of `batch`."""
         return self._price(batch).usage * len(batch)
 
     @cached_property
     def optimizer_step(self) -> float:
-        """One update of the trainable parameters, with clipping if the recipe asks for it."""
+        """FLOPs of one update of the trainable parameters, with clipping if the recipe clips."""
         return self._accounting.optimizer_step
 
     @property
     def model(self) -> nn.Module:
-        """The model that is accounted for; its weights mean nothing."""
+        """The model whose cost is counted; its weights are not used."""
         return self._accounting.model
 
     def per_usage(self, pool: Pool, batch_size: int) -> float:
-        """Mean cost of using one example of `pool` in training, with its share of the optimizer step."""
+        """Mean FLOPs of one usage of an example of `pool` in training, with its share of the optimizer step."""
         return self._mean(pool).usage + self.optimizer_step / batch_size
 
     def usages(self, pool: Pool) -> np.ndarray:
-        """One forward and backward pass of each example of `pool` by itself, without padding; shape (N,)."""
+        """FLOPs of one forward and backward pass of each example of `pool`, without padding; float64, shape (N,)."""
         representatives, codes = pool.examples.shapes()
         usages = [self._price(pool.batch([r])).usage for r in representatives]
         return np.array(usages, dtype=np.float64)[codes]
 
     def forward_pool(self, pool: Pool) -> float:
-        """One forward pass over all of `pool`, without padding."""
+        """FLOPs of one forward pass over all of `pool`, without padding."""
         return self._mean(pool).forward * len(pool)
 
     def tokens_per_example(self, pool: Pool) -> float:
-        """Mean number of tokens that the model computes on, without padding."""
+        """Mean number of tokens of an example that the model computes on, without padding."""
         return self._mean(pool).tokens
 
     def _mean(self, pool: Pool) -> ExampleCost:
+        """The mean cost over all examples of `pool`; cached for each pool."""
         if pool not in self._pools:
             representatives, codes = pool.examples.shapes()
             prices = np.array([self._price(pool.batch([r])) for r in representatives])
@@ -265,6 +267,7 @@ class Costs:
         return self._pools[pool]
 
     def _price(self, batch: Batch) -> ExampleCost:
+        """The cost of one example of `batch`; cached for each shape."""
         shape = batch.shape
         price = self._cache.get(shape)
         if price is None:

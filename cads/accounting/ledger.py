@@ -1,4 +1,4 @@
-"""What may be spent, and what was: budgets in FLOPs, and the ledger of every FLOP."""
+"""The ledger of every FLOP that is spent, by phase and stage."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from cads.accounting.costs import Workload
 SELECT, TRAIN, EVALUATE = "select", "train", "evaluate"
 ROUNDING = 1 + 1e-9
-"""What floating-point sums may add to costs that fit exactly: without it they would lose the last step or example."""
+"""Tolerance for rounding in sums of costs: without it, costs that fit exactly would lose the last step or example."""
 
 
 @dataclass
 class LedgerEntry:
-    """What one stage of one phase has spent: FLOPs, seconds, usages, executed tokens, answer tokens."""
+    """The spending of one stage of one phase: FLOPs, usages, executed tokens, answer tokens, seconds."""
 
     flops: float = 0.0
     usages: int = 0
@@ -37,14 +37,14 @@ class Ledger:
     """The account of every FLOP, by phase ("select", "train", "evaluate") and stage.
 
     Args:
-        limit: the most that phases other than "evaluate" may spend together, or None. A charge that would
-            go beyond it is refused, so whoever spends must ask `left` first.
+        limit: maximum FLOPs of all phases other than "evaluate" together, or None. A charge that would exceed the limit
+            is refused, so check `left` before spending.
     """
 
     def __init__(self, limit: float | None = None) -> None:
         self.limit = limit
         self.entries: dict[tuple[str, str], LedgerEntry] = {}
-        self._noted: list[dict[str, Any]] | None = None
+        self._recorded: list[dict[str, Any]] | None = None
 
     def charge(
         self,
@@ -60,7 +60,7 @@ class Ledger:
         """Add to the account of `phase`/`stage`.
 
         Raises:
-            BudgetError: if a charge is negative or not finite, or beyond the limit.
+            BudgetError: if the charge is negative or not finite, or would exceed the limit.
         """
         if not (math.isfinite(flops) and flops >= 0):
             raise BudgetError(f"{phase}/{stage} charges {flops} FLOPs: a charge is a finite number >= 0")
@@ -68,9 +68,9 @@ class Ledger:
             raise BudgetError(
                 f"{phase}/{stage} would spend {flops:.4g} FLOPs where {self.left:.4g} of {self.limit:.4g} are left"
             )
-        if self._noted is not None:
+        if self._recorded is not None:
             amounts = LedgerEntry(flops, usages, tokens, answer_tokens, seconds)
-            self._noted.append({"phase": phase, "stage": stage, **asdict(amounts)})
+            self._recorded.append({"phase": phase, "stage": stage, **asdict(amounts)})
             return
         entry = self.entries.setdefault((phase, stage), LedgerEntry())
         entry.flops += flops
@@ -81,12 +81,12 @@ class Ledger:
 
     @contextmanager
     def noting(self) -> Iterator[list[dict[str, Any]]]:
-        """Note the charges of the block, in order, instead of adding them: `charge(**noted)` adds them later."""
-        before, self._noted = self._noted, []
+        """Record the charges of the block, in order, instead of adding them: `charge(**record)` adds one later."""
+        previous, self._recorded = self._recorded, []
         try:
-            yield self._noted
+            yield self._recorded
         finally:
-            self._noted = before
+            self._recorded = previous
 
     @contextmanager
     def timed(self, phase: str, stage: str) -> Iterator[None]:
@@ -99,17 +99,17 @@ class Ledger:
 
     @property
     def left(self) -> float:
-        """FLOPs left of the limit; infinite without one."""
+        """FLOPs that remain of the limit; infinite without a limit."""
         spent = sum(e.flops for (phase, _), e in self.entries.items() if phase != EVALUATE)
         return math.inf if self.limit is None else max(0.0, self.limit - spent)
 
     def total(self, phase: str | None = None) -> LedgerEntry:
         """The sum over all stages, or over those of one phase."""
-        chosen = [e for (p, _), e in self.entries.items() if phase in (None, p)]
-        return LedgerEntry(**{f.name: sum(getattr(e, f.name) for e in chosen) for f in fields(LedgerEntry)})
+        entries = [e for (p, _), e in self.entries.items() if phase in (None, p)]
+        return LedgerEntry(**{f.name: sum(getattr(e, f.name) for e in entries) for f in fields(LedgerEntry)})
 
     def merge(self, other: Ledger) -> None:
-        """Add all of another ledger's entries to this one."""
+        """Charge all entries of another ledger to this one."""
         for (phase, stage), entry in other.entries.items():
             self.charge(phase, stage, **asdict(entry))
 
@@ -120,14 +120,14 @@ class Ledger:
         table.add_column("stage", overflow="fold")
         for column in ("FLOPs", "share", "usages", "tokens", "answers", "seconds"):
             table.add_column(column, justify="right", no_wrap=True)
-        whole = self.total().flops or 1.0
+        total_flops = self.total().flops or 1.0
         rows: list[tuple[str, str, LedgerEntry]] = [(p, s, e) for (p, s), e in self.entries.items()]
         for phase, stage, e in [*rows, ("total", "", self.total())]:
             table.add_row(
                 phase,
                 stage,
                 f"{e.flops:.4g}",
-                f"{e.flops / whole:.1%}",
+                f"{e.flops / total_flops:.1%}",
                 f"{e.usages:,}",
                 f"{e.tokens:,}",
                 f"{e.answer_tokens:,}",
@@ -136,7 +136,7 @@ class Ledger:
         return table
 
     def to_json(self, *, seconds: bool = True) -> list[dict[str, Any]]:
-        """One record a stage; without `seconds`, two runs of the same seed give the same records."""
+        """One record a stage. Without `seconds`, two runs with the same seed give the same records."""
         records = [{"phase": p, "stage": s, **asdict(e)} for (p, s), e in self.entries.items()]
         if not seconds:
             for record in records:
@@ -157,12 +157,12 @@ class Ledger:
 
 
 class PlannedLedger(Ledger):
-    """What a selector will charge.
+    """The planned charges of a selector.
 
     Attributes:
-        trained: each task whose model is trained, with the number of models at once.
-        scored: each task whose model reads examples without being trained.
-        note: what the selector will do if the budget does not buy its search.
+        trained: each task whose model is trained, with the number of models that train at once.
+        scored: each task whose model scores examples without being trained.
+        note: what the selector does instead if the budget does not buy its search.
     """
 
     def __init__(self, limit: float | None = None, note: str = "") -> None:

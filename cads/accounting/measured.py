@@ -1,7 +1,7 @@
-"""Counting FLOPs while they are executed, with `FlopCounterMode`: of any function, or of a model without weights.
+"""Counts FLOPs while they are executed, with `FlopCounterMode`: of any function, or of a model on the meta device.
 
-`measure` counts any model, or a transformers config, on the meta device; `attention_self_test` watches whether
-PyTorch still counts as this module expects.
+`measure` counts a model or a transformers config on the meta device, without weights. `attention_self_test` checks
+that PyTorch still counts attention as this module expects.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _attention_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, 
 
 
 def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    """Its backward: recomputed scores and four products, as PyTorch counts flash attention elsewhere."""
+    """Backward of that attention: recomputed scores and four products, as PyTorch counts other flash kernels."""
     b, h, t, d = q
     return int(2 * b * h * t * k[-2] * (3 * d + 2 * v[-1]))
 
@@ -70,7 +70,7 @@ def _convolution_backward_flops(
     output_mask: Any,
     **kwargs: Any,
 ) -> int:
-    """Backward of a convolution: the gradients of input and weight cost as much each as the forward."""
+    """Backward of a convolution: the gradients of input and of weight each cost as much as the forward."""
     positions = x if transposed else grad
     return int(2 * positions[0] * prod(positions[2:]) * prod(weight) * sum(output_mask[:2]))
 
@@ -92,10 +92,10 @@ def count_flops(function: Callable[[], Any]) -> int:
 
 
 def attention_self_test() -> list[str]:
-    """What has changed in how PyTorch counts attention on the CPU; empty if our formulas still hold.
+    """Changes in how PyTorch counts attention on the CPU, one message each; empty if our formulas still hold.
 
-    A small attention is run forward and backward, counted by PyTorch alone (0 is expected, the kernels have
-    no formula) and by `count_flops` (the closed form is expected).
+    A small attention runs forward and backward. PyTorch without our formulas is expected to count 0, since it has none
+    for these kernels. `count_flops` is expected to count the closed form.
     """
     b, h, t, d = 2, 3, 16, 8
     product = 2 * b * h * t * t * d
@@ -108,17 +108,19 @@ def attention_self_test() -> list[str]:
     changes = []
     for kernel in cpu_attention_mapping():
         if kernel in flop_registry:
-            changes.append(f"PyTorch {torch.__version__} now has a formula for {kernel}: ours replaces it")
+            changes.append(
+                f"PyTorch {torch.__version__} now has a formula for {kernel}: cpu_attention_mapping overrides it"
+            )
     with FlopCounterMode(display=False) as counter:
         attend()
-    if alone := int(counter.get_total_flops()):
+    if pytorch_flops := int(counter.get_total_flops()):
         changes.append(
-            f"PyTorch {torch.__version__} counts {alone} FLOPs of CPU attention where it counted 0: "
+            f"PyTorch {torch.__version__} counts {pytorch_flops} FLOPs of CPU attention where it counted 0: "
             "remove cpu_attention_mapping if that is right"
         )
-    if (ours := count_flops(attend)) != expected:
+    if (counted := count_flops(attend)) != expected:
         changes.append(
-            f"CPU attention counts {ours} FLOPs where {expected} are executed: PyTorch {torch.__version__} "
+            f"CPU attention counts {counted} FLOPs where {expected} are executed: PyTorch {torch.__version__} "
             "runs other kernels, map them in cpu_attention_mapping"
         )
     return changes
@@ -134,18 +136,18 @@ def measure(
     head_positions: int | None = None,
     device: str = "meta",
 ) -> Flops:
-    """FLOPs of a batch, counted while it runs; on the meta device without weights, memory or time.
+    """FLOPs of a batch, counted while it runs. On the meta device this needs no weights and hardly any memory or time.
 
-    A transformers config runs with eager attention and an explicit mask, since building a mask looks at data.
+    A transformers config runs with eager attention and an explicit mask, since transformers reads data to build a mask.
 
     Args:
-        model: what makes the model, or a transformers config.
-        shape: of the whole batch: (B, T) tokens for a config, (B, ...) floats for a factory.
-        trainable: what is trained; everything by default. A factory decides itself unless it is `Frozen`.
-        checkpointing: how the layers of a transformer are recomputed.
-        head: what stands on top of a config's model; by default what `config.architectures` says.
-        head_positions: positions of each sequence that a causal language-model head computes on.
-        device: where it runs.
+        model: a factory of the model, or a transformers config.
+        shape: of the batch: (B, T) tokens for a config, (B, ...) floats for a factory.
+        trainable: what is trained; everything by default. For a factory only `Frozen` has an effect.
+        checkpointing: how the layers of a transformer are recomputed; None for no recomputation.
+        head: the head of a config's model; by default the one that `config.architectures` names.
+        head_positions: number of positions of each sequence that a causal language-model head computes on.
+        device: where the batch runs.
 
     Raises:
         ConfigError: for a shape that cannot run, or an option that the model does not have.
@@ -161,7 +163,7 @@ def measure(
                 return _run(model(), trainable, torch.zeros(shape))
             head = head or head_kind(model)
             batch, length = shape
-            if model.model_type in READERS:  # the meta device lets an index beyond a table pass
+            if model.model_type in READERS:  # the meta device does not check indices into embedding tables
                 check_shape(from_config(model, head), batch, length, head_positions)
             transformer = build_transformer(model, trainable, checkpointing, head)
             return _run(transformer, trainable, **_tokens(batch, length, head_positions))
@@ -170,6 +172,7 @@ def measure(
 
 
 def _run(model: nn.Module, trainable: Trainable, *args: Tensor, **options: Any) -> Flops:
+    """FLOPs of a forward pass, and of a backward pass from the sum of the output."""
     if isinstance(trainable, Frozen):
         model.requires_grad_(False)
     model.train()
@@ -183,6 +186,7 @@ def _run(model: nn.Module, trainable: Trainable, *args: Tensor, **options: Any) 
 
 
 def _tokens(batch: int, length: int, head_positions: int | None) -> dict[str, Any]:
+    """The arguments of a transformer for `batch` sequences of `length` tokens."""
     inputs: dict[str, Any] = {
         "input_ids": torch.zeros(batch, length, dtype=torch.long),
         "attention_mask": torch.ones(batch, 1, length, length, dtype=torch.bool),
@@ -207,27 +211,27 @@ def build_transformer(
     config.use_cache = False
     config.pad_token_id = config.pad_token_id or 0
     with warnings.catch_warnings():
-        # Older names serve every release we allow; advice on training is not for a model to be counted.
+        # Deprecated names work in every transformers release we allow. Advice on training does not apply to counting.
         warnings.simplefilter("ignore")
         model: Any = builders[head].from_config(config, attn_implementation="eager")
         if checkpointing is not None and not isinstance(trainable, Frozen):
             model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
         if isinstance(trainable, Lora):
             targets = trainable.targets if isinstance(trainable.targets, str) else list(trainable.targets)
-            saved = list(trainable.modules_to_save) or None
-            adapters = peft.LoraConfig(r=trainable.r, target_modules=targets, modules_to_save=saved)
-            model = peft.get_peft_model(model, adapters)
+            modules_to_save = list(trainable.modules_to_save) or None
+            adapter = peft.LoraConfig(r=trainable.r, target_modules=targets, modules_to_save=modules_to_save)
+            model = peft.get_peft_model(model, adapter)
     return cast(nn.Module, model)
 
 
 PROBE_SIZE = 2
-"""Examples in the batch that is counted: batch normalisation refuses to train on one."""
+"""Examples in the batch that is counted: batch normalisation cannot train on a single one."""
 
 
 class Counted:
-    """What a function of a batch costs: counted once per shape, by running it on copies of one example.
+    """The FLOPs of a function of a batch: counted once per shape, by running it on copies of one example.
 
-    The function must not look at answers: the shape that counts is that of the largest input.
+    The shape is that of the largest input, so the cost of the function must not depend on the answers.
 
     Args:
         function: of a batch.
@@ -238,7 +242,7 @@ class Counted:
         self._cache: dict[tuple[int, ...], float] = {}
 
     def __call__(self, batch: Batch) -> float:
-        """FLOPs of all of `batch`."""
+        """FLOPs of the function on `batch`."""
         shape = tuple(max((x.shape[1:] for x in batch.inputs.values()), key=prod))
         if shape not in self._cache:
             probe = batch.map(lambda x: x[:1].repeat_interleave(PROBE_SIZE, dim=0))

@@ -1,15 +1,15 @@
 """The accounting of Compute-Constrained Data Selection: 6ND for training, 2ND for a forward pass.
 
 Source: Yin and Rush, "Compute-Constrained Data Selection" (CCDS), ICLR 2025, arXiv 2410.16208. N is a number
-of parameters, D a number of tokens. Perplexity is one forward pass over the pool, LESS costs 1.8 full
-trainings of its scorer, BM25 and embeddings are free; the scorer's own fine-tuning is not charged.
+of parameters, D a number of tokens. Perplexity is one forward pass over the pool. LESS costs 1.8 full trainings of its
+scorer. BM25 and embeddings are free. The fine-tuning of the scorer is not charged.
 
-What CCDS published for its pool, 4.593e18 (7B), 8.638e18 (13B) and 4.926e19 (70B), is not 6ND of the models'
-own parameter counts with any one D: 6.738e9, 13.016e9 and 68.977e9 parameters imply 113.6, 110.6 and 119.0
-million tokens. All three follow within 0.05 % from D = 98.0 million and `6N + 12 L h T` a token, which adds
-attention (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B), with T = 4096, Llama-2's context, and
-with keys and values of full width, so that N is 6.738e9, 13.016e9 and 78.372e9. CCDS does not say so: this is
-what fits its figures. `ccds_parameters` folds it into an N.
+CCDS published 4.593e18 (7B), 8.638e18 (13B) and 4.926e19 (70B) FLOPs for its pool. No single D gives these as 6ND of
+the parameter counts of the models: 6.738e9, 13.016e9 and 68.977e9 parameters imply 113.6, 110.6 and 119.0 million
+tokens. All three follow within 0.05 % from D = 98.0 million and `6N + 12 L h T` a token. That adds attention (Chowdhery
+et al. 2022, PaLM, arXiv 2204.02311, appendix B) with T = 4096, the context of Llama-2. It also takes keys and values of
+full width, so that N is 6.738e9, 13.016e9 and 78.372e9. CCDS does not state this: it is the formula that fits its
+figures. `ccds_parameters` gives the N with which 6ND equals it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from cads.accounting.architectures import Architecture
 from cads.errors import ConfigError
 
 CCDS_TOKENS = 98.0e6
-"""D: what the published FLOPs of the pool imply, 362 tokens for each of its 270,679 examples."""
+"""D that the published FLOPs of the pool imply: 362 tokens for each of its 270,679 examples."""
 CCDS_CONTEXT = 4096
-"""T: the positions to which each token is taken to attend."""
+"""T: the number of positions that each token is assumed to attend to."""
 
 TRAINING, FORWARD = 6, 2
-"""FLOPs a parameter and token."""
+"""FLOPs per parameter and token."""
 SELECTION = {
     "random": 0.0,
     "full": 0.0,
@@ -32,7 +32,7 @@ SELECTION = {
     "ppl": FORWARD / TRAINING,
     "less": 1.8,
 }
-"""What choosing from the whole pool costs, in full trainings of the scorer on it (CCDS's figures)."""
+"""Cost of selection from the full pool by method, in full trainings of the scorer on that pool (figures of CCDS)."""
 
 
 def training_flops(n_parameters: float, n_tokens: float) -> float:
@@ -46,10 +46,10 @@ def forward_flops(n_parameters: float, n_tokens: float) -> float:
 
 
 def selection_flops(method: str, n_parameters: float, n_tokens: float) -> float:
-    """What `method` spends to rank a pool of D tokens with a scorer of N parameters.
+    """FLOPs of `method` to rank a pool of D tokens with a scorer of N parameters.
 
     Raises:
-        ConfigError: for a method that CCDS has no figure for.
+        ConfigError: if CCDS has no figure for the method.
     """
     if method not in SELECTION:
         raise ConfigError(
@@ -60,9 +60,9 @@ def selection_flops(method: str, n_parameters: float, n_tokens: float) -> float:
 
 
 def ccds_parameters(architecture: Architecture, context: int = CCDS_CONTEXT) -> float:
-    """The N with which 6ND gives CCDS's figures: `N + 2 L h T`, with keys and values as wide as queries.
+    """The N with which 6ND gives the figures of CCDS: `N + 2 L h T`, with keys and values as wide as queries.
 
-    7.812e9, 14.694e9 and 83.741e9 for Llama-2 7B, 13B and 70B.
+    It is 7.812e9, 14.694e9 and 83.741e9 for Llama-2 7B, 13B and 70B.
     """
     missing_heads = 2 * (architecture.heads - architecture.kv_heads)
     widened = architecture.layers * architecture.hidden * missing_heads * architecture.head_dim
@@ -71,6 +71,11 @@ def ccds_parameters(architecture: Architecture, context: int = CCDS_CONTEXT) -> 
 
 
 def _positive(value: float, name: str) -> float:
+    """The value, if it is positive.
+
+    Raises:
+        ConfigError: if it is not.
+    """
     if not value > 0:
         raise ConfigError(f"{name} = {value}: it must be positive")
     return value

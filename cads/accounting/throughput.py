@@ -1,4 +1,4 @@
-"""How fast the machine multiplies matrices: the limit against which training is measured."""
+"""The matrix-product throughput of the machine: the limit against which training is measured."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import cache
 import torch
 
 SECONDS = 0.2
-"""Time for which products are repeated; the fastest counts, since others are disturbed."""
+"""Time for which the product is repeated. The fastest one counts, since other work slows the rest."""
 SIZES = {"cpu": 1024, "cuda": 8192}
-"""Rows of the square matrices by type of device: large enough to be limited by arithmetic."""
+"""Rows of the square matrices by type of device: large enough that arithmetic limits the time."""
 TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Data type of each precision of `TrainConfig`."""
 
@@ -23,9 +23,9 @@ def matmul_flops_per_second(device: str, precision: str = "no") -> float:
     out = torch.empty_like(a)
     fastest, started = float("inf"), time.perf_counter()
     while time.perf_counter() < started + SECONDS:
-        begin = time.perf_counter()
+        product_started = time.perf_counter()
         torch.mm(a, a, out=out)
         if out.is_cuda:
             torch.cuda.synchronize(out.device)
-        fastest = min(fastest, time.perf_counter() - begin)
+        fastest = min(fastest, time.perf_counter() - product_started)
     return 2 * n**3 / fastest

@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is made of, read from a model."""
+"""The architecture and training of a transformer, read from a model: what its closed form needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ def trainable_size(model: nn.Module) -> int:
 
 
 class Transformer(NamedTuple):
-    """A transformer as it will be trained: its architecture, what is trained, and how it is executed."""
+    """A transformer as it is trained: its architecture, its trainable weights, and how it is executed.
+
+    Attributes:
+        architecture: its linears and sizes.
+        trainable: what is trained.
+        checkpointing: how layers are recomputed in the backward pass; None for no recomputation.
+        fused: whether attention runs in a fused kernel.
+    """
 
     architecture: Architecture
     trainable: Trainable
@@ -26,7 +33,7 @@ class Transformer(NamedTuple):
     fused: bool
 
     def flops(self, length: int, head_positions: int | None = None) -> tuple[int, int]:
-        """Of forward, and of forward and backward, of one sequence; its head computes on all positions by default."""
+        """FLOPs of forward, and of forward and backward, of one sequence; by default the head reads all positions."""
         return transformer_flops(
             self.architecture,
             length,
@@ -38,39 +45,40 @@ class Transformer(NamedTuple):
 
 
 def read_transformer(model: nn.Module) -> Transformer | None:
-    """What a transformers or PEFT model is, or None for other models.
+    """Read a transformers or PEFT model; None for other models.
 
     Raises:
-        ConfigError: if no closed form is known for it, or for the choice of what is trained.
+        ConfigError: if the model, or the choice of trained parameters, has no closed form.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "model_type"):
         return None
     architecture = from_config(config)
-    trained, adapters = trainable_size(model), getattr(model, "peft_config", None)
-    trainable: Trainable = Full() if trained else Frozen()
-    expected = trained and sum(architecture.n_parameters.values())
+    n_trained, adapters = trainable_size(model), getattr(model, "peft_config", None)
+    trainable: Trainable = Full() if n_trained else Frozen()
+    expected = n_trained and sum(architecture.n_parameters.values())
     if adapters:
         adapter = next(iter(adapters.values()))
-        targets = adapter.target_modules
-        names: Any = targets if isinstance(targets, str) else tuple(sorted(targets))
-        trainable = Lora(adapter.r, names, tuple(adapter.modules_to_save or ()))
+        modules = adapter.target_modules
+        targets: Any = modules if isinstance(modules, str) else tuple(sorted(modules))
+        trainable = Lora(adapter.r, targets, tuple(adapter.modules_to_save or ()))
         expected = lora_parameters(architecture, trainable)
-    if trained != expected:
+    if n_trained != expected:
         raise ConfigError(
-            f"{trained:,} parameters are trained where a {architecture.family} with {trainable} trains {expected:,}"
+            f"{n_trained:,} parameters are trained where a {architecture.family} with {trainable} trains {expected:,}"
         )
     on_meta = next(model.parameters()).device.type == "meta"
-    # On the meta device attention is decomposed, and nothing is recomputed.
+    # On the meta device attention runs as separate products, which recompute no scores.
     return Transformer(
         architecture, trainable, _checkpointing(model), config._attn_implementation == "sdpa" and not on_meta
     )
 
 
 def _checkpointing(model: nn.Module) -> Checkpointing | None:
+    """The kind of gradient checkpointing that is enabled in the model, if any."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
-            chosen = getattr(module, "_gradient_checkpointing_func", None)
-            reentrant = getattr(chosen, "keywords", {}).get("use_reentrant", False)
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
             return "reentrant" if reentrant else "non-reentrant"
     return None

@@ -27,7 +27,7 @@ from cads.runtime.processes import world_group
 from cads.runtime.run_folder import RunFolder
 from cads.selection import Selection, check_folder, versions
 from cads.task import Task
-from cads.tasks.language.shapes import SketchedLanguage
+from cads.tasks.language.shapes import ShapeOnlyLanguageTask
 from cads.training import final
 
 PLAN_WIDTH = 112
@@ -46,14 +46,14 @@ def plan(argv: list[str]) -> None:
     if rate is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         rate, rate_from = matmul_flops_per_second(device, objects.train.precision), f"matrix products on this {device}"
-    task: Task = objects.task.sketch(objects.train)
+    task: Task = objects.task.meta(objects.train)
     task.accounting = config.accounting
     budget = Budget.parse(config.budget, count_selection=config.count_selection)
     options = {config.method: objects.options}
     methods: dict[str, Plannable] = {}
     unplanned: dict[str, str] = {}
     # Selectors read their examples to say what they cost; where there are none, it is what has been published.
-    published = PUBLISHED if isinstance(task, SketchedLanguage) else {}
+    published = PUBLISHED if isinstance(task, ShapeOnlyLanguageTask) else {}
     for name in config.methods or sorted({*names(SELECTORS), *published}):
         try:
             methods[name] = options.get(name) or published.get(name) or build_selector(name, config.selectors.get(name))

@@ -1,4 +1,4 @@
-"""B collated examples, and the shape of one."""
+"""A batch of B collated examples, and the shape of one example."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
-"""The shape of one example: its inputs by name, without the batch dimension. Equal shapes cost the same."""
+"""The shape of one example: of each input by name, without the batch dimension. Equal shapes cost the same."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Batch:
 
     Attributes:
         inputs: what the model reads, by name; each of shape (B, ...).
-        labels: what it should answer, shape (B,) or (B, T).
-        positions: where the examples stand in their pool, shape (B,), int64.
-        tokens: positions the model computes on, padding included (images: one per example).
-        answer_tokens: positions that are learned from (images: one per example).
+        labels: the expected outputs, shape (B,) or (B, T).
+        positions: the index of each example in its pool, shape (B,), int64.
+        tokens: token positions that the model computes on, padding included (images: one per example).
+        answer_tokens: token positions that the training loss is computed on (images: one per example).
     """
 
     inputs: dict[str, Tensor]
@@ -36,8 +36,8 @@ class Batch:
 
     @property
     def shape(self) -> Shape:
-        """The shape of one of its examples."""
-        # It is asked for in every training step: a list is several times faster here than a generator.
+        """The shape of one example of the batch."""
+        # Every training step reads the shape: a list is several times faster here than a generator.
         return tuple([(name, self.inputs[name].shape[1:]) for name in sorted(self.inputs)])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -46,7 +46,7 @@ class Batch:
         return replace(self, inputs=inputs, labels=function(self.labels))
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on `device`; the copy from pinned memory does not block."""
+        """The batch on `device`; a copy from pinned memory does not block."""
         return self.map(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
@@ -54,21 +54,22 @@ class Batch:
         return self.map(Tensor.pin_memory)
 
     def split(self, parts: int, replicas: int = 1) -> list[Batch]:
-        """At most `parts` pieces of nearly equal length, for gradient accumulation.
+        """At most `parts` micro-batches of nearly equal length, for gradient accumulation.
 
-        Each piece holds its share of every replica, replica by replica as the whole does.
+        Each micro-batch holds an equal share of every replica. Its rows are ordered by replica, as in the full batch.
         """
         if parts == 1:
             return [self]
         rows = torch.arange(len(self)).view(replicas, -1)
-        pieces = [rows[:, p].flatten() for p in np.array_split(np.arange(rows.shape[1]), parts) if len(p)]
+        columns = np.array_split(np.arange(rows.shape[1]), parts)
+        micro_batches = [rows[:, c].flatten() for c in columns if len(c)]
         return [
             Batch(
-                inputs={name: x[piece] for name, x in self.inputs.items()},
-                labels=self.labels[piece],
-                positions=self.positions[piece],
-                tokens=round(self.tokens * len(piece) / len(self)),
-                answer_tokens=round(self.answer_tokens * len(piece) / len(self)),
+                inputs={name: x[members] for name, x in self.inputs.items()},
+                labels=self.labels[members],
+                positions=self.positions[members],
+                tokens=round(self.tokens * len(members) / len(self)),
+                answer_tokens=round(self.answer_tokens * len(members) / len(self)),
             )
-            for piece in pieces
+            for members in micro_batches
         ]

@@ -1,4 +1,4 @@
-"""Hashes of many rows at once: of what each example holds, and of whole columns of a table."""
+"""Hashes of many rows at once: of the content of each example, and of whole columns of a table."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 ROWS = 2**16
-"""Rows of a column that are copied at once."""
+"""Rows that are hashed or copied at a time."""
 SIZE = 16
-"""Bytes of the digest of a row."""
+"""Bytes in the digest of a row."""
 
 
 class Digest(Protocol):
-    """A hash of `hashlib` that is being computed."""
+    """An unfinished hash of `hashlib`."""
 
     def update(self, data: bytes | memoryview, /) -> None:
-        """Take in `data`."""
+        """Add `data` to the hash."""
         ...
 
 
 def digests(contents: Iterable[np.ndarray]) -> pa.Array:
-    """A digest of each content (BLAKE2b), large binary of `SIZE` bytes, shape (n,): equal contents have equal ones.
+    """The BLAKE2b digest of each content, large binary of `SIZE` bytes, shape (n,).
 
-    Made in blocks of `ROWS`, so that only so many are Python objects at once.
+    Equal contents have equal digests. They are computed in blocks, so that at most `ROWS` are Python objects at a time.
     """
-    made, remaining = [], iter(contents)
+    blocks, remaining = [], iter(contents)
     while block := [hashlib.blake2b(content.data, digest_size=SIZE).digest() for content in islice(remaining, ROWS)]:
-        made.append(pa.array(block, pa.large_binary()))
-    return pa.concat_arrays(made) if made else pa.array([], pa.large_binary())
+        blocks.append(pa.array(block, pa.large_binary()))
+    return pa.concat_arrays(blocks) if blocks else pa.array([], pa.large_binary())
 
 
 def row_digests(rows: np.ndarray) -> pa.Array:
-    """A digest of each row (uint8, shape (n, L)); see `digests`."""
+    """The digest of each row of `rows` (uint8, shape (n, L)); see `digests`."""
     return digests(np.ascontiguousarray(rows))
 
 
 def add_pairs(digest: Digest, first: pa.Array, second: pa.Array) -> None:
-    """Take two columns of strings or bytes without missing values into `digest`, row by row, a zero byte in between."""
+    """Add two columns of strings or bytes without missing values to `digest`, row by row, separated by a zero byte."""
     for start in range(0, len(first), ROWS):
         pair = (column.slice(start, ROWS).cast(pa.large_binary()) for column in (first, second))
         joined = pc.binary_join_element_wise(*pair, pa.scalar(b"\0", pa.large_binary()))
@@ -52,12 +52,15 @@ def add_pairs(digest: Digest, first: pa.Array, second: pa.Array) -> None:
 
 
 def add_column(digest: Digest, column: pa.Array | pa.ChunkedArray) -> None:
-    """Take a column of strings or bytes without missing values into `digest`, whatever its chunks and its type."""
+    """Add a column of strings or bytes without missing values to `digest`.
+
+    The hash does not depend on how the column is chunked, nor on its Arrow type.
+    """
     for start in range(0, len(column), ROWS):
-        piece = column.slice(start, ROWS)
-        piece = (piece.combine_chunks() if isinstance(piece, pa.ChunkedArray) else piece).cast(pa.large_binary())
-        digest.update(np.asarray(pc.binary_length(piece), dtype="<i8").tobytes())
-        _, offsets, data = piece.buffers()
-        ends = np.frombuffer(offsets, dtype=np.int64)[piece.offset : piece.offset + len(piece) + 1]
-        if ends[-1] > ends[0]:
-            digest.update(memoryview(data)[ends[0] : ends[-1]])
+        block = column.slice(start, ROWS)
+        block = (block.combine_chunks() if isinstance(block, pa.ChunkedArray) else block).cast(pa.large_binary())
+        digest.update(np.asarray(pc.binary_length(block), dtype="<i8").tobytes())
+        _, offsets, data = block.buffers()
+        bounds = np.frombuffer(offsets, dtype=np.int64)[block.offset : block.offset + len(block) + 1]
+        if bounds[-1] > bounds[0]:
+            digest.update(memoryview(data)[bounds[0] : bounds[-1]])

@@ -1,4 +1,4 @@
-"""The order of examples: by their ids, and by their scores, the higher the better and ties by id."""
+"""Ids of examples, and the order of examples by score: higher is better, ties are broken by id."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 DIGITS = 5
-"""Least digits of the number in an id."""
+"""Minimum number of digits in an id."""
 
 
 def numbered(name: str, count: int) -> pa.Array:
-    """Ids for examples that have none, `name-00000` and so on: they ascend."""
+    """Ids for examples that have none: `name-00000` and so on, in ascending order."""
     numbers = pc.utf8_lpad(pa.array(np.arange(count)).cast(pa.string()), max(DIGITS, len(str(count - 1))), "0")
     return pc.binary_join_element_wise(pa.scalar(name), numbers, "-")
 
 
 def ascending(ids: pa.Array | pa.ChunkedArray) -> bool:
-    """Whether each id is greater than the one before it, as those of most data sets are: then none is twice there."""
+    """Whether each id is greater than the one before it, as in most data sets. Ascending ids are unique."""
     return len(ids) < 2 or bool(pc.all(pc.less(ids[:-1], ids[1:])).as_py())
 
 
 def distinct(ids: pa.Array | pa.ChunkedArray) -> bool:
-    """Whether no id is twice there. Only ids that do not ascend need a table of all of them, 100 bytes each."""
+    """Whether all ids are unique. Only ids that do not ascend need a hash table, about 100 bytes an id."""
     return ascending(ids) or pc.count_distinct(ids).as_py() == len(ids)
 
 
 def best_first(ids: pa.Array, score: np.ndarray) -> np.ndarray:
-    """Positions by falling score (shape (N,)), ties by id; int64, shape (N,)."""
+    """Positions in descending order of `score` (shape (N,)), ties by id; int64, shape (N,)."""
     if ascending(ids):
         return np.argsort(-score, kind="stable")
     order = pc.sort_indices(pa.table({"id": ids, "score": score}), [("score", "descending"), ("id", "ascending")])
@@ -35,7 +35,7 @@ def best_first(ids: pa.Array, score: np.ndarray) -> np.ndarray:
 
 
 def rank_by_score(ids: pa.Array, score: np.ndarray) -> np.ndarray:
-    """Place of each example by falling score (shape (N,)), 0 is best, ties by id; int64, shape (N,)."""
+    """Rank of each example by `score` (shape (N,)): 0 has the highest score, ties by id; int64, shape (N,)."""
     order = best_first(ids, score)
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))

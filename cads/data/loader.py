@@ -1,4 +1,4 @@
-"""The batches of a training run as they are loaded, by this process or by others that run ahead of it."""
+"""Loads the batches of a training run, in this process or in worker processes that prefetch them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from cads.data.training_batches import BatchStream
 from cads.errors import DataError
 
 
-def load_steps(draws: BatchStream, start: int, workers: int, *, pin: bool) -> Iterator[list[Batch]]:
-    """The pieces of step `start`, of the one after it, and so on without end.
+def load_steps(batch_stream: BatchStream, start: int, workers: int, *, pin: bool) -> Iterator[list[Batch]]:
+    """The batches of step `start`, of step `start + 1`, and so on without end; see `BatchStream.step`.
 
     Args:
-        workers: processes that load; 0 for this one. pin: whether batches go to page-locked memory.
+        batch_stream: what is trained on.
+        start: the first step.
+        workers: number of worker processes; 0 loads in this process.
+        pin: whether batches are copied to page-locked memory.
     """
     yield from DataLoader(
-        _Steps(draws),
+        _Steps(batch_stream),
         batch_size=None,
         sampler=_Count(start),
         num_workers=workers,
@@ -29,39 +32,39 @@ def load_steps(draws: BatchStream, start: int, workers: int, *, pin: bool) -> It
     )
 
 
-def fingerprint(draws: BatchStream) -> str:
-    """What is trained on, as far as the first step tells."""
-    digest = hashlib.sha256(f"{draws.batch_size} {draws.replicas}".encode())
-    for stream in draws.streams:
-        digest.update(stream.take(0, draws.batch_size).tobytes())
+def fingerprint(batch_stream: BatchStream) -> str:
+    """A hash of the batch size, the number of replicas, and the first positions of each stream."""
+    digest = hashlib.sha256(f"{batch_stream.batch_size} {batch_stream.replicas}".encode())
+    for stream in batch_stream.streams:
+        digest.update(stream.take(0, batch_stream.batch_size).tobytes())
     return digest.hexdigest()
 
 
-def check_answers(draws: BatchStream, pieces: list[Batch], step: int) -> None:
-    """Refuse a batch from which nothing can be learned.
+def check_answers(batch_stream: BatchStream, batches: list[Batch], step: int) -> None:
+    """Refuse a step without any answer token: there is nothing to learn from.
 
     Raises:
-        DataError: naming the step and examples.
+        DataError: naming the step and its first examples.
     """
-    if not sum(p.answer_tokens for p in pieces):
+    if not sum(batch.answer_tokens for batch in batches):
         raise DataError(
-            f"no answer token in the batch of step {step} (examples {draws.ids(pieces)[:5]}): there is nothing to "
-            "learn from them; remove them, or keep more of them when they are cut"
+            f"no answer token in the batch of step {step} (examples {batch_stream.ids(batches)[:5]}): there is nothing "
+            "to learn from them; remove them, or truncate examples less"
         )
 
 
 class _Steps(Dataset[list[Batch]]):
-    """The steps of `draws` as a map-style dataset, for `DataLoader`."""
+    """The steps of a `BatchStream` as a map-style dataset, for `DataLoader`."""
 
-    def __init__(self, draws: BatchStream) -> None:
-        self._draws = draws
+    def __init__(self, batch_stream: BatchStream) -> None:
+        self._batch_stream = batch_stream
 
     def __getitem__(self, step: int) -> list[Batch]:
-        return self._draws.step(step)
+        return self._batch_stream.step(step)
 
 
 class _Count:
-    """start, start + 1, ..."""
+    """A sampler that yields start, start + 1, ... without end."""
 
     def __init__(self, start: int) -> None:
         self._start = start
@@ -70,5 +73,5 @@ class _Count:
         return itertools.count(self._start)
 
 
-def _identity(pieces: list[Batch]) -> list[Batch]:
-    return pieces
+def _identity(batches: list[Batch]) -> list[Batch]:
+    return batches

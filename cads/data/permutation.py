@@ -1,4 +1,4 @@
-"""A pseudo-random permutation whose elements are computed one by one, by a Feistel cipher."""
+"""A pseudo-random permutation by a Feistel cipher: any element can be computed without the others."""
 
 from __future__ import annotations
 
@@ -7,34 +7,37 @@ import math
 import numpy as np
 
 ROUNDS = 6
-"""Of the cipher that does so."""
+"""Rounds of the Feistel cipher."""
 
 
-def feistel_permutation(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where a keyed permutation of 0..n-1 takes `places`, int64 like them.
+def feistel_permutation(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """The elements at `indices` of a keyed permutation of 0..n-1, int64, shape (B,).
 
-    A Feistel network on pairs of digits in base m, the least m with m^2 >= n; what falls on n or above (at most
-    2 sqrt(n) + 1 of the m^2 pairs stand for that) goes through it again until it does not.
+    A Feistel network on pairs of digits in base m, where m is the smallest integer with m^2 >= n. At most
+    2 sqrt(n) + 1 of the m^2 pairs encode a number of n or above. Such a result is encrypted again until it is below n.
 
     Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, method "generalized Feistel" with
     cycle walking; the round function is the finalizer of SplitMix64.
 
     Args:
-        places: in 0..n-1. keys: uint64, one a round.
+        indices: in 0..n-1, shape (B,).
+        n: length of the permutation.
+        keys: one a round, uint64, shape (`ROUNDS`,).
     """
     m = np.uint64(math.isqrt(n - 1) + 1)
-    found = np.asarray(places, dtype=np.uint64)
-    outside = np.ones(len(found), dtype=bool)
-    while outside.any():
-        left, right = np.divmod(found[outside], m)
+    elements = np.asarray(indices, dtype=np.uint64)
+    out_of_range = np.ones(len(elements), dtype=bool)
+    while out_of_range.any():
+        left, right = np.divmod(elements[out_of_range], m)
         for key in keys:
-            left, right = right, (left + _mixed(right ^ key) % m) % m
-        found[outside] = left * m + right
-        outside = found >= n
-    return found.astype(np.int64)
+            left, right = right, (left + _round_function(right ^ key) % m) % m
+        elements[out_of_range] = left * m + right
+        out_of_range = elements >= n
+    return elements.astype(np.int64)
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
+def _round_function(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""N examples: stable ids, an optional source each, and the payload."""
+"""A pool of N examples: their ids, an optional source each, and their payload."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cads.errors import DataError
 
 
 class Examples(Protocol):
-    """The payload of a pool: N examples that can be collated, in memory or behind a file."""
+    """The payload of a pool: N examples that can be collated, in memory or in a file."""
 
     def __len__(self) -> int: ...
 
@@ -27,11 +27,11 @@ class Examples(Protocol):
         ...
 
     def take(self, positions: np.ndarray) -> Examples:
-        """The examples at `positions` alone, in that order."""
+        """Only the examples at `positions`, in that order."""
         ...
 
     def shapes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which examples cost the same.
+        """Groups of examples of equal shape, which cost the same.
 
         Returns:
             representatives, shape (U,): one position for each distinct shape;
@@ -40,11 +40,11 @@ class Examples(Protocol):
         ...
 
     def digests(self) -> pa.Array | list[bytes]:
-        """A content hash of what the model reads of each example, in order; large pools give a binary array."""
+        """A hash of the inputs of each example, without its label, in order; large pools give a binary array."""
         ...
 
     def label_digest(self) -> bytes:
-        """A content hash of all labels, in order."""
+        """One hash of all labels, in order."""
         ...
 
 
@@ -56,10 +56,10 @@ class Pool:
         examples: the payload, of the same length.
         sources: one integer code an example (shape (N,)), or None if the pool has no sources.
         source_names: the name behind each code; every source must have at least one example.
-        name: what error messages call this pool.
+        name: the name of this pool in error messages.
 
     Raises:
-        DataError: if it is empty, has duplicate ids, lengths that differ, or a source with no example.
+        DataError: if the pool is empty, ids are not unique strings, lengths differ, or a source has no example.
     """
 
     def __init__(
@@ -99,10 +99,10 @@ class Pool:
             raise DataError(f"the {self.name} has {self.ids.null_count} missing ids: every example needs one")
         if not distinct(self.ids):
             counts = pc.value_counts(self.ids)
-            twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+            duplicates = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
             raise DataError(
-                f"the {self.name} has duplicate ids, {len(twice)} in all, such as {twice[:3].to_pylist()}: "
-                "ids must be unique"
+                f"the {self.name} has duplicate ids, {len(duplicates)} in all, such as "
+                f"{duplicates[:3].to_pylist()}: ids must be unique"
             )
         if self.sources is None:
             return
@@ -113,16 +113,16 @@ class Pool:
                 f"the {self.name} has source codes outside 0..{len(self.source_names) - 1}: "
                 "each code indexes source_names"
             )
-        empty = [s for s, n in zip(self.source_names, self.source_sizes, strict=True) if n == 0]
-        if empty:
-            raise DataError(f"sources of the {self.name} with no example: {empty}; remove them or give data")
+        empty_sources = [s for s, n in zip(self.source_names, self.source_sizes, strict=True) if n == 0]
+        if empty_sources:
+            raise DataError(f"sources of the {self.name} with no example: {empty_sources}; remove them or give data")
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def source_sizes(self) -> np.ndarray:
-        """Examples in each source, shape (S,).
+        """Number of examples in each source, shape (S,).
 
         Raises:
             DataError: if the pool has no sources.
@@ -147,25 +147,25 @@ class Pool:
         return Pool(self.ids.take(positions), self.examples.take(positions), name=name)
 
     def positions_in(self, mask: np.ndarray) -> np.ndarray:
-        """Positions of all examples whose source is chosen by `mask` (bool, shape (S,))."""
+        """Positions of all examples whose source `mask` (bool, shape (S,)) includes."""
         if self.sources is None:
             raise DataError(f"the {self.name} has no sources: name a source column, or select per example")
         return np.flatnonzero(np.asarray(mask, dtype=bool)[self.sources])
 
     @property
     def digests(self) -> pa.Array:
-        """A hash of what the model reads of each example, whatever the label; large binary, shape (N,)."""
-        found = self.examples.digests()
-        return (found if isinstance(found, pa.Array) else pa.array(found, pa.binary())).cast(pa.large_binary())
+        """A hash of the inputs of each example, without its label; large binary, shape (N,)."""
+        digests = self.examples.digests()
+        return (digests if isinstance(digests, pa.Array) else pa.array(digests, pa.binary())).cast(pa.large_binary())
 
     @cached_property
     def content_codes(self) -> np.ndarray:
-        """Which examples are copies of each other: one code a content, whatever the label, int64, shape (N,)."""
+        """A code for the content of each example, int64, shape (N,): equal inputs have equal codes."""
         return self.digests.dictionary_encode().indices.to_numpy().astype(np.int64)
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of ids, contents, labels and sources: two pools with the same hash give the same results."""
+        """Hash of ids, inputs, labels and sources: two pools with the same hash give the same results."""
         digest = hashlib.sha256()
         add_pairs(digest, self.ids, self.digests)
         digest.update(self.examples.label_digest())

@@ -1,4 +1,4 @@
-"""Endless sequences of positions in a pool, each element a pure function of (seed, place)."""
+"""Endless sequences of positions in a pool. Each element is a pure function of the seed and its index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cads.data.permutation import ROUNDS, feistel_permutation
 from cads.errors import DataError
 
 SHUFFLED = 2**20
-"""Positions whose whole order is drawn at once, up to here; of more, places are computed as they are asked for."""
+"""Maximum number of positions whose order is drawn at once. A longer order is computed by index, on demand."""
 
 
 class Stream(Protocol):
@@ -18,7 +18,7 @@ class Stream(Protocol):
 
     @property
     def period(self) -> int:
-        """Elements after which positions come again; more of them are never sorted together."""
+        """Number of elements after which positions repeat. It limits what `LengthBuckets` sorts together."""
         ...
 
     def take(self, start: int, count: int) -> np.ndarray:
@@ -27,13 +27,13 @@ class Stream(Protocol):
 
 
 class ShuffledStream:
-    """All `positions` once an epoch, in an order drawn anew for each epoch from (seed, epoch).
+    """All `positions` once an epoch, in an order drawn for each epoch from (seed, epoch).
 
-    Up to `SHUFFLED` of them are shuffled. Of more, a cipher says what stands at a place, so that a short run over a
-    large pool takes time and memory by what it sees, not by what there is.
+    Up to `SHUFFLED` positions are shuffled as a whole. For more, a cipher computes the element at each index, so that
+    the time and memory of a trial over a large pool grow with what the trial reads, not with the pool.
 
     Raises:
-        DataError: if there is no position.
+        DataError: if `positions` is empty.
     """
 
     def __init__(self, positions: np.ndarray, seed: int) -> None:
@@ -49,17 +49,17 @@ class ShuffledStream:
         return len(self._positions)
 
     def take(self, start: int, count: int) -> np.ndarray:
-        """Elements start .. start+count-1 of the concatenated epochs."""
-        pieces = []
+        """Elements start .. start+count-1 of the concatenated epochs, int64, shape (count,)."""
+        parts = []
         while count > 0:
             epoch, offset = divmod(start, len(self._positions))
-            piece = self._part(epoch, offset, min(count, len(self._positions) - offset))
-            pieces.append(piece)
-            start, count = start + len(piece), count - len(piece)
-        return pieces[0] if len(pieces) == 1 else np.concatenate([self._positions[:0], *pieces])
+            part = self._within_epoch(epoch, offset, min(count, len(self._positions) - offset))
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return parts[0] if len(parts) == 1 else np.concatenate([self._positions[:0], *parts])
 
-    def _part(self, epoch: int, offset: int, count: int) -> np.ndarray:
-        """What stands at `count` places of an epoch, from `offset` on."""
+    def _within_epoch(self, epoch: int, offset: int, count: int) -> np.ndarray:
+        """Elements offset .. offset+count-1 of an epoch."""
         n = len(self._positions)
         if n <= SHUFFLED:
             return self._permutation(epoch)[offset : offset + count]
@@ -67,6 +67,7 @@ class ShuffledStream:
         return self._positions[feistel_permutation(np.arange(offset, offset + count), n, keys)]
 
     def _permutation(self, epoch: int) -> np.ndarray:
+        """All positions in the order of an epoch; the last epoch is cached."""
         if self._order[0] != epoch:
             order = np.random.default_rng((self._seed, epoch)).permutation(self._positions)
             self._order = (epoch, order)
@@ -74,9 +75,9 @@ class ShuffledStream:
 
 
 class WeightedStream:
-    """Draws with replacement, position i in proportion to weights[i] (shape (N,), >= 0, not all 0).
+    """Draws with replacement: position i with probability in proportion to weights[i] (shape (N,), >= 0, not all 0).
 
-    What stands at a place depends on how the sequence is cut: take the same number at a time.
+    Elements depend on how the sequence is divided into calls of `take`: always take the same number at a time.
 
     Raises:
         DataError: if the weights are negative, not finite, or all zero.
@@ -91,11 +92,11 @@ class WeightedStream:
     @property
     def period(self) -> int:
         """The number of positions that can be drawn."""
-        grown = np.count_nonzero(self._cumulative[1:] > self._cumulative[:-1])
-        return int(grown) + int(self._cumulative[0] > 0)
+        increases = np.count_nonzero(self._cumulative[1:] > self._cumulative[:-1])
+        return int(increases) + int(self._cumulative[0] > 0)
 
     def take(self, start: int, count: int) -> np.ndarray:
-        """Elements start .. start+count-1; the generator is seeded by (seed, start)."""
-        u = np.random.default_rng((self._seed, start)).random(count) * self._cumulative[-1]
-        drawn = np.searchsorted(self._cumulative, u, side="right")
+        """Elements start .. start+count-1, int64, shape (count,); the generator is seeded by (seed, start)."""
+        thresholds = np.random.default_rng((self._seed, start)).random(count) * self._cumulative[-1]
+        drawn = np.searchsorted(self._cumulative, thresholds, side="right")
         return np.minimum(drawn, len(self._cumulative) - 1).astype(np.int64)

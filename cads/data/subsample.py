@@ -1,4 +1,4 @@
-"""A random share of each source, nested over shares."""
+"""Random subsamples of each source of a pool. A smaller subsample is contained in a larger one."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ from cads.data.pool import Pool
 
 
 def strata(pool: Pool) -> np.ndarray:
-    """The source of each example, or 0 for all if the pool has no sources; shape (N,)."""
+    """The source code of each example, or 0 for all if the pool has no sources; int32, shape (N,)."""
     return np.zeros(len(pool), dtype=np.int32) if pool.sources is None else pool.sources
 
 
 def subsample(pool: Pool, fidelity: float, seed: int) -> np.ndarray:
-    """A random share of the contents of each source, at least one each; nested over fidelities for one seed.
+    """A random share of the distinct contents of each source, at least one; nested over fidelities for one seed.
 
-    Copies of one content stay together: if they were drawn one by one, a small share of a source that holds the
-    same few examples over and over would look as diverse as a share of any other.
+    All copies of a content are drawn together. If they were drawn one by one, a small share of a source that repeats
+    a few examples would be as diverse as a share of any other source.
+
+    Args:
+        pool: to draw from.
+        fidelity: the share, 0 to 1.
+        seed: of the order in which contents are drawn.
 
     Returns:
         positions, sorted, int64.
     """
     sources, contents = strata(pool), pool.content_codes
-    place = np.random.default_rng(seed).permutation(int(contents.max()) + 1)[contents]
-    kept = []
+    draw_order = np.random.default_rng(seed).permutation(int(contents.max()) + 1)[contents]
+    selected = []
     for members in np.split(np.argsort(sources, kind="stable"), np.cumsum(np.bincount(sources))[:-1]):
-        # A sort is a hundred times faster here than np.unique, which hashes.
-        ordered = np.sort(place[members])
-        distinct_places = ordered[np.diff(ordered, prepend=-1) > 0]
-        last = distinct_places[max(1, round(fidelity * len(distinct_places))) - 1]
-        kept.append(members[place[members] <= last])
-    return np.sort(np.concatenate(kept))
+        # np.unique hashes, which is a hundred times slower here than a sort.
+        ordered = np.sort(draw_order[members])
+        distinct_contents = ordered[np.diff(ordered, prepend=-1) > 0]
+        last = distinct_contents[max(1, round(fidelity * len(distinct_contents))) - 1]
+        selected.append(members[draw_order[members] <= last])
+    return np.sort(np.concatenate(selected))

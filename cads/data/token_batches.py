@@ -1,4 +1,4 @@
-"""Batches of similar length, in an order of ids, for passes that only read."""
+"""Batches of similar length, in the order of ids, for forward passes."""
 
 from __future__ import annotations
 
@@ -10,55 +10,57 @@ from cads.data.pool import Pool
 from cads.errors import ConfigError
 
 SCORED_TOKENS = 512
-"""Padded tokens in one forward pass; the best of 128 to 4,096 on two CPU cores."""
+"""Padded tokens in one forward pass; the fastest of 128 to 4,096 on two CPU cores."""
 SCORED_EXAMPLES = 1024
-"""Most examples in one forward pass, where they have no length."""
+"""Maximum number of examples in one forward pass, for examples without a length."""
 SCORED_VALUES = 2**24
-"""Most input values in one forward pass, where examples have no length: 64 MB as float32."""
+"""Maximum number of input values in one forward pass, for examples without a length: 64 MB as float32."""
 
 
 def by_id(pool: Pool) -> np.ndarray:
-    """Positions in the order of the ids, int64, shape (N,): an order that a permutation of the pool leaves as it is."""
+    """Positions in the order of the ids, int64, shape (N,). This order of examples is the same for a permuted pool."""
     return np.asarray(pc.sort_indices(pool.ids)).astype(np.int64)
 
 
 def lengths(pool: Pool) -> np.ndarray | None:
-    """Tokens of each example, int64, shape (N,), or None where examples do not have a length."""
-    known = getattr(pool.examples, "lengths", None)
-    return np.asarray(known(), dtype=np.int64) if callable(known) else None
+    """Number of tokens of each example, int64, shape (N,), or None if examples have no length."""
+    read_lengths = getattr(pool.examples, "lengths", None)
+    return np.asarray(read_lengths(), dtype=np.int64) if callable(read_lengths) else None
 
 
 def budget_batches(length: np.ndarray, ids: pa.Array, tokens: int) -> list[np.ndarray]:
     """Positions in batches of at most `tokens` padded tokens (or of one example), longest first.
 
-    The same examples stand together whatever their order was: equal lengths are sorted by id.
+    Equal lengths are sorted by id, so that the batches do not depend on the order of the examples.
 
     Args:
-        length: tokens of each example, shape (n,). ids: one each.
+        length: number of tokens of each example, shape (n,).
+        ids: one an example.
+        tokens: maximum number of padded tokens in a batch.
 
     Raises:
-        ConfigError: if the budget is not positive.
+        ConfigError: if `tokens` is not positive.
     """
     if tokens < 1:
         raise ConfigError(f"a batch of {tokens} tokens holds no example: give at least 1, such as {SCORED_TOKENS}")
     table = pa.table({"length": length, "id": ids})
     order = pc.sort_indices(table, [("length", "descending"), ("id", "ascending")]).to_numpy().astype(np.int64)
-    falling = length[order]
-    found, start = [], 0
+    sorted_length = length[order]
+    batches, start = [], 0
     while start < len(order):
-        count = max(1, tokens // max(1, int(falling[start])))
-        found.append(order[start : start + count])
+        count = max(1, tokens // max(1, int(sorted_length[start])))
+        batches.append(order[start : start + count])
         start += count
-    return found
+    return batches
 
 
 def scoring_batches(
     pool: Pool, *, tokens: int = SCORED_TOKENS, positions: np.ndarray | None = None
 ) -> list[np.ndarray]:
-    """All positions of `pool` (or those given) in batches for one forward pass.
+    """All positions of `pool` (or only `positions`) in batches for one forward pass.
 
-    Examples with a length are batched by `tokens`, others by `SCORED_EXAMPLES` and `SCORED_VALUES` in the order of
-    their ids.
+    Examples with a length are batched by `tokens`; see `budget_batches`. Other examples are batched in the order of
+    their ids, within `SCORED_EXAMPLES` and `SCORED_VALUES`.
     """
     positions = np.arange(len(pool)) if positions is None else np.asarray(positions, dtype=np.int64)
     length, ids = lengths(pool), pool.ids.take(pa.array(positions))

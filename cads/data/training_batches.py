@@ -1,4 +1,4 @@
-"""Which examples each training step sees: a pure function of (seed, step), so that any step can be resumed."""
+"""The batches of each training step: a pure function of (seed, step), so that a run can resume at any step."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from cads.data.streams import ShuffledStream, Stream
 from cads.errors import ConfigError
 
 WINDOW = 64
-"""Batches of examples with a length that are drawn together and then sorted, so that hardly anything is padding."""
+"""Batches that are drawn together and then sorted by length, so that there is little padding."""
 
 
 class LengthBuckets:
-    """A stream cut into batches of similar length.
+    """The positions of a stream in batches of similar length.
 
-    As many batches as `WINDOW` (or as the period of the stream holds) are drawn at once and sorted by length, ties
-    by their place; the batches follow in an order drawn from (seed, window). Each window holds what the stream
-    has there, so that every epoch still sees each example once.
+    A window is `WINDOW` batches, or as many as the period of the stream holds. The positions of a window are drawn at
+    once and sorted by length, ties by their order in the stream. The batches of a window follow in an order drawn from
+    (seed, window). A window holds the same positions as that part of the stream, so that every epoch still sees each
+    example once.
 
     Args:
-        stream: of positions. lengths: of the examples they stand for, shape (N,).
-        count: examples in a batch. seed: of the order of the batches.
+        stream: of positions.
+        lengths: the length of the example at each position, shape (N,).
+        count: examples in a batch.
+        seed: of the order of the batches.
     """
 
     def __init__(self, stream: Stream, lengths: np.ndarray, count: int, seed: int) -> None:
@@ -36,35 +39,36 @@ class LengthBuckets:
 
     def batch(self, step: int) -> np.ndarray:
         """The positions of one step, int64, shape (count,)."""
-        window, place = divmod(step, self._batches)
+        window, index = divmod(step, self._batches)
         if self._window[0] != window:
             self._window = (window, self._sorted(window))
-        return self._window[1][place]
+        return self._window[1][index]
 
     def _sorted(self, window: int) -> np.ndarray:
-        """All batches of a window, shape (batches, count)."""
+        """The positions of all batches of a window, shape (batches, count)."""
         size = self._batches * self._count
-        drawn = self._stream.take(window * size, size)
-        rows = drawn[np.argsort(self._lengths[drawn], kind="stable")].reshape(self._batches, self._count)
-        return np.random.default_rng((self._seed, window)).permutation(rows)
+        positions = self._stream.take(window * size, size)
+        order = np.argsort(self._lengths[positions], kind="stable")
+        batches = positions[order].reshape(self._batches, self._count)
+        return np.random.default_rng((self._seed, window)).permutation(batches)
 
 
 class BatchStream:
     """The training batches of K replicas.
 
-    Where examples have a length (`pool.examples.lengths()`), batches hold examples of similar length; see
+    If examples have a length (`pool.examples.lengths()`), batches hold examples of similar length; see
     `LengthBuckets`.
 
     Args:
-        pool: what the streams point into.
+        pool: whose positions the streams give.
         streams: one a replica.
         batch_size: B, examples a step and replica.
         target: the pool of target examples, needed if `target_fraction` > 0.
         target_fraction: share of each batch drawn from the target (joint training), 0 to 1.
-        seed: of the order in which the target is visited.
+        seed: of the order in which target examples are drawn.
 
     Raises:
-        ConfigError: if `target_fraction` is no share, or there is no target for it.
+        ConfigError: if `target_fraction` is not between 0 and 1, or is positive without a target.
     """
 
     def __init__(
@@ -85,74 +89,75 @@ class BatchStream:
         self.streams = list(streams)
         self.batch_size = batch_size
         self._target = target
-        self._from_target = round(target_fraction * batch_size)
+        self._n_target = round(target_fraction * batch_size)
         self._seed = seed
-        self._in_batches = [self._batched(pool, s, batch_size - self._from_target) for s in self.streams]
-        if self._from_target and target is not None:
+        self._pool_batches = [self._batched(pool, s, batch_size - self._n_target) for s in self.streams]
+        if self._n_target and target is not None:
             stream = ShuffledStream(np.arange(len(target)), seed)
-            self._target_batches = self._batched(target, stream, self._from_target)
+            self._target_batches = self._batched(target, stream, self._n_target)
 
     @property
     def replicas(self) -> int:
-        """K."""
+        """K, the number of replicas; 1 without streams."""
         return max(1, len(self.streams))
 
     @property
     def from_pool(self) -> int:
-        """Examples of a step and replica that come from the pool: they stand before those of the target."""
-        return self.batch_size - self._from_target
+        """Pool examples in a step of one replica. They come before the target examples."""
+        return self.batch_size - self._n_target
 
     def for_streams(self, *streams: Stream) -> BatchStream:
-        """The draws of some of the replicas alone."""
-        alone = copy.copy(self)
-        alone.streams = list(streams)
-        alone._in_batches = [self._batched(self.pool, s, self.batch_size - self._from_target) for s in streams]
-        return alone
+        """The training batches of only those replicas that read `streams`."""
+        subset = copy.copy(self)
+        subset.streams = list(streams)
+        subset._pool_batches = [self._batched(self.pool, s, self.batch_size - self._n_target) for s in streams]
+        return subset
 
-    def ids(self, pieces: list[Batch]) -> list[str]:
-        """The ids of the examples in `pieces`, as `batches` gave them."""
-        positions = np.concatenate([p.positions.numpy() for p in pieces])
-        from_pool = (self.batch_size - self._from_target) if self._from_target else len(positions)
-        ids: list[str] = self.pool.ids.take(positions[:from_pool]).to_pylist()
+    def ids(self, batches: list[Batch]) -> list[str]:
+        """The ids of the examples in the batches of one step, as `step` returned them."""
+        positions = np.concatenate([batch.positions.numpy() for batch in batches])
+        n_pool = (self.batch_size - self._n_target) if self._n_target else len(positions)
+        ids: list[str] = self.pool.ids.take(positions[:n_pool]).to_pylist()
         if self._target is not None:
-            ids += self._target.ids.take(positions[from_pool:]).to_pylist()
+            ids += self._target.ids.take(positions[n_pool:]).to_pylist()
         return ids
 
     def step(self, step: int) -> list[Batch]:
-        """The pieces of one step, each holding its share of all K replicas, replica by replica.
+        """The batches of one step, each with an equal share of all K replicas, ordered by replica.
 
-        Pool and target examples stand in one piece where their shapes are equal, and they do not share rows.
+        Pool and target examples are in one batch if their shapes are equal and they are not packed into shared rows.
+        Otherwise the batch of pool examples comes before the batch of target examples.
         """
-        pieces = []
-        count = self.batch_size - self._from_target
+        batches = []
+        count = self.batch_size - self._n_target
         if count:
-            positions = [batch(step) for batch in self._in_batches]
-            pieces.append(self.pool.batch(np.concatenate(positions)))
-        if self._from_target and self._target is not None:
+            positions = [positions_of(step) for positions_of in self._pool_batches]
+            batches.append(self.pool.batch(np.concatenate(positions)))
+        if self._n_target and self._target is not None:
             positions = [self._target_batches(step)]
-            pieces.append(self._target.batch(np.concatenate(positions * self.replicas)))
-        if len(pieces) == 2 and pieces[0].shape == pieces[1].shape and "row" not in pieces[0].inputs:
-            return [_interleave(pieces, self.replicas)]
-        return pieces
+            batches.append(self._target.batch(np.concatenate(positions * self.replicas)))
+        if len(batches) == 2 and batches[0].shape == batches[1].shape and "row" not in batches[0].inputs:
+            return [_interleave(batches, self.replicas)]
+        return batches
 
     def _batched(self, pool: Pool, stream: Stream, count: int) -> Callable[[int], np.ndarray]:
-        """What gives the positions of a step (int64, shape (count,))."""
+        """A function from a step to the positions of its batch (int64, shape (count,))."""
         lengths = getattr(pool.examples, "lengths", None)
         if callable(lengths) and count:
             return LengthBuckets(stream, lengths(), count, self._seed).batch
         return lambda step: stream.take(step * count, count)
 
 
-def _interleave(pieces: list[Batch], replicas: int) -> Batch:
-    """Concatenate batches so that each replica's examples stay together."""
+def _interleave(batches: list[Batch], replicas: int) -> Batch:
+    """Concatenate batches so that the examples of each replica are contiguous."""
 
     def join(tensors: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([x.unflatten(0, (replicas, -1)) for x in tensors], dim=1).flatten(0, 1)
 
     return Batch(
-        inputs={name: join([p.inputs[name] for p in pieces]) for name in pieces[0].inputs},
-        labels=join([p.labels for p in pieces]),
-        positions=join([p.positions for p in pieces]),
-        tokens=sum(p.tokens for p in pieces),
-        answer_tokens=sum(p.answer_tokens for p in pieces),
+        inputs={name: join([b.inputs[name] for b in batches]) for name in batches[0].inputs},
+        labels=join([b.labels for b in batches]),
+        positions=join([b.positions for b in batches]),
+        tokens=sum(b.tokens for b in batches),
+        answer_tokens=sum(b.answer_tokens for b in batches),
     )

@@ -9,7 +9,7 @@ from cads.errors import ConfigError
 from cads.policies.simplex import Floats, finite_array
 
 MAX_ENUMERATED = 16
-"""Items whose 2^n masks are still enumerated."""
+"""Largest number of items whose 2^n masks are enumerated."""
 
 
 def enumerate_masks(n: int) -> NDArray[np.bool_]:
@@ -24,11 +24,11 @@ def enumerate_masks(n: int) -> NDArray[np.bool_]:
 
 
 def expected(function_values: ArrayLike, s: ArrayLike) -> float:
-    """Exact E_m[h(m)] = sum_m h(m) prod_i s_i^{m_i} (1 - s_i)^{1 - m_i}, the reference for all that samples masks.
+    """Exact E_m[h(m)] = sum_m h(m) prod_i s_i^{m_i} (1 - s_i)^{1 - m_i}: the reference for estimators by sampling.
 
     Args:
         function_values: h in the order of `enumerate_masks`, shape (2^n,).
-        s: shape (n,).
+        s: inclusion probabilities, shape (n,).
 
     Raises:
         ConfigError: if shapes disagree, n > 16, or a number is outside its range.
@@ -42,7 +42,7 @@ def expected_gradient(values: ArrayLike, s: ArrayLike) -> Floats:
 
     Args:
         values: h in the order of `enumerate_masks`, shape (2^n,).
-        s: shape (n,).
+        s: inclusion probabilities, shape (n,).
 
     Raises:
         ConfigError: as `expected`.
@@ -50,8 +50,8 @@ def expected_gradient(values: ArrayLike, s: ArrayLike) -> Floats:
     h, factors, masks = _enumerated(values, s)
     gradient = np.empty(masks.shape[1])
     for i in range(gradient.size):
-        others = np.delete(factors, i, axis=1).prod(axis=1)
-        gradient[i] = h @ np.where(masks[:, i], others, -others)
+        probability_of_others = np.delete(factors, i, axis=1).prod(axis=1)
+        gradient[i] = h @ np.where(masks[:, i], probability_of_others, -probability_of_others)
     return gradient
 
 
@@ -66,6 +66,7 @@ def _enumerated(values: ArrayLike, s: ArrayLike) -> tuple[Floats, Floats, NDArra
 
 
 def _probabilities(s: ArrayLike) -> Floats:
+    """`s` as a float64 array of shape (n,), checked to be within [0, 1]."""
     inclusion = finite_array("s", s, 1)
     if inclusion.min() < 0 or inclusion.max() > 1:
         raise ConfigError(f"s must be in [0, 1], got {inclusion.min()} to {inclusion.max()}")

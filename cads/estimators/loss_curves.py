@@ -1,4 +1,4 @@
-"""The loss that a training curve will reach: its last steps, and its extrapolation."""
+"""The loss that a training curve reaches: its last steps, and its extrapolation to a larger budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TAIL = 0.1
 
 
 def last_steps(losses: np.ndarray) -> np.ndarray:
-    """The last steps of a course of losses, shape (T, ...), at least one."""
+    """The last `TAIL` of a curve of losses, shape (T, ...), at least one step."""
     return losses[-max(1, round(TAIL * len(losses))) :]
 
 
@@ -22,7 +22,10 @@ FLOOR = 1e-6
 
 
 def extrapolate(flops: np.ndarray, losses: np.ndarray, budget: float) -> np.ndarray:
-    """l*_C from short runs: each curve continued to C log-linearly, `log l = a + b log c`, by least squares.
+    """l*_C, the training loss within reach of budget C, from trials: `log l = a + b log c`, by least squares.
+
+    Each curve is continued to C along its line, which never rises: a loss that rises is noise. The line is fitted to
+    the steps with a finite loss after the first `SKIPPED` of the curve.
 
     Args:
         flops: compute after each step, shape (T,).
@@ -30,27 +33,26 @@ def extrapolate(flops: np.ndarray, losses: np.ndarray, budget: float) -> np.ndar
         budget: C, in FLOPs.
 
     Returns:
-        nats, shape (K,). The line never rises, since a loss that does is noise. It is fitted to the steps with a finite
-        loss; NaN where there are not two of them, or none at the end of the curve: that run diverged.
+        nats, shape (K,). NaN where the trial diverged: fewer than two losses to fit are finite, or none of the last.
 
     Raises:
         ConfigError: if there are fewer than two steps.
     """
     if len(flops) < 2:
         raise ConfigError(f"a curve of {len(flops)} steps cannot be extrapolated: it needs at least two")
-    begin = min(int(SKIPPED * len(flops)), len(flops) - 2)
-    x, y = np.log(flops[begin:]), np.log(np.maximum(losses[begin:], FLOOR))
-    known = np.isfinite(y)
-    y[~known] = np.nan
-    found = _continued(x, y, budget)
-    for k in np.flatnonzero(~known.all(axis=0)):
-        if known[:, k].sum() >= 2 and np.isfinite(last_steps(losses[:, k])).any():
-            found[k] = _continued(x[known[:, k]], y[known[:, k], k : k + 1], budget)[0]
-    return found
+    start = min(int(SKIPPED * len(flops)), len(flops) - 2)
+    x, y = np.log(flops[start:]), np.log(np.maximum(losses[start:], FLOOR))
+    finite = np.isfinite(y)
+    y[~finite] = np.nan
+    reachable = _log_linear(x, y, budget)
+    for k in np.flatnonzero(~finite.all(axis=0)):
+        if finite[:, k].sum() >= 2 and np.isfinite(last_steps(losses[:, k])).any():
+            reachable[k] = _log_linear(x[finite[:, k]], y[finite[:, k], k : k + 1], budget)[0]
+    return reachable
 
 
-def _continued(x: np.ndarray, y: np.ndarray, budget: float) -> np.ndarray:
-    """The falling lines through log losses y (T, K) over log FLOPs x (T,), read off at the budget; nats, shape (K,)."""
+def _log_linear(x: np.ndarray, y: np.ndarray, budget: float) -> np.ndarray:
+    """Non-increasing lines fitted to log losses y (T, K) over log FLOPs x (T,), at the budget: nats, shape (K,)."""
     centred = x - x.mean()
     slope = np.minimum(centred @ y / (centred @ centred), 0.0)
     return np.asarray(np.exp(y.mean(axis=0) + slope * (np.log(budget) - x.mean())))

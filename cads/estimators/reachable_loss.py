@@ -27,29 +27,30 @@ def effective_size(weights: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def mean_over_sources(weights: np.ndarray, sizes: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """R(m): the mean loss of the examples that m selects, or the weighted mean.
+    """R(m): the mean loss of the examples that the mask m selects, or the weighted mean under weights m.
 
     Args:
-        weights: as in `effective_size`, shape (M, S). sizes: shape (S,).
+        weights: as in `effective_size`, shape (M, S).
+        sizes: examples in each source, shape (S,).
         losses: mean loss in each source, nats, shape (S,).
 
     Returns:
         nats, shape (M,).
     """
-    amount = np.asarray(weights, dtype=np.float64) * sizes
-    return np.asarray(amount @ losses / amount.sum(axis=1))
+    amounts = np.asarray(weights, dtype=np.float64) * sizes
+    return np.asarray(amounts @ losses / amounts.sum(axis=1))
 
 
 class ReachableLossModel:
-    """l*_C over all masks of sources, from a few: `log l*` linear in mixture ratios, their pairs and log size.
+    """l*_C of any mask of sources, fitted to a few: `log l*` is linear in mixture ratios, their pairs and log size.
 
-    A fit on ratios alone misleads, since the amount of data matters as much as the mixture; and the loss of a
-    union is no combination of its parts' (two easy problems make a hard one), hence the pairs
+    A fit on ratios alone misleads, since the amount of data matters as much as the mixture. The loss of a union is
+    no combination of the losses of its parts (two easy problems make a hard one), hence the pairs
     (`cads.estimators.design.pairs`).
 
     Args:
-        weights: what was trained on, as in `effective_size`, shape (K, S).
-        reached: l*_C of each, nats, shape (K,); those that are not finite are left out.
+        weights: the masks or weights that were trained on, as in `effective_size`, shape (K, S).
+        reached: l*_C of each, nats, shape (K,); losses that are not finite are left out.
         sizes: examples in each source, shape (S,).
         ridge: strength of the shrinkage of all but the intercept, relative to K.
 
@@ -59,14 +60,14 @@ class ReachableLossModel:
 
     def __init__(self, weights: np.ndarray, reached: np.ndarray, sizes: np.ndarray, ridge: float = 1e-2) -> None:
         self._sizes = np.asarray(sizes, dtype=np.float64)
-        sound = np.isfinite(reached)
-        if not sound.any():
+        finite = np.isfinite(reached)
+        if not finite.any():
             raise ConfigError("no run reached a finite training loss, so l* cannot be fitted: lower learning_rate")
-        x = self._features(weights[sound])
-        y = np.log(np.maximum(reached[sound], FLOOR))
+        x = self._features(weights[finite])
+        y = np.log(np.maximum(reached[finite], FLOOR))
         self._x_mean, self._y_mean = x.mean(axis=0), y.mean()
         x = x - self._x_mean
-        # In the dual form there are as many unknowns as runs, which are fewer than pairs where sources are many.
+        # The dual form has as many unknowns as runs: fewer than pairs where sources are many.
         gram = x @ x.T + ridge * len(x) * np.eye(len(x))
         self._coefficients = x.T @ np.linalg.solve(gram, y - self._y_mean)
 
@@ -75,7 +76,8 @@ class ReachableLossModel:
         return np.asarray(np.exp((self._features(weights) - self._x_mean) @ self._coefficients + self._y_mean))
 
     def _features(self, weights: np.ndarray) -> np.ndarray:
-        amount = np.asarray(weights, dtype=np.float64) * self._sizes
-        ratios = amount / amount.sum(axis=1, keepdims=True)
+        """Mixture ratios, their pairs and the log of the effective size, shape (M, P)."""
+        amounts = np.asarray(weights, dtype=np.float64) * self._sizes
+        ratios = amounts / amounts.sum(axis=1, keepdims=True)
         size = np.log(effective_size(weights, self._sizes))[:, None]
         return np.hstack([ratios, pairs(ratios), size])

@@ -1,11 +1,12 @@
-"""Gradients of E_{m ~ p(.; s)} [ F(m) ] in s: score-function estimators, exact means, control variates.
+"""Gradients of E_{m ~ p(.; s)} [ F(m) ] in s: score-function estimators, with and without a control variate.
 
-`expected`, `expected_gradient` and `expected_mean` are exact: the references that the estimators are checked against,
-and `expected_gradient` is that of the control variate where masks are few.
+The estimators are checked against exact references: `expected` and `expected_gradient` of
+`cads.estimators.enumeration`, and `expected_mean` of `cads.estimators.rao_blackwell`. Where masks are few,
+`expected_gradient` is also the gradient of the control variate.
 
-Letters, throughout: K draws, n items, F_k = F(m_k) the value of draw k (any unit; nats for losses), score_k
-the gradient of log p(m_k; s) in s, shape (n,) (`cads.policies.base.Policy.score`), s the inclusion probabilities.
-Gradients have shape (n,) and the unit of F.
+Notation: K draws, n items, and s the inclusion probabilities. F_k = F(m_k) is the value of draw k (any unit; nats for
+losses). score_k is the gradient of log p(m_k; s) in s, shape (n,) (`cads.policies.base.Policy.score`). Gradients have
+shape (n,) and the unit of F.
 """
 
 from __future__ import annotations
@@ -63,10 +64,10 @@ def penalty(
     """Gradient of the penalty in s: alpha E[ (R(m) - l*_C(m)) score ] (CADS, arXiv 2510.16806).
 
     Unbiased for the gradient of alpha E[R - l*] at fixed model parameters, up to the baseline (see `direct`).
-    As a gradient of the validation loss after training it is biased by whatever the penalty does not see.
+    As a gradient of the validation loss after training it is biased by all that the penalty does not measure.
 
     Args:
-        training_losses: R_k = L_tr(theta; m_k), shape (K,), nats.
+        training_losses: R_k = L_tr(theta; m_k), the training loss at parameters theta, shape (K,), nats.
         reachable: l*_C(m_k), the training loss that the budget can reach, shape (K,), nats.
         scores: shape (K, n).
         alpha: weight of the penalty.
@@ -111,6 +112,7 @@ def corrected(
 
 
 def _like(name: str, values: ArrayLike, reference: Floats) -> Floats:
+    """`values` as a finite float64 array, checked to have the shape of `reference`."""
     array = finite_array(name, values, reference.ndim)
     if array.shape != reference.shape:
         raise ConfigError(f"{name} has shape {array.shape}, expected {reference.shape}")

@@ -1,4 +1,4 @@
-"""What the selectors of CCDS cost: BM25, embedding, perplexity and LESS, stage by stage.
+"""Costs of the selectors of CCDS, by stage: BM25, embedding, perplexity and LESS.
 
 Source: Yin and Rush, "Compute-Constrained Data Selection" (CCDS), ICLR 2025, arXiv 2410.16208; LESS: Xia et al.
 2024, arXiv 2402.04333. Under `paper` accounting the figures are CCDS's own (`cads.accounting.nominal`).
@@ -24,14 +24,14 @@ from cads.accounting.operations import (
 from cads.accounting.transformer import trainable_size
 from cads.errors import ConfigError
 from cads.task import Task
-from cads.tasks.language.shapes import SketchedLanguage
+from cads.tasks.language.shapes import ShapeOnlyLanguageTask
 
 WARM_UP, CHECKPOINTS = 0.05, 4
-"""LESS warms up on this share of the pool, for as many passes as it keeps checkpoints."""
+"""LESS warms up on this share of the pool, with one pass for each of its checkpoints."""
 PROJECTED = 8192
 """LESS projects gradients to this dimension."""
 FINE_TUNING_PASSES = 4
-"""Passes over the target with which the scorer of perplexity is fine-tuned."""
+"""Passes over the target that fine-tune the scorer of perplexity."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,20 @@ class CcdsCost(ABC):
     """A published method.
 
     Attributes:
-        needed_ratio: how many times larger the trained model must be than the scorer for the method to be
-            compute-optimal somewhere (CCDS, section 6), or None if that has not been asked.
+        needed_ratio: size ratio of trained model to scorer from which on the method is compute-optimal somewhere
+            (CCDS, section 6), or None if it is not known.
     """
 
     name = ""
     needed_ratio: float | None = None
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """What choosing from the whole pool costs, by stage.
+        """The cost of selection from the whole pool, by stage.
 
         Raises:
             ConfigError: if the task has no texts, or the method does not support its accounting.
         """
-        if not isinstance(task, SketchedLanguage):
+        if not isinstance(task, ShapeOnlyLanguageTask):
             raise ConfigError(f"method {self.name!r} scores texts, and {task.name} has none")
         check_step(task, budget.flops(task))
         ledger = PlannedLedger()
@@ -65,17 +65,17 @@ class CcdsCost(ABC):
         return ledger
 
     @abstractmethod
-    def _charge(self, task: SketchedLanguage, ledger: PlannedLedger) -> None:
-        """Charge every stage, with the task's own costs."""
+    def _charge(self, task: ShapeOnlyLanguageTask, ledger: PlannedLedger) -> None:
+        """Charge every stage at the task's costs."""
 
 
 @dataclass(frozen=True)
 class Bm25(CcdsCost):
-    """Words that pool and target share: at most one posting a token, and one match of it with each query."""
+    """Words that pool and target share: at most one posting for each token, and one match of it for each query."""
 
     name = "bm25"
 
-    def _charge(self, task: SketchedLanguage, ledger: PlannedLedger) -> None:
+    def _charge(self, task: ShapeOnlyLanguageTask, ledger: PlannedLedger) -> None:
         if task.accounting == "measured":
             raise ConfigError("method 'bm25' has no tensors to measure: its accounting is analytic or paper")
         postings = task.settings.pool_tokens or task.settings.tokens * len(task.pool)
@@ -88,7 +88,7 @@ class Embedding(CcdsCost):
 
     name = "embedding"
 
-    def _charge(self, task: SketchedLanguage, ledger: PlannedLedger) -> None:
+    def _charge(self, task: ShapeOnlyLanguageTask, ledger: PlannedLedger) -> None:
         encoder, pool, target = task.encoder, task.pool, task.target
         texts, width = len(pool) + len(target), encoder.config.hidden_size
         encoded = encoder.costs.forward_pool(encoder.pool) + encoder.costs.forward_pool(encoder.target)
@@ -100,12 +100,12 @@ class Embedding(CcdsCost):
 
 @dataclass(frozen=True)
 class Perplexity(CcdsCost):
-    """The loss of every example under a scorer that was fine-tuned on the target."""
+    """The loss of every example under a scorer that is fine-tuned on the target."""
 
     name = "ppl"
     needed_ratio: float | None = 5.0
 
-    def _charge(self, task: SketchedLanguage, ledger: PlannedLedger) -> None:
+    def _charge(self, task: ShapeOnlyLanguageTask, ledger: PlannedLedger) -> None:
         scorer = task.scorer
         usage = scorer.costs.per_usage(scorer.target, task.recipe.batch_size)
         ledger.charge(SELECT, "fine-tuning", FINE_TUNING_PASSES * usage * len(scorer.target))
@@ -120,7 +120,7 @@ class Less(CcdsCost):
     name = "less"
     needed_ratio: float | None = 10.0
 
-    def _charge(self, task: SketchedLanguage, ledger: PlannedLedger) -> None:
+    def _charge(self, task: ShapeOnlyLanguageTask, ledger: PlannedLedger) -> None:
         scorer, n, m = task.scorer, len(task.pool), len(task.target)
         costs, size = scorer.costs, trainable_size(scorer.costs.model)
         warm_up = WARM_UP * n * CHECKPOINTS * costs.per_usage(scorer.pool, task.recipe.batch_size)

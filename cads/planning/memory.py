@@ -1,6 +1,6 @@
-"""Peak memory in closed form: weights, gradients, optimizer state, and what is kept for the backward pass.
+"""Peak memory in closed form: weights, gradients, optimizer state, and activations for the backward pass.
 
-Nothing is added for fragmentation, the temporary tensors of a kernel, or data.
+Fragmentation, temporary tensors of kernels, and data are not counted.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from cads.errors import ConfigError
 from cads.training.learners import can_stack
 
 OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}
-"""Numbers kept for each trainable parameter."""
+"""Numbers stored for each trainable parameter."""
 HALF, SINGLE = 2, 4
 """Bytes of a number."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, by what they are for."""
+    """Bytes by purpose."""
 
     weights: float
     gradients: float = 0.0
@@ -37,71 +37,72 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Bytes in all."""
+        """Sum of all bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def training_memory(task: Workload, models: int = 1) -> Memory:
-    """Training `models` of a task from common weights: batched where they are dense, else one by one.
+    """Training of `models` replicas of a task's model from common weights: batched if it is dense, else one by one.
 
-    One by one all of them are kept, and only one has gradients, optimizer state and activations; batched, the
-    weights stand twice.
+    Trained one by one, all replicas have weights, and only one has gradients, optimizer state and activations. Batched
+    replicas need the weights twice.
     """
     model, recipe = task.costs.model, task.recipe
     size = next(p.element_size() for p in model.parameters())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = trainable_size(model) * size
     batched = models > 1 and recipe.replicas != "loop" and can_stack(model)
-    at_once = models if batched else 1
-    piece = -(-recipe.batch_size // recipe.accumulate)
+    concurrent = models if batched else 1
+    micro_batch = -(-recipe.batch_size // recipe.accumulate)
     return Memory(
         weights=weights * models * (1 + batched),
-        gradients=trained * at_once,
-        optimizer=trained * at_once * OPTIMIZER_STATES[recipe.optimizer],
-        activations=_activations(task, model) * piece * at_once,
+        gradients=trained * concurrent,
+        optimizer=trained * concurrent * OPTIMIZER_STATES[recipe.optimizer],
+        activations=_activations(task, model) * micro_batch * concurrent,
     )
 
 
 def forward_memory(task: Workload) -> Memory:
-    """Weights, and the activations of one example, as if all were kept."""
+    """Weights and the activations of one example, as if all activations were stored."""
     model = task.costs.model
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return Memory(weights=weights, activations=_activations(task, model))
 
 
 def _activations(task: Workload, model: nn.Module) -> float:
-    """Bytes that one example leaves for the backward pass."""
+    """Bytes that one example stores for the backward pass."""
     batch = task.pool.batch(np.zeros(1, dtype=np.int64))
     half = task.recipe.precision != "no" or next(model.parameters()).element_size() == HALF
-    number = HALF if half else SINGLE
+    n_bytes = HALF if half else SINGLE
     transformer = _transformer(model)
     if transformer is None:
-        return _outputs(task, model, batch) * number
+        return _outputs(task, model, batch) * n_bytes
     length = batch.inputs["input_ids"].shape[-1]
     architecture, layers = transformer.architecture, transformer.architecture.layers
     layer = layer_values(architecture, length, fused=transformer.fused)
-    # Checkpointing keeps the input of each layer, and one layer at a time while it is recomputed.
-    kept = layers * layer if transformer.checkpointing is None else layers * architecture.hidden * length + layer
+    # Checkpointing stores the input of each layer, and all values of the one layer that is recomputed.
+    values = layers * layer if transformer.checkpointing is None else layers * architecture.hidden * length + layer
     logits = length * sum(x.n_out for x in architecture.head_linears)
-    # The loss is taken in single precision, and keeps the logarithms of the probabilities.
-    return kept * number + logits * (number + SINGLE)
+    # The loss is computed in single precision, and stores the logarithms of the probabilities.
+    return values * n_bytes + logits * (n_bytes + SINGLE)
 
 
 def layer_values(architecture: Architecture, length: int, *, fused: bool = False) -> float:
-    """Numbers that a layer keeps of a sequence of T positions.
+    """Numbers that a layer stores for the backward pass of a sequence of T positions.
 
-    `T (4h + 2Hd + 2 H_kv d + c I)`: the inputs of both norms and of what follows them, queries and the input of
-    the output projection, keys and values, and the MLP's c = 4 (gated) or 2 inner tensors; and `H T^2`
-    probabilities, unless the kernel recomputes them. It holds within 15 % for Llama and Qwen; GPT-2 keeps up to
-    twice as much, for dropout and for its activation, which it computes step by step.
+    `T (4h + 2Hd + 2 H_kv d + c I)`: the inputs of both norms and of the blocks after them (4h), the queries and the
+    input of the output projection (2Hd), keys and values (2 H_kv d), and the c = 4 (gated) or 2 inner tensors of the
+    MLP. `H T^2` probabilities come on top, unless the kernel recomputes them (`fused`). The formula holds within 15 %
+    for Llama and Qwen. GPT-2 stores up to twice as much, because of dropout and of an activation in several steps.
     """
     a = architecture
     inner = (4 if a.gated else 2) * a.intermediate
-    position = 4 * a.hidden + 2 * a.heads * a.head_dim + 2 * a.kv_heads * a.head_dim + inner
-    return length * position + (0 if fused else a.heads * length**2)
+    per_position = 4 * a.hidden + 2 * a.heads * a.head_dim + 2 * a.kv_heads * a.head_dim + inner
+    return length * per_position + (0 if fused else a.heads * length**2)
 
 
 def _transformer(model: nn.Module) -> Transformer | None:
+    """The architecture of a model; None if it is no known transformer."""
     try:
         return read_transformer(model)
     except ConfigError:
@@ -109,7 +110,8 @@ def _transformer(model: nn.Module) -> Transformer | None:
 
 
 def _outputs(task: Workload, model: nn.Module, batch: Batch) -> float:
-    """Numbers that the innermost modules put out for one example."""
+    """Numbers in the outputs of the innermost modules for one example."""
+    # Meta tensors: shapes without data or memory.
     skeleton = copy.deepcopy(model).to("meta").train()
     total = 0
 

@@ -1,4 +1,4 @@
-"""What a budget buys before anything is spent: for each method its selection, and the training that is left."""
+"""The plan of a budget, before anything is spent: the cost of each method's selection, and what remains to train."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from cads.errors import CadsError, ConfigError
 from cads.planning.ccds import CcdsCost
 from cads.planning.memory import forward_memory, training_memory
 from cads.task import Task
-from cads.tasks.language.shapes import SketchedLanguage
+from cads.tasks.language.shapes import ShapeOnlyLanguageTask
 
 SOURCE = "Yin and Rush, ICLR 2025, arXiv 2410.16208"
-"""Where size ratios were found."""
+"""Source of the size ratios."""
 SHORT_TIMES = (("s", 60.0), ("min", 60.0), ("h", 24.0), ("d", 365.25), ("y", math.inf))
 
 
 class Plannable(Protocol):
-    """Anything that says what it will charge: a selector, or a published method."""
+    """A selector or a published method, with a planned ledger."""
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """What it will charge for choosing, by stage."""
+        """The planned cost of selection, by stage."""
         ...
 
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """What one method does with the budget.
+    """The plan of one method at the budget.
 
     Attributes:
         method: its name.
         stages: FLOPs of each stage of selection.
-        selection: FLOPs of all stages. training: FLOPs left to train with.
-        share: of the budget, that selection takes; above 1 if it comes on top and costs more.
-        usages: examples seen in training, repetitions counted. examples: how many of the pool can be seen.
+        selection: FLOPs of all stages. training: FLOPs that remain for training.
+        share: selection over the budget; above 1 if selection is not part of the budget and costs more.
+        usages: examples seen in training, with repetitions. examples: examples of the pool that can be seen.
         tokens, epochs: of the usages.
         seconds: selection and training at the given FLOP/s.
-        memory: peak bytes, by what is in memory: training, selection.
+        memory: peak bytes of training and of selection, by these names.
         size_ratio: parameters of the trained model over those of the scorer.
-        needed_ratio: from which ratio on the method was found compute-optimal.
-        note: what has to be said about it.
+        needed_ratio: the size ratio from which on the method was found compute-optimal.
+        note: a remark for the reader.
     """
 
     method: str
@@ -68,7 +68,7 @@ class MethodPlan:
 
     @property
     def in_range(self) -> bool | None:
-        """Whether the size ratio is in the range; None if no range is known."""
+        """Whether the size ratio is at least `needed_ratio`; None if one of them is not known."""
         if self.size_ratio is None or self.needed_ratio is None:
             return None
         return self.size_ratio >= self.needed_ratio
@@ -76,14 +76,14 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a budget buys with each method.
+    """The plan of a budget for several methods.
 
     Attributes:
         task: its name. accounting: of all FLOPs. budget: as given. flops: the budget.
         count_selection: whether the budget covers selection.
-        pool: examples. pool_tokens: D, their tokens. usage: FLOPs of one example in training.
-        flops_per_second: for the times. rate_from: where it comes from.
-        methods: one each. refused: why a method has no plan, by method.
+        pool: number of examples. pool_tokens: D, their tokens. usage: FLOPs of one example in training.
+        flops_per_second: rate of computation, for the times. rate_from: source of the rate, in words.
+        methods: one plan for each method. refused: why a method has no plan, by method.
     """
 
     task: str
@@ -100,14 +100,14 @@ class Plan:
     refused: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """For machines; FLOPs, seconds and bytes."""
+        """The plan as JSON; in FLOPs, seconds and bytes."""
         record = asdict(self)
         for row, method in zip(record["methods"], self.methods, strict=True):
             row["in_range"] = method.in_range
         return {**record, "ratio_source": SOURCE}
 
     def table(self) -> Group:
-        """For the terminal, at most 100 columns."""
+        """The plan for the terminal, at most 100 columns wide."""
         covers = "selection and training" if self.count_selection else "training; selection comes on top"
         head = (
             f"{self.task}\n{self.budget} = {self.flops:.4g} FLOPs for {covers}\n"
@@ -171,18 +171,19 @@ def make_plan(
     rate_from: str = "given",
     strict: bool = False,
 ) -> Plan:
-    """Plan every method; nothing is trained.
+    """Plan every method. Nothing is trained.
 
     Args:
-        task: a sketch; its accounting is the plan's.
+        task: without data or weights (`TaskConfig.meta`); its accounting is the plan's.
         budget: for training, or for selection and training.
         methods: by name.
-        flops_per_second: for the times. rate_from: what is said about it.
-        strict: raise where a method cannot be planned, rather than say why.
+        flops_per_second: rate of computation, for the times. rate_from: source of the rate, in words.
+        strict: raise if a method cannot be planned, rather than list it in `refused`.
 
     Raises:
         ConfigError: if `flops_per_second` is not positive, or (if `strict`) a method does not support the
-            accounting. BudgetError: if the budget does not buy a step.
+            accounting.
+        BudgetError: if the budget does not cover one step of training.
     """
     if not (math.isfinite(flops_per_second) and flops_per_second > 0):
         raise ConfigError(f"flops_per_second = {flops_per_second}: it must be positive and finite")
@@ -213,6 +214,7 @@ def make_plan(
 
 
 def _plan_method(name: str, method: Plannable, task: Task, budget: Budget, total: float, rate: float) -> MethodPlan:
+    """The plan of one method; `total`: FLOPs of the budget, `rate`: FLOP/s."""
     ledger = method.plan(task, budget)
     selection = ledger.total(SELECT).flops
     training, note = total, ledger.note
@@ -229,7 +231,7 @@ def _plan_method(name: str, method: Plannable, task: Task, budget: Budget, total
     if peaks:
         memory["selection"] = max(peaks)
     ratio = None
-    if isinstance(method, CcdsCost) and method.needed_ratio and isinstance(task, SketchedLanguage):
+    if isinstance(method, CcdsCost) and method.needed_ratio and isinstance(task, ShapeOnlyLanguageTask):
         ratio = task.size / task.scorer.size
     return MethodPlan(
         method=name,
@@ -268,6 +270,7 @@ def size(n_bytes: float) -> str:
 
 
 def _ratio(m: MethodPlan) -> str:
+    """The size ratio against the needed one, in words."""
     if m.size_ratio is None:
         return "-"
     return f"{m.size_ratio:.3g} {'>=' if m.in_range else '<'} {m.needed_ratio:g}"

@@ -1,7 +1,7 @@
 """Distributions over what to train on: masks of n items (Bernoulli) or mixture ratios of n sources.
 
-A policy p(.; s) is drawn from, scored and moved: the outer problem is min_s E_{m ~ p(.; s)} [ F(m) ], and
-`cads.estimators.score_function` turns draws, losses and scores into gradients in s.
+The outer problem is min_s E_{m ~ p(.; s)} [ F(m) ]. A policy p(.; s) gives draws and their scores, from which
+`cads.estimators.score_function` makes gradients in s; `Policy.step` then updates s.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SCHEMA = 1
 """Version of the file that `Policy.save` writes."""
 
 METADATA_KEY = "cads.policy"
-"""Where the JSON header stands in the metadata of the safetensors file."""
+"""Key of the JSON header in the metadata of the safetensors file."""
 
 
 class Policy(ABC):
-    """A distribution over draws of shape (n,), with one parameter an item, all in [0, 1].
+    """A distribution over draws of shape (n,), with one parameter per item, all in [0, 1].
 
-    Items are what is selected: examples or sources. `step` changes the parameters in place; everything else
-    leaves the policy as it is. Randomness comes from the generator given to `sample` alone.
+    Items are what is selected: examples or sources. Only `step` changes the parameters, in place. All randomness
+    comes from the generator given to `sample`.
     """
 
     _parameter: ClassVar[str]
@@ -84,15 +84,15 @@ class Policy(ABC):
             raise ConfigError(f"gradient has shape {direction.shape}, the policy has {self.n} parameters")
         if not (np.isfinite(size) and size >= 0):
             raise ConfigError(f"step size must be finite and >= 0, got {size}")
-        moved = np.empty(self.n)
+        updated = np.empty(self.n)
         with np.errstate(over="ignore"):
-            for part in blocks(self.n):
-                np.multiply(direction[part], -size, out=moved[part])
-                moved[part] += self._values[part]
-        self._values = self._project(finite_array("the parameters after the step", moved))
+            for block in blocks(self.n):
+                np.multiply(direction[block], -size, out=updated[block])
+                updated[block] += self._values[block]
+        self._values = self._project(finite_array("the parameters after the step", updated))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy to one safetensors file, whole or not at all.
+        """Write the policy to one safetensors file, atomically.
 
         Raises:
             CheckpointError: if the file cannot be written.
@@ -120,24 +120,24 @@ class Policy(ABC):
         """Read a policy that `save` of the same class wrote.
 
         Raises:
-            CheckpointError: if the file is missing, foreign, corrupt, of another class or schema, or holds
-                values that this class does not admit.
+            CheckpointError: if the file is missing, corrupt, not written by a policy, of another class or schema,
+                or holds values that this class does not admit.
         """
         try:
-            with safe_open(os.fspath(path), framework="numpy") as stored:
-                settings = cls._stored_settings(stored.metadata() or {})
-                if set(stored.keys()) != {cls._parameter}:
-                    raise CheckpointError(f"it holds {sorted(stored.keys())}, expected {cls._parameter}")
-                dtype = stored.get_slice(cls._parameter).get_dtype()
+            with safe_open(os.fspath(path), framework="numpy") as file:
+                settings = cls._stored_settings(file.metadata() or {})
+                if set(file.keys()) != {cls._parameter}:
+                    raise CheckpointError(f"it holds {sorted(file.keys())}, expected {cls._parameter}")
+                dtype = file.get_slice(cls._parameter).get_dtype()
                 if dtype != "F64":
                     raise CheckpointError(f"{cls._parameter} are {dtype}, expected F64")
-                return cls(stored.get_tensor(cls._parameter), **settings)
+                return cls(file.get_tensor(cls._parameter), **settings)
         except (OSError, SafetensorError, ValueError, TypeError, RecursionError, CadsError) as error:
             raise CheckpointError(f"cannot load {cls.__name__} from {path}: {error}") from error
 
     @classmethod
     def _stored_settings(cls, metadata: dict[str, str]) -> dict[str, Any]:
-        """Return the constructor's settings, once the file is known to hold this class."""
+        """The constructor's settings from the file's metadata, after checking that the file holds this class."""
         header = json.loads(metadata.get(METADATA_KEY, "null"))
         if not isinstance(header, dict):
             raise CheckpointError("it was not written by a cads policy: check the path")
@@ -151,12 +151,14 @@ class Policy(ABC):
         return settings
 
     def _checked(self, draws: NDArray[Any]) -> NDArray[Any]:
+        """`draws`, checked to have shape (K, n)."""
         if draws.ndim != 2 or draws.shape[1] != self.n:
             raise ConfigError(f"draws have shape {draws.shape}, expected (K, {self.n})")
         return draws
 
 
 def _check_count(count: int) -> int:
+    """`count`, a number of draws, checked to be >= 0."""
     if count < 0:
         raise ConfigError(f"count must be >= 0, got {count}")
     return count

@@ -1,4 +1,4 @@
-"""Independent Bernoulli probabilities, one an example or a source."""
+"""A policy over masks: independent Bernoulli variables, one per example or source."""
 
 from __future__ import annotations
 
@@ -59,43 +59,43 @@ class BernoulliPolicy(Policy):
         """
         masks = np.empty((_check_count(count), self.n), dtype=np.bool_)
         for row in masks:
-            # A generator's stream does not depend on how it is cut.
-            for part in blocks(self.n):
-                np.less(rng.random(part.stop - part.start, dtype=np.float32), self._values[part], out=row[part])
+            # The random numbers do not depend on the size of the blocks in which they are drawn.
+            for block in blocks(self.n):
+                np.less(rng.random(block.stop - block.start, dtype=np.float32), self._values[block], out=row[block])
         return masks
 
     def log_prob(self, draws: Masks) -> Floats:
         """log p(m; s) = sum_i m_i log s_i + (1 - m_i) log(1 - s_i), masks (K, n) -> (K,) nats."""
         total = np.zeros(len(self._checked(draws)))
-        for part in blocks(self.n):
-            s = self._values[part]
+        for block in blocks(self.n):
+            s = self._values[block]
             with np.errstate(divide="ignore"):
-                selected, rejected = np.log(s), np.log1p(-s)
-            for k, row in enumerate(draws[:, part]):
-                total[k] += np.where(row, selected, rejected).sum()
+                log_selected, log_rejected = np.log(s), np.log1p(-s)
+            for k, row in enumerate(draws[:, block]):
+                total[k] += np.where(row, log_selected, log_rejected).sum()
         return total
 
     def score(self, draws: Masks) -> Floats:
         """Score d log p / d s_i = (m_i - s_i) / (c_i (1 - c_i)), c = clip(s, floor, 1 - floor), masks (K, n).
 
-        It is the gradient of `log_prob` wherever s lies in [floor, 1 - floor]. Outside it is the gradient
-        times s(1 - s) / (c(1 - c)) <= 1: still of mean zero, bounded by 1 / (floor (1 - floor)), and zero at
-        s = 0 and s = 1 for the only mask that can be drawn there, so such an item stays where it is until
-        another gradient or the projection moves it.
+        It is the gradient of `log_prob` wherever s lies in [floor, 1 - floor]. Elsewhere it is the gradient
+        times s(1 - s) / (c(1 - c)) <= 1: still of mean zero, and bounded by 1 / (floor (1 - floor)). At s = 0 and
+        s = 1 it is zero for the only mask that can be drawn there: the probability of such an item changes only by
+        another gradient or by the projection.
         """
         score = np.empty(self._checked(draws).shape)
-        for part in blocks(self.n):
-            s = self._values[part]
+        for block in blocks(self.n):
+            s = self._values[block]
             clipped = np.clip(s, self.floor, 1 - self.floor)
             variance = clipped * (1 - clipped)
-            np.subtract(draws[:, part], s, out=score[:, part])
-            score[:, part] /= variance
+            np.subtract(draws[:, block], s, out=score[:, block])
+            score[:, block] /= variance
         return score
 
     def entropy(self) -> float:
         """Entropy -sum_i [ s_i log s_i + (1 - s_i) log(1 - s_i) ], in nats."""
-        parts = (self._values[part] for part in blocks(self.n))
-        return sum(float((entr(s) + entr(1 - s)).sum()) for s in parts)
+        s_blocks = (self._values[block] for block in blocks(self.n))
+        return sum(float((entr(s) + entr(1 - s)).sum()) for s in s_blocks)
 
     def _project(self, values: Floats) -> Floats:
         return project(values, self.n if self.cap is None else self.cap)

@@ -13,7 +13,7 @@ from cads.policies.base import Policy, _check_count
 from cads.policies.simplex import Floats, project_capped_simplex
 
 SIGMA_RANGE = (1e-6, 1e6)
-"""Below, a draw is its mean in float32; above, a draw is uniform. (1 / sigma)^2 stays far from overflow."""
+"""Smaller: a draw equals its mean in float32. Larger: a draw is uniform. (1 / sigma)^2 stays far from overflow."""
 
 
 class MixturePolicy(Policy):
@@ -52,7 +52,7 @@ class MixturePolicy(Policy):
         a, b, mass = self._truncation()
         # A uniform of exactly 0 would have an infinite quantile.
         uniforms = np.maximum(rng.random((_check_count(count), self.n)), 2.0**-54)
-        # Each quantile from its nearer tail: a probability near 1 has lost the digits it needs.
+        # Each quantile is computed from its nearer tail, since rounding near 1 loses digits of the probability.
         lower = ndtr(a) + uniforms * mass
         upper = ndtr(-b) + (1 - uniforms) * mass
         quantiles = np.where(lower <= upper, ndtri(lower), -ndtri(upper))
@@ -72,31 +72,31 @@ class MixturePolicy(Policy):
     def log_prob(self, draws: NDArray[Any]) -> Floats:
         """log p(r; mu) = -sum_j [ (r_j - mu_j)^2 / (2 sigma^2) + log(sigma sqrt(2 pi) Z_j) ], in nats."""
         _, _, mass = self._truncation()
-        inside = ((self._checked(draws) >= 0) & (draws <= 1)).all(axis=1)
+        in_support = ((self._checked(draws) >= 0) & (draws <= 1)).all(axis=1)
         squares = (((draws - self._values) / self.sigma) ** 2).sum(axis=1)
         normaliser = np.log(self.sigma * np.sqrt(2 * np.pi) * mass).sum()
-        return np.where(inside, -squares / 2 - normaliser, -np.inf)
+        return np.where(in_support, -squares / 2 - normaliser, -np.inf)
 
     def score(self, draws: NDArray[Any]) -> Floats:
         """d log p / d mu_j = (r_j - mu_j) / sigma^2 - (phi(a_j) - phi(b_j)) / (sigma Z_j), (K, n)."""
         a, b, mass = self._truncation()
         # expm1 keeps phi(a) - phi(b) accurate for large sigma, where both densities approach phi(0).
-        fall = (np.expm1(-(a**2) / 2) - np.expm1(-(b**2) / 2)) / np.sqrt(2 * np.pi)
-        return (self._checked(draws) - self._values) / self.sigma**2 - fall / (self.sigma * mass)
+        density_difference = (np.expm1(-(a**2) / 2) - np.expm1(-(b**2) / 2)) / np.sqrt(2 * np.pi)
+        return (self._checked(draws) - self._values) / self.sigma**2 - density_difference / (self.sigma * mass)
 
     def entropy(self) -> float:
         """Entropy sum_j [ log(sqrt(2 pi e) sigma Z_j) + (a_j phi(a_j) - b_j phi(b_j)) / (2 Z_j) ] in nats."""
         a, b, mass = self._truncation()
-        edge = (a * np.exp(-(a**2) / 2) - b * np.exp(-(b**2) / 2)) / np.sqrt(2 * np.pi)
-        return float((np.log(np.sqrt(2 * np.pi * np.e) * self.sigma * mass) + edge / (2 * mass)).sum())
+        boundary = (a * np.exp(-(a**2) / 2) - b * np.exp(-(b**2) / 2)) / np.sqrt(2 * np.pi)
+        return float((np.log(np.sqrt(2 * np.pi * np.e) * self.sigma * mass) + boundary / (2 * mass)).sum())
 
     def _project(self, values: Floats) -> Floats:
-        # The simplex fixes the sum, so adding a constant changes nothing; with the largest entry at 1 the
-        # constraint sum <= 1 binds, and {0 <= x <= 1, sum x <= 1} gives the simplex' own projection.
+        # The simplex fixes the sum, so adding a constant does not change the projection. With the largest entry at 1
+        # the constraint sum <= 1 binds: the projection onto {0 <= x <= 1, sum x <= 1} is that onto the simplex.
         return project_capped_simplex(values - values.max() + 1.0, 1.0)
 
     def _truncation(self) -> tuple[Floats, Floats, Floats]:
-        """Return a, b and Z, each (n,); as a <= 0 <= b, Z is a sum of two terms >= 0: no cancellation."""
+        """Return a, b and Z, each (n,). Since a <= 0 <= b, Z is a sum of two terms >= 0, without cancellation."""
         a = -self._values / self.sigma
         b = (1 - self._values) / self.sigma
         return a, b, (erf(b / np.sqrt(2)) + erf(-a / np.sqrt(2))) / 2

@@ -1,1 +1,1 @@
-"""Running: files that are whole or absent, checkpoints, journals, processes, signals."""
+"""Running: atomic writes, checkpoints, journals, processes, signals."""

@@ -1,4 +1,4 @@
-"""Folders and files that are written whole or not at all, and are on the disk when they have their name."""
+"""Atomic writes: a folder or file appears under its name only once it is complete and synced to the disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_folder(folder: Path | str) -> Iterator[Path]:
-    """Fill a folder under a temporary name beside `folder`, which it replaces when the block ends well.
+    """Fill a temporary folder beside `folder`; it replaces `folder` when the block ends without an error.
 
     Yields:
         the temporary folder; it is removed if the block fails.
@@ -34,7 +34,7 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
 
 
 def whole_file(path: Path, content: str) -> None:
-    """Write a file, which replaces what had its name before."""
+    """Write a temporary file beside `path`, which then replaces `path`."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     partial = Path(name)
     try:
@@ -50,7 +50,7 @@ def whole_file(path: Path, content: str) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, its name first, so that no half of it is ever found under that name. A link is unlinked."""
+    """Rename a folder, then remove it, so that no half-removed folder ever has its name. A link is unlinked."""
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
     elif folder.exists():

@@ -1,4 +1,4 @@
-"""State on disk that is whole or not there: numbered folders of tensors and JSON values, each with its hashes."""
+"""Checkpoints on disk, complete or absent: numbered folders of tensors and JSON values, each with its hashes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_VERSION = 1
 KEPT = 2
-"""Checkpoints of one kind that are kept: the newest, and the one before it should the newest turn out damaged."""
+"""Checkpoints of one kind that are kept: the newest, and the one before it in case the newest is damaged."""
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
 HEADER_LIMIT = 64 * 2**20
 """Largest header of a safetensors file, in bytes, that is read."""
@@ -48,10 +48,10 @@ class OtherRunError(CheckpointError):
 
 @dataclass
 class CheckpointConfig:
-    """How often a long command writes down where it is. It changes no result.
+    """How often a long command writes checkpoints. It changes no result.
 
-    What has finished since then is held in memory, the weights of each trained model among it: all of it where nothing
-    can be written (a full disk), or is to be (null for both).
+    Operations that finished since the last checkpoint are held in memory, with the weights of each trained model.
+    Memory holds all of them where nothing can be written (a full disk) or both fields are null.
     """
 
     every_seconds: float | None = 60.0
@@ -69,7 +69,7 @@ class CheckpointConfig:
 
 @dataclass
 class State:
-    """What is kept: JSON values, and tensors by name."""
+    """The state to store: JSON values, and tensors by name."""
 
     values: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -87,12 +87,12 @@ class State:
 
     @property
     def digest(self) -> str:
-        """Hash of all of it: what it holds, by name, type and shape."""
+        """Hash of the values, and of the name, type, shape and contents of each tensor."""
         digest = hashlib.sha256(json.dumps(self.values, sort_keys=True).encode())
         for name, x in sorted(self.tensors.items()):
-            held = x.detach().cpu().contiguous()
-            digest.update(f"\0{name}\0{held.dtype}\0{tuple(held.shape)}\0".encode())
-            digest.update(held.flatten().view(torch.uint8).numpy().tobytes())
+            tensor = x.detach().cpu().contiguous()
+            digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def detached(self) -> State:
@@ -105,24 +105,24 @@ def _copied(x: Tensor) -> Tensor:
 
 
 class Checkpoints:
-    """The numbered checkpoints of one run, `000001-kind` and so on, of which each is whole.
+    """The numbered checkpoints of one run, `000001-kind` and so on; each is complete.
 
     Args:
-        folder: where they are; made when the first one is written.
-        identity: what the run is: JSON values by name. Checkpoints of a run with another identity are refused.
+        folder: holds them; made when the first one is written.
+        identity: identifies the run: JSON values by name. Checkpoints with another identity are refused.
     """
 
     def __init__(self, folder: Path | str, identity: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
         self._damaged: set[Path] = set()
-        self._full = False
+        self._write_failed = False
 
     def write(self, kind: str, state: State) -> Path | None:
         """Write one more checkpoint: files first, then the manifest, then the name.
 
         Returns:
-            None, with a warning, if it could not be written (a full disk): those before it are still there.
+            its folder; None, with a warning, if it could not be written (a full disk): earlier ones are still there.
         """
         name = f"{1 + max((number for number, _, _ in self._numbered()), default=0):06d}-{kind}"
         try:
@@ -134,15 +134,15 @@ class Checkpoints:
                 signed = {**manifest, "sha256": _signature(manifest)}
                 (partial / MANIFEST).write_text(json.dumps(signed, indent=2))
         except (OSError, SafetensorError) as error:
-            if not self._full:
+            if not self._write_failed:
                 log.warning("%s: no checkpoint could be written (%s): the run goes on", self.folder, _reason(error))
-            self._full = True
+            self._write_failed = True
             return None
-        self._full = False
+        self._write_failed = False
         return self.folder / name
 
     def read(self, kind: str) -> Iterator[tuple[Path, dict[str, Any], StoredTensors]]:
-        """The sound checkpoints of a kind, newest first; a damaged one is passed over with a warning.
+        """The undamaged checkpoints of a kind, newest first; a damaged one is passed over with a warning.
 
         Raises:
             OtherRunError: if one was written by another run: other settings, pool or versions.
@@ -163,10 +163,10 @@ class Checkpoints:
             yield path, values, tensors
 
     def prune(self, kind: str, keep: int = KEPT) -> None:
-        """Remove all checkpoints of a kind but the `keep` newest sound ones; what cannot be removed stays."""
-        of_kind = sorted((entry for entry in self._numbered() if entry[1] == kind), reverse=True)
-        sound = [path for _, _, path in of_kind if path not in self._damaged]
-        for path in [*sound[keep:], *self._damaged]:
+        """Remove all checkpoints of a kind but the `keep` newest undamaged ones; what cannot be removed stays."""
+        newest_first = sorted((entry for entry in self._numbered() if entry[1] == kind), reverse=True)
+        undamaged = [path for _, _, path in newest_first if path not in self._damaged]
+        for path in [*undamaged[keep:], *self._damaged]:
             try:
                 remove_folder(path)
             except OSError as error:
@@ -174,7 +174,7 @@ class Checkpoints:
         self._damaged.clear()
 
     def sweep(self) -> None:
-        """Remove what a process that was killed left half written; call it with the run locked."""
+        """Remove the half-written folders of a killed process; call it while the run is locked."""
         if self.folder.is_dir():
             for path in self.folder.glob(".*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -185,7 +185,7 @@ class Checkpoints:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing has been written, or what was is gone."""
+        """Whether the folder holds no checkpoint."""
         return not any(True for _ in self._numbered())
 
     def _numbered(self) -> Iterator[tuple[int, str, Path]]:
@@ -215,17 +215,17 @@ class StoredTensors:
             self._names = list(stored.keys())
 
     def load(self, prefix: str = "") -> dict[str, Tensor]:
-        """The tensors whose names begin with `prefix`, by what follows it, on the CPU."""
-        wanted = [name for name in self._names if name.startswith(prefix)]
+        """The tensors whose names begin with `prefix`, on the CPU; keyed by the rest of the name."""
+        names = [name for name in self._names if name.startswith(prefix)]
         with safe_open(self._path, framework="pt") as stored:
-            return {name.removeprefix(prefix): stored.get_tensor(name).clone() for name in wanted}
+            return {name.removeprefix(prefix): stored.get_tensor(name).clone() for name in names}
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any], StoredTensors]:
     """Read and verify one checkpoint: sizes and hashes before contents; nothing in it is executed.
 
     Returns:
-        the identity of the run that wrote it, its values, and its tensors.
+        the identity of the run that wrote it, the values, and the tensors.
 
     Raises:
         CheckpointError: if it is incomplete, corrupt, of another version, or larger than this machine can hold.
@@ -233,18 +233,18 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any], StoredT
     try:
         manifest = load_json(path / MANIFEST)
         if not isinstance(manifest, dict) or manifest.get("schema_version") != CHECKPOINT_VERSION:
-            found = manifest.get("schema_version") if isinstance(manifest, dict) else None
-            raise CheckpointError(f"it has schema version {found!r}; this library reads {CHECKPOINT_VERSION}")
+            version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+            raise CheckpointError(f"it has schema version {version!r}; this library reads {CHECKPOINT_VERSION}")
         if manifest.pop("sha256", None) != _signature(manifest):
             raise CheckpointError("its manifest is damaged: its hash differs")
         identity, files = manifest.get("identity"), manifest.get("files")
         if not isinstance(identity, dict) or not isinstance(files, dict) or set(files) != {TENSORS, VALUES}:
             raise CheckpointError(f"its manifest does not list {TENSORS} and {VALUES}")
-        for name, said in files.items():
+        for name, description in files.items():
             _check_plain(path / name)
-            if not isinstance(said, dict) or (path / name).stat().st_size != said.get("bytes"):
+            if not isinstance(description, dict) or (path / name).stat().st_size != description.get("bytes"):
                 raise CheckpointError(f"{name} has another size than the manifest says")
-            if _describe(path / name) != said:
+            if _describe(path / name) != description:
                 raise CheckpointError(f"{name} is not what the manifest says: its hash differs")
         values = load_json(path / VALUES)
         if not isinstance(values, dict):
@@ -258,14 +258,14 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any], StoredT
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """What differs between two identities, one phrase each, by dotted name."""
-    found = []
+    phrases = []
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{prefix}{name}.")
+            phrases += differences(old, new, f"{prefix}{name}.")
         elif old != new:
-            found.append(f"{prefix}{name} was {_short(old)}, now {_short(new)}")
-    return found
+            phrases.append(f"{prefix}{name} was {_short(old)}, now {_short(new)}")
+    return phrases
 
 
 def _short(value: Any) -> str:

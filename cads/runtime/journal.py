@@ -1,9 +1,9 @@
-"""What a run has done, written down, so that the same run can be gone through again without doing it twice.
+"""The journal of a run: records of its operations on disk, so that a resumed run does not repeat finished work.
 
-A selector is a deterministic program: its draws are pure functions of (seed, step), and all that is costly in it
-goes through few doors (training, measuring, scoring). So it is resumed by replay: it runs again from its start, what
-was finished answers from the journal, with its charges to the ledger, and what was under way goes on from its last
-checkpoint. Nothing of this is asked of the selector.
+A selector is a deterministic program: its draws are pure functions of (seed, step), and all of its costly work goes
+through a few functions (training, measuring, scoring). So it is resumed by replay: the program runs again from its
+start. The journal returns the results of finished operations, and restores their charges to the ledger. An operation
+under way resumes from its last checkpoint. Selectors need no code for this.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from cads.runtime.processes import ProcessError, ProcessGroup, active_group
 from cads.runtime.signals import Interrupted, Interrupts
 
 SHARDS_AT_ONCE = 4
-"""Shards that each of several processes computes before they exchange what they have."""
+"""Shards that each of several processes computes before they exchange their results."""
 
 
 def replay_or_run(
     name: str, arguments: Sequence[Any], ledger: Ledger, compute: Callable[[StepReporter], State]
 ) -> State:
-    """Do something costly, or take it from the journal if this run has done it before.
+    """Run a costly operation, or take its result from the journal if this run has done it before.
 
-    Within an operation, further ones are part of it.
+    An operation inside another one is part of it, and has no record of its own.
 
     Args:
-        name: what is done. arguments: with what, as JSON values: if they differ from before, so does the run.
-        ledger: charged by `compute`; charged the same if the journal answers.
-        compute: does it, and returns all of its result. It changes nothing else that the run will read.
+        name: of the operation. arguments: its arguments, as JSON values; a replay must give the same ones.
+        ledger: charged by `compute`; charged the same on replay.
+        compute: runs the operation and returns all of its result. It changes nothing else that the run will read.
 
     Raises:
-        CheckpointError: if the run does something else here than the one that wrote the journal.
+        CheckpointError: if the run that wrote the journal did another operation at this point.
     """
     journal = _CURRENT.get()
     if journal is None or journal.inside:
@@ -53,20 +53,20 @@ def replay_or_run(
 
 
 def replay_or_run_parallel(operations: Sequence[Operation], ledger: Ledger, part: Part, join: Merge) -> list[State]:
-    """Do operations that do not depend on each other, each process a part of them.
+    """Run operations that do not depend on each other, divided among the processes.
 
-    A journal keeps them as it would if one process had performed one after another.
+    A journal records them as if one process had run one after another.
 
     Args:
-        ledger: charged by `Operation.settle`, in order. part: does what falls to this process. join: see `Merge`.
+        ledger: charged by `Operation.commit`, in order. part: runs the part of this process. join: see `Merge`.
 
     Returns:
-        what came out of each; the same in all processes.
+        the result of each operation; the same in all processes.
     """
     journal = _CURRENT.get()
     if journal is None or journal.inside:
-        rounds = Lockstep(active_group(), join, lambda: (0, False), lambda states, signal: None)
-        states = [_known(state) for state in join(rounds.run(part, [OperationStatus() for _ in operations]))]
+        lockstep = Lockstep(active_group(), join, lambda: (0, False), lambda states, signal: None)
+        states = [_not_none(state) for state in join(lockstep.run(part, [OperationStatus() for _ in operations]))]
         for operation, state in zip(operations, states, strict=True):
             operation.commit(state)
         return states
@@ -76,50 +76,50 @@ def replay_or_run_parallel(operations: Sequence[Operation], ledger: Ledger, part
 def map_shards(
     name: str, arguments: Sequence[Any], ledger: Ledger, count: int, shard: Callable[[int], np.ndarray]
 ) -> np.ndarray:
-    """Concatenate `shard(0)`, ..., `shard(count - 1)` along their first axis: a pass whose finished shards survive.
+    """Concatenate `shard(0)`, ..., `shard(count - 1)` along their first axis; finished shards survive an interruption.
 
-    Several processes take shard after shard in turn.
+    Several processes take the shards in turn.
 
     Args:
-        shard: charges `ledger` for what it does.
+        shard: computes one shard, and charges `ledger` for it.
     """
     size = active_group().size
-    at_once = 1 if size == 1 else size * SHARDS_AT_ONCE
+    shards_per_step = 1 if size == 1 else size * SHARDS_AT_ONCE
 
     def compute(progress: StepReporter) -> State:
-        found: list[np.ndarray] = []
+        results: list[np.ndarray] = []
 
         def state() -> State:
-            return State({"done": done}, {"found": torch.from_numpy(np.concatenate(found))})
+            return State({"done": done}, {"found": torch.from_numpy(np.concatenate(results))})
 
         done = 0
         if progress.restored is not None:
             done = int(progress.restored.number("done"))
-            found.append(_found(progress.restored))
+            results.append(_results(progress.restored))
         while done < count:
-            following = range(done, min(done + at_once, count))
-            found += divide(ledger, following, shard)
-            done = following.stop
+            shards = range(done, min(done + shards_per_step, count))
+            results += divide(ledger, shards, shard)
+            done = shards.stop
             progress.step(state)
         return state()
 
-    return _found(replay_or_run(name, arguments, ledger, compute))
+    return _results(replay_or_run(name, arguments, ledger, compute))
 
 
-def _found(state: State) -> np.ndarray:
+def _results(state: State) -> np.ndarray:
     if "found" not in state.tensors:
-        raise CheckpointError("the scores of a pool are not where they were stored: begin anew with --overwrite true")
+        raise CheckpointError("the stored results of a pass over a pool are missing: begin anew with --overwrite true")
     return np.asarray(state.tensors["found"].numpy())
 
 
-def _known(state: State | None) -> State:
+def _not_none(state: State | None) -> State:
     assert state is not None
     return state
 
 
 @dataclass(frozen=True)
-class _Recalled:
-    """What a journal has of an operation: under which name and key, with what charges, and what came out so far."""
+class _StoredOperation:
+    """What a journal has stored of an operation: name and key, whether it has finished, its charges and its state."""
 
     name: str
     key: str
@@ -131,11 +131,11 @@ class _Recalled:
 class Journal:
     """The operations of one run, in order, in a folder.
 
-    Of several processes the first reads and writes, and tells the others.
+    Of several processes the first reads and writes, and broadcasts what it reads.
 
     Args:
-        folder: where it is; what is there already is gone on from.
-        identity: what the run is (settings, data, versions), as JSON values: it is refused to go on with another.
+        folder: of the journal; the run resumes from the records in it.
+        identity: identifies the run (settings, data, versions), as JSON values; another run's journal is refused.
         config: how often it is written.
         interrupts: of the command, if it listens to signals.
 
@@ -154,25 +154,25 @@ class Journal:
         self.interrupts = interrupts or Interrupts()
         self.inside = False
         self._world: ProcessGroup = active_group()
-        self._next = 0
+        self._next_index = 0
         self._resumed = bool(self._world.on_rank_zero(self.store.read))
 
     @property
     def resumed(self) -> bool:
-        """Whether there was something to go on from."""
+        """Whether there were records to resume from."""
         return self._resumed
 
     @property
     def seconds(self) -> float:
-        """Seconds of work on this run so far, those of earlier processes included, as the first process knows."""
+        """Seconds of work on this run so far; only the first process includes those of earlier launches."""
         return self.store.seconds
 
     @contextmanager
     def open(self) -> Iterator[Journal]:
-        """Let `replay_or_run` answer from this journal within the block.
+        """Let `replay_or_run` use this journal within the block.
 
-        What is done is written down if the block is interrupted, if numbers go wrong, a disk is full, or another
-        process is lost. A setting that is refused leaves nothing beyond what was due, so that it can be corrected.
+        Finished operations are written if the block is interrupted, a loss is not finite, a disk is full, or another
+        process is lost. A refused setting writes nothing beyond what was due, so that it can be corrected.
         """
         token = _CURRENT.set(self)
         try:
@@ -187,20 +187,20 @@ class Journal:
         self, name: str, arguments: Sequence[Any], ledger: Ledger, compute: Callable[[StepReporter], State]
     ) -> State:
         """See the function `replay_or_run`."""
-        index, self._next = self._next, self._next + 1
+        index, self._next_index = self._next_index, self._next_index + 1
         before = _entries(ledger)
         key = key_of(index, name, arguments, before)
         self.sync(name, key)
-        known = self._recall(index)
-        if known is not None and known.finished:
-            self._check(index, name, key, known)
-            restore(ledger, known.charges)
-            return known.state
+        stored = self._stored(index)
+        if stored is not None and stored.finished:
+            self._check(index, name, key, stored)
+            restore(ledger, stored.charges)
+            return stored.state
         progress = _Underway(self, index, name, arguments, ledger, before)
-        if known is not None:
-            self._check(index, name, progress.key, known)
-            restore(ledger, known.charges)
-            progress.restored = known.state
+        if stored is not None:
+            self._check(index, name, progress.key, stored)
+            restore(ledger, stored.charges)
+            progress.restored = stored.state
         self.inside = True
         try:
             with self.interrupts.held():
@@ -216,47 +216,47 @@ class Journal:
         self, operations: Sequence[Operation], ledger: Ledger, part: Part, join: Merge
     ) -> list[State]:
         """See the function `replay_or_run_parallel`."""
-        first, self._next = self._next, self._next + len(operations)
-        # What is spent before each of them is known when all are done: while they are under way, it is no part of keys.
+        first, self._next_index = self._next_index, self._next_index + len(operations)
+        # What was spent before each operation is known only when all are done: keys of those under way leave it out.
         keys = [key_of(first + i, o.name, o.arguments, {}) for i, o in enumerate(operations)]
         self.sync(operations[0].name, keys)
-        known = [self._recall(first + i) for i in range(len(operations))]
-        standing = []
-        for i, (operation, found) in enumerate(zip(operations, known, strict=True)):
-            if found is not None and not found.finished:
-                self._check(first + i, operation.name, keys[i], found)
-            standing.append(OperationStatus() if found is None else OperationStatus(found.finished, found.state))
-        states: list[State | None] = [s.state if s.finished else None for s in standing]
+        stored_operations = [self._stored(first + i) for i in range(len(operations))]
+        statuses = []
+        for i, (operation, stored) in enumerate(zip(operations, stored_operations, strict=True)):
+            if stored is not None and not stored.finished:
+                self._check(first + i, operation.name, keys[i], stored)
+            statuses.append(OperationStatus() if stored is None else OperationStatus(stored.finished, stored.state))
+        states: list[State | None] = [s.state if s.finished else None for s in statuses]
         if None in states:
             self.inside = True
             try:
                 with self.interrupts.held():
-                    joined = join(self._rounds(first, operations, keys, join).run(part, standing))
+                    new_states = join(self._lockstep(first, operations, keys, join).run(part, statuses))
             finally:
                 self.inside = False
-            states = [new if old is None else old for old, new in zip(states, joined, strict=True)]
-        for i, (operation, found) in enumerate(zip(operations, known, strict=True)):
+            states = [new if old is None else old for old, new in zip(states, new_states, strict=True)]
+        for i, (operation, stored) in enumerate(zip(operations, stored_operations, strict=True)):
             before = _entries(ledger)
             key = key_of(first + i, operation.name, operation.arguments, before)
-            if found is not None and found.finished:
-                self._check(first + i, operation.name, key, found)
-                restore(ledger, found.charges)
+            if stored is not None and stored.finished:
+                self._check(first + i, operation.name, key, stored)
+                restore(ledger, stored.charges)
                 continue
-            state = _known(states[i])
+            state = _not_none(states[i])
             operation.commit(state)
             self._write_record(first + i, operation.name, key, state, charges_since(before, ledger))
         self.store.count(len(operations))
         self._checkpoint_if_due(f"after {operations[0].name}")
-        return [_known(state) for state in states]
+        return [_not_none(state) for state in states]
 
-    def _rounds(self, first: int, operations: Sequence[Operation], keys: Sequence[str], join: Merge) -> Lockstep:
-        """The rounds of operations, which are written down under their own numbers."""
+    def _lockstep(self, first: int, operations: Sequence[Operation], keys: Sequence[str], join: Merge) -> Lockstep:
+        """The lockstep of operations, which are recorded under their own indices."""
 
-        def ask() -> tuple[int, bool]:
+        def poll() -> tuple[int, bool]:
             self.store.count()
             return self.interrupts.pending or 0, self._world.first and self.store.due
 
-        def keep(states: list[State | None], signal: int) -> None:
+        def save(states: list[State | None], signal: int) -> None:
             records = {
                 first + i: JournalRecord(operations[i].name, keys[i], state.values, [], state.tensors)
                 for i, state in enumerate(states)
@@ -264,79 +264,79 @@ class Journal:
             }
             self._save_and_stop(records, signal, operations[0].name)
 
-        return Lockstep(self._world, join, ask, keep)
+        return Lockstep(self._world, join, poll, save)
 
     def step(self, index: int, record: Callable[[], JournalRecord]) -> None:
-        """The operation under way has done one step."""
+        """The operation `index` has done one step; `record` gives its record, and is called only if it is written."""
         self.store.count()
         signal, due = self._all_reduce_signals()
         if signal or due:
-            now = record()
-            self._save_and_stop({index: now}, signal, now.name)
+            underway = record()
+            self._save_and_stop({index: underway}, signal, underway.name)
 
     def _save_and_stop(self, records: dict[int, JournalRecord], signal: int, name: str) -> None:
-        """Write where operations under way are, after all that was finished before them.
+        """Write the finished operations, then `records` of those under way.
 
         Raises:
-            Interrupted: if a process was asked to stop by `signal`.
+            Interrupted: if a process was asked to stop, by `signal`.
         """
         written = self._world.on_rank_zero(lambda: self.store.save(records))
         self._stop(signal, f"during {name}" + ("" if written else " (its checkpoint could not be written)"))
 
-    def _recall(self, index: int) -> _Recalled | None:
-        """What is known of an operation, in all processes."""
+    def _stored(self, index: int) -> _StoredOperation | None:
+        """What the journal has stored of an operation, in all processes; None if nothing."""
 
-        def look() -> State:
+        def read() -> State:
             record, finished = self.store.take(index)
             if record is None:
                 return State({"name": None})
             state = record.state()
-            about = {"name": record.name, "key": record.key, "finished": finished}
-            return State({**about, "charges": record.charges, "values": state.values}, state.tensors)
+            header = {"name": record.name, "key": record.key, "finished": finished}
+            return State({**header, "charges": record.charges, "values": state.values}, state.tensors)
 
-        found = self._world.broadcast(look)
-        about = found.values
-        if about["name"] is None:
+        message = self._world.broadcast(read)
+        fields = message.values
+        if fields["name"] is None:
             return None
-        state = State(about["values"], found.tensors)
-        return _Recalled(about["name"], about["key"], about["finished"], about["charges"], state)
+        state = State(fields["values"], message.tensors)
+        return _StoredOperation(fields["name"], fields["key"], fields["finished"], fields["charges"], state)
 
-    def _check(self, index: int, name: str, key: str, known: _Recalled) -> None:
-        if known.key != key:
+    def _check(self, index: int, name: str, key: str, stored: _StoredOperation) -> None:
+        if stored.key != key:
             raise CheckpointError(
-                f"operation {index} of this run is {name}, with other arguments than {known.name} in the journal "
+                f"operation {index} of this run is {name}, with other arguments than {stored.name} in the journal "
                 f"{self.store.checkpoints.folder}: this run does not repeat the one before; begin anew with "
                 "--overwrite true"
             )
 
     def _write_record(self, index: int, name: str, key: str, state: State, charges: Charges) -> None:
         if self._world.first:
-            kept = state.detached()
-            self.store.keep(index, JournalRecord(name, key, kept.values, charges, kept.tensors))
+            detached = state.detached()
+            self.store.keep(index, JournalRecord(name, key, detached.values, charges, detached.tensors))
 
     def sync(self, name: str, key: Any) -> None:
-        """Before an operation: all processes do the same, and end here if one of them was asked to stop."""
+        """Before an operation: check that all processes run the same one; stop if one of them was asked to."""
         if self._world.size > 1:
-            self._world.check_identical(f"what {name} is done with", key)
+            self._world.check_identical(f"the input of operation {name!r}", key)
             self._stop(self._all_reduce_signals()[0], f"before {name}")
 
-    def _checkpoint_if_due(self, where: str) -> None:
-        """Between two operations: write if it is time, and end if a process was asked to."""
+    def _checkpoint_if_due(self, position: str) -> None:
+        """Between two operations: write if a checkpoint is due, and stop if a process was asked to."""
         signal, due = self._all_reduce_signals()
         if signal or due:
             self.store.flush()
-        self._stop(signal, where)
+        self._stop(signal, position)
 
     def _all_reduce_signals(self) -> tuple[int, bool]:
-        """The signal by which some process was asked to stop, or 0; whether the first finds it time to write."""
+        """The signal by which some process was asked to stop, or 0; whether a checkpoint is due in the first one."""
         due = self._world.first and self.store.due
         signal, write = self._world.all_reduce_max([self.interrupts.pending or 0, int(due)])
         return signal, bool(write)
 
-    def _stop(self, signal: int, where: str) -> None:
+    def _stop(self, signal: int, position: str) -> None:
         if signal:
             self.interrupts.pending = signal
-            self.interrupts.raise_if_pending(where)
+            self.interrupts.raise_if_pending(position)
 
 
 class _Underway(StepReporter):
@@ -364,7 +364,7 @@ class _Underway(StepReporter):
 
 
 def _entries(ledger: Ledger) -> dict[tuple[str, str], LedgerEntry]:
-    """A copy of what a ledger holds."""
+    """A copy of the entries of a ledger."""
     return {key: replace(entry) for key, entry in ledger.entries.items()}
 
 

@@ -1,4 +1,4 @@
-"""The records of a run in a folder: those of finished operations are written once, those under way again and again."""
+"""The records of a run on disk: those of finished operations are written once, those under way repeatedly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FINISHED, UNDERWAY = "finished", "underway"
 
 
 class RecordStore:
-    """The records of the operations of one run, by their numbers; some of them on disk.
+    """The records of the operations of one run, by index; some of them on disk.
 
     Args:
         folder, identity: as for `Checkpoints`.
@@ -30,82 +30,82 @@ class RecordStore:
         self._pending: dict[int, JournalRecord] = {}
         self._underway: dict[int, JournalRecord] = {}
         self._steps = 0
-        self._written = self._began = time.monotonic()
-        self._before = 0.0
+        self._last_write = self._start_time = time.monotonic()
+        self._earlier_seconds = 0.0
 
     def read(self) -> bool:
-        """Take in what an earlier process has written; whether there was anything.
+        """Read what an earlier process has written; returns whether there was anything.
 
         Raises:
             CheckpointError: if it is of another run.
         """
         self.checkpoints.sweep()
         for path, values, tensors in self.checkpoints.read(FINISHED):
-            self._before = max(self._before, seconds_of(path, values))
+            self._earlier_seconds = max(self._earlier_seconds, seconds_of(path, values))
             for index, record in records_of(path, values, tensors):
                 self._finished.setdefault(index, record)
         for path, values, tensors in self.checkpoints.read(UNDERWAY):
-            self._before = max(self._before, seconds_of(path, values))
+            self._earlier_seconds = max(self._earlier_seconds, seconds_of(path, values))
             self._underway = dict(records_of(path, values, tensors))
             break
         return bool(self._finished) or bool(self._underway)
 
     def take(self, index: int) -> tuple[JournalRecord | None, bool]:
-        """What was read of an operation, if anything, and whether it had finished; it is given away once."""
-        finished, begun = self._finished.pop(index, None), self._underway.pop(index, None)
+        """The record that was read of an operation, or None, and whether it had finished; each is returned once."""
+        finished, underway = self._finished.pop(index, None), self._underway.pop(index, None)
         if finished is not None:
             return finished, True
-        # Writing this operation anew removes the file of those that were under way with it, or after it where its own
-        # record was damaged.
-        for later, other in self._underway.items():
-            self._underway[later] = replace(other, tensors=other.state().tensors)
-        return begun, False
+        # The next checkpoint of this operation removes the file with the tensors of the others under way: those beside
+        # it, or after it where its own record was damaged. So their tensors are loaded now.
+        for other_index, other in self._underway.items():
+            self._underway[other_index] = replace(other, tensors=other.state().tensors)
+        return underway, False
 
     def keep(self, index: int, record: JournalRecord) -> None:
-        """An operation has finished; it is written with the next ones."""
+        """Keep the record of a finished operation until `flush` or `save` writes it."""
         self._pending[index] = record
 
     def count(self, steps: int = 1) -> None:
-        """So many steps were taken."""
+        """Count `steps` as taken since the last write."""
         self._steps += steps
 
     @property
     def seconds(self) -> float:
-        """Seconds of work on the run: here, and in processes before this one up to what they wrote last."""
-        return self._before + time.monotonic() - self._began
+        """Seconds of work on the run: of this process, and of earlier ones up to their last checkpoint."""
+        return self._earlier_seconds + time.monotonic() - self._start_time
 
     @property
     def due(self) -> bool:
         """Whether it is time to write."""
         seconds, steps = self._config.every_seconds, self._config.every_steps
-        late = seconds is not None and time.monotonic() - self._written >= seconds
-        return late or (steps is not None and self._steps >= steps)
+        time_is_up = seconds is not None and time.monotonic() - self._last_write >= seconds
+        return time_is_up or (steps is not None and self._steps >= steps)
 
     def flush(self) -> bool:
         """Write the finished operations that are not yet written; returns whether all are.
 
-        Several operations may have been under way in processes of which there are fewer now: those that nobody has
-        gone on with are written anew, without those that have finished.
+        An earlier launch with more processes may have left more operations under way. Those that no process has
+        resumed yet are written again, without those that have finished.
         """
-        some = bool(self._pending)
+        has_pending = bool(self._pending)
         if not self._write_finished():
             return False
-        if some and not self._underway:
+        if has_pending and not self._underway:
             self.checkpoints.prune(UNDERWAY, keep=0)
-        elif some and self._write_underway(self._underway):
+        elif has_pending and self._write_underway(self._underway):
             self.checkpoints.prune(UNDERWAY, keep=1)
         return True
 
     def save(self, records: Mapping[int, JournalRecord]) -> bool:
-        """Write operations under way, after all that was finished before them; returns whether all is written."""
-        whole = self._write_finished()
+        """Write the finished operations, then those under way; returns whether all are written."""
+        all_finished_written = self._write_finished()
         if not self._write_underway({**self._underway, **records}):
             return False
         self.checkpoints.prune(UNDERWAY)
-        return whole
+        return all_finished_written
 
     def _write_finished(self) -> bool:
-        self._steps, self._written = 0, time.monotonic()
+        self._steps, self._last_write = 0, time.monotonic()
         if self._pending:
             if self.checkpoints.write(FINISHED, state_of(self._pending, self.seconds)) is None:
                 return False

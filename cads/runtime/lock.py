@@ -21,17 +21,17 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 NOTE_LIMIT = 4096
-"""Bytes that are read of what the holder of a lock says of itself."""
+"""Bytes that are read of the note that the holder of a lock has written into it."""
 
 
 class LockedError(CadsError):
-    """A run folder in which another process works."""
+    """A run folder is locked by another process."""
 
 
 class RunLock:
-    """The lock of a folder, which is made if need be; the kernel lets go of it when its process ends, however it ends.
+    """The lock of a folder, which is made if need be. The kernel releases it when its process ends, however it ends.
 
-    The file says who holds it: process, host and command. A lock left by a process that was killed is taken over.
+    The lock file names its holder: process, host and command. The lock of a killed process is taken over.
 
     Raises:
         LockedError: if another process holds it.
@@ -42,16 +42,16 @@ class RunLock:
         self.folder = Path(folder)
         self._file = self.folder / LOCK
         self._handle: int | None = None
-        self._made = not self.folder.exists()
+        self._created = not self.folder.exists()
 
     def __enter__(self) -> RunLock:
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.folder))
         while self._handle is None:
-            self._handle = self._take()
+            self._handle = self._acquire()
         os.ftruncate(self._handle, 0)
-        about = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv)[: NOTE_LIMIT // 2]}
-        os.pwrite(self._handle, json.dumps(about).encode(), 0)
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv)[: NOTE_LIMIT // 2]}
+        os.pwrite(self._handle, json.dumps(note).encode(), 0)
         return self
 
     def __exit__(
@@ -61,12 +61,12 @@ class RunLock:
             self._file.unlink(missing_ok=True)
             os.close(self._handle)
             self._handle = None
-            if self._made:
-                # Of a run that was refused nothing stays; a folder with contents is kept by the system.
+            if self._created:
+                # A refused run leaves no folder behind; `rmdir` fails on one with contents.
                 with contextlib.suppress(OSError):
                     self.folder.rmdir()
 
-    def _take(self) -> int | None:
+    def _acquire(self) -> int | None:
         """The locked file; None if its holder removed it while it was being opened."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -76,39 +76,39 @@ class RunLock:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(handle, NOTE_LIMIT, 0).decode(errors="replace")
+            note = os.pread(handle, NOTE_LIMIT, 0).decode(errors="replace")
             os.close(handle)
-            raise LockedError(self._taken(holder)) from None
+            raise LockedError(self._in_use_message(note)) from None
         except OSError as error:
             log.warning("%s: this file system has no locks (%s): let no other process write there", self.folder, error)
         try:
-            mine = os.path.samestat(os.fstat(handle), os.stat(self._file))
+            is_current = os.path.samestat(os.fstat(handle), os.stat(self._file))
         except FileNotFoundError:
-            mine = False
-        if not mine:
+            is_current = False
+        if not is_current:
             os.close(handle)
             return None
         return handle
 
-    def _taken(self, holder: str) -> str:
+    def _in_use_message(self, note: str) -> str:
         try:
-            about = json.loads(holder)
-            who = f"process {about['pid']} on {about['host']} ({about['command']!r})"
+            fields = json.loads(note)
+            holder = f"process {fields['pid']} on {fields['host']} ({fields['command']!r})"
         except (ValueError, TypeError, KeyError, RecursionError):
-            who = "another process"
-        return f"{self.folder} is in use by {who}: wait until it ends, stop it, or choose another folder with --out"
+            holder = "another process"
+        return f"{self.folder} is in use by {holder}: wait until it ends, stop it, or choose another folder with --out"
 
 
 @contextlib.contextmanager
 def held_by_first(folder: Path | str) -> Iterator[None]:
-    """Hold the lock of a folder in the first of several processes that work in it together.
+    """Lock a folder for several processes that work in it together; the first one holds the lock.
 
     Raises: as `RunLock`, in all of them.
     """
     with contextlib.ExitStack() as stack:
 
-        def take() -> None:
+        def acquire() -> None:
             stack.enter_context(RunLock(folder))
 
-        active_group().on_rank_zero(take)
+        active_group().on_rank_zero(acquire)
         yield

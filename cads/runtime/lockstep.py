@@ -1,4 +1,4 @@
-"""How an operation tells where it is, and how several processes that each do a part of it stay in step."""
+"""How an operation reports its state, and how several processes that each run a part of it stay in step."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from cads.runtime.signals import Interrupted
 
 
 class StepReporter:
-    """How an operation tells where it is. Outside a journal nothing is kept.
+    """How an operation reports its steps. Outside a journal nothing is stored.
 
     Attributes:
-        restored: what the operation last told, in a process that is gone, or None.
+        restored: the state to resume from, stored by an earlier process; None if there is none.
     """
 
     restored: State | None = None
 
     def step(self, state: Callable[[], State]) -> None:
-        """One step is done; `state` is all that is needed to go on, and is asked for only if it is written down.
+        """One step is done. `state` returns all that is needed to resume; it is called only if a checkpoint is written.
 
         Raises:
             Interrupted: if the run was asked to stop, once the state is written.
@@ -38,7 +38,7 @@ class Operation:
 
     Attributes:
         name, arguments: as for `replay_or_run`.
-        settle: takes in what came out, and charges the ledger for it; called in the order of the operations.
+        commit: takes over the final state, and charges the ledger for it; called in the order of the operations.
     """
 
     name: str
@@ -48,81 +48,81 @@ class Operation:
 
 @dataclass(frozen=True)
 class OperationStatus:
-    """How far an operation had come in a process that is gone: finished or not, and where it stood, if it had begun."""
+    """What earlier processes have stored of an operation: whether it has finished, and its state if it had begun."""
 
     finished: bool = False
     state: State | None = None
 
 
 Part = Callable[[StepReporter, list[OperationStatus]], State]
-"""(progress, where the operations stand) -> what this process has done of them, by itself."""
+"""(progress, the status of each operation) -> the state of the part that this process has run."""
 Merge = Callable[[list[State]], list[State | None]]
-"""(what each process has done) -> the state of each operation; None for one that nobody has begun."""
+"""(the state of each process's part) -> the state of each operation; None for one that nobody has begun."""
 
 
 class _PeerFailed(Exception):
-    """Another process has failed, and will say how."""
+    """Another process has failed; its error follows by `gather`."""
 
 
 class Lockstep(StepReporter):
-    """One round a step: processes that work on their parts see at each step whether all of them go on.
+    """Synchronises processes that run their parts: an all-reduce after each step tells whether all of them go on.
 
-    A process that has finished its part, or has none, takes part in the rounds until all have.
+    A process that has finished its part, or has none, takes part in the all-reduces until all have finished.
 
     Args:
-        world: the processes. join: puts parts together.
-        ask: once a round: (the signal by which this process was asked to stop, or 0; whether it is time to write).
-        keep: writes down the joined states; with a signal, raises `Interrupted` then.
+        world: the processes. join: merges the states of the parts.
+        poll: called at each step: (signal by which this process was asked to stop, or 0; whether to write).
+        save: writes the merged states; then raises `Interrupted` if it is given a signal.
     """
 
     def __init__(
         self,
         world: ProcessGroup,
         join: Merge,
-        ask: Callable[[], tuple[int, bool]],
-        keep: Callable[[list[State | None], int], None],
+        poll: Callable[[], tuple[int, bool]],
+        save: Callable[[list[State | None], int], None],
     ) -> None:
-        self._world, self._join, self._ask, self._keep = world, join, ask, keep
+        self._world, self._join, self._poll, self._save = world, join, poll, save
 
-    def run(self, part: Part, standing: list[OperationStatus]) -> list[State]:
-        """What all processes have done of their parts.
+    def run(self, part: Part, statuses: list[OperationStatus]) -> list[State]:
+        """The final state of the part of each process.
 
         Raises:
             CadsError: in all processes, what one of them raised.
         """
-        return self._world.gather(lambda: self._mine(part, standing))
+        return self._world.gather(lambda: self._run_part(part, statuses))
 
     def step(self, state: Callable[[], State]) -> None:
         """See `StepReporter`; `state` is that of the part."""
-        self._meet(state, working=True)
+        self._synchronise(state, working=True)
 
-    def _mine(self, part: Part, standing: list[OperationStatus]) -> State:
+    def _run_part(self, part: Part, statuses: list[OperationStatus]) -> State:
         try:
-            mine = part(self, standing)
-            while self._meet(lambda: mine, working=False):
+            result = part(self, statuses)
+            while self._synchronise(lambda: result, working=False):
                 pass
         except _PeerFailed:
             return State()
         except Exception as error:
-            # Others know of what they have raised too, and cannot be told once they are lost.
+            # Not for errors that every process raises anyway, nor for lost processes, which cannot be reached.
             if not (is_shared(error) or isinstance(error, Interrupted | ProcessError)):
                 self._world.all_reduce_max([0, 0, 0, 1])
             raise
-        return mine
+        return result
 
-    def _meet(self, state: Callable[[], State], *, working: bool) -> bool:
-        """Whether any process is still at work."""
-        signal, due = self._ask()
+    def _synchronise(self, state: Callable[[], State], *, working: bool) -> bool:
+        """Synchronise one step; returns whether any process is still at work."""
+        signal, due = self._poll()
         signal, write, at_work, failed = self._world.all_reduce_max([signal, int(due), int(working), 0])
         if failed:
             raise _PeerFailed
         if signal or write:
-            self._keep(self._join(self._world.gather(state)), signal)
+            self._save(self._join(self._world.gather(state)), signal)
         return bool(at_work)
 
 
 def divide(ledger: Ledger, shards: Sequence[int], compute: Callable[[int], np.ndarray]) -> list[np.ndarray]:
-    """`compute` of each shard, in order; process after process takes one.
+    """`compute` of each shard, in order; the processes take the shards in turn.
 
     Args:
         ledger: charged by `compute`; with several processes, charged the same in each, in the order of the shards.
@@ -134,20 +134,20 @@ def divide(ledger: Ledger, shards: Sequence[int], compute: Callable[[int], np.nd
     if world.size == 1:
         return [compute(i) for i in shards]
 
-    def own() -> State:
-        charges, found = [], {}
+    def compute_share() -> State:
+        charges, tensors = [], {}
         for i in shards[world.rank :: world.size]:
             with ledger.noting() as noted:
-                found[str(i)] = torch.from_numpy(np.ascontiguousarray(compute(i)))
+                tensors[str(i)] = torch.from_numpy(np.ascontiguousarray(compute(i)))
             charges.append(noted)
-        return State({"charges": charges}, found)
+        return State({"charges": charges}, tensors)
 
-    parts = world.gather(own)
+    parts = world.gather(compute_share)
     results = []
-    for place, i in enumerate(shards):
-        part = parts[place % world.size]
-        for charge in part.values["charges"][place // world.size]:
-            # They work at the same time.
+    for order, i in enumerate(shards):
+        part = parts[order % world.size]
+        for charge in part.values["charges"][order // world.size]:
+            # The processes work at the same time.
             ledger.charge(**{**charge, "seconds": charge["seconds"] / world.size})
         results.append(part.tensors[str(i)].numpy())
     return results

@@ -1,7 +1,7 @@
-"""Several processes: each runs the same program and decides alike; only work is divided among them.
+"""Several processes: each runs the same program and takes the same decisions; only work is divided among them.
 
-Whoever divides work asks `current()` for the processes at hand. With one process everything here is a plain call.
-What processes tell each other is JSON and the bytes of tensors: nothing that one sends can run in another.
+Code that divides work calls `active_group()`. With one process, every method of the group is a plain call.
+Processes exchange JSON and the bytes of tensors: nothing that one sends can run in another.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from cads.runtime.checkpoint import State
 log = logging.getLogger(__name__)
 
 TIMEOUT_VARIABLE, TIMEOUT = "CADS_PROCESS_TIMEOUT", 600.0
-"""Seconds that a process waits for the others before it gives up: the variable, and what holds without it."""
+"""Seconds that a process waits for the others before it gives up: the environment variable, and the default."""
 SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers (torchrun, accelerate, MPI) say how many processes there are."""
-WHEREABOUTS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Where launchers say which of the processes this is, and where they meet."""
+RENDEZVOUS_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables by which launchers tell a process its rank, and the address at which the processes meet."""
 SHARDED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron",
 }
-"""What launchers can be asked for that divides the weights of a model."""
+"""Variables of launchers that ask for the weights of a model to be divided, and the names of these methods."""
 BUCKET = 2**25
-"""Bytes of gradients that are added up at once, at least."""
+"""Least bytes of gradients in one all-reduce."""
 SHARED = "shared"
-"""Attribute of an error that every process raises."""
+"""Attribute that marks an error which every process raises."""
 
 
 T = TypeVar("T")
 
 
 class ProcessError(CadsError):
-    """The other processes cannot be reached, or do something else."""
+    """The other processes cannot be reached, or do not do the same."""
 
 
 class RemoteError(CadsError):
@@ -59,10 +59,10 @@ class RemoteError(CadsError):
 
 
 class ProcessGroup:
-    """One process, which does everything itself.
+    """The processes that work together; this class itself is one process that works alone.
 
     Attributes:
-        rank: number of this process, from 0. size: how many there are.
+        rank: of this process, from 0. size: number of processes.
     """
 
     rank, size = 0, 1
@@ -88,7 +88,7 @@ class ProcessGroup:
         """
 
     def gather(self, compute: Callable[[], State]) -> list[State]:
-        """What each process computes by itself, in order of their numbers; on the CPU.
+        """What each process computes by itself, in order of rank; on the CPU.
 
         Raises:
             CadsError: in all processes, what one of them raised; the first if several did.
@@ -100,18 +100,18 @@ class ProcessGroup:
         return compute()
 
     def broadcast(self, compute: Callable[[], State]) -> State:
-        """What the first process computes, alone. Raises what it raised, in all processes."""
+        """What the first process computes, alone, in all processes. Raises in all of them what it raised."""
         return compute()
 
     def on_rank_zero(self, compute: Callable[[], Any]) -> Any:
-        """As `from_first`, for a JSON value: for whatever reads or writes what all depend on."""
+        """As `broadcast`, for a JSON value: for work on files that all processes depend on."""
         return compute()
 
-    def check_identical(self, what: str, value: Any) -> None:
-        """Refuse processes that are not given the same.
+    def check_identical(self, label: str, value: Any) -> None:
+        """Refuse processes that do not have the same `value`.
 
         Args:
-            value: JSON.
+            label: of the value, for the message. value: JSON.
 
         Raises:
             ProcessError: in all of them.
@@ -125,7 +125,7 @@ class TorchProcessGroup(ProcessGroup):
     """Several processes that reach each other through `torch.distributed`.
 
     Args:
-        state: of accelerate, which knows how they were launched. seconds: how long one waits for the others.
+        state: of accelerate, which knows how they were launched. seconds: how long a process waits for the others.
     """
 
     def __init__(self, state: PartialState, seconds: float) -> None:
@@ -136,121 +136,124 @@ class TorchProcessGroup(ProcessGroup):
     def all_reduce_max(self, numbers: Sequence[int]) -> list[int]:
         """See `ProcessGroup`."""
         x = torch.tensor(numbers, dtype=torch.int64, device=self._device)
-        with self._reaching():
+        with self._peer_errors():
             dist.all_reduce(x, dist.ReduceOp.MAX)
         return [int(n) for n in x.tolist()]
 
     def all_reduce_sum(self, numbers: np.ndarray) -> np.ndarray:
         """See `ProcessGroup`."""
         x = torch.from_numpy(numbers.astype(np.float64)).to(self._device)
-        with self._reaching():
+        with self._peer_errors():
             dist.all_reduce(x)
         return np.asarray(x.cpu().numpy())
 
     def add_gradients(self, parameters: Sequence[nn.Parameter], present: np.ndarray) -> None:
         """See `ProcessGroup`."""
         bucket: list[Tensor] = []
-        for parameter, there in zip(parameters, present, strict=True):
-            if not there:
+        for parameter, has_gradient in zip(parameters, present, strict=True):
+            if not has_gradient:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if bucket and (bucket[0].dtype != parameter.grad.dtype or sum(x.nbytes for x in bucket) >= BUCKET):
-                self._add_up(bucket)
+                self._all_reduce_bucket(bucket)
                 bucket = []
             bucket.append(parameter.grad)
         if bucket:
-            self._add_up(bucket)
+            self._all_reduce_bucket(bucket)
 
     def gather(self, compute: Callable[[], State]) -> list[State]:
         """See `ProcessGroup`."""
-        mine, failure, header = _attempt(compute)
-        said = [json.loads(text) for text in self._gather_bytes(header)]
-        self._raise_first([about["error"] for about in said], failure)
-        return [self._broadcast(about, mine, rank) for rank, about in enumerate(said)]
+        state, failure, encoded = _attempt(compute)
+        headers = [json.loads(text) for text in self._gather_bytes(encoded)]
+        self._raise_first([header["error"] for header in headers], failure)
+        return [self._broadcast_state(header, state, rank) for rank, header in enumerate(headers)]
 
     def locally(self, compute: Callable[[], T]) -> T:
         """See `ProcessGroup`."""
-        found: list[T] = []
+        results: list[T] = []
 
-        def own() -> State:
-            found.append(compute())
+        def run() -> State:
+            results.append(compute())
             return State()
 
-        self.gather(own)
-        return found[0]
+        self.gather(run)
+        return results[0]
 
     def broadcast(self, compute: Callable[[], State]) -> State:
         """See `ProcessGroup`."""
-        mine, failure, header = _attempt(compute) if self.first else (State(), None, b"")
-        size = torch.tensor([len(header)], dtype=torch.int64, device=self._device)
-        with self._reaching():
+        state, failure, encoded = _attempt(compute) if self.first else (State(), None, b"")
+        size = torch.tensor([len(encoded)], dtype=torch.int64, device=self._device)
+        with self._peer_errors():
             dist.broadcast(size, 0)
-        text = _as_bytes(header) if self.first else torch.empty(int(size), dtype=torch.uint8)
-        about = json.loads(bytes(self._sent(text, 0).numpy()))
-        self._raise_first([about["error"]], failure)
-        return self._broadcast(about, mine, 0)
+        text = _as_bytes(encoded) if self.first else torch.empty(int(size), dtype=torch.uint8)
+        header = json.loads(bytes(self._broadcast_bytes(text, 0).numpy()))
+        self._raise_first([header["error"]], failure)
+        return self._broadcast_state(header, state, 0)
 
     def on_rank_zero(self, compute: Callable[[], Any]) -> Any:
         """See `ProcessGroup`."""
         return self.broadcast(lambda: State({"value": compute()})).values["value"]
 
-    def check_identical(self, what: str, value: Any) -> None:
+    def check_identical(self, label: str, value: Any) -> None:
         """See `ProcessGroup`."""
         number = digest(value)
-        most, least = self.all_reduce_max([number, -number])
-        if most != -least:
-            text = f"{what} differs between processes: give all of them the same command, files and versions"
-            raise _marked(ProcessError(text))
+        maximum, negated_minimum = self.all_reduce_max([number, -number])
+        if maximum != -negated_minimum:
+            text = f"{label} differs between processes: give all of them the same command, files and versions"
+            raise _mark_shared(ProcessError(text))
 
-    def _add_up(self, bucket: list[Tensor]) -> None:
+    def _all_reduce_bucket(self, bucket: list[Tensor]) -> None:
         flat = torch.cat([x.flatten() for x in bucket])
-        whole = flat.to(self._device)
-        with self._reaching():
-            dist.all_reduce(whole)
-        pieces = whole.split([x.numel() for x in bucket])
+        total = flat.to(self._device)
+        with self._peer_errors():
+            dist.all_reduce(total)
+        pieces = total.split([x.numel() for x in bucket])
         for x, piece in zip(bucket, pieces, strict=True):
             x.copy_(piece.view_as(x))
 
     def _gather_bytes(self, text: bytes) -> list[bytes]:
-        """What each process says."""
+        """The `text` of each process, in order of rank."""
         sizes = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.size)]
-        with self._reaching():
+        with self._peer_errors():
             dist.all_gather(sizes, torch.tensor([len(text)], dtype=torch.int64, device=self._device))
         lengths = [int(n) for n in sizes]
         padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self._device)
         padded[: len(text)] = _as_bytes(text).to(self._device)
-        found = [torch.empty_like(padded) for _ in range(self.size)]
-        with self._reaching():
-            dist.all_gather(found, padded)
-        return [bytes(x[:n].cpu().numpy()) for x, n in zip(found, lengths, strict=True)]
+        texts = [torch.empty_like(padded) for _ in range(self.size)]
+        with self._peer_errors():
+            dist.all_gather(texts, padded)
+        return [bytes(x[:n].cpu().numpy()) for x, n in zip(texts, lengths, strict=True)]
 
-    def _broadcast(self, about: dict[str, Any], mine: State, rank: int) -> State:
-        """The state of the process `rank`, as it has described it."""
+    def _broadcast_state(self, header: dict[str, Any], state: State, rank: int) -> State:
+        """The state of the process `rank`, which `header` describes; `state` is that of this process."""
         tensors = {}
-        for name, kind, shape in about["tensors"]:
+        for name, kind, shape in header["tensors"]:
             dtype = getattr(torch, kind)
-            own = mine.tensors[name].detach().cpu() if rank == self.rank else torch.empty(shape, dtype=dtype)
-            if own.numel():
-                own = self._sent(own.contiguous().flatten().view(torch.uint8), rank).view(dtype)
-            tensors[name] = own.view(shape)
-        return State(about["values"], tensors)
+            x = state.tensors[name].detach().cpu() if rank == self.rank else torch.empty(shape, dtype=dtype)
+            if x.numel():
+                x = self._broadcast_bytes(x.contiguous().flatten().view(torch.uint8), rank).view(dtype)
+            tensors[name] = x.view(shape)
+        return State(header["values"], tensors)
 
-    def _sent(self, x: Tensor, rank: int) -> Tensor:
+    def _broadcast_bytes(self, x: Tensor, rank: int) -> Tensor:
         """`x` (uint8) of the process `rank`, on the CPU."""
-        placed = x.to(self._device)
-        with self._reaching():
-            dist.broadcast(placed, rank)
-        return placed.cpu()
+        on_device = x.to(self._device)
+        with self._peer_errors():
+            dist.broadcast(on_device, rank)
+        return on_device.cpu()
 
-    def _raise_first(self, errors: list[dict[str, Any] | None], mine: Exception | None) -> None:
-        for rank, about in enumerate(errors):
-            if about is not None:
-                raise _marked(mine if rank == self.rank and mine is not None else _rebuilt(about, rank)) from None
+    def _raise_first(self, errors: list[dict[str, Any] | None], failure: Exception | None) -> None:
+        """Raise the error of the lowest rank that has one; `failure` is that of this process."""
+        for rank, error in enumerate(errors):
+            if error is not None:
+                raise _mark_shared(
+                    failure if rank == self.rank and failure is not None else _rebuild_error(error, rank)
+                ) from None
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
-        """Say that it is another process which has failed."""
+    def _peer_errors(self) -> Iterator[None]:
+        """Turn an error of the communication into a `ProcessError`: another process has failed."""
         try:
             yield
         except RuntimeError as error:
@@ -262,12 +265,12 @@ class TorchProcessGroup(ProcessGroup):
 
 @contextmanager
 def local_scope() -> Iterator[None]:
-    """Within the block this process works by itself: `current()` knows no other."""
-    token = _APART.set(True)
+    """Within the block this process works by itself: `active_group()` is this process alone."""
+    token = _LOCAL.set(True)
     try:
         yield
     finally:
-        _APART.reset(token)
+        _LOCAL.reset(token)
 
 
 def active_group() -> ProcessGroup:
@@ -276,12 +279,12 @@ def active_group() -> ProcessGroup:
     Raises:
         ConfigError: if they were launched in a way that is not supported.
     """
-    return SINGLE_PROCESS if _APART.get() else world_group()
+    return SINGLE_PROCESS if _LOCAL.get() else world_group()
 
 
 @cache
 def world_group() -> ProcessGroup:
-    """All processes that were launched, whether or not this one works by itself at the moment."""
+    """All processes that were launched, also within `local_scope`."""
     size = max((int(os.environ[name]) for name in SIZE_VARIABLES if os.environ.get(name, "").isdigit()), default=1)
     if size == 1 and "MASTER_ADDR" in os.environ and is_set("ACCELERATE_USE_CPU"):
         log.warning(
@@ -298,16 +301,16 @@ def world_group() -> ProcessGroup:
     try:
         state = PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
     except (RuntimeError, ValueError) as error:
-        where = ", ".join(f"{name}={os.environ.get(name, '')}" for name in WHEREABOUTS)
+        variables = ", ".join(f"{name}={os.environ.get(name, '')}" for name in RENDEZVOUS_VARIABLES)
         raise ProcessError(
-            f"this process does not find the {size - 1} others within {seconds:g} s ({where}): start all of them by "
-            f"one launcher, or unset these variables to run alone: {str(error).splitlines()[0]}"
+            f"this process does not find the {size - 1} others within {seconds:g} s ({variables}): start all of them "
+            f"by one launcher, or unset these variables to run alone: {str(error).splitlines()[0]}"
         ) from error
     return TorchProcessGroup(state, seconds) if state.num_processes > 1 else SINGLE_PROCESS
 
 
 def close() -> None:
-    """Part from the others, at the end of a program that went well."""
+    """Leave the process group at the end of a program that succeeded."""
     if world_group().size > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -339,25 +342,25 @@ def _timeout() -> float:
 
 
 def _attempt(compute: Callable[[], State]) -> tuple[State, Exception | None, bytes]:
-    """What is computed apart from the others, or why not, and how that is told to them.
+    """Compute in `local_scope`; returns the state, the error if there was one, and the encoded header of both.
 
     Raises:
-        ProcessError: if the others were lost meanwhile: there is nobody to tell.
+        ProcessError: if the other processes were lost meanwhile: the error cannot reach them.
     """
     try:
         with local_scope():
-            mine = compute()
-        return mine, None, _header(mine, None)
+            state = compute()
+        return state, None, _header(state, None)
     except ProcessError:
         raise
     except Exception as error:
-        # Whatever it is, the others wait to be told; it is raised again once they are.
+        # The others wait for the header, whatever the error is; `_raise_first` raises it in all processes.
         return State(), error, _header(State(), error)
 
 
 def _header(state: State, failure: Exception | None) -> bytes:
     tensors = [[n, str(x.dtype).removeprefix("torch."), list(x.shape)] for n, x in state.tensors.items()]
-    error = None if failure is None else _described(failure)
+    error = None if failure is None else _describe_error(failure)
     return json.dumps({"error": error, "values": state.values, "tensors": tensors}).encode()
 
 
@@ -365,33 +368,33 @@ def _as_bytes(text: bytes) -> Tensor:
     return torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())
 
 
-def _described(error: Exception) -> dict[str, Any]:
+def _describe_error(error: Exception) -> dict[str, Any]:
     fields = {n: x for n, x in vars(error).items() if n != SHARED} if isinstance(error, CadsError) else {}
     return {"type": type(error).__name__, "message": str(error), "fields": json.loads(json.dumps(fields, default=str))}
 
 
-def _rebuilt(about: dict[str, Any], rank: int) -> CadsError:
-    """The error of another process, of its own kind, so that all processes take the same way from here."""
-    kinds = {kind.__name__: kind for kind in _kinds(CadsError)}
-    if about["type"] not in kinds:
-        return RemoteError(f"process {rank}: {about['type']}: {about['message']}")
-    kind = kinds[about["type"]]
-    error = kind.__new__(kind, about["message"])
-    CadsError.__init__(error, about["message"])
-    vars(error).update(about["fields"])
+def _rebuild_error(description: dict[str, Any], rank: int) -> CadsError:
+    """The error of the process `rank`, of its own class, so that all processes handle it in the same way."""
+    kinds = {kind.__name__: kind for kind in _classes(CadsError)}
+    if description["type"] not in kinds:
+        return RemoteError(f"process {rank}: {description['type']}: {description['message']}")
+    kind = kinds[description["type"]]
+    error = kind.__new__(kind, description["message"])
+    CadsError.__init__(error, description["message"])
+    vars(error).update(description["fields"])
     return error
 
 
-def _kinds(root: type[CadsError]) -> Iterator[type[CadsError]]:
+def _classes(root: type[CadsError]) -> Iterator[type[CadsError]]:
     yield root
     for kind in root.__subclasses__():
-        yield from _kinds(kind)
+        yield from _classes(kind)
 
 
-def _marked(error: Exception) -> Exception:
+def _mark_shared(error: Exception) -> Exception:
     vars(error)[SHARED] = True
     return error
 
 
-_APART: ContextVar[bool] = ContextVar("apart", default=False)
+_LOCAL: ContextVar[bool] = ContextVar("local", default=False)
 """Whether this process works by itself at the moment."""

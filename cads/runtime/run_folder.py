@@ -1,4 +1,4 @@
-"""The folder of a long command: one writer, a record of what runs in it, and a journal to go on from."""
+"""The folder of a long command: one writer, a record of the run, and a journal to resume from."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ RECORD_VERSION = 1
 
 @contextmanager
 def resumable_journal(
-    what: str,
+    label: str,
     folder: Path,
     identity: Mapping[str, Any],
     config: CheckpointConfig | None = None,
     interrupts: Interrupts | None = None,
 ) -> Iterator[Journal]:
-    """A journal that is open in the block; if there is something to go on from, it is said of `what`.
+    """A journal that is open in the block; if it resumes a run, a warning says so of `label`.
 
-    Args, raises: as `Journal`.
+    Other arguments, raises: as `Journal`.
     """
     journal = Journal(folder, identity, config, interrupts)
     if journal.resumed and active_group().first:
-        log.warning("%s: going on from the checkpoints in %s", what, folder)
+        log.warning("%s: going on from the checkpoints in %s", label, folder)
     with journal.open():
         yield journal
 
 
 class RunFolder:
-    """One command at work in its folder; the same command goes on from where the one before it came to.
+    """One command at work in its folder; the same command, given again, resumes where it ended.
 
     Of several processes the first alone reads and writes here.
 
     Args:
         folder: of the run; made if need be.
         command: "select" or "train".
-        settings: all that decides on the result, as JSON values.
-        product: files and folders in `folder` that are there when the command has finished.
+        settings: all that the result depends on, as JSON values.
+        product: files and folders in `folder` that the command has written when it has finished.
         config: how often checkpoints are written.
         overwrite: begin anew, whatever is there.
 
@@ -87,14 +87,14 @@ class RunFolder:
         with ExitStack() as stack:
             stack.enter_context(held_by_first(self.folder))
             stack.enter_context(self._interrupts.listen())
-            self._world.on_rank_zero(self._look)
+            self._world.on_rank_zero(self._prepare)
             self._stack = stack.pop_all()
         return self
 
-    def _look(self) -> None:
+    def _prepare(self) -> None:
         self._sweep()
         if self._overwrite:
-            self._forget()
+            self._discard()
         self._compare({"settings": self._identity["settings"]})
 
     def __exit__(
@@ -103,75 +103,75 @@ class RunFolder:
         self._stack.close()
 
     def open_or_skip(self, **identity: Any) -> bool:
-        """Begin, or go on, now that the data is known.
+        """Begin or resume, now that the data is known.
 
         Args:
-            identity: what else decides on the result, as JSON values: content hashes, library versions.
+            identity: what else the result depends on, as JSON values: content hashes, library versions.
 
         Returns:
             False if there is nothing left to do.
 
         Raises:
-            CheckpointError: if what is there was made from something else.
+            CheckpointError: if the folder holds another run.
         """
         self._identity |= json.loads(json.dumps(identity))
-        self._world.check_identical("what is run, on which data and with which versions,", self._identity)
-        return bool(self._world.on_rank_zero(self._begun))
+        self._world.check_identical("the run (settings, data or versions)", self._identity)
+        return bool(self._world.on_rank_zero(self._begin))
 
-    def _begun(self) -> bool:
+    def _begin(self) -> bool:
         finished = self._compare(self._identity)
         if finished:
-            # One that was killed at its very end has left them.
-            self._tidy()
+            # A run that was killed at its very end has left its checkpoints.
+            self._remove_checkpoints()
         else:
             self._write_record(finished=False)
         return not finished
 
     @contextmanager
     def journal(self) -> Iterator[Journal]:
-        """What is done in the block is written down, and what was done before is not done again."""
+        """Within the block operations are recorded in the journal, and replayed from it."""
         with resumable_journal(
             self.command, self._checkpoints, self._identity, self._config, self._interrupts
         ) as journal:
             yield journal
 
     def finish(self) -> None:
-        """The product is whole: what was kept to go on from is removed."""
+        """Record that the product is complete, and remove the checkpoints."""
         self._world.on_rank_zero(self._finish)
 
     def _finish(self) -> None:
         self._write_record(finished=True)
-        self._tidy()
+        self._remove_checkpoints()
 
-    def _tidy(self) -> None:
-        """Remove the checkpoints of a run that needs them no more."""
+    def _remove_checkpoints(self) -> None:
+        """Remove the checkpoints of a finished run."""
         Checkpoints(self._checkpoints, {}).clear()
         if self._checkpoints.parent.is_dir() and not any(self._checkpoints.parent.iterdir()):
             self._checkpoints.parent.rmdir()
 
     def _compare(self, identity: Mapping[str, Any]) -> bool:
-        """Whether this very run has finished before; versions do not matter to what has.
+        """Whether this very run has finished before; a finished one may have other versions.
 
         Raises:
             CheckpointError: if something of another run would be lost.
         """
         if self._overwrite:
             return False
-        there = any(path.exists() for path in self._product)
-        if not there and Checkpoints(self._checkpoints, {}).empty:
+        has_product = any(path.exists() for path in self._product)
+        if not has_product and Checkpoints(self._checkpoints, {}).empty:
             return False
         record = self._read_record()
         if record is None:
-            if not there:
+            if not has_product:
                 return False
             raise CheckpointError(
-                f"{self.folder} holds {self._product[0].name} of which nothing is known: choose another folder "
+                f"{self.folder} holds {self._product[0].name} but no record of its run: choose another folder "
                 "with --out, or begin anew with --overwrite true"
             )
-        finished = there and record["finished"] is True
-        known = {name: value for name, value in record["identity"].items() if name in identity}
-        ours = {name: value for name, value in identity.items() if not (finished and name == "versions")}
-        if changed := differences({name: known.get(name) for name in ours}, ours):
+        finished = has_product and record["finished"] is True
+        recorded = {name: value for name, value in record["identity"].items() if name in identity}
+        expected = {name: value for name, value in identity.items() if not (finished and name == "versions")}
+        if changed := differences({name: recorded.get(name) for name in expected}, expected):
             raise CheckpointError(
                 f"{self.folder} holds {'the result' if finished else 'the checkpoints'} of another run: "
                 f"{'; '.join(changed[:5])}; choose another folder with --out, or begin anew with --overwrite true"
@@ -179,7 +179,7 @@ class RunFolder:
         return finished
 
     def _read_record(self) -> dict[str, Any] | None:
-        """What runs or ran here; None, with a warning if it is damaged, where that is not known."""
+        """The record of the run in this folder; None if there is none, or, with a warning, if it is damaged."""
         if not self._record.exists():
             return None
         try:
@@ -196,12 +196,12 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         whole_file(self._record, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
-    def _forget(self) -> None:
+    def _discard(self) -> None:
         Checkpoints(self._checkpoints, {}).clear()
         self._record.unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        """Remove what a process that was killed left half written."""
+        """Remove the half-written files and folders of a killed process."""
         for path in (*self._product, self._record, self.folder / "config.yaml"):
             for partial in self.folder.glob(f".{path.stem}.*"):
                 shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the step under way is finished and written down before the command ends."""
+"""SIGTERM and SIGINT: the step under way is finished and its state is written before the command ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Interrupted(CadsError):
     """A run that was asked to stop, and did.
 
     Attributes:
-        signal: by which it was asked.
+        signal: number of the signal.
     """
 
     def __init__(self, message: str, number: int) -> None:
@@ -32,70 +32,69 @@ class Interrupted(CadsError):
 
 
 class Interrupts:
-    """Notes the signals that ask a run to stop, while it is told to `listen`.
+    """Notes the signals that ask a run to stop, within `listen`.
 
-    Several processes stop together, at the next step that all of them take: there a signal to one is noted, and no
-    more. A launcher passes on what a terminal has already sent, so that a second one means nothing.
+    Several processes stop together, at the next step that all of them take: a signal to one of them is only noted.
+    A second signal to one of several means nothing: a launcher passes on what the terminal has already sent.
 
     Args:
-        overwriting: whether the command begins anew, whatever there is to go on from.
+        overwriting: whether the command begins anew (`--overwrite`), for the advice in messages.
     """
 
     def __init__(self, *, overwriting: bool = False) -> None:
         self.pending: int | None = None
-        self._again = "the same command without --overwrite" if overwriting else "the same command"
-        self._held = 0
+        self._resume_command = "the same command without --overwrite" if overwriting else "the same command"
+        self._hold_depth = 0
 
     @contextmanager
     def listen(self) -> Iterator[None]:
         """Catch `SIGNALS` within the block (in the main thread; elsewhere nothing is caught).
 
         Raises:
-            Interrupted: where a signal comes while no operation holds it back. A second signal ends the
-                operation at once too.
+            Interrupted: when a signal comes outside of `held`, or when a second one comes.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        previous_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within the block signals wait, until the block asks for them by `pending`, or ends."""
-        self._held += 1
+        """Within the block a first signal only sets `pending`, which the block checks itself."""
+        self._hold_depth += 1
         try:
             yield
         finally:
-            self._held -= 1
+            self._hold_depth -= 1
 
-    def raise_if_pending(self, where: str) -> None:
+    def raise_if_pending(self, position: str) -> None:
         """End the run if a signal has come.
 
         Raises:
-            Interrupted: saying `where` the run is.
+            Interrupted: saying by `position` where the run is.
         """
         if self.pending is not None:
             name = signal.Signals(self.pending).name
-            raise Interrupted(f"stopped by {name} {where}; {self._again} goes on from here", self.pending)
+            raise Interrupted(f"stopped by {name} {position}; {self._resume_command} goes on from here", self.pending)
 
-    def stop_together(self, where: str) -> None:
+    def stop_together(self, position: str) -> None:
         """Between operations: end the run, in all processes, if one of them was asked to stop.
 
         Raises:
-            Interrupted: saying `where` the run is.
+            Interrupted: saying by `position` where the run is.
         """
         (number,) = active_group().all_reduce_max([self.pending or 0])
         self.pending = number or None
-        self.raise_if_pending(where)
+        self.raise_if_pending(position)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        again, self.pending = self.pending is not None, number
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        repeated, self.pending = self.pending is not None, number
         if world_group().size > 1:
             return
-        if again or not self._held:
-            self.raise_if_pending("at once" if again else "between two operations")
+        if repeated or not self._hold_depth:
+            self.raise_if_pending("at once" if repeated else "between two operations")

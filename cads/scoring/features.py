@@ -1,8 +1,8 @@
-"""Cheap features of an example: what an amortised policy looks at.
+"""Cheap features of an example: the inputs of an amortised policy.
 
-Some are free (source, group, length); the others come from one forward pass of a small model (its loss, and where the
-task has classes the entropy and the margin of their probabilities). Columns are known by name, so that a shard that
-was never seen gets the same columns as the sample a policy was learned on.
+Some are free (source, group, length). The others come from one forward pass of a small model: its loss, and where the
+task has classes the entropy and the margin of their probabilities. Columns are identified by name, so that a new shard
+gets the same columns as the sample that a policy was fitted to.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cads.task import Task
 SOURCE, GROUP, LENGTH = "source: ", "group: ", "log length"
 LOSS, ENTROPY, MARGIN = "loss", "entropy", "margin"
 MOST_LEVELS = 256
-"""Sources or groups above this number get no columns: a function of so many is no cheap one."""
+"""Largest number of sources, or of groups, that get a column each: with more, the features would not be cheap."""
 
 Kind = Literal["loss", "confidence", "source", "length"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -38,19 +38,19 @@ class FreeFeatures:
     """Columns that cost no FLOPs: one for each source and each group (1 or 0), and the log of the length.
 
     Args:
-        task: says what the groups are, which are always told apart.
+        task: gives the groups, which have columns whatever the kinds.
         pool: the examples.
-        kinds: what else is looked at.
+        kinds: of the other columns.
     """
 
     def __init__(self, task: Task, pool: Pool, kinds: Sequence[Kind] = KINDS) -> None:
         self._sources, self._source_names = pool.sources, pool.source_names
         self._groups, self._lengths = task.groups(pool), lengths(pool)
         self.names = free_names(pool, kinds)
-        found = [] if self._groups is None else np.unique(self._groups).tolist()
-        self._group_of = {f"{GROUP}{group}": group for group in found}
-        if len(found) <= MOST_LEVELS:
-            self.names += self._group_of
+        groups = [] if self._groups is None else np.unique(self._groups).tolist()
+        self._group_of_name = {f"{GROUP}{group}": group for group in groups}
+        if len(groups) <= MOST_LEVELS:
+            self.names += self._group_of_name
 
     def values(self, names: Sequence[str], positions: np.ndarray) -> Floats:
         """The columns `names` of the examples at `positions` (shape (n,)), shape (n, len(names)).
@@ -58,7 +58,7 @@ class FreeFeatures:
         A source or a group that this pool does not have is a column of zeros.
 
         Raises:
-            ConfigError: if a name is that of no free column, or these examples have no length.
+            ConfigError: if a name is not that of a free column, or these examples have no length.
         """
         columns = np.zeros((len(positions), len(names)))
         for column, name in zip(columns.T, names, strict=True):
@@ -66,12 +66,14 @@ class FreeFeatures:
                 if self._sources is not None and (source := name.removeprefix(SOURCE)) in self._source_names:
                     column[:] = self._sources[positions] == self._source_names.index(source)
             elif name.startswith(GROUP):
-                if self._groups is not None and name in self._group_of:
-                    column[:] = self._groups[positions] == self._group_of[name]
+                if self._groups is not None and name in self._group_of_name:
+                    column[:] = self._groups[positions] == self._group_of_name[name]
             elif name == LENGTH and self._lengths is not None:
                 column[:] = np.log(np.maximum(self._lengths[positions], 1))
             else:
-                raise ConfigError(f"the feature {name!r} is not free here: read it by the model it was learned with")
+                raise ConfigError(
+                    f"the feature {name!r} is not free here: compute it with the model that the policy was learned with"
+                )
         return columns
 
 
@@ -79,9 +81,9 @@ class ReadFeatures:
     """Columns that one forward pass of a model gives: its loss, and for classifiers entropy and margin.
 
     Args:
-        task: whose losses (and class scores) they are.
+        task: gives the losses and the class scores.
         model: in evaluation mode, on `device`.
-        kinds: what is looked at.
+        kinds: of the columns.
     """
 
     def __init__(self, task: Task, model: nn.Module, device: torch.device | str, kinds: Sequence[Kind] = KINDS) -> None:
@@ -89,22 +91,25 @@ class ReadFeatures:
         self.names = read_names(task, kinds)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The columns of a batch on the device, shape (B, len(names)): nats, nats, and the log odds of the label."""
-        once: Any = _Once(self.model) if len(self.names) > 1 else self.model
+        """The columns of a batch on the device, shape (B, len(names)).
+
+        Loss and entropy are in nats. The margin is the log probability of the label minus the largest of another class.
+        """
+        model: Any = _CachedForward(self.model) if len(self.names) > 1 else self.model
         columns = []
         if LOSS in self.names:
-            columns.append(self.task.losses(once, batch).double())
+            columns.append(self.task.losses(model, batch).double())
         if ENTROPY in self.names:
-            logs = torch.log_softmax(self.task.logits(once, batch).double(), dim=1)
-            own = logs.gather(1, batch.labels[:, None])[:, 0]
-            others = logs.scatter(1, batch.labels[:, None], -torch.inf).amax(dim=1)
-            # A single class has no others.
-            margin = own - others if logs.shape[1] > 1 else torch.zeros_like(own)
-            columns += [-(logs.exp() * logs).sum(dim=1), margin]
+            log_p = torch.log_softmax(self.task.logits(model, batch).double(), dim=1)
+            log_p_label = log_p.gather(1, batch.labels[:, None])[:, 0]
+            log_p_other = log_p.scatter(1, batch.labels[:, None], -torch.inf).amax(dim=1)
+            # With a single class there is no other.
+            margin = log_p_label - log_p_other if log_p.shape[1] > 1 else torch.zeros_like(log_p_label)
+            columns += [-(log_p.exp() * log_p).sum(dim=1), margin]
         return torch.stack(columns, dim=1)
 
     def of(self, pool: Pool, positions: np.ndarray, *, ledger: Ledger, stage: str) -> Floats:
-        """The columns of the examples at `positions` (shape (n,)), shape (n, len(names)), charged as they are read.
+        """The columns of the examples at `positions` (shape (n,)), shape (n, len(names)), charged batch by batch.
 
         Raises:
             DataError: if a number is not finite, naming the examples.
@@ -117,16 +122,16 @@ class ReadFeatures:
             with ledger.timed(SELECT, stage), torch.inference_mode():
                 return self(batch.to(self.device)).cpu().numpy()
 
-        found = map_shards("reading", [stage, len(positions)], ledger, len(batches), shard)
-        rows = np.empty(len(pool), dtype=np.int64)
-        rows[np.concatenate(batches)] = np.arange(len(positions))
-        columns = np.asarray(found[rows[positions]])
+        read = map_shards("reading", [stage, len(positions)], ledger, len(batches), shard)
+        row_of_position = np.empty(len(pool), dtype=np.int64)
+        row_of_position[np.concatenate(batches)] = np.arange(len(positions))
+        columns = np.asarray(read[row_of_position[positions]])
         check_finite(columns.sum(axis=1), pool, stage, positions)
         return columns
 
 
 def free_names(pool: Pool, kinds: Sequence[Kind] = KINDS) -> list[str]:
-    """The names of the columns that cost nothing and tell examples of one group apart."""
+    """The names of the columns that cost nothing and can differ between examples of one group."""
     names = []
     if "source" in kinds and pool.sources is not None and 1 < len(pool.source_names) <= MOST_LEVELS:
         names += [SOURCE + name for name in pool.source_names]
@@ -143,27 +148,27 @@ def read_names(task: Task, kinds: Sequence[Kind] = KINDS) -> list[str]:
     return names
 
 
-class _Once:
-    """A model that computes the same thing once: losses and class scores of a batch share their forward pass."""
+class _CachedForward:
+    """A model that caches its last forward pass: losses and class scores of a batch share it."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._seen: tuple[Any, Any] | None = None
+        self._last: tuple[Any, Any] | None = None
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        if self._seen is None or not _same(self._seen[0], (inputs, options)):
-            self._seen = (inputs, options), self._model(*inputs, **options)
-        return self._seen[1]
+        if self._last is None or not _equal_inputs(self._last[0], (inputs, options)):
+            self._last = (inputs, options), self._model(*inputs, **options)
+        return self._last[1]
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether a model is given the same: equal tensors, in equal places and under equal names."""
+def _equal_inputs(a: Any, b: Any) -> bool:
+    """Whether two inputs of a model are equal: equal tensors at equal positions and under equal names."""
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):
         return a is b or (a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
     if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(_equal_inputs, a, b))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+        return a.keys() == b.keys() and all(_equal_inputs(a[name], b[name]) for name in a)
     return a is b or (isinstance(a, bool | int | float | str) and a == b)

@@ -1,7 +1,7 @@
 """Scoring a pool with a model: one forward pass in batches by token budget, every FLOP charged as it is spent.
 
-On a CPU large batches of texts lose: examples are sorted by length, so that hardly anything is padding, and a
-batch holds as many as fit in a budget of padded tokens.
+Examples are sorted by length, so that batches hold hardly any padding. A batch holds as many examples as fit in a
+budget of padded tokens, since large batches of texts are slower on a CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cads.errors import DataError
 from cads.runtime.journal import map_shards
 
 PLANNED_BATCHES = 4096
-"""Most batches that a plan collates to price them."""
+"""Largest number of batches that a plan collates to price them."""
 
 Score = Callable[[Batch], Tensor]
 """One number for each example of a batch, shape (B,)."""
@@ -33,20 +33,20 @@ BatchPrice = Callable[[Batch], float]
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model without dropout and gradients while the block runs."""
-    training = [module for module in model.modules() if module.training]
+    training_modules = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        for module in training:
+        for module in training_modules:
             module.training = True
 
 
 def planned_flops(price: BatchPrice, pool: Pool, *, tokens: int = SCORED_TOKENS) -> float:
     """What `score_pool` will charge for all of `pool`, padding included; nothing is computed on the examples.
 
-    Of more than `PLANNED_BATCHES` batches, as many at even distances stand for all.
+    Of more than `PLANNED_BATCHES` batches, only that many, evenly spaced, are priced; the sum is scaled up.
     """
     if lengths(pool) is None:
         representatives, codes = pool.examples.shapes()
@@ -54,8 +54,8 @@ def planned_flops(price: BatchPrice, pool: Pool, *, tokens: int = SCORED_TOKENS)
         return float(prices @ np.bincount(codes, minlength=len(prices)))
     batches = scoring_batches(pool, tokens=tokens)
     count = min(len(batches), PLANNED_BATCHES)
-    seen = [batches[(2 * i + 1) * len(batches) // (2 * count)] for i in range(count)]
-    return sum(price(pool.batch(rows)) for rows in seen) * len(batches) / count
+    priced = [batches[(2 * i + 1) * len(batches) // (2 * count)] for i in range(count)]
+    return sum(price(pool.batch(rows)) for rows in priced) * len(batches) / count
 
 
 def reading_flops(price: BatchPrice, pool: Pool, positions: np.ndarray) -> float:
@@ -63,7 +63,7 @@ def reading_flops(price: BatchPrice, pool: Pool, positions: np.ndarray) -> float
     if lengths(pool) is None:
         representatives, _ = pool.examples.shapes()
         if len(representatives) == 1:
-            # One price for all: nothing has to be read.
+            # All examples have one price: no example has to be read.
             return price(pool.batch(representatives)) * len(positions)
     return sum(price(pool.batch(rows)) for rows in scoring_batches(pool, positions=positions))
 
@@ -94,28 +94,33 @@ def score_pool(
 
     def shard(i: int) -> np.ndarray:
         batch = pool.batch(batches[i])
-        # The first batch of a shape may have to be counted, which takes gradients.
+        # Outside inference mode: counting the FLOPs of the first batch of a shape may take gradients.
         ledger.charge(SELECT, stage, price(batch), tokens=batch.tokens)
         with ledger.timed(SELECT, stage), torch.inference_mode():
             return score(batch.to(device)).double().cpu().numpy()
 
     scores = np.full(len(pool), np.nan)
     scores[np.concatenate(batches)] = map_shards("scoring", [stage, len(positions)], ledger, len(batches), shard)
-    found = scores[positions]
-    check_finite(found, pool, stage, positions)
-    return found
+    requested = scores[positions]
+    check_finite(requested, pool, stage, positions)
+    return requested
 
 
-def check_finite(scores: np.ndarray, pool: Pool, what: str, positions: np.ndarray | None = None) -> None:
+def check_finite(scores: np.ndarray, pool: Pool, label: str, positions: np.ndarray | None = None) -> None:
     """Refuse scores that are NaN or infinite.
+
+    Args:
+        scores: shape (n,).
+        label: of the scores in the message: the stage or the method.
+        positions: of the scores in `pool`, shape (n,); None if they are in the order of the pool.
 
     Raises:
         DataError: naming the first such examples.
     """
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
-        where = bad if positions is None else positions[bad]
+        bad_positions = bad if positions is None else positions[bad]
         raise DataError(
-            f"{what}: the scores of {len(bad)} examples of the {pool.name}, such as "
-            f"{pool.ids.take(pa.array(where[:5])).to_pylist()}, are not finite: look at these examples"
+            f"{label}: the scores of {len(bad)} examples of the {pool.name}, such as "
+            f"{pool.ids.take(pa.array(bad_positions[:5])).to_pylist()}, are not finite: look at these examples"
         )

@@ -1,4 +1,4 @@
-"""Rankings: every example of a pool scored once, and cut for any budget. What the cost-aware baselines share."""
+"""Rankers score every example of a pool once, and cut the ranking to any budget: base of the cost-aware baselines."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from cads.selection import Selection, check_folder
 from cads.task import Task
 
 CUT_OPTIONS = ("fraction", "epochs")
-"""Options that say how a ranking is cut, and change nothing in it."""
+"""Options of how a ranking is cut, which do not change the ranking."""
 
 
 @dataclass
 class Ranker(ABC):
-    """A selector that scores the whole pool once, and keeps the best of it that the budget pays for.
+    """A selector that scores the whole pool once, and keeps the best examples that the budget pays for.
 
-    The examples kept are a prefix of the ranking, so those of a smaller budget are among those of a larger one.
+    The examples kept are a prefix of the ranking, so a smaller budget keeps a subset of those of a larger one.
     """
 
     fraction: float | None = None
@@ -44,7 +44,7 @@ class Ranker(ABC):
 
     method: ClassVar[str]
     reads_model: ClassVar[bool] = True
-    """Whether the scores follow from the weights of the task's model."""
+    """Whether the scores depend on the weights of the task's model."""
 
     def __post_init__(self) -> None:
         if self.fraction is not None and not 0 < self.fraction <= 1:
@@ -54,7 +54,7 @@ class Ranker(ABC):
 
     @abstractmethod
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
-        """Score every example of `task.pool`, charging `ledger`; no budget is looked at."""
+        """Score every example of `task.pool`, charging `ledger`; independent of the budget."""
 
     @abstractmethod
     def rank_plan(self, task: Task) -> PlannedLedger:
@@ -67,38 +67,38 @@ class Ranker(ABC):
     def rank_once(
         self, task: Task, folder: Path | str, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Ranking:
-        """The ranking in `folder` if it was made from the same things, or else a new one that is left there.
+        """The ranking stored in `folder` if its provenance hash matches, or else a new one, which is stored there.
 
-        For scripts that cut one ranking to many budgets; studies keep theirs in their tables. The ledger is charged
-        what the ranking costs, whenever it was paid.
+        For scripts that cut one ranking to many budgets; studies keep rankings in their tables. The ledger is charged
+        what the ranking costs, also if it is read from the folder.
 
         Raises:
-            SelectionError: if `folder` holds something that is no ranking.
+            SelectionError: if `folder` holds something else than a ranking.
         """
-        folder, made_from, world = Path(folder), self.provenance_hash(task, seed), active_group()
+        folder, provenance_hash, world = Path(folder), self.provenance_hash(task, seed), active_group()
         world.on_rank_zero(lambda: check_folder(folder, FILES))
         if world.on_rank_zero((folder / FILES[0]).exists):
-            kept = world.locally(lambda: Ranking.load(folder))
-            if kept.provenance_hash == made_from:
-                ledger.merge(kept.ledger)
-                return kept
-        spent = Ledger()
+            stored = world.locally(lambda: Ranking.load(folder))
+            if stored.provenance_hash == provenance_hash:
+                ledger.merge(stored.ledger)
+                return stored
+        ranking_ledger = Ledger()
         try:
-            ranking = self.rank(task, seed=seed, ledger=spent, monitor=monitor)
+            ranking = self.rank(task, seed=seed, ledger=ranking_ledger, monitor=monitor)
         finally:
-            ledger.merge(spent)
-        ranking.provenance_hash = made_from
+            ledger.merge(ranking_ledger)
+        ranking.provenance_hash = provenance_hash
         world.on_rank_zero(lambda: str(ranking.save(folder)))
         return ranking
 
     def provenance_hash(self, task: Task, seed: int) -> str:
-        """A hash of what scores follow from: method, options, seed, pool, target and its subtasks, recipe, model."""
+        """A hash of all that scores depend on: method, options, seed, pool, target and its subtasks, recipe, model."""
         scorer = proxy_of(task)
         options = {name: value for name, value in asdict(self).items() if name not in CUT_OPTIONS}
         pools = [part.content_hash for t in (task, scorer) for part in (t.pool, t.target)]
         recipe = scorer.recipe.result_fields()
         settings = [self.method, options, seed, task.name, scorer.name, task.accounting, recipe, pools]
-        # Which examples are averaged is no content of the pool.
+        # The subtasks are not part of the content of a pool.
         subtasks = scorer.subtasks(scorer.target)
         settings.append(None if subtasks is None else np.asarray(subtasks).tolist())
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -114,7 +114,7 @@ class Ranker(ABC):
         Raises:
             BudgetError: if the budget must cover selection, and does not leave one step to train with.
         """
-        self._afford(task, budget, self.plan(task, budget).total(SELECT).flops)
+        self._train_flops(task, budget, self.plan(task, budget).total(SELECT).flops)
         ranking = self.rank(task, seed=seed, ledger=ledger, monitor=monitor)
         return self.select_top(ranking, task, budget, ledger)
 
@@ -130,11 +130,11 @@ class Ranker(ABC):
             ledger: what the selection is charged; None for what the ranking cost.
         """
         ledger = ranking.ledger if ledger is None else ledger
-        training = self._afford(task, budget, ledger.total(SELECT).flops)
+        train_flops = self._train_flops(task, budget, ledger.total(SELECT).flops)
         score = ranking.scores_of(task.pool)
         selected = np.zeros(len(task.pool), dtype=bool)
         order = best_first(task.pool.ids, score)
-        selected[order[: self._size(task, order, training)]] = True
+        selected[order[: self._size(task, order, train_flops)]] = True
         return Selection.from_pool(
             task.pool,
             selected=selected,
@@ -152,35 +152,36 @@ class Ranker(ABC):
     ) -> Ranking:
         """What `rank` returns for scores in the order of `pool` (the task's, or its scorer's), shape (N,)."""
         ids = (pool or task.pool).ids
-        made = Ranking(ids, score, self.method, seed, ledger, task.pool.content_hash, asdict(self), notes)
-        made.scores_of(task.pool)
-        return made
+        ranking = Ranking(ids, score, self.method, seed, ledger, task.pool.content_hash, asdict(self), notes)
+        ranking.scores_of(task.pool)
+        return ranking
 
     def _size(self, task: Task, order: np.ndarray, train_flops: float) -> int:
         """How many of the examples in `order` are kept: at least one."""
         usages = task.costs.usages(task.pool)[order] + task.costs.optimizer_step / task.recipe.batch_size
-        spent = np.cumsum(usages)
-        most = self.fraction * spent[-1] if self.fraction is not None else train_flops / self.epochs
-        return max(1, int(np.searchsorted(spent, most * (1 + 1e-9), side="right")))
+        cumulative_flops = np.cumsum(usages)
+        pass_flops = self.fraction * cumulative_flops[-1] if self.fraction is not None else train_flops / self.epochs
+        return max(1, int(np.searchsorted(cumulative_flops, pass_flops * (1 + 1e-9), side="right")))
 
-    def _afford(self, task: Task, budget: Budget, selection: float) -> float:
-        """FLOPs that are left for training.
+    def _train_flops(self, task: Task, budget: Budget, select_flops: float) -> float:
+        """FLOPs that remain for training after a selection of `select_flops`.
 
         Raises:
-            BudgetError: if that is less than one step.
+            BudgetError: if they are less than one step.
         """
         total = budget.flops(task)
-        left = total - selection if budget.count_selection else total
-        if budget.count_selection and left < total and left <= 0:
+        remaining = total - select_flops if budget.count_selection else total
+        if budget.count_selection and remaining < total and remaining <= 0:
             raise BudgetError(
-                f"{self.method} would spend {selection:.4g} of {total:.4g} FLOPs on its ranking: nothing is left to "
+                f"{self.method} would spend {select_flops:.4g} of {total:.4g} FLOPs on its ranking: nothing is left to "
                 "train with; raise the budget, or do not count selection"
             )
-        check_step(task, left)
-        return left
+        check_step(task, remaining)
+        return remaining
 
 
 def _add_weights(digest: Any, model: nn.Module) -> None:
-    for name, x in sorted(model.state_dict().items()):
+    """Add the names and the bytes of all tensors of `model` to a hash."""
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

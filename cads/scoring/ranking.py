@@ -31,9 +31,9 @@ HEADER: dict[str, type | tuple[type, ...]] = {
     "made_from": str,
     "notes": dict,
 }
-"""Fields of ranking.json that a Ranking takes over as they are, and their types."""
+"""Fields of ranking.json that a Ranking takes unchanged, and their types."""
 FIELD_OF = {"made_from": "provenance_hash"}
-"""Where a field of ranking.json has another name in a Ranking."""
+"""Names in a Ranking of the fields of ranking.json that are named differently."""
 
 
 @dataclass
@@ -41,11 +41,13 @@ class Ranking:
     """A score for each example of a pool, whatever the budget.
 
     Attributes:
-        ids: of the examples. score: higher is better, shape (N,).
-        method, config, seed, ledger: how it was made, and what it cost.
+        ids: of the examples, shape (N,).
+        score: of each example, higher is better, shape (N,).
+        method, config, seed: how the scores were computed.
+        ledger: what they cost.
         pool_hash: content hash of the pool.
-        provenance_hash: hash of everything that the scores follow from, or "" if nobody asked.
-        notes: what the method has to say.
+        provenance_hash: hash of everything that the scores follow from, or "" if it was not computed.
+        notes: further results of the method.
     """
 
     ids: pa.Array
@@ -66,24 +68,24 @@ class Ranking:
         """
         score = self.score
         if not self.ids.equals(pool.ids):
-            found = pc.index_in(pool.ids, value_set=self.ids)
-            if found.null_count:
-                missing = pool.ids.filter(pc.is_null(found))
+            rows = pc.index_in(pool.ids, value_set=self.ids)
+            if rows.null_count:
+                missing = pool.ids.filter(pc.is_null(rows))
                 raise DataError(
-                    f"{found.null_count} examples of the {pool.name} have no score by {self.method}, such as "
+                    f"{rows.null_count} examples of the {pool.name} have no score by {self.method}, such as "
                     f"{missing[:3].to_pylist()}: rank the pool that is trained on"
                 )
-            score = score[found.to_numpy()]
+            score = score[rows.to_numpy()]
         if not np.isfinite(score).all():
             bad = pool.ids.take(np.flatnonzero(~np.isfinite(score))[:5]).to_pylist()
             raise DataError(f"{self.method} scores examples such as {bad} with NaN or infinity: look at these examples")
         return score
 
     def save(self, folder: Path | str) -> Path:
-        """Write `ranking.json` and `scores.parquet` to a folder, whole or not at all.
+        """Write `ranking.json` and `scores.parquet` to a folder, atomically.
 
         Raises:
-            SelectionError: if the folder already exists with something else in it.
+            SelectionError: if the folder holds other files.
         """
         folder = Path(folder)
         check_folder(folder, FILES)
@@ -97,7 +99,7 @@ class Ranking:
 
     @classmethod
     def load(cls, folder: Path | str) -> Ranking:
-        """Read a Ranking: JSON and Parquet alone, nothing is executed.
+        """Read a Ranking from JSON and Parquet; nothing is executed.
 
         Raises:
             SelectionError: if it is missing, corrupt, or of another version.

@@ -1,6 +1,6 @@
-"""Scores of pools that are larger than memory: streamed to Parquet as they are made, and back row group by row group.
+"""Scores of pools larger than memory: streamed to Parquet shard by shard, and read back row group by row group.
 
-The files hold what a ranking's `scores.parquet` holds, an id and a score a row, so either reads the other's.
+The files have the format of a ranking's `scores.parquet`, an id and a score per row; either can be read as the other.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from cads.scoring.pool_scores import BatchPrice, Score, score_pool
 
 COLUMNS = {"id": pa.string(), "score": pa.float64()}
 GROUP = 2**18
-"""Rows of a row group: some 8 MB, which is what reading and writing hold in memory."""
+"""Rows of a row group: about 8 MB, the memory that reading and writing take."""
 SHARD = 2**20
-"""Examples of a pool that are scored together: their batches are cut and sorted by length among them."""
+"""Examples of a pool that are scored together: sorted by length and cut into batches."""
 
 
 class ScoreWriter:
-    """Writes ids and scores to one Parquet file, in row groups; the file is there when it is whole, or not at all.
+    """Writes ids and scores to one Parquet file, in row groups; the file appears only once it is complete.
 
-    Use as a context manager. An exception leaves nothing behind.
+    Use as a context manager. An exception leaves no file behind.
 
     Args:
-        path: of the file; what stands there is replaced.
+        path: of the file; a file that exists there is replaced.
         group: rows that are written at once.
 
     Raises:
-        DataError: if the file cannot be written, or scores are not one finite number an id.
+        DataError: if the file cannot be written, or scores are not one finite number per id.
     """
 
     def __init__(self, path: Path | str, *, group: int = GROUP) -> None:
@@ -64,7 +64,7 @@ class ScoreWriter:
         return self
 
     def write(self, ids: pa.Array, scores: np.ndarray) -> None:
-        """Append one score an id (float64, shape (n,))."""
+        """Append one score (float64, shape (n,)) per id."""
         if ids.type != pa.string() or ids.null_count:
             raise DataError(f"ids of type {ids.type}, {ids.null_count} of them missing: give a string to each example")
         if scores.shape != (len(ids),):
@@ -96,6 +96,7 @@ class ScoreWriter:
             self._partial.unlink(missing_ok=True)
 
     def _flush(self) -> None:
+        """Write the waiting rows."""
         if self._waiting:
             try:
                 self._file.write_table(pa.Table.from_batches(self._waiting), row_group_size=self._group)
@@ -105,10 +106,10 @@ class ScoreWriter:
 
 
 def read_groups(paths: Iterable[Path | str]) -> Iterator[tuple[pa.Array, np.ndarray]]:
-    """The ids and scores (float64, shape (n,)) of score files, one row group after the other.
+    """The ids and scores (float64, shape (n,)) of score files, one row group after another.
 
     Raises:
-        DataError: if one is missing, no score file, or has missing values.
+        DataError: if a file is missing, not a score file, or has missing values.
     """
     for path in map(Path, paths):
         try:
@@ -136,9 +137,8 @@ def stream_scores(
 ) -> None:
     """Score all of `pool` into the file at `path`, shard by shard: `score_pool` in memory bounded by a shard.
 
-    For pools whose scores do not fit in memory: `cads.scoring.top_k.best_of_files` selects from what is written.
-    Several
-    processes score together, and the first writes.
+    For pools whose scores do not fit in memory: `cads.scoring.top_k.best_of_files` selects from the file. Several
+    processes score together; rank 0 writes.
 
     Args:
         score, price, ledger, stage, device, tokens: as for `score_pool`.
@@ -156,6 +156,6 @@ def stream_scores(
         world.on_rank_zero(begin)
         for start in range(0, len(pool), shard):
             part = pool.subset(np.arange(start, min(start + shard, len(pool))), pool.name)
-            found = score_pool(part, score, price, ledger=ledger, stage=stage, device=device, tokens=tokens)
-            world.on_rank_zero(partial(writer.write, part.ids, found))
+            scores = score_pool(part, score, price, ledger=ledger, stage=stage, device=device, tokens=tokens)
+            world.on_rank_zero(partial(writer.write, part.ids, scores))
         world.on_rank_zero(stack.close)

@@ -1,4 +1,4 @@
-"""The best of more examples than memory holds: one pass over their scores, keeping what can still be among them."""
+"""The best of more examples than memory holds: one pass over their scores, keeping only candidates for the top."""
 
 from __future__ import annotations
 
@@ -18,36 +18,38 @@ from cads.scoring.score_files import read_groups
 class TopK:
     """The best examples of a stream, by falling score and ties by id, for as long as their costs fit.
 
-    It keeps what a ranking of the whole stream would: the longest prefix whose costs sum to at most `most`, and at
-    least one example. The first that does not fit is kept beside them: whatever comes later can only push it further
-    back, and nothing behind it can fit any more, however cheap it is. Memory is that of the examples kept, twice, and
-    of one shard.
+    The result is that of a ranking of the whole stream: the longest prefix whose costs sum to at most `max_cost`, and
+    at least one example. The first example that does not fit is kept too. Later examples can only push it further
+    back, and no example behind it can fit any more, however cheap it is. Memory is twice that of the examples kept,
+    and that of one shard.
 
     Args:
-        most: sum of the costs; without costs, how many examples.
+        max_cost: largest sum of the costs; without costs, the number of examples.
 
     Raises:
-        ConfigError: if `most` is not positive.
+        ConfigError: if `max_cost` is not positive.
     """
 
-    def __init__(self, most: float) -> None:
-        if not most > 0:
-            raise ConfigError(f"the best {most} examples: give a positive number")
-        self._most = most
+    def __init__(self, max_cost: float) -> None:
+        if not max_cost > 0:
+            raise ConfigError(f"the best {max_cost} examples: give a positive number")
+        self._max_cost = max_cost
         self._kept = _rows(pa.array([], pa.string()), np.empty(0), np.empty(0))
         self._new: list[pa.Table] = []
         self._n_new = 0
-        self._least = -np.inf
+        self._min_score = -np.inf
         self._n_fit = 0
 
     def add(self, ids: pa.Array, score: np.ndarray, cost: np.ndarray | None = None) -> None:
-        """Look at one shard.
+        """Add the examples of one shard.
 
         Args:
-            score: shape (n,). cost: of each example, > 0, shape (n,); None: 1 each.
+            ids: strings, shape (n,).
+            score: finite, shape (n,).
+            cost: of each example, > 0, shape (n,); None: 1 each.
 
         Raises:
-            DataError: if a score or a cost is not such a number, or there is not one an id.
+            DataError: if a score or a cost is outside its range, or there is not one per id.
         """
         cost = np.ones(len(ids)) if cost is None else np.asarray(cost, dtype=np.float64)
         if ids.type != pa.string() or not score.shape == cost.shape == (len(ids),):
@@ -57,8 +59,8 @@ class TopK:
             )
         if not (np.isfinite(score).all() and np.isfinite(cost).all() and (cost > 0).all()):
             raise DataError("a score that is not finite, or a cost that is not positive: look at these examples")
-        # What is worse than the first that does not fit need not be sorted; what is as good may win by its id.
-        candidates = pa.array(score >= self._least)
+        # An example worse than the first that does not fit cannot be in the result; an equal one may win by its id.
+        candidates = pa.array(score >= self._min_score)
         self._new.append(_rows(ids, score, cost).filter(candidates))
         self._n_new += len(self._new[-1])
         if self._n_new >= len(self._kept):
@@ -68,36 +70,36 @@ class TopK:
         """The ids and scores (float64, shape (k,)) of the best, best first.
 
         Raises:
-            DataError: if an id is twice among them.
+            DataError: if an id occurs twice among them.
         """
         self._cut()
-        kept = self._kept.slice(0, max(1, self._n_fit))
-        ids = kept["id"].combine_chunks()
+        best = self._kept.slice(0, max(1, self._n_fit))
+        ids = best["id"].combine_chunks()
         if not distinct(ids):
             counts = pc.value_counts(ids)
-            twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-            raise DataError(f"{len(twice)} ids are scored more than once, such as {twice[:3].to_pylist()}")
-        return ids, kept["score"].to_numpy()
+            repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+            raise DataError(f"{len(repeated)} ids are scored more than once, such as {repeated[:3].to_pylist()}")
+        return ids, best["score"].to_numpy()
 
     def _cut(self) -> None:
-        """Keep the prefix that fits, and the one after it."""
+        """Keep the prefix that fits, and the example after it."""
         table = pa.concat_tables([self._kept, *self._new]).combine_chunks()
         self._new, self._n_new = [], 0
         order = best_first(table["id"], table["score"].to_numpy())
-        spent = np.cumsum(table["cost"].to_numpy()[order])
-        self._n_fit = int(np.searchsorted(spent, self._most * ROUNDING, side="right"))
+        cumulative_cost = np.cumsum(table["cost"].to_numpy()[order])
+        self._n_fit = int(np.searchsorted(cumulative_cost, self._max_cost * ROUNDING, side="right"))
         self._kept = table.take(pa.array(order[: self._n_fit + 1]))
         if self._n_fit < len(order):
-            self._least = float(self._kept["score"][-1].as_py())
+            self._min_score = float(self._kept["score"][-1].as_py())
 
 
-def best_of_files(paths: Iterable[Path | str], most: float) -> tuple[pa.Array, np.ndarray]:
-    """The ids and scores of the `most` best examples in score files, best first, as one ranking of all would have them.
+def best_of_files(paths: Iterable[Path | str], max_count: float) -> tuple[pa.Array, np.ndarray]:
+    """The ids and scores of the `max_count` best examples in score files, best first, as in one ranking of all.
 
     Raises:
-        DataError: if a file cannot be read, or an id is twice among the best.
+        DataError: if a file cannot be read, or an id occurs twice among the best.
     """
-    best = TopK(most)
+    best = TopK(max_count)
     for ids, score in read_groups(paths):
         best.add(ids, score)
     return best.result()

@@ -14,14 +14,15 @@ import pyarrow.compute as pc
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger, PlannedLedger
 from cads.data.pool import Pool
-from cads.errors import ConfigError, DataError
+from cads.errors import ConfigError, DataError, NotAffordableError
 from cads.monitor import Monitor
 from cads.scoring.reference_models import proxy_of
 from cads.search.allowance import BudgetSplit, split_budget
+from cads.search.choice import Choice
 from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
 from cads.search.inner_runs import InnerLoop
+from cads.search.stages import Stages
 from cads.selection import Selection
-from cads.selector import full_pool_selection
 from cads.task import Objective, Task
 
 log = logging.getLogger(__name__)
@@ -65,70 +66,92 @@ class Search(ABC):
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
         """Choose what to train on; see `cads.selector.Selector`."""
-        proxy_of(task).check_outer(self.outer)
-        if note := self.plan(task, budget).note:
-            log.warning("%s: %s", self.method, note)
-            return self.full_pool(task, budget, seed, ledger, note)
-        scorer, division = self.split_budget(task, budget)
-        spent = Ledger(limit=division.selection_flops)
-        outer = self.outer or (scorer.source_outer if self.whole_sources else None)
-        inner = InnerLoop(scorer, spent, monitor or Monitor(), outer, held_out=self.held_out)
+        proxy = proxy_of(task)
+        proxy.check_outer(self.outer)
         try:
-            chosen = self.run_search(inner, budget, division.train_flops, seed, ledger)
-        finally:
-            ledger.merge(spent)
-        return replace(
-            _in_order(chosen, task.pool),
-            pool_hash=task.pool.content_hash,
+            self._plan(task, budget)
+            choice, pool = self._search(task, proxy, budget, seed, ledger, monitor or Monitor()), proxy.pool
+        except NotAffordableError as error:
+            log.warning("%s: %s", self.method, error)
+            choice, pool = Choice.full_pool(task.pool, str(error)), task.pool
+        selection = choice.selection(
+            pool,
+            method=self.method,
+            seed=seed,
+            budget=budget,
+            ledger=ledger,
+            config=asdict(self),
             target_fraction=self.target_fraction or 0.0,
         )
+        return replace(_in_order(selection, task.pool), pool_hash=task.pool.content_hash)
+
+    def _search(self, task: Task, proxy: Task, budget: Budget, seed: int, ledger: Ledger, monitor: Monitor) -> Choice:
+        """Search with the model of `proxy`, within what selection may spend of `budget`."""
+        _, split = self.split_budget(task, budget)
+        spent = Ledger(limit=split.selection_flops)
+        outer = self.outer or (proxy.source_outer if self.whole_sources else None)
+        inner = InnerLoop(proxy, spent, monitor, outer, held_out=self.held_out)
+        try:
+            return self.run_search(inner, split.train_flops, seed)
+        finally:
+            ledger.merge(spent)
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `cads.selector.Selector`."""
-        scorer, division = self.split_budget(task, budget)
+        try:
+            return self._plan(task, budget)
+        except NotAffordableError as error:
+            return PlannedLedger(self.split_budget(task, budget)[1].selection_flops, str(error))
+
+    def _plan(self, task: Task, budget: Budget) -> PlannedLedger:
+        """What the search would charge.
+
+        Raises:
+            NotAffordableError: if there is nothing to search, or the budget does not buy it.
+        """
+        proxy, split = self.split_budget(task, budget)
         if self.whole_sources and has_one_source(task.pool):
-            return PlannedLedger(division.selection_flops, ONE_SOURCE)
-        costs = PlannedInnerLoop(scorer, division.selection_flops, held_out=self.held_out)
-        return (
-            costs.ledger
-            if self.plan_search(costs, division.train_flops)
-            else PlannedLedger(division.selection_flops, NO_SEARCH_AFFORDABLE)
-        )
+            raise NotAffordableError(ONE_SOURCE)
+        costs = PlannedInnerLoop(proxy, split.selection_flops, held_out=self.held_out)
+        for stage in self.stages(costs, split.train_flops):
+            costs.charge(stage)
+        return costs.ledger
 
     def split_budget(self, task: Task, budget: Budget) -> tuple[Task, BudgetSplit]:
-        """The task whose model is trained in short runs, and what they may spend.
+        """The task whose model is trained in trials, and what they may spend.
 
         Returns:
-            the scorer; selection's limit, and what the final training would take if it were the scorer's: as many
-            usages, at the scorer's price.
+            the proxy; selection's limit, and what the final training would take if it were the proxy's: as many
+            usages, at the proxy's price.
         """
-        scorer = proxy_of(task)
+        proxy = proxy_of(task)
         ratio = 1.0
-        if scorer is not task:
-            prices = [t.costs.per_usage(t.pool, t.recipe.batch_size) for t in (scorer, task)]
-            ratio = prices[0] / prices[1]
-        least = self.min_flops(PlannedInnerLoop(scorer, math.inf, held_out=self.held_out))
-        division = split_budget(task, budget, self.allowance, self.default_allowance * ratio, least)
-        return scorer, BudgetSplit(division.train_flops * ratio, division.selection_flops)
+        if proxy is not task:
+            usages = [t.costs.per_usage(t.pool, t.recipe.batch_size) for t in (proxy, task)]
+            ratio = usages[0] / usages[1]
+        min_flops = self.min_flops(PlannedInnerLoop(proxy, math.inf, held_out=self.held_out))
+        split = split_budget(task, budget, self.allowance, self.default_allowance * ratio, min_flops)
+        return proxy, BudgetSplit(split.train_flops * ratio, split.selection_flops)
 
     def min_flops(self, costs: InnerLoopCosts) -> float:
         """FLOPs for which a pretrained model's budget gives up training, as less buys no search; 0: it never does."""
         return 0.0
 
-    def full_pool(self, task: Task, budget: Budget, seed: int, ledger: Ledger, note: str) -> Selection:
-        """What is returned when nothing can be tried."""
-        everything = full_pool_selection(
-            task, budget, method=self.method, seed=seed, ledger=ledger, notes={"guard": note}
-        )
-        return replace(everything, config=asdict(self), target_fraction=self.target_fraction or 0.0)
+    @abstractmethod
+    def stages(self, costs: InnerLoopCosts, train_flops: float) -> Stages:
+        """What the search does, stage by stage, for a final training of `train_flops`; see `cads.search.stages`.
+
+        Raises:
+            NotAffordableError: if what the ledger has left does not buy the search.
+        """
 
     @abstractmethod
-    def plan_search(self, costs: PlannedInnerLoop, train_flops: float) -> bool:
-        """Charge `purse` for what `search` would do; False if the allowance does not buy it."""
+    def run_search(self, inner: InnerLoop, train_flops: float, seed: int) -> Choice:
+        """Carry out the stages with the ledger of `inner`, and choose something to train on.
 
-    @abstractmethod
-    def run_search(self, inner: InnerLoop, budget: Budget, train_flops: float, seed: int, ledger: Ledger) -> Selection:
-        """Find something to train on with the ledger of `inner`, for a final training of `training` FLOPs."""
+        Raises:
+            NotAffordableError: as `stages`.
+        """
 
 
 def has_one_source(pool: Pool) -> bool:

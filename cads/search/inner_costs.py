@@ -9,23 +9,30 @@ import numpy as np
 from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
 from cads.data.pool import Pool
 from cads.scoring.pool_scores import planned_flops
+from cads.search.constants import constants_of
 from cads.search.fidelity import Rung, data_fraction, fidelity_schedule
+from cads.search.stages import FitTarget, ScorePool, Stage, Steps, Trials, UpdatePolicy
 from cads.task import Task
 
 
 class InnerLoopCosts:
     """What inner runs of a task cost, and the ledger that pays for them.
 
+    Attributes:
+        n_trials: models that have been trained on the pool and measured so far.
+
     Args:
         task: what is trained.
         ledger: charged for training and for measuring.
-        held_out: whether theta is fitted to one half of the target and models are measured on the other. Where
+        held_out: whether the target model, theta, is fitted to one half of the target and models are measured on the
+        other. Where
             theta decides on single examples, a measure on what it was fitted to would flatter them.
     """
 
     def __init__(self, task: Task, ledger: Ledger, *, held_out: bool = False) -> None:
         self.task = task
         self.ledger = ledger
+        self.n_trials = 0
         self.fitted = self.measured = task.target
         if held_out and len(task.target) > 1:
             order = np.random.default_rng(0).permutation(len(task.target))
@@ -69,16 +76,21 @@ class InnerLoopCosts:
         return min(share * train_flops, passes * self._step(self.fitted) / batch_size * len(self.fitted))
 
     def fidelity_schedule(self, train_flops: float, per_rung: float = 0.0) -> list[Rung]:
-        """The short runs that what is left of the ledger buys for a final training of `training` FLOPs."""
-        left, passes, pretrained = self.ledger.left, self.passes(train_flops), self.task.pretrained
+        """The rungs that what is left of the ledger buys, for a final training of `train_flops`."""
         return fidelity_schedule(
-            train_flops, left, self.step_flops, self.measuring_flops, passes, per_rung, pretrained=pretrained
+            train_flops,
+            self.ledger.left,
+            self.step_flops,
+            self.measuring_flops,
+            self.passes(train_flops),
+            per_rung,
+            constants=constants_of(self.task),
         )
 
-    def deciding_rung(self, fidelity: float, train_flops: float, runs: int) -> Rung:
-        """One of runs that decide, on the data that `data_fraction` gives them."""
-        data = data_fraction(fidelity, self.passes(train_flops), decides=True, pretrained=self.task.pretrained)
-        return Rung(fidelity, fidelity * train_flops, data, runs)
+    def deciding_rung(self, fidelity: float, train_flops: float, n_trials: int) -> Rung:
+        """A rung that decides, on the share of the data that `data_fraction` gives it."""
+        data = data_fraction(fidelity, self.passes(train_flops), constants_of(self.task), decides=True)
+        return Rung(fidelity, fidelity * train_flops, data, n_trials)
 
     def passes(self, train_flops: float) -> float:
         """Over the pool, that `training` FLOPs buy."""
@@ -87,6 +99,12 @@ class InnerLoopCosts:
     def learn(self, flops: float) -> None:
         """Pay for moving a policy."""
         self.ledger.charge(SELECT, "policy", flops)
+
+    def pay_steps(self, steps: Steps) -> None:
+        """Pay for training steps on the pool, in mean examples."""
+        usages = steps.n_steps * self.task.recipe.batch_size
+        tokens = round(usages * self.task.costs.tokens_per_example(self.task.pool))
+        self.ledger.charge(SELECT, steps.name, steps.flops, usages=usages, tokens=tokens)
 
     def _step(self, pool: Pool) -> float:
         batch_size = self.task.recipe.batch_size
@@ -101,20 +119,29 @@ class PlannedInnerLoop(InnerLoopCosts):
     def __init__(self, task: Task, limit: float, *, held_out: bool = False) -> None:
         super().__init__(task, PlannedLedger(limit), held_out=held_out)
 
-    def run(self, runs: int, flops: float, *, stage: str) -> None:
-        """Train `runs` models on the pool, and measure them."""
-        self._train(self.task.pool, runs, flops, stage)
-        self.ledger.charge(SELECT, f"{stage}, measuring", runs * self.measuring_flops)
+    def charge(self, stage: Stage) -> None:
+        """Charge for a stage, at the price of mean examples where it names no other."""
+        match stage:
+            case FitTarget(flops, name):
+                self._train(self.fitted, 1, flops, name)
+            case ScorePool(count, name, flops):
+                self._score(count, name, flops)
+            case Trials(rung, _, probe):
+                self._train(self.task.pool, rung.n_trials, rung.flops, stage.stage)
+                self.ledger.charge(SELECT, f"{stage.stage}, measuring", rung.n_trials * self.measuring_flops)
+                self.n_trials += rung.n_trials
+                if probe is not None:
+                    self.charge(probe)
+            case Steps():
+                self.pay_steps(stage)
+                self.ledger.trained.append((self.task, 1))
+            case UpdatePolicy(flops):
+                self.learn(flops)
 
-    def losses(self, count: int, *, stage: str, flops: float | None = None) -> None:
-        """Score `count` examples of the pool for `flops`, or at the price of a mean example."""
+    def _score(self, count: int, name: str, flops: float | None) -> None:
         tokens = round(count * self.task.costs.tokens_per_example(self.task.pool))
-        self.ledger.charge(SELECT, stage, self.scoring_flops(count) if flops is None else flops, tokens=tokens)
+        self.ledger.charge(SELECT, name, self.scoring_flops(count) if flops is None else flops, tokens=tokens)
         self.ledger.scored.append(self.task)
-
-    def fit_target(self, flops: float, *, stage: str) -> None:
-        """Train theta on the target."""
-        self._train(self.fitted, 1, flops, stage)
 
     def _train(self, pool: Pool, runs: int, flops: float, stage: str) -> None:
         step = self._step(pool)

@@ -106,6 +106,7 @@ class InnerLoop(InnerLoopCosts):
         """
         models = [self.task.model(seed) for _ in streams]
         draws = BatchStream(self.task.pool, streams, self.task.recipe.batch_size)
+        self.n_trials += len(streams)
         fit = self.trainer.fit_replicas(models, draws, flops, seed=seed, phase=SELECT, stage=stage)
         objective = np.full(len(models), np.nan)
         sound = np.flatnonzero(~fit.diverged)

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import logging
 import math
-from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from scipy.special import expit
@@ -24,12 +23,11 @@ from cads.accounting.ledger import Ledger, PlannedLedger
 from cads.accounting.operations import candidates_flops
 from cads.data.pool import Pool
 from cads.data.token_batches import lengths
-from cads.errors import ConfigError
+from cads.errors import ConfigError, NotAffordableError
 from cads.monitor import Monitor
-from cads.search.base import Search
-from cads.search.fidelity import PRETRAINED_STEPS
 from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
 from cads.search.inner_runs import InnerLoop
+from cads.search.stages import FitTarget, ScorePool
 from cads.seeding import derive
 from cads.selection import Selection
 from cads.selector import full_pool_selection
@@ -42,15 +40,14 @@ log = logging.getLogger(__name__)
 
 THETA_PASSES = (5, 20)
 """Passes over the target below which theta knows too little to be worth its cost, and the most it is given."""
+PRETRAINED_SHARE, PRETRAINED_STEPS = 0.1, 16
+"""Of models that are pretrained, theta takes this share of the allowance, and of C, at most, and this many steps at
+least: fewer do not tell examples apart, and more than twice as many add nothing (`experiments/results`). u is trained
+for as much."""
 SHARPNESS = 4.0
 """k in the weights `sigmoid(1 - k z)`."""
 TOO_SMALL = "the budget is too small to tell examples apart in one run: everything is trained on, with the target"
 NO_ALLOWANCE = "allowance = 0 leaves nothing for telling examples apart: everything is trained on, with the target"
-
-Weigh = Callable[[Pool, np.ndarray], np.ndarray]
-"""(pool, standardised signal of each example or zeros, shape (N,)) -> weights in (0, 1), shape (N,)."""
-TARGET_FRACTION = 0.3
-"""Share of each batch that is drawn from the target, unless another one is asked for."""
 
 
 @dataclass(frozen=True)
@@ -98,67 +95,22 @@ class SplitFlops:
 
 
 @dataclass
-class OneRunSearch(Search):
-    """A search that can also ride on the training of the final model; see `OneRun`."""
-
-    one_run: bool = False
-    """Select while the final model trains: the budget is that of the whole run, selection included. Nothing is compared
-    on the target, so outer and guard, and how a policy is searched, have no part in it."""
-
-    @staticmethod
-    @abstractmethod
-    def weigh(pool: Pool, z: np.ndarray) -> np.ndarray:
-        """What the run goes on with: weights in (0, 1) from the standardised signal of each example, shape (N,)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.one_run:
-            self.riding()
-
-    def select(
-        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
-    ) -> Selection:
-        """Choose what to train on; see `cads.selector.Selector`."""
-        way = self.riding().select if self.one_run else super().select
-        return way(task, budget, seed=seed, ledger=ledger, monitor=monitor)
-
-    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """What `select` would charge; see `cads.selector.Selector`."""
-        return self.riding().plan(task, budget) if self.one_run else super().plan(task, budget)
-
-    def riding(self) -> OneRun:
-        """The selector that rides on the training.
-
-        Raises:
-            ConfigError: if an option is out of range.
-        """
-        fraction = TARGET_FRACTION if self.target_fraction is None else self.target_fraction
-        return OneRun(self.method, self.weigh, fraction, self.allowance, asdict(self))
-
-
-@dataclass
-class OneRun:
+class OnlineSelector(ABC):
     """Begins the run of the final model, and selects what it goes on with.
 
     The budget is that of the whole run, whether it counts selection or not: selection is part of training here. The
-    model is the one that is trained; a proxy has no part in it.
-
-    Args:
-        method: name of the selector. config: its options.
-        weigh: what the signal makes of examples, or of their sources.
-        target_fraction: share of each batch that is drawn from the target, throughout.
-        allowance: the most that selection may take, in units of the training FLOPs; None for a share of C (see
-        `OneRunSplit`).
+    model is the one that is trained; a proxy has no part in it. Nothing is compared on the target.
 
     Raises:
         ConfigError: if `target_fraction` or `allowance` is out of range.
     """
 
-    method: str
-    weigh: Weigh
-    target_fraction: float
     allowance: float | None = None
-    config: dict[str, Any] = field(default_factory=dict)
+    """Selection FLOPs at most, in units of the training FLOPs; null: a share of the budget, see `OneRunSplit`."""
+    target_fraction: float = 0.3
+    """Share of each batch that is drawn from the target, throughout; at least 0 and below 1."""
+
+    method: ClassVar[str]
 
     def __post_init__(self) -> None:
         if not 0 <= self.target_fraction < 1:
@@ -168,18 +120,24 @@ class OneRun:
                 f"allowance = {self.allowance}: it must be finite and >= 0, in units of the training FLOPs"
             )
 
+    @staticmethod
+    @abstractmethod
+    def weigh(pool: Pool, z: np.ndarray) -> np.ndarray:
+        """Weights in (0, 1) for the rest of the run, from the standardised signal of each example; shape (N,) each."""
+
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge to "select"; what it charges to "train" is the first part of the final run."""
         self._check(task)
         costs = PlannedInnerLoop(task, budget.flops(task))
-        parts = self._divide(costs)
-        if parts is None:
-            return PlannedLedger(note=self._why_not)
+        try:
+            parts = self._split(costs)
+        except NotAffordableError as error:
+            return PlannedLedger(note=str(error))
         if parts.theta:
-            costs.fit_target(parts.theta, stage="theta")
-            costs.losses(len(task.pool), stage="R")
+            costs.charge(FitTarget(parts.theta))
+            costs.charge(ScorePool(len(task.pool), "R"))
         if parts.reading:
-            costs.losses(len(task.pool), stage="l*")
+            costs.charge(ScorePool(len(task.pool), "l*"))
         costs.learn(parts.weighing)
         return costs.ledger
 
@@ -195,13 +153,13 @@ class OneRun:
         monitor = monitor or Monitor()
         spent = Ledger(limit=budget.flops(task))
         inner = InnerLoop(task, spent, monitor)
-        parts = self._divide(inner)
-        notes: dict[str, object] = {} if parts else {"one run": self._why_not}
-        everything = full_pool_selection(task, budget, method=self.method, seed=seed, ledger=ledger, notes=notes)
-        everything = replace(everything, target_fraction=self.target_fraction, config=self.config)
-        if parts is None:
-            log.warning("%s: %s", self.method, self._why_not)
-            return everything
+        everything = full_pool_selection(task, budget, method=self.method, seed=seed, ledger=ledger, notes={})
+        everything = replace(everything, target_fraction=self.target_fraction, config=asdict(self))
+        try:
+            parts = self._split(inner)
+        except NotAffordableError as error:
+            log.warning("%s: %s", self.method, error)
+            return replace(everything, notes={"one run": str(error)})
         try:
             from_theta = self._theta(inner, parts, seed)
             fit = self._begin(inner, parts, everything, seed)
@@ -224,15 +182,10 @@ class OneRun:
             seed=seed,
             budget=budget,
             ledger=ledger,
-            config=self.config,
+            config=asdict(self),
             notes={"one run": "selected", "theta": bool(parts.theta), "first": float(fit.flops[-1])},
             warm_start=fit.state,
         )
-
-    @property
-    def _why_not(self) -> str:
-        """Why nothing is selected, where `_divide` finds no parts."""
-        return NO_ALLOWANCE if self.allowance == 0 else TOO_SMALL
 
     def _check(self, task: Task) -> None:
         """Refuse what can be known before anything is spent: a pool that cannot be weighed, a target that leaves none.
@@ -248,36 +201,38 @@ class OneRun:
                 "lower it"
             )
 
-    def _divide(self, costs: InnerLoopCosts) -> SplitFlops | None:
-        """How the budget is divided; None where it is too small to select in.
+    def _split(self, costs: InnerLoopCosts) -> SplitFlops:
+        """How the budget is divided.
 
         Raises:
             BudgetError: if it does not buy one step.
+            NotAffordableError: if it is too small to select in.
         """
         task, total = costs.task, costs.ledger.left
         check_step(task, total)
-        way = one_run_split(task)
+        split = one_run_split(task)
+        too_small = NotAffordableError(NO_ALLOWANCE if self.allowance == 0 else TOO_SMALL)
         batch_size, n = task.recipe.batch_size, len(task.pool)
         from_target = round(self.target_fraction * batch_size)
-        most = total * (way.share if self.allowance is None else self.allowance / (1 + self.allowance))
+        most = total * (split.share if self.allowance is None else self.allowance / (1 + self.allowance))
         weighing = candidates_flops(n, 1)
         reading = 0.0 if own_losses_tell(task) else costs.scoring_flops(n)
         scoring = costs.scoring_flops(n)
         few, many = (costs.target_flops(1.0, passes, total) for passes in THETA_PASSES)
-        if way.theta_steps:
-            few = costs.target_steps_flops(way.theta_steps)
+        if split.theta_steps:
+            few = costs.target_steps_flops(split.theta_steps)
         theta = min(many, most - scoring - reading - weighing)
         if theta < few or theta < costs.target_step_flops:
-            if way.theta_steps:
-                return None
+            if split.theta_steps:
+                raise too_small
             theta = scoring = 0.0
         if theta + scoring + reading + weighing > most:
-            return None
-        first = way.first * (total - theta - scoring - reading - weighing)
+            raise too_small
+        first = split.first * (total - theta - scoring - reading - weighing)
         of_pool, of_target = (task.costs.per_usage(pool, batch_size) for pool in (task.pool, task.target))
         step = of_pool * (batch_size - from_target) + of_target * from_target
         if int(first / step) * (batch_size - from_target) < n:
-            return None
+            raise too_small
         return SplitFlops(theta, scoring, reading, weighing)
 
     def _theta(self, inner: InnerLoop, parts: SplitFlops, seed: int) -> np.ndarray:

@@ -1,12 +1,12 @@
-"""One cell of a grid: what it would cost, whether it applies, and running it: select, train, measure."""
+"""One cell of a grid: its cost, whether its method applies, and its run: select, train, test."""
 
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,24 @@ from cads.selector import Selector
 from cads.study.grid import Cell
 from cads.study.journals import Journals
 from cads.study.ranking_store import Rankings
+from cads.study.run_row import run_row
 from cads.study.tables import DONE, NOT_APPLICABLE, OVER_BUDGET
 from cads.task import Task
 from cads.training.final import train
 
+DISTRIBUTION = "cads-select"
 N_SHOWN = 8
-"""Examples kept, and examples left out, that are shown of each selection."""
+"""Selected examples, and as many rejected ones, that are stored for the report."""
 
 
 @dataclass(frozen=True)
 class CellPlan:
-    """What a cell would do.
+    """The plan of a cell: its cost, and whether it is run.
 
     Attributes:
-        cell: of the grid. key: its name on disk. ranking: the name of its ranking, or "" if it makes none.
-        status: why it is not run, or "". note: more about that, or what the selector says of its plan.
-        selection: FLOPs of selection, as spent. training: FLOPs that are left to train with.
+        cell: of the grid. key: name of the cell on disk. ranking: name of its ranking, or "" if it makes none.
+        status: why the cell is not run, or "". note: the reason in words, or what the selector says of its plan.
+        selection: FLOPs of selection, as spent. training: FLOPs that remain for training.
     """
 
     cell: Cell
@@ -57,7 +59,7 @@ class CellPlan:
 
 @dataclass
 class RunRow:
-    """What came out of a cell: a row of `runs`, and its rows of `selections` and `examples`."""
+    """The result of a cell: its row of `runs`, and its rows of `selections` and `examples`."""
 
     run: dict[str, Any]
     selections: pa.Table
@@ -66,7 +68,7 @@ class RunRow:
 
 @dataclass
 class Recorder(Monitor):
-    """A monitor that also remembers the course of the probabilities of the sources."""
+    """A monitor that also keeps the source probabilities of every step: {name: probability} each, in `course`."""
 
     folder: Path
     course: list[dict[str, float]] = field(default_factory=list)
@@ -81,7 +83,7 @@ class Recorder(Monitor):
 
 
 def plan_cell(task: Task, cell: Cell, key: str, ranking: str) -> CellPlan:
-    """What a cell would cost, whether its method applies, and whether it fits; nothing is trained."""
+    """The cost of a cell, whether its method applies, and whether it fits the budget. Nothing is trained."""
     selector = build_selector(cell.entry.method, cell.entry.options)
 
     def plan(status: str, note: str, selection: float = 0.0, training: float = 0.0) -> CellPlan:
@@ -105,14 +107,14 @@ def plan_cell(task: Task, cell: Cell, key: str, ranking: str) -> CellPlan:
 
 
 def price(plans: Sequence[CellPlan]) -> tuple[float, float]:
-    """FLOPs of selection, each ranking made once, and of training."""
+    """FLOPs of selection, where each ranking is counted once, and FLOPs of training."""
     shared = {p.ranking: p.selection for p in plans if p.ranking and not p.status}
-    own = sum(p.selection for p in plans if not p.ranking and not p.status)
-    return own + sum(shared.values()), sum(p.training for p in plans if not p.status)
+    unshared = sum(p.selection for p in plans if not p.ranking and not p.status)
+    return unshared + sum(shared.values()), sum(p.training for p in plans if not p.status)
 
 
 def amortised(ledger: Ledger, sharing: float) -> Ledger:
-    """The account of one of `sharing` tasks that share the selection."""
+    """The ledger of one task, if `sharing` tasks share the cost of the selection."""
     shared = Ledger()
     for (phase, stage), entry in ledger.entries.items():
         flops = entry.flops / sharing if phase == SELECT else entry.flops
@@ -120,20 +122,20 @@ def amortised(ledger: Ledger, sharing: float) -> Ledger:
     return shared
 
 
-def run_cell(plan: CellPlan, task: Task, metric: str, journals: Journals, place: Path) -> RunRow:
-    """Select, train and test once; leaves the Selection and TensorBoard's files in `place`.
+def run_cell(plan: CellPlan, task: Task, metric: str, journals: Journals, folder: Path) -> RunRow:
+    """Select, train and test once. The Selection and TensorBoard's files are written into `folder`.
 
-    What the journal of the cell has of it is not done again. A ranking has a journal of its own: whoever makes it, it
-    is no part of the cell.
+    Work that the journal of the cell holds is not repeated. A ranking has a journal of its own, because several cells
+    share it.
 
     Raises:
         CadsError: whatever selection or training refuses.
         Interrupted: if this process was asked to stop.
     """
     cell, seed = plan.cell, plan.cell.setting.seed
-    monitor = Recorder(place / "tensorboard")
+    monitor = Recorder(folder / "tensorboard")
     with monitor:
-        select, ranked = _selecting(plan, task, journals, monitor)
+        select, ranking_seconds = _selecting(plan, task, journals, monitor)
         with journals.open(plan.key) as journal:
             selection, spent = select()
             outcome = train(task, selection, cell.budget, seed=seed, monitor=monitor, evaluations=cell.evaluations)
@@ -149,34 +151,37 @@ def run_cell(plan: CellPlan, task: Task, metric: str, journals: Journals, place:
                 "seed": seed,
             }
             monitor.hparams(hparams, {**outcome.metrics, "total_flops": total})
-            active_group().on_rank_zero(lambda: str(selection.save(place / "selection")))
-            run = describe(plan, task, metric) | {
-                "status": DONE,
+            active_group().on_rank_zero(lambda: str(selection.save(folder / "selection")))
+            run = cell_row(
+                plan,
+                DONE,
+                journals.code,
+                task,
                 **measured,
-                "metrics": json.dumps(outcome.metrics),
-                "selection_flops": charged[SELECT].flops,
-                "selection_flops_spent": spent,
-                "training_flops": charged[TRAIN].flops,
-                "evaluation_flops": charged[EVALUATE].flops,
-                "total_flops": total,
-                "n_selected": int(selection.selected.sum()),
-                "examples": charged[TRAIN].usages,
-                "tokens": charged[TRAIN].tokens,
-                "seconds": ranked + journal.seconds,
-                "ledger": json.dumps(outcome.ledger.to_json()),
-                "source_probability": json.dumps(selection.source_probability),
-                "probability_course": json.dumps(monitor.course),
-                "notes": json.dumps(selection.notes, default=str),
-            }
-            return RunRow(run, _selected(plan.key, selection), shown(plan.key, selection, task))
+                metrics=outcome.metrics,
+                selection_flops=charged[SELECT].flops,
+                selection_flops_spent=spent,
+                training_flops=charged[TRAIN].flops,
+                evaluation_flops=charged[EVALUATE].flops,
+                total_flops=total,
+                n_selected=int(selection.selected.sum()),
+                examples=charged[TRAIN].usages,
+                tokens=charged[TRAIN].tokens,
+                seconds=ranking_seconds + journal.seconds,
+                ledger=outcome.ledger.to_json(),
+                source_probability=selection.source_probability,
+                probability_course=monitor.course,
+                notes=selection.notes,
+            )
+            return RunRow(run, _selected(plan.key, selection), example_rows(plan.key, selection, task))
 
 
 def _selecting(
     plan: CellPlan, task: Task, journals: Journals, monitor: Monitor
 ) -> tuple[Callable[[], tuple[Selection, float]], float]:
-    """What selects, and the seconds that its ranking, which is made here if need be, has taken.
+    """A function that selects, and the seconds that its ranking took. A ranking that is missing is made here.
 
-    The selection is charged as the grid says; it comes with the FLOPs spent on it.
+    The function returns the selection, charged as the grid's `charge` says, and the FLOPs that were spent on it.
     """
     cell, seed = plan.cell, plan.cell.setting.seed
     selector = build_selector(cell.entry.method, cell.entry.options)
@@ -189,43 +194,57 @@ def _selecting(
 
 
 def _search(selector: Selector, cell: Cell, task: Task, monitor: Monitor) -> tuple[Selection, float]:
+    """The selection of a search, charged as the grid's `charge` says, and the FLOPs that were spent on it."""
     selection = selector.select(task, cell.budget, seed=cell.setting.seed, ledger=Ledger(), monitor=monitor)
     spent = selection.ledger.total(SELECT).flops
     return replace(selection, ledger=amortised(selection.ledger, cell.sharing)), spent
 
 
-def describe(plan: CellPlan, task: Task, metric: str) -> dict[str, Any]:
-    """What is known of a cell before it runs: columns of `runs`."""
+def cell_row(plan: CellPlan, status: str, code: str, task: Task | None = None, **columns: Any) -> dict[str, Any]:
+    """The row of `runs` for a cell of the grid.
+
+    Args:
+        code: digest of the sources.
+        task: the task of the cell; without it, the columns that depend on its data and model stay null.
+        columns: further columns by name, those of the result.
+    """
     cell, setting = plan.cell, plan.cell.setting
-    usage = task.costs.per_usage(task.pool, task.recipe.batch_size)
-    return {
-        "cell": plan.key,
-        "task": setting.task or task.name,
-        "model": setting.model,
-        "n_parameters": float(trainable_size(task.costs.model)),
-        "selector_parameters": float(trainable_size((task.proxy or task).costs.model)),
-        "method": cell.label,
-        "selector": cell.entry.method,
-        "options": json.dumps(cell.entry.options),
-        "budget": str(cell.budget),
-        "budget_flops": cell.budget.flops(task),
-        "count_selection": cell.budget.count_selection,
-        "sharing": cell.sharing,
-        "seed": setting.seed,
-        "metric": metric,
-        "maximised": metric in task.maximised,
-        "full_flops": usage * len(task.pool),
-        "n_pool": len(task.pool),
-        "learning_rate": setting.train.learning_rate,
-        "accounting": task.costs.accounting,
-    }
+    task_columns: dict[str, Any] = {}
+    if task is not None:
+        usage = task.costs.per_usage(task.pool, task.recipe.batch_size)
+        task_columns = {
+            "n_parameters": float(trainable_size(task.costs.model)),
+            "selector_parameters": float(trainable_size((task.proxy or task).costs.model)),
+            "budget_flops": cell.budget.flops(task),
+            "full_flops": usage * len(task.pool),
+            "n_pool": len(task.pool),
+            "learning_rate": setting.train.learning_rate,
+            "accounting": task.costs.accounting,
+        }
+    return run_row(
+        status,
+        cell=plan.key,
+        task=setting.task or (setting.kind if task is None else task.name),
+        model=setting.model,
+        method=cell.label,
+        selector=cell.entry.method,
+        options=cell.entry.options,
+        budget=str(cell.budget),
+        count_selection=cell.budget.count_selection,
+        sharing=cell.sharing,
+        seed=setting.seed,
+        **task_columns,
+        **columns,
+        version=version(DISTRIBUTION),
+        code=code,
+    )
 
 
 def scored(task: Task, metric: str, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The columns of `runs` that say how good a trained model is by one metric.
+    """The columns of `runs` with the score of a trained model by one metric.
 
     Raises:
-        DataError: if that is no number.
+        DataError: if the score is not finite.
     """
     score = metrics[metric]
     if not math.isfinite(score):
@@ -241,40 +260,41 @@ def scored(task: Task, metric: str, metrics: Mapping[str, float]) -> dict[str, A
 
 
 def standard_error(metric: str, score: float, n: int) -> float | None:
-    """Of a share of right or wrong answers on n test examples; None for other metrics."""
+    """Standard error of a share of right or wrong answers on n test examples; None for other metrics."""
     return math.sqrt(score * (1 - score) / n) if metric in ("accuracy", "error") else None
 
 
-def metric_of(task: Task, wanted: str | None) -> str:
-    """The metric to compare by: the one that is wanted, or else accuracy, or else the task's own.
+def metric_of(task: Task, requested: str | None) -> str:
+    """The metric to compare by: the requested one, or else accuracy, or else the task's own.
 
     Raises:
         ConfigError: if the task has no such metric.
     """
-    few = task.test.subset(np.arange(min(N_SHOWN, len(task.test))), "test set")
-    known: Mapping[str, float] = task.metrics(task.model(0), few)
-    metric = wanted or ("accuracy" if "accuracy" in known else task.outer)
-    if metric not in known:
-        raise ConfigError(f"metric = {metric!r} is no metric of {task.name}: choose from {sorted(known)}")
+    examples = task.test.subset(np.arange(min(N_SHOWN, len(task.test))), "test set")
+    measured: Mapping[str, float] = task.metrics(task.model(0), examples)
+    metric = requested or ("accuracy" if "accuracy" in measured else task.outer)
+    if metric not in measured:
+        raise ConfigError(f"metric = {metric!r} is no metric of {task.name}: choose from {sorted(measured)}")
     return metric
 
 
 def _selected(key: str, selection: Selection) -> pa.Table:
-    kept = pa.array(selection.selected)
+    """The rows of `selections` for the cell `key`: one for each selected example."""
+    mask = pa.array(selection.selected)
     sources = (
         pa.nulls(len(selection.ids), pa.string()) if selection.sources is None else selection.sources.cast(pa.string())
     )
     n = int(selection.selected.sum())
     columns = {"id": selection.ids, "source": sources, "rank": pa.array(selection.rank)}
-    return pa.table({"cell": pa.array([key] * n, pa.string()), **{k: v.filter(kept) for k, v in columns.items()}})
+    return pa.table({"cell": pa.array([key] * n, pa.string()), **{k: v.filter(mask) for k, v in columns.items()}})
 
 
-def shown(key: str, selection: Selection, task: Task) -> list[dict[str, Any]]:
-    """A few of the best examples that were kept and the worst that were left out, as a reader sees them."""
+def example_rows(key: str, selection: Selection, task: Task) -> list[dict[str, Any]]:
+    """The rows of `examples` for the cell `key`: the best selected and the worst rejected examples, for a reader."""
     order = np.argsort(selection.rank, kind="stable")
-    kept = order[selection.selected[order]][:N_SHOWN]
-    left = order[~selection.selected[order]][::-1][:N_SHOWN]
-    positions = np.concatenate([kept, left])
+    selected = order[selection.selected[order]][:N_SHOWN]
+    rejected = order[~selection.selected[order]][::-1][:N_SHOWN]
+    positions = np.concatenate([selected, rejected])
     batch = task.pool.batch(positions)
     images = batch.inputs.get("images")
     texts = task.describe(task.pool, positions)
@@ -283,19 +303,19 @@ def shown(key: str, selection: Selection, task: Task) -> list[dict[str, Any]]:
     return [
         {
             "cell": key,
-            "id": identity,
-            "kept": i < len(kept),
+            "id": example_id,
+            "kept": i < len(selected),
             "score": float(selection.score[positions[i]]),
             "label": None if labels is None else labels[i],
             "text": None if texts is None else texts[i],
             "image": None if images is None else _png(images[i]),
         }
-        for i, identity in enumerate(task.pool.ids.take(positions).to_pylist())
+        for i, example_id in enumerate(task.pool.ids.take(positions).to_pylist())
     ]
 
 
 def _png(image: torch.Tensor) -> bytes:
-    """An image (C, H, W) of grey levels as PNG, of its first channel unless it has three."""
+    """An image (C, H, W) of grey levels as PNG: all of three channels, else the first alone."""
     pixels = image.to(torch.uint8).cpu().numpy()
     stream = io.BytesIO()
     Image.fromarray(pixels.transpose(1, 2, 0) if len(pixels) == 3 else pixels[0]).save(stream, "PNG")

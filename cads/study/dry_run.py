@@ -1,4 +1,4 @@
-"""What a grid would do and cost, without doing it."""
+"""The plan of a grid and its price, printed before anything is run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cads.study.cells import CellPlan, price
 
 
 def dry_run(plans: Sequence[CellPlan], done: Collection[str], console: Console) -> None:
-    """Print what every cell would do and cost, and the price of all; nothing is trained.
+    """Print the plan and the cost of every cell, and the cost of all. Nothing is trained.
 
     Args:
         done: keys of the cells that are finished.
@@ -30,17 +30,17 @@ def dry_run(plans: Sequence[CellPlan], done: Collection[str], console: Console) 
     notes: dict[str, int] = {}
     rows: dict[tuple[str, str, str], list[CellPlan]] = {}
     for p in plans:
-        where = " ".join(filter(None, [p.cell.setting.task, p.cell.setting.model])) or p.cell.setting.kind
-        rows.setdefault((where, str(p.cell.budget), p.cell.label), []).append(p)
-    for (where, budget, label), group in rows.items():
+        setting = " ".join(filter(None, [p.cell.setting.task, p.cell.setting.model])) or p.cell.setting.kind
+        rows.setdefault((setting, str(p.cell.budget), p.cell.label), []).append(p)
+    for (setting, budget, label), group in rows.items():
         running = [p for p in group if not p.status]
         costs = ["-", "-"]
         if running:
             costs = [f"{np.mean([getattr(p, part) for p in running]):.3g}" for part in ("selection", "training")]
-        said = dict.fromkeys(": ".join(filter(None, [p.status, p.note])) for p in group)
-        marks = " ".join(f"[{notes.setdefault(text, len(notes) + 1)}]" for text in said if text)
+        remarks = dict.fromkeys(": ".join(filter(None, [p.status, p.note])) for p in group)
+        marks = " ".join(f"[{notes.setdefault(text, len(notes) + 1)}]" for text in remarks if text)
         seeds = f"{len(running)} of {len(group)}" if 0 < len(running) < len(group) else str(len(group))
-        table.add_row(where, budget, label, seeds, *costs, Text(marks))
+        table.add_row(setting, budget, label, seeds, *costs, Text(marks))
     console.print(table)
     for text, number in notes.items():
         console.print(f"[{number}] {text}", markup=False, highlight=False, soft_wrap=True)

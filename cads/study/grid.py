@@ -26,7 +26,7 @@ from cads.scoring.ranker import Ranker
 from cads.task import Task
 
 EACH = "each"
-"""The rule by which every run pays for its whole selection."""
+"""The value of `charge` with which every run pays for its whole selection."""
 
 
 @dataclass
@@ -36,7 +36,7 @@ class GridEntry:
     method: str
     """Name of an installed selector."""
     label: str | None = None
-    """What tables and figures call it; null: the name of the method."""
+    """Name in tables and figures; null: the name of the method."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the selector."""
     count_selection: bool | None = None
@@ -45,10 +45,10 @@ class GridEntry:
 
 @dataclass
 class Variant:
-    """A size of the model: what it changes in the task and in the recipe."""
+    """A size of the model: the fields of the task and of the recipe that it changes."""
 
     label: str
-    """What tables and figures call it."""
+    """Name in tables and figures."""
     task: dict[str, Any] = field(default_factory=dict)
     """Fields of the task that differ."""
     train: dict[str, Any] = field(default_factory=dict)
@@ -57,12 +57,12 @@ class Variant:
 
 @dataclass
 class TaskEntry:
-    """One of several tasks; what it leaves out is taken from the grid."""
+    """One of several tasks. Fields that it leaves out are those of the grid."""
 
     label: str
-    """What tables and figures call it."""
+    """Name in tables and figures."""
     kind: str | None = None
-    """Kind of task; null: the grid's, whose `task` and `train` then hold here too."""
+    """Kind of task; null: the grid's. With the grid's kind, the grid's `task` and `train` hold here too."""
     task: dict[str, Any] = field(default_factory=dict)
     """Fields of the task."""
     train: dict[str, Any] = field(default_factory=dict)
@@ -71,14 +71,14 @@ class TaskEntry:
 
 @dataclass
 class Grid:
-    """What is run: every method at every budget with every seed, on every task at every size."""
+    """All runs of a comparison: every method at every budget with every seed, on every task at every model size."""
 
     methods: list[GridEntry]
     """Names, or entries with options."""
     budgets: list[str]
     """FLOPs, usages, epochs or tokens."""
     seeds: int = 3
-    """Seeds 0, 1, ...; each draws its own data, too."""
+    """Number of seeds: 0, 1, ... Each seed draws its own data too."""
     kind: str = "vision"
     """Kind of task."""
     task: dict[str, Any] = field(default_factory=dict)
@@ -86,23 +86,23 @@ class Grid:
     train: dict[str, Any] = field(default_factory=dict)
     """Fields of the training recipe."""
     models: list[Variant] = field(default_factory=lambda: [Variant("")])
-    """Sizes of the model; empty label: the task's own."""
+    """Sizes of the model. The default, with an empty label, is the task's own."""
     tasks: list[TaskEntry] = field(default_factory=list)
     """Several tasks; empty: the one that `kind`, `task` and `train` describe."""
     count_selection: bool = True
     """Budgets cover selection and training (equal total FLOPs), or training alone."""
     charge: str = EACH
-    """`each`: every run pays for its selection; `amortised: T`: T tasks share each ranking (a search serves one
-    training alone, and is paid for whole)."""
+    """`each`: every run pays for its selection; `amortised: T`: T tasks share the cost of each ranking (a search
+    serves one training alone, which pays for all of it)."""
     metric: str | None = None
     """The metric of the test set that is compared; null: accuracy, or else the task's own."""
     evaluations: list[str] = field(default_factory=list)
     """Further evaluations of each trained model, as those of `cads train --eval`."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """How often what is under way is written down, to go on from; it changes no result."""
+    """How often a cell that is under way writes a checkpoint to resume from; it changes no result."""
 
     def name(self, entry: GridEntry) -> str:
-        """How a method is called in tables and figures."""
+        """The name of a method in tables and figures."""
         if entry.label:
             return entry.label
         if entry.count_selection in (None, self.count_selection):
@@ -130,7 +130,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods and budgets share: one task at one model size with one seed."""
+    """One task at one model size with one seed, shared by all methods and budgets."""
 
     task: str
     model: str
@@ -140,11 +140,11 @@ class Setting:
     train: TrainConfig
 
     def build(self) -> Task:
-        """Load the data and make the task."""
+        """Load the data and build the task."""
         return self.config.build(self.train)
 
     def describe(self) -> dict[str, Any]:
-        """All that the results depend on, besides the data, the method and the budget."""
+        """Everything that results depend on, except the data, the method and the budget."""
         config: Any = self.config
         task = config.result_fields() if hasattr(config, "result_fields") else asdict(config)
         return {"kind": self.kind, "task": task, "train": self.train.result_fields(), "seed": self.seed}
@@ -162,7 +162,7 @@ class Cell:
     evaluations: tuple[str, ...] = ()
 
     def key(self, contents: Mapping[str, str], version: str) -> str:
-        """The name of the cell: readable, and ending in a hash of all that its result depends on.
+        """The name of the cell: readable, with a hash at its end of everything that its result depends on.
 
         Args:
             contents: content hashes of pool, target and test. version: of the package.
@@ -178,8 +178,8 @@ class Cell:
         }
         if self.evaluations:
             parts["evaluations"] = self.evaluations
-        where = [self.setting.task, self.setting.model, self.label, str(self.budget), str(self.setting.seed)]
-        return f"{readable('-'.join(filter(None, where)))}-{content_key(parts)}"
+        labels = [self.setting.task, self.setting.model, self.label, str(self.budget), str(self.setting.seed)]
+        return f"{readable('-'.join(filter(None, labels)))}-{content_key(parts)}"
 
 
 def content_key(parts: object) -> str:
@@ -197,29 +197,29 @@ def read_grid(path: Path | str) -> Grid:
 
     Raises:
         ConfigError: if it cannot be read; if a key, value, method, option or budget is unknown or refused; or if
-            two of its cells are the same.
+            two of its cells are equal.
     """
     try:
-        given = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(given, dict) or not isinstance(given.get("methods"), list):
+    if not isinstance(content, dict) or not isinstance(content.get("methods"), list):
         raise ConfigError(f"{path} must map names to values, `methods` to a list of methods among them")
-    given["methods"] = [{"method": m} if isinstance(m, str) else m for m in given["methods"]]
-    if isinstance(given.get("budgets"), list):
-        given["budgets"] = [str(b) for b in given["budgets"]]
-    if isinstance(charge := given.get("charge"), dict) and len(charge) == 1:
-        given["charge"] = "".join(f"{rule}: {n_tasks}" for rule, n_tasks in charge.items())
-    grid: Grid = filled(Grid, given, f"{path} cannot be used")
+    content["methods"] = [{"method": m} if isinstance(m, str) else m for m in content["methods"]]
+    if isinstance(content.get("budgets"), list):
+        content["budgets"] = [str(b) for b in content["budgets"]]
+    if isinstance(charge := content.get("charge"), dict) and len(charge) == 1:
+        content["charge"] = "".join(f"{rule}: {n_tasks}" for rule, n_tasks in charge.items())
+    grid: Grid = filled(Grid, content, f"{path} cannot be used")
     check_grid(grid)
     return grid
 
 
 def check_grid(grid: Grid) -> None:
-    """Refuse a grid before anything is loaded or spent.
+    """Refuse an invalid grid before data is loaded or compute is spent.
 
     Raises:
-        ConfigError: naming what is unknown, empty or given twice.
+        ConfigError: naming the entry that is unknown, empty or given twice.
     """
     for name in ("methods", "budgets", "models"):
         if not getattr(grid, name):
@@ -231,18 +231,18 @@ def check_grid(grid: Grid) -> None:
     names = [grid.name(e) for e in grid.methods]
     _refuse_twice("method", names, names)
     selectors: list[Any] = [build_selector(e.method, e.options) for e in grid.methods]
-    same = [content_key([e.method, asdict(s), _counted(grid, e)]) for e, s in zip(grid.methods, selectors, strict=True)]
-    _refuse_twice("method", names, same)
-    for what, labels in (("model", [m.label for m in grid.models]), ("task", [t.label for t in grid.tasks])):
-        _refuse_twice(what, labels, labels)
-    first = [setting for setting in settings(grid) if setting.seed == 0]
-    places = [" ".join(filter(None, [s.task, s.model])) for s in first]
-    _refuse_twice("setting", places, [content_key(s.describe()) for s in first])
-    cells(grid, first[0])
+    keys = [content_key([e.method, asdict(s), _counted(grid, e)]) for e, s in zip(grid.methods, selectors, strict=True)]
+    _refuse_twice("method", names, keys)
+    for entry_kind, labels in (("model", [m.label for m in grid.models]), ("task", [t.label for t in grid.tasks])):
+        _refuse_twice(entry_kind, labels, labels)
+    first_seed = [setting for setting in settings(grid) if setting.seed == 0]
+    labels = [" ".join(filter(None, [s.task, s.model])) for s in first_seed]
+    _refuse_twice("setting", labels, [content_key(s.describe()) for s in first_seed])
+    cells(grid, first_seed[0])
 
 
 def settings(grid: Grid) -> Iterator[Setting]:
-    """Every task, size and seed, with the configurations filled and checked.
+    """Every task, model size and seed, each with its checked task configuration and recipe.
 
     Raises:
         ConfigError: if a field of a task or recipe is unknown, or its value is refused.
@@ -250,9 +250,9 @@ def settings(grid: Grid) -> Iterator[Setting]:
     for task, model, seed in itertools.product(grid.tasks or [TaskEntry("")], grid.models, range(grid.seeds)):
         kind = task.kind or grid.kind
         inherited = (grid.task, grid.train) if task.kind in (None, grid.kind) else ({}, {})
-        where = " ".join(filter(None, [f"task {task.label!r}" * bool(task.label), f"model {model.label!r}"]))
-        config = filled(task_config_class(kind), {**inherited[0], **task.task, **model.task}, f"{where}: task")
-        train = filled(TrainConfig, {**inherited[1], **task.train, **model.train}, f"{where}: train")
+        context = " ".join(filter(None, [f"task {task.label!r}" * bool(task.label), f"model {model.label!r}"]))
+        config = filled(task_config_class(kind), {**inherited[0], **task.task, **model.task}, f"{context}: task")
+        train = filled(TrainConfig, {**inherited[1], **task.train, **model.train}, f"{context}: train")
         if "data_seed" in {f.name for f in fields(config)}:
             config = replace(config, data_seed=config.data_seed + seed)
         yield Setting(task.label, model.label, seed, kind, config, train)
@@ -260,35 +260,50 @@ def settings(grid: Grid) -> Iterator[Setting]:
 
 def cells(grid: Grid, setting: Setting) -> list[Cell]:
     """Every budget and method in one setting."""
-    made = []
-    for budget, entry in itertools.product(grid.budgets, grid.methods):
-        counted = Budget.parse(budget, count_selection=_counted(grid, entry))
+    result = []
+    for text, entry in itertools.product(grid.budgets, grid.methods):
+        budget = Budget.parse(text, count_selection=_counted(grid, entry))
         sharing = grid.sharing if issubclass(selector_class(entry.method), Ranker) else 1.0
-        made.append(Cell(setting, grid.name(entry), entry, counted, sharing, tuple(grid.evaluations)))
-    return made
+        result.append(Cell(setting, grid.name(entry), entry, budget, sharing, tuple(grid.evaluations)))
+    return result
 
 
 def _counted(grid: Grid, entry: GridEntry) -> bool:
+    """Whether the budget of an entry covers its selection."""
     return grid.count_selection if entry.count_selection is None else entry.count_selection
 
 
-def _refuse_twice(what: str, names: list[str], keys: list[str]) -> None:
+def _refuse_twice(entry_kind: str, names: list[str], keys: list[str]) -> None:
+    """Refuse entries with equal keys, under their names.
+
+    Raises:
+        ConfigError: naming both entries.
+    """
     seen: dict[str, str] = {}
     for name, key in zip(names, keys, strict=True):
         if key in seen:
-            raise ConfigError(f"{what} {seen[key]!r} and {what} {name!r} are the same cells: drop one, or label it")
+            raise ConfigError(
+                f"{entry_kind} {seen[key]!r} and {entry_kind} {name!r} are the same cells: drop one, or label it"
+            )
         seen[key] = name
 
 
-def filled(cls: Any, given: Mapping[str, Any], where: str) -> Any:
-    """An instance of a dataclass from plain values; unknown names are errors."""
-    known = [f.name for f in fields(cls)]
-    if unknown := sorted(map(str, set(given) - set(known))):
-        raise ConfigError(f"{where}: {unknown} are unknown: choose from {known}")
+def filled(cls: Any, values: Mapping[str, Any], context: str) -> Any:
+    """An instance of a dataclass from plain values; unknown names are errors.
+
+    Args:
+        context: start of the error message.
+
+    Raises:
+        ConfigError: naming the unknown names, or the value that is refused.
+    """
+    names = [f.name for f in fields(cls)]
+    if unknown := sorted(map(str, set(values) - set(names))):
+        raise ConfigError(f"{context}: {unknown} are unknown: choose from {names}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, None)
     try:
-        # Parsing writes into what it is given.
-        return cls(**vars(parser.instantiate(parser.parse_object(copy.deepcopy(dict(given))))))
+        # Parsing writes into its argument.
+        return cls(**vars(parser.instantiate(parser.parse_object(copy.deepcopy(dict(values))))))
     except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{context}: {error}") from error

@@ -1,7 +1,7 @@
-"""The journals of a study: what is under way, a cell or a ranking, goes on from where it was after any stop.
+"""The journals of a study: a cell or a ranking that was stopped resumes from its journal.
 
-Each is in `checkpoints/KEY` until the work is done, and belongs to whoever holds the lock of KEY. A run of `select`
-refuses checkpoints that are not its own; a grid must not stop for them: they are discarded, and said.
+The journal of KEY is in `checkpoints/KEY` until the work is done. It belongs to the process that holds the lock of KEY.
+`select` refuses checkpoints of another run. A grid must not stop for them: it discards them with a warning.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Journals:
     """The journals in the folder of a study.
 
     Attributes:
-        folder: of the study. code: digest of the sources. config: how often they are written.
-        interrupts: of the command.
+        folder: of the study. code: digest of the sources. config: how often checkpoints are written.
+        interrupts: the signals that this command has received.
     """
 
     folder: Path
@@ -45,13 +45,13 @@ class Journals:
     interrupts: Interrupts
 
     def begin(self, key: str, work: Callable[[], T]) -> T:
-        """What `work` returns, which opens the journal of `key`; called by who holds the lock of `key`.
+        """The result of `work`, which opens the journal of `key`. The caller holds the lock of `key`.
 
-        If what is there cannot be gone on from (it is of other code or versions, or the work does not repeat it), it is
-        discarded with a warning, and `work` is called from the start.
+        Checkpoints from which `work` cannot resume are discarded with a warning, and `work` starts again: those of
+        other code or versions, and those whose operations `work` does not repeat.
         """
         world = active_group()
-        if not world.on_rank_zero(lambda: Checkpoints(self._place(key), {}).empty):
+        if not world.on_rank_zero(lambda: Checkpoints(self._checkpoint_folder(key), {}).empty):
             try:
                 return work()
             except CheckpointError as error:
@@ -64,43 +64,47 @@ class Journals:
         """The journal of a cell or a ranking, open in the block.
 
         Raises:
-            CheckpointError: if what is there is of another run.
+            CheckpointError: if its checkpoints are of another run.
         """
         identity = {"work": key, "code": self.code, "versions": self._versions}
-        return resumable_journal(key, self._place(key), identity, self.config, self.interrupts)
+        return resumable_journal(key, self._checkpoint_folder(key), identity, self.config, self.interrupts)
 
     def forget(self, key: str) -> None:
-        """Remove what is kept of `key`, in the one process that writes."""
-        Checkpoints(self._place(key), {}).clear()
+        """Remove the checkpoints of `key`; only in the process that writes, rank zero."""
+        Checkpoints(self._checkpoint_folder(key), {}).clear()
         with contextlib.suppress(OSError):
-            # Only if nothing else is under way.
-            self._place(key).parent.rmdir()
+            # Fails, as it should, while other journals are in the folder.
+            self._checkpoint_folder(key).parent.rmdir()
 
     def sweep(self, keys: Collection[str], is_done: Callable[[str], bool]) -> None:
-        """Remove what nobody will go on from, unless another process is at work on it; in the one that writes.
+        """Remove checkpoints that the grid will not resume from; only in the process that writes, rank zero.
+
+        Those that another process has locked stay.
 
         Args:
-            keys: of all cells and rankings of the grid. is_done: whether one of them is finished.
+            keys: of all cells and rankings of the grid. is_done: whether the cell or ranking of a key is finished.
         """
         foreign = []
-        for place in sorted(self._place("").glob("*")):
-            if place.name.startswith("."):
-                # What a process that was killed was removing.
-                shutil.rmtree(place, ignore_errors=True)
-            elif place.name not in keys or is_done(place.name):
+        for path in sorted(self._checkpoint_folder("").glob("*")):
+            if path.name.startswith("."):
+                # A removal that was killed halfway.
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name not in keys or is_done(path.name):
                 try:
-                    with RunLock(self.folder / "locks" / place.name):
-                        self.forget(place.name)
+                    with RunLock(self.folder / "locks" / path.name):
+                        self.forget(path.name)
                 except LockedError:
                     continue
-                if place.name not in keys:
-                    foreign.append(place.name)
+                if path.name not in keys:
+                    foreign.append(path.name)
         if foreign:
-            log.warning("checkpoints of what is no part of this grid are discarded: %s", ", ".join(foreign))
+            log.warning(
+                "checkpoints of cells and rankings that are not in this grid are discarded: %s", ", ".join(foreign)
+            )
 
     @cached_property
     def _versions(self) -> dict[str, str]:
         return versions()
 
-    def _place(self, key: str) -> Path:
+    def _checkpoint_folder(self, key: str) -> Path:
         return self.folder / "checkpoints" / key

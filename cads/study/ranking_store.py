@@ -1,4 +1,4 @@
-"""Rankings that all budgets of a grid share: made once, kept as a table, read by every process that needs them."""
+"""Rankings that all budgets of a grid share: made once, stored as a table, read by every process that needs them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cads.study.tables import read_file, write_rows
 from cads.task import Task
 
 WAIT_SECONDS = 0.5
-"""Between two looks at whether another process has finished a ranking."""
+"""Interval at which a waiting process checks whether another has finished a ranking."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class Rankings:
     folder: Path
 
     def key(self, setting: Setting, ranker: Ranker, contents: Mapping[str, str], version: str) -> str:
-        """What a ranking depends on: all but the budget, and where it is cut."""
+        """The key of a ranking: a hash of all that it depends on. It depends on neither the budget nor the cut."""
         options = {name: value for name, value in asdict(ranker).items() if name not in CUT_OPTIONS}
         parts = [setting.describe(), ranker.method, options, dict(contents), version]
         return f"{readable(f'{ranker.method}-{setting.seed}')}-{content_key(parts)}"
 
     def path(self, key: str) -> Path:
-        """The file of the ranking called `key`, which is there when it has been made."""
+        """The file of the ranking `key`. It exists once the ranking has been made."""
         return self.folder / "tables" / "rankings" / f"{key}.parquet"
 
     def get(
         self, key: str, ranker: Ranker, task: Task, seed: int, monitor: Monitor, journals: Journals
     ) -> tuple[Ranking, float]:
-        """The ranking called `key`, read if it is there, or else made by this process while others wait.
+        """The ranking `key`: read if it exists, else made by this process while others wait.
 
         Returns:
             the ranking, with the options of `ranker`; the seconds it took to make.
@@ -77,6 +77,7 @@ class Rankings:
         return replace(ranking, config=asdict(ranker)), seconds
 
     def _write(self, key: str, ranking: Ranking, seconds: float) -> None:
+        """Store a ranking as a table; what is not a column goes into the header of the file."""
         n = len(ranking.ids)
         header = {
             "method": ranking.method,
@@ -100,6 +101,7 @@ class Rankings:
 
 
 def _read(path: Path) -> tuple[Ranking, float]:
+    """A stored ranking, and the seconds that it took."""
     table = read_file(path, "rankings")
     try:
         header: dict[str, Any] = json.loads((table.schema.metadata or {})[b"cads_header"])

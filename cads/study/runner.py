@@ -1,8 +1,8 @@
 """Running a grid: planned before anything is spent, cell by cell, in any number of processes, resumed after any stop.
 
-A finished cell is a file of the table `runs`, named by all that its result depends on, so it is never run twice; one
-that is under way has a journal. A signal stops the grid when that is written.
-Locks belong to the process that holds them: killed with it, they keep nobody waiting.
+A finished cell is a file of the table `runs`. The file is named by all that the result depends on, so that no cell is
+run twice. A cell that is under way has a journal. A signal stops the grid when the journal is written.
+Locks belong to the process that holds them. They end with it, so that a process that was killed blocks no other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cads.runtime.lock import LockedError, held_by_first
 from cads.runtime.processes import ProcessError, active_group, is_shared
 from cads.runtime.signals import Interrupted, Interrupts
 from cads.scoring.ranker import Ranker
-from cads.study.cells import CellPlan, RunRow, describe, metric_of, plan_cell, run_cell, scored
+from cads.study.cells import DISTRIBUTION, CellPlan, RunRow, cell_row, metric_of, plan_cell, run_cell, scored
 from cads.study.grid import Cell, Grid, Setting, cells, settings
 from cads.study.journals import Journals
 from cads.study.progress import GridProgress
@@ -41,7 +41,6 @@ from cads.task import Task
 
 log = logging.getLogger(__name__)
 
-DISTRIBUTION = "cads-select"
 KEPT_TASKS = 3
 """Tasks that stay in memory: cells of one setting follow each other."""
 
@@ -78,6 +77,7 @@ class Study:
         return plans
 
     def _refuse_same_budgets(self, setting: Setting) -> None:
+        """Refuse two budgets that are the same number of FLOPs in this setting."""
         seen: dict[float, str] = {}
         for text in self.grid.budgets:
             flops = Budget.parse(text).flops(self.task(setting))
@@ -97,17 +97,18 @@ class Study:
                 self.task(setting).check_evaluation(name)
 
     def finished(self, plans: Sequence[CellPlan]) -> set[str]:
-        """Keys of the cells that need not be run again."""
+        """Keys of the cells that have a score already."""
         return {plan.key for plan in plans if self._finished(plan) is not None}
 
     def run(self, plans: Sequence[CellPlan], shard: GridShard) -> list[str]:
         """Run the cells of a shard that are not finished.
 
         Returns:
-            keys of the cells that another process is running, which are left to it.
+            keys of the cells that another process is running; they are skipped here.
 
         Raises:
-            ConfigError: if the grid's metric or an evaluation is unknown to a task; nothing has been spent then.
+            ConfigError: if the grid's metric or an evaluation is unknown to a task. It is raised before any compute is
+                spent.
             Interrupted: if this process was asked to stop.
         """
         interrupts = Interrupts()
@@ -117,15 +118,17 @@ class Study:
     def _run_shard(self, plans: Sequence[CellPlan], shard: GridShard, interrupts: Interrupts) -> list[str]:
         world = active_group()
         world.on_rank_zero(lambda: self._write_grid(plans))
-        mine = shard.part(plans)
-        self.check(mine)
-        self._say_once(mine)
+        shard_plans = shard.part(plans)
+        self.check(shard_plans)
+        self._print_unrunnable(shard_plans)
         code = code_digest(e.method for e in self.grid.methods)
         journals = Journals(self.folder, code, self.grid.checkpoint, interrupts)
         world.on_rank_zero(lambda: self._sweep(plans, journals))
-        progress = GridProgress(self.console, mine)
-        done = set(world.on_rank_zero(lambda: [plan.key for plan in mine if self._show_finished(plan, progress)]))
-        todo = [plan for plan in mine if plan.key not in done]
+        progress = GridProgress(self.console, shard_plans)
+        done = set(
+            world.on_rank_zero(lambda: [plan.key for plan in shard_plans if self._show_finished(plan, progress)])
+        )
+        todo = [plan for plan in shard_plans if plan.key not in done]
         if progress.made_by_others(code):
             log.warning(
                 "%d finished cells were made by other code of the same version and are kept: choose another folder "
@@ -141,12 +144,13 @@ class Study:
         return busy
 
     def _write_grid(self, plans: Sequence[CellPlan]) -> None:
+        """Write the configuration of the grid, and the keys of its cells."""
         self.folder.mkdir(parents=True, exist_ok=True)
         whole_file(self.folder / "config.yaml", yaml.safe_dump(asdict(self.grid), sort_keys=False))
         whole_file(self.folder / GRID_FILE, json.dumps({"cells": [p.key for p in plans]}, indent=1) + "\n")
 
     def _sweep(self, plans: Sequence[CellPlan], journals: Journals) -> None:
-        """Remove checkpoints that nobody will go on from."""
+        """Remove checkpoints that no cell or ranking of the grid will resume from."""
         by_key = {plan.key: plan for plan in plans}
 
         def is_done(key: str) -> bool:
@@ -157,12 +161,12 @@ class Study:
         journals.sweep({*by_key, *(plan.ranking for plan in plans)}, is_done)
 
     def _show_finished(self, plan: CellPlan, progress: GridProgress) -> bool:
-        """Whether a cell has been finished before."""
+        """Show a cell that an earlier run finished; False if none did."""
         row = self._finished(plan)
         if row is not None:
             setting, metric = plan.cell.setting, self.metric(plan.cell.setting)
             if row["metric"] != metric:
-                # The grid asked for another one when the cell was run: all of them were measured.
+                # The grid named another metric when the cell was run. All metrics of the test set were stored.
                 row |= scored(self.task(setting), metric, json.loads(row["metrics"]))
                 write_rows(self.folder, "runs", plan.key, [row])
             progress.finished(plan, row, resumed=True)
@@ -187,6 +191,7 @@ class Study:
         return self._metrics[key]
 
     def _plan(self, cell: Cell) -> CellPlan:
+        """The plan of one cell, with its key and that of its ranking."""
         task = self.task(cell.setting)
         contents = task.identity
         selector, installed = build_selector(cell.entry.method, cell.entry.options), version(DISTRIBUTION)
@@ -195,20 +200,22 @@ class Study:
             ranking = Rankings(self.folder).key(cell.setting, selector, contents, installed)
         return plan_cell(task, cell, cell.key(contents, installed), ranking)
 
-    def _say_once(self, plans: Sequence[CellPlan]) -> None:
+    def _print_unrunnable(self, plans: Sequence[CellPlan]) -> None:
+        """Print why cells are not run, once for each method, budget, task and model size."""
         for status in (NOT_APPLICABLE, OVER_BUDGET):
             reasons: dict[tuple[str, str], str] = {}
             for p in plans:
                 if p.status == status:
-                    what = p.cell.label if status == NOT_APPLICABLE else f"{p.cell.label} at {p.cell.budget}"
-                    where = " ".join(filter(None, [p.cell.setting.task, p.cell.setting.model]))
-                    reasons.setdefault((what, where), p.note)
-            for (what, where), note in reasons.items():
+                    method = p.cell.label if status == NOT_APPLICABLE else f"{p.cell.label} at {p.cell.budget}"
+                    setting = " ".join(filter(None, [p.cell.setting.task, p.cell.setting.model]))
+                    reasons.setdefault((method, setting), p.note)
+            for (method, setting), note in reasons.items():
                 self.console.print(
-                    f"{status}: {what}{f' ({where})' * bool(where)}: {note}", style="yellow", markup=False
+                    f"{status}: {method}{f' ({setting})' * bool(setting)}: {note}", style="yellow", markup=False
                 )
 
     def _finished(self, plan: CellPlan) -> dict[str, Any] | None:
+        """The stored row of `runs` of a cell with a score; None if it has none."""
         path = self.folder / "tables" / "runs" / f"{plan.key}.parquet"
         if plan.status or not path.exists():
             return None
@@ -216,7 +223,7 @@ class Study:
         return row if row["status"] == DONE else None
 
     def _attempt(self, plan: CellPlan, journals: Journals, progress: GridProgress) -> bool:
-        """Run one cell, unless another process holds it; False if one does."""
+        """Run one cell, unless another process holds its lock; False if one does."""
         try:
             with held_by_first(self.folder / "locks" / plan.key):
                 if not active_group().on_rank_zero(lambda: self._show_finished(plan, progress)):
@@ -227,26 +234,19 @@ class Study:
         return True
 
     def _run(self, plan: CellPlan, journals: Journals) -> dict[str, Any]:
-        """Run one cell and write its rows, `runs` last: it is what makes the cell finished."""
+        """Run one cell and write its rows. The row of `runs` comes last: with it the cell counts as finished."""
         setting, world = plan.cell.setting, active_group()
-        made = {"version": version(DISTRIBUTION), "code": journals.code}
         if plan.status:
-            row: dict[str, Any] = {
-                "cell": plan.key,
-                **_identity(plan),
-                **made,
-                "status": plan.status,
-                "error": plan.note,
-            }
+            row = cell_row(plan, plan.status, journals.code, error=plan.note)
             world.on_rank_zero(lambda: str(write_rows(self.folder, "runs", plan.key, [row])))
             return row
         task, metric = self.task(setting), self.metric(setting)
-        place = self.folder / "cells" / plan.key
-        partial = place.with_name(f".{plan.key}.partial")
+        folder = self.folder / "cells" / plan.key
+        partial = folder.with_name(f".{plan.key}.partial")
 
         def work() -> RunRow:
-            # A run that is gone on from shows what it has done before once more.
-            world.on_rank_zero(lambda: _made_anew(partial))
+            # A resumed run writes its TensorBoard files again from the start.
+            world.on_rank_zero(lambda: _make_empty(partial))
             return run_cell(plan, task, metric, journals, partial)
 
         started = time.perf_counter()
@@ -254,50 +254,43 @@ class Study:
             record = journals.begin(plan.key, work)
         except (Interrupted, ProcessError):
             raise
-        except Exception as error:  # a cell that fails must not take the grid with it
+        except Exception as error:  # one failed cell must not end the grid
             if world.size > 1 and not (isinstance(error, CadsError) or is_shared(error)):
-                # The other processes do not know of it, and wait.
+                # Only this process has seen the error. The others wait for it, so it must end the command.
                 raise
             if not isinstance(error, CadsError):
                 log.error("%s failed", plan.key, exc_info=error)
             status = OVER_BUDGET if isinstance(error, BudgetError) else FAILED
-            row = describe(plan, task, metric) | made
-            row |= {"status": status, "error": f"{type(error).__name__}: {error}"}
-            row |= {"seconds": time.perf_counter() - started}
+            row = cell_row(
+                plan,
+                status,
+                journals.code,
+                task,
+                metric=metric,
+                maximised=metric in task.maximised,
+                error=f"{type(error).__name__}: {error}",
+                seconds=time.perf_counter() - started,
+            )
             world.on_rank_zero(lambda: str(write_rows(self.folder, "runs", plan.key, [row])))
             return row
-        row = record.run | made
         with journals.interrupts.held():
-            world.on_rank_zero(lambda: self._write_cell(plan, partial, place, record, row))
+            world.on_rank_zero(lambda: self._write_cell(plan, partial, folder, record))
             world.on_rank_zero(lambda: journals.forget(plan.key))
-        return row
+        return record.run
 
-    def _write_cell(self, plan: CellPlan, partial: Path, place: Path, record: RunRow, row: dict[str, Any]) -> None:
-        shutil.rmtree(place, ignore_errors=True)
-        partial.rename(place)
+    def _write_cell(self, plan: CellPlan, partial: Path, folder: Path, record: RunRow) -> None:
+        """Move the files of a finished cell from `partial` to `folder`, then write its rows."""
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
         write_rows(self.folder, "selections", plan.key, record.selections)
         write_rows(self.folder, "examples", plan.key, record.examples)
-        write_rows(self.folder, "runs", plan.key, [row])
+        write_rows(self.folder, "runs", plan.key, [record.run])
 
 
-def _made_anew(folder: Path) -> None:
+def _make_empty(folder: Path) -> None:
+    """Make `folder`, without anything that was in it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-def _identity(plan: CellPlan) -> dict[str, Any]:
-    cell, setting = plan.cell, plan.cell.setting
-    return {
-        "task": setting.task or setting.kind,
-        "model": setting.model,
-        "method": cell.label,
-        "selector": cell.entry.method,
-        "options": json.dumps(cell.entry.options),
-        "budget": str(cell.budget),
-        "count_selection": cell.budget.count_selection,
-        "sharing": cell.sharing,
-        "seed": setting.seed,
-    }
 
 
 def code_digest(methods: Iterator[str]) -> str:

@@ -1,4 +1,4 @@
-"""A part of a grid for one machine."""
+"""The part of a grid that one machine runs."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from cads.study.cells import CellPlan, price
 
 @dataclass(frozen=True)
 class GridShard:
-    """One of `of` parts of a grid with about the same to compute, the `index`-th (1-based)."""
+    """The `index`-th (1-based) of `of` parts of a grid. All parts cost about the same FLOPs."""
 
     index: int = 1
     of: int = 1
 
     def part(self, plans: Sequence[CellPlan]) -> list[CellPlan]:
-        """The cells of this shard, in the order of the grid; those that one ranking serves stay together.
+        """The cells of this shard, in the order of the grid. Cells that share a ranking are in the same shard.
 
-        The dearest first, each goes where least has gone so far (Graham's longest-processing-time rule).
+        Units go out from the most expensive on, each to the shard with the lowest load so far (Graham's
+        longest-processing-time rule). A unit is a cell, or all cells that share a ranking.
         """
         units: dict[str, list[CellPlan]] = {}
         for p in plans:
             units.setdefault(p.ranking or p.key, []).append(p)
         loads = [0.0] * self.of
-        mine: set[str] = set()
+        keys: set[str] = set()
         for unit in sorted(units.values(), key=lambda unit: -sum(price(unit))):
-            place = loads.index(min(loads))
-            # Cells that cost nothing are dealt out as well.
-            loads[place] += sum(price(unit)) + len(unit)
-            if place == self.index - 1:
-                mine |= {p.key for p in unit}
-        return [p for p in plans if p.key in mine]
+            shard = loads.index(min(loads))
+            # The number of cells is added so that cells that cost nothing are spread over the shards too.
+            loads[shard] += sum(price(unit)) + len(unit)
+            if shard == self.index - 1:
+                keys |= {p.key for p in unit}
+        return [p for p in plans if p.key in keys]
 
     @classmethod
     def parse(cls, text: str) -> GridShard:

@@ -1,7 +1,7 @@
 """Tables of a study in Parquet: `runs`, `selections`, `examples` and `rankings`, one file for each cell.
 
-A table is a folder of files; a file appears whole or not at all, so any number of processes may add to it. Reading is
-reading all of them. Published points are imported into the same tables.
+A table is a folder of files. A file appears whole or not at all, so that any number of processes may write at the same
+time. A table is read from all its files. Published points are imported into the same tables.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from cads.runtime.safe_read import read_measured
 
 SCHEMA_VERSION = 2
 VERSION_KEY = b"cads_results_version"
-"""Where a file's metadata holds the version of its schema."""
+"""Key of the schema version in the metadata of a file."""
 ADDED = {1: {"runs": ("maximised",)}, 2: {}}
-"""By version that is read, the columns that its tables do not have yet, by table: they are null then."""
+"""For each version that can be read, by table: the columns that later versions added. They are read as null."""
 DONE, OVER_BUDGET, NOT_APPLICABLE, FAILED, IMPORTED = "done", "over budget", "n/a", "failed", "imported"
 """States of a cell."""
 
@@ -68,7 +68,7 @@ RUNS = pa.schema(
         ("ledger", pa.string()),  # JSON: one record a stage, as charged
         ("source_probability", pa.string()),  # JSON: name -> probability, at the end
         ("probability_course", pa.string()),  # JSON: one {name: probability} a step of the policy
-        ("notes", pa.string()),  # JSON: what the selector has to say
+        ("notes", pa.string()),  # JSON: notes of the selector
     ]
 )
 SELECTIONS = pa.schema([("cell", pa.string()), ("id", pa.string()), ("source", pa.string()), ("rank", pa.int64())])
@@ -95,16 +95,16 @@ RANKINGS = pa.schema(
 )
 TABLES = {"runs": RUNS, "selections": SELECTIONS, "examples": EXAMPLES, "rankings": RANKINGS}
 GRID_FILE = "grid.json"
-"""In the folder of a study: the cells of the grid that was run last."""
+"""File in the folder of a study: the cells of the grid that was run last."""
 
 
 def write_rows(
     folder: Path, table: str, key: str, rows: Sequence[Mapping[str, Any]] | pa.Table, *, header: str = ""
 ) -> Path:
-    """Write the rows of one cell, in place of those that it had; whole or not at all.
+    """Write the file of one cell, whole or not at all. It replaces the rows that the cell had.
 
     Args:
-        folder: of the study. table: a name in `TABLES`. key: of the cell. header: text to keep beside the rows.
+        folder: of the study. table: a name in `TABLES`. key: of the cell. header: text stored beside the rows.
 
     Raises:
         DataError: if the rows have other columns than the table.
@@ -131,59 +131,59 @@ def write_rows(
 
 
 def read_file(path: Path, table: str) -> pa.Table:
-    """One file of a table, with its metadata, once it is known that it fits in memory.
+    """One file of a table, with its metadata. Its size is checked against memory before it is read.
 
     Raises:
         DataError: if it is no Parquet, of another schema or version, or larger than this machine can hold.
     """
     try:
-        found = pq.read_schema(path)
-        missing = _missing(path, found, table)
+        stored = pq.read_schema(path)
+        missing = _missing(path, stored, table)
         columns = {field.name: field.type for field in TABLES[table] if field.name not in missing}
-        if not found.equals(pa.schema(columns)):
-            raise DataError(f"{path} has columns {found.names}, expected {list(columns)}")
-        read = read_measured(path, columns)
+        if not stored.equals(pa.schema(columns)):
+            raise DataError(f"{path} has columns {stored.names}, expected {list(columns)}")
+        rows = read_measured(path, columns)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read as a table of results: {error}; remove it and run again") from error
     for i, field in enumerate(TABLES[table]):
         if field.name in missing:
-            read = read.add_column(i, field, pa.nulls(len(read), field.type))
-    return read.replace_schema_metadata(found.metadata)
+            rows = rows.add_column(i, field, pa.nulls(len(rows), field.type))
+    return rows.replace_schema_metadata(stored.metadata)
 
 
-def _missing(path: Path, found: pa.Schema, table: str) -> Sequence[str]:
-    """The columns that a table of this version does not have yet.
+def _missing(path: Path, stored: pa.Schema, table: str) -> Sequence[str]:
+    """The columns of the table that the stored schema lacks, because its version is older.
 
     Raises:
-        DataError: if it is a version that is not read.
+        DataError: if its version cannot be read.
     """
-    version = (found.metadata or {}).get(VERSION_KEY, b"none").decode(errors="replace")
-    known = {str(number): added for number, added in ADDED.items()}
-    if version not in known:
+    version = (stored.metadata or {}).get(VERSION_KEY, b"none").decode(errors="replace")
+    versions = {str(number): added for number, added in ADDED.items()}
+    if version not in versions:
         raise DataError(
-            f"{path} has schema version {version}; this library reads {', '.join(known)}: use the version that wrote "
-            "it, or another folder"
+            f"{path} has schema version {version}; this library reads {', '.join(versions)}: use the version that "
+            "wrote it, or another folder"
         )
-    return known[version].get(table, ())
+    return versions[version].get(table, ())
 
 
 def read_rows(folder: Path, table: str, keys: Iterable[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a table, by file name; of the given cells alone, if `keys` is given.
+    """The rows of a table in the order of file names; with `keys`, only those of these cells.
 
     Raises:
         DataError: if a file is damaged or of another schema version.
     """
-    wanted = None if keys is None else set(keys)
+    stems = None if keys is None else set(keys)
     files = sorted((folder / "tables" / table).glob("*.parquet"))
-    tables = [read_file(f, table) for f in files if wanted is None or f.stem in wanted]
-    return [row for read in tables for row in read.to_pylist()]
+    tables = [read_file(f, table) for f in files if stems is None or f.stem in stems]
+    return [row for part in tables for row in part.to_pylist()]
 
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:
-    """The runs of a study: cells of its grid, in the order of the grid, and imported points, the cheapest first.
+    """The runs of a study: first the cells in the order of the grid, then imported points by task, size and cost.
 
     Raises:
-        DataError: if the folder holds no runs, one of them twice, or a table of another schema version.
+        DataError: if the folder holds no runs, a run twice, or a table of another schema version.
     """
     rows = read_rows(folder, "runs")
     if not rows:
@@ -193,23 +193,23 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
     rows = [row for row in rows if row["status"] == IMPORTED or row["cell"] in order or not order]
     imported = [row for row in rows if row["status"] == IMPORTED]
     imported.sort(key=lambda row: (row["task"], row["n_parameters"] or 0.0, row["total_flops"], row["method"]))
-    own = [row for row in rows if row["status"] != IMPORTED]
-    return [*sorted(own, key=lambda row: order.get(row["cell"], len(order))), *imported]
+    cells = [row for row in rows if row["status"] != IMPORTED]
+    return [*sorted(cells, key=lambda row: order.get(row["cell"], len(order))), *imported]
 
 
 def _refuse_twice(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a cell that two files hold: its seeds would be counted twice."""
-    cells = [row["cell"] for row in rows]
-    twice = next((cell for cell, count in Counter(cells).items() if count > 1), None)
-    if twice is None:
+    """Refuse a cell that two files hold. Otherwise it would count as two seeds."""
+    keys = [row["cell"] for row in rows]
+    repeated = next((key for key, count in Counter(keys).items() if count > 1), None)
+    if repeated is None:
         return
     files = sorted((folder / "tables" / "runs").glob("*.parquet"))
-    both = [f.name for f in files if twice in read_file(f, "runs")["cell"].to_pylist()]
-    raise DataError(f"{twice!r} is in {folder / 'tables' / 'runs'} more than once, in {both}: keep one")
+    names = [f.name for f in files if repeated in read_file(f, "runs")["cell"].to_pylist()]
+    raise DataError(f"{repeated!r} is in {folder / 'tables' / 'runs'} more than once, in {names}: keep one")
 
 
 def grid_cells(folder: Path) -> list[str]:
-    """Keys of the cells of the grid that was run last in a folder, in order; none if no grid was.
+    """Keys of the cells of the grid that was run last in a folder, in order; empty if no grid was run.
 
     Raises:
         DataError: if the file is damaged.

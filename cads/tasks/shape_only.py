@@ -1,4 +1,4 @@
-"""Pools of which only the shapes are known: enough to say what everything costs."""
+"""Pools of which only the shapes are known, which is enough to compute costs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cads.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Field:
-    """A tensor of one example: its shape, and its type."""
+    """Shape and type of one tensor of an example."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.int64
@@ -26,10 +26,10 @@ class ShapeOnly:
     """N examples of one shape without contents; their batches are on the meta device.
 
     Args:
-        n: how many.
-        inputs: what the model reads of one example, by name.
-        labels: what it answers.
-        tokens: positions of one example that the model computes on.
+        n: number of examples.
+        inputs: inputs of the model for one example, by name.
+        labels: labels of one example.
+        tokens: positions of one example that the model computes.
 
     Raises:
         ConfigError: if a number or a side of a shape is below 1.
@@ -60,20 +60,20 @@ class ShapeOnly:
         )
 
     def take(self, positions: np.ndarray) -> ShapeOnly:
-        """As many as there are positions."""
+        """A payload with one example for each position."""
         return ShapeOnly(len(positions), self._inputs, self._labels, self._tokens)
 
     def shapes(self) -> tuple[np.ndarray, np.ndarray]:
-        """One shape for all."""
+        """All examples have the same shape."""
         return np.zeros(1, dtype=np.int64), np.zeros(self._n, dtype=np.int64)
 
     def digests(self) -> NoReturn:
-        """There is nothing to hash.
+        """Refused: there are no contents to hash.
 
         Raises:
             DataError: always.
         """
-        raise DataError("a sketch has shapes and no examples: it can be planned for, not selected from")
+        raise DataError("this pool has shapes and no examples: it can be planned for, not selected from")
 
     label_digest = digests
 

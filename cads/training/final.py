@@ -1,4 +1,4 @@
-"""What a Selection is worth: train the final model on it within the budget, and measure it on the test set."""
+"""The value of a `Selection`: train the final model on it within the budget, and measure it on the test set."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class TrainedModel:
         model: trained, on the training device.
         metrics: on the test set.
         ledger: selection, training and evaluation.
-        fit: the course of the training.
-        utilisation: FLOP/s of the training over those of matrix products on the devices of all processes.
-        task: what was trained, which knows how its models are written.
+        train_result: losses and FLOPs of the training.
+        utilisation: FLOP/s of the training, divided by those of matrix products on the devices of all processes.
+        task: that was trained; it writes the model.
     """
 
     model: nn.Module
@@ -55,10 +55,10 @@ class TrainedModel:
     task: Task
 
     def save(self, folder: Path | str, *, merge: bool = False) -> Path:
-        """Write the model as its task does, and `results.json` when that is done.
+        """Write the model in the format of its task, then `results.json`.
 
         Args:
-            merge: write an adapter into the weights that it stands on.
+            merge: merge an adapter into the weights of its base model.
 
         Raises:
             CheckpointError, OSError: if it cannot be written, for example to a full disk.
@@ -83,29 +83,30 @@ class TrainedModel:
 
 
 def training_flops(task: Task, budget: Budget, selection: Selection) -> float:
-    """What is left for training: the budget, less the cost of selection if the budget must cover it.
+    """FLOPs that remain for training: the budget, less the cost of selection if the budget must cover it.
 
-    Where selection has begun the run, the budget is that of the run, and covers selection and the part that is done.
+    If selection has begun the run (`selection.warm_start`), the budget is that of the whole run: it covers selection
+    and the steps that are done.
 
     Raises:
-        BudgetError: if nothing is left.
+        BudgetError: if nothing remains.
     """
     total = budget.flops(task)
     if not budget.count_selection and selection.warm_start is None:
         return total
-    left = total - selection.ledger.total(SELECT).flops
-    if selection.warm_start is not None and selection.warm_start.number("total") > max(0.0, left):
+    remaining = total - selection.ledger.total(SELECT).flops
+    if selection.warm_start is not None and selection.warm_start.number("total") > max(0.0, remaining):
         raise BudgetError(
-            f"the run that {selection.method} has begun has spent {total - left:.4g} FLOPs on selection and "
+            f"the run that {selection.method} has begun has spent {total - remaining:.4g} FLOPs on selection and "
             f"{selection.warm_start.number('total'):.4g} on training, more than the budget of {total:.4g}: give the "
             "budget that the selection was made for"
         )
-    if left <= 0:
+    if remaining <= 0:
         raise BudgetError(
-            f"selection spent {total - left:.4g} of {total:.4g} FLOPs: nothing is left to train with; "
+            f"selection spent {total - remaining:.4g} of {total:.4g} FLOPs: nothing is left to train with; "
             "raise the budget, or do not count selection"
         )
-    return left
+    return remaining
 
 
 def train(
@@ -119,14 +120,14 @@ def train(
 ) -> TrainedModel:
     """Train a fresh model on `selection` within `budget` and measure it on the test set.
 
-    Where selection has begun the run (`selection.start`) it goes on from there, and the budget is for all of it.
+    If selection has begun the run (`selection.warm_start`), it is resumed, and the budget is that of the whole run.
 
     Args:
-        evaluations: further ones of the task, by name (`Task.evaluate`); each is charged what it executes.
+        evaluations: names of further evaluations of the task (`Task.evaluate`); each is charged the FLOPs it executes.
 
     Raises:
         SelectionError: if a selected id is not in the pool. A pool with the same ids and other contents is
-            used, with a warning: scores may well come from another model's view of the same examples.
+            used, with a warning: the scores may come from another representation of the same examples.
         BudgetError: if the budget does not buy one step.
     """
     monitor = monitor or Monitor()
@@ -142,24 +143,24 @@ def train(
     ledger = Ledger()
     ledger.merge(selection.ledger)
     trainer = Trainer(task, ledger, monitor)
-    fit = fit_final_model(trainer, selection, flops, seed=seed, segment=RunSegment(start=selection.warm_start))
+    result = fit_final_model(trainer, selection, flops, seed=seed, segment=RunSegment(start=selection.warm_start))
 
     def test(_: StepReporter) -> State:
         ledger.charge(EVALUATE, "test", task.costs.forward_pool(task.test))
         with ledger.timed(EVALUATE, "test"):
-            return State(dict(task.metrics(fit.models[0], task.test)))
+            return State(dict(task.metrics(result.models[0], task.test)))
 
-    tested = replay_or_run("test", [], ledger, test)
-    metrics: Metrics = {name: tested.number(name) for name in tested.values}
+    test_state = replay_or_run("test", [], ledger, test)
+    metrics: Metrics = {name: test_state.number(name) for name in test_state.values}
     for name in evaluations:
-        metrics |= _evaluated(task, fit.models[0], name, ledger)
-    limit = matmul_flops_per_second(str(trainer.accelerator.device), task.recipe.precision) * active_group().size
-    utilisation = fit.flops_per_second / limit
-    monitor.scalar("trainer/mfu", utilisation, len(fit.losses))
+        metrics |= _evaluate(task, result.models[0], name, ledger)
+    peak = matmul_flops_per_second(str(trainer.accelerator.device), task.recipe.precision) * active_group().size
+    utilisation = result.flops_per_second / peak
+    monitor.scalar("trainer/mfu", utilisation, len(result.losses))
     monitor.ledger(ledger)
     for name, value in metrics.items():
         monitor.scalar(f"test/{name}", value, 0)
-    return TrainedModel(fit.models[0], metrics, ledger, fit, utilisation, task)
+    return TrainedModel(result.models[0], metrics, ledger, result, utilisation, task)
 
 
 def fit_final_model(
@@ -178,21 +179,21 @@ def fit_final_model(
         target_fraction=selection.target_fraction,
         seed=derive(seed, "target order"),
     )
-    # What a start does not hold is what was frozen, which a run that goes on has from where it began.
-    first = seed if segment.start is None else selection.seed
-    model = task.model(derive(first, "final model"))
+    # A stored state lacks the frozen weights: a resumed run needs those of the seed that it began with.
+    model_seed = seed if segment.start is None else selection.seed
+    model = task.model(derive(model_seed, "final model"))
     return trainer.fit(
         model, draws, flops, seed=derive(seed, "training"), phase=TRAIN, stage="final model", segment=segment
     )
 
 
-def _evaluated(task: Task, model: nn.Module, name: str, ledger: Ledger) -> Metrics:
+def _evaluate(task: Task, model: nn.Module, name: str, ledger: Ledger) -> Metrics:
     def compute(_: StepReporter) -> State:
-        found: Metrics = {}
+        metrics: Metrics = {}
         with ledger.timed(EVALUATE, name):
-            flops = count_flops(lambda: found.update(task.evaluate(model, name)))
+            flops = count_flops(lambda: metrics.update(task.evaluate(model, name)))
         ledger.charge(EVALUATE, name, flops)
-        return State(dict(found))
+        return State(dict(metrics))
 
     state = replay_or_run("evaluation", [name], ledger, compute)
     return {metric: state.number(metric) for metric in state.values}

@@ -1,4 +1,4 @@
-"""The gradient of one step: piece by piece, to save memory, and process by process."""
+"""The gradient of one step, accumulated over micro-batches and summed over processes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cads.training.learners import Learner
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What the gradient of a step has told beside.
+    """The losses of the step whose gradient was accumulated.
 
     Attributes:
         loss: mean over the batch of each replica, nats, shape (K,).
-        each: of the first examples of the batch, as many as were asked for, nats, shape (n,).
+        example_losses: of the first `n_kept` examples of the batch, nats, shape (n,).
         positions: of these examples, int64, shape (n,).
     """
 
@@ -31,7 +31,7 @@ class Accumulated:
 
 
 def mixes_examples(model: nn.Module) -> bool:
-    """Whether the loss of an example depends on the others in its piece: then a batch cannot be divided."""
+    """Whether the loss of an example depends on the others in its micro-batch: then a batch cannot be divided."""
     return any(isinstance(m, _BatchNorm) for m in model.modules())
 
 
@@ -45,55 +45,60 @@ def accumulate(
 ) -> Accumulated:
     """Leave the gradient of the mean loss of each replica in the parameters of `learner`.
 
-    Each process takes its share of every piece, which may be empty, and the sum over the processes is the gradient of
-    the whole batch. Where examples of a piece mix, all take the whole, and the mean over them counts. Where a pass
-    is one of all processes, those with an empty share take an example that counts nothing.
+    Each process computes its share of every micro-batch, which may be empty. The sum over the processes is the gradient
+    of the whole batch. If examples of a micro-batch mix (`mixes_examples`), every process computes all of it, and the
+    gradient is the mean over the processes. If the learner is collective, a process with an empty share computes one
+    example with weight zero.
 
     Args:
-        learner: gives losses of shape (K, B). pieces: of one step, each with its share of all K replicas.
-        world: the processes that train this model together.
-        n_kept: how many examples of the first replica to tell the losses of.
+        learner: gives losses of shape (K, B). pieces: micro-batches of one step; each has examples of all K replicas.
+        group: the processes that train this model together.
+        n_kept: number of examples of the first replica whose losses are returned.
     """
-    whole = sum(len(piece) for piece in pieces) / replicas
+    divisor = sum(len(piece) for piece in pieces) / replicas
     divided = group.size > 1 and not mixes_examples(learner)
     if group.size > 1 and not divided:
-        whole *= group.size
-    loss, each, place = np.zeros(replicas), np.zeros(n_kept), 0
+        divisor *= group.size
+    loss, example_losses, offset = np.zeros(replicas), np.zeros(n_kept), 0
     for piece in pieces:
-        begin, own = _share(piece, group) if divided else (0, piece)
-        if own is not None:
-            losses = learner(own.to(accelerator.device))
-            means = losses.sum(dim=1) / whole
+        start, share = _share(piece, group) if divided else (0, piece)
+        if share is not None:
+            losses = learner(share.to(accelerator.device))
+            means = losses.sum(dim=1) / divisor
             accelerator.backward(means.sum())
-            room = each[place + begin : place + begin + losses.shape[1]]
-            if len(room):
-                room[:] = losses[0, : len(room)].detach().double().cpu().numpy()
+            slots = example_losses[offset + start : offset + start + losses.shape[1]]
+            if len(slots):
+                slots[:] = losses[0, : len(slots)].detach().double().cpu().numpy()
             loss += means.detach().double().cpu().numpy()
         elif learner.is_collective:
             accelerator.backward(0.0 * learner(piece.split(len(piece))[0].to(accelerator.device)).sum())
-        place += len(piece) // replicas
+        offset += len(piece) // replicas
     if group.size > 1:
-        loss, each = _added(learner, loss, each if divided else each / group.size, group)
+        loss, example_losses = _sum_over_processes(
+            learner, loss, example_losses if divided else example_losses / group.size, group
+        )
     positions = np.concatenate([piece.positions[: len(piece) // replicas].numpy() for piece in pieces])[:n_kept]
-    return Accumulated(loss, each, positions)
+    return Accumulated(loss, example_losses, positions)
 
 
 def _share(piece: Batch, world: ProcessGroup) -> tuple[int, Batch | None]:
-    """Where the share of this process begins in a piece, and the share; None if there are too few examples."""
+    """The offset of this process's share within a micro-batch, and the share; None if there are too few examples."""
     shares = piece.split(world.size)
-    own = shares[world.rank] if world.rank < len(shares) else None
-    return sum(len(share) for share in shares[: world.rank]), own
+    own_share = shares[world.rank] if world.rank < len(shares) else None
+    return sum(len(share) for share in shares[: world.rank]), own_share
 
 
-def _added(learner: Learner, loss: np.ndarray, each: np.ndarray, world: ProcessGroup) -> tuple[np.ndarray, np.ndarray]:
-    """The losses of all processes; their gradients are added up in place."""
+def _sum_over_processes(
+    learner: Learner, loss: np.ndarray, example_losses: np.ndarray, world: ProcessGroup
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum losses and gradients over all processes; returns the losses, and leaves the gradients in the parameters."""
     parameters = [p for p in learner.parameters() if p.requires_grad]
-    whole = world.all_reduce_sum(np.concatenate([loss, each, learner.has_grad()]))
-    loss, each, with_gradient = np.split(whole, [len(loss), len(loss) + len(each)])
+    summed = world.all_reduce_sum(np.concatenate([loss, example_losses, learner.has_grad()]))
+    loss, example_losses, with_gradient = np.split(summed, [len(loss), len(loss) + len(example_losses)])
     if not learner.is_collective:
         world.add_gradients(parameters, with_gradient > 0)
-        return loss, each
-    for parameter, there in zip(parameters, with_gradient > 0, strict=True):
-        if not there:
+        return loss, example_losses
+    for parameter, has_gradient in zip(parameters, with_gradient > 0, strict=True):
+        if not has_gradient:
             parameter.grad = None
-    return loss, each
+    return loss, example_losses

@@ -28,7 +28,7 @@ STACKABLE = (
     nn.Tanh,
     nn.Dropout,
 )
-"""Modules without buffers whose batched form is one matrix product: there, K small steps become one."""
+"""Modules without buffers whose batched form is one matrix product, so that K small steps become one."""
 
 
 def can_stack(model: nn.Module) -> bool:
@@ -40,14 +40,15 @@ class Learner(nn.Module):
     """Anything the trainer can train: `forward(batch)` gives the losses (nats) of K replicas, shape (K, B).
 
     Attributes:
-        together: whether each pass, forward and backward, is one of all processes, which adds up their gradients.
+        is_collective: whether each pass, forward and backward, is a collective operation of all processes, which sums
+            their gradients.
     """
 
     is_collective = False
 
     @abstractmethod
-    def clip(self, largest: float | None) -> np.ndarray:
-        """Scale the gradient of each replica to norm `largest` at most; returns the norms before, shape (K,)."""
+    def clip(self, max_norm: float | None) -> np.ndarray:
+        """Scale the gradient of each replica to norm `max_norm` at most; returns the norms before, shape (K,)."""
 
     @abstractmethod
     def trained(self) -> list[nn.Module]:
@@ -58,15 +59,15 @@ class Learner(nn.Module):
         return np.array([p.grad is not None for p in self.parameters() if p.requires_grad])
 
     def gather(self, tensors: Iterable[tuple[str, Tensor]], *, everywhere: bool) -> dict[str, Tensor]:
-        """Tensors of its parameters' shapes by name, put together where they are divided over processes.
+        """Tensors with the shapes of its parameters, by name; those that are sharded over processes are gathered.
 
         Args:
-            everywhere: whether in all processes, or in the first alone, and the others lack them.
+            everywhere: whether all processes get them, or the first alone.
         """
         return dict(tensors)
 
     def shard(self, x: Tensor, like: Tensor) -> Tensor:
-        """Of `x`, which is whole, what this process holds of `like`, where that is."""
+        """The shard of the whole tensor `x` that this process holds of `like`, on the device of `like`."""
         return x.to(like.device)
 
 
@@ -82,9 +83,9 @@ class SingleLearner(Learner):
         """Losses of the batch, shape (1, B)."""
         return self._task.training_losses(self.model, batch)[None]
 
-    def clip(self, largest: float | None) -> np.ndarray:
+    def clip(self, max_norm: float | None) -> np.ndarray:
         """Clip by the global norm."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if largest is None else largest)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if max_norm is None else max_norm)
         return np.array([norm.item()])
 
     def trained(self) -> list[nn.Module]:
@@ -118,23 +119,23 @@ class StackedReplicas(Learner):
         split = batch.map(lambda x: x.unflatten(0, (len(self._models), -1)))
         parameters = dict(zip(self._names, self.stacked, strict=True))
 
-        def one(parameters: dict[str, Tensor], inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+        def replica_losses(parameters: dict[str, Tensor], inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
             def model(*args: Any, **kwargs: Any) -> Any:
                 return functional_call(self._skeleton[0], parameters, args, kwargs)
 
-            part = Batch(inputs, labels, batch.positions[: len(labels)], batch.tokens, batch.answer_tokens)
-            return self._task.training_losses(model, part)
+            replica_batch = Batch(inputs, labels, batch.positions[: len(labels)], batch.tokens, batch.answer_tokens)
+            return self._task.training_losses(model, replica_batch)
 
         self._skeleton[0].train(self.training)
-        # One dropout mask for all, as each would draw from the same seed alone.
-        return vmap(one, randomness="same")(parameters, split.inputs, split.labels)
+        # One dropout mask for all: trained alone, each replica would draw it from the same seed.
+        return vmap(replica_losses, randomness="same")(parameters, split.inputs, split.labels)
 
-    def clip(self, largest: float | None) -> np.ndarray:
+    def clip(self, max_norm: float | None) -> np.ndarray:
         """Clip each replica by its own norm, as `torch.nn.utils.clip_grad_norm_` would."""
         gradients = [p.grad for p in self.stacked if p.grad is not None]
         norms = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in gradients]).norm(dim=0)
-        if largest is not None:
-            scale = (largest / (norms + 1e-6)).clamp(max=1.0)
+        if max_norm is not None:
+            scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
             for g in gradients:
                 g.mul_(scale.view(-1, *[1] * (g.dim() - 1)))
         return norms.cpu().numpy()

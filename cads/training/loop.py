@@ -31,7 +31,7 @@ from cads.training.result import TrainResult
 from cads.training.run_state import EXAMPLE_LOSSES, FULL_RUN, RunSegment, TrainState
 
 MOST_SKIPPED = 20
-"""Batches in a row that a run skips, or its scaler, before it is given up: then it is not the batch that is wrong."""
+"""Batches in a row that a run or its scaler skips before the run fails: then the fault is not in single batches."""
 
 
 class TrainingLoop:
@@ -78,7 +78,7 @@ class TrainingLoop:
         train_state = TrainState(learner, draws.replicas, self.accelerator.scaler)
         if segment.keep:
             train_state.example_losses = np.full(len(draws.pool), np.nan)
-        about = [
+        journal_key = [
             phase,
             stage,
             flops,
@@ -87,16 +87,18 @@ class TrainingLoop:
             self.task.recipe.result_fields(),
             fingerprint(draws),
         ]
-        return TrainingRun(train_state, draws, flops, seed, phase, stage, [*about, *segment.journal_key()], segment)
+        return TrainingRun(
+            train_state, draws, flops, seed, phase, stage, [*journal_key, *segment.journal_key()], segment
+        )
 
     def finish(self, run: TrainingRun, state: State) -> TrainResult:
-        """What a run has left behind, which ended in `state`, in this process or in another.
+        """The result of a run that ended in `state`, in this process or in another.
 
         Raises:
             NonFiniteError: if it met a loss or gradient that is NaN or infinite.
         """
         train_state, segment = run.train_state, run.segment
-        if not train_state.begun:
+        if not train_state.is_current:
             train_state.learner.to(self.accelerator.device).train()
             train_state.restore(state, None)
             with self.monitor.progress(run.stage, run.flops) as advance:
@@ -104,26 +106,26 @@ class TrainingLoop:
         if train_state.failure is not None:
             raise NonFiniteError(**train_state.failure)
         losses, spent = np.stack(train_state.losses), np.array(train_state.spent)
-        kept = state.detached() if segment.keep else None
-        if kept is not None:
-            del kept.tensors[EXAMPLE_LOSSES]
-            # They are in the ledger; without them the same seed leaves the same bytes.
-            kept.values["seconds"] = 0.0
-        known = (train_state.diverged, train_state.seconds, train_state.skipped)
+        end = state.detached() if segment.keep else None
+        if end is not None:
+            del end.tensors[EXAMPLE_LOSSES]
+            # The ledger has the seconds; without them the same seed gives the same bytes.
+            end.values["seconds"] = 0.0
+        outcome = (train_state.diverged, train_state.seconds, train_state.skipped)
         before = 0.0 if segment.start is None else segment.start.number("total")
         return TrainResult(
-            train_state.learner.trained(), losses, spent, *known, before, kept, train_state.example_losses
+            train_state.learner.trained(), losses, spent, *outcome, before, end, train_state.example_losses
         )
 
     def _train(self, run: TrainingRun, progress: StepReporter) -> State:
-        """Train, and charge for it: a run that failed has cost what it has cost."""
+        """Train, and charge the ledger, also for a run that failed."""
         try:
             return self.steps(run, progress)
         finally:
             run.train_state.charge(self.ledger, run.phase, run.stage)
 
     def steps(self, run: TrainingRun, progress: StepReporter) -> State:
-        """Train from where `progress` stands until the next step would exceed the budget; nothing is charged.
+        """Train, from `progress.restored` if any, until the next step would exceed the budget; no ledger is charged.
 
         Raises: as `fit`.
         """
@@ -135,20 +137,20 @@ class TrainingLoop:
 
     def _steps(self, run: TrainingRun, progress: StepReporter) -> State:
         train_state, recipe = run.train_state, self.task.recipe
-        train_state.begun = True
-        plain = _optimizer(recipe, train_state.learner, scaled=train_state.scaler is not None)
-        prepared, wrapped = self._prepare(train_state.learner, plain)
+        train_state.is_current = True
+        torch_optimizer = _optimizer(recipe, train_state.learner, scaled=train_state.scaler is not None)
+        prepared, wrapped = self._prepare(train_state.learner, torch_optimizer)
         world = active_group()
-        # Examples that are divided among processes meet other dropout in each.
-        own = () if world.first or mixes_examples(train_state.learner) else ("process", world.rank)
+        # Where examples are divided among processes, each process draws other dropout masks.
+        dropout_key = () if world.first or mixes_examples(train_state.learner) else ("process", world.rank)
         # accelerate's wrapper adds 0.4 ms a step (it searches for packages) and is needed for loss scaling alone.
-        optimizer = plain if train_state.scaler is None else wrapped
+        optimizer = torch_optimizer if train_state.scaler is None else wrapped
         train_state.learner.train()
         if run.segment.start is not None:
-            train_state.resume_from(run.segment.start, plain)
+            train_state.resume_from(run.segment.start, torch_optimizer)
         if progress.restored is not None:
-            train_state.restore(progress.restored, plain)
-        before, started = train_state.seconds, time.perf_counter()
+            train_state.restore(progress.restored, torch_optimizer)
+        seconds_before, start_time = train_state.seconds, time.perf_counter()
         try:
             with self.monitor.progress(run.stage, run.flops) as advance, torch.random.fork_rng():
                 _replay_progress(train_state, recipe, run.horizon, advance)
@@ -156,55 +158,55 @@ class TrainingLoop:
                     cost = self._cost(pieces) / train_state.replicas + self.task.costs.optimizer_step
                     if train_state.total + cost > run.flops:
                         break
-                    rate = self._step(run, prepared, optimizer, plain, pieces, cost, own)
+                    rate = self._step(run, prepared, optimizer, torch_optimizer, pieces, cost, dropout_key)
                     if train_state.failure is not None:
                         break
                     advance(train_state.total, train_state.mean_loss(-1), rate)
-                    train_state.seconds = before + time.perf_counter() - started
-                    progress.step(lambda: train_state.state(plain, everywhere=False))
+                    train_state.seconds = seconds_before + time.perf_counter() - start_time
+                    progress.step(lambda: train_state.state(torch_optimizer, everywhere=False))
         finally:
-            # accelerate keeps whatever it has prepared.
+            # accelerate keeps references to all that it has prepared.
             self.accelerator._models.clear()
             self.accelerator._optimizers.clear()
-            train_state.seconds = before + time.perf_counter() - started
+            train_state.seconds = seconds_before + time.perf_counter() - start_time
         if not train_state.steps and train_state.failure is None:
             raise BudgetError(
                 f"{run.phase}/{run.stage}: {run.flops:.4g} FLOPs do not buy one step of {recipe.batch_size} examples, "
                 f"which costs {cost:.4g}: raise the budget or lower batch_size"
             )
-        # What a run that failed leaves is its last good state, optimizer included; so is what one leaves to go on from.
-        last = plain if run.segment.keep or train_state.failure is not None else None
-        return train_state.state(last, everywhere=run.segment.keep)
+        # A failed run returns its last good state, with that of the optimizer; so does a segment that keeps its state.
+        kept_optimizer = torch_optimizer if run.segment.keep or train_state.failure is not None else None
+        return train_state.state(kept_optimizer, everywhere=run.segment.keep)
 
     def _step(
         self,
         run: TrainingRun,
         learner: Learner,
         optimizer: Any,
-        plain: torch.optim.Optimizer,
+        torch_optimizer: torch.optim.Optimizer,
         pieces: list[Batch],
         cost: float,
-        own: tuple[Any, ...],
+        dropout_key: tuple[Any, ...],
     ) -> float:
-        """Take one step: pay, backward, judge, update.
+        """Take one step: count its cost, accumulate the gradient, check it, and update the weights.
 
         Args:
-            learner, optimizer: as they were prepared; `plain` is the optimizer within.
-            pieces: its batch. cost: of it, FLOPs a replica. own: what sets the dropout of this process apart.
+            learner, optimizer: as prepared by accelerate; `torch_optimizer` is the one within the wrapper.
+            pieces: the batch. cost: of the step, FLOPs a replica. dropout_key: seeds this process's masks.
 
         Returns:
             the learning rate.
         """
         train_state, recipe = run.train_state, self.task.recipe
         check_answers(run.draws, pieces, train_state.steps)
-        self._seed(derive(run.seed, train_state.steps, *own))
+        self._seed(derive(run.seed, train_state.steps, *dropout_key))
         rate = recipe.rate((train_state.total + cost / 2) / run.horizon)
         _set_rate(optimizer, rate)
         train_state.charge_step(cost, pieces)
         train_state.remember_buffers()
         loss = self._backward(run, learner, pieces)
         if train_state.scaler is not None:
-            train_state.scaler.unscale_(plain)
+            train_state.scaler.unscale_(torch_optimizer)
         norm = train_state.learner.clip(recipe.clip_norm)
         if self._apply_nonfinite_policy(run, pieces, loss, norm, rate):
             optimizer.step()
@@ -214,14 +216,14 @@ class TrainingLoop:
     def _apply_nonfinite_policy(
         self, run: TrainingRun, pieces: list[Batch], loss: np.ndarray, norm: np.ndarray, rate: float
     ) -> bool:
-        """Note the losses of a step (nats, shape (K,)) in its course; returns whether to update the weights."""
+        """Record a step by its losses and gradient norms (shape (K,)); returns whether to update the weights."""
         train_state = run.train_state
-        # A scaler expects gradients that overflow: it skips the step and lowers its scale, though not for ever.
-        forgiven = train_state.scaler is not None and train_state.overflows < MOST_SKIPPED
-        bad = ~(np.isfinite(loss) & (np.isfinite(norm) | forgiven))
-        lost = bad.any() and isinstance(train_state.learner, SingleLearner)
-        if not lost:
-            train_state.diverged |= bad
+        # A scaler expects gradients to overflow: it skips the step and lowers its scale, up to `MOST_SKIPPED` times.
+        overflow_allowed = train_state.scaler is not None and train_state.overflows < MOST_SKIPPED
+        non_finite = ~(np.isfinite(loss) & (np.isfinite(norm) | overflow_allowed))
+        rejected = non_finite.any() and isinstance(train_state.learner, SingleLearner)
+        if not rejected:
+            train_state.diverged |= non_finite
             train_state.record_step(loss)
         else:
             train_state.put_buffers_back()
@@ -233,9 +235,9 @@ class TrainingLoop:
                 self.monitor.scalar(f"{run.stage}/skipped_batches", train_state.skipped, train_state.steps)
         if train_state.scaler is not None:
             train_state.overflows = 0 if np.isfinite(norm).all() else train_state.overflows + 1
-            if lost:
+            if rejected:
                 train_state.scaler.update()
-        return not lost
+        return not rejected
 
     @property
     def _skips(self) -> bool:
@@ -256,7 +258,7 @@ class TrainingLoop:
         if world_group().size == 1:
             prepared, wrapped = self.accelerator.prepare(learner, optimizer)
             return prepared, wrapped
-        # Gradients of several processes are added up in `accumulate`, which knows of shares without an example.
+        # `accumulate` sums the gradients of several processes: it handles shares without an example.
         model = self.accelerator.prepare_model(learner, evaluation_mode=True)
         return model, self.accelerator.prepare_optimizer(optimizer)
 
@@ -270,20 +272,20 @@ class TrainingLoop:
     def _backward(self, run: TrainingRun, learner: Learner, pieces: list[Batch]) -> np.ndarray:
         """Accumulate the gradient of the mean loss of each replica; returns those means, shape (K,)."""
         replicas = run.train_state.replicas
-        micro = [m for piece in pieces for m in piece.split(self.task.recipe.accumulate, replicas)]
+        micro_batches = [m for piece in pieces for m in piece.split(self.task.recipe.accumulate, replicas)]
         n_kept = run.draws.from_pool if run.segment.keep else 0
-        found = accumulate(self.accelerator, learner, micro, replicas, active_group(), n_kept)
+        accumulated = accumulate(self.accelerator, learner, micro_batches, replicas, active_group(), n_kept)
         if run.segment.keep:
-            run.train_state.record_example_losses(found.positions, found.example_losses)
-        return found.loss
+            run.train_state.record_example_losses(accumulated.positions, accumulated.example_losses)
+        return accumulated.loss
 
 
 @dataclass
 class TrainingRun:
-    """One run of the trainer: how far it has come, and what it was asked for.
+    """One run of the trainer: its state, and its arguments.
 
     Attributes:
-        about: what a journal knows it by.
+        journal_key: arguments of its operation in a journal.
     """
 
     train_state: TrainState
@@ -297,12 +299,12 @@ class TrainingRun:
 
     @property
     def horizon(self) -> float:
-        """FLOPs that the learning rate follows."""
+        """FLOPs over which the learning rate is scheduled."""
         return self.flops if self.segment.horizon is None else self.segment.horizon
 
 
 def _replay_progress(train_state: TrainState, recipe: TrainConfig, flops: float, advance: Advance) -> None:
-    """Show the steps that another process has taken."""
+    """Show the steps that are already in `train_state`, taken by another process or before."""
     for step, spent in enumerate(train_state.spent):
         middle = (spent + (train_state.spent[step - 1] if step else 0.0)) / 2
         advance(spent, train_state.mean_loss(step), recipe.rate(middle / flops))
@@ -313,8 +315,8 @@ def _optimizer(recipe: TrainConfig, learner: Learner, *, scaled: bool) -> torch.
     rate, decay = recipe.learning_rate, recipe.weight_decay
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
-    # Where loss scaling skips the first step, fused SGD (PyTorch 2.14) goes on with momentum it has never written; and
-    # it takes no tensors that are divided over processes.
+    # If loss scaling skips the first step, fused SGD (PyTorch 2.14) continues with uninitialised momentum. It also does
+    # not take sharded tensors.
     fused = not (scaled or learner.is_collective)
     return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=0.9, nesterov=True, fused=fused)
 
@@ -325,7 +327,7 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def _accelerator(precision: str) -> Accelerator:
-    """An accelerator of this precision; accelerate keeps one global state, which is renewed when it differs."""
+    """An accelerator of this precision; accelerate's global state is reset if it has another one."""
     state = AcceleratorState._shared_state
     if state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()

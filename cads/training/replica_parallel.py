@@ -1,4 +1,4 @@
-"""Replicas spread over processes: each trains on one process alone, and all end with all of them."""
+"""Replicas spread over processes: each trains on one process alone; all processes get all trained replicas."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ if TYPE_CHECKING:
 def train_stacked_chunks(trainer: TrainingLoop, models: Sequence[nn.Module], run: TrainingRun) -> TrainResult:
     """Train a batched model of K replicas in contiguous chunks, one a process.
 
-    Where examples differ in cost, a chunk alone would be padded otherwise, and cost something else than within the
-    whole: then the first process trains all of it.
+    If examples differ in shape, a chunk alone would be padded otherwise than within all K, and so differ in cost:
+    then the first process trains all replicas.
 
     Args:
-        models: the replicas. run: of all of them, which has not begun.
+        models: the K replicas. run: of all K, not yet begun.
 
     Raises: as `Trainer.fit_replicas`.
     """
     world, count = active_group(), len(models)
-    chunks = np.array_split(np.arange(count), world.size if _cost_alike(run.draws) else 1)
+    chunks = np.array_split(np.arange(count), world.size if _equal_costs(run.draws) else 1)
 
-    def part(progress: StepReporter, standing: list[OperationStatus]) -> State:
+    def part(progress: StepReporter, statuses: list[OperationStatus]) -> State:
         rows = chunks[world.rank] if world.rank < len(chunks) else np.arange(0)
         if not len(rows):
             return State()
         learner = StackedReplicas(trainer.task, [models[k] for k in rows])
         train_state = TrainState(learner, len(rows), trainer.accelerator.scaler)
-        begun = standing[0].state
-        progress.restored = None if begun is None else _rows_of(begun, rows, count)
+        stored = statuses[0].state
+        progress.restored = None if stored is None else _rows_of(stored, rows, count)
         draws = run.draws.for_streams(*(run.draws.streams[k] for k in rows))
         return trainer.steps(replace(run, train_state=train_state, draws=draws), progress)
 
     def join(parts: list[State]) -> list[State | None]:
-        return [_joined([part for part in parts if part.tensors])]
+        return [_join_states([part for part in parts if part.tensors])]
 
-    def settle(state: State) -> None:
-        _settle(trainer, run, state)
-        # The first process has shown its chunk.
-        run.train_state.begun = True
+    def commit(state: State) -> None:
+        _commit(trainer, run, state)
+        # The first process has already shown the progress of its chunk.
+        run.train_state.is_current = True
 
-    (state,) = replay_or_run_parallel([Operation("training", run.journal_key, settle)], trainer.ledger, part, join)
+    (state,) = replay_or_run_parallel([Operation("training", run.journal_key, commit)], trainer.ledger, part, join)
     return trainer.finish(run, state)
 
 
@@ -66,7 +66,7 @@ def train_one_per_rank(trainer: TrainingLoop, runs: Sequence[TrainingRun]) -> li
     """Train single replicas, as many at a time as there are processes.
 
     Returns:
-        the fit of each; None where it met a loss that is not finite.
+        the result of each; None where it met a loss that is not finite.
     """
     size = active_group().size
     waves = [runs[start : start + size] for start in range(0, len(runs), size)]
@@ -77,25 +77,25 @@ def _train_wave(trainer: TrainingLoop, runs: Sequence[TrainingRun]) -> list[Trai
     """Train at most one replica a process."""
     rank = active_group().rank
 
-    def part(progress: StepReporter, standing: list[OperationStatus]) -> State:
-        if rank >= len(runs) or standing[rank].finished:
+    def part(progress: StepReporter, statuses: list[OperationStatus]) -> State:
+        if rank >= len(runs) or statuses[rank].finished:
             return State()
-        begun = standing[rank].state
-        if begun is not None and begun.values["failure"] is not None:
-            # It has failed, and waited for the others: the step that failed is not paid for again.
-            return begun
-        progress.restored = begun
+        stored = statuses[rank].state
+        if stored is not None and stored.values["failure"] is not None:
+            # The run had failed and waited for the others: its failed step is not taken and charged again.
+            return stored
+        progress.restored = stored
         return trainer.steps(runs[rank], progress)
 
     def join(parts: list[State]) -> list[State | None]:
         return [state if state.tensors else None for state in parts[: len(runs)]]
 
-    def settle(run: TrainingRun, state: State) -> None:
-        # They train at the same time.
+    def commit(run: TrainingRun, state: State) -> None:
+        # The replicas train at the same time.
         state.values["seconds"] /= len(runs)
-        _settle(trainer, run, state)
+        _commit(trainer, run, state)
 
-    operations = [Operation("training", run.journal_key, partial(settle, run)) for run in runs]
+    operations = [Operation("training", run.journal_key, partial(commit, run)) for run in runs]
     states = replay_or_run_parallel(operations, trainer.ledger, part, join)
     fits: list[TrainResult | None] = []
     for run, state in zip(runs, states, strict=True):
@@ -106,37 +106,37 @@ def _train_wave(trainer: TrainingLoop, runs: Sequence[TrainingRun]) -> list[Trai
     return fits
 
 
-def _settle(trainer: TrainingLoop, run: TrainingRun, state: State) -> None:
-    """Take in what was trained, here or elsewhere, and charge for it."""
+def _commit(trainer: TrainingLoop, run: TrainingRun, state: State) -> None:
+    """Restore the state of a run, trained in this or another process, and charge the ledger for it."""
     run.train_state.learner.to(trainer.accelerator.device).train()
     run.train_state.restore(state, None)
     run.train_state.charge(trainer.ledger, run.phase, run.stage)
 
 
-def _cost_alike(draws: BatchStream) -> bool:
-    """Whether all examples have one shape, so that replicas take the same steps whichever train beside them."""
+def _equal_costs(draws: BatchStream) -> bool:
+    """Whether all examples have one shape, so that the steps of a replica do not depend on the others in its chunk."""
     return len(draws.pool.examples.shapes()[0]) == 1
 
 
-def _joined(parts: Sequence[State]) -> State:
-    """The state of all replicas from those of chunks, which have taken the same steps."""
+def _join_states(parts: Sequence[State]) -> State:
+    """The state of all replicas from the states of chunks, which have taken the same steps."""
     first = parts[0]
-    tensors = {name: _along(name, x, [part.tensors[name] for part in parts]) for name, x in first.tensors.items()}
+    tensors = {name: _join_tensor(name, x, [part.tensors[name] for part in parts]) for name, x in first.tensors.items()}
     values = dict(first.values)
     values["counts"] = np.sum([part.values["counts"] for part in parts], axis=0).tolist()
-    values["diverged"] = [there for part in parts for there in part.values["diverged"]]
+    values["diverged"] = [flag for part in parts for flag in part.values["diverged"]]
     values["seconds"] = max(part.values["seconds"] for part in parts)
     return State(values, tensors)
 
 
-def _along(name: str, x: Tensor, parts: list[Tensor]) -> Tensor:
-    """One tensor of a course from those of chunks; what has no axis for replicas is alike in all."""
+def _join_tensor(name: str, x: Tensor, parts: list[Tensor]) -> Tensor:
+    """One tensor of all replicas from those of chunks; one without a replica axis is the same in all chunks."""
     axis = _axis(name, x)
     return x if axis is None else torch.cat(parts, dim=axis)
 
 
 def _rows_of(state: State, rows: np.ndarray, count: int) -> State:
-    """The state of some of `count` replicas, in a row, which take equal parts in all counts."""
+    """The state of the contiguous replicas `rows` out of `count`, with an equal share of the counts for each."""
     index = torch.from_numpy(rows)
     tensors = {}
     for name, x in state.tensors.items():
@@ -144,14 +144,14 @@ def _rows_of(state: State, rows: np.ndarray, count: int) -> State:
         tensors[name] = x if axis is None else x.index_select(axis, index)
     values = dict(state.values)
     start, stop = int(rows[0]), int(rows[-1]) + 1
-    # Shares of all chunks add up to the whole.
+    # Rounded so that the shares of all chunks sum to the count.
     values["counts"] = [n * stop // count - n * start // count for n in values["counts"]]
     values["diverged"] = [values["diverged"][k] for k in rows]
     return State(values, tensors)
 
 
 def _axis(name: str, x: Tensor) -> int | None:
-    """Where the replicas stand in a tensor of the course of a batched model; None if nowhere."""
+    """The axis of the replicas in a tensor of a batched model's state; None if it has none."""
     if name == "losses":
         return 1
     return 0 if x.dim() and name.startswith((WEIGHTS, OPTIMIZER)) else None

@@ -1,4 +1,4 @@
-"""What training leaves behind: models, the course of their losses, and what was spent."""
+"""The result of a training run: models, the losses of all steps, and the FLOPs spent."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from cads.runtime.checkpoint import State
 
 @dataclass
 class TrainResult:
-    """What training left behind, for K replicas.
+    """The result of a training run, for K replicas.
 
     Attributes:
         models: the trained models, on the training device.
         losses: the mean loss of each step's batch, nats, shape (steps, K); NaN where the batch was skipped.
         flops: what one replica has spent after each step, shape (steps,).
-        diverged: replicas that met a non-finite loss, bool, shape (K,); their weights mean nothing.
+        diverged: replicas that met a non-finite loss, bool, shape (K,); their weights are meaningless.
         seconds: wall-clock time.
         skipped: batches that were left out since their loss or gradient was not finite.
-        before: FLOPs of one replica that were spent in earlier parts of the run, as `flops` and `losses` tell.
-        state: to go on from, on the CPU, if it was to be kept.
-        example_losses: of each pool example in its latest training step, nats, shape (N,), NaN where it was in none;
-            if they were to be kept.
+        before: FLOPs that one replica spent in earlier segments of the run; `flops` and `losses` include them.
+        state: to resume from, on the CPU; None unless the segment keeps it.
+        example_losses: the loss of each pool example in its latest training step, nats, shape (N,), NaN where it was
+            in none; None unless the segment keeps them.
     """
 
     models: list[nn.Module]
@@ -40,7 +40,7 @@ class TrainResult:
 
     @property
     def flops_per_second(self) -> float:
-        """Achieved by all replicas together."""
+        """FLOP/s achieved by all replicas together."""
         return float(self.flops[-1] - self.before) * len(self.diverged) / self.seconds
 
     @property
@@ -50,20 +50,22 @@ class TrainResult:
         Skipped batches have no part in it; where a replica diverged it is NaN.
         """
         last = last_steps(self.losses)
-        known = np.isfinite(last)
-        reached = np.where(known, last, 0.0).sum(axis=0) / np.maximum(1, known.sum(axis=0))
-        return np.where(self.diverged | ~known.any(axis=0), np.nan, reached)
+        finite = np.isfinite(last)
+        reached = np.where(finite, last, 0.0).sum(axis=0) / np.maximum(1, finite.sum(axis=0))
+        return np.where(self.diverged | ~finite.any(axis=0), np.nan, reached)
 
 
 def stack_results(models: list[nn.Module], fits: list[TrainResult | None]) -> TrainResult:
-    """One Fit of K replicas from fits made one by one (None where a replica diverged)."""
-    sound = [f for f in fits if f is not None]
+    """One result of K replicas from `fits`, the results of single replicas (None where a replica diverged)."""
+    finished = [f for f in fits if f is not None]
     diverged = np.array([f is None for f in fits])
-    if not sound:
+    if not finished:
         return TrainResult(models, np.full((1, len(models)), np.nan), np.array([np.nan]), diverged, 0.0)
-    # Where examples differ in cost so do the numbers of steps: the ends of the courses are put side by side.
-    steps = min(len(f.losses) for f in sound)
+    # Where examples differ in cost, so do the numbers of steps: the last steps of all replicas are aligned.
+    steps = min(len(f.losses) for f in finished)
     missing = np.full(steps, np.nan)
     losses = np.stack([missing if f is None else f.losses[-steps:, 0] for f in fits], axis=1)
-    flops = np.mean([f.flops[-steps:] for f in sound], axis=0)
-    return TrainResult(models, losses, flops, diverged, sum(f.seconds for f in sound), sum(f.skipped for f in sound))
+    flops = np.mean([f.flops[-steps:] for f in finished], axis=0)
+    return TrainResult(
+        models, losses, flops, diverged, sum(f.seconds for f in finished), sum(f.skipped for f in finished)
+    )

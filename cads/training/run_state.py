@@ -1,4 +1,4 @@
-"""Where a training run stands: weights, optimizer, losses and what was spent, to be written down and gone on from."""
+"""The state of a training run: weights, optimizer, losses and FLOPs spent, to be stored and resumed from."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ EXAMPLE_LOSSES = "example_losses"
 
 @dataclass(frozen=True)
 class RunSegment:
-    """One part of a training run that is done in parts.
+    """One segment of a training run.
 
     Attributes:
-        start: where the part before it ended; None at the beginning.
-        horizon: FLOPs of the whole run, which the learning rate follows; None if this part is the last.
-        keep: whether its `TrainResult` holds the state to go on from, and the loss of each example.
+        start: the state at the end of the segment before; None for the first.
+        horizon: FLOPs of the whole run, over which the learning rate is scheduled; None if this segment is the last.
+        keep: whether its `TrainResult` holds the state to resume from, and the loss of each example.
     """
 
     start: State | None = None
@@ -37,19 +37,19 @@ class RunSegment:
     keep: bool = False
 
     def journal_key(self) -> list[Any]:
-        """What a journal has to know of it; nothing of a run in one part."""
+        """What this segment adds to the key of an operation; empty for a run in one segment."""
         if self == FULL_RUN:
             return []
         return [None if self.start is None else self.start.digest, self.horizon, self.keep]
 
 
 FULL_RUN = RunSegment()
-"""A run in one part."""
+"""A run in one segment."""
 
 
 @dataclass
 class TrainState:
-    """One training run of K replicas, as far as it has come.
+    """The state of one training run of K replicas.
 
     Attributes:
         learner: what is trained.
@@ -57,16 +57,17 @@ class TrainState:
         scaler: of the loss, where the precision needs one.
         losses: mean loss of the batch of each step, nats, K a step; NaN where a batch was skipped.
         spent: FLOPs of one replica after each step.
-        total: FLOPs of one replica so far, those of a step that failed included.
-        counts: usages, tokens, answer tokens.
+        total: FLOPs of one replica so far, including those of a step that failed.
+        counts: usages, tokens and answer tokens so far, int64, shape (3,).
         diverged: replicas that met a loss or gradient that is not finite, bool, shape (K,).
-        skipped: batches that were skipped for that.
-        overflows: steps in a row up to now that the scaler has skipped, since their gradients were not finite.
+        skipped: batches that were skipped because of such a loss or gradient.
+        overflows: latest steps in a row that the scaler has skipped, since their gradients were not finite.
         seconds: wall-clock time, in all processes that worked on it.
         example_losses: the latest loss of each pool example in its own training step, nats, shape (N,), NaN before
             the first; None if they are not kept.
         failure: why it stopped early, or None.
-        begun: whether this process trains; if not, what it did comes from a journal.
+        is_current: whether this object already follows the run; if not, its state is still to be restored, from a
+            journal or another process.
     """
 
     learner: Learner
@@ -81,9 +82,9 @@ class TrainState:
     overflows: int = 0
     seconds: float = 0.0
     failure: dict[str, Any] | None = None
-    begun: bool = False
+    is_current: bool = False
     example_losses: np.ndarray | None = None
-    _before: tuple[float, np.ndarray] = field(default_factory=lambda: (0.0, np.zeros(3, dtype=np.int64)))
+    _charged_before: tuple[float, np.ndarray] = field(default_factory=lambda: (0.0, np.zeros(3, dtype=np.int64)))
     _buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -96,7 +97,7 @@ class TrainState:
 
     @property
     def skipped_in_a_row(self) -> int:
-        """Batches since the last update, which were skipped, or which the scaler skipped."""
+        """Batches since the last update of the weights, skipped by the run or by the scaler."""
         bad = sum(1 for _ in itertools.takewhile(lambda loss: np.isnan(loss).all(), reversed(self.losses)))
         return max(bad, self.overflows)
 
@@ -105,26 +106,26 @@ class TrainState:
         return math.nan if self.diverged.all() else float(self.losses[step][~self.diverged].mean())
 
     def charge_step(self, cost: float, pieces: Sequence[Batch]) -> None:
-        """Account for a step on `pieces`, `cost` FLOPs a replica."""
+        """Count a step on `pieces`, which costs `cost` FLOPs a replica."""
         self.total += cost
         self.counts += np.sum([(len(p), p.tokens, p.answer_tokens) for p in pieces], axis=0)
 
     def remember_buffers(self) -> None:
-        """Keep what a forward pass changes (running means) as it is before a step; masks of bits never change."""
+        """Copy the buffers that a forward pass changes (running means), before a step; boolean masks never change."""
         self._buffers = [(x, x.clone()) for x in self.learner.buffers() if x.dtype != torch.bool]
 
     def put_buffers_back(self) -> None:
-        """Undo what the forward pass on a bad batch did."""
+        """Undo the changes that the forward pass on a bad batch made to buffers."""
         for x, before in self._buffers:
             x.copy_(before)
 
     def record_step(self, loss: np.ndarray) -> None:
-        """A step is done; `loss`: nats, shape (K,)."""
+        """Record a finished step and its `loss`, nats, shape (K,)."""
         self.losses.append(loss)
         self.spent.append(self.total)
 
     def fail(self, ids: list[str], loss: float, norm: float, rate: float) -> None:
-        """Stop at this step, on the examples `ids`, at the learning rate `rate`: what `NonFiniteError` has to say."""
+        """Record a failure at this step, on the examples `ids`, at the learning rate `rate`, for `NonFiniteError`."""
         step, skipped = self.steps, self.skipped_in_a_row
         after = f", after {skipped} batches skipped in a row" if skipped else ""
         self.failure = {
@@ -137,25 +138,25 @@ class TrainState:
         }
 
     def record_example_losses(self, positions: np.ndarray, losses: np.ndarray) -> None:
-        """Keep the losses (nats, shape (n,)) of the pool examples at `positions`, those that are finite."""
+        """Record the finite ones of the losses (nats, shape (n,)) of the pool examples at `positions`."""
         if self.example_losses is not None:
-            sound = np.isfinite(losses)
-            self.example_losses[positions[sound]] = losses[sound]
+            finite = np.isfinite(losses)
+            self.example_losses[positions[finite]] = losses[finite]
 
     def charge(self, ledger: Ledger, phase: str, stage: str) -> None:
-        """Charge a ledger for all of it, but for what was done before `go_on_from`."""
-        total, counts = self._before
-        usages, tokens, answers = (self.counts - counts).tolist()
-        flops = (self.total - total) * self.replicas
+        """Charge a ledger for the run, without what was spent before `resume_from`."""
+        total_before, counts_before = self._charged_before
+        usages, tokens, answers = (self.counts - counts_before).tolist()
+        flops = (self.total - total_before) * self.replicas
         ledger.charge(phase, stage, flops, usages=usages, tokens=tokens, answer_tokens=answers, seconds=self.seconds)
 
     def state(self, optimizer: torch.optim.Optimizer | None, *, everywhere: bool = True) -> State:
-        """All that is needed to go on; without the optimizer, all that is left when it has ended.
+        """All that is needed to resume the run; without the optimizer, all that a finished run needs.
 
-        Frozen weights are left out: they are what they were at the start.
+        Frozen weights are left out: training does not change them.
 
         Args:
-            everywhere: whether tensors that are divided are put together in all processes, or in the first alone.
+            everywhere: whether sharded tensors are gathered in all processes, or in the first alone.
         """
         values = {
             "total": self.total,
@@ -164,7 +165,7 @@ class TrainState:
             "skipped": self.skipped,
             "seconds": self.seconds,
             "failure": self.failure,
-            # A scaler serves all runs of a trainer, so that the next one begins where this one ends.
+            # All runs of a trainer share one scaler: the next run begins with the scale at the end of this one.
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
         if self.scaler is not None:
@@ -180,18 +181,18 @@ class TrainState:
         return State(values, tensors)
 
     def resume_from(self, start: State, optimizer: torch.optim.Optimizer | None) -> None:
-        """Stand where an earlier part of the run ended, which has been charged for.
+        """Restore the end of an earlier segment of the run, which has already been charged.
 
         Raises:
             CheckpointError: if it is the state of another model.
         """
-        # An optimizer works on the tensors it is given: the start must serve again.
+        # An optimizer changes the tensors it is given in place: `start` must stay as it is.
         self.restore(start.detached(), optimizer)
         self.seconds = 0.0
-        self._before = (self.total, self.counts.copy())
+        self._charged_before = (self.total, self.counts.copy())
 
     def restore(self, state: State, optimizer: torch.optim.Optimizer | None) -> None:
-        """Stand where `state` was taken.
+        """Restore `state`.
 
         Raises:
             CheckpointError: if it is the state of another model.
@@ -203,10 +204,10 @@ class TrainState:
 
     def _restore(self, state: State, optimizer: torch.optim.Optimizer | None) -> None:
         values, tensors = state.values, state.tensors
-        own = dict(changing(self.learner))
-        _check_names(set(own), {n.removeprefix(WEIGHTS) for n in tensors if n.startswith(WEIGHTS)})
+        current = dict(changing(self.learner))
+        _check_names(set(current), {n.removeprefix(WEIGHTS) for n in tensors if n.startswith(WEIGHTS)})
         with torch.no_grad():
-            for name, x in own.items():
+            for name, x in current.items():
                 stored = tensors[WEIGHTS + name]
                 if stored.shape != x.shape or stored.dtype != x.dtype:
                     raise CheckpointError(
@@ -237,7 +238,7 @@ class TrainState:
 
 
 def changing(learner: Learner) -> Iterator[tuple[str, Tensor]]:
-    """What training changes of a learner, by name: its trainable parameters, and its buffers."""
+    """The tensors of a learner that training changes, by name: trainable parameters and buffers."""
     for name, parameter in learner.named_parameters():
         if parameter.requires_grad:
             yield name, parameter
@@ -245,34 +246,34 @@ def changing(learner: Learner) -> Iterator[tuple[str, Tensor]]:
 
 
 def optimizer_state(learner: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimizer by `<parameter>/<what>`, such as `model.0.weight/exp_avg_sq`."""
-    found = {}
+    """The tensors of an optimizer's state by `<parameter>/<key>`, such as `model.0.weight/exp_avg_sq`."""
+    tensors = {}
     for name, parameter in learner.named_parameters():
-        for what, x in optimizer.state.get(parameter, {}).items():
+        for key, x in optimizer.state.get(parameter, {}).items():
             if isinstance(x, Tensor):
-                found[f"{name}/{what}"] = x
-    return found
+                tensors[f"{name}/{key}"] = x
+    return tensors
 
 
 def load_optimizer_state(learner: Learner, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_state` gave.
+    """Restore what `optimizer_state` returned.
 
     Raises:
-        CheckpointError: if it names a parameter that the learner has not, or gives it another shape.
+        CheckpointError: if `stored` names a parameter that the learner lacks, or one of another shape.
     """
     parameters = {name: p for name, p in learner.named_parameters() if p.requires_grad}
-    _check_names(set(parameters), {name.rpartition("/")[0] for name in stored}, some=True)
+    _check_names(set(parameters), {name.rpartition("/")[0] for name in stored}, allow_missing=True)
     for name, x in stored.items():
-        owner, _, what = name.rpartition("/")
+        owner, _, key = name.rpartition("/")
         parameter = parameters[owner]
         if x.dim() and x.shape != parameter.shape:
             shape = tuple(x.shape)
-            raise CheckpointError(f"the optimizer's {what} of {owner} has shape {shape}: it is of another model")
-        optimizer.state[parameter][what] = learner.shard(x, parameter)
+            raise CheckpointError(f"the optimizer's {key} of {owner} has shape {shape}: it is of another model")
+        optimizer.state[parameter][key] = learner.shard(x, parameter)
 
 
 def _checked(failure: Any) -> dict[str, Any] | None:
-    """Why a run stopped, if it is what `NonFiniteError` takes."""
+    """Return `failure` if its fields are the arguments of `NonFiniteError`, or it is None."""
     if failure is None:
         return None
     fields = {"message": str, "step": int, "ids": list, "learning_rate": float}
@@ -281,10 +282,10 @@ def _checked(failure: Any) -> dict[str, Any] | None:
     return dict(failure)
 
 
-def _check_names(own: set[str], stored: set[str], *, some: bool = False) -> None:
-    foreign, missing = sorted(stored - own), [] if some else sorted(own - stored)
-    if foreign or missing:
+def _check_names(current: set[str], stored: set[str], *, allow_missing: bool = False) -> None:
+    unexpected, missing = sorted(stored - current), [] if allow_missing else sorted(current - stored)
+    if unexpected or missing:
         raise CheckpointError(
-            f"the checkpoint is of another model: it has {foreign[:3] or 'nothing'} beyond this one, and lacks "
+            f"the checkpoint is of another model: it has {unexpected[:3] or 'nothing'} beyond this one, and lacks "
             f"{missing[:3] or 'nothing'}"
         )

@@ -20,8 +20,9 @@ from cads.training.run_state import FULL_RUN, RunSegment
 class Trainer(TrainingLoop):
     """Trains on a task within budgets and charges a ledger for it.
 
-    Several processes divide each batch of one model, or the replicas: each of these trains on one process. All end with
-    all models, and with the same account. With `sharding` they divide the model too, and train replicas in turn.
+    Several processes divide each batch of one model, or divide the replicas, each of which trains on one process. All
+    processes end with all models and the same ledger. With `sharding` they divide the model too, and train replicas one
+    after another.
 
     Args:
         task: whose model, losses, recipe and costs are used.
@@ -40,17 +41,17 @@ class Trainer(TrainingLoop):
         stage: str,
         segment: RunSegment = FULL_RUN,
     ) -> TrainResult:
-        """Train `model` in place on `draws` for at most `flops`, and at most what the ledger has left.
+        """Train `model` in place on `draws` for at most `flops`, and at most the FLOPs that the ledger has left.
 
         Args:
-            flops: what a run has spent when it ends, earlier parts included; they are not charged again.
-            leg: which part of a run it is. A later part goes on with the step, the weights and the optimizer of the
-                one before it, so that two parts with the same draws equal one.
+            flops: spent by the whole run at its end, including earlier segments, which are not charged again.
+            segment: of the run. A later segment continues with the step, the weights and the optimizer of the one
+                before it, so that two segments with the same draws equal one run.
 
         Raises:
             BudgetError: if not even one step is affordable.
-            CheckpointError: if the run began with another model.
-            ConfigError: if there is nothing to train, or it is to be divided and cannot.
+            CheckpointError: if the state to resume from is of another model.
+            ConfigError: if there is nothing to train, or the model must be sharded and cannot be.
             DataError: if a batch has no answer token.
             NonFiniteError: if the loss or the gradient becomes NaN or infinite, before the update.
         """
@@ -62,29 +63,30 @@ class Trainer(TrainingLoop):
     ) -> TrainResult:
         """Train K models, each on its own stream of `draws`, each for at most `flops`.
 
-        Dense models train as one batched model (`torch.func`), others one after another, and all where the loss is
-        scaled; both give the same losses to 1e-5. A replica that diverges is marked, and does not disturb the others.
+        Dense models train as one batched model (`torch.func`). Other models train one after another, as do all models
+        if the loss is scaled. Both ways give the same losses to 1e-5. A replica that diverges is marked, and does not
+        affect the others.
         """
         flops = min(flops, self.ledger.left / len(models))
-        way = self.task.recipe.replicas
-        several = active_group().size > 1 and not self._shards
-        alike = len(models) > 1 and can_stack(models[0])
-        # One scaler skips the update of all replicas where one of them overflows.
-        stackable = alike and self.accelerator.scaler is None and not self._skips and not self._shards
-        if way == "batched" or (way == "auto" and stackable):
+        mode = self.task.recipe.replicas
+        distributed = active_group().size > 1 and not self._shards
+        batchable = len(models) > 1 and can_stack(models[0])
+        # Not with a scaler: it would skip the update of all replicas if one of them overflows.
+        stackable = batchable and self.accelerator.scaler is None and not self._skips and not self._shards
+        if mode == "batched" or (mode == "auto" and stackable):
             run = self.prepare(StackedReplicas(self.task, models), draws, flops, seed, phase, stage)
-            return train_stacked_chunks(self, models, run) if several else self._run(run)
-        alone = [draws.for_streams(stream) for stream in draws.streams]
-        if several:
+            return train_stacked_chunks(self, models, run) if distributed else self._run(run)
+        replica_draws = [draws.for_streams(stream) for stream in draws.streams]
+        if distributed:
             runs = [
-                self.prepare(SingleLearner(self.task, model), own, flops, seed, phase, stage)
-                for model, own in zip(models, alone, strict=True)
+                self.prepare(SingleLearner(self.task, model), draws_of_one, flops, seed, phase, stage)
+                for model, draws_of_one in zip(models, replica_draws, strict=True)
             ]
             return stack_results(list(models), train_one_per_rank(self, runs))
         fits: list[TrainResult | None] = []
-        for model, own in zip(models, alone, strict=True):
+        for model, draws_of_one in zip(models, replica_draws, strict=True):
             try:
-                fits.append(self.fit(model, own, flops, seed=seed, phase=phase, stage=stage))
+                fits.append(self.fit(model, draws_of_one, flops, seed=seed, phase=phase, stage=stage))
             except NonFiniteError:
                 fits.append(None)
         return stack_results(list(models), fits)

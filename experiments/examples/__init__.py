@@ -1,1 +1,1 @@
-"""Selections in other trainers: one script each."""
+"""Scripts that train on a Selection with other trainers."""

@@ -37,7 +37,7 @@ from cads.estimators.enumeration import enumerate_masks
 from cads.recipe import TrainConfig
 from cads.selectors.cads_e.candidates import Signals
 from cads.selectors.cads_e.schedule import CANDIDATE_STEPS
-from cads.tasks.language.shapes import LanguageSketch
+from cads.tasks.language.shapes import LanguageShapes
 from cads.tasks.vision.networks import Network
 from experiments import flops_overhead
 from tests.support.paths import MODELS
@@ -282,7 +282,7 @@ def language(tmp_path):
         path = tmp_path / "config.json"
         path.write_text(config.to_json_string())
         settings = {"lora_targets": ["q_proj", "v_proj"], "dtype": "float32", "tokens": 24, "n_pool": 50, **settings}
-        task = LanguageSketch(model=str(path), **settings).sketch(TrainConfig(batch_size=4))
+        task = LanguageShapes(model=str(path), **settings).meta(TrainConfig(batch_size=4))
         task.accounting = accounting
         return task
 

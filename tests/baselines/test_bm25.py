@@ -175,7 +175,7 @@ def test_the_index_is_made_once_and_not_kept(texts, monkeypatch):
     selector = Bm25()
     selector.select(texts(), Budget(1, "epochs", count_selection=True), seed=0, ledger=Ledger())
     assert len(made) == 1
-    assert selector._made is None
+    assert selector._cached is None
 
 
 def test_answers_are_not_read(texts):

@@ -18,7 +18,7 @@ class TestBm25:
         kept = Okapi(chunks)
         monkeypatch.setattr(bm25, "KEPT", 20)
         streamed = Okapi(chunks)
-        assert streamed._kept is None
+        assert streamed._chunk_weights is None
         queries = [np.asarray(kept.count(pa.array([q])).sum(axis=0)) for q in (["w1", "w4"], ["w2"], ["none"])]
         assert (streamed.idf == kept.idf).all()
         assert (streamed.document_frequency == kept.document_frequency).all()

@@ -177,7 +177,7 @@ def test_merge_and_full_write_folders_that_transformers_loads(folder, selected, 
 
 
 def test_what_cannot_be_done_is_refused_before_training(folder, selected, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("cads.cli.commands.train_on", lambda *a, **k: pytest.fail("training began"))
+    monkeypatch.setattr("cads.training.final.train", lambda *a, **k: pytest.fail("training began"))
     words = ["train", str(folder / "full.yaml"), "--selection", str(selected), "--out", str(tmp_path / "t")]
     assert main([*words, "--merge", "true"]) == 1
     assert "have no adapters to merge" in " ".join(capsys.readouterr().err.split())

@@ -113,7 +113,7 @@ class TestCommands:
             before_steps(stop)
             return [self.run(tmp_path, "select", "--out", out), len(taken), taken[-1]]
 
-        kind = "_Underway" if at == 5 else "Rounds"
+        kind = "_Underway" if at == 5 else "Lockstep"
         assert spread(2, work, said) == [[128 + number, at, kind]] * 2
         assert len(list(out.glob("checkpoints/select/*-underway"))) == 1
         assert not (out / ".lock").exists()

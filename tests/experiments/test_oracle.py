@@ -195,7 +195,7 @@ class TestBound:
     def test_the_best_come_first(self, tmp_path, monkeypatch):
         monkeypatch.setattr("experiments.bound.content_key", lambda *_: "fake")
         trained = Trained(None, 1.0, tmp_path, 1.0)
-        trained.found = {((True, False), 0): (0.5, 0.2), ((True, True), 0): (0.4, 0.1), ((True, True), 2): (0.4, 0.1)}
+        trained.results = {((True, False), 0): (0.5, 0.2), ((True, True), 0): (0.4, 0.1), ((True, True), 2): (0.4, 0.1)}
         assert trained.best([0], 0) == [(True, True), (True, False)]
         assert trained.best([0], 1) == [(True, False), (True, True)]
         assert trained.best([0, 2], 0) == [(True, True)]
@@ -324,6 +324,6 @@ class TestInput:
         given = oracle._arguments(words[3:])
         assert {world.name for world in map(read_world, given.world)} == {"noise-5000", "noise-5000-200"}
         who = contenders(given.methods.split(","), given.options)
-        assert [c.method for c in who] == ["full", "joint", "source", "cads-e", "cads-e"]
+        assert [c.method for c in who] == ["full", "joint", "source", "cads-e", "cads-e-one-run"]
         assert who[2].options["name"] in [spec.name for spec in read_world(given.world[0]).task.sources]
-        assert who[-1].options == {"one_run": True}
+        assert who[-1].options == {}

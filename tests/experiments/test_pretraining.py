@@ -45,7 +45,7 @@ class TestPretraining:
         assert 0.9 * 20_000 < next(r["tokens"] for r in results["ledger"] if r["phase"] == "train") <= 20_000
         assert results["metrics"]["token_loss"] < 4.5  # 300 tokens at random: 5.7 nats
         assert (folder / "model.safetensors").exists()
-        monkeypatch.setattr(pretraining, "train_on", lambda *a, **k: pytest.fail("trained again"))
+        monkeypatch.setattr(pretraining, "train", lambda *a, **k: pytest.fail("trained again"))
         assert pretrained(["tiny"], text, [], config, tmp_path)["tiny"] == folder
         other = write_lines(text.parent / "other.jsonl", [{"text": "something else"}] * 3)
         with pytest.raises(BaseException, match=r"trained again|rows"):

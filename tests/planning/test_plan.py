@@ -25,7 +25,7 @@ from cads.planning.plan import duration, make_plan, size
 from cads.recipe import TrainConfig
 from cads.registry import SELECTORS, build_selector, names
 from cads.scoring.ranker import Ranker
-from cads.tasks.language.shapes import LanguageSketch
+from cads.tasks.language.shapes import LanguageShapes
 from cads.tasks.shape_only import Field, ShapeOnly, shape_only_pool
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.synthetic_sources import SyntheticSource
@@ -87,7 +87,7 @@ def test_what_is_planned_is_what_is_charged(digits, texts, name, budget):
     task = texts(batch_size=8) if name in TEXT_ONLY else digits
     planned = selector.plan(task, budget)
     # Words are counted, so a pool without contents gives no more than a bound.
-    sketched = planned if name in TEXT_ONLY else selector.plan(DIGITS.sketch(RECIPE), budget)
+    planned_on_meta = planned if name in TEXT_ONLY else selector.plan(DIGITS.meta(RECIPE), budget)
     if isinstance(selector, Ranker) and budget.count_selection and planned.total().flops >= budget.flops(task):
         with pytest.raises(BudgetError, match="nothing is left to train with"):
             selector.select(task, budget, seed=0, ledger=ledger)
@@ -95,7 +95,7 @@ def test_what_is_planned_is_what_is_charged(digits, texts, name, budget):
         return
     selector.select(task, budget, seed=0, ledger=ledger)
     assert planned.total().flops == pytest.approx(ledger.total().flops, rel=0.01)
-    assert sketched.total().flops == pytest.approx(ledger.total().flops, rel=0.01)
+    assert planned_on_meta.total().flops == pytest.approx(ledger.total().flops, rel=0.01)
     assert stages(planned) == pytest.approx({k: v for k, v in stages(ledger).items() if v}, rel=0.02)
     assert planned.total().usages == pytest.approx(ledger.total().usages, rel=0.01)
 
@@ -113,16 +113,16 @@ def test_what_is_planned_is_what_is_charged(digits, texts, name, budget):
         ),
     ],
 )
-def test_a_sketch_costs_what_the_task_costs(config):
-    sketch, task = config.sketch(RECIPE), config.build(RECIPE)
+def test_a_meta_task_costs_what_the_task_costs(config):
+    meta, task = config.meta(RECIPE), config.build(RECIPE)
     for part in ("pool", "target", "test"):
-        mine, its = getattr(sketch, part), getattr(task, part)
+        mine, its = getattr(meta, part), getattr(task, part)
         assert len(mine) == len(its)
-        assert sketch.costs.forward_pool(mine) == task.costs.forward_pool(its)
-        assert sketch.costs.per_usage(mine, 8) == task.costs.per_usage(its, 8)
+        assert meta.costs.forward_pool(mine) == task.costs.forward_pool(its)
+        assert meta.costs.per_usage(mine, 8) == task.costs.per_usage(its, 8)
     if config.sources:
-        assert sketch.pool.source_names == task.pool.source_names
-        assert abs(sketch.pool.source_sizes - task.pool.source_sizes).max() <= 1
+        assert meta.pool.source_names == task.pool.source_names
+        assert abs(meta.pool.source_sizes - task.pool.source_sizes).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def test_shapes_without_examples_are_refused(n, shape, sources, message):
         shape_only_pool("pool", ShapeOnly(n, {"x": Field(shape)}, Field(())), sources)
 
 
-def test_a_sketch_has_no_weights_and_no_data():
-    sketch = VisionConfig(dataset="cifar10", model="resnet18", pretrained=True, n_pool=1000).sketch(RECIPE)
-    assert all(p.is_meta for p in sketch.model(0).parameters())
-    assert sketch.pool.batch([0, 1]).inputs["images"].is_meta
+def test_a_meta_task_has_no_weights_and_no_data():
+    meta = VisionConfig(dataset="cifar10", model="resnet18", pretrained=True, n_pool=1000).meta(RECIPE)
+    assert all(p.is_meta for p in meta.model(0).parameters())
+    assert meta.pool.batch([0, 1]).inputs["images"].is_meta
     with pytest.raises(DataError, match="no examples"):
-        sketch.pool.examples.digests()
-    assert len(VisionConfig(dataset="fashion-mnist").sketch(RECIPE).pool) == 54_000
+        meta.pool.examples.digests()
+    assert len(VisionConfig(dataset="fashion-mnist").meta(RECIPE).pool) == 54_000
 
 
 def test_planning_trains_nothing(monkeypatch, cads):
@@ -204,10 +204,10 @@ def test_the_figures_of_ccds(cads, tmp_path, monkeypatch, model):
 
 def test_all_methods_are_planned_for_a_large_model():
     sources = {"flan_v2": 100_000, "cot": 100_000, "dolly": 15_011, "oasst1": 55_668}
-    settings = LanguageSketch(
+    settings = LanguageShapes(
         model=str(MODELS / "llama-2-7b.json"), embedding_model=str(MODELS / "bert-base.json"), sources=sources, **LLAMA
     )
-    task = settings.sketch(TrainConfig(batch_size=128, accumulate=128, precision="bf16"))
+    task = settings.meta(TrainConfig(batch_size=128, accumulate=128, precision="bf16"))
     task.accounting = "analytic"
     methods = {"cads-s": build_selector("cads-s"), "cads-e": build_selector("cads-e"), **PUBLISHED}
     plan = make_plan(task, Budget(1, "epochs"), methods, flops_per_second=1e15, strict=True)
@@ -224,7 +224,7 @@ def test_all_methods_are_planned_for_a_large_model():
 
 
 def test_a_budget_for_both_is_shared(small):
-    task = LanguageSketch(model=small, lora_targets=["q_proj"], tokens=16, n_pool=100).sketch(RECIPE)
+    task = LanguageShapes(model=small, lora_targets=["q_proj"], tokens=16, n_pool=100).meta(RECIPE)
     task.accounting = "analytic"
     methods = {"ppl": PUBLISHED["ppl"], "less": PUBLISHED["less"]}
     alone, counted = (
@@ -239,7 +239,7 @@ def test_a_budget_for_both_is_shared(small):
 
 
 def test_methods_without_a_plan_say_why(small):
-    task = LanguageSketch(model=small, lora_targets=["q_proj"], tokens=16, n_pool=100).sketch(RECIPE)
+    task = LanguageShapes(model=small, lora_targets=["q_proj"], tokens=16, n_pool=100).meta(RECIPE)
     methods = {"cads-s": build_selector("cads-s"), **PUBLISHED}
     plan = make_plan(task, Budget(1, "epochs"), methods, flops_per_second=1e9)
     assert [row.method for row in plan.methods] == ["ppl", "less"]
@@ -249,7 +249,7 @@ def test_methods_without_a_plan_say_why(small):
     with pytest.raises(ConfigError, match="analytic or paper"):
         make_plan(task, Budget(1, "epochs"), {"bm25": PUBLISHED["bm25"]}, flops_per_second=1e9, strict=True)
     with pytest.raises(ConfigError, match="scores texts"):
-        PUBLISHED["ppl"].plan(DIGITS.sketch(RECIPE), Budget(1, "epochs"))
+        PUBLISHED["ppl"].plan(DIGITS.meta(RECIPE), Budget(1, "epochs"))
 
 
 @pytest.mark.parametrize(
@@ -263,11 +263,11 @@ def test_methods_without_a_plan_say_why(small):
         (["--accounting", "paper"], "use measured or analytic"),
         (["--methods", "[bm25]"], "has no text"),
         (["--methods", "[magic]"], "magic"),
-        (["--kind", "lm-sketch"], "--task.model"),
-        (["--kind", "lm-sketch", "--task.model", "missing.json"], "missing.json"),
-        (["--kind", "lm-sketch", "--task.n_pool", "0"], "n_pool = 0"),
-        (["--kind", "lm-sketch", "--task.lora_rank", "-1"], "lora_rank = -1"),
-        (["--kind", "lm-sketch", "--task.sources", "{a: 3}"], "equal"),
+        (["--kind", "lm-shapes"], "--task.model"),
+        (["--kind", "lm-shapes", "--task.model", "missing.json"], "missing.json"),
+        (["--kind", "lm-shapes", "--task.n_pool", "0"], "n_pool = 0"),
+        (["--kind", "lm-shapes", "--task.lora_rank", "-1"], "lora_rank = -1"),
+        (["--kind", "lm-shapes", "--task.sources", "{a: 3}"], "equal"),
     ],
 )
 def test_bad_input_is_refused_with_a_reason(cads, flags, message):
@@ -280,17 +280,17 @@ def test_a_length_or_an_adapter_that_cannot_run_is_refused(tmp_path):
     path = tmp_path / "gpt2.json"
     path.write_text(GPT2Config(n_embd=24, n_layer=1, n_head=2, vocab_size=50, n_positions=8).to_json_string())
     with pytest.raises(ConfigError, match="8 learned positions"):
-        LanguageSketch(model=str(path), lora_targets=["c_attn"], tokens=9).sketch(RECIPE)
-    task = LanguageSketch(model=str(path), lora_targets=["q_proj"], tokens=8, n_pool=20).sketch(RECIPE)
+        LanguageShapes(model=str(path), lora_targets=["c_attn"], tokens=9).meta(RECIPE)
+    task = LanguageShapes(model=str(path), lora_targets=["q_proj"], tokens=8, n_pool=20).meta(RECIPE)
     with pytest.raises(ConfigError, match="q_proj"):
         task.costs.per_usage(task.pool, 8)
 
 
-def test_a_sketch_is_only_planned_for(cads, small):
-    status, _, err = cads("select", "--kind", "lm-sketch", "--task.model", small, "--method", "full")
+def test_a_task_of_shapes_is_only_planned_for(cads, small):
+    status, _, err = cads("select", "--kind", "lm-shapes", "--task.model", small, "--method", "full")
     assert status == 1
     assert "cads plan" in err
-    task = LanguageSketch(model=small).sketch(RECIPE)
+    task = LanguageShapes(model=small).meta(RECIPE)
     with pytest.raises(ConfigError, match="cads plan"):
         task.metrics(nn.Linear(1, 1), task.pool)
 

@@ -69,7 +69,7 @@ def test_one_run_rides_on_divided_training(features, tmp_path):
     task, budget = features(batch_size=6, n=80, learning_rate=0.01), Budget.parse("30 epochs")
 
     def work():
-        selector = build_selector("cads-e", {"one_run": True})
+        selector = build_selector("cads-e-one-run")
         selection = selector.select(task, budget, seed=0, ledger=Ledger(), monitor=Monitor())
         assert selection.warm_start is not None
         return chosen(selection)

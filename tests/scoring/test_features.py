@@ -11,7 +11,17 @@ import torch
 from cads.accounting.ledger import SELECT, Ledger
 from cads.data.pool import Pool
 from cads.errors import ConfigError, DataError
-from cads.scoring.features import ENTROPY, GROUP, LENGTH, LOSS, MARGIN, SOURCE, FreeFeatures, ReadFeatures, _Once
+from cads.scoring.features import (
+    ENTROPY,
+    GROUP,
+    LENGTH,
+    LOSS,
+    MARGIN,
+    SOURCE,
+    FreeFeatures,
+    ReadFeatures,
+    _CachedForward,
+)
 from cads.selectors.cads_amortised.policy import AmortisedPolicy
 from cads.selectors.cads_amortised.sample import visit_order
 from cads.selectors.cads_amortised.selector import probabilities_of
@@ -75,7 +85,7 @@ class TestFeatures:
                 return scale * x
 
         model = Doubled()
-        once, x = _Once(model), torch.arange(4.0)
+        once, x = _CachedForward(model), torch.arange(4.0)
         first = once(x, scale=2.0, mask={"a": [x]})
         assert once(x.clone(), mask={"a": [x.clone()]}, scale=2.0) is first
         for inputs, options in (

@@ -8,13 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cads.search.fidelity import (
-    FULL_DATA_MAX_PASSES,
-    MAX_KEPT_PASSES,
-    MIN_STEPS,
-    PRETRAINED_DATA_FACTOR,
-    fidelity_schedule,
-)
+from cads.search.constants import FROM_SCRATCH, PRETRAINED
+from cads.search.fidelity import fidelity_schedule
 
 POSITIVE = st.floats(1e-2, 1e4)
 
@@ -29,18 +24,19 @@ POSITIVE = st.floats(1e-2, 1e4)
 )
 def test_the_ladder_stays_within_its_allowance(steps, allowance, step, measuring, passes, pretrained):
     training, per_run = steps * step, measuring * step
-    rungs = fidelity_schedule(training, allowance * step, step, per_run, passes, pretrained=pretrained)
+    constants = PRETRAINED if pretrained else FROM_SCRATCH
+    rungs = fidelity_schedule(training, allowance * step, step, per_run, passes, constants=constants)
     assert sum(r.n_trials * (r.flops + per_run) for r in rungs) <= allowance * step * (1 + 1e-9)
     assert all(r.n_trials >= 2 for r in rungs)
     assert all(r.flops == pytest.approx(r.fidelity * training) for r in rungs)
-    assert all(r.flops >= min(training, MIN_STEPS * step) * (1 - 1e-9) for r in rungs)
-    assert all(0 < r.fidelity * (PRETRAINED_DATA_FACTOR if pretrained else 1) <= r.data_fraction <= 1 for r in rungs)
-    kept = min(passes, math.sqrt(passes * MAX_KEPT_PASSES)) / (PRETRAINED_DATA_FACTOR if pretrained else 1)
+    assert all(r.flops >= min(training, constants.min_steps * step) * (1 - 1e-9) for r in rungs)
+    assert all(0 < r.fidelity * constants.data_factor <= r.data_fraction <= 1 for r in rungs)
+    kept = min(passes, math.sqrt(passes * constants.max_kept_passes)) / constants.data_factor
     visits = [passes * rung.fidelity / rung.data_fraction for rung in rungs]
     for rung, seen in zip(rungs[:-1], visits, strict=False):
         assert rung.data_fraction == 1 or seen == pytest.approx(kept)
     if rungs and pretrained:
-        assert passes > FULL_DATA_MAX_PASSES or all(rung.data_fraction == 1 for rung in rungs)
+        assert passes > PRETRAINED.full_data_max_passes or all(rung.data_fraction == 1 for rung in rungs)
         assert rungs[-1].data_fraction == 1 or visits[-1] == pytest.approx(kept)
     elif rungs and rungs[-1].data_fraction < 1:
         assert min(1.0, kept) * (1 - 1e-9) <= visits[-1] <= kept * (1 + 1e-9)

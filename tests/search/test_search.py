@@ -28,11 +28,12 @@ from cads.errors import ConfigError, DataError
 from cads.estimators.design import spaced
 from cads.monitor import Monitor
 from cads.recipe import TrainConfig
+from cads.search.constants import PRETRAINED
 from cads.search.fidelity import Rung
 from cads.search.inner_costs import PlannedInnerLoop
 from cads.search.inner_runs import InnerLoop, InnerRuns, paired_error
 from cads.search.rungs import run_rung
-from cads.search.source_selection import source_selection
+from cads.search.source_choice import source_choice
 from cads.search.space import MixtureSpace, SubsetSpace
 from cads.selection import Selection
 from cads.selectors.cads_amortised.selector import CadsAmortised
@@ -41,7 +42,7 @@ from cads.selectors.cads_e.selector import CadsExamples
 from cads.selectors.cads_s.penalty_form import PenalizedSources
 from cads.selectors.cads_s.proposals import initial_design
 from cads.selectors.cads_s.selector import CadsSources
-from cads.selectors.cads_s.target_risk import THETA_STEPS, excess_target_loss, theta_risks
+from cads.selectors.cads_s.target_risk import excess_target_loss, probe_positions
 from cads.selectors.cads_s.trials import TrialHistory
 from cads.task import ObjectiveValue
 from cads.tasks.vision.config import VisionConfig
@@ -68,8 +69,6 @@ def confidence_lost(task, model, pool):
         (partial(CadsSources, allowance=0), 16),
         (CadsExamples, 16),
         (Bilevel, 16),
-        (partial(CadsSources, one_run=True), 64),
-        (partial(CadsSources, one_run=True), 1),
     ],
 )
 def test_a_selection_by_a_function_of_ones_own_is_saved_with_its_name(features, kind, passes, tmp_path):
@@ -198,12 +197,10 @@ def test_what_the_pool_teaches_is_taken_out_of_what_theta_finds(features, monkey
     task = features(batch_size=8)
     inner = InnerLoop(task, Ledger(), Monitor())
     theta, u = np.array([2.0, 1.0, 3.0]), np.array([3.0, 1.1, 3.2])
-    found = iter([theta.copy(), u])
-    monkeypatch.setattr("cads.selectors.cads_s.target_risk.mean_losses", lambda *_: next(found))
-    risk, where = theta_risks(inner, SubsetSpace(task.pool), Budget(16, "epochs").flops(task), 60, seed=0)
-    np.testing.assert_array_equal(risk, theta)
-    assert [set(task.pool.sources[there]) for there in where] == [{k} for k in range(len(task.pool.source_names))]
-    np.testing.assert_allclose(excess_target_loss(inner, risk, where, task.model(0)), theta - u + u.mean())
+    monkeypatch.setattr("cads.selectors.cads_s.target_risk.mean_losses", lambda *_: u)
+    positions = probe_positions(SubsetSpace(task.pool))
+    assert [set(task.pool.sources[p]) for p in positions] == [{k} for k in range(len(task.pool.source_names))]
+    np.testing.assert_allclose(excess_target_loss(inner, theta, positions, task.model(0)), theta - u + u.mean())
 
 
 @pytest.mark.parametrize("space", [SubsetSpace, MixtureSpace])
@@ -221,7 +218,7 @@ def test_a_rung_whose_first_run_was_made_before_is_the_same(space, replicas):
     parts = run_rung(inner, space, draws, rung, 0, 0, reference_run)
     assert parts.models[0] is reference_run.models[0]
     assert len(parts.models) == len(draws)
-    for name in ("objective", "errors", "losses", "reached", "flops"):
+    for name in ("objective", "stderr", "losses", "final_train_loss", "flops"):
         np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-3, atol=1e-5, err_msg=name)
     assert ledgers[1].total().flops == pytest.approx(ledgers[0].total().flops)
     assert whole.stderr[1:].all()
@@ -256,7 +253,7 @@ def test_a_pretrained_model_is_searched_for_where_the_budget_buys_the_least(feat
     # The policy of CADS-E is computed once more to be returned, unless it is the full pool's.
     assert spent.flops == pytest.approx(planned.total(SELECT).flops, abs=candidates_flops(len(task.pool), 1))
     assert spent.flops <= budget.amount / 1.8 * (1 + 1e-6)
-    assert ledger.entries[SELECT, "theta"].usages >= THETA_STEPS * 8
+    assert ledger.entries[SELECT, "theta"].usages >= PRETRAINED.theta_min_steps * 8
     assert any("short runs" in stage for _, stage in ledger.entries)
 
 
@@ -330,8 +327,7 @@ def test_ratios_in_proportion_to_sizes_are_no_weights(features, sizes):
     space = MixtureSpace(task.pool)
 
     def chosen(draw):
-        about = {"budget": Budget(1, "epochs"), "method": "m", "seed": 0, "ledger": Ledger()}
-        return source_selection(task, space, np.array(draw), space.policy(), **about)
+        return source_choice(space, np.array(draw), space.policy(), {})
 
     assert not chosen(space.full).weighted
     assert chosen(space.full).selected.all()

@@ -21,12 +21,18 @@ from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError, CheckpointError, ConfigError, DataError, SelectionError
 from cads.registry import build_selector
 from cads.runtime.checkpoint import State
-from cads.search.fidelity import PRETRAINED_STEPS
 from cads.search.inner_runs import InnerLoop
-from cads.search.single_run import OneRun, by_example, by_source, own_losses_tell, standardised
+from cads.search.single_run import (
+    PRETRAINED_STEPS,
+    OnlineSelector,
+    by_example,
+    by_source,
+    own_losses_tell,
+    standardised,
+)
 from cads.seeding import derive
 from cads.selection import Selection
-from cads.selectors.cads_e.selector import CadsExamples
+from cads.selectors.cads_e.single_run import OneRunExamples
 from cads.training.final import train
 from cads.training.run_state import RunSegment
 from cads.training.trainer import Trainer
@@ -40,7 +46,7 @@ BUDGET = Budget(16, "epochs", count_selection=True)
 
 def choose(task, budget=BUDGET, *, method="cads-e", seed=0, **options):
     ledger = Ledger()
-    selector = build_selector(method, {"one_run": True, **options})
+    selector = build_selector(f"{method}-one-run", options)
     selection = selector.select(task, budget, seed=seed, ledger=ledger)
     return selection, ledger
 
@@ -188,7 +194,7 @@ class TestTheRun:
         share = (0.13 if pretrained else 0.05) if allowance is None else allowance / (1 + allowance)
         assert chosen <= share * total * (1 + 1e-9)
         del options["method"]
-        planned = build_selector(method, {"one_run": True, **options}).plan(task, budget).total(SELECT).flops
+        planned = build_selector(f"{method}-one-run", options).plan(task, budget).total(SELECT).flops
         assert planned == pytest.approx(chosen, rel=0.01)
         outcome = train(task, selection, budget, seed=0)
         spent = outcome.ledger.total(SELECT).flops + outcome.ledger.total(TRAIN).flops
@@ -202,7 +208,7 @@ class TestTheRun:
         selection, ledger = choose(task, Budget(40, "epochs"), method=method)
         assert selection.warm_start is not None
         assert ledger.entries[SELECT, "l*"].flops > 0
-        planned = build_selector(method, {"one_run": True}).plan(task, Budget(40, "epochs"))
+        planned = build_selector(f"{method}-one-run").plan(task, Budget(40, "epochs"))
         # Texts are padded, batch by batch: theta may take a step more or less than the mean price tells.
         step = 8 * task.costs.per_usage(task.target, 8)
         assert planned.total(SELECT).flops == pytest.approx(ledger.total(SELECT).flops, abs=1.1 * step)
@@ -230,7 +236,7 @@ class TestTheRun:
         hard = np.random.default_rng(0).permutation(80)
         found = []
         monkeypatch.setattr(InnerLoop, "losses", lambda self, *_, **__: hard + np.arange(80) / 100)
-        monkeypatch.setattr(OneRun, "_reference", lambda self, *_: found.append(True) or hard * 1.0)
+        monkeypatch.setattr(OnlineSelector, "_reference", lambda self, *_: found.append(True) or hard * 1.0)
         selection, ledger = choose(task, Budget(epochs, "epochs"))
         assert bool(found) == selects == bool(selection.notes.get("theta")) == (selection.warm_start is not None)
         if selects:
@@ -385,7 +391,7 @@ class TestRefused:
     )
     def test_options_out_of_range(self, method, options):
         with pytest.raises(ConfigError, match=next(iter(options))):
-            build_selector(method, {"one_run": True, **options})
+            build_selector(f"{method}-one-run", options)
 
     @pytest.mark.parametrize("work", ["select", "plan"])
     def test_before_anything_is_computed(self, features, work):
@@ -396,7 +402,7 @@ class TestRefused:
 
         def call(method, task, budget=BUDGET, **options):
             more = {"seed": 0, "ledger": Ledger()} if work == "select" else {}
-            getattr(build_selector(method, {"one_run": True, **options}), work)(Untouched(task), budget, **more)
+            getattr(build_selector(f"{method}-one-run", options), work)(Untouched(task), budget, **more)
 
         with pytest.raises(DataError, match="has no sources"):
             call("cads-s", plain)
@@ -428,8 +434,7 @@ CONFIG = """
 task: {hidden: 16, n_pool: 80, n_target: 30, n_test: 30, sources: [{name: clean}, {name: noisy, label_noise: 0.9}]}
 train: {batch_size: 8}
 budget: 20 epochs
-method: cads-e
-options: {one_run: true}
+method: cads-e-one-run
 seed: 3
 progress: false
 tensorboard: false
@@ -453,7 +458,7 @@ def test_the_command_line_gives_the_same_as_python(tmp_path):
     config = VisionConfig(hidden=16, n_pool=80, n_target=30, n_test=30, sources=sources)
     task = config.build(TrainConfig(batch_size=8))
     budget, ledger = Budget(20.0, "epochs"), Ledger()
-    selection = CadsExamples(one_run=True).select(task, budget, seed=3, ledger=ledger)
+    selection = OneRunExamples().select(task, budget, seed=3, ledger=ledger)
     assert selection.warm_start is not None
     assert Selection.load(out).content_hash == selection.content_hash
     outcome = train(task, selection, budget, seed=3)

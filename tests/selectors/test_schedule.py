@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 import cads.selectors.cads_e.schedule
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT
-from cads.search.fidelity import FULL_DATA_MAX_PASSES, MIN_STEPS, PRETRAINED_STEPS
+from cads.search.constants import PRETRAINED
 from cads.search.inner_costs import PlannedInnerLoop
+from cads.search.single_run import PRETRAINED_STEPS
 from cads.selectors.cads_e.schedule import (
     FIDELITIES,
     KEEP_FRACTIONS,
@@ -28,11 +29,12 @@ from cads.selectors.cads_e.schedule import (
     signal_models,
 )
 from cads.selectors.cads_e.selector import CadsExamples
+from tests.support.planned import charges
 
 
 @pytest.fixture(scope="session")
-def purse(features):
-    """A purse with an allowance for a training of so many passes."""
+def costs(features):
+    """Costs with an allowance for a training of so many passes."""
 
     def build(passes: float, allowance: float, *, pretrained: bool = False) -> tuple[PlannedInnerLoop, float]:
         task = copy.copy(features(batch_size=8))
@@ -47,10 +49,10 @@ def purse(features):
 def test_theta_has_to_afford_a_step_on_the_target(texts, monkeypatch, dearer):
     """Whose examples may be longer than those of the pool, or shorter."""
     monkeypatch.setattr(cads.selectors.cads_e.schedule, "LEAST_STEPS", 0)
-    monkeypatch.setattr(cads.selectors.cads_e.schedule, "TAUGHT", 0)
+    monkeypatch.setattr(cads.selectors.cads_e.schedule, "MAX_THETA_SHARE", 0)
     task = copy.copy(texts(batch_size=4))
     order = np.argsort(task.pool.examples.lengths(), kind="stable")
-    task.target = task.pool.part(order[-20:] if dearer else order[:20], "target")
+    task.target = task.pool.subset(order[-20:] if dearer else order[:20], "target")
     rng, trained = np.random.default_rng(0), []
     costs = PlannedInnerLoop(task, 1.0, held_out=True)
     for _ in range(50):
@@ -101,7 +103,7 @@ def test_scores_are_bought_only_where_something_can_be_compared_afterwards(costs
     teachers = signal_models(costs, training)
     assert teachers.theta >= 0
     assert teachers.theta > 0 or teachers.theta_refit_flops == teachers.u == 0
-    planned = CadsExamples(allowance=allowance).plan_search(costs, training)
+    planned = charges(CadsExamples(allowance=allowance), costs, training)
     assert planned == (teachers.theta > 0)
 
 
@@ -110,7 +112,7 @@ def test_scores_are_bought_only_where_something_can_be_compared_afterwards(costs
 def test_a_thorough_theta_leaves_enough_for_long_runs(costs, passes, allowance):
     costs, training = costs(passes, allowance)
     teachers = signal_models(costs, training)
-    assert CadsExamples(allowance=allowance).plan_search(costs, training) == (teachers.theta > 0)
+    assert charges(CadsExamples(allowance=allowance), costs, training) == (teachers.theta > 0)
     assert costs.ledger.total(SELECT).flops <= costs.ledger.limit * (1 + 1e-9)
     assert teachers.theta + teachers.theta_refit_flops <= MAX_THETA_SHARE * training or not isinstance(
         teachers, FromScratch
@@ -130,21 +132,24 @@ def test_a_thorough_theta_leaves_enough_for_long_runs(costs, passes, allowance):
 def test_what_is_bought_for_a_pretrained_model_leaves_enough_for_the_short_runs(costs, passes, allowance):
     costs, training = costs(passes, allowance, pretrained=True)
     teachers, step = signal_models(costs, training), costs.step_flops
-    assert CadsExamples(allowance=allowance).plan_search(costs, training) == (teachers.theta > 0)
+    assert charges(CadsExamples(allowance=allowance), costs, training) == (teachers.theta > 0)
     assert costs.ledger.total(SELECT).flops <= costs.ledger.limit * (1 + 1e-9)
     if not teachers.theta:
         # Twice what they take at least, and a C in which they fit, are always enough.
         least = CadsExamples().min_flops(PlannedInnerLoop(costs.task, math.inf, held_out=True))
-        assert allowance * training < 2 * max(least, FIDELITIES[0] * 2 * training) or training < MIN_STEPS * step
+        assert (
+            allowance * training < 2 * max(least, FIDELITIES[0] * 2 * training)
+            or training < PRETRAINED.min_steps * step
+        )
         return
     assert isinstance(teachers, FineTuned)
     assert teachers.theta >= costs.target_steps_flops(PRETRAINED_STEPS)
-    assert teachers.reference_is_first_run == (passes <= FULL_DATA_MAX_PASSES * (1 + 1e-9))
+    assert teachers.reference_is_first_run == (passes <= PRETRAINED.full_data_max_passes * (1 + 1e-9))
     assert teachers.reference_is_first_run == (teachers.u == 0)
     runs = [s for _, s in costs.ledger.entries if s.startswith("short runs") and "measuring" not in s]
     usages = costs.ledger.entries[SELECT, runs[0]].usages / costs.task.recipe.batch_size
     assert len(runs) == 1
-    assert 2 * MIN_STEPS <= usages <= (1 + len(teachers.steps)) * training / step
+    assert 2 * PRETRAINED.min_steps <= usages <= (1 + len(teachers.steps)) * training / step
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,9 @@ class TestOthers:
         run(tmp_path, **changes)
         assert not place.parent.exists()
         (record,) = caplog.records
-        assert record.getMessage() == "checkpoints of what is no part of this grid are discarded: other-grid"
+        assert record.getMessage() == (
+            "checkpoints of cells and rankings that are not in this grid are discarded: other-grid"
+        )
 
     def test_of_what_was_finished_before_they_were_removed(self, whole, tmp_path, caplog):
         run(tmp_path, **CHANGES)

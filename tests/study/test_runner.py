@@ -299,7 +299,7 @@ class TestRun:
         assert run(tmp_path, **changes, methods=["full"]) == before
 
     def test_a_score_that_is_no_number_is_a_failure(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("cads.study.cells.train_on", lambda *a, **k: with_nan(train(*a, **k)))
+        monkeypatch.setattr("cads.study.cells.train", lambda *a, **k: with_nan(train(*a, **k)))
         (row,) = run(tmp_path, seeds=1, budgets=["2 epochs"], methods=["full"])
         assert row["status"] == FAILED
         assert "accuracy of the trained model is nan" in row["error"]

@@ -19,7 +19,7 @@ def rows_of_sums(folder):
 def fetch_tokens(cache, rows, tok=None, given=None, *, longest=100, separator="\n", chat=None, drop=False):
     """Fetches `rows`, or those that are given."""
     tok = tok or tokenizer()
-    encoder = Encoder(tok, Renderer(tok, separator, chat), longest, drop=drop)
+    encoder = Encoder(tok, Renderer(tok, separator, chat), longest, drop_unanswered=drop)
     return TokenCache(cache, encoder).fetch([given or rows])[0]
 
 

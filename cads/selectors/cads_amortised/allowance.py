@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cads.data.token_batches import lengths
-from cads.errors import ConfigError
+from cads.errors import ConfigError, NotAffordableError
 from cads.scoring.features import Kind, free_names, read_names
-from cads.search.fidelity import MIN_FIDELITY, Rung
+from cads.search.base import NO_SEARCH_AFFORDABLE
+from cads.search.constants import constants_of
+from cads.search.fidelity import Rung
 from cads.search.inner_costs import InnerLoopCosts
 from cads.selectors.cads_e.schedule import REFERENCE_SHARE, THETA_PASSES, THETA_SHARE, comparisons, shortest
 
@@ -124,8 +126,8 @@ class AmortisedBudget:
 
 def divide_allowance(
     costs: InnerLoopCosts, train_flops: float, kinds: Sequence[Kind], share: float | None
-) -> AmortisedBudget | None:
-    """How the allowance is divided; None where it does not buy what is needed.
+) -> AmortisedBudget:
+    """How the allowance is divided.
 
     Where a pass over the pool is too dear, features that are free select from all of it, if there are any: while
     examples are seen a few times, many doubtful ones are worth more than a few good ones.
@@ -136,6 +138,7 @@ def divide_allowance(
 
     Raises:
         ConfigError: if this task has no feature of these kinds.
+        NotAffordableError: if the allowance does not buy what is needed.
     """
     task, n = costs.task, len(costs.task.pool)
     free, forward = len(free_names(task.pool, kinds)), len(read_names(task, kinds))
@@ -144,10 +147,10 @@ def divide_allowance(
             f"features = {list(kinds)}: examples of {task.name} have none of these that tells them apart: add 'loss'"
         )
     scan, per_usage = costs.scoring_flops(1), costs.step_flops / task.recipe.batch_size
-    usages, short = train_flops / per_usage, shortest(costs, train_flops, MIN_FIDELITY) * train_flops
+    usages, short = train_flops / per_usage, shortest(costs, train_flops, constants_of(task).min_fidelity) * train_flops
     left = costs.ledger.left - LEAST_RUNS * (short + costs.measuring_flops)
     if left <= 0:
-        return None
+        raise NotAffordableError(NO_SEARCH_AFFORDABLE)
     theta = min(costs.target_flops(THETA_SHARE, THETA_PASSES, train_flops), THETA_MOST * left)
     sample = min(n, max(LEAST_SAMPLE, int(SAMPLE_SHARE * left / (2 * scan))))
     u = min(REFERENCE_SHARE * train_flops, REFERENCE_MOST * left, REFERENCE_PASSES * sample * per_usage)
@@ -169,7 +172,7 @@ def divide_allowance(
         kept = parts.learning_flops + parts.comparing_flops(LEAST_RUNS, parts.known) + reserve(costs, parts)
         if theta >= costs.target_step_flops and kept <= over:
             return parts
-    return None
+    raise NotAffordableError(NO_SEARCH_AFFORDABLE)
 
 
 def reserve(costs: InnerLoopCosts, parts: AmortisedBudget) -> float:
@@ -189,7 +192,12 @@ def affordable(costs: InnerLoopCosts, parts: AmortisedBudget, train_flops: float
     def bought(kept: float) -> list[Rung]:
         per_run = parts.comparing_flops(1, parts.known)
         return comparisons(
-            costs, train_flops, lowest=MIN_FIDELITY, least_runs=LEAST_RUNS, per_run=per_run, reserve=kept
+            costs,
+            train_flops,
+            lowest=constants_of(costs.task).min_fidelity,
+            least_runs=LEAST_RUNS,
+            per_run=per_run,
+            reserve=kept,
         )
 
     kept = reserve(costs, parts)

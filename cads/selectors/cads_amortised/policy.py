@@ -17,7 +17,7 @@ import numpy as np
 from scipy.special import expit
 
 from cads.errors import CheckpointError, ConfigError
-from cads.estimators.rao_blackwell import rao_blackwell
+from cads.estimators.rao_blackwell import rao_blackwell_leading
 from cads.estimators.score_function import corrected
 from cads.policies.simplex import Floats, finite_array
 from cads.runtime.atomic_files import whole_file
@@ -133,7 +133,7 @@ class AmortisedPolicy:
 def penalty_direction(features: np.ndarray, signal: np.ndarray) -> tuple[Floats, Floats, Floats]:
     """The gradient of the penalty in w, up to its length, at the uniform policy.
 
-    There the Rao-Blackwellised gradient in s_i (`estimator.rao_blackwell`) is proportional to `signal_i` minus its
+    There the Rao-Blackwellised gradient in s_i (`rao_blackwell_leading`) is proportional to `signal_i` minus its
     mean, so that in w it is proportional to the covariance of features and signal. Each feature has its say by what it
     alone tells of the signal. The natural gradient, a regression of the signal on all of them, would give back the
     signal itself wherever it is among them, and leave what the others tell of the same thing unused: it selected more
@@ -157,7 +157,7 @@ def mean_loss(policy: AmortisedPolicy, features: np.ndarray, losses: np.ndarray)
 
 def mean_loss_slope(policy: AmortisedPolicy, features: np.ndarray, losses: np.ndarray) -> Floats:
     """The gradient of `mean_loss` in v, shape (P + 1,)."""
-    return policy.chain(features, rao_blackwell(losses, policy.probabilities(features), method="leading"))
+    return policy.chain(features, rao_blackwell_leading(losses, policy.probabilities(features)))
 
 
 def mirrored(centre: Floats, sigma: Floats, pairs: int, rng: np.random.Generator) -> Floats:

@@ -11,27 +11,27 @@ the rest as the budget pays for, in one pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
 from cads.data.batch import Batch
 from cads.data.pool import Pool
 from cads.data.streams import ShuffledStream
-from cads.errors import ConfigError
+from cads.errors import ConfigError, NotAffordableError
 from cads.policies.simplex import Floats
 from cads.scoring.features import KINDS, FreeFeatures, Kind, ReadFeatures
 from cads.scoring.pool_scores import score_pool
 from cads.search.base import NO_SEARCH_AFFORDABLE, Search, check_reference, guard_message
+from cads.search.choice import Choice
 from cads.search.fidelity import Rung
-from cads.search.inner_costs import PlannedInnerLoop
+from cads.search.inner_costs import InnerLoopCosts
 from cads.search.inner_runs import InnerLoop
+from cads.search.stages import FitTarget, ScorePool, Stages, Trials, UpdatePolicy, reference_trial
 from cads.seeding import derive
-from cads.selection import Selection
 from cads.selectors.cads_amortised.allowance import (
     CONTROL_DRAWS,
     AmortisedBudget,
@@ -83,65 +83,56 @@ class CadsAmortised(Search):
         """What the policy may look at."""
         return KINDS if self.features is None else self.features
 
-    def plan_search(self, costs: PlannedInnerLoop, train_flops: float) -> bool:
-        """What `search` would do unless it ends with the full pool, which saves the pass; see `Search`."""
+    def stages(self, costs: InnerLoopCosts, train_flops: float) -> Stages:
+        """theta, u, the sample, the trials, and the pass, which is saved where the full pool wins; see `Search`."""
         parts = divide_allowance(costs, train_flops, self.kinds, self.share)
-        if parts is None:
-            return False
-        costs.fit_target(parts.theta, stage="theta")
-        costs.losses(parts.sample, stage="R")
+        yield FitTarget(parts.theta)
+        yield ScorePool(parts.sample, "R")
         if parts.u:
-            costs.run(1, parts.u, stage="u")
-            costs.losses(parts.sample, stage="l*")
-        costs.learn(parts.learning_flops)
+            yield reference_trial(parts.u, train_flops)
+            yield ScorePool(parts.sample, "l*")
+        yield UpdatePolicy(parts.learning_flops)
         rungs = affordable(costs, parts, train_flops)
+        if not rungs:
+            raise NotAffordableError(NO_SEARCH_AFFORDABLE)
         available = len(parts.steps)
         for rung_index, rung in enumerate(rungs):
             tried = exploring(rungs, rung_index)
             available = min(rung.n_trials - 1 - tried - (tried > 0), available)
             _, count = parts.visible(len(costs.task.pool), rung.data_fraction)
-            costs.learn(parts.comparing_flops(available + tried + (tried > 0), count))
-            costs.run(1 + available, rung.flops, stage=rung.stage)
+            yield UpdatePolicy(parts.comparing_flops(available + tried + (tried > 0), count))
+            yield Trials(replace(rung, n_trials=1 + available))
             if tried:
                 available += tried + 1
-                costs.run(tried, rung.flops, stage=rung.stage)
-                costs.learn(parts.exploring_flops(tried))
-                costs.run(1, rung.flops, stage=rung.stage)
-        if rungs:
-            if parts.forward and parts.read > parts.sample:
-                costs.losses(parts.read - parts.sample, stage="pass")
-            costs.learn(parts.applying_flops)
-        return bool(rungs)
+                yield Trials(replace(rung, n_trials=tried))
+                yield UpdatePolicy(parts.exploring_flops(tried))
+                yield Trials(replace(rung, n_trials=1))
+        if parts.forward and parts.read > parts.sample:
+            yield ScorePool(parts.read - parts.sample, "pass")
+        yield UpdatePolicy(parts.applying_flops)
 
-    def run_search(self, inner: InnerLoop, budget: Budget, train_flops: float, seed: int, ledger: Ledger) -> Selection:
+    def run_search(self, inner: InnerLoop, train_flops: float, seed: int) -> Choice:
         """theta, u, the sample, the ladder, and the pass; see `Search`."""
         task = inner.task
         parts = divide_allowance(inner, train_flops, self.kinds, self.share)
-        if parts is None:
-            return self.full_pool(task, budget, seed, ledger, NO_SEARCH_AFFORDABLE)
         order = visit_order(task.pool, derive(seed, "visit"))
         sample = learn_from(inner, parts, self.kinds, order, seed)
         proposals = candidates(sample, parts.steps)
         inner.learn(parts.learning_flops)
         rungs = affordable(inner, parts, train_flops)
         best, gain = run_ladder(inner, parts, sample, proposals, rungs, seed, guard=self.guard)
+        if best is None and not (rungs and proposals):
+            raise NotAffordableError(NO_SEARCH_AFFORDABLE)
         if best is None:
-            found = guard_message(False) if rungs and proposals else NO_SEARCH_AFFORDABLE
-            return self.full_pool(task, budget, seed, ledger, found)
+            return Choice.full_pool(task.pool, guard_message(False))
         probability, read = apply_policy(inner, parts, best.policy, sample)
         inner.learn(parts.applying_flops)
         selected, probability = fill_unread(parts, probability, order, read)
         inner.monitor.panels(task.pool, probability, len(rungs), task.describe)
-        return Selection.from_pool(
-            task.pool,
+        return Choice(
             selected=selected,
             score=probability,
             probability=probability,
-            method=self.method,
-            seed=seed,
-            budget=budget,
-            ledger=ledger,
-            config=asdict(self),
             notes={
                 "guard": guard_message(gain > 0),
                 "gain": gain,

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cads.accounting.operations import candidates_flops
-from cads.search.fidelity import FULL_DATA_MAX_PASSES, MIN_STEPS, PRETRAINED_SHARE, PRETRAINED_STEPS, Rung
+from cads.search.constants import PRETRAINED
+from cads.search.fidelity import Rung
 from cads.search.inner_costs import InnerLoopCosts
+from cads.search.single_run import PRETRAINED_SHARE, PRETRAINED_STEPS
 
 THETA_SHARE, THETA_PASSES = 0.2, 20
 """theta is fitted to the target for this share of C, but for no more passes over it than this."""
@@ -125,7 +127,7 @@ class FineTuned(SignalModels):
     def short_runs(self, costs: InnerLoopCosts, train_flops: float, left: float) -> list[Rung]:
         """As many as there are candidates, and as long as `left` FLOPs make them; or fewer, of the shortest."""
         beside = costs.measuring_flops + candidates_flops(len(costs.task.pool), 1)
-        lowest = max(FIDELITIES[0], MIN_STEPS * costs.step_flops / train_flops)
+        lowest = max(FIDELITIES[0], PRETRAINED.min_steps * costs.step_flops / train_flops)
         runs = min(1 + len(self.steps), int(left / (lowest * train_flops + beside)))
         if lowest > 1 or runs < 2:
             return []
@@ -171,17 +173,17 @@ def fine_tuned_signal_models(costs: InnerLoopCosts, train_flops: float) -> Signa
     most = costs.target_flops(PRETRAINED_SHARE, THETA_PASSES, train_flops)
     theta = max(costs.target_steps_flops(PRETRAINED_STEPS), min(most, PRETRAINED_SHARE * costs.ledger.left))
     passes, u = costs.passes(train_flops), 0.0
-    if passes > FULL_DATA_MAX_PASSES:
-        u = max(theta, MIN_STEPS * costs.step_flops)
-    teachers = FineTuned(theta, u=u, passes=passes)
+    if passes > PRETRAINED.full_data_max_passes:
+        u = max(theta, PRETRAINED.min_steps * costs.step_flops)
+    models = FineTuned(theta, u=u, passes=passes)
     taken = theta + u + 2 * costs.scoring_flops(len(costs.task.pool)) + (costs.measuring_flops if u else 0.0)
-    return teachers if teachers.short_runs(costs, train_flops, costs.ledger.left - taken) else SignalModels()
+    return models if models.short_runs(costs, train_flops, costs.ledger.left - taken) else SignalModels()
 
 
 def least_flops(costs: InnerLoopCosts) -> float:
     """What CADS-E takes at least where models are pretrained: theta, two passes over the pool, and two short runs."""
     n = len(costs.task.pool)
-    run = MIN_STEPS * costs.step_flops + costs.measuring_flops + candidates_flops(n, 1)
+    run = PRETRAINED.min_steps * costs.step_flops + costs.measuring_flops + candidates_flops(n, 1)
     return costs.target_steps_flops(PRETRAINED_STEPS) + 2 * costs.scoring_flops(n) + 2 * run
 
 

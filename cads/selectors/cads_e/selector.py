@@ -10,31 +10,31 @@ are pretrained, few steps of both are enough.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from cads.accounting.budget import Budget
-from cads.accounting.ledger import Ledger
 from cads.accounting.operations import candidates_flops
 from cads.data.streams import ShuffledStream
 from cads.data.subsample import subsample
+from cads.errors import NotAffordableError
 from cads.monitor import Monitor
-from cads.search.base import NO_SEARCH_AFFORDABLE, check_reference, guard_message
+from cads.search.base import NO_SEARCH_AFFORDABLE, Search, check_reference, guard_message
+from cads.search.choice import Choice
 from cads.search.fidelity import Rung
-from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
+from cads.search.inner_costs import InnerLoopCosts
 from cads.search.inner_runs import InnerLoop, InnerRuns
 from cads.search.rungs import run_streams
-from cads.search.single_run import OneRunSearch, by_example, watch_sources
+from cads.search.single_run import watch_sources
+from cads.search.stages import FitTarget, ScorePool, Stages, Trials, UpdatePolicy, reference_trial
 from cads.seeding import derive
-from cads.selection import Selection
 from cads.selectors.cads_e.candidates import Candidate, Signals, entropy, most_probable
 from cads.selectors.cads_e.schedule import KEPT_FOR_THETA, TARGET_FRACTION, SignalModels, least_flops, signal_models
 
 
 @dataclass
-class CadsExamples(OneRunSearch):
+class CadsExamples(Search):
     """CADS-E: selection probabilities for single examples; sources are not needed.
 
     theta is fitted to one half of the target and u to the pool; each candidate policy is one step along the
@@ -49,47 +49,47 @@ class CadsExamples(OneRunSearch):
     held_out: ClassVar[bool] = True
     whole_sources: ClassVar[bool] = False
     default_allowance: ClassVar[float] = 3.0
-    weigh = staticmethod(by_example)
 
-    def plan_search(self, costs: PlannedInnerLoop, train_flops: float) -> bool:
-        """What `search` would do; see `Search`."""
+    def stages(self, costs: InnerLoopCosts, train_flops: float) -> Stages:
+        """theta, u, and the trials that compare candidates; see `Search`."""
         n = len(costs.task.pool)
-        teachers = signal_models(costs, train_flops)
-        if not teachers.theta:
-            return False
-        costs.fit_target(teachers.theta, stage="theta")
-        costs.losses(n, stage="R")
-        if teachers.theta_refit_flops:
-            costs.learn(candidates_flops(n, 1))
-            costs.fit_target(teachers.theta_refit_flops, stage="theta, with the pool")
-            costs.losses(n, stage="R")
-        if teachers.u:
-            costs.run(1, teachers.u, stage="u")
-            costs.losses(n, stage="l*")
-        rungs = teachers.comparisons(costs, train_flops)
-        if teachers.reference_is_first_run:
-            costs.losses(n, stage="l*")
+        models = signal_models(costs, train_flops)
+        if not models.theta:
+            raise NotAffordableError(NO_SEARCH_AFFORDABLE)
+        yield FitTarget(models.theta)
+        yield ScorePool(n, "R")
+        if models.theta_refit_flops:
+            yield UpdatePolicy(candidates_flops(n, 1))
+            yield FitTarget(models.theta_refit_flops, "theta, with the pool")
+            yield ScorePool(n, "R")
+        if models.u:
+            yield reference_trial(models.u, train_flops)
+            yield ScorePool(n, "l*")
+        rungs = models.comparisons(costs, train_flops)
+        if not rungs:
+            raise NotAffordableError(NO_SEARCH_AFFORDABLE)
+        probe = ScorePool(n, "l*") if models.reference_is_first_run else None
         for rung in rungs:
-            runs = min(rung.n_trials, 1 + len(teachers.steps))
+            n_trials = min(rung.n_trials, 1 + len(models.steps))
             # All but the full pool's, and the best one once more.
-            costs.learn(candidates_flops(n, runs))
-            costs.run(runs, rung.flops, stage=rung.stage)
-        return bool(rungs)
+            yield UpdatePolicy(candidates_flops(n, n_trials))
+            yield Trials(replace(rung, n_trials=n_trials), probe=probe)
+            probe = None
 
     def min_flops(self, costs: InnerLoopCosts) -> float:
         """Two models, their losses, and two short runs; see `Search`."""
         return least_flops(costs) if costs.task.pretrained else 0.0
 
-    def run_search(self, inner: InnerLoop, budget: Budget, train_flops: float, seed: int, ledger: Ledger) -> Selection:
+    def run_search(self, inner: InnerLoop, train_flops: float, seed: int) -> Choice:
         """theta, u, the candidates, and the ladder; see `Search`."""
         task, monitor = inner.task, inner.monitor
-        teachers = signal_models(inner, train_flops)
-        signals = learn_from(inner, teachers, seed)
-        rungs = teachers.comparisons(inner, train_flops)
+        models = signal_models(inner, train_flops)
+        signals = learn_from(inner, models, seed)
+        rungs = models.comparisons(inner, train_flops)
         if not rungs:
-            return self.full_pool(task, budget, seed, ledger, NO_SEARCH_AFFORDABLE)
+            raise NotAffordableError(NO_SEARCH_AFFORDABLE)
         reference_run: InnerRuns | None = None
-        if teachers.reference_is_first_run:
+        if models.reference_is_first_run:
             reference_run = run_candidates(inner, [signals.everything], rungs[0], seed, 0)
             signals = replace(
                 signals, from_u=inner.losses(reference_run.models[0], np.arange(len(task.pool)), stage="l*")
@@ -116,16 +116,10 @@ class CadsExamples(OneRunSearch):
             monitor.scalar("control/c2_over_c1", best.reach_weight, rung_index)
             monitor.histogram("outer/probabilities", probability, rung_index)
         monitor.panels(task.pool, probability, len(rungs), task.describe)
-        return Selection.from_pool(
-            task.pool,
+        return Choice(
             selected=most_probable(probability),
             score=probability,
             probability=probability,
-            method=self.method,
-            seed=seed,
-            budget=budget,
-            ledger=ledger,
-            config=asdict(self),
             notes={
                 "guard": guard_message(best is not everything),
                 "gain": gain,
@@ -135,18 +129,18 @@ class CadsExamples(OneRunSearch):
         )
 
 
-def learn_from(inner: InnerLoop, teachers: SignalModels, seed: int) -> Signals:
+def learn_from(inner: InnerLoop, models: SignalModels, seed: int) -> Signals:
     """The losses of every example under theta and, if there is one, under u."""
     task, everything = inner.task, np.arange(len(inner.task.pool))
-    groups, steps = task.groups(task.pool), teachers.steps
-    theta = inner.fit_target(teachers.theta, seed=derive(seed, "theta"), stage="theta")
+    groups, steps = task.groups(task.pool), models.steps
+    theta = inner.fit_target(models.theta, seed=derive(seed, "theta"), stage="theta")
     signals = Signals.of(inner.losses(theta, everything, stage="R"), None, steps, groups)
-    if teachers.theta_refit_flops:
+    if models.theta_refit_flops:
         inner.learn(candidates_flops(len(everything), 1))
         kept = everything[most_probable(Candidate(signals, 0.0, KEPT_FOR_THETA).probability())]
         order = derive(seed, "theta", "with the pool")
         theta = inner.fit_target(
-            teachers.theta_refit_flops,
+            models.theta_refit_flops,
             seed=order,
             stage="theta, with the pool",
             model=theta,
@@ -154,10 +148,10 @@ def learn_from(inner: InnerLoop, teachers: SignalModels, seed: int) -> Signals:
             target_fraction=TARGET_FRACTION,
         )
         return Signals.of(inner.losses(theta, everything, stage="R"), None, steps, groups)
-    if not teachers.u:
+    if not models.u:
         return signals
     order = derive(seed, "reference")
-    runs = inner.run([ShuffledStream(everything, order)], teachers.u, seed=order, stage="u")
+    runs = inner.run([ShuffledStream(everything, order)], models.u, seed=order, stage="u")
     check_reference(float(runs.objective[0]), "u")
     return replace(signals, from_u=inner.losses(runs.models[0], everything, stage="l*"))
 

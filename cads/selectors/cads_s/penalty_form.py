@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
+from torch import nn
 
 from cads.accounting.budget import Budget, check_step
 from cads.accounting.ledger import Ledger, PlannedLedger
 from cads.accounting.operations import source_policy_flops
 from cads.data.streams import WeightedStream
-from cads.errors import ConfigError
+from cads.errors import ConfigError, NotAffordableError
 from cads.estimators.design import distinct
 from cads.estimators.loss_curves import extrapolate
 from cads.estimators.reachable_loss import ReachableLossModel, mean_over_sources
@@ -29,15 +31,16 @@ from cads.monitor import Monitor
 from cads.policies.bernoulli import BernoulliPolicy
 from cads.search.allowance import BudgetSplit
 from cads.search.base import ONE_SOURCE, has_one_source
+from cads.search.choice import Choice
 from cads.search.fidelity import Rung
 from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
 from cads.search.inner_runs import InnerLoop
 from cads.search.rungs import run_rung
-from cads.search.source_selection import nonempty, source_selection
+from cads.search.source_choice import nonempty, source_choice
 from cads.search.space import SubsetSpace
+from cads.search.stages import FitTarget, ScorePool, Stages, Trials, UpdatePolicy
 from cads.seeding import derive
 from cads.selection import Selection
-from cads.selector import full_pool_selection
 from cads.selectors.cads_s.target_risk import mean_losses, probe_positions, probing_flops
 from cads.task import Task
 
@@ -69,6 +72,8 @@ class PenalizedSources:
     draws: int = 16
     """Masks drawn for each step of the policy."""
 
+    method: ClassVar[str] = "cads-s-penalty"
+
     def __post_init__(self) -> None:
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigError(f"alpha = {self.alpha}: it must be positive and finite")
@@ -83,56 +88,53 @@ class PenalizedSources:
     ) -> Selection:
         """Choose sources; see `cads.selector.Selector`."""
         monitor = monitor or Monitor()
-        division = self._division(task, budget)
-        if isinstance(division, str):
-            log.warning("cads-s-penalty: %s", division)
-            everything = full_pool_selection(
-                task, budget, method="cads-s-penalty", seed=seed, ledger=ledger, notes={"guard": division}
-            )
-            return replace(everything, config=asdict(self))
-        spent = Ledger(limit=division.selection_flops)
+        try:
+            choice = self._search(task, self._split(task, budget), seed, ledger, monitor)
+        except NotAffordableError as error:
+            log.warning("%s: %s", self.method, error)
+            choice = Choice.full_pool(task.pool, str(error))
+        return choice.selection(
+            task.pool, method=self.method, seed=seed, budget=budget, ledger=ledger, config=asdict(self)
+        )
+
+    def _search(self, task: Task, split: BudgetSplit, seed: int, ledger: Ledger, monitor: Monitor) -> Choice:
+        spent = Ledger(limit=split.selection_flops)
         inner, space = InnerLoop(task, spent, monitor), SubsetSpace(task.pool)
         try:
-            reach = self._reach(inner, space, division.train_flops, seed)
-            policy = self._alternate(inner, space, reach, division.train_flops, seed)
+            policy = self._alternate(inner, space, split.train_flops, seed)
         finally:
             ledger.merge(spent)
         mask = policy.probabilities > 0.5
         mask[np.argmax(policy.probabilities)] = True
-        return source_selection(
-            task,
-            space,
-            mask.astype(np.float64),
-            policy,
-            budget=budget,
-            method="cads-s-penalty",
-            seed=seed,
-            ledger=ledger,
-            config=asdict(self),
-        )
+        return source_choice(space, mask.astype(np.float64), policy, {})
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `cads.selector.Selector`."""
-        division = self._division(task, budget)
-        if isinstance(division, str):
-            return PlannedLedger(note=division)
-        costs, space = PlannedInnerLoop(task, division.selection_flops), SubsetSpace(task.pool)
-        rung, where = self._rung(division.train_flops, space), probe_positions(space)
-        costs.run(rung.n_trials, rung.flops, stage=rung.stage)
-        for _ in range(self.rounds):
-            costs.fit_target(THETA_SHARE * division.train_flops / self.rounds, stage="theta")
-            costs.losses(sum(map(len, where)), stage="R", flops=probing_flops(costs, where))
-            costs.learn(self._update_flops(space))
+        try:
+            split = self._split(task, budget)
+        except NotAffordableError as error:
+            return PlannedLedger(note=str(error))
+        costs = PlannedInnerLoop(task, split.selection_flops)
+        for stage in self.stages(costs, split.train_flops):
+            costs.charge(stage)
         return costs.ledger
 
-    def _division(self, task: Task, budget: Budget) -> BudgetSplit | str:
+    def stages(self, costs: InnerLoopCosts, train_flops: float) -> Stages:
+        """Trials for l*, then the target model, R and the policy in turn; see `cads.search.stages`."""
+        space = SubsetSpace(costs.task.pool)
+        yield Trials(Rung(self._share, self._share * train_flops, self._share, min(self.masks, space.count)))
+        positions = probe_positions(space)
+        for _ in range(self.rounds):
+            yield FitTarget(THETA_SHARE * train_flops / self.rounds)
+            yield ScorePool(sum(map(len, positions)), "R", probing_flops(costs, positions), positions)
+            yield UpdatePolicy(self._update_flops(space))
+
+    def _split(self, task: Task, budget: Budget) -> BudgetSplit:
         """FLOPs for training and for selection, which spends in proportion to training and a little besides.
 
-        Returns:
-            why nothing is searched, if the pool has one source, the budget does not cover selection, or its runs would
-            not come to the steps they need.
-
         Raises:
+            NotAffordableError: if the pool has one source, the budget does not cover selection, or its trials would not
+                come to the steps they need.
             BudgetError: if the budget does not buy one step.
             ConfigError: if theta's batches would hold the target alone, or nothing of it.
         """
@@ -146,7 +148,7 @@ class PenalizedSources:
             )
         costs, space = InnerLoopCosts(task, Ledger()), SubsetSpace(task.pool)
         if has_one_source(task.pool):
-            return ONE_SOURCE
+            raise NotAffordableError(ONE_SOURCE)
         runs = min(self.masks, space.count)
         share = runs * self._share + THETA_SHARE
         round_flops = probing_flops(costs, probe_positions(space)) + self._update_flops(space)
@@ -155,21 +157,51 @@ class PenalizedSources:
         # A line through a curve takes two points of it.
         steps = 2 if self.reach == "extrapolated" else 1
         if min(self._share / steps, THETA_SHARE / self.rounds) * training < costs.step_flops:
-            return NOTHING
+            raise NotAffordableError(NOTHING)
         return BudgetSplit(training, (share * training + fixed) * (1 + 1e-9))
 
     @property
     def _share(self) -> float:
         return 1.0 if self.reach == "exact" else SHORT
 
-    def _rung(self, train_flops: float, space: SubsetSpace) -> Rung:
-        return Rung(self._share, self._share * train_flops, self._share, min(self.masks, space.count))
-
     def _update_flops(self, space: SubsetSpace) -> float:
         return source_policy_flops(len(space.sizes), space.n_features, self.draws, self.masks, POLICY_STEPS)
 
-    def _reach(self, inner: InnerLoop, space: SubsetSpace, train_flops: float, seed: int) -> ReachableLossModel:
-        rung = self._rung(train_flops, space)
+    def _alternate(self, inner: InnerLoop, space: SubsetSpace, train_flops: float, seed: int) -> BernoulliPolicy:
+        """l* from trials, then the target model on target and draws and the policy on the penalty, `rounds` times."""
+        task = inner.task
+        policy = BernoulliPolicy(np.full(len(space.sizes), 0.5))
+        reach: ReachableLossModel | None = None
+        theta: nn.Module | None = None
+        turn = 0
+        for stage in self.stages(inner, train_flops):
+            match stage:
+                case Trials(rung):
+                    reach = self._reach(inner, space, rung, train_flops, seed)
+                case FitTarget(flops, name):
+                    order = derive(seed, "theta", turn)
+                    theta = inner.fit_target(
+                        flops,
+                        seed=order,
+                        stage=name,
+                        model=theta,
+                        stream=WeightedStream(np.maximum(policy.probabilities, 1e-9)[task.pool.sources], order),
+                        target_fraction=1 / (1 + self.alpha),
+                    )
+                case ScorePool(positions=positions) if theta is not None:
+                    risks = mean_losses(inner, positions, theta)
+                case UpdatePolicy(flops) if reach is not None:
+                    seeds = [derive(seed, "policy", turn, step) for step in range(POLICY_STEPS)]
+                    self._descend(policy, reach, risks, space, seeds)
+                    inner.learn(flops)
+                    self._watch(inner.monitor, space, policy, risks, reach, turn)
+                    turn += 1
+        return policy
+
+    def _reach(
+        self, inner: InnerLoop, space: SubsetSpace, rung: Rung, train_flops: float, seed: int
+    ) -> ReachableLossModel:
+        """l* over masks, from trials on some."""
         rng = np.random.default_rng(derive(seed, "masks"))
         drawn = nonempty(space.policy().sample(64 * rung.n_trials, rng)).astype(np.float64)
         masks = distinct([space.full, *drawn])[: rung.n_trials]
@@ -179,41 +211,39 @@ class PenalizedSources:
             reached = extrapolate(runs.flops, runs.losses, train_flops)
         return ReachableLossModel(masks, reached, space.sizes)
 
-    def _alternate(
-        self, inner: InnerLoop, space: SubsetSpace, reach: ReachableLossModel, train_flops: float, seed: int
-    ) -> BernoulliPolicy:
-        """theta on target and draws, then the policy on the penalty, `rounds` times."""
-        task, monitor = inner.task, inner.monitor
-        policy, where = BernoulliPolicy(np.full(len(space.sizes), 0.5)), probe_positions(space)
-        theta = None
-        for turn in range(self.rounds):
-            order = derive(seed, "theta", turn)
-            theta = inner.fit_target(
-                THETA_SHARE * train_flops / self.rounds,
-                seed=order,
-                stage="theta",
-                model=theta,
-                stream=WeightedStream(np.maximum(policy.probabilities, 1e-9)[task.pool.sources], order),
-                target_fraction=1 / (1 + self.alpha),
+    def _descend(
+        self,
+        policy: BernoulliPolicy,
+        reach: ReachableLossModel,
+        risks: np.ndarray,
+        space: SubsetSpace,
+        seeds: Sequence[int],
+    ) -> None:
+        """Steps of the policy along the penalty's gradient, one a seed; `risks` are those of the sources, nats."""
+        for seed in seeds:
+            masks = policy.sample(self.draws, np.random.default_rng(seed))
+            masks = masks[masks.any(axis=1)]
+            if len(masks) < 2:
+                break
+            gradient = penalty(
+                mean_over_sources(masks, space.sizes, risks), reach(masks), policy.score(masks), self.alpha
             )
-            risks = mean_losses(inner, where, theta)
-            for step in range(POLICY_STEPS):
-                rng = np.random.default_rng(derive(seed, "policy", turn, step))
-                masks = policy.sample(self.draws, rng)
-                masks = masks[masks.any(axis=1)]
-                if len(masks) < 2:
-                    break
-                gradient = penalty(
-                    mean_over_sources(masks, space.sizes, risks), reach(masks), policy.score(masks), self.alpha
-                )
-                if largest := float(np.abs(gradient).max()):
-                    policy.step(gradient / largest, POLICY_STEP)
-            inner.learn(self._update_flops(space))
-            here = policy.probabilities[None]
-            risk, reached = float(mean_over_sources(here, space.sizes, risks)[0]), float(reach(here)[0])
-            monitor.scalar("outer/R", risk, turn)
-            monitor.scalar("outer/l*", reached, turn)
-            monitor.scalar("outer/gap", risk - reached, turn)
-            monitor.scalar("outer/entropy", policy.entropy(), turn)
-            monitor.probabilities(task.pool.source_names, policy.probabilities, turn)
-        return policy
+            if largest := float(np.abs(gradient).max()):
+                policy.step(gradient / largest, POLICY_STEP)
+
+    def _watch(
+        self,
+        monitor: Monitor,
+        space: SubsetSpace,
+        policy: BernoulliPolicy,
+        risks: np.ndarray,
+        reach: ReachableLossModel,
+        turn: int,
+    ) -> None:
+        marginals = policy.probabilities[None]
+        risk, reached = float(mean_over_sources(marginals, space.sizes, risks)[0]), float(reach(marginals)[0])
+        monitor.scalar("outer/R", risk, turn)
+        monitor.scalar("outer/l*", reached, turn)
+        monitor.scalar("outer/gap", risk - reached, turn)
+        monitor.scalar("outer/entropy", policy.entropy(), turn)
+        monitor.probabilities(space.pool.source_names, policy.probabilities, turn)

@@ -10,7 +10,7 @@ from cads.estimators.score_function import corrected, direct
 from cads.policies.base import Policy
 from cads.policies.bernoulli import BernoulliPolicy
 from cads.search.rungs import ENUMERATED, SAMPLED
-from cads.search.source_selection import nonempty, source_marginals
+from cads.search.source_choice import nonempty, source_marginals
 from cads.search.space import SearchSpace
 from cads.seeding import derive
 

@@ -25,6 +25,11 @@ class TrialHistory:
     fidelity: np.ndarray
     final_train_loss: np.ndarray
 
+    @classmethod
+    def empty(cls, n_sources: int) -> TrialHistory:
+        """Of no trial."""
+        return cls(np.empty((0, n_sources)), *(np.empty(0) for _ in range(4)))
+
     @property
     def latest(self) -> tuple[np.ndarray, np.ndarray]:
         """Draws (K, S) and gains (K,) of the latest rung, the full pool's first, without those that diverged."""

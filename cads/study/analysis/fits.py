@@ -1,6 +1,7 @@
 """Every fit, line and crossover of a study: a pure function of its points, written as `fits.json`.
 
-The analysis is that of CCDS (Yin and Rush, ICLR 2025, arXiv 2410.16208) as `cads.study.analysis.frontier` has it.
+The analysis is that of CCDS (Yin and Rush, ICLR 2025, arXiv 2410.16208), implemented in
+`cads.study.analysis.frontier`.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ FORMS: tuple[Form, ...] = ("shifted", "published")
 SHARED_TASKS = (1, 5, 10, 20)
 """Tasks that share one selection, in the break-even analysis of CCDS."""
 SAME_COST = 0.01
-"""Selection whose cost differs by less than this share over budgets is paid once, before any training."""
+"""Selection whose cost varies by at most this share over the budgets counts as paid once, before any training."""
 EXPLAINED = 0.5
-"""Share of the variance of its points that a curve must explain to be held against others."""
+"""Share of the variance of its points that a curve must explain to be compared with other curves."""
 N_RESAMPLES, BOOTSTRAP_SEED = 200, 0
 SIMULATED_SIZES = (7.5e9, 7.5e10, 1.5e12)
 """Parameters of the trained model in the panels of CCDS figure 1."""
@@ -49,14 +50,16 @@ SIMULATED_SIZES = (7.5e9, 7.5e10, 1.5e12)
 
 @dataclass(frozen=True)
 class GroupFits:
-    """The analysis of one task at one size. Scores are turned so that higher is better, shares into percent.
+    """The analysis of one task at one model size. Scores are oriented so that higher is better; shares are in percent.
 
     Attributes:
-        task, model, metric: which. maximised: whether more of the metric is better. points: all of them.
-        p_bar: score of training on everything, if it was published, or the best of the grid. complete: which of both.
-        c_full: C(D), FLOPs.
-        fits: shifted and published form, by method. not_fitted: why there is none.
-        frontier: the points that no other one dominates, cheapest first. line: through them, if there are two.
+        task, model, metric: of the points. maximised: whether more of the metric is better. points: all of the group.
+        p_bar: published score of training on the whole pool, else the best mean of the grid.
+        complete: whether `p_bar` is the published score.
+        c_full: C(D), FLOPs of training on the whole pool.
+        fits: shifted and published form, by method. not_fitted: why a method has no fit, by method.
+        frontier: the points that no other point dominates, cheapest first.
+        line: the frontier line through them; None unless they have two different costs.
     """
 
     task: str
@@ -74,12 +77,12 @@ class GroupFits:
 
     @property
     def curves(self) -> list[PerformanceFit]:
-        """The shifted fits that say something of their points: neither degenerate nor far from them."""
+        """The shifted fits that are usable: neither degenerate nor far from their points (`is_telling`)."""
         return [forms["shifted"] for forms in self.fits.values() if is_telling(forms["shifted"])]
 
     @property
     def unused(self) -> list[str]:
-        """Methods whose shifted fit says nothing, and is used for no crossover and no advice."""
+        """Methods whose shifted fit is not usable. It enters no crossover and no advice."""
         return [method for method, forms in self.fits.items() if not is_telling(forms["shifted"])]
 
     @property
@@ -95,7 +98,7 @@ class GroupFits:
 
 
 def is_telling(fit: PerformanceFit) -> bool:
-    """Whether a curve is determined by its points and explains `EXPLAINED` of their variance at least."""
+    """Whether a curve is determined by its points and explains at least `EXPLAINED` of their variance."""
     variance = float(np.var(fit.scores))
     return not fit.degenerate and float(np.mean(np.square(fit.residuals))) <= (1 - EXPLAINED) * variance
 
@@ -107,7 +110,7 @@ def turned(p: MethodPoint) -> float:
 
 
 def fixed_selection(points: Sequence[MethodPoint]) -> float:
-    """What a method pays before any training, whatever the budget; 0 if its selection grows with the budget."""
+    """FLOPs that a method pays before any training at every budget; 0 if its selection grows with the budget."""
     costs = [p.selection for p in points]
     return float(np.mean(costs)) if max(costs) - min(costs) <= SAME_COST * max(costs) else 0.0
 
@@ -118,16 +121,17 @@ def analyse(points: Sequence[MethodPoint]) -> list[GroupFits]:
 
 
 def _analyse(points: list[MethodPoint]) -> GroupFits:
+    """The analysis of the points of one group."""
     first = points[0]
     complete = [p for p in points if p.imported and p.selection == 0 and p.training >= (1 - SAME_COST) * p.full_flops]
     p_bar = float(np.mean([turned(p) for p in complete])) if complete else max(turned(p) for p in points)
-    # A measured score may lie below zero once it is turned around; published shares never do.
+    # A minimised metric changes its sign, so that its scores may be negative.
     bounds = (0.0, math.inf) if first.maximised else (-math.inf, math.inf)
     fits: dict[str, dict[Form, PerformanceFit]] = {}
     not_fitted = {}
     for method in dict.fromkeys(p.method for p in points):
-        own = [p for p in points if p.method == method]
-        totals, scores, c_select = [p.total for p in own], [turned(p) for p in own], fixed_selection(own)
+        rows = [p for p in points if p.method == method]
+        totals, scores, c_select = [p.total for p in rows], [turned(p) for p in rows], fixed_selection(rows)
         c_select = min(c_select, *totals)
         try:
             fits[method] = {
@@ -167,9 +171,10 @@ def _analyse(points: list[MethodPoint]) -> GroupFits:
 
 
 def break_even(group: GroupFits) -> list[dict[str, Any]]:
-    """For each run that pays for its selection, what a task pays if T share it, and the T that reaches the line.
+    """For each point that pays for selection: the FLOPs of one task if T tasks share it, and the break-even T.
 
-    `tasks` is None where no number of tasks makes up for the cost, or there is no rising line.
+    At the break-even T (`tasks`) the point reaches the frontier line. It is None where no number of tasks makes up for
+    the cost, or where there is no rising line.
     """
     rows = []
     for p in group.points:
@@ -187,36 +192,39 @@ def break_even(group: GroupFits) -> list[dict[str, Any]]:
 
 
 def recommendations(group: GroupFits) -> list[str]:
-    """What the fitted curves say for each budget, in a sentence each, and where the runs say otherwise."""
+    """The advice of the fitted curves, one sentence for each budget, with the measured best where it differs."""
     if not group.curves:
         return []
     horizon = None if group.imported else group.span[1]
     measured = {a.flops: a for a in answers(group.points)}
     fitted = {c.method for c in group.curves}
-    made = []
-    for limit in budgets_of(group.points):
-        sentence = advice(group.curves, limit.flops, horizon=horizon)
-        found, said = measured.get(limit.flops), compute_optimal_method(group.curves, limit.flops)
-        if found is not None and said not in (None, found.best.method, *found.level):
-            why = "" if found.best.method in fitted else ", which no curve describes"
-            sentence += f" (measured there: {found.best.method}{why})"
-        made.append(sentence)
-    return made
+    sentences = []
+    for level in budgets_of(group.points):
+        sentence = advice(group.curves, level.flops, horizon=horizon)
+        verdict, predicted = measured.get(level.flops), compute_optimal_method(group.curves, level.flops)
+        if verdict is not None and predicted not in (None, verdict.best.method, *verdict.level):
+            reason = "" if verdict.best.method in fitted else ", which no curve describes"
+            sentence += f" (measured there: {verdict.best.method}{reason})"
+        sentences.append(sentence)
+    return sentences
 
 
 def size_ratios(group: GroupFits) -> dict[str, float | None]:
-    """For each method that pays before training: the smallest ratio of trained model to scorer at which it is
-    compute-optimal somewhere; None if there is none. The scorer is as large as this trained model."""
+    """For each method that pays before training, the smallest size ratio at which it is compute-optimal somewhere.
+
+    The ratio is that of the trained model to the scorer, which is as large as the trained model of `group`. None if
+    there is no such ratio.
+    """
     curves = group.curves
     ratios = {c.method: smallest_optimal_ratio(c.method, curves) for c in curves if c.c_select > 0}
     return {method: ratio if math.isfinite(ratio) else None for method, ratio in ratios.items()}
 
 
 def to_json(groups: Sequence[GroupFits], smallest: Mapping[str, str]) -> dict[str, Any]:
-    """All of it for machines. Costs are FLOPs; scores are turned so that higher is better.
+    """The content of `fits.json`. Costs are FLOPs; scores are oriented so that higher is better.
 
     Args:
-        smallest: by task, the smallest model that selects for itself: where size ratios are looked for.
+        smallest: by task, the smallest model without a proxy. Size ratios are computed for it alone.
     """
     return {
         "version": FITS_VERSION,
@@ -226,6 +234,7 @@ def to_json(groups: Sequence[GroupFits], smallest: Mapping[str, str]) -> dict[st
 
 
 def _group_json(group: GroupFits, *, ratios: bool) -> dict[str, Any]:
+    """One group of `fits.json`; `ratios`: with size ratios."""
     low, high = group.span
     pairs = itertools.combinations(group.curves, 2)
     crossed = [{"methods": [a.method, b.method], "flops": list(crossovers(a, b, low, high))} for a, b in pairs]
@@ -262,6 +271,7 @@ def _group_json(group: GroupFits, *, ratios: bool) -> dict[str, Any]:
 
 
 def _fit_json(fit: PerformanceFit) -> dict[str, Any]:
+    """One fit of `fits.json`; of the shifted form with bootstrap intervals."""
     record: dict[str, Any] = {
         "p0": fit.p0,
         "lambda": fit.lam,
@@ -280,7 +290,10 @@ def _fit_json(fit: PerformanceFit) -> dict[str, Any]:
 
 
 def _simulation(n_parameters: float) -> dict[str, Any]:
-    """Where the simulated curves of CCDS figure 1 cross, and who wins where, up to training on everything."""
+    """Crossovers of the simulated curves of CCDS figure 1, and the best method of every range of FLOPs.
+
+    The range ends at the cost of training on the whole pool, or at twice the most expensive selection.
+    """
     curves = simulate_figure1(n_parameters)
     by_name = {c.method: c for c in curves}
     low, high = curves[0].c_full * 1e-6, max(curves[0].c_full, 2 * curves[-1].c_select)

@@ -1,8 +1,8 @@
 """Which selection method pays at which budget: the analysis of Compute-Constrained Data Selection.
 
 Source: Yin and Rush, "Compute-Constrained Data Selection" (CCDS), ICLR 2025, arXiv 2410.16208. Its letters:
-`C` total FLOPs, `C_select` those of choosing, `C_train` those of training, `C(D)` those of training on all of
-the pool. All costs are FLOPs; scores are in the metric's unit and higher is better.
+`C` total FLOPs, `C_select` those of selection, `C_train` those of training, `C(D)` those of training on the whole
+pool. All costs are FLOPs; scores are in the metric's unit and higher is better.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ Interval = tuple[float, float]
 Piece = tuple[str, float, float]  # method, from, to
 Form = Literal["shifted", "published"]
 
-MIN_BUDGETS = 3  # two budgets would be met exactly by two parameters, whatever the truth
-REFERENCE_FLOPS = 1e17  # where a frontier line states its height
+MIN_BUDGETS = 3  # two parameters fit two budgets exactly, even if the model is wrong
+REFERENCE_FLOPS = 1e17  # where a frontier line states its score
 N_GRID_RATIOS = 200
 
 
 def _column(values: ArrayLike, name: str, n_expected: int | None = None) -> Floats:
+    """Finite numbers of shape (n,).
+
+    Raises:
+        DataError: unless `values` are such numbers, `n_expected` of them if it is given.
+    """
     try:
         column = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -48,8 +53,8 @@ class PerformanceCurve:
     """`P(C) = P0 + (Pbar - P0) * (1 - exp(-lambda * x / C(D)))`, the parametric model of CCDS.
 
     `x` is `C - C_select` (`form="shifted"`) or `C` (`form="published"`). `p0` is the score before training,
-    `p_bar` that of training on the whole pool, `lam` (`lambda` >= 0) how fast the method gets there, `c_full`
-    is `C(D)` and `c_select` is `C_select`, paid before the first training step.
+    `p_bar` that of training on the whole pool, `lam` (`lambda` >= 0) the rate of approach to `p_bar`, `c_full` is
+    `C(D)` and `c_select` is `C_select`, paid before the first training step.
     """
 
     method: str
@@ -101,7 +106,7 @@ class PerformanceCurve:
 
 @dataclass(frozen=True)
 class PerformanceFit(PerformanceCurve):
-    """A curve with the points it was fitted to, in order of cost; residuals are observed minus predicted."""
+    """A curve with the points that it was fitted to, in order of cost. Residuals are observed minus predicted."""
 
     flops: tuple[float, ...] = ()
     scores: tuple[float, ...] = ()
@@ -128,11 +133,11 @@ def fit_performance(
 ) -> PerformanceFit:
     """Fit `P0` and `lambda` by bounded least squares (trust-region reflective), from [first score, 1].
 
-    `form="published"` puts the cost of selection into the exponent as CCDS does, which leaves `P0`
-    undetermined for methods whose every budget is mostly selection; see `PerformanceFit.degenerate`.
+    `form="published"` counts the cost of selection in the exponent, as CCDS does. `P0` is then undetermined for a
+    method that spends most of every budget on selection; see `PerformanceFit.degenerate`.
 
-    `flops` (n,) are totals, each with `c_select` included, of at least 3 distinct budgets; `p_bar` is the
-    score of full-data training, which costs `c_full`. Widen `p0_bounds` for metrics below zero.
+    `flops` (n,) are totals of at least 3 distinct budgets, each with `c_select` included. `p_bar` is the score of
+    training on the whole pool, which costs `c_full`. Widen `p0_bounds` for metrics below zero.
     """
     c = _column(flops, f"flops of {method!r}")
     y = _column(scores, f"scores of {method!r}", c.size)
@@ -150,7 +155,7 @@ def fit_performance(
 
 
 def _refit(start: PerformanceFit) -> PerformanceFit:
-    """The least-squares curve through the points of `start`, searched from its `p0` and `lam`."""
+    """The least-squares curve through the points of `start`; the search starts from its `p0` and `lam`."""
     p_bar, (low, high) = start.p_bar, start.p0_bounds
     x, y = (np.asarray(start.flops) - start.shift) / start.c_full, np.asarray(start.scores)
 
@@ -158,8 +163,8 @@ def _refit(start: PerformanceFit) -> PerformanceFit:
         p0, lam = parameters
         return np.asarray(p_bar - (p_bar - p0) * np.exp(-lam * x) - y)
 
-    first, bounds = [min(max(start.p0, low), high), start.lam], ([low, 0.0], [high, np.inf])
-    solution = least_squares(misfit, first, bounds=bounds, method="trf", max_nfev=2000)
+    initial, bounds = [min(max(start.p0, low), high), start.lam], ([low, 0.0], [high, np.inf])
+    solution = least_squares(misfit, initial, bounds=bounds, method="trf", max_nfev=2000)
     if not solution.success:
         raise CadsError(f"the fit of {start.method!r} did not converge, {solution.message}: check its points")
     p0, lam = solution.x.tolist()
@@ -167,11 +172,11 @@ def _refit(start: PerformanceFit) -> PerformanceFit:
 
 
 def bootstrap_fits(fit: PerformanceFit, rng: Generator, n_resamples: int = 500) -> list[PerformanceFit]:
-    """Refits to the fitted curve plus resampled residuals, centred and widened by `sqrt(n / (n - 2))`.
+    """Refits to the fitted curve plus resampled residuals, centred and scaled by `sqrt(n / (n - 2))`.
 
     A refit that does not converge is left out, so that there may be fewer than `n_resamples`.
     """
-    # Residuals, not points: a few budgets drawn with replacement are often fewer than 3 distinct ones.
+    # Residuals are resampled, not points: a few budgets drawn with replacement are often fewer than 3 distinct ones.
     residuals = np.asarray(fit.residuals)
     noise = (residuals - residuals.mean()) * math.sqrt(residuals.size / (residuals.size - 2))
     scores = fit.predict(fit.flops) + rng.choice(noise, size=(n_resamples, noise.size))
@@ -192,7 +197,7 @@ def bootstrap_intervals(refits: Sequence[PerformanceFit], confidence: float = 0.
 
 
 def non_dominated(costs: ArrayLike, scores: ArrayLike) -> NDArray[np.int64]:
-    """Indices, cheapest first, of the points no other one dominates; of equal points the first stays."""
+    """Indices, cheapest first, of the points that no other point dominates. Of equal points only the first counts."""
     c = _column(costs, "costs")
     y = _column(scores, "scores", c.size)
     order = np.lexsort((np.arange(c.size), -y, c))
@@ -208,7 +213,7 @@ class FrontierLine:
     score_at_reference: float
 
     def predict(self, flops: ArrayLike) -> Floats:
-        """Heights of the line at total FLOPs."""
+        """Scores of the line at total FLOPs."""
         decades = np.log10(np.asarray(flops, dtype=np.float64) / REFERENCE_FLOPS)
         return np.asarray(self.score_at_reference + self.slope_per_decade * decades)
 
@@ -220,7 +225,7 @@ class FrontierLine:
 
 
 def log_linear_frontier(costs: ArrayLike, scores: ArrayLike) -> FrontierLine:
-    """Least-squares line of score on log10(FLOPs); CCDS's dashed line if given its `non_dominated` points."""
+    """Least-squares line of score on log10(FLOPs). Through `non_dominated` points it is the dashed line of CCDS."""
     c = _column(costs, "costs")
     y = _column(scores, "scores", c.size)
     if np.unique(c).size < 2 or c.min() <= 0:
@@ -229,27 +234,27 @@ def log_linear_frontier(costs: ArrayLike, scores: ArrayLike) -> FrontierLine:
 
 
 def amortised_flops(c_select: float, c_train: float, n_tasks: float) -> float:
-    """`C_select / T + C_train`: FLOPs a task when T tasks share one selection (T may be infinite)."""
+    """`C_select / T + C_train`: FLOPs of one task if T tasks share one selection (T may be infinite)."""
     if not n_tasks >= 1:
         raise ConfigError(f"n_tasks {n_tasks}: at least one task must pay for the selection")
     return c_select / n_tasks + c_train
 
 
 def break_even_tasks(c_select: float, c_train: float, c_rival: float) -> float:
-    """The real T >= 1 from which `C_select / T + C_train <= c_rival`, the rival's cost of the same score."""
+    """The smallest real T >= 1 with `C_select / T + C_train <= c_rival`, a rival's cost of the same score."""
     if c_train + c_select <= c_rival:
         return 1.0
     return c_select / (c_rival - c_train) if c_rival > c_train else math.inf
 
 
 def _lead(a: PerformanceCurve, b: PerformanceCurve, c: float) -> float:
-    """`P_a - P_b` at c, summed so that small gaps below one common `Pbar` are not rounded away."""
+    """`P_a - P_b` at cost c. The order of the sum keeps small differences if both have the same `Pbar`."""
     z_a, z_b = a.decay * (c - a.shift), b.decay * (c - b.shift)
     return (a.p_bar - b.p_bar) + (b.span * math.exp(-z_b) - a.span * math.exp(-z_a))
 
 
 def _turning_point(a: PerformanceCurve, b: PerformanceCurve) -> float:
-    """The one `C` at which `P_a - P_b` has slope zero; NaN if there is none."""
+    """The only `C` at which `P_a - P_b` has slope zero; NaN if there is none."""
     slope_a, slope_b = a.span * a.decay, b.span * b.decay
     if a.decay == b.decay or slope_a * slope_b <= 0:
         return math.nan
@@ -257,10 +262,11 @@ def _turning_point(a: PerformanceCurve, b: PerformanceCurve) -> float:
 
 
 def crossovers(a: PerformanceCurve, b: PerformanceCurve, low: float, high: float) -> tuple[float, ...]:
-    """Every total cost in (low, high) at which the two curves change places, in rising order.
+    """Every total cost in (low, high) at which the two curves cross, in rising order.
 
-    Only costs at which both selections are affordable count. The difference of two exponentials turns at most
-    once, so brackets on both sides of that point (Brent's method in log FLOPs) find all of at most two.
+    Only costs at which both selections are affordable count. The difference of two exponentials turns at most once,
+    so that there are at most two crossovers. Brent's method in log FLOPs finds them in the brackets on both sides of
+    the turning point.
     """
     if not 0 < low < high < math.inf:
         raise ConfigError(f"range ({low}, {high}): give 0 < low < high in FLOPs")
@@ -269,19 +275,22 @@ def crossovers(a: PerformanceCurve, b: PerformanceCurve, low: float, high: float
         return ()
     turn = _turning_point(a, b)
     nodes = [low, turn, high] if low < turn < high else [low, high]
-    found = []
+    roots = []
 
-    def lead(u: float) -> float:  # u = log(C / low) is exact at low, where curves may start together
+    def lead(u: float) -> float:  # u = log(C / low) is exact at low, where both curves may start
         return _lead(a, b, low * math.exp(u))
 
     for left, right in itertools.pairwise(math.log(node / low) for node in nodes):
         if min(lead(left), lead(right)) < 0 < max(lead(left), lead(right)):
-            found.append(low * math.exp(brentq(lead, left, right, xtol=1e-14)))
-    return tuple(c for c in found if low < c < high)  # one within rounding of an end is at the end
+            roots.append(low * math.exp(brentq(lead, left, right, xtol=1e-14)))
+    return tuple(c for c in roots if low < c < high)  # a root within rounding of an end lies at the end
 
 
 def compute_optimal_method(curves: Iterable[PerformanceCurve], budget: float) -> str | None:
-    """The best method that can train at all; of equals the cheaper selection, then the first by name."""
+    """The best method whose selection leaves FLOPs to train with; None if there is none.
+
+    Of equally good methods it is the one with the cheaper selection, then the first by name.
+    """
     best: PerformanceCurve | None = None
     for curve in sorted(curves, key=lambda curve: (curve.c_select, curve.method)):
         if curve.c_select < budget and (best is None or _lead(curve, best, budget) > 0):
@@ -290,7 +299,7 @@ def compute_optimal_method(curves: Iterable[PerformanceCurve], budget: float) ->
 
 
 def compute_optimal(curves: Sequence[PerformanceCurve], low: float, high: float) -> list[Piece]:
-    """Who wins where in [low, high] total FLOPs, cheapest first."""
+    """The best method of each range of total FLOPs within [low, high], cheapest first: (method, from, to)."""
     names = [curve.method for curve in curves]
     if len(set(names)) != len(names):
         raise DataError(f"curves of {names}: every method may appear once")
@@ -299,7 +308,7 @@ def compute_optimal(curves: Sequence[PerformanceCurve], low: float, high: float)
         cuts.update(crossovers(a, b, low, high))
     pieces: list[Piece] = []
     for left, right in itertools.pairwise(sorted(cuts)):
-        # No curve overtakes another inside a piece, so one look at its middle settles the piece.
+        # No two curves cross inside a piece, so that its middle decides.
         winner = compute_optimal_method(curves, math.sqrt(left) * math.sqrt(right))
         if pieces and pieces[-1][0] == winner:
             pieces[-1] = (winner, pieces[-1][1], right)
@@ -311,17 +320,17 @@ def compute_optimal(curves: Sequence[PerformanceCurve], low: float, high: float)
 def smallest_optimal_ratio(
     method: str, curves: Sequence[PerformanceCurve], *, margin: float = 0.0, max_ratio: float = 1000.0
 ) -> float:
-    """Smallest train-to-selector size ratio >= 1 at which a method is compute-optimal; infinite if none.
+    """Smallest size ratio >= 1 of trained model to selector at which a method is compute-optimal; infinite if none.
 
-    The curves are those of ratio 1. With the selector held and the trained model growing, `C(D)` scales with
-    the ratio; `P0`, `Pbar`, `lambda` stay. Optimal means ahead by `margin` (at 0 any digit counts) at a
-    cost below `C(D)`, from where training on everything is affordable.
+    The curves are those of ratio 1. The selector is fixed and the trained model grows: `C(D)` scales with the ratio,
+    `P0`, `Pbar` and `lambda` do not. A method is optimal if it leads by more than `margin` at a cost below `C(D)`, at
+    which training on the whole pool becomes affordable.
     """
-    own = next((curve for curve in curves if curve.method == method), None)
-    if own is None:
+    candidate = next((curve for curve in curves if curve.method == method), None)
+    if candidate is None:
         raise DataError(f"{method!r} is not among {[curve.method for curve in curves]}: add its fit")
-    lowered = replace(own, p0=own.p0 - margin, p_bar=own.p_bar - margin)
-    contest = [lowered if curve is own else curve for curve in curves]
+    lowered = replace(candidate, p0=candidate.p0 - margin, p_bar=candidate.p_bar - margin)
+    contest = [lowered if curve is candidate else curve for curve in curves]
 
     def optimal_somewhere(ratio: float) -> bool:
         scaled = [replace(curve, c_full=curve.c_full * ratio) for curve in contest]
@@ -329,12 +338,12 @@ def smallest_optimal_ratio(
         return any(name == method for name, _, _ in compute_optimal(scaled, high * 1e-6, high))
 
     grid = np.geomspace(1.0, max_ratio, N_GRID_RATIOS).tolist()
-    yes = next((ratio for ratio in grid if optimal_somewhere(ratio)), math.inf)
-    no = max((ratio for ratio in grid if ratio < yes), default=yes)
-    while math.isfinite(yes) and yes / no > 1 + 1e-9:
-        middle = math.sqrt(no * yes)
-        no, yes = (no, middle) if optimal_somewhere(middle) else (middle, yes)
-    return float(yes)
+    optimal_ratio = next((ratio for ratio in grid if optimal_somewhere(ratio)), math.inf)
+    other_ratio = max((ratio for ratio in grid if ratio < optimal_ratio), default=optimal_ratio)
+    while math.isfinite(optimal_ratio) and optimal_ratio / other_ratio > 1 + 1e-9:
+        middle = math.sqrt(other_ratio * optimal_ratio)
+        other_ratio, optimal_ratio = (other_ratio, middle) if optimal_somewhere(middle) else (middle, optimal_ratio)
+    return float(optimal_ratio)
 
 
 def jaccard(a: Iterable[object], b: Iterable[object]) -> float:
@@ -358,15 +367,16 @@ def expected_jaccard(p: float, q: float | None = None) -> float:
 
 
 def _short(flops: float) -> str:
+    """FLOPs with at most two digits, such as 3e17."""
     mantissa, exponent = f"{flops:.1e}".split("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def advice(curves: Sequence[PerformanceCurve], budget: float, *, horizon: float | None = None) -> str:
-    """The answer in a sentence: "at 3e17 FLOPs: embedding; LESS pays from 2e18".
+    """The best method at a budget in a sentence: "at 3e17 FLOPs: embedding; LESS pays from 2e18".
 
-    Looks up to `horizon`, by default the largest `C(D)`, from where training on everything is affordable.
-    Methods that charge for selection and win nowhere up to there are named too.
+    It names the methods that become the best up to `horizon`, by default the largest `C(D)`, at which training on the
+    whole pool is affordable. It also names the methods that charge for selection and are the best nowhere up to there.
     """
     if not curves or not 0 < budget < math.inf:
         raise BudgetError(f"advice on {len(curves)} curves at {budget} FLOPs: give fits and a budget above 0")
@@ -390,6 +400,7 @@ def simulate_figure1(n_parameters: float) -> tuple[PerformanceCurve, ...]:
     the pool (`2 N |D|` = 1.5e18), gradients a training pass (4.5e18).
     """
     c_full, forward = 6 * n_parameters * 1e8, 2 * 7.5e9 * 1e8
-    # Lambdas read off the figure; gradient's is "about 77", and 76.5 to 76.9 meet perplexity at its 7.8e18.
+    # Lambdas are read off the figure. For gradients it is "about 77"; with 76.5 to 76.9 the curve meets that of
+    # perplexity at 7.8e18, as in the figure.
     methods = [("random", 5, 0), ("bm25", 10, 0), ("ppl", 40, forward), ("gradient", 76.7, 3 * forward)]
     return tuple(PerformanceCurve(name, 0.0, 100.0, lam, c_full, c_select) for name, lam, c_select in methods)

@@ -1,4 +1,4 @@
-"""From runs to points: one method at one budget, its scores over seeds, and which methods can be told apart."""
+"""Points: the runs of one method at one budget over all seeds, and which methods differ significantly."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from cads.study.tables import DONE, IMPORTED
 
 CONFIDENCE = 0.95
 LOWER_IS_BETTER = ("loss", "error", "perplexity", "ppl", "bits_per_byte", "nll", "mae")
-"""Metrics with one of these in their name are minimised, where the run itself does not say."""
+"""Metrics with one of these in their name are minimised, unless the run itself says whether they are."""
 SHARES = ("accuracy", "error", "exact_match", "choices", "choices_per_character")
-"""Metrics between 0 and 1, which are shown in percent."""
+"""Metrics between 0 and 1. They are shown in percent."""
 SLACK = 1 + 1e-3
-"""Rounding allowed when a total is compared with a budget: published figures have three or four digits."""
+"""Tolerance when a total is compared with a budget: published figures have three or four digits."""
 
 
 @dataclass(frozen=True)
 class MethodPoint:
-    """One method at one budget on one task at one size: means over seeds.
+    """One method at one budget on one task at one model size: means over seeds.
 
     Attributes:
         task, model, method, selector, budget, metric: as in the table `runs`.
         maximised: whether more of the metric is better.
-        seeds, scores, budgets: of the runs: scores in the metric's own unit, budgets in FLOPs.
+        seeds, scores, budgets: of the runs; scores in the metric's own unit, budgets in FLOPs.
         selection: FLOPs as charged. spent: FLOPs of the whole selection. training: FLOPs.
-        full_flops: C(D). selected: share of the pool, or None if unknown.
-        imported: whether it was published, not run.
+        full_flops: C(D), FLOPs of training on the whole pool. selected: share of the pool, or None if unknown.
+        imported: whether the point was published, not run.
     """
 
     task: str
@@ -55,7 +55,7 @@ class MethodPoint:
 
     @property
     def budget_flops(self) -> float:
-        """Of the budget: where examples differ in cost so do the seeds, which draw the data."""
+        """FLOPs of the budget, mean over seeds. Seeds draw the data, so that costs of examples may differ."""
         return float(np.mean(self.budgets))
 
     @property
@@ -65,27 +65,27 @@ class MethodPoint:
 
     @property
     def mean(self) -> float:
-        """Of the scores."""
+        """Mean of the scores."""
         return float(np.mean(self.scores))
 
     @property
     def half_width(self) -> float:
-        """Of the t-interval of the mean over seeds; NaN for one seed."""
+        """Half-width of the t-interval of the mean over seeds; NaN for one seed."""
         return half_width(self.scores)
 
     @property
     def group(self) -> tuple[str, str]:
-        """Points of one group are compared with each other: (task, model)."""
+        """(task, model). Points of one group are compared with each other."""
         return self.task, self.model
 
 
 def place_name(task: str, model: str) -> str:
-    """What a group of points is called: task and size, which some tasks have in their own name."""
+    """The name of a group of points: task and model size, unless the name of the task ends in the size."""
     return task if model and task.endswith(model) else " ".join(filter(None, [task, model]))
 
 
 def half_width(values: Sequence[float] | np.ndarray) -> float:
-    """Of the t-interval (`CONFIDENCE`) of the mean of values (shape (n,)); NaN for fewer than two."""
+    """Half-width of the t-interval (`CONFIDENCE`) of the mean of values (shape (n,)); NaN for fewer than two."""
     n = len(values)
     if n < 2:
         return math.nan
@@ -93,12 +93,12 @@ def half_width(values: Sequence[float] | np.ndarray) -> float:
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether more of a metric is better, by its name: of a published point, and of a metric that no task knows."""
+    """Whether more of a metric is better, by its name; for published points and metrics that no task has."""
     return not any(word in metric.lower() for word in LOWER_IS_BETTER)
 
 
 def in_percent(metric: str) -> bool:
-    """Whether a metric is a share, and shown as a percentage."""
+    """Whether a metric is a share, which is shown in percent."""
     return metric in SHARES
 
 
@@ -111,27 +111,27 @@ def points_of(runs: Iterable[Mapping[str, Any]], metric: str | None = None) -> l
     """Means over seeds, in the order of the runs.
 
     Args:
-        runs: rows of the table `runs`; those without a score are left out.
-        metric: another one than the runs were made for.
+        runs: rows of the table `runs`; rows without a score are skipped.
+        metric: to use instead of the metric of the runs. Published points with another metric are skipped.
 
     Raises:
-        ConfigError: if runs have no such metric (published points, which have one, are then left out), or if runs
-            that are compared were scored by different ones.
-        DataError: if a score is no number.
+        ConfigError: if `metric` was not measured, or if runs that are compared were scored by different metrics.
+        DataError: if a score is not finite.
     """
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in runs:
         if row["status"] == DONE or (row["status"] == IMPORTED and metric in (None, row["metric"])):
             groups.setdefault(tuple(row[k] for k in ("task", "model", "budget", "method")), []).append(row)
     points = [_point(rows, metric) for rows in groups.values()]
-    for place, group in by_group(points).items():
-        if len(metrics := sorted({p.metric for p in group})) > 1:
-            where = place_name(*place) or "this study"
-            raise ConfigError(f"runs of {where} were scored by {metrics}: give --metric, or run `cads compare` again")
+    for group, members in by_group(points).items():
+        if len(metrics := sorted({p.metric for p in members})) > 1:
+            name = place_name(*group) or "this study"
+            raise ConfigError(f"runs of {name} were scored by {metrics}: give --metric, or run `cads compare` again")
     return points
 
 
 def _point(rows: Sequence[Mapping[str, Any]], metric: str | None) -> MethodPoint:
+    """The point of the runs of one method at one budget, one row for each seed."""
     first, scores = rows[0], []
     for row in rows:
         values = json.loads(row["metrics"]) if metric else {row["metric"]: row["score"]}
@@ -143,12 +143,12 @@ def _point(rows: Sequence[Mapping[str, Any]], metric: str | None) -> MethodPoint
             raise DataError(f"{row['cell']} has {name} {scores[-1]}: remove it from the tables, and run it again")
     if len({row["metric"] for row in rows}) > 1 and metric is None:
         raise ConfigError(f"runs of {first['method']} were scored by different metrics: give --metric")
-    sizes = [row["n_selected"] / row["n_pool"] for row in rows if row["n_selected"] is not None]
+    shares = [row["n_selected"] / row["n_pool"] for row in rows if row["n_selected"] is not None]
 
     def mean(column: str) -> float:
         return float(np.mean([row[column] for row in rows]))
 
-    own = first["maximised"] if metric in (None, first["metric"]) else None
+    maximised = first["maximised"] if metric in (None, first["metric"]) else None
 
     return MethodPoint(
         task=first["task"],
@@ -157,7 +157,7 @@ def _point(rows: Sequence[Mapping[str, Any]], metric: str | None) -> MethodPoint
         selector=first["selector"],
         budget=first["budget"],
         metric=metric or first["metric"],
-        maximised=higher_is_better(metric or first["metric"]) if own is None else own,
+        maximised=higher_is_better(metric or first["metric"]) if maximised is None else maximised,
         seeds=tuple(row["seed"] for row in rows),
         scores=tuple(scores),
         budgets=tuple(row["budget_flops"] for row in rows),
@@ -165,7 +165,7 @@ def _point(rows: Sequence[Mapping[str, Any]], metric: str | None) -> MethodPoint
         spent=mean("selection_flops_spent"),
         training=mean("training_flops"),
         full_flops=mean("full_flops"),
-        selected=float(np.mean(sizes)) if sizes else None,
+        selected=float(np.mean(shares)) if shares else None,
         imported=first["status"] == IMPORTED,
     )
 
@@ -183,7 +183,7 @@ class BudgetLevel:
     """One budget of a group, as given and in FLOPs.
 
     Attributes:
-        budget: as given. flops: mean over all seeds of the group. by_seed: FLOPs for each of them.
+        budget: as given. flops: mean over all seeds of the group. by_seed: FLOPs of each seed.
     """
 
     budget: str
@@ -191,36 +191,36 @@ class BudgetLevel:
     by_seed: Mapping[int, float]
 
     def on(self, seeds: Sequence[int]) -> float:
-        """FLOPs, mean over `seeds`; over all of the group where one of them never had this budget."""
+        """FLOPs, mean over `seeds`; mean over all seeds of the group if one of `seeds` has no such budget."""
         if not all(seed in self.by_seed for seed in seeds):
             return self.flops
         return float(np.mean([self.by_seed[seed] for seed in seeds]))
 
     def allows(self, p: MethodPoint) -> bool:
-        """Whether a run is within the budget: its means over seeds are held against the budget of the same seeds."""
+        """Whether a point is within the budget: its mean total against the mean budget of the same seeds."""
         return p.total <= self.on(p.seeds) * SLACK
 
 
 def budgets_of(points: Sequence[MethodPoint]) -> list[BudgetLevel]:
-    """The distinct budgets of a group, rising. One that is given in two ways, at the same FLOPs, is there once."""
+    """The distinct budgets of a group, rising. Two budgets with the same FLOPs count once."""
     by_seed: dict[str, dict[int, float]] = {}
     for p in points:
         for seed, flops in zip(p.seeds, p.budgets, strict=True):
             by_seed.setdefault(p.budget, {}).setdefault(seed, flops)
-    found: dict[float, BudgetLevel] = {}
-    for budget, each in by_seed.items():
-        # Sorted, so that the order of the seeds does not show in the last digit.
-        limit = BudgetLevel(budget, float(np.mean([each[seed] for seed in sorted(each)])), each)
-        found.setdefault(limit.flops, limit)
-    return [found[flops] for flops in sorted(found)]
+    levels: dict[float, BudgetLevel] = {}
+    for budget, flops_by_seed in by_seed.items():
+        # Sorted, so that the last digit of the mean does not depend on the order of the seeds.
+        mean = float(np.mean([flops_by_seed[seed] for seed in sorted(flops_by_seed)]))
+        levels.setdefault(mean, BudgetLevel(budget, mean, flops_by_seed))
+    return [levels[flops] for flops in sorted(levels)]
 
 
 def affordable(points: Iterable[MethodPoint], limit: BudgetLevel) -> list[MethodPoint]:
-    """Of each method the costliest run whose total is within the budget: the cost-aware utility of CCDS."""
+    """The most expensive point of each method whose total is within the budget: the cost-aware utility of CCDS."""
     best: dict[str, MethodPoint] = {}
     for p in points:
-        before = best.get(p.method)
-        if limit.allows(p) and (before is None or p.total > before.total):
+        previous = best.get(p.method)
+        if limit.allows(p) and (previous is None or p.total > previous.total):
             best[p.method] = p
     return list(best.values())
 
@@ -231,7 +231,7 @@ def better(a: MethodPoint, b: MethodPoint) -> bool:
 
 
 def best_of(points: Sequence[MethodPoint]) -> MethodPoint:
-    """The best mean; of equals the cheaper selection, then the first."""
+    """The point with the best mean. Of equal means it is that with the cheaper selection, then the first."""
     ordered = sorted(points, key=lambda p: p.selection)
     best = ordered[0]
     for p in ordered[1:]:
@@ -241,9 +241,9 @@ def best_of(points: Sequence[MethodPoint]) -> MethodPoint:
 
 
 def differs_significantly(a: MethodPoint, b: MethodPoint) -> bool | None:
-    """Whether the difference of two means is beyond chance, by a paired t-test over the seeds both have.
+    """Whether two means differ significantly, by a paired t-test over the seeds that both points have.
 
-    Seeds draw the data too, so that pairs share it. None where fewer than two seeds are shared.
+    The scores of a pair are of the same data, because seeds draw the data too. None if fewer than two seeds are shared.
     """
     left, right = dict(zip(a.seeds, a.scores, strict=True)), dict(zip(b.seeds, b.scores, strict=True))
     seeds = sorted(set(left) & set(right))
@@ -255,11 +255,13 @@ def differs_significantly(a: MethodPoint, b: MethodPoint) -> bool | None:
 
 @dataclass(frozen=True)
 class BudgetVerdict:
-    """What to do with one budget.
+    """The best method at one budget.
 
     Attributes:
-        budget, flops: as given, and in FLOPs. best: the best that is affordable, of those with all seeds. level:
-            other affordable methods that cannot be told apart from it. sentence: the same in words.
+        budget: as given. flops: the budget.
+        best: the best affordable point, of those with all seeds.
+        level: other affordable methods that do not differ significantly from it.
+        sentence: the same in words.
     """
 
     budget: str
@@ -270,8 +272,8 @@ class BudgetVerdict:
 
 
 def answers(points: Sequence[MethodPoint]) -> list[BudgetVerdict]:
-    """For each budget of a group, what its points say is best at that total cost."""
-    made = []
+    """For each budget of a group, the best method at that total cost."""
+    verdicts = []
     for limit in budgets_of(points):
         rivals = affordable(points, limit)
         if not rivals:
@@ -280,39 +282,42 @@ def answers(points: Sequence[MethodPoint]) -> list[BudgetVerdict]:
         best = best_of(ranked)
         others = sorted(ranked, key=lambda p: -p.mean if p.maximised else p.mean)
         level = tuple(p.method for p in others if p is not best and differs_significantly(best, p) is False)
-        partly = [f"{p.method} ({len(p.seeds)} of {len(best.seeds)} seeds)" for p in rivals if p not in ranked]
-        made.append(BudgetVerdict(limit.budget, limit.flops, best, level, _sentence(limit, best, level, partly)))
-    return made
+        incomplete = [f"{p.method} ({len(p.seeds)} of {len(best.seeds)} seeds)" for p in rivals if p not in ranked]
+        verdicts.append(
+            BudgetVerdict(limit.budget, limit.flops, best, level, _sentence(limit, best, level, incomplete))
+        )
+    return verdicts
 
 
 def complete(rivals: Sequence[MethodPoint]) -> list[MethodPoint]:
-    """Those with scores for as many seeds as any: seeds draw the data, so that fewer are another comparison."""
-    most = max(len(p.seeds) for p in rivals)
-    return [p for p in rivals if len(p.seeds) == most]
+    """The points with the largest number of seeds. Seeds draw the data, so that points with fewer saw other data."""
+    max_seeds = max(len(p.seeds) for p in rivals)
+    return [p for p in rivals if len(p.seeds) == max_seeds]
 
 
-def _sentence(limit: BudgetLevel, best: MethodPoint, level: Sequence[str], partly: Sequence[str]) -> str:
+def _sentence(limit: BudgetLevel, best: MethodPoint, level: Sequence[str], incomplete: Sequence[str]) -> str:
+    """The verdict in words; `incomplete`: methods with fewer seeds, which were not compared."""
     unit = " %" if in_percent(best.metric) else ""
     score = shown(best.mean, best.metric)
     if not math.isnan(best.half_width):
         score += f" ± {shown(best.half_width, best.metric)}"
-    given = "" if limit.budget.endswith("FLOPs") else f" ({limit.budget})"
-    # A run whose selection came on top belongs to a smaller budget than the one it fits into.
+    as_given = "" if limit.budget.endswith("FLOPs") else f" ({limit.budget})"
+    # A run that paid for selection on top of its budget fits only into a larger budget than its own.
     smaller = f" of {best.budget}" if best.budget_flops < limit.on(best.seeds) / SLACK else ""
-    text = f"At {limit.flops:.3g} FLOPs in all{given}: {best.method}{smaller}, {best.metric} {score}{unit}"
+    text = f"At {limit.flops:.3g} FLOPs in all{as_given}: {best.method}{smaller}, {best.metric} {score}{unit}"
     if level:
         text += f"; not told apart from {', '.join(level)} by {len(best.seeds)} seeds"
-    if partly:
-        text += f"; left out: {', '.join(partly)}"
+    if incomplete:
+        text += f"; left out: {', '.join(incomplete)}"
     return f"{text}."
 
 
 def regrets(points: Sequence[MethodPoint]) -> dict[str, list[tuple[float, float]]]:
-    """By method, (budget in FLOPs, how much worse than the best affordable mean of the grid), at each budget.
+    """By method: (budget in FLOPs, difference to the best affordable mean of the grid) for each budget.
 
-    The best of many noisy means flatters itself: regrets are upper estimates.
+    The best of many noisy means is biased upwards, so that regrets are upper estimates.
     """
-    found: dict[str, list[tuple[float, float]]] = {}
+    result: dict[str, list[tuple[float, float]]] = {}
     for limit in budgets_of(points):
         rivals = affordable(points, limit)
         if not rivals:
@@ -320,5 +325,5 @@ def regrets(points: Sequence[MethodPoint]) -> dict[str, list[tuple[float, float]
         ranked = complete(rivals)
         best = best_of(ranked).mean
         for p in ranked:
-            found.setdefault(p.method, []).append((limit.flops, abs(best - p.mean)))
-    return found
+            result.setdefault(p.method, []).append((limit.flops, abs(best - p.mean)))
+    return result

@@ -1,4 +1,4 @@
-"""What a report shows beside scores: where compute went, what was selected, and how selections overlap."""
+"""What a report shows beside scores: compute by stage, sources and examples selected, and overlap of selections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cads.study.tables import DONE, read_file, read_rows
 MOST_BUDGETS = 3
 """Budgets at which selections and ledgers are shown: the smallest, one in the middle, the largest."""
 MOST_STAGES = 6
-"""Stages of selection that a ledger shows by name; the smaller ones are put together."""
+"""Stages of selection that a ledger shows by name; the cheaper ones are summed."""
 LONGEST_TEXT = 400
 """Characters of an example that are shown."""
 
@@ -30,7 +30,7 @@ Place = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Overlap:
-    """Jaccard overlap of the selections at one place, shape (M, M), and of random ones of the same sizes, (M, M)."""
+    """Jaccard overlap of the selections of M methods, shape (M, M); `expected`: of random ones of the same sizes."""
 
     place: Place
     methods: list[str]
@@ -40,7 +40,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class ExampleGallery:
-    """A few examples that one method kept, and that it left out; each with id, label, text and image (a data URI)."""
+    """A few examples that one method selected, and that it rejected: id, label, text and image (a data URI) each."""
 
     place: Place
     method: str
@@ -48,28 +48,32 @@ class ExampleGallery:
     left_out: list[dict[str, Any]]
 
 
-def by_place(runs: Iterable[Row], most: int = MOST_BUDGETS) -> dict[Place, dict[str, list[Row]]]:
-    """Finished runs by task, model and budget, and there by method.
+def by_place(runs: Iterable[Row], max_budgets: int = MOST_BUDGETS) -> dict[Place, dict[str, list[Row]]]:
+    """Finished runs by task, model and budget, then by method.
 
     Args:
-        most: budgets of each task and model: the smallest, the largest, and some between; or the middle one alone.
+        max_budgets: of each task and model: the smallest, the largest, and some between. If 1, the middle one.
     """
-    found: dict[Place, dict[str, list[Row]]] = {}
+    runs_by_place: dict[Place, dict[str, list[Row]]] = {}
     for row in runs:
         if row["status"] == DONE:
             place = row["task"], row["model"], row["budget"]
-            found.setdefault(place, {}).setdefault(row["method"], []).append(row)
-    kept: dict[Place, dict[str, list[Row]]] = {}
-    for group in dict.fromkeys(place[:2] for place in found):
-        budgets = [place for place in found if place[:2] == group]
-        budgets.sort(key=lambda place: next(iter(found[place].values()))[0]["budget_flops"])
-        few = np.unique(np.linspace(0, len(budgets) - 1, min(most, len(budgets))).round().astype(int)).tolist()
-        kept |= {budgets[i]: found[budgets[i]] for i in ([len(budgets) // 2] if most == 1 else few)}
-    return kept
+            runs_by_place.setdefault(place, {}).setdefault(row["method"], []).append(row)
+    result: dict[Place, dict[str, list[Row]]] = {}
+    for group in dict.fromkeys(place[:2] for place in runs_by_place):
+        budgets = [place for place in runs_by_place if place[:2] == group]
+        budgets.sort(key=lambda place: next(iter(runs_by_place[place].values()))[0]["budget_flops"])
+        even_positions = np.unique(
+            np.linspace(0, len(budgets) - 1, min(max_budgets, len(budgets))).round().astype(int)
+        ).tolist()
+        result |= {
+            budgets[i]: runs_by_place[budgets[i]] for i in ([len(budgets) // 2] if max_budgets == 1 else even_positions)
+        }
+    return result
 
 
 def ledgers(methods: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, float]]:
-    """FLOPs by stage of each method, means over seeds; evaluation is left out."""
+    """FLOPs by stage of each method, means over seeds, without evaluation."""
     spent: dict[str, dict[str, float]] = {}
     for method, rows in methods.items():
         stages: dict[str, float] = {}
@@ -88,19 +92,23 @@ def ledgers(methods: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, float]]
 
 
 def _merged(stages: Mapping[str, float], named: Sequence[str]) -> dict[str, float]:
+    """FLOPs of the stages in `named`, and the sum of the others."""
     merged = {name: stages[name] for name in named if name in stages}
     rest = sum(flops for name, flops in stages.items() if name not in named)
     return {**merged, "other selection": rest} if rest else merged
 
 
 def source_shares(folder: Path, methods: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, float]]:
-    """Share of each source in what each method selected (percent), over all seeds together; none without sources."""
+    """Share of each source in the selected examples of each method, in percent, over all seeds together.
+
+    Methods whose selected examples have no source are left out.
+    """
     shares: dict[str, dict[str, float]] = {}
     for method, rows in methods.items():
         counts: dict[str, float] = {}
         for row in rows:
-            found = pc.value_counts(_selection(folder, row["cell"])["source"].drop_null())
-            for item in found.to_pylist():
+            value_counts = pc.value_counts(_selection(folder, row["cell"])["source"].drop_null())
+            for item in value_counts.to_pylist():
                 counts[item["values"]] = counts.get(item["values"], 0.0) + item["counts"]
         if counts:
             total = sum(counts.values())
@@ -115,16 +123,16 @@ def course(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     sources = list(dict.fromkeys(source for c in courses for step in c for source in step))
     values: dict[str, np.ndarray] = {}
     for source in sources:
-        known = np.full((len(courses), steps), np.nan)
-        for i, one in enumerate(courses):
-            known[i, : len(one)] = [step.get(source, np.nan) for step in one]
-        present = ~np.isnan(known)
-        values[source] = np.where(present, known, 0).sum(axis=0) / np.maximum(1, present.sum(axis=0))
+        table = np.full((len(courses), steps), np.nan)
+        for i, single in enumerate(courses):
+            table[i, : len(single)] = [step.get(source, np.nan) for step in single]
+        present = ~np.isnan(table)
+        values[source] = np.where(present, table, 0).sum(axis=0) / np.maximum(1, present.sum(axis=0))
     return values
 
 
 def overlap(folder: Path, place: Place, methods: Mapping[str, Sequence[Row]]) -> Overlap | None:
-    """How much the selections of the first seed have in common; None if fewer than two methods select."""
+    """The overlap of the selections of the first seed; None if fewer than two methods select."""
     first = {method: min(rows, key=lambda row: row["seed"]) for method, rows in methods.items()}
     ids = {m: _selection(folder, row["cell"])["id"].to_pylist() for m, row in first.items() if row["n_selected"]}
     if len(ids) < 2:
@@ -140,18 +148,19 @@ def overlap(folder: Path, place: Place, methods: Mapping[str, Sequence[Row]]) ->
 
 
 def exhibits(folder: Path, place: Place, methods: Mapping[str, Sequence[Row]]) -> list[ExampleGallery]:
-    """What each method kept and left out, in its first seed."""
-    made = []
+    """Examples that each method selected and rejected, of its first seed."""
+    galleries = []
     for method, rows in methods.items():
         key = min(rows, key=lambda row: row["seed"])["cell"]
-        shown = [_visible(row) for row in read_rows(folder, "examples", [key])]
-        kept, left = [e for e in shown if e["kept"]], [e for e in shown if not e["kept"]]
-        if any(e["image"] or e["text"] for e in shown):
-            made.append(ExampleGallery(place, method, kept, left))
-    return made
+        examples = [_visible(row) for row in read_rows(folder, "examples", [key])]
+        kept, left_out = [e for e in examples if e["kept"]], [e for e in examples if not e["kept"]]
+        if any(e["image"] or e["text"] for e in examples):
+            galleries.append(ExampleGallery(place, method, kept, left_out))
+    return galleries
 
 
 def _visible(row: Row) -> dict[str, Any]:
+    """An example with its text cut to `LONGEST_TEXT` and its image as a data URI."""
     text = row["text"]
     if text and len(text) > LONGEST_TEXT:
         text = f"{text[:LONGEST_TEXT]}…"
@@ -160,4 +169,5 @@ def _visible(row: Row) -> dict[str, Any]:
 
 
 def _selection(folder: Path, key: str) -> Any:
+    """The rows of `selections` of one cell."""
     return read_file(folder / "tables" / "selections" / f"{key}.parquet", "selections")

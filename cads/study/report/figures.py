@@ -1,4 +1,4 @@
-"""The figures of a study, each a pure function of points, fits or selections; small enough for a phone.
+"""The figures of a study. Each is a pure function of points, fits or selections, and is legible on a phone.
 
 Figures 1-6 are those of CCDS (Yin and Rush, ICLR 2025, arXiv 2410.16208); one panel is one figure.
 """
@@ -27,19 +27,19 @@ from cads.study.analysis.points import MethodPoint, in_percent, place_name
 from cads.study.report.style import FAINT, INK, SERIES, MethodStyle
 
 WIDTH, AXES_HEIGHT, LEGEND_ROW = 4.5, 2.9, 0.21
-"""Inches. Shown 350 pixels wide, text of `TEXT` points is then about as many pixels high."""
+"""Inches. In a figure that is shown 350 pixels wide, text of `TEXT` points is then about as many pixels high."""
 TEXT = 10.5
 LONGEST_LABEL, LONGEST_STAGE = 22, 50
 MOST_LINES = 8
-"""Methods in one panel. More are divided among several, so that lines can be told apart."""
+"""Methods in one panel. More methods are divided among several panels, so that their lines stay distinct."""
 ANCHORS = ("full", "cads-s", "cads-e")
-"""Methods that are in every panel, under these names: what a reader compares the others with."""
+"""Names of methods that are in every panel, for comparison."""
 MOST_NUMBERED = 12
-"""Methods up to which a matrix has its numbers written into it; beyond, they would run into each other."""
+"""Methods of the largest matrix with numbers in it. In a larger one they would overlap."""
 MATRIX_TEXT = 6.5
-"""Points, of the labels of such a matrix: as high as its rows."""
+"""Size of the labels of a matrix without numbers, in points: as high as its rows."""
 SHOWN_POINTS = 25.0
-"""Percentage points below the best that figures of scores show; what lies lower is in the table."""
+"""Range of figures of scores, in percentage points below the best. Lower scores are only in the table."""
 CURVE_POINTS = 200
 PNG_DPI = 180
 MARKS_BY_TASKS, LINES_BY_TASKS = "osD^", ("-", "--", "-.", ":")
@@ -66,10 +66,10 @@ TOTAL, TRAINING = "total FLOPs (selection + training)", "training FLOPs"
 
 @dataclass(frozen=True)
 class CaptionedFigure:
-    """A figure with its words.
+    """A figure with its title and caption.
 
     Attributes:
-        name: of its files. title: above it. caption: what it shows, in sentences. figure: itself.
+        name: of its files. title: above the figure. caption: below the figure, in sentences. figure: of Matplotlib.
     """
 
     name: str
@@ -79,22 +79,23 @@ class CaptionedFigure:
 
     @cached_property
     def _rendered(self) -> str:
+        """The figure as SVG."""
         buffer = io.StringIO()
         with mpl.rc_context({**RC, "svg.hashsalt": self.name}):
             self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        # The layout takes longest, and is the same for every format.
+        # The layout is slow, and the same for every format: it is not computed again.
         self.figure.set_layout_engine("none")
         return buffer.getvalue()
 
     def svg(self) -> str:
-        """For a page: without a background, its ink in the colour of the page's text, its ids unlike any other's."""
+        """SVG for a page: no background, ink in the colour of the page's text, ids that no other figure has."""
         text = self._rendered
         text = re.sub(r"<g id=\"[^\"]*\"", "<g", text[text.index("<svg") :]).replace(INK, "currentColor")
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text))
 
     def save(self, folder: Path, formats: Sequence[str] = ("svg", "png")) -> None:
-        """Write NAME.svg and NAME.png, on white."""
+        """Write NAME.svg and NAME.png, on a white background."""
         folder.mkdir(parents=True, exist_ok=True)
         if "svg" in formats:
             text = self._rendered.replace("<svg ", '<svg style="background: white" ', 1)
@@ -109,7 +110,7 @@ class CaptionedFigure:
 def _panels(
     labels: Sequence[int], columns: int = 2, height: float = AXES_HEIGHT
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """An empty figure of panels, one below the other, each with room for a legend of so many labels below its axes."""
+    """An empty figure of panels, one below the other; `labels`: number of labels of each legend, below its axes."""
     heights = [height + LEGEND_ROW * math.ceil(n / columns) for n in labels]
     with mpl.rc_context(RC):
         figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
@@ -135,55 +136,62 @@ def _panel(n_labels: int, columns: int = 2, height: float = AXES_HEIGHT) -> Iter
 
 
 def _short(label: str, longest: int = LONGEST_LABEL) -> str:
-    """A label as matplotlib shows it: not too long, and neither taken for mathematics nor hidden."""
+    """A label for Matplotlib: shortened to `longest`, with `$` escaped.
+
+    A zero-width space stands before a leading `_`, because Matplotlib hides labels that begin with it.
+    """
     label = label if len(label) <= longest else f"{label[: longest - 1]}…"
     label = label.replace("$", r"\$")
     return f"\u200b{label}" if label.startswith("_") else label
 
 
 def _score_label(metric: str) -> str:
+    """The label of an axis of scores, with its unit."""
     unit = " (%)" if in_percent(metric) else "" if metric in ("score",) else " (nats)" if "loss" in metric else ""
     return f"test {metric}{unit}" if metric != "score" else "score (published, %)"
 
 
 def _flops_axis(axes: Axes, label: str) -> None:
+    """Make the horizontal axis logarithmic, with legible ticks."""
     axes.set_xscale("log")
     axes.set_xlabel(label)
     low, high = axes.get_xlim()
     decades = math.log10(high / low)
-    # Under two decades the powers of ten alone would leave one or two labels.
+    # Over less than two decades, powers of ten alone would give one or two labels.
     subs = (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 0.7 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=subs, numticks=7))
     axes.xaxis.set_major_formatter(LogFormatterSciNotation(base=10, minor_thresholds=(math.inf, math.inf)))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _seen(p: MethodPoint) -> float:
-    """The mean as it is shown: in percent if it is a share, never turned around."""
+def _shown_mean(p: MethodPoint) -> float:
+    """The mean as figures show it: in percent if it is a share, never with its sign changed."""
     return 100 * p.mean if in_percent(p.metric) else p.mean
 
 
 def _half_width(p: MethodPoint) -> float:
+    """The half-width of the interval as figures show it; 0 if there is none."""
     return (100 if in_percent(p.metric) else 1) * np.nan_to_num(p.half_width)
 
 
 def _limit(axes: Axes, points: Sequence[MethodPoint]) -> str:
-    """Leave out what is far below the best; says so."""
+    """Cut the vertical axis far below the best; returns the sentence about it, or ""."""
     if not in_percent(points[0].metric) or not points[0].maximised:
         return ""
     best: dict[str, float] = {}
     for p in points:
-        best[p.budget] = max(best.get(p.budget, 0.0), _seen(p))
+        best[p.budget] = max(best.get(p.budget, 0.0), _shown_mean(p))
     floor = max(0.0, min(best.values()) - SHOWN_POINTS)
     ceiling = min(100.5, max(best.values()) + SHOWN_POINTS / 8)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, floor), min(high, ceiling))
-    if min(map(_seen, points)) >= floor:
+    if min(map(_shown_mean, points)) >= floor:
         return ""
     return f" What lies more than {SHOWN_POINTS:.0f} points below the best of every budget is in the table."
 
 
 def _by_method(points: Sequence[MethodPoint]) -> dict[str, list[MethodPoint]]:
+    """The points of each method, cheapest first."""
     lines: dict[str, list[MethodPoint]] = {}
     for p in points:
         lines.setdefault(p.method, []).append(p)
@@ -191,7 +199,7 @@ def _by_method(points: Sequence[MethodPoint]) -> dict[str, list[MethodPoint]]:
 
 
 def _divided(points: Sequence[MethodPoint]) -> list[list[str]]:
-    """The methods of each panel: all in one if they are few, else the best first, with `ANCHORS` in each."""
+    """The methods of each panel: one panel up to `MOST_LINES` methods, else the best first, with `ANCHORS` in each."""
     lines = _by_method(points)
     if len(lines) <= MOST_LINES:
         return [list(lines)]
@@ -199,35 +207,37 @@ def _divided(points: Sequence[MethodPoint]) -> list[list[str]]:
     best: dict[str, float] = {}
     for p in points:
         best[p.budget] = max(best.get(p.budget, -math.inf), sign * p.mean)
-    worth = {method: np.mean([sign * p.mean - best[p.budget] for p in line]) for method, line in lines.items()}
+    mean_gaps = {method: np.mean([sign * p.mean - best[p.budget] for p in line]) for method, line in lines.items()}
     anchors = [method for method in lines if method in ANCHORS]
-    others = sorted((method for method in lines if method not in anchors), key=lambda m: (-worth[m], m))
+    others = sorted((method for method in lines if method not in anchors), key=lambda m: (-mean_gaps[m], m))
     n_panels = math.ceil(len(others) / (MOST_LINES - len(anchors)))
     return [[*anchors, *part] for part in np.array_split(np.array(others), n_panels)]
 
 
 def _order_note(parts: Sequence[Sequence[str]]) -> str:
+    """The sentence of a caption about the order of panels; "" for one panel."""
     if len(parts) == 1:
         return ""
     return " Panels go from methods near the best of each budget to those far from it, each on its own scale."
 
 
-def _where(group: GroupFits) -> str:
+def _group_name(group: GroupFits) -> str:
+    """The name of a group: task and model size."""
     return place_name(group.task, group.model)
 
 
 def scores(
-    group: GroupFits, look: Mapping[str, MethodStyle], name: str, *, training_only: bool = False
+    group: GroupFits, styles: Mapping[str, MethodStyle], name: str, *, training_only: bool = False
 ) -> CaptionedFigure:
-    """Scores with intervals over seeds, against total or (CCDS figure 5) training FLOPs."""
+    """Scores with intervals over seeds, against total FLOPs or, as in CCDS figure 5, training FLOPs."""
     lines, parts, notes = _by_method(group.points), _divided(group.points), []
     with _panels(list(map(len, parts))) as (figure, panels):
         for axes, methods in zip(panels, parts, strict=True):
             for method in methods:
-                style, line = look[method], lines[method]
+                style, line = styles[method], lines[method]
                 axes.errorbar(
                     [p.training if training_only else p.total for p in line],
-                    [_seen(p) for p in line],
+                    [_shown_mean(p) for p in line],
                     yerr=[_half_width(p) for p in line],
                     color=style.colour,
                     marker=style.marker,
@@ -245,14 +255,14 @@ def scores(
     text = f"Means of {seeds} seeds with 95 % t-intervals." if seeds > 1 else "One run each."
     if fewer := sorted({p.method for p in group.points if len(p.seeds) < seeds}):
         text += f" Of fewer seeds at some budget: {', '.join(fewer)}."
-    what = "the budget of training alone" if training_only else "everything spent, selection included"
-    title = f"{_where(group)}: {group.metric} against {TRAINING if training_only else 'total FLOPs'}"
-    caption = f"{text} The horizontal axis is {what}.{_order_note(parts)}{max(notes, key=len)}"
+    axis = "the budget of training alone" if training_only else "everything spent, selection included"
+    title = f"{_group_name(group)}: {group.metric} against {TRAINING if training_only else 'total FLOPs'}"
+    caption = f"{text} The horizontal axis is {axis}.{_order_note(parts)}{max(notes, key=len)}"
     return CaptionedFigure(name, title, caption, figure)
 
 
-def frontier(group: GroupFits, look: Mapping[str, MethodStyle], name: str, *, fitted: bool) -> CaptionedFigure:
-    """CCDS figures 2 and 3: points with the frontier line, without and with the fitted curves."""
+def frontier(group: GroupFits, styles: Mapping[str, MethodStyle], name: str, *, fitted: bool) -> CaptionedFigure:
+    """CCDS figures 2 and 3: points with the frontier line, and with the fitted curves if `fitted`."""
     lines, parts, notes = _by_method(group.points), _divided(group.points), []
     low, high = group.span
     grid = np.geomspace(low, max(high, low * 1.01), CURVE_POINTS)
@@ -261,8 +271,8 @@ def frontier(group: GroupFits, look: Mapping[str, MethodStyle], name: str, *, fi
     with _panels([len(part) + (group.line is not None) for part in parts]) as (figure, panels):
         for axes, methods in zip(panels, parts, strict=True):
             for method in methods:
-                style, line = look[method], lines[method]
-                x, y = [p.total for p in line], [_seen(p) for p in line]
+                style, line = styles[method], lines[method]
+                x, y = [p.total for p in line], [_shown_mean(p) for p in line]
                 axes.plot(x, y, style.marker, color=style.colour, markersize=5, label=_short(method))
                 if method in curves:
                     axes.plot(
@@ -284,18 +294,18 @@ def frontier(group: GroupFits, look: Mapping[str, MethodStyle], name: str, *, fi
     caption = "Means over seeds; the dotted line is the least-squares line through the points that no other dominates."
     if fitted:
         caption = "Curves: P(C) = P0 + (Pbar - P0)(1 - exp(-lambda (C - C_select) / C(D))), by bounded least squares."
-        what = "the score of training on everything" if group.complete else "the best mean of the grid, not fitted"
-        caption += f" Pbar is {what}."
+        source = "the score of training on everything" if group.complete else "the best mean of the grid, not fitted"
+        caption += f" Pbar is {source}."
         missing = ", ".join(group.not_fitted)
         caption += f" Too few budgets for {missing}." if missing else ""
         caption += f" No such curve describes {', '.join(group.unused)}." if group.unused else ""
-    title = f"{_where(group)}: {'fits' if fitted else 'frontier'}"
+    title = f"{_group_name(group)}: {'fits' if fitted else 'frontier'}"
     return CaptionedFigure(name, title, caption + _order_note(parts) + max(notes, key=len), figure)
 
 
-def break_even(group: GroupFits, look: Mapping[str, MethodStyle], prefix: str) -> list[CaptionedFigure]:
-    """CCDS figure 4: the same scores if T tasks share the selection, one figure a method that pays up front."""
-    made: list[CaptionedFigure] = []
+def break_even(group: GroupFits, styles: Mapping[str, MethodStyle], prefix: str) -> list[CaptionedFigure]:
+    """CCDS figure 4: the scores if T tasks share the selection, one figure for each method with a fixed selection."""
+    result: list[CaptionedFigure] = []
     grid = np.geomspace(*group.span, CURVE_POINTS)
     sign = 1 if group.maximised else -1
     for method, line in _by_method(group.points).items():
@@ -305,8 +315,8 @@ def break_even(group: GroupFits, look: Mapping[str, MethodStyle], prefix: str) -
             for i, tasks in enumerate(SHARED_TASKS):
                 axes.plot(
                     [amortised_flops(p.spent, p.training, tasks) for p in line],
-                    [_seen(p) for p in line],
-                    color=look[method].colour,
+                    [_shown_mean(p) for p in line],
+                    color=styles[method].colour,
                     alpha=1 - 0.2 * i,
                     marker=MARKS_BY_TASKS[i],
                     linestyle=LINES_BY_TASKS[i],
@@ -318,33 +328,35 @@ def break_even(group: GroupFits, look: Mapping[str, MethodStyle], prefix: str) -
             _flops_axis(axes, "FLOPs a task, C_select / T + C_train")
             axes.set_ylabel(_score_label(group.metric))
         caption = f"What a task pays if T tasks share one selection by {method}; left of the line it pays off."
-        made.append(
-            CaptionedFigure(f"{prefix}-{len(made) + 1}", f"{_where(group)}: break-even of {method}", caption, figure)
+        result.append(
+            CaptionedFigure(
+                f"{prefix}-{len(result) + 1}", f"{_group_name(group)}: break-even of {method}", caption, figure
+            )
         )
-    return made
+    return result
 
 
 def overlap(names: Sequence[str], matrix: np.ndarray, expected: np.ndarray, title: str, name: str) -> CaptionedFigure:
     """CCDS figure 6: Jaccard overlap of selections, and of random ones of the same sizes, both of shape (M, M)."""
-    shown = np.tril(matrix) + np.triu(expected, k=1)
-    # As wide as the page it would leave nothing but white below.
+    cells = np.tril(matrix) + np.triu(expected, k=1)
+    # Limited, because a matrix of full width would leave a blank area below.
     size = min(0.36 * len(names) + 1.6, WIDTH + 1.0)
     with _panel(0, height=max(2.2, size)) as (figure, axes):
         axes.grid(visible=False)
-        shades = axes.imshow(shown, vmin=0, vmax=1, cmap="cividis")
+        shades = axes.imshow(cells, vmin=0, vmax=1, cmap="cividis")
         labels = [_short(n) for n in names]
-        many = len(names) > MOST_NUMBERED
-        size_of_text = MATRIX_TEXT if many else TEXT - 1
-        axes.set_xticks(range(len(names)), labels, rotation=90 if many else 60, ha="right", fontsize=size_of_text)
+        large = len(names) > MOST_NUMBERED
+        size_of_text = MATRIX_TEXT if large else TEXT - 1
+        axes.set_xticks(range(len(names)), labels, rotation=90 if large else 60, ha="right", fontsize=size_of_text)
         for label in axes.get_xticklabels():
-            label.set(rotation_mode="anchor", va="center" if many else "top")
+            label.set(rotation_mode="anchor", va="center" if large else "top")
         axes.set_yticks(range(len(names)), labels, fontsize=size_of_text)
         axes.spines[:].set_visible(False)
-        for i, j in np.ndindex((0, 0) if many else matrix.shape):
-            colour = "white" if shown[i, j] < 0.55 else "#111111"
-            text = f"{shown[i, j]:.2f}".removeprefix("0") if shown[i, j] < 0.995 else "1"
+        for i, j in np.ndindex((0, 0) if large else matrix.shape):
+            colour = "white" if cells[i, j] < 0.55 else "#111111"
+            text = f"{cells[i, j]:.2f}".removeprefix("0") if cells[i, j] < 0.995 else "1"
             axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=7.5 if len(names) > 6 else TEXT - 1)
-        if many:
+        if large:
             figure.colorbar(shades, location="top", shrink=0.8)
     caption = (
         "Below the diagonal: Jaccard overlap |A & B| / |A | B| of the first seed's selections. Above it: of two random "
@@ -354,15 +366,15 @@ def overlap(names: Sequence[str], matrix: np.ndarray, expected: np.ndarray, titl
 
 
 def simulation(
-    curves: Sequence[PerformanceCurve], n_parameters: float, look: Mapping[str, MethodStyle], name: str
+    curves: Sequence[PerformanceCurve], n_parameters: float, styles: Mapping[str, MethodStyle], name: str
 ) -> CaptionedFigure:
     """CCDS figure 1: simulated performance of four kinds of methods at one size of the trained model."""
     grid = np.geomspace(1e16, max(curves[0].c_full, 2e19), CURVE_POINTS * 2)
     with _panel(len(curves)) as (figure, axes):
         for curve in curves:
-            style = look[curve.method]
-            own = np.union1d(grid[grid > curve.c_select], [max(curve.c_select, grid[0])])
-            axes.plot(own, curve.predict(own), color=style.colour, label=_short(curve.method))
+            style = styles[curve.method]
+            costs = np.union1d(grid[grid > curve.c_select], [max(curve.c_select, grid[0])])
+            axes.plot(costs, curve.predict(costs), color=style.colour, label=_short(curve.method))
         _flops_axis(axes, TOTAL)
         axes.set_ylabel("simulated score (%)")
         axes.set_ylim(0, 102)
@@ -371,15 +383,15 @@ def simulation(
 
 
 def regret(
-    group: GroupFits, rows: Mapping[str, Sequence[tuple[float, float]]], look: Mapping[str, MethodStyle], name: str
+    group: GroupFits, rows: Mapping[str, Sequence[tuple[float, float]]], styles: Mapping[str, MethodStyle], name: str
 ) -> CaptionedFigure:
-    """How far each method is from the best of the grid at each budget."""
+    """Regret: the distance of each method to the best of the grid at each budget."""
     scale = 100 if in_percent(group.metric) else 1
     parts = [[m for m in part if m in rows] for part in _divided(group.points)]
     with _panels(list(map(len, parts))) as (figure, panels):
         for axes, methods in zip(panels, parts, strict=True):
             for method in methods:
-                style, line = look[method], rows[method]
+                style, line = styles[method], rows[method]
                 axes.plot(
                     [c for c, _ in line],
                     [scale * r for _, r in line],
@@ -395,7 +407,7 @@ def regret(
             highest = max(1e-9, *(scale * r for method in methods for _, r in rows[method]))
             axes.set_ylim(-0.03 * highest, min(1.05 * highest, SHOWN_POINTS) if scale == 100 else None)
     caption = "Distance to the best affordable mean of the grid; the best of noisy means flatters itself."
-    return CaptionedFigure(name, f"{_where(group)}: regret", caption + _order_note(parts), figure)
+    return CaptionedFigure(name, f"{_group_name(group)}: regret", caption + _order_note(parts), figure)
 
 
 def probabilities(course: Mapping[str, np.ndarray], title: str, name: str) -> CaptionedFigure:
@@ -427,15 +439,15 @@ def stacked(
     name: str,
     order: Sequence[str] = (),
 ) -> CaptionedFigure:
-    """A stacked bar for each row, by part; parts have the colours of their places in `order`, and then of the rest."""
-    own = list(dict.fromkeys(part for row in rows.values() for part in row))
-    place = {part: i for i, part in enumerate(dict.fromkeys([*order, *own]))}
-    parts = sorted(own, key=place.__getitem__)
+    """A stacked bar of parts for each row. Parts are coloured by their position in `order`, then in the rest."""
+    present = list(dict.fromkeys(part for row in rows.values() for part in row))
+    positions = {part: i for i, part in enumerate(dict.fromkeys([*order, *present]))}
+    parts = sorted(present, key=positions.__getitem__)
     columns = 1 if max(map(len, parts)) > LONGEST_LABEL else 2
     with _panel(len(parts), columns, height=0.28 * len(rows) + 1.0) as (figure, axes):
         left = np.zeros(len(rows))
         for part in parts:
-            i = place[part]
+            i = positions[part]
             widths = np.array([row.get(part, 0.0) for row in rows.values()])
             hatch = ("", "///", "...", "xxx")[min(3, i // len(SERIES))]
             axes.barh(

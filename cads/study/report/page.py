@@ -1,4 +1,4 @@
-"""The report of a study: `fits.json`, figures as files, and one page of HTML that needs nothing else."""
+"""The report of a study: `fits.json`, figures as files, and one self-contained page of HTML."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ Namer = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: its title, a sentence about it, and figures."""
+    """A section of the page: title, a sentence about it, and figures."""
 
     title: str
-    about: str
+    description: str
     drawings: list[CaptionedFigure]
 
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """What was written: the page, the fits, the folder of figures; and the answers, a sentence each."""
+    """The files of a report: the page, the fits, the folder of figures; and the answers, one sentence each."""
 
     page: Path
     fits: Path
@@ -54,8 +54,8 @@ def write_report(folder: Path, out: Path | None = None, metric: str | None = Non
     """Write the report on the results in `folder`.
 
     Args:
-        out: the page; null for `report.html` in `folder`. Fits and figures go beside it.
-        metric: another metric than the one of the grid.
+        out: the page; None: `report.html` in `folder`. Fits and figures are written beside it.
+        metric: to use instead of the metric of the grid.
 
     Raises:
         DataError: if there are no results, or tables of another schema version.
@@ -64,8 +64,8 @@ def write_report(folder: Path, out: Path | None = None, metric: str | None = Non
     runs = read_runs(folder)
     points = points_of(runs, metric)
     groups = analyse(points)
-    look = method_styles((row["method"], row["selector"]) for row in runs)
-    sections = [s for s in _sections(folder, runs, groups, look) if s.drawings]
+    styles = method_styles((row["method"], row["selector"]) for row in runs)
+    sections = [s for s in _sections(folder, runs, groups, styles) if s.drawings]
     page = out or folder / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     fits = to_json(groups, _smallest(runs))
@@ -77,20 +77,20 @@ def write_report(folder: Path, out: Path | None = None, metric: str | None = Non
         _sweep(folder / "figures", {d.name for d in drawings})
     sentences = [(g, [a.sentence for a in answers(g.points)]) for g in groups]
     whole_file(page, _page(folder, runs, sections, sentences))
-    many = len(groups) > 1
-    said = [f"{_name(g)}: {s}" if many else s for g, group in sentences for s in group]
-    return ReportFiles(page, page.parent / "fits.json", page.parent / "figures", said)
+    several = len(groups) > 1
+    named = [f"{_name(g)}: {s}" if several else s for g, group in sentences for s in group]
+    return ReportFiles(page, page.parent / "fits.json", page.parent / "figures", named)
 
 
 def _sweep(figures: Path, drawn: set[str]) -> None:
-    """Remove what an earlier report drew and this one did not; files that no report names stay."""
+    """Remove figures of an earlier report that this one does not have. Files with other names stay."""
     for file in figures.glob("[0-9][0-9]-*"):
         if file.suffix in (".svg", ".png") and file.stem not in drawn:
             file.unlink()
 
 
 def _smallest(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """By task, the model with the fewest parameters, of those that no proxy selects for."""
+    """By task, the model with the fewest parameters, of those without a proxy."""
     sized = [
         row
         for row in runs
@@ -104,22 +104,24 @@ def _smallest(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _name(group: GroupFits) -> str:
+    """The name of a group: task and model size."""
     return place_name(group.task, group.model)
 
 
 def _sections(
-    folder: Path, runs: Sequence[Mapping[str, Any]], groups: Sequence[GroupFits], look: Mapping[str, MethodStyle]
+    folder: Path, runs: Sequence[Mapping[str, Any]], groups: Sequence[GroupFits], styles: Mapping[str, MethodStyle]
 ) -> list[Section]:
+    """The sections of the page, with their figures numbered in order."""
     number = count(1)
 
     def name(kind: str) -> str:
         return f"{next(number):02d}-{kind}"
 
-    about = (
+    description = (
         "Score, regret, frontier, fitted curves, break-even, and training compute alone. Everything is charged: what "
         "selection costs stands beside what training costs."
     )
-    compared = [Section(f"Results: {_name(g)}", about, _of_group(g, look, name)) for g in groups]
+    compared = [Section(f"Results: {_name(g)}", description, _group_figures(g, styles, name)) for g in groups]
     simulated = [
         figures.simulation(curves, n, method_styles((c.method, c.method) for c in curves), name("simulation"))
         for n in SIMULATED_SIZES
@@ -132,31 +134,33 @@ def _sections(
     ]
 
 
-def _of_group(group: GroupFits, look: Mapping[str, MethodStyle], name: Namer) -> list[CaptionedFigure]:
-    drawings = [figures.scores(group, look, name("scores"))]
+def _group_figures(group: GroupFits, styles: Mapping[str, MethodStyle], name: Namer) -> list[CaptionedFigure]:
+    """The figures of one task at one model size."""
+    drawings = [figures.scores(group, styles, name("scores"))]
     if rows := regrets(group.points):
-        drawings.append(figures.regret(group, rows, look, name("regret")))
-    drawings.append(figures.frontier(group, look, name("frontier"), fitted=False))
+        drawings.append(figures.regret(group, rows, styles, name("regret")))
+    drawings.append(figures.frontier(group, styles, name("frontier"), fitted=False))
     if group.fits:
-        drawings.append(figures.frontier(group, look, name("fits"), fitted=True))
-    drawings += figures.break_even(group, look, name("break-even"))
-    return [*drawings, figures.scores(group, look, name("training-only"), training_only=True)]
+        drawings.append(figures.frontier(group, styles, name("fits"), fitted=True))
+    drawings += figures.break_even(group, styles, name("break-even"))
+    return [*drawings, figures.scores(group, styles, name("training-only"), training_only=True)]
 
 
 def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: Namer) -> list[Section]:
+    """The sections about the selections: ledgers, sources, source probabilities, overlap."""
     spent, shares, courses, overlaps = [], [], [], []
-    # A study may be passed on without them: they are larger than everything else.
+    # A study may be passed on without its selections, the largest of its tables.
     selections = (folder / "tables" / "selections").is_dir()
     places = evidence.by_place(runs)
     accounts = {place: evidence.ledgers(methods) for place, methods in places.items()}
     stages = list(dict.fromkeys(stage for account in accounts.values() for row in account.values() for stage in row))
     for place, methods in places.items():
-        where = ", ".join(filter(None, place))
+        label = ", ".join(filter(None, place))
         spent.append(
             figures.stacked(
                 accounts[place],
                 order=stages,
-                title=f"Ledger: {where}",
+                title=f"Ledger: {label}",
                 xlabel="FLOPs",
                 caption="Compute by stage, mean over seeds, without evaluation on the test set.",
                 name=name("ledger"),
@@ -166,7 +170,7 @@ def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: N
             shares.append(
                 figures.stacked(
                     share,
-                    title=f"Sources: {where}",
+                    title=f"Sources: {label}",
                     xlabel="share of the selected examples (%)",
                     caption="What the selected examples come from, over all seeds.",
                     name=name("sources"),
@@ -174,10 +178,10 @@ def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: N
             )
         for method, rows in methods.items():
             if course := evidence.course(rows):
-                courses.append(figures.probabilities(course, f"{method}: {where}", name("probabilities")))
-        if selections and (found := evidence.overlap(folder, place, methods)):
+                courses.append(figures.probabilities(course, f"{method}: {label}", name("probabilities")))
+        if selections and (result := evidence.overlap(folder, place, methods)):
             overlaps.append(
-                figures.overlap(found.methods, found.matrix, found.expected, f"Overlap: {where}", name("overlap"))
+                figures.overlap(result.methods, result.matrix, result.expected, f"Overlap: {label}", name("overlap"))
             )
     return [
         Section("Ledger", "Where the compute went.", spent),
@@ -188,25 +192,25 @@ def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: N
 
 
 def spent_flops(runs: Sequence[Mapping[str, Any]]) -> float:
-    """FLOPs of all runs: a ranking, which runs at several budgets were cut from, is counted once."""
+    """FLOPs of all runs. A ranking that several budgets share is counted once."""
     shared: dict[tuple[Any, ...], float] = {}
-    own = 0.0
+    unshared = 0.0
     for row in runs:
-        own += row["training_flops"] or 0.0
+        unshared += row["training_flops"] or 0.0
         selection = row["selection_flops_spent"] or 0.0
         if row["status"] == DONE and _ranks(row["selector"]):
             options = {
                 name: value for name, value in json.loads(row["options"] or "{}").items() if name not in CUT_OPTIONS
             }
-            where = (row["task"], row["model"], row["seed"], row["selector"], json.dumps(options, sort_keys=True))
-            shared[where] = selection
+            ranking = (row["task"], row["model"], row["seed"], row["selector"], json.dumps(options, sort_keys=True))
+            shared[ranking] = selection
         else:
-            own += selection
-    return own + sum(shared.values())
+            unshared += selection
+    return unshared + sum(shared.values())
 
 
 def _ranks(selector: str) -> bool:
-    """Whether what is installed under this name ranks; what made a run may not be installed here."""
+    """Whether the selector of this name is a ranker; False if it is not installed here."""
     try:
         return issubclass(selector_class(selector), Ranker)
     except ConfigError:
@@ -219,6 +223,7 @@ def _page(
     sections: Sequence[Section],
     sentences: Sequence[tuple[GroupFits, list[str]]],
 ) -> str:
+    """The page as HTML; `sentences`: the answers of each group."""
     environment = Environment(
         loader=PackageLoader("cads.study.report"),
         autoescape=True,
@@ -226,26 +231,26 @@ def _page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = [
+    galleries = [
         e
-        for place, methods in evidence.by_place(runs, most=1).items()
+        for place, methods in evidence.by_place(runs, max_budgets=1).items()
         for e in [evidence.exhibits(folder, place, methods)]
     ]
     tables = [(_name(g), header(g.points), texts(g.points)) for g, _ in sentences]
     unscored: dict[tuple[str, str], list[str]] = {}
     for row in runs:
         if row["status"] not in (DONE, IMPORTED):
-            where = ", ".join(filter(None, [row["method"], row["model"], row["budget"]]))
+            cell = ", ".join(filter(None, [row["method"], row["model"], row["budget"]]))
             cells = unscored.setdefault((row["status"], row["error"] or ""), [])
-            cells += [] if where in cells else [where]
+            cells += [] if cell in cells else [cell]
     return environment.get_template(TEMPLATE).render(
         title=folder.resolve().name,
-        groups=[(_name(g), said, recommendations(g)) for g, said in sentences],
+        groups=[(_name(g), verdicts, recommendations(g)) for g, verdicts in sentences],
         sections=sections,
-        # Matplotlib has escaped the names in its SVG.
+        # Markup, not escaped again: Matplotlib has escaped the names in its SVG.
         svg={d.name: Markup(d.svg()) for s in sections for d in s.drawings},
         tables=tables,
-        exhibits=[(", ".join(filter(None, e[0].place)), e) for e in shown if e],
+        exhibits=[(", ".join(filter(None, e[0].place)), e) for e in galleries if e],
         unscored=unscored,
         n_done=sum(row["status"] in (DONE, IMPORTED) for row in runs),
         n_cells=len(runs),

@@ -1,4 +1,4 @@
-"""How methods look in every figure: colours that the colour-blind can tell apart, with a marker each."""
+"""The style of methods in every figure: colours for colour-blind readers, markers and lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 INK = "#1b1c1f"
-"""Text and axes. In a page they take the colour of its text, so that figures follow dark mode."""
+"""Text and axes. In a page they are drawn in the colour of its text, so that figures follow dark mode."""
 FAINT = "#8a8d91"
 """Grids and reference lines, legible on white and on black."""
 PALETTE = {
@@ -23,7 +23,7 @@ PALETTE = {
     "moss": "#6b8e23",
     "rose": "#d9606b",
 }
-"""At least 3:1 against white and against near-black, after Okabe and Ito and Tol."""
+"""Contrast of at least 3:1 with white and with near-black; after Okabe and Ito and Tol."""
 OF_METHOD = {
     "cads-s": "vermilion",
     "cads-e": "blue",
@@ -41,17 +41,17 @@ OF_METHOD = {
     "less": "rose",
     "gradient": "rose",
 }
-"""Colours of known methods; others take the one that their name falls on."""
+"""Colours of known methods. The colour of another method is chosen by a hash of its name."""
 RESERVED = ("vermilion", "blue")
-"""Colours that no unknown method takes: those of the two selectors that a reader looks for."""
+"""Colours that no unknown method gets: those of `cads-s` and `cads-e`."""
 MARKERS, LINES = "osD^vPX<>ph*", ("-", "--", "-.")
 SERIES = ("#35608d", "#b98300", "#00947f", "#c2488f", "#7d8085", "#d55e00", "#8867c7", "#6b8e23")
-"""For things that are no methods: sources, stages."""
+"""Colours of sources and stages, which are no methods."""
 
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """Of one method: colour, marker, and style of its line."""
+    """Colour, marker and line style of one method."""
 
     colour: str
     marker: str
@@ -59,27 +59,28 @@ class MethodStyle:
 
 
 def colour_of(selector: str) -> str:
-    """The colour of a method, which depends on its name alone."""
+    """The colour of a method. It depends on the name alone."""
     names = [name for name in PALETTE if name not in RESERVED]
     fallback = names[int(hashlib.sha256(selector.encode()).hexdigest(), 16) % len(names)]
     return PALETTE[OF_METHOD.get(selector, fallback)]
 
 
 def method_styles(methods: Iterable[tuple[str, str]]) -> dict[str, MethodStyle]:
-    """The look of each label in a study.
+    """The style of each label in a study.
+
+    Labels of one selector have the same colour and differ in marker and line. So do methods whose colours coincide.
 
     Args:
-        methods: (label, selector) of all methods in it; labels of one selector share its colour and differ in
-            marker and line, as do methods whose colours coincide.
+        methods: (label, selector) of all methods of the study.
     """
-    made: dict[str, MethodStyle] = {}
-    taken: dict[str, int] = {}
+    styles: dict[str, MethodStyle] = {}
+    n_uses: dict[str, int] = {}
     for label, selector in sorted(set(methods), key=lambda pair: (pair[0] != pair[1], pair)):
-        if label in made:
+        if label in styles:
             continue
         colour = colour_of(selector)
-        n_before = taken.get(colour, 0)
-        taken[colour] = n_before + 1
+        n_before = n_uses.get(colour, 0)
+        n_uses[colour] = n_before + 1
         first = list(PALETTE.values()).index(colour)
-        made[label] = MethodStyle(colour, MARKERS[(first + n_before) % len(MARKERS)], LINES[n_before % len(LINES)])
-    return made
+        styles[label] = MethodStyle(colour, MARKERS[(first + n_before) % len(MARKERS)], LINES[n_before % len(LINES)])
+    return styles

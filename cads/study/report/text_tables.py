@@ -15,7 +15,7 @@ WIDTH = 132
 
 
 def wide_console(*, quiet: bool = False) -> Console:
-    """A console on which tables are whole also where there is no terminal to ask for its width."""
+    """A console that is `WIDTH` columns wide where there is no terminal, so that tables are not cut."""
     console = Console(quiet=quiet)
     if not console.is_terminal:
         console.width = WIDTH
@@ -25,14 +25,14 @@ def wide_console(*, quiet: bool = False) -> Console:
 def header(points: Sequence[MethodPoint]) -> list[str]:
     """Names of the columns."""
     metric = points[0].metric + (", %" if in_percent(points[0].metric) else "")
-    where = [name for name in ("task", "model") if len({getattr(p, name) for p in points}) > 1]
-    return [*where, "budget", "method", "selection", "training", metric, "selected"]
+    varying = [name for name in ("task", "model") if len({getattr(p, name) for p in points}) > 1]
+    return [*varying, "budget", "method", "selection", "training", metric, "selected"]
 
 
 def texts(points: Sequence[MethodPoint]) -> list[list[str]]:
-    """One row a point, a budget after the other; the best of each budget is marked by a star.
+    """One row for each point, budget by budget. A star marks the best point of each budget.
 
-    Intervals are t-intervals over seeds; a point with fewer seeds than others says so, and is never the best.
+    Intervals are t-intervals over seeds. A point with fewer seeds than others is marked, and is never the best.
     """
     columns = header(points)
     blocks: dict[tuple[str, str, str], list[MethodPoint]] = {}
@@ -49,33 +49,33 @@ def texts(points: Sequence[MethodPoint]) -> list[list[str]]:
             if p not in ranked:
                 score += f" ({len(p.seeds)} of {len(best.seeds)} seeds)"
             selected = "-" if p.selected is None else f"{p.selected:.0%}"
-            where = [getattr(p, name) for name in columns if name in ("task", "model")]
-            rows.append([*where, p.budget, p.method, f"{p.selection:.3g}", f"{p.training:.3g}", score, selected])
+            labels = [getattr(p, name) for name in columns if name in ("task", "model")]
+            rows.append([*labels, p.budget, p.method, f"{p.selection:.3g}", f"{p.training:.3g}", score, selected])
     return rows
 
 
 def terminal_table(points: Sequence[MethodPoint], title: str) -> Table:
-    """For the terminal, a section a budget."""
+    """The table for the terminal, one section for each budget."""
     table = Table(title=f"{title}: {intervals(points)}", title_justify="left")
     columns = header(points)
     for name in columns:
         left = name in ("task", "model", "budget", "method")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    rows, n_where = texts(points), columns.index("budget") + 1
+    rows, n_keys = texts(points), columns.index("budget") + 1
     for i, row in enumerate(rows):
-        last = i + 1 == len(rows) or rows[i + 1][:n_where] != row[:n_where]
+        last = i + 1 == len(rows) or rows[i + 1][:n_keys] != row[:n_keys]
         table.add_row(*row, end_section=last)
     return table
 
 
 def markdown_table(points: Sequence[MethodPoint]) -> str:
-    """The same as Markdown."""
+    """The table as Markdown."""
     columns = header(points)
     lines = [columns, ["---"] * len(columns), *([x.replace("|", "\\|") for x in row] for row in texts(points))]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def intervals(points: Sequence[MethodPoint]) -> str:
-    """Over how many seeds, and what the intervals are."""
-    most = max(len(p.seeds) for p in points)
-    return f"{most} seeds, {CONFIDENCE:.0%} t-intervals" if most > 1 else "one seed"
+    """The number of seeds and the kind of the intervals, in words."""
+    n_seeds = max(len(p.seeds) for p in points)
+    return f"{n_seeds} seeds, {CONFIDENCE:.0%} t-intervals" if n_seeds > 1 else "one seed"

@@ -1,4 +1,4 @@
-"""Fine-tuning a causal language model: from settings to a task."""
+"""Fine-tuning of a causal language model: from settings to a task."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class LanguageConfig(LanguageSettings):
-    """Fine-tuning a causal language model on text: which model, which data, and what is learned from it."""
+    """Fine-tuning of a causal language model on text: model, data, and how the data is encoded and weighted."""
 
     prefix: ClassVar[str] = ""
-    """What the names of fields begin with where they are set for this model."""
+    """Prefix of the fields that set this model, for messages."""
 
     def build(self, recipe: TrainConfig) -> LanguageTask:
         """Load tokenizer and data; weights are loaded when the first model is made.
 
         Raises:
             ConfigError: if model, tokenizer and settings do not fit each other.
-            DataError: if data is missing, damaged, too small, or has nothing to learn from.
+            DataError: if data is missing, damaged, too small, or has no answers.
         """
         return self._built(recipe, LanguageTask)
 
-    def sketch(self, recipe: TrainConfig) -> LanguageTask:
+    def meta(self, recipe: TrainConfig) -> LanguageTask:
         """The task with its examples and without weights; see `cads.tasks.language.meta_task`."""
         from cads.tasks.language.meta_task import MetaLanguageTask
 
@@ -50,7 +50,7 @@ class LanguageConfig(LanguageSettings):
         """The tokenizer of the model.
 
         Args:
-            spare_pad: the token to pad with where neither tokenizer nor settings name one, if it is one.
+            spare_pad: pad token if neither tokenizer nor settings name one; ignored if the tokenizer lacks it.
 
         Raises: as `load_tokenizer`.
         """
@@ -63,7 +63,7 @@ class LanguageConfig(LanguageSettings):
         )
 
     def models(self) -> LanguageModels:
-        """The models, none of them loaded yet."""
+        """The models; no weights are loaded yet."""
         return LanguageModels(
             self.model,
             trust_remote_code=self.trust_remote_code,
@@ -74,11 +74,11 @@ class LanguageConfig(LanguageSettings):
             peft_field=f"{self.prefix}peft",
         )
 
-    def longest(self, models: LanguageModels) -> int:
+    def max_length(self, models: LanguageModels) -> int:
         """Tokens at which examples are cut.
 
         Raises:
-            ConfigError: if it is beyond the model's context, or there is neither limit.
+            ConfigError: if `max_tokens` is beyond the model's context, or there is neither of the two.
         """
         context = models.context
         if self.max_tokens is None and context is None:
@@ -91,7 +91,7 @@ class LanguageConfig(LanguageSettings):
         split = self.split()
         if self.selector_model is None:
             return self._task(split, recipe, kind)
-        # Selectors need the same examples of both: what one of the two leaves out is left out by the other.
+        # Selectors need the same examples in both tasks: what one of them leaves out is removed from the other.
         selector = self.selector()
         proxy = selector._task(split, recipe, kind)
         task = self._task(split.kept_by(proxy.pool, proxy.target), recipe, kind)
@@ -110,40 +110,40 @@ class LanguageConfig(LanguageSettings):
                 f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and the embedding of "
                 f"{self.model} {rows} rows: use the model's own tokenizer, or a model whose embedding was enlarged"
             )
-        pools, counts = encode_pools(split, tokenizer, self, self.longest(models))
+        pools, counts = encode_pools(split, tokenizer, self, self.max_length(models))
         return kind(pools, models, tokenizer, settings=self, recipe=recipe, counts=counts)
 
 
 @dataclass
 class SelectorConfig(LanguageConfig):
-    """The settings of a model that works for selectors in place of the trained one."""
+    """The settings of the proxy: the model that selectors use in place of the trained one."""
 
     prefix: ClassVar[str] = "selector_"
 
     spare_pad: str | None = None
-    """The trained model's pad_token: what fills batches up if nothing else is named for it, where it is a token."""
+    """The trained model's pad_token: used if no other is named for this tokenizer, and if it is one of its tokens."""
 
     @classmethod
     def of(cls, trained: LanguageConfig) -> SelectorConfig:
-        """For the `selector_model` of `trained`."""
-        own = {
+        """The settings of the `selector_model` of `trained`."""
+        overrides = {
             "model": str(trained.selector_model),
             "tokenizer": trained.selector_tokenizer,
             "pad_token": trained.selector_pad_token,
             "peft": trained.peft if trained.selector_peft is None else trained.selector_peft or None,
         }
         unset = dict.fromkeys(("selector_model", "selector_tokenizer", "selector_pad_token", "selector_peft"))
-        return cls(**{**vars(trained), **own, **unset}, spare_pad=trained.pad_token)
+        return cls(**{**vars(trained), **overrides, **unset}, spare_pad=trained.pad_token)
 
     def load_tokenizer(self, spare_pad: str | None = None) -> Any:
         """See `LanguageConfig`."""
         return super().load_tokenizer(spare_pad or self.spare_pad)
 
-    def longest(self, models: LanguageModels) -> int:
-        """Tokens at which examples are cut: no more than this model can read.
+    def max_length(self, models: LanguageModels) -> int:
+        """Tokens at which examples are cut, at most the context of this model.
 
         Raises: as `LanguageConfig`.
         """
         if self.max_tokens is None or models.context is None:
-            return super().longest(models)
+            return super().max_length(models)
         return min(self.max_tokens, models.context)

@@ -1,4 +1,4 @@
-"""What sequences cost: a law in their length and number of answers, from a few counted batches."""
+"""FLOPs of sequences: a law in length and number of answers, fitted to a few counted batches."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from cads.tasks.language.tokens import IGNORED, PAD_TO
 log = logging.getLogger(__name__)
 
 PROBES = ((4, 1), (8, 1), (12, 1), (12, 6))
-"""Lengths and answers, in units of `PAD_TO`, of the batches that are counted; the longest of the task is one more."""
+"""Lengths and answers, in units of `PAD_TO`, of the counted batches. The longest example is counted as a check."""
 TOLERANCE = 1e-6
-"""Relative error above which there is no such law, and every shape is counted by itself."""
+"""Relative error of the law above which every shape is counted by itself."""
 
 
 class SequenceWorkload(Workload, Protocol):
-    """What is asked of a task whose examples are sequences."""
+    """The interface of a task whose examples are sequences."""
 
     @property
     def pad(self) -> int:
@@ -36,7 +36,7 @@ class SequenceWorkload(Workload, Protocol):
 
     @property
     def longest_example(self) -> tuple[int, int]:
-        """T and A of the longest example, as batches fill it up."""
+        """T and A of the longest example, padding included."""
         ...
 
 
@@ -44,11 +44,11 @@ class LanguageCosts(Costs):
     """Costs of `LanguageTask`, whose examples have many shapes.
 
     `measured`: an example of T positions with the head at A of them costs `a + b T + c T^2 + d A`: all linears
-    but the head are applied at every position, attention to every pair. The four numbers come from four counted
-    batches, and are checked on the longest example; a model that keeps to no such law is counted shape by shape.
-    Packed batches cost what their rows do.
+    but the head are applied at every position, attention to every pair of positions. The four coefficients are solved
+    from four counted batches and checked on the longest example. A model that does not follow this law is counted
+    shape by shape. A packed batch costs as much as its rows.
 
-    `paper`: the tokens of an example are its own, so that no shape stands for others.
+    `paper`: cost depends on the tokens of an example without padding, so examples of one shape differ in cost.
     """
 
     task: SequenceWorkload
@@ -67,7 +67,7 @@ class LanguageCosts(Costs):
         return self._rows(batch).usage if self._in_rows(batch) else super().usage(batch)
 
     def forward_pool(self, pool: Pool) -> float:
-        """One forward pass over all of `pool` as it is measured and scored: sorted by length, padding included."""
+        """One forward pass over all of `pool`, batched as for scoring: sorted by length, padding included."""
         if pool not in self._passes:
             self._passes[pool] = planned_flops(self.forward, pool)
         return self._passes[pool]
@@ -86,30 +86,30 @@ class LanguageCosts(Costs):
         return self._pools[pool]
 
     def _nominal(self, pool: Pool, tokens: float) -> ExampleCost:
-        """2ND and 6ND for D tokens."""
+        """2ND FLOPs of a forward pass and 6ND of forward and backward, for N parameters and D tokens."""
         n, _ = self.task.nominal(self.model, pool.batch([0]))
         return ExampleCost(forward_flops(n, tokens), training_flops(n, tokens), tokens)
 
     def _in_rows(self, batch: Batch) -> bool:
-        """Whether sequences share rows, which is all the same to 6ND."""
+        """Whether a batch is priced by its packed rows; packing makes no difference to `paper` accounting."""
         return "row" in batch.inputs and not isinstance(self._accounting, PaperAccounting)
 
     def _price(self, batch: Batch) -> ExampleCost:
         if isinstance(self._accounting, PaperAccounting):
-            # Batches of one shape differ in their padding: no price of another one would be right.
+            # Batches of one shape differ in their padding, so a cached price would be wrong.
             return self._accounting.price(batch)
         if not isinstance(self._accounting, MeasuredAccounting) or self._law is None:
             return super()._price(batch)
         return self._by_law(batch.inputs["input_ids"].shape[1], batch.inputs["answers"].shape[1], 1)
 
     def _rows(self, batch: Batch) -> ExampleCost:
-        """All of a packed batch: its rows, with the head at the answers of its examples."""
+        """Cost of a packed batch: of its rows, with the head at the answers of its examples."""
         rows = int(batch.inputs["row"].max() - batch.inputs["row"].min()) + 1
         length = batch.tokens // rows
         n_answers = batch.inputs["answers"].numel()
         if isinstance(self._accounting, MeasuredAccounting) and self._law is not None:
             return self._by_law(length, n_answers, rows)
-        # Without a law, rows are taken to be examples with their share of the answers.
+        # Without the law, each row is priced as one example with an equal share of the answers.
         row = super()._price(self._probe(length, min(length, -(-n_answers // rows))))
         return ExampleCost(row.forward * rows, row.usage * rows, batch.tokens)
 
@@ -120,16 +120,16 @@ class LanguageCosts(Costs):
 
     @cached_property
     def _law(self) -> np.ndarray | None:
-        """(a, b, c, d) of forward and of forward+backward, shape (2, 4); None if there is no such law."""
+        """(a, b, c, d) of forward and of forward+backward, shape (2, 4); None if costs do not follow the law."""
         longest = self.task.longest_example
-        shapes = [(t * PAD_TO, a * PAD_TO) for t, a in PROBES]
-        if longest[0] <= shapes[-1][0]:
-            return None  # Few shapes: each is counted.
-        counted = np.array([super(LanguageCosts, self)._price(self._probe(*shape))[:2] for shape in shapes])
-        law = np.linalg.solve(np.array([[1, t, t * t, a] for t, a in shapes], dtype=float), counted).T
-        found = np.array(super()._price(self._probe(*longest))[:2])
+        probe_shapes = [(t * PAD_TO, a * PAD_TO) for t, a in PROBES]
+        if longest[0] <= probe_shapes[-1][0]:
+            return None  # There are few shapes: each is counted.
+        probe_costs = np.array([super(LanguageCosts, self)._price(self._probe(*shape))[:2] for shape in probe_shapes])
+        law = np.linalg.solve(np.array([[1, t, t * t, a] for t, a in probe_shapes], dtype=float), probe_costs).T
+        measured = np.array(super()._price(self._probe(*longest))[:2])
         t, a = longest
-        error = float(np.abs(law @ [1, t, t * t, a] / found - 1).max())
+        error = float(np.abs(law @ [1, t, t * t, a] / measured - 1).max())
         if error > TOLERANCE:
             log.warning(
                 "%s: the FLOPs of a sequence follow no quadratic law in its length (off by %.2g at %d positions): "
@@ -142,14 +142,14 @@ class LanguageCosts(Costs):
         return law
 
     def _probe(self, length: int, n_answers: int) -> Batch:
-        """An example of T positions that asks for A answers."""
+        """A batch of one example of T = `length` positions with A = `n_answers` answers."""
         ids = torch.full((1, length), self.task.pad, dtype=torch.int64)
-        places = torch.arange(1, 1 + n_answers).clamp(max=length - 1)[None]
-        labels = torch.full_like(ids, IGNORED).scatter(1, places, ids)
+        answers = torch.arange(1, 1 + n_answers).clamp(max=length - 1)[None]
+        labels = torch.full_like(ids, IGNORED).scatter(1, answers, ids)
         inputs = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
-            "answers": places,
+            "answers": answers,
             "weight": torch.ones(1),
         }
         return Batch(inputs, labels, torch.zeros(1, dtype=torch.int64), length, n_answers)
@@ -157,6 +157,6 @@ class LanguageCosts(Costs):
 
 def _lengths(pool: Pool) -> np.ndarray:
     """Tokens of each sequence of a pool of text, int64, shape (N,)."""
-    found = lengths(pool)
-    assert found is not None
-    return found
+    sizes = lengths(pool)
+    assert sizes is not None
+    return sizes

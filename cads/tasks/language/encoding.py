@@ -1,4 +1,4 @@
-"""From rows of text to tokens: which of them are learned, what is cut, and what is left out."""
+"""From rows of text to tokens: loss masks, examples that are cut, and examples that are left out."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What became of the rows of one source when they were encoded.
+    """How many rows of one source were cut and left out when they were encoded.
 
     Attributes:
-        rows: how many there were.
-        cut: how many of those that were kept were cut.
-        left_out: positions of those without an answer token, ascending, int64.
-        left_out_cut: how many of these were cut.
+        rows: number of rows.
+        cut: number of encoded rows that were cut.
+        left_out: positions of the rows without an answer token, ascending, int64.
+        left_out_cut: number of rows in `left_out` that were cut.
     """
 
     rows: int
@@ -39,7 +39,7 @@ class EncodingReport:
 
     @property
     def counts(self) -> dict[str, int]:
-        """All but the positions, as JSON values."""
+        """The numbers of rows, as JSON values."""
         return {
             "rows": self.rows,
             "cut": self.cut,
@@ -49,7 +49,7 @@ class EncodingReport:
 
     @property
     def positions(self) -> np.ndarray:
-        """Of the rows that were kept, ascending, int64."""
+        """Positions of the rows that were encoded, ascending, int64."""
         return np.delete(np.arange(self.rows), self.left_out)
 
 
@@ -58,31 +58,31 @@ class Encoder:
     """Turns rows into tokens.
 
     Attributes:
-        tokenizer: a fast tokenizer. renderer: of its chats.
-        longest: tokens at which an example is cut. packed: see `Tokens`.
-        drop: leave out examples without an answer token, instead of refusing them.
+        tokenizer: a fast tokenizer. renderer: writes rows as text for this tokenizer.
+        max_length: tokens at which an example is cut. packed: see `Tokens`.
+        drop_unanswered: leave out examples without an answer token, instead of refusing them.
     """
 
     tokenizer: Any
     renderer: Renderer
-    longest: int
+    max_length: int
     packed: bool = False
-    drop: bool = False
+    drop_unanswered: bool = False
 
     def encode(self, rows: Rows) -> tuple[Tokens, np.ndarray]:
-        """The tokens of `rows` in memory, and the positions in it of those that were kept.
+        """The tokens of `rows` in memory, and the positions of the rows that were encoded.
 
         Raises: as `encode_into`.
         """
         collected = Collected()
-        kept = self.encode_into(rows, collected)
-        return self.tokens(collected.sequences()), kept.positions
+        report = self.encode_into(rows, collected)
+        return self.tokens(collected.sequences()), report.positions
 
     def encode_into(self, rows: Rows, sink: Sink) -> EncodingReport:
-        """Give the tokens of `rows` to `sink`, `ROWS_AT_ONCE` rows at a time; what was cut or left out is said.
+        """Give the tokens of `rows` to `sink`, `ROWS_AT_ONCE` rows at a time, and log what was cut or left out.
 
         Raises:
-            DataError: naming examples that have no answer, or no token of it, in the text or after it was cut.
+            DataError: naming examples that have no answer, or no answer token, in the text or after it was cut.
         """
         render, chat = self.renderer.of(rows.format), self.renderer.is_chat(rows.format)
         cut: list[np.ndarray] = []
@@ -91,62 +91,71 @@ class Encoder:
             records = zip(table.to_pylist(), ids.to_pylist(), strict=True)
             examples = [self._render(render, row, name) for row, name in records]
             encoded = self._tokenize(examples, chat=chat)
-            cut.append(np.array([len(tokens) > self.longest for tokens, _ in encoded]))
-            encoded = [(tokens[: self.longest], marks[: self.longest]) for tokens, marks in encoded]
-            answered.append(np.array([bool(marks[1:].any()) for _, marks in encoded]))
-            chosen = np.flatnonzero(answered[-1]).tolist()
-            if chosen:
-                sink.add(_shard([encoded[k] for k in chosen], [examples[k].asked for k in chosen]))
+            cut.append(np.array([len(tokens) > self.max_length for tokens, _ in encoded]))
+            encoded = [(tokens[: self.max_length], mask[: self.max_length]) for tokens, mask in encoded]
+            answered.append(np.array([bool(mask[1:].any()) for _, mask in encoded]))
+            with_answer = np.flatnonzero(answered[-1]).tolist()
+            if with_answer:
+                sink.add(_shard([encoded[k] for k in with_answer], [examples[k].prompt for k in with_answer]))
         was_cut, has_answer = np.concatenate(cut), np.concatenate(answered)
         left_out = np.flatnonzero(~has_answer)
-        kept = EncodingReport(len(rows), int((was_cut & has_answer).sum()), left_out, int(was_cut[left_out].sum()))
-        self.say(rows, kept)
-        return kept
+        report = EncodingReport(len(rows), int((was_cut & has_answer).sum()), left_out, int(was_cut[left_out].sum()))
+        self.say(rows, report)
+        return report
 
     def tokens(self, sequences: Sequences, subtasks: np.ndarray | None = None) -> Tokens:
         """Sequences as a payload; see `Tokens`."""
         return Tokens(
-            *sequences, subtasks=subtasks, pad=self.tokenizer.pad_token_id, longest=self.longest, packed=self.packed
+            *sequences,
+            subtasks=subtasks,
+            pad=self.tokenizer.pad_token_id,
+            max_length=self.max_length,
+            packed=self.packed,
         )
 
-    def say(self, rows: Rows, kept: EncodingReport) -> None:
-        """Say what was cut and left out.
+    def say(self, rows: Rows, report: EncodingReport) -> None:
+        """Warn of examples that were cut or left out.
 
         Raises:
-            DataError: if nothing may be left out, or nothing is left.
+            DataError: if examples would be left out without `drop_unanswered`, or no example is left.
         """
-        if len(kept.left_out):
-            what = (
-                f"{len(kept.left_out)} examples of {rows.name} have no answer token ({kept.left_out_cut} of them after "
-                f"they were cut to {self.longest} tokens), such as "
-                f"{rows.ids.take(pa.array(kept.left_out[:3])).to_pylist()}"
+        if len(report.left_out):
+            description = (
+                f"{len(report.left_out)} examples of {rows.name} have no answer token ({report.left_out_cut} of them "
+                f"after they were cut to {self.max_length} tokens), such as "
+                f"{rows.ids.take(pa.array(report.left_out[:3])).to_pylist()}"
             )
-            if not self.drop:
-                raise DataError(f"{what}: raise max_tokens, remove them, or set drop: true to leave them out")
-            if not len(kept):
-                raise DataError(f"{what}: nothing is left of {rows.name}")
-            log.warning("%s: they are left out", what)
-        if kept.cut:
+            if not self.drop_unanswered:
+                raise DataError(f"{description}: raise max_tokens, remove them, or set drop: true to leave them out")
+            if not len(report):
+                raise DataError(f"{description}: nothing is left of {rows.name}")
+            log.warning("%s: they are left out", description)
+        if report.cut:
             log.warning(
-                "%s: %d of %d examples were cut to %d tokens (max_tokens)", rows.name, kept.cut, len(kept), self.longest
+                "%s: %d of %d examples were cut to %d tokens (max_tokens)",
+                rows.name,
+                report.cut,
+                len(report),
+                self.max_length,
             )
 
     def _render(
         self, render: Callable[[Mapping[str, Any], str], Example], row: Mapping[str, Any], name: str
     ) -> Example:
-        """An example, or `UNANSWERED` if it has no answer and may be left out."""
+        """A row as text, or `UNANSWERED` if it has no answer and may be left out."""
         try:
             return render(row, name)
         except UnansweredError:
-            if not self.drop:
+            if not self.drop_unanswered:
                 raise
             return UNANSWERED
 
     def _tokenize(self, examples: list[Example], *, chat: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Token ids and loss mask of each example, uncut."""
         if chat and self.renderer.marked:
-            return [(np.array(ids, np.int32), marks) for ids, marks in (e.encoded for e in examples if e.encoded)]
+            return [(np.array(ids, np.int32), mask) for ids, mask in (e.encoded for e in examples if e.encoded)]
         # A chat template writes the special tokens itself.
-        found = self.tokenizer(
+        encoding = self.tokenizer(
             [e.text for e in examples],
             add_special_tokens=not chat,
             return_offsets_mapping=True,
@@ -155,21 +164,21 @@ class Encoder:
         )
         encoded = []
         end = self.tokenizer.eos_token_id
-        for example, ids, where in zip(examples, found["input_ids"], found["offset_mapping"], strict=True):
-            tokens, spans = np.array(ids, dtype=np.int32), np.array(where, dtype=np.int64).reshape(-1, 2)
-            marks = np.zeros(len(tokens), dtype=bool)
-            for begin, until in example.answers:
-                marks |= (spans[:, 0] >= begin) & (spans[:, 1] <= until) & (spans[:, 1] > spans[:, 0])
+        for example, ids, offsets in zip(examples, encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            tokens, spans = np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int64).reshape(-1, 2)
+            mask = np.zeros(len(tokens), dtype=bool)
+            for begin, stop in example.answers:
+                mask |= (spans[:, 0] >= begin) & (spans[:, 1] <= stop) & (spans[:, 1] > spans[:, 0])
             if not chat and end is not None and (not len(tokens) or tokens[-1] != end):
-                tokens, marks = np.append(tokens, np.int32(end)), np.append(marks, bool(example.answers))
-            encoded.append((tokens, marks))
+                tokens, mask = np.append(tokens, np.int32(end)), np.append(mask, bool(example.answers))
+            encoded.append((tokens, mask))
         return encoded
 
 
-def _shard(encoded: list[tuple[np.ndarray, np.ndarray]], asked: list[str]) -> Sequences:
+def _shard(encoded: list[tuple[np.ndarray, np.ndarray]], prompts: list[str]) -> Sequences:
     return Sequences(
         ids=np.concatenate([tokens for tokens, _ in encoded]),
-        learned=np.concatenate([marks for _, marks in encoded]),
+        loss_mask=np.concatenate([mask for _, mask in encoded]),
         offsets=np.concatenate([[0], np.cumsum([len(tokens) for tokens, _ in encoded])]).astype(np.int64),
-        texts=pa.array(asked, pa.large_string()),
+        texts=pa.array(prompts, pa.large_string()),
     )

@@ -1,4 +1,4 @@
-"""What a trained language model can do: multiple choice, exact match, and the tasks of lm-evaluation-harness."""
+"""Evaluations of a language model: multiple choice, exact match, and the tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from cads.tasks.language.tokens import Tokens, tokens_of
 LM_EVAL = "lm_eval:"
 NAMES = ("choices", "exact_match", f"{LM_EVAL}TASKS")
 GENERATED_TOGETHER = 16
-"""Prompts of one length that are continued at a time."""
+"""Most prompts that are continued at a time; all of them have one length."""
 
 
 class TextGenerator(Protocol):
-    """What an evaluation asks of a language task."""
+    """The interface of a language task that evaluations use."""
 
     tokenizer: Any
     test: Pool
@@ -52,17 +52,17 @@ class TextGenerator(Protocol):
         ...
 
     @property
-    def longest(self) -> int:
-        """Positions that no example exceeds."""
+    def max_length(self) -> int:
+        """Most tokens of an example."""
         ...
 
     def token_losses(self, model: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses of the answer tokens in nats, and where they count; (B, A) each."""
+        """Losses of the answer tokens in nats, and a mask of the real ones; (B, A) each."""
         ...
 
 
 def check_evaluation(task: TextGenerator, name: str) -> None:
-    """Refuse what cannot be evaluated; nothing is computed.
+    """Refuse evaluations that cannot run; nothing is computed.
 
     Raises:
         ConfigError: if the name is unknown, or a file, pattern or library is missing.
@@ -92,8 +92,9 @@ class Choices:
     """Questions with several answers each.
 
     Attributes:
-        pool: every answer as an example of its own.
-        question: the question of each, shape (N,). right: whether it is the right one, bool, shape (N,).
+        pool: an example for each answer.
+        question: the number of each answer's question, shape (N,). right: whether it is the right answer, bool,
+            shape (N,).
         characters: length of each answer, shape (N,).
     """
 
@@ -107,23 +108,25 @@ def load_choices(task: TextGenerator) -> Choices:
     """The file of choices as examples of the task.
 
     Raises:
-        ConfigError: if none is named.
-        DataError: if it cannot be read, or an entry is no question with choices and an answer.
+        ConfigError: if no file is named.
+        DataError: if the file cannot be read, or an entry is not a question with choices and an answer.
     """
     if task.settings.choices is None:
         raise ConfigError("--eval choices needs task.choices: a file of JSON lines with prompt, choices and answer")
     path = Path(task.settings.choices)
     prompts, answers, question, right = [], [], [], []
     for number, entry in enumerate(_lines(path)):
-        given, answer = entry.get("choices"), entry.get("answer")
-        if not (isinstance(given, list) and len(given) > 1 and isinstance(answer, int) and 0 <= answer < len(given)):
+        options, answer = entry.get("choices"), entry.get("answer")
+        if not (
+            isinstance(options, list) and len(options) > 1 and isinstance(answer, int) and 0 <= answer < len(options)
+        ):
             raise DataError(
                 f"{path}, entry {number}: it needs choices (at least two) and an answer between 0 and their number"
             )
-        prompts += [entry.get("prompt")] * len(given)
-        answers += given
-        question += [number] * len(given)
-        right += [i == answer for i in range(len(given))]
+        prompts += [entry.get("prompt")] * len(options)
+        answers += options
+        question += [number] * len(options)
+        right += [i == answer for i in range(len(options))]
     if not question:
         raise DataError(f"{path} is empty: it needs at least one question")
     ids = pa.array([f"choice-{i}" for i in range(len(question))], pa.string())
@@ -133,38 +136,38 @@ def load_choices(task: TextGenerator) -> Choices:
         raise DataError(f"{path}: prompts and choices must be text ({error})") from error
     settings = task.settings
     renderer = Renderer(task.tokenizer, settings.separator, settings.chat)
-    tokens, _ = Encoder(task.tokenizer, renderer, task.longest).encode(Rows(table, "prompt", ids, "choices"))
+    tokens, _ = Encoder(task.tokenizer, renderer, task.max_length).encode(Rows(table, "prompt", ids, "choices"))
     lengths = np.array([len(a) for a in answers])
     return Choices(Pool(ids, tokens, name="choices"), np.array(question), np.array(right), lengths)
 
 
 def choices(task: TextGenerator, model: nn.Module) -> Metrics:
-    """Accuracy of the answer with the highest log-likelihood, and with the highest one a character (0 to 1)."""
-    asked = load_choices(task)
+    """Accuracy of the answer of highest log-likelihood, and of highest log-likelihood per character (0 to 1)."""
+    questions = load_choices(task)
     device = next(model.parameters()).device
-    likelihood = np.zeros(len(asked.pool))
+    likelihood = np.zeros(len(questions.pool))
     with evaluating(model):
-        for rows in scoring_batches(asked.pool):
-            losses, _ = task.token_losses(model, asked.pool.batch(rows).to(device))
+        for rows in scoring_batches(questions.pool):
+            losses, _ = task.token_losses(model, questions.pool.batch(rows).to(device))
             likelihood[rows] = -losses.double().sum(dim=1).cpu().numpy()
     return {
-        "choices": _accuracy(likelihood, asked),
-        "choices_per_character": _accuracy(likelihood / asked.characters, asked),
+        "choices": _accuracy(likelihood, questions),
+        "choices_per_character": _accuracy(likelihood / questions.characters, questions),
     }
 
 
-def _accuracy(score: np.ndarray, asked: Choices) -> float:
-    # By question, then from the best answer to the worst; ties go to the one that stands first.
-    order = np.lexsort((np.arange(len(score)), -score, asked.question))
-    first = np.unique(asked.question[order], return_index=True)[1]
-    return float(asked.right[order[first]].mean())
+def _accuracy(score: np.ndarray, questions: Choices) -> float:
+    # Sorted by question, then from the best answer to the worst. Of equal answers the first in the file wins.
+    order = np.lexsort((np.arange(len(score)), -score, questions.question))
+    first = np.unique(questions.question[order], return_index=True)[1]
+    return float(questions.right[order[first]].mean())
 
 
 def answer_pattern(task: TextGenerator) -> re.Pattern[str] | None:
-    """What exact match compares.
+    """The pattern whose last match is what exact match compares, or None for all text.
 
     Raises:
-        ConfigError: if it is no regular expression.
+        ConfigError: if `answer_pattern` is not a regular expression.
     """
     if task.settings.answer_pattern is None:
         return None
@@ -177,52 +180,52 @@ def answer_pattern(task: TextGenerator) -> re.Pattern[str] | None:
 
 
 def exact_match(task: TextGenerator, model: nn.Module) -> Metrics:
-    """Share of the test examples whose first answer greedy generation writes exactly (0 to 1)."""
+    """Share of the test examples whose first answer is generated exactly by greedy decoding (0 to 1)."""
     tokens, pattern = tokens_of(task.test), answer_pattern(task)
     prompts, answers = first_answers(tokens)
     hits = 0
     with evaluating(model):
         for rows in _of_one_length(prompts):
-            wanted = task.tokenizer.batch_decode([answers[r] for r in rows], skip_special_tokens=True)
-            written = generate(task, model, np.stack([prompts[r] for r in rows]))
-            hits += sum(extract(w, pattern) == extract(g, pattern) for w, g in zip(wanted, written, strict=True))
+            expected = task.tokenizer.batch_decode([answers[r] for r in rows], skip_special_tokens=True)
+            generated = generate(task, model, np.stack([prompts[r] for r in rows]))
+            hits += sum(extract(e, pattern) == extract(g, pattern) for e, g in zip(expected, generated, strict=True))
     return {"exact_match": hits / len(tokens)}
 
 
 def first_answers(tokens: Tokens) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What stands before the first answer of each sequence, and that answer; plain text has one token before it."""
+    """The prompt before the first answer of each sequence, and that answer; the prompt of plain text is one token."""
     prompts, answers = [], []
     for begin, end in zip(tokens.offsets[:-1].tolist(), tokens.offsets[1:].tolist(), strict=True):
-        learned = np.array(tokens.learned[begin:end])
-        learned[0] = False
-        first = int(learned.argmax())
-        after = np.flatnonzero(~learned[first:])
-        until = first + int(after[0]) if len(after) else len(learned)
+        loss_mask = np.array(tokens.loss_mask[begin:end])
+        loss_mask[0] = False
+        first = int(loss_mask.argmax())
+        gaps = np.flatnonzero(~loss_mask[first:])
+        end_of_answer = first + int(gaps[0]) if len(gaps) else len(loss_mask)
         prompts.append(tokens.ids[begin : begin + first])
-        answers.append(tokens.ids[begin + first : begin + until])
+        answers.append(tokens.ids[begin + first : begin + end_of_answer])
     return prompts, answers
 
 
 def generate(task: TextGenerator, model: Any, prompts: np.ndarray) -> list[str]:
-    """The greedy continuation of prompts of one length (shape (B, T)), up to the token that ends an answer."""
+    """Greedy continuations of prompts of one length, shape (B, T), up to a token that ends an answer."""
     ids = torch.from_numpy(prompts.astype(np.int64)).to(next(model.parameters()).device)
-    room = task.longest - ids.shape[1]
-    written = model.generate(
+    free_positions = task.max_length - ids.shape[1]
+    generated = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=max(1, min(task.settings.max_new_tokens, room)),
+        max_new_tokens=max(1, min(task.settings.max_new_tokens, free_positions)),
         do_sample=False,
         num_beams=1,
         use_cache=True,
         pad_token_id=task.pad,
         eos_token_id=task.ends,
     )
-    found: list[str] = task.tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
-    return found
+    texts: list[str] = task.tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+    return texts
 
 
 def extract(text: str, pattern: re.Pattern[str] | None) -> str | None:
-    """What is compared: all of the text, or the last group of the last match of the pattern; None without a match."""
+    """The compared part: all of the text, or the last group of the pattern's last match; None without a match."""
     if pattern is None:
         return text.strip()
     matches = list(pattern.finditer(text))
@@ -247,24 +250,24 @@ def harness(task: TextGenerator, model: nn.Module, names: str) -> Metrics:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    wanted = [n.strip() for n in names.split(",") if n.strip()]
-    folders = sorted({str(Path(n).resolve().parent) for n in wanted if n.endswith((".yaml", ".yml"))})
-    stems = [Path(n).stem for n in wanted if n.endswith((".yaml", ".yml"))]
-    tasks = [Path(n).stem if n.endswith((".yaml", ".yml")) else n for n in wanted]
+    requested = [n.strip() for n in names.split(",") if n.strip()]
+    folders = sorted({str(Path(n).resolve().parent) for n in requested if n.endswith((".yaml", ".yml"))})
+    stems = [Path(n).stem for n in requested if n.endswith((".yaml", ".yml"))]
+    tasks = [Path(n).stem if n.endswith((".yaml", ".yml")) else n for n in requested]
     try:
-        wrapped = HFLM(pretrained=model, tokenizer=task.tokenizer, batch_size=1, max_length=task.longest)
-        # Reading the harness's own tasks takes half a minute: only where one of them is asked for.
+        wrapped = HFLM(pretrained=model, tokenizer=task.tokenizer, batch_size=1, max_length=task.max_length)
+        # The harness takes half a minute to read its own tasks, so they are read only if one of them is requested.
         manager = TaskManager(include_path=folders or None, include_defaults=len(folders) == 0 or tasks != stems)
-        found: Any = lm_eval.simple_evaluate(model=wrapped, tasks=tasks, task_manager=manager, bootstrap_iters=0)
+        report: Any = lm_eval.simple_evaluate(model=wrapped, tasks=tasks, task_manager=manager, bootstrap_iters=0)
     except Interrupted:
         raise
-    except Exception as error:  # the harness and its data sets raise many kinds
+    except Exception as error:  # the harness and its data sets raise many types of exception
         raise ConfigError(f"lm-evaluation-harness on {tasks}: {type(error).__name__}: {error}") from error
     return {
         f"{name}/{metric.split(',')[0]}": float(value)
-        for name, results in found["results"].items()
+        for name, results in report["results"].items()
         for metric, value in results.items()
-        # A metric is called `name,filter`; what has no filter is no metric.
+        # Metrics are named `name,filter`; entries without a filter are no metrics.
         if "," in metric and "stderr" not in metric and isinstance(value, int | float)
     }
 

@@ -1,4 +1,4 @@
-"""What one example of text looks like, and which of its characters are the answer that is learned."""
+"""Formats of text examples: from a row to text, and the characters of it that are answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cads.errors import ConfigError, DataError
 Format = Literal["messages", "prompt", "text"]
 ROLES = ("system", "user", "assistant")
 GENERATION = "{% generation"
-"""What marks the assistant's part in a chat template that says so itself."""
+"""Start of the block that marks the assistant's part in a chat template."""
 
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 """Pairs of columns that are recognised as prompt and response."""
@@ -28,25 +28,29 @@ class Example:
     """One example as text.
 
     Attributes:
-        text: all of it. asked: what it asks. answers: the characters that are learned, as (begin, end).
-        encoded: its token ids, and which of them are learned, where the chat template says so itself.
+        text: the whole text. prompt: the first message of the user, the prompt, or the text itself.
+        answers: spans of characters that count in the loss, as (begin, end).
+        encoded: token ids and loss mask, where the chat template marks the assistant's part; else None.
     """
 
     text: str
-    asked: str
+    prompt: str
     answers: tuple[tuple[int, int], ...] = ()
     encoded: tuple[list[int], np.ndarray] | None = None
 
 
 UNANSWERED = Example("", "", encoded=([], np.zeros(0, dtype=bool)))
-"""Stands for an example that has no answer: no token, and nothing that is learned."""
+"""Stands for an example without an answer: no token, and an empty loss mask."""
 
 
-def recognise(columns: Sequence[str], where: str) -> tuple[Format, dict[str, str]]:
-    """The format that these columns suggest, and which column stands for what.
+def recognise(columns: Sequence[str], location: str) -> tuple[Format, dict[str, str]]:
+    """The format that the names of the columns suggest, and the column of each role.
+
+    Args:
+        columns: names of the columns. location: of the data, for the message.
 
     Raises:
-        DataError: if they suggest none.
+        DataError: if no format fits.
     """
     if "messages" in columns:
         return "messages", {"messages": "messages"}
@@ -56,26 +60,26 @@ def recognise(columns: Sequence[str], where: str) -> tuple[Format, dict[str, str
     if "text" in columns:
         return "text", {"text": "text"}
     raise DataError(
-        f"{where} has columns {list(columns)}, in which no format is recognised: name format (messages, prompt or "
+        f"{location} has columns {list(columns)}, in which no format is recognised: name format (messages, prompt or "
         "text) and columns, such as {prompt: question, response: answer}"
     )
 
 
 def needed_columns(chosen: Format) -> tuple[str, ...]:
-    """What must be there for a format."""
+    """The roles that a format needs a column for."""
     return {"messages": ("messages",), "prompt": ("prompt", "response"), "text": ("text",)}[chosen]
 
 
 class Renderer:
-    """Turns rows into text, with the spans that are learned.
+    """Turns rows into text, with the spans of the answers.
 
     Args:
-        tokenizer: whose chat template is used.
-        separator: between prompt and response, where there is no chat template.
-        chat: whether prompts and responses are written as a chat; None: if the tokenizer has a template.
+        tokenizer: its chat template is used.
+        separator: between prompt and response, where they are not written as a chat.
+        chat: whether prompts and responses are written as a chat; None: if the tokenizer has a chat template.
 
     Raises:
-        ConfigError: if a chat is wanted and there is no template.
+        ConfigError: if `chat` is true and there is no chat template.
     """
 
     def __init__(self, tokenizer: Any, separator: str = "\n", chat: bool | None = None) -> None:
@@ -91,14 +95,14 @@ class Renderer:
         """The function that renders rows of a format: (row, id) -> Example, or UnansweredError.
 
         Raises:
-            ConfigError: if it needs a chat template and there is none.
+            ConfigError: if the format needs a chat template and there is none.
         """
         if chosen == "messages" and not self.tokenizer.chat_template:
             raise ConfigError(_no_template(self.tokenizer))
         return {"messages": self._conversation, "prompt": self._pair, "text": self._plain}[chosen]
 
     def is_chat(self, chosen: Format) -> bool:
-        """Whether a format is written by the chat template, which writes its special tokens itself."""
+        """Whether a format is written by the chat template, special tokens included."""
         return chosen == "messages" or (chosen == "prompt" and self.chat)
 
     def _plain(self, row: Mapping[str, Any], identity: str) -> Example:
@@ -123,26 +127,30 @@ class Renderer:
         return self._rendered(messages, identity)
 
     def _rendered(self, messages: list[dict[str, str]], identity: str) -> Example:
-        asked = next(m["content"] for m in messages if m["role"] == "user")
-        whole = self._render(messages, identity)
+        prompt = next(m["content"] for m in messages if m["role"] == "user")
+        text = self._render(messages, identity)
         if self.marked:
-            found = self._render(messages, identity, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-            return Example(whole, asked, encoded=(found["input_ids"], np.array(found["assistant_masks"], dtype=bool)))
+            encoded = self._render(
+                messages, identity, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            return Example(
+                text, prompt, encoded=(encoded["input_ids"], np.array(encoded["assistant_masks"], dtype=bool))
+            )
         spans = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             before = self._render(messages[:i], identity, add_generation_prompt=True)
-            until = whole if i == len(messages) - 1 else self._render(messages[: i + 1], identity)
-            if not (until.startswith(before) and whole.startswith(until.rstrip())):
+            after = text if i == len(messages) - 1 else self._render(messages[: i + 1], identity)
+            if not (after.startswith(before) and text.startswith(after.rstrip())):
                 raise DataError(
                     f"the chat template writes the beginning of example {identity!r} differently when more follows, so "
                     f"that answer {i} cannot be found in it: mark the answers in the template with "
                     "{% generation %}, or use another template"
                 )
-            # What a template writes after the end of a turn belongs to the next one.
-            spans.append((len(before), len(until.rstrip())))
-        return Example(whole, asked, tuple(spans))
+            # Whitespace that a template writes after a turn belongs to the next turn.
+            spans.append((len(before), len(after.rstrip())))
+        return Example(text, prompt, tuple(spans))
 
     def _render(self, messages: list[dict[str, str]], identity: str, **options: Any) -> Any:
         from jinja2 import TemplateError
@@ -154,11 +162,11 @@ class Renderer:
 
 
 def check_messages(messages: Any, identity: str) -> list[dict[str, str]]:
-    """A conversation that can be learned from: an optional system message, then user and assistant in turn.
+    """A conversation to train on: an optional system message, then user and assistant in turn.
 
     Raises:
-        UnansweredError: naming the example, if an answer is empty, or there is none.
-        DataError: naming the example, if it is no such conversation.
+        UnansweredError: naming the example, if an answer is empty, or there is no answer.
+        DataError: naming the example, if it is not such a conversation.
     """
     if not isinstance(messages, list) or not messages:
         raise DataError(f"example {identity!r} has messages = {messages!r:.60}: give a list of role and content")
@@ -171,8 +179,8 @@ def check_messages(messages: Any, identity: str) -> list[dict[str, str]]:
             raise DataError(f"example {identity!r} has the role {role!r}: use {', '.join(ROLES)}")
         turns.append({"role": role, "content": _string(message.get("content"), f"content of {role}", identity)})
     roles = [t["role"] for t in turns if t["role"] != "system"]
-    late = any(t["role"] == "system" for t in turns[1:])
-    if late or not roles or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
+    late_system = any(t["role"] == "system" for t in turns[1:])
+    if late_system or not roles or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
         raise DataError(
             f"example {identity!r} has the roles {[t['role'] for t in turns]}, which do not alternate: at most one "
             "system message first, then user and assistant in turn"
@@ -189,8 +197,8 @@ def _string(value: Any, name: str, identity: str) -> str:
     return value
 
 
-def _no_answer(identity: str, what: str) -> str:
-    return f"example {identity!r} has {what} answer: remove it, give one, or set drop: true to leave it out"
+def _no_answer(identity: str, quantifier: str) -> str:
+    return f"example {identity!r} has {quantifier} answer: remove it, give one, or set drop: true to leave it out"
 
 
 def _no_template(tokenizer: Any) -> str:

@@ -1,4 +1,4 @@
-"""The language task without weights: its examples, and a model on the meta device. For `cads plan`."""
+"""The language task for `cads plan`: real examples, and a model without weights on the meta device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cads.tasks.language.task import LanguageTask
 
 
 class MetaLanguageTask(LanguageTask):
-    """A language task whose models are on the meta device; examples are read, since costs follow from their lengths."""
+    """A language task whose models are on the meta device. Examples are read, since costs depend on their lengths."""
 
     def model(self, seed: int) -> nn.Module:
         """The model without weights."""
@@ -24,7 +24,7 @@ class MetaLanguageTask(LanguageTask):
         return super().losses(model, batch.to("meta"))
 
     def model_inputs(self, model: Callable[..., Any], batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """What the model reads, with a mask of its own: building one looks at data, and here there is none."""
+        """Inputs of the model, with a mask: to build one, a model would read data, which meta tensors lack."""
         ids, answers = batch.inputs["input_ids"], batch.inputs["answers"]
         rows, length = ids.shape
         mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="meta")

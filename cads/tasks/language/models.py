@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
-"""Files that hold weights; a folder without any describes a model that begins with random ones."""
+"""Files that hold weights. A folder without any describes a model with random initial weights."""
 PROBES, PROBE_BYTES = 64, 2**16
-"""Pieces of each file of weights that its digest reads, the first and the last among them, and their length."""
+"""Number and bytes of the pieces of each weight file that its digest reads; they include the first and last bytes."""
 BASE_SEED = 0
-"""Of a frozen base with random weights: all adapters stand on the same one."""
+"""Seed of a frozen base with random weights; all adapters share this base."""
 
 
 def load_tokenizer(
@@ -40,14 +40,14 @@ def load_tokenizer(
     spare_pad: str | None = None,
     field: str = "pad_token",
 ) -> Any:
-    """A tokenizer that can mark answers and fill up batches.
+    """A tokenizer with character offsets, to find the answers, and a pad token.
 
     Args:
-        pad_token: to fill up with; None: what the tokenizer names, or else `spare_pad`, if it is one of its tokens.
-        field: what `pad_token` is called where it is set.
+        pad_token: None: the tokenizer's own, or else `spare_pad`, if it is one of its tokens.
+        field: name of the setting of `pad_token`, for messages.
 
     Raises:
-        ConfigError: if it cannot be loaded, says no offsets, or has no token to pad with.
+        ConfigError: if it cannot be loaded, gives no offsets, or has no token to pad with.
     """
     from transformers import AutoTokenizer
 
@@ -72,27 +72,27 @@ def load_tokenizer(
 
 
 def _has_token(tokenizer: Any, token: str) -> bool:
-    # What is no token stands for the unknown one, which itself is one.
-    found = tokenizer.convert_tokens_to_ids(token)
-    return found is not None and (found != tokenizer.unk_token_id or token == tokenizer.unk_token)
+    # A string that is no token is converted to the unknown token, which itself is a token.
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    return token_id is not None and (token_id != tokenizer.unk_token_id or token == tokenizer.unk_token)
 
 
 @dataclass
 class LanguageModels:
-    """Every model of a task: the same architecture, and weights by seed.
+    """Builds the models of a task: all of one architecture, with weights by seed.
 
-    With adapters, all models share the parameters of one frozen base: the same objects, in memory once.
+    With adapters, all models share the parameters of one frozen base, which is in memory once.
 
     Attributes:
-        name: of the model on the hub, or its folder. A folder with a config and no weights begins with random ones.
+        name: of the model on the hub, or its folder. A folder with a config and no weights gives random weights.
         trust_remote_code: whether code of the model's repository may run.
         dtype: of the weights. attention: transformers' `attn_implementation`; None: its default.
         checkpointing: whether layers are recomputed in the backward pass.
         peft: the fields of a PEFT configuration, `type` among them; None: all weights are trained.
-        peft_field: what `peft` is called where it is set.
+        peft_field: name of the setting of `peft`, for messages.
 
     Raises:
-        ConfigError: if there is no such model, it needs code that may not run, or adapters do not fit it.
+        ConfigError: if there is no such model, it needs code that may not run, or the adapters do not fit it.
     """
 
     name: str
@@ -114,7 +114,7 @@ class LanguageModels:
 
     @property
     def context(self) -> int | None:
-        """Longest sequence the model can read, if its config says so."""
+        """Longest sequence that the model can read, or None if its config does not tell."""
         for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
             if isinstance(value := getattr(self.config, name, None), int):
                 return value
@@ -122,20 +122,21 @@ class LanguageModels:
 
     @property
     def random(self) -> bool:
-        """Whether there are no weights to begin with."""
+        """Whether the initial weights are random."""
         folder = Path(self.name)
         return folder.is_dir() and not any(True for pattern in WEIGHTS for _ in folder.glob(pattern))
 
     @cached_property
     def digest(self) -> str:
-        """What the models begin with: a hash of the configuration and of the weights in a folder, or the hub's commit.
+        """Hash of the model before training: of its config, and of the weights in a folder or the hub's commit.
 
-        Of large files pieces at even distances are read: other weights of the same architecture differ everywhere.
+        Of large files only pieces at even distances are read: other weights of the same architecture differ in every
+        piece.
         """
-        about = self.config.to_diff_dict()
-        for elsewhere in ("transformers_version", "_name_or_path"):
-            about.pop(elsewhere, None)
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+        config = self.config.to_diff_dict()
+        for key in ("transformers_version", "_name_or_path"):
+            config.pop(key, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         folder = Path(self.name)
         for file in sorted(f for pattern in WEIGHTS for f in folder.glob(pattern)) if folder.is_dir() else ():
             size = file.stat().st_size
@@ -148,7 +149,7 @@ class LanguageModels:
         return digest.hexdigest()
 
     def build(self, seed: int) -> nn.Module:
-        """A fresh model on the CPU; the seed is that of everything that begins at random."""
+        """A fresh model on the CPU; the seed is that of all random initial weights."""
         with torch.random.fork_rng(devices=[]):
             if self.peft is not None:
                 model = self._adapted(_sharing(self.base), seed)
@@ -160,7 +161,7 @@ class LanguageModels:
         return self._finished(model)
 
     def on_meta(self) -> nn.Module:
-        """The model without weights, with eager attention, whose masks can be given."""
+        """The model without weights, with eager attention, which accepts a given mask."""
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model = self._from_config("eager")
             if self.peft is not None:
@@ -169,7 +170,7 @@ class LanguageModels:
 
     @cached_property
     def base(self) -> nn.Module:
-        """The weights that every model begins with; frozen if there are adapters."""
+        """The model with the initial weights of all models; frozen if there are adapters."""
         from transformers import AutoModelForCausalLM
 
         if self.random:
@@ -198,16 +199,16 @@ class LanguageModels:
         """Write a trained model: an adapter in PEFT's format, or a folder for `from_pretrained`; safetensors.
 
         Args:
-            merge: write the adapter into the base's weights, as one model.
+            merge: merge the adapter into the base, and write one model.
 
         Raises:
-            ConfigError: if there is nothing to merge.
+            ConfigError: if there is no adapter to merge.
         """
         saved: Any = model
         if merge:
             if not hasattr(model, "merge_and_unload"):
                 raise ConfigError("merge = true: this model has no adapter that can be merged into its base")
-            # Merging writes into the base, which other models share.
+            # Merging changes the base, which other models share, so it is done on a copy.
             saved = copy.deepcopy(saved).merge_and_unload()
         saved.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -229,17 +230,17 @@ class LanguageModels:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         head = model.get_output_embeddings()
         if head is not None:
-            head.register_forward_pre_hook(_keep_answers)
+            head.register_forward_pre_hook(_restrict_head)
         return model
 
     def _adapted(self, base: nn.Module, seed: int) -> nn.Module:
         import peft
 
-        before = [(p.data_ptr(), p._version) for p in base.parameters()]
+        versions_before = [(p.data_ptr(), p._version) for p in base.parameters()]
         frozen = list(base.parameters())
         torch.default_generator.manual_seed(seed)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on what adapters are good for, and on names that will change
+            warnings.simplefilter("ignore")  # about suitable uses of adapters, and about names that will change
             try:
                 model = peft.get_peft_model(base, self._peft_config())
             except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -247,7 +248,7 @@ class LanguageModels:
                     f"the adapters {dict(self.peft or {})} do not fit {self.name}: {error}; change "
                     f"{self.peft_field}: its linear layers are called {_linear_names(base)}"
                 ) from error
-        if [(p.data_ptr(), p._version) for p in frozen] != before:
+        if [(p.data_ptr(), p._version) for p in frozen] != versions_before:
             raise ConfigError(
                 f"the adapters {dict(self.peft or {})} change the weights they stand on, which all models share: "
                 "choose an initialisation that leaves them alone"
@@ -259,16 +260,17 @@ class LanguageModels:
 
         options = dict(self.peft or {})
         kind = str(options.pop("type", "")).upper()
-        found = getattr(peft, "PEFT_TYPE_TO_CONFIG_MAPPING", None) or peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
-        if kind not in {str(k.value) for k in found}:
+        config_classes = getattr(peft, "PEFT_TYPE_TO_CONFIG_MAPPING", None) or peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+        if kind not in {str(k.value) for k in config_classes}:
             raise ConfigError(
-                f"{self.peft_field} type = {kind.lower()!r}: choose from {sorted(str(k.value).lower() for k in found)}"
+                f"{self.peft_field} type = {kind.lower()!r}: choose from "
+                f"{sorted(str(k.value).lower() for k in config_classes)}"
             )
-        chosen = found[peft.PeftType(kind)]
-        unknown = sorted(set(options) - set(inspect.signature(chosen).parameters))
+        config_class = config_classes[peft.PeftType(kind)]
+        unknown = sorted(set(options) - set(inspect.signature(config_class).parameters))
         if unknown:
             raise ConfigError(f"{self.peft_field} has no options {unknown} for type {kind.lower()!r}")
-        return chosen(task_type="CAUSAL_LM", **{k: v for k, v in options.items() if k != "task_type"})
+        return config_class(task_type="CAUSAL_LM", **{k: v for k, v in options.items() if k != "task_type"})
 
     def _check_adapters(self) -> None:
         """Try the adapters on the meta device, before weights are loaded."""
@@ -281,12 +283,12 @@ class LanguageModels:
 
 
 def embedding_rows(config: Any) -> int | None:
-    """Tokens that the embedding of a model has a vector for."""
+    """Rows of the embedding of a model, or None if its config does not tell."""
     return getattr(config, "vocab_size", None)
 
 
 def _sharing(base: nn.Module) -> nn.Module:
-    """A copy whose modules are its own and whose parameters and buffers are those of `base`, not copies of them."""
+    """A copy of the modules of `base` that shares its parameters and buffers."""
     shared = {id(x): x for x in (*base.parameters(), *base.buffers())}
     return copy.deepcopy(base, shared)
 
@@ -297,81 +299,86 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def _loading(what: str, name: str) -> Iterator[None]:
-    from transformers.utils import logging as reports
+def _loading(kind: str, name: str) -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
 
-    # A folder is read in seconds: a bar for it would stand in the middle of what the command says.
-    shown = Path(name).is_dir() and reports.is_progress_bar_enabled()
-    if shown:
-        reports.disable_progress_bar()
+    # A folder is read in seconds: its progress bar would only interrupt the output of the command.
+    hide_bar = Path(name).is_dir() and transformers_logging.is_progress_bar_enabled()
+    if hide_bar:
+        transformers_logging.disable_progress_bar()
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
         if "trust_remote_code" in str(error):
             raise ConfigError(
-                f"the {what} {name!r} comes with code of its own, which is not run: set trust_remote_code: true if you "
+                f"the {kind} {name!r} comes with code of its own, which is not run: set trust_remote_code: true if you "
                 "trust it, or use another model"
             ) from error
-        raise ConfigError(f"the {what} {name!r} cannot be loaded: {error}") from error
+        raise ConfigError(f"the {kind} {name!r} cannot be loaded: {error}") from error
     finally:
-        if shown:
-            reports.enable_progress_bar()
+        if hide_bar:
+            transformers_logging.enable_progress_bar()
 
 
-class Kept:
-    """Where the output head computes during one call of a model.
+class HeadPositions:
+    """The positions at which the output head computes during one call of a model.
 
     Attributes:
-        places: into the flattened positions of the call, shape (B, A).
+        positions: indices into the flattened positions of the call, shape (B, A).
         shape: rows and positions of the call.
-        used: whether the head was reached in a form where it could be restricted.
+        used: whether the hook of the head has restricted it to `positions`.
     """
 
-    def __init__(self, places: Tensor, shape: tuple[int, int]) -> None:
-        self.places, self.shape, self.used = places, shape, False
+    def __init__(self, positions: Tensor, shape: tuple[int, int]) -> None:
+        self.positions, self.shape, self.used = positions, shape, False
 
 
-_kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
+_head_positions: ContextVar[HeadPositions | None] = ContextVar("head_positions", default=None)
 
 
-def _keep_answers(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Forward pre-hook of an output head: of the hidden states (R, T, D), those that are asked for, (B, A, D)."""
-    kept = _kept.get()
-    if kept is None or not args or args[0].dim() != 3 or tuple(args[0].shape[:2]) != kept.shape:
+def _restrict_head(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Forward pre-hook of an output head: of the hidden states (R, T, D), those at `HeadPositions`, (B, A, D)."""
+    head_positions = _head_positions.get()
+    if head_positions is None or not args or args[0].dim() != 3 or tuple(args[0].shape[:2]) != head_positions.shape:
         return None
-    kept.used = True
-    return (args[0].flatten(0, 1)[kept.places], *args[1:])
+    head_positions.used = True
+    return (args[0].flatten(0, 1)[head_positions.positions], *args[1:])
 
 
-def answer_logits(model: Any, inputs: Mapping[str, Tensor], places: Tensor) -> Tensor:
-    """Logits of a causal language model at `places` alone (B, A), into the flattened positions; (B, A, V).
+def answer_logits(model: Any, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+    """Logits of a causal language model at `positions` alone, shape (B, A, V).
 
-    The head computes nothing else. Whatever a model does to its logits it still does; where its head is
-    not found, all logits are computed and the others dropped: the same numbers at a higher cost.
+    The head computes nothing else. Whatever a model does to its logits after the head it still does. If the head cannot
+    be restricted, all logits are computed and the others dropped, which gives the same numbers at a higher cost.
+
+    Args:
+        positions: indices into the flattened positions of the batch, shape (B, A).
     """
     rows, length = inputs["input_ids"].shape
-    kept = Kept(places, (rows, length))
-    token = _kept.set(kept)
+    head_positions = HeadPositions(positions, (rows, length))
+    token = _head_positions.set(head_positions)
     try:
         logits: Tensor = model(**inputs).logits
     finally:
-        _kept.reset(token)
-    if kept.used:
+        _head_positions.reset(token)
+    if head_positions.used:
         return logits
     if logits.dim() != 3 or logits.shape[1] < length:
         raise DataError(f"the model gives logits of shape {tuple(logits.shape)} for {rows} x {length} tokens")
     # Prompt tuning puts virtual tokens in front.
-    return logits[:, -length:].flatten(0, 1)[places]
+    return logits[:, -length:].flatten(0, 1)[positions]
 
 
 def last_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """What the head of a causal language model reads, (B, T, D); logits are computed at one position, and dropped."""
+    """The inputs of the head of a causal language model, (B, T, D); logits are computed at one position per row."""
     rows, length = input_ids.shape
-    token = _kept.set(Kept(torch.zeros(rows, 1, dtype=torch.int64, device=input_ids.device), (rows, length)))
+    token = _head_positions.set(
+        HeadPositions(torch.zeros(rows, 1, dtype=torch.int64, device=input_ids.device), (rows, length))
+    )
     try:
         output = model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
     finally:
-        _kept.reset(token)
+        _head_positions.reset(token)
     # Prompt tuning puts virtual tokens in front.
     hidden: Tensor = output.hidden_states[-1][:, -length:]
     return hidden

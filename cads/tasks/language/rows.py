@@ -1,4 +1,4 @@
-"""Text data from files and from the hub: rows, their columns and ids."""
+"""Text data from files and from the hub: rows, their columns and their ids."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from cads.tasks.language.formats import Format, needed_columns, recognise
 log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 1000
-"""Rows that are Python objects at any one time while they are turned into tokens."""
+"""Rows that are held as Python objects at a time while they are encoded."""
 COLUMNS = ("messages", "prompt", "context", "response", "text", "id", "source", "subtask")
-"""What a column can stand for."""
+"""Roles that a column can have."""
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
 LIMIT = 5
-"""First word of the seed by which `limit` rows are drawn."""
+"""First word of the seed that draws `limit` rows."""
 
 
 @dataclass
@@ -63,8 +63,8 @@ class TextSource:
         self.name = self.name or Path(str(self.path or self.dataset)).stem
 
     @property
-    def where(self) -> str:
-        """What messages call it."""
+    def location(self) -> str:
+        """Path or name of the data set, for messages."""
         return str(self.path or self.dataset)
 
 
@@ -73,12 +73,12 @@ class Rows:
     """Rows of one format, not yet tokens.
 
     Attributes:
-        table: columns `messages`, `prompt`, `context`, `response`, `text`, as the format has them.
+        table: text columns, named by role: `messages`, `prompt`, `context`, `response` or `text`.
         format: of all rows.
-        ids: one a row. name: of the source.
+        ids: one for each row. name: of the source.
         sources, subtasks: a name for each row, or None.
-        where: where the rows stand in the table, ascending, int64, or None if they are all of it. Rows that were
-            drawn from a table that is on disk so stay there.
+        table_positions: positions of the rows in `table`, ascending, int64; None if they are all of the table. With
+            them, rows that are drawn from a table on disk stay on disk.
     """
 
     table: pa.Table
@@ -87,7 +87,7 @@ class Rows:
     name: str
     sources: pa.Array | None = None
     subtasks: pa.Array | None = None
-    where: np.ndarray | None = None
+    table_positions: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -96,26 +96,28 @@ class Rows:
         """The rows at `positions`, ascending, int64."""
         index = pa.array(positions)
         sources, subtasks = (None if x is None else x.take(index) for x in (self.sources, self.subtasks))
-        where = positions if self.where is None else self.where[positions]
-        return replace(self, ids=self.ids.take(index), sources=sources, subtasks=subtasks, where=where)
+        table_positions = positions if self.table_positions is None else self.table_positions[positions]
+        return replace(
+            self, ids=self.ids.take(index), sources=sources, subtasks=subtasks, table_positions=table_positions
+        )
 
     def shards(self) -> Iterator[tuple[pa.Array, pa.Table]]:
         """Ids and contents of `ROWS_AT_ONCE` rows at a time, in order."""
         size = ROWS_AT_ONCE
-        if self.where is None:
+        if self.table_positions is None:
             for start in range(0, len(self), size):
                 yield self.ids.slice(start, size), self.table.slice(start, size)
             return
-        # A table of many chunks is copied whole by `take`.
+        # `Table.take` would copy a table of many chunks whole.
         batches = self.table.to_batches()
         ends = np.cumsum([len(batch) for batch in batches])
         for start in range(0, len(self), size):
-            wanted = self.where[start : start + size]
-            holding = np.searchsorted(ends, wanted, side="right")
+            positions = self.table_positions[start : start + size]
+            batch_of = np.searchsorted(ends, positions, side="right")
             drawn = []
-            for i in np.unique(holding).tolist():
+            for i in np.unique(batch_of).tolist():
                 first = ends[i] - len(batches[i])
-                drawn.append(batches[i].take(pa.array(wanted[holding == i] - first)))
+                drawn.append(batches[i].take(pa.array(positions[batch_of == i] - first)))
             yield self.ids.slice(start, size), pa.Table.from_batches(drawn)
 
 
@@ -123,29 +125,29 @@ def load_rows(source: TextSource, seed: int, *, given_sources: bool = False) -> 
     """Read a source.
 
     A folder of `datasets` and a data set on the hub stay on disk; JSON, Parquet and CSV files are held in memory. A
-    format or column that is not named is recognised, and said.
+    format or column that is not named is recognised and logged.
 
     Args:
         seed: of the rows that `limit` draws.
-        given_sources: whether a column called `source` is recognised as one.
+        given_sources: whether a column called `source` is recognised as the source of each row.
 
     Raises:
-        DataError: if it cannot be read, is empty, or a column is missing.
+        DataError: if the source cannot be read, is empty, or a column is missing.
     """
     table = _table(source)
     if not len(table):
-        raise DataError(f"{source.where} is empty: it needs at least one row")
+        raise DataError(f"{source.location} is empty: it needs at least one row")
     chosen, columns = _columns(source, table.column_names)
     ids = numbered(source.name, len(table)) if "id" not in columns else _strings(table, columns["id"], source)
     if given_sources and "source" in table.column_names:
         columns.setdefault("source", "source")
     if (chosen, columns) != (source.format, source.columns):
         read_as = ", ".join(role if role == name else f"{role} = {name}" for role, name in columns.items())
-        log.info("%s (%s): recognised as %s, from columns %s", source.name, source.where, chosen, read_as)
+        log.info("%s (%s): recognised as %s, from columns %s", source.name, source.location, chosen, read_as)
     sources = None if "source" not in columns else _strings(table, columns["source"], source)
     subtasks = None if "subtask" not in columns else _strings(table, columns["subtask"], source)
-    kept = {role: name for role, name in columns.items() if role not in ("id", "source", "subtask")}
-    content = pa.table({role: table[name] for role, name in kept.items()})
+    text_columns = {role: name for role, name in columns.items() if role not in ("id", "source", "subtask")}
+    content = pa.table({role: table[name] for role, name in text_columns.items()})
     rows = Rows(content, chosen, ids, source.name, sources, subtasks)
     if source.limit is None or source.limit >= len(rows):
         return rows
@@ -154,27 +156,28 @@ def load_rows(source: TextSource, seed: int, *, given_sources: bool = False) -> 
 
 
 def _columns(source: TextSource, present: Sequence[str]) -> tuple[Format, dict[str, str]]:
-    """The format, and which column stands for what; what is not given is recognised."""
+    """The format, and the column of each role; those that are not given are recognised."""
     columns = {"id": "id", **source.columns} if "id" in present else dict(source.columns)
     absent = sorted(set(source.columns.values()) - set(present))
     if absent:
-        raise DataError(f"{source.where} has no columns {absent}: it has {list(present)}")
-    given = [f for f in get_args(Format) if set(needed_columns(f)) <= set(columns)]
-    if source.format is None and given:
-        return given[0], columns
+        raise DataError(f"{source.location} has no columns {absent}: it has {list(present)}")
+    complete = [f for f in get_args(Format) if set(needed_columns(f)) <= set(columns)]
+    if source.format is None and complete:
+        return complete[0], columns
     if source.format is None:
-        chosen, found = recognise(present, source.where)
-        if chosen == "prompt" and found["prompt"] == "instruction" and "input" in present:
-            found["context"] = "input"
-        return chosen, {**found, **columns}
+        chosen, recognised = recognise(present, source.location)
+        if chosen == "prompt" and recognised["prompt"] == "instruction" and "input" in present:
+            recognised["context"] = "input"
+        return chosen, {**recognised, **columns}
     for role in needed_columns(source.format):
         if role not in columns and role not in present:
-            found = recognise(present, source.where)[1]
-            if role not in found:
+            recognised = recognise(present, source.location)[1]
+            if role not in recognised:
                 raise DataError(
-                    f"{source.where} has no column for {role}, which format = {source.format} needs: name it in columns"
+                    f"{source.location} has no column for {role}, which format = {source.format} needs: "
+                    "name it in columns"
                 )
-            columns[role] = found[role]
+            columns[role] = recognised[role]
         columns.setdefault(role, role)
     return source.format, columns
 
@@ -200,7 +203,7 @@ def _table(source: TextSource) -> pa.Table:
 
 
 def _csv(path: Path) -> pa.Table:
-    """A file with a header; what looks like a number is text all the same."""
+    """A file with a header; every value is read as text, numbers too."""
     from pyarrow import csv
 
     parsing = csv.ParseOptions(newlines_in_values=True)
@@ -210,10 +213,10 @@ def _csv(path: Path) -> pa.Table:
 
 
 def _json(path: Path) -> pa.Table:
-    """A file of one object a line, or of one list of objects."""
+    """A file with one object per line, or with one list of objects."""
     with path.open("rb") as file:
-        first = file.read(1024).lstrip()[:1]
-    if first != b"[":
+        first_byte = file.read(1024).lstrip()[:1]
+    if first_byte != b"[":
         from pyarrow import json as lines
 
         # A block must hold the longest line.
@@ -237,7 +240,7 @@ def _saved(path: Path) -> pa.Table:
 
 
 def _in_order(loaded: Any) -> pa.Table:
-    # Of rows that were selected or shuffled `datasets` writes a copy first.
+    # `datasets` copies rows that were selected or shuffled into a new table first.
     ordered = loaded if loaded._indices is None else loaded.flatten_indices()
     return ordered.data.table
 
@@ -249,7 +252,7 @@ def _hub(source: TextSource) -> pa.Table:
         loaded = load_dataset(str(source.dataset), source.config, split=source.split)
     except Interrupted:
         raise
-    except Exception as error:  # the hub client raises many kinds
+    except Exception as error:  # the hub client raises many types of exception
         raise DataError(
             f"data set {source.dataset!r} ({source.split}) cannot be loaded: {type(error).__name__}: {error}"
         ) from error
@@ -259,8 +262,10 @@ def _hub(source: TextSource) -> pa.Table:
 def _strings(table: pa.Table, column: str, source: TextSource) -> pa.Array:
     values = table[column].combine_chunks()
     if values.null_count:
-        raise DataError(f"{source.where} has {values.null_count} rows without {column!r}: every row needs one")
+        raise DataError(f"{source.location} has {values.null_count} rows without {column!r}: every row needs one")
     try:
         return pc.cast(values, pa.string())
     except pa.ArrowException as error:
-        raise DataError(f"column {column!r} of {source.where} is {values.type}: it must be text or numbers") from error
+        raise DataError(
+            f"column {column!r} of {source.location} is {values.type}: it must be text or numbers"
+        ) from error

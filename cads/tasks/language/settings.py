@@ -1,4 +1,4 @@
-"""The language task: a causal language model, trained whole or by adapters, on answers in text."""
+"""Settings of the language task: a causal language model, trained whole or by adapters, on the answers in text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cads.tasks.language.rows import TextSource
 
 Weighting = Literal["example", "token"]
 ADDED = ("selector_pad_token", "selector_peft")
-"""Fields that are named among those a result depends on only where they are set: older results stay what they are."""
+"""Fields that `result_fields` lists only where they are set, so that older results keep their fields."""
 
 
 @dataclass
@@ -19,7 +19,7 @@ class LanguageSettings:
     """Fields of a language task, and the checks that need no data."""
 
     model: str = ""
-    """Name on the hub, or folder. A folder with a config and no weights begins with random ones, by seed."""
+    """Name on the hub, or folder. A folder with a config and no weights gives random weights, by seed."""
     tokenizer: str | None = None
     """Name or folder; null: that of the model."""
     selector_model: str | None = None
@@ -73,12 +73,12 @@ class LanguageSettings:
     answer_pattern: str | None = None
     """Regular expression whose last match (its last group) is what `--eval exact_match` compares; null: all text."""
     max_new_tokens: int = 256
-    """Most tokens that `--eval exact_match` generates."""
+    """Most tokens that `--eval exact_match` generates for an example."""
     data_seed: int = 0
-    """Of what goes into target, test and pool."""
+    """Seed of the division into target, test set and pool."""
     token_cache: str | None = None
-    """Folder in which tokens are kept and read memory-mapped, for data sets that are larger than memory, and for starts
-    that need not tokenise again; null: tokens are made anew and held in memory."""
+    """Folder in which tokens are stored and read memory-mapped, for data sets larger than memory, and to tokenise only
+    once; null: tokens are made at every start and held in memory."""
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -102,6 +102,6 @@ class LanguageSettings:
             raise ConfigError(f"packing needs a mask, and {self.attn_implementation} takes none: use sdpa or eager")
 
     def result_fields(self) -> dict[str, Any]:
-        """The fields on which a result depends, as JSON values: not where tokens are kept."""
+        """The fields on which a result depends, as JSON values; `token_cache` is not one of them."""
         unset = [name for name in ADDED if getattr(self, name) is None]
         return {name: value for name, value in asdict(self).items() if name not in ("token_cache", *unset)}

@@ -1,4 +1,4 @@
-"""A language task of which only the shapes are known: a model's config, lengths and sizes. For `cads plan`."""
+"""A language task for `cads plan`, of which only shapes are known: a model's config, and lengths and sizes of data."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from cads.recipe import TrainConfig
 
 ENCODED_TOKENS = 256
-"""An encoder reads this much of a text (CCDS)."""
+"""Most tokens of a text that the sentence encoder reads (CCDS)."""
 
 
 @dataclass
-class LanguageSketch:
+class LanguageShapes:
     """A language model and the sizes of its data, without weights or data."""
 
     model: str = ""
@@ -79,23 +79,23 @@ class LanguageSketch:
             )
 
     def build(self, recipe: TrainConfig) -> NoReturn:
-        """There is no data.
+        """Refused: there is no data.
 
         Raises:
             ConfigError: always.
         """
-        raise ConfigError("kind = 'lm-sketch' has shapes and no data: it is for `cads plan` alone")
+        raise ConfigError("kind = 'lm-shapes' has shapes and no data: it is for `cads plan` alone")
 
-    def sketch(self, recipe: TrainConfig) -> SketchedLanguage:
+    def meta(self, recipe: TrainConfig) -> ShapeOnlyLanguageTask:
         """The task, on the meta device.
 
         Raises:
             ConfigError: if the model's config cannot be read, or does not run with these lengths.
         """
-        return SketchedLanguage(self, recipe)
+        return ShapeOnlyLanguageTask(self, recipe)
 
 
-class SketchedLanguage(Task):
+class ShapeOnlyLanguageTask(Task):
     """Next-token prediction on examples that are all of one length, on the meta device.
 
     Args:
@@ -107,7 +107,7 @@ class SketchedLanguage(Task):
         ConfigError: if the model's config cannot be read, or does not run with examples of this length.
     """
 
-    def __init__(self, settings: LanguageSketch, recipe: TrainConfig, accounting: str = "measured") -> None:
+    def __init__(self, settings: LanguageShapes, recipe: TrainConfig, accounting: str = "measured") -> None:
         if not settings.model:
             raise ConfigError("model is missing: name the JSON file of a transformers config (--task.model)")
         self.settings, self.recipe, self.accounting = settings, recipe, accounting
@@ -121,7 +121,7 @@ class SketchedLanguage(Task):
 
     @property
     def trainable(self) -> Trainable:
-        """What is trained."""
+        """The weights that are trained: all of them, or adapters."""
         rank, targets = self.settings.lora_rank, tuple(self.settings.lora_targets)
         return Full() if rank is None else Lora(rank, targets)
 
@@ -145,7 +145,7 @@ class SketchedLanguage(Task):
         return functional.cross_entropy(logits, batch.labels[:, 1:], reduction="none").mean(dim=1)
 
     def metrics(self, model: nn.Module, pool: Pool) -> Metrics:
-        """There is nothing to measure.
+        """Refused: there is no data to measure on.
 
         Raises:
             ConfigError: always.
@@ -167,15 +167,15 @@ class SketchedLanguage(Task):
         return _size(self.costs.model)
 
     @cached_property
-    def scorer(self) -> SketchedLanguage:
+    def scorer(self) -> ShapeOnlyLanguageTask:
         """The model that scores examples, with its own adapters."""
         if self.settings.selector_model is None:
             return self
         settings = replace(self.settings, model=self.settings.selector_model)
-        return SketchedLanguage(settings, self.recipe, self.accounting)
+        return ShapeOnlyLanguageTask(settings, self.recipe, self.accounting)
 
     @cached_property
-    def encoder(self) -> SketchedLanguage:
+    def encoder(self) -> ShapeOnlyLanguageTask:
         """The sentence encoder.
 
         Raises:
@@ -190,11 +190,11 @@ class SketchedLanguage(Task):
             checkpointing=None,
             tokens=min(self.settings.tokens, ENCODED_TOKENS),
         )
-        return SketchedLanguage(settings, self.recipe, self.accounting)
+        return ShapeOnlyLanguageTask(settings, self.recipe, self.accounting)
 
     def _pool(self, name: str, n: int, sources: dict[str, int] | None = None) -> Pool:
         length = self.settings.tokens
-        # A transformer that builds its own mask looks at data, and on the meta device there is none.
+        # To build a mask, a transformer would read data, and meta tensors have none: so a mask is given.
         mask = Field((1, length, length), torch.bool)
         inputs = {"input_ids": Field((length,)), "attention_mask": mask}
         return shape_only_pool(name, ShapeOnly(n, inputs, Field((length,)), length), sources)

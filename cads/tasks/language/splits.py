@@ -1,4 +1,4 @@
-"""Pool, target and test set from text sources: divided by rows, so that every tokenizer sees the same examples."""
+"""Pool, target and test set from text sources; rows are divided, so that the split does not depend on a tokenizer."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ if TYPE_CHECKING:
     from cads.tasks.language.settings import LanguageSettings
 
 SPLIT = 6
-"""First word of the seeds by which rows are divided."""
+"""First word of the seeds that divide the rows."""
 
 Parts = list[Rows]
 """Rows of several sources, one after another."""
 Encode = Callable[[Parts], tuple[Sequences, list[EncodingReport]]]
-"""Makes the tokens of rows, or finds them, and says what became of the rows of each source."""
+"""Encodes rows, or reads their tokens from the cache; returns the report on the rows of each source too."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of pool, target and test set, and whether the entries of the pool are its sources."""
+    """The rows of pool, target and test set.
+
+    Attributes:
+        named: whether each entry of the pool is a source.
+    """
 
     pool: Parts
     target: Parts
@@ -41,7 +45,7 @@ class Split:
     named: bool
 
     def kept_by(self, pool: Pool, target: Pool) -> Split:
-        """Without the rows of pool and target that are not in these."""
+        """The split with only those rows of pool and target that are in `pool` and `target`."""
         return replace(self, pool=_among(self.pool, pool.ids), target=_among(self.target, target.ids))
 
 
@@ -54,72 +58,73 @@ def divide(
 ) -> Split:
     """Load the rows and divide them.
 
-    Without a target of its own it is drawn from the pool's rows; without a test set of its own, that is drawn
-    from the target's rows if there are any, else from the pool's.
+    If `target` is empty, the target is drawn from the pool's rows. If `test` is empty, the test set is drawn from the
+    target's rows if there are any, else from the pool's.
 
     Args:
         sizes: n_pool, n_target, n_test; None for the defaults of `LanguageConfig`.
-        seed: of all that is drawn.
+        seed: of every draw.
 
     Raises:
-        DataError: if there are fewer rows than are asked for.
+        DataError: if there are fewer rows than requested.
     """
     n_pool, n_target, n_test = sizes
-    alone = len(pool) == 1
-    candidates = [load_rows(s, seed, given_sources=alone) for s in pool]
-    targets, tests = ([load_rows(s, seed) for s in given] for given in (target, test))
+    single_entry = len(pool) == 1
+    candidates = [load_rows(s, seed, given_sources=single_entry) for s in pool]
+    targets, tests = ([load_rows(s, seed) for s in specs] for specs in (target, test))
     if not tests:
-        taken_from = targets or candidates
-        available = _count(taken_from)
-        wanted = n_test if n_test is not None else max(1, available // (2 if targets else 5))
-        tests, rest = _draw(taken_from, wanted, seed, "test set")
+        test_parts = targets or candidates
+        available = _count(test_parts)
+        count = n_test if n_test is not None else max(1, available // (2 if targets else 5))
+        tests, rest = _draw(test_parts, count, seed, "test set")
         targets, candidates = (rest, candidates) if targets else (targets, rest)
     elif n_test is not None:
         tests, _ = _draw(tests, n_test, seed, "test set")
     if not targets:
-        wanted = n_target if n_target is not None else max(1, _count(candidates) // 10)
-        targets, candidates = _draw(candidates, wanted, seed, "target")
+        count = n_target if n_target is not None else max(1, _count(candidates) // 10)
+        targets, candidates = _draw(candidates, count, seed, "target")
     elif n_target is not None:
         targets, _ = _draw(targets, n_target, seed, "target")
     if n_pool is not None:
         candidates, _ = _draw(candidates, n_pool, seed, "pool")
-    return Split(candidates, targets, tests, named=not alone)
+    return Split(candidates, targets, tests, named=not single_entry)
 
 
 def encode_pools(
-    split: Split, tokenizer: Any, settings: LanguageSettings, longest: int
+    split: Split, tokenizer: Any, settings: LanguageSettings, max_length: int
 ) -> tuple[list[Pool], dict[str, Any]]:
     """The rows as pools of `Tokens`, in memory or mapped.
 
     Args:
-        settings: how examples are written, and where their tokens are kept. longest: tokens at which they are cut.
+        settings: how examples are written, and where their tokens are stored.
+        max_length: tokens at which examples are cut.
 
     Returns:
-        pool, target and test set; and what was cut and left out of each source of them, as JSON values.
+        pool, target and test set; and the numbers of examples cut and left out of each source, as JSON values.
 
     Raises:
-        ConfigError: if the tokenizer lacks a chat template that is needed, or tokens cannot be kept where they should.
-        DataError: if an example cannot be learned from, or tokens cannot be written.
+        ConfigError: if the tokenizer lacks a chat template that is needed, or token_cache is not a folder.
+        DataError: if an example cannot be encoded, or tokens cannot be written.
     """
     renderer = Renderer(tokenizer, settings.separator, settings.chat)
-    encoder = Encoder(tokenizer, renderer, longest, settings.packing, settings.drop)
+    encoder = Encoder(tokenizer, renderer, max_length, settings.packing, settings.drop)
     encode: Encode = partial(_in_memory, encoder)
     if settings.token_cache is not None:
         cache = TokenCache(settings.token_cache, encoder)
         cache.sweep()
         encode = cache.fetch
-    made = [
+    pools = [
         _pool(split.pool, encoder, encode, "pool", with_sources=True, named=split.named),
         _pool(split.target, encoder, encode, "target"),
         _pool(split.test, encoder, encode, "test set"),
     ]
-    return [pool for pool, _ in made], {"max_tokens": longest, **{pool.name: counts for pool, counts in made}}
+    return [pool for pool, _ in pools], {"max_tokens": max_length, **{pool.name: counts for pool, counts in pools}}
 
 
 def _in_memory(encoder: Encoder, parts: Parts) -> tuple[Sequences, list[EncodingReport]]:
     collected = Collected()
-    kept = [encoder.encode_into(rows, collected) for rows in parts]
-    return collected.sequences(), kept
+    reports = [encoder.encode_into(rows, collected) for rows in parts]
+    return collected.sequences(), reports
 
 
 def _pool(
@@ -131,24 +136,27 @@ def _pool(
     with_sources: bool = False,
     named: bool = False,
 ) -> tuple[Pool, list[dict[str, Any]]]:
-    sequences, found = encode(parts)
-    counts = [{"source": rows.name, **k.counts} for rows, k in zip(parts, found, strict=True)]
-    kept = [rows.take(k.positions) if len(k.left_out) else rows for rows, k in zip(parts, found, strict=True)]
-    ids = pa.concat_arrays([rows.ids for rows in kept])
-    tokens = encoder.tokens(sequences, _subtasks(kept, name))
-    if not with_sources or not (named or kept[0].sources is not None):
+    sequences, reports = encode(parts)
+    counts = [{"source": rows.name, **report.counts} for rows, report in zip(parts, reports, strict=True)]
+    encoded = [
+        rows.take(report.positions) if len(report.left_out) else rows
+        for rows, report in zip(parts, reports, strict=True)
+    ]
+    ids = pa.concat_arrays([rows.ids for rows in encoded])
+    tokens = encoder.tokens(sequences, _subtasks(encoded, name))
+    if not with_sources or not (named or encoded[0].sources is not None):
         return Pool(ids, tokens, name=name), counts
-    # An entry with a source column has several sources, others are one.
-    labels = pa.concat_arrays([x.sources if x.sources is not None else _repeated(x.name, len(x)) for x in kept])
+    # An entry with a source column has several sources; any other entry is one source.
+    labels = pa.concat_arrays([x.sources if x.sources is not None else _repeated(x.name, len(x)) for x in encoded])
     coded = labels.dictionary_encode()
     return Pool(ids, tokens, coded.indices.to_numpy(), coded.dictionary.to_pylist(), name=name), counts
 
 
 def _subtasks(parts: Parts, name: str) -> np.ndarray | None:
-    given = [rows.subtasks is not None for rows in parts]
-    if not any(given):
+    has_subtasks = [rows.subtasks is not None for rows in parts]
+    if not any(has_subtasks):
         return None
-    if not all(given):
+    if not all(has_subtasks):
         raise DataError(f"only some sources of the {name} have a subtask column: name one for each, or for none")
     labels = pa.concat_arrays([rows.subtasks for rows in parts])
     codes: np.ndarray = pc.dictionary_encode(labels).indices.to_numpy().astype(np.int64)
@@ -160,7 +168,7 @@ def _repeated(name: str, count: int) -> pa.Array:
 
 
 def _among(parts: Parts, ids: pa.Array) -> Parts:
-    """The rows with these ids, of which each is there."""
+    """The rows with these ids, each of which must be an id of a row."""
     if _count(parts) == len(ids):
         return parts
     masks = [pc.is_in(rows.ids, value_set=ids).to_numpy(zero_copy_only=False) for rows in parts]
@@ -172,7 +180,7 @@ def _count(parts: Parts) -> int:
 
 
 def _draw(parts: Parts, count: int, seed: int, name: str) -> tuple[Parts, Parts]:
-    """`count` rows of all parts together, and the rest; parts of which nothing is drawn fall away."""
+    """`count` rows drawn from all parts together, and the rest; empty parts are left out of both."""
     available = _count(parts)
     if count > available or available == 0:
         raise DataError(f"the {name} needs {count} rows where {available} are left: ask for fewer, or give more data")
@@ -181,7 +189,7 @@ def _draw(parts: Parts, count: int, seed: int, name: str) -> tuple[Parts, Parts]
     chosen[np.random.default_rng((SPLIT, seed, purpose)).permutation(available)[:count]] = True
     pieces = np.split(chosen, np.cumsum([len(rows) for rows in parts])[:-1])
     drawn, rest = (
-        [rows.take(np.flatnonzero(mask == wanted)) for rows, mask in zip(parts, pieces, strict=True)]
-        for wanted in (True, False)
+        [rows.take(np.flatnonzero(mask == is_drawn)) for rows, mask in zip(parts, pieces, strict=True)]
+        for is_drawn in (True, False)
     )
     return [rows for rows in drawn if len(rows)], [rows for rows in rest if len(rows)]

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 class LanguageTask(Task):
     """Next-token prediction on the answers of examples.
 
-    The loss of an example is the mean over its answer tokens. With `weighting: token` a training step minimises
-    the mean over the answer tokens of its batch instead, which is the mean over examples of n_i / mean(n) times
-    their loss (`training_losses`); scores of examples stay means (`losses`).
+    The loss of an example is the mean over its answer tokens. With `weighting: token` a training step minimises the
+    mean over all answer tokens of its batch instead (`training_losses`). That is the mean over examples of
+    n_i / mean(n) times their loss, for n_i answer tokens of example i. Scores of examples stay means (`losses`).
 
     Args:
         pools: pool, target and test set of `Tokens`.
@@ -42,10 +42,10 @@ class LanguageTask(Task):
         tokenizer: of the pools.
         settings: of weighting, packing and evaluation.
         recipe: how the final model is trained.
-        counts: what was cut and left out of each source, and by the selector's model, as JSON values.
+        counts: examples cut and left out of each source, for the selector's model too, as JSON values.
 
     Raises:
-        ConfigError: if packing does not go with recipe or model.
+        ConfigError: if the recipe does not go with packing.
     """
 
     averaged = ("loss",)
@@ -73,12 +73,12 @@ class LanguageTask(Task):
 
     @property
     def identity(self) -> dict[str, str]:
-        """What data it is, and the weights that its models begin with."""
-        found = super().identity | {"model": self.models.digest}
+        """Hashes of the data and of the weights that the models start from."""
+        identity = super().identity | {"model": self.models.digest}
         if self.proxy is None:
-            return found
-        # A proxy of one's own may have no weights to tell.
-        return found | {"selector model": self.proxy.identity.get("model", self.proxy.name)}
+            return identity
+        # A user's own proxy task may have no "model" in its identity.
+        return identity | {"selector model": self.proxy.identity.get("model", self.proxy.name)}
 
     @property
     def pad(self) -> int:
@@ -87,23 +87,23 @@ class LanguageTask(Task):
 
     @property
     def ends(self) -> list[int]:
-        """Token ids that end an answer: the tokenizer's end token, and the special tokens that end one in the pool."""
-        found = tokens_of(self.pool).last_answers & set(self.tokenizer.all_special_ids)
+        """Token ids that end an answer: the tokenizer's end token, and special tokens that end one in the pool."""
+        end_tokens = tokens_of(self.pool).last_answers & set(self.tokenizer.all_special_ids)
         end = self.tokenizer.eos_token_id
-        return sorted(found | ({end} if end is not None else set()))
+        return sorted(end_tokens | ({end} if end is not None else set()))
 
     @property
-    def longest(self) -> int:
-        """Positions that no example exceeds."""
-        return tokens_of(self.pool).longest
+    def max_length(self) -> int:
+        """Tokens at which examples are cut."""
+        return tokens_of(self.pool).max_length
 
     @property
     def longest_example(self) -> tuple[int, int]:
-        """T and A of the longest example of all pools, as batches fill it up."""
+        """T and A of the longest example of all pools, padding included."""
         pools = [tokens_of(p) for p in (self.pool, self.target, self.test)]
-        longest = max(pools, key=lambda x: int(x.lengths().max()))
-        alone = longest.take(np.array([longest.lengths().argmax()]))
-        inputs = replace(alone, packed=False).batch(np.arange(1)).inputs
+        longest_pool = max(pools, key=lambda x: int(x.lengths().max()))
+        example = longest_pool.take(np.array([longest_pool.lengths().argmax()]))
+        inputs = replace(example, packed=False).batch(np.arange(1)).inputs
         return inputs["input_ids"].shape[1], inputs["answers"].shape[1]
 
     @cached_property
@@ -116,36 +116,36 @@ class LanguageTask(Task):
         return self.models.build(seed)
 
     def token_losses(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihoods of the answer tokens in nats (float32), and where they count; (B, A) each."""
-        inputs, places = self.model_inputs(model, batch)
-        logits = answer_logits(model, inputs, places)
-        wanted = batch.labels.gather(1, batch.inputs["answers"])
-        # With the classes last: transposed logits would be copied, forward and backward, at four times the time.
+        """Negative log-likelihoods of the answer tokens in nats (float32), and a mask of the real ones; (B, A) each."""
+        inputs, positions = self.model_inputs(model, batch)
+        logits = answer_logits(model, inputs, positions)
+        labels = batch.labels.gather(1, batch.inputs["answers"])
+        # Classes stay last: transposed logits would be copied forward and backward, at four times the time.
         losses = functional.cross_entropy(
-            logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        return losses.view_as(wanted), wanted != IGNORED
+        return losses.view_as(labels), labels != IGNORED
 
     def losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """The mean loss of each example over its answer tokens, in nats, shape (B,)."""
-        losses, counted = self.token_losses(model, batch)
-        return losses.sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+        losses, mask = self.token_losses(model, batch)
+        return losses.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
     def training_losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """What a training step takes the mean of, shape (B,): by `weighting`, of examples or of answer tokens."""
+        """Losses whose mean a training step minimises, shape (B,); weighted by answer tokens if `weighting: token`."""
         losses = self.losses(model, batch)
         return losses * batch.inputs["weight"] if self.settings.weighting == "token" else losses
 
     def model_inputs(self, model: Callable[..., Any], batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """What the model reads, and where in it the answers are predicted (flattened positions, shape (B, A))."""
+        """Inputs of the model, and the flattened positions that predict the answers, shape (B, A)."""
         inputs = batch.inputs
         if "row" in inputs:
             packed = pack(inputs, getattr(torch, self.settings.dtype))
-            return packed.inputs, packed.places
+            return packed.inputs, packed.answer_positions
         rows, length = inputs["input_ids"].shape
-        before = (inputs["answers"] - 1).clamp(min=0)
-        places = before + length * torch.arange(rows, device=before.device)[:, None]
-        return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}, places
+        columns = (inputs["answers"] - 1).clamp(min=0)
+        positions = columns + length * torch.arange(rows, device=columns.device)[:, None]
+        return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}, positions
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean of the last hidden states over an example's tokens, float32, shape (B, D)."""
@@ -154,7 +154,7 @@ class LanguageTask(Task):
         return (hidden * present[..., None]).sum(dim=1) / present.sum(dim=1, keepdim=True)
 
     def metrics(self, model: nn.Module, pool: Pool) -> Metrics:
-        """Loss (nats, mean of the examples' means), loss a token, and perplexity on answer tokens."""
+        """Loss (nats, mean of the examples' means), loss per answer token, and perplexity of the answer tokens."""
         sums, counts = self._answer_losses(model, pool), tokens_of(pool).answers
         token_loss = float(sums.sum() / counts.sum())
         return {
@@ -164,11 +164,11 @@ class LanguageTask(Task):
         }
 
     def metrics_by_example(self, model: nn.Module, pool: Pool) -> dict[str, np.ndarray]:
-        """The loss: mean over the answer tokens of each example, nats."""
+        """The mean loss over the answer tokens of each example, nats."""
         return {"loss": self._answer_losses(model, pool) / tokens_of(pool).answers}
 
     def _answer_losses(self, model: nn.Module, pool: Pool) -> np.ndarray:
-        """Sum over the answer tokens of each example, nats, shape (N,)."""
+        """Sum of the losses of the answer tokens of each example, nats, shape (N,)."""
         device, sums = next(model.parameters()).device, np.zeros(len(pool))
         with evaluating(model):
             for rows in scoring_batches(pool):
@@ -182,7 +182,7 @@ class LanguageTask(Task):
         return texts
 
     def subtasks(self, pool: Pool) -> np.ndarray | None:
-        """What the subtask column says, or None without one."""
+        """Codes of the subtask column, or None without one."""
         return tokens_of(pool).subtasks
 
     def nominal(self, model: nn.Module, batch: Batch) -> tuple[float, float]:
@@ -197,11 +197,11 @@ class LanguageTask(Task):
         return texts
 
     def save(self, model: nn.Module, folder: Path, *, merge: bool = False) -> None:
-        """Write the adapter, or the whole model, with the tokenizer; see `LanguageModels.save`."""
+        """Write the adapter or the whole model, and the tokenizer; see `LanguageModels.save`."""
         self.models.save(model, folder, self.tokenizer, merge=merge)
 
     def check_evaluation(self, name: str) -> None:
-        """Refuse all but `choices`, `exact_match` and `lm_eval:TASKS`, and these if they lack something."""
+        """Refuse all evaluations but `choices`, `exact_match` and `lm_eval:TASKS`, and these if they cannot run."""
         evaluation.check_evaluation(self, name)
 
     def evaluate(self, model: nn.Module, name: str) -> Metrics:

@@ -34,36 +34,35 @@ from cads.tasks.language.tokens import Sequences
 log = logging.getLogger(__name__)
 
 ENTRY_VERSION = 1
-"""Of the files, and of the way from rows to tokens: it rises with every change of `Renderer` or `Encoder`."""
+"""Version of the files and of the encoding; raise it with every change of `Renderer` or `Encoder`."""
 MANIFEST = "manifest.json"
 ARRAYS = {"ids": "<i4", "learned": "|b1", "offsets": "<i8", "text": "|u1", "text_offsets": "<i8", "left_out": "<i8"}
-"""The files of an entry (`NAME.bin`), each an array without a header, and their types; no other file is ever opened."""
+"""The files of an entry (`NAME.bin`), each an array without a header, and their types. No other file is opened."""
 KEY_LENGTH = 32
 """Hexadecimal digits of a key."""
 PARTIAL = re.compile(rf"\.[0-9a-f]{{{KEY_LENGTH}}}\..+")
-"""What `whole_folder` calls an entry that is not whole yet."""
+"""Name that `whole_folder` gives to an entry until it is complete."""
 ABANDONED = 3600.0
-"""Seconds without a write after which what is not whole is taken to be left by a process that was killed."""
+"""Seconds without a write after which an incomplete entry is taken to be left by a killed process."""
 LOOK_EVERY = 0.2
-"""Seconds between two looks whether the process that writes an entry has finished."""
+"""Seconds between two checks whether the process that writes an entry has finished."""
 
 Encoded = tuple[Sequences, list[EncodingReport]]
-"""Token sequences of several sources, one after another, and what became of the rows of each."""
+"""Token sequences of several sources, one after another, and the report on the rows of each source."""
 
 
 class TokenCache:
-    """Entries in one folder, each the tokens of some rows, under a key of all that decides on them.
+    """A folder of entries. Each entry holds the tokens of some rows, under a key of everything that decides on them.
 
-    What is damaged is made anew, with a warning: it can be made again from the rows, and so is worth no refusal. One
-    process writes an entry, under a lock that falls with it, and those that need the same one wait: the processes
-    of one launch, and of any other.
+    A damaged entry is encoded again from its rows, with a warning. One process writes an entry, under a lock that is
+    released when the process ends. All other processes that need the entry, of the same launch or of another, wait.
 
     Args:
-        folder: of the entries, made if need be; those that are there are used also if it cannot be written to.
-        encoder: makes them.
+        folder: of the entries, created if need be. Entries in a folder that cannot be written to are still read.
+        encoder: makes the tokens.
 
     Raises:
-        ConfigError: if there is something else in the folder's place.
+        ConfigError: if the path of the folder is not a folder.
     """
 
     def __init__(self, folder: Path | str, encoder: Encoder) -> None:
@@ -71,69 +70,73 @@ class TokenCache:
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"token_cache = {str(folder)!r} is no folder: name another one, or null")
         self._encoder = encoder
-        self._about = decisive(encoder)
+        self._encoder_fields = decisive(encoder)
 
     def fetch(self, parts: Sequence[Rows]) -> Encoded:
-        """The tokens of `parts`, mapped; they are made only if they are not there. What was cut or left out is said.
+        """The tokens of `parts`, memory-mapped; rows are encoded only if there is no entry.
+
+        What was cut or left out is logged in both cases.
 
         Raises:
-            DataError: as `Encoder.encode_into`, or if they cannot be written.
+            DataError: as `Encoder.encode_into`, or if the tokens cannot be written.
         """
         contents = [rows_digest(rows) for rows in parts]
-        key = hashlib.sha256(json.dumps([self._about, contents]).encode()).hexdigest()[:KEY_LENGTH]
+        key = hashlib.sha256(json.dumps([self._encoder_fields, contents]).encode()).hexdigest()[:KEY_LENGTH]
         with suppress(FileNotFoundError, DataError):
-            return self._found(key, parts)
+            return self._read(key, parts)
         try:
             with self._only_writer(key):
-                return self._made(key, parts)
+                return self._read_or_encode(key, parts)
         except OSError as error:
             # Where the file system has no locks, another process may have been faster.
             with suppress(FileNotFoundError, DataError):
-                return self._found(key, parts)
+                return self._read(key, parts)
             raise DataError(
                 f"tokens cannot be written to token_cache = {str(self.folder)!r} ({error.strerror or error}): make "
                 "room, name another folder, or set it to null to hold them in memory"
             ) from error
 
     def sweep(self) -> None:
-        """Remove what processes that were killed left half written, `ABANDONED` seconds after their last write."""
+        """Remove incomplete entries of killed processes, `ABANDONED` seconds after their last write."""
         for path in self.folder.glob(".*"):
             if PARTIAL.fullmatch(path.name):
                 with suppress(OSError):
-                    last = max(x.stat().st_mtime for x in (path, *path.iterdir()))
-                    if time.time() - last > ABANDONED:
+                    last_write = max(x.stat().st_mtime for x in (path, *path.iterdir()))
+                    if time.time() - last_write > ABANDONED:
                         shutil.rmtree(path)
 
-    def _found(self, key: str, parts: Sequence[Rows]) -> Encoded:
-        """The entry as it is there. Raises: as `read_entry`."""
-        found = read_entry(self.folder / key, key, [len(rows) for rows in parts])
-        for rows, kept in zip(parts, found[1], strict=True):
-            self._encoder.say(rows, kept)
-        return found
+    def _read(self, key: str, parts: Sequence[Rows]) -> Encoded:
+        """The existing entry; logs what was cut or left out. Raises: as `read_entry`."""
+        entry = read_entry(self.folder / key, key, [len(rows) for rows in parts])
+        for rows, report in zip(parts, entry[1], strict=True):
+            self._encoder.say(rows, report)
+        return entry
 
-    def _made(self, key: str, parts: Sequence[Rows]) -> Encoded:
-        """The entry, written unless another process has done so meanwhile."""
+    def _read_or_encode(self, key: str, parts: Sequence[Rows]) -> Encoded:
+        """The entry; encoded and written unless another process has done so meanwhile."""
         try:
-            return self._found(key, parts)
+            return self._read(key, parts)
         except FileNotFoundError:
             pass
         except DataError as error:
             log.warning("%s: they are made anew", error)
         entry = self.folder / key
         with whole_folder(entry) as partial, TokenFiles(partial) as files:
-            kept = [self._encoder.encode_into(rows, files) for rows in parts]
-            files.finish({"key": key, "made_by": self._about, "sources": [rows.name for rows in parts]}, kept)
+            reports = [self._encoder.encode_into(rows, files) for rows in parts]
+            files.finish(
+                {"key": key, "made_by": self._encoder_fields, "sources": [rows.name for rows in parts]}, reports
+            )
         return read_entry(entry, key, [len(rows) for rows in parts])
 
     @contextmanager
     def _only_writer(self, key: str) -> Iterator[None]:
-        """Wait until no other process writes this entry, and keep others from it."""
-        place = self.folder / f"lock-{key}"
+        """Wait until no other process writes this entry, and hold its lock."""
+        lock_folder = self.folder / f"lock-{key}"
         with ExitStack() as stack:
             waiting = False
             while True:
                 try:
-                    stack.enter_context(RunLock(place))
+                    stack.enter_context(RunLock(lock_folder))
                     break
                 except LockedError:
                     if not waiting:
@@ -142,7 +145,7 @@ class TokenCache:
                     time.sleep(LOOK_EVERY)
             yield
         with suppress(OSError):
-            place.rmdir()
+            lock_folder.rmdir()
 
 
 class TokenFiles:
@@ -168,7 +171,7 @@ class TokenFiles:
     def add(self, shard: Sequences) -> None:
         """See `Sink`."""
         self._append("ids", shard.ids)
-        self._append("learned", shard.learned)
+        self._append("learned", shard.loss_mask)
         self._append_ends("offsets", shard.offsets)
         _, ends, text = shard.texts.buffers()
         first, n = shard.texts.offset, len(shard.texts)
@@ -177,21 +180,21 @@ class TokenFiles:
         self._append("text", data[offsets[0] : offsets[-1]])
         self._append_ends("text_offsets", offsets)
 
-    def finish(self, about: Mapping[str, Any], kept: Sequence[EncodingReport]) -> None:
+    def finish(self, origin: Mapping[str, Any], reports: Sequence[EncodingReport]) -> None:
         """Write the manifest.
 
         Args:
-            about: what they were made of, as JSON values. kept: what became of the rows of each source.
+            origin: key, encoder and sources of the entry, as JSON values. reports: on the rows of each source.
         """
-        self._append("left_out", np.concatenate([k.left_out for k in kept]))
-        parts = [k.counts for k in kept]
+        self._append("left_out", np.concatenate([report.left_out for report in reports]))
+        parts = [report.counts for report in reports]
         files = {n: {"bytes": f.tell(), "sha256": self._hashes[n].hexdigest()} for n, f in self._files.items()}
-        manifest = {"schema_version": ENTRY_VERSION, **about, "parts": parts, "files": files}
+        manifest = {"schema_version": ENTRY_VERSION, **origin, "parts": parts, "files": files}
         text = json.dumps({**manifest, "check": number_of(manifest)}, indent=1)
         (self._folder / MANIFEST).write_text(text, encoding="utf-8")
 
     def _append_ends(self, name: str, offsets: np.ndarray) -> None:
-        """Offsets of a shard, put behind those before it."""
+        """Append the offsets of a shard, shifted by the size of the shards before it."""
         self._append(name, offsets[1:] - offsets[0] + self._ends[name])
         self._ends[name] += int(offsets[-1] - offsets[0])
 
@@ -202,14 +205,14 @@ class TokenFiles:
 
 
 def read_entry(folder: Path, key: str, sizes: Sequence[int]) -> Encoded:
-    """Map an entry once sizes, hashes and offsets are known to be sound.
+    """Map an entry into memory after a check of its sizes, hashes and offsets.
 
     Args:
-        key: that it must have. sizes: rows of each source.
+        key: of the entry. sizes: rows of each source.
 
     Raises:
-        FileNotFoundError: if there is none.
-        DataError: if it is damaged, or something else.
+        FileNotFoundError: if there is no entry.
+        DataError: if the entry is damaged, or of another key or version.
     """
     if not folder.exists() and not folder.is_symlink():
         raise FileNotFoundError(folder)
@@ -225,10 +228,10 @@ def read_entry(folder: Path, key: str, sizes: Sequence[int]) -> Encoded:
             name: _mapped(folder / f"{name}.bin", int(files[name]["bytes"]), files[name]["sha256"], kind)
             for name, kind in ARRAYS.items()
         }
-        kept = _kept(manifest["parts"], arrays["left_out"])
-        if [k.rows for k in kept] != list(sizes):
+        reports = _reports(manifest["parts"], arrays["left_out"])
+        if [report.rows for report in reports] != list(sizes):
             raise DataError("it is of another number of rows")
-        return _sequences(arrays, sum(len(k) for k in kept)), kept
+        return _sequences(arrays, sum(len(report) for report in reports)), reports
     except (CheckpointError, DataError) as error:
         raise DataError(f"the tokens in {folder} cannot be used: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -236,7 +239,7 @@ def read_entry(folder: Path, key: str, sizes: Sequence[int]) -> Encoded:
 
 
 def _mapped(path: Path, size: int, sha256: str, kind: str) -> np.ndarray:
-    """A file as an array that stays on disk."""
+    """A file as an array that stays on disk, after a check of its size and hash."""
     check_size(path, size)
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size != size:
@@ -246,27 +249,29 @@ def _mapped(path: Path, size: int, sha256: str, kind: str) -> np.ndarray:
             digest.update(chunk)
         if digest.hexdigest() != sha256:
             raise DataError(f"{path.name} is not what the manifest says: its hash differs")
-        # As a plain array, of which a slice costs a tenth of that of a `memmap`; an empty file cannot be mapped.
+        # Slicing a plain array costs a tenth of slicing a `memmap`. An empty file cannot be mapped.
         return np.asarray(np.memmap(file, dtype=kind, mode="r")) if size else np.empty(0, dtype=kind)
 
 
-def _kept(parts: Sequence[Mapping[str, int]], left_out: np.ndarray) -> list[EncodingReport]:
+def _reports(parts: Sequence[Mapping[str, int]], left_out: np.ndarray) -> list[EncodingReport]:
+    """The reports of an entry, from the counts in its manifest and the positions left out of all sources."""
     ends = np.cumsum([0, *(part["left_out"] for part in parts)])
     if ends[-1] != len(left_out):
         raise DataError("it does not list what was left out")
-    found = []
+    reports = []
     for part, begin, end in zip(parts, ends[:-1], ends[1:], strict=True):
         positions = left_out[begin:end]
         if len(positions) and (positions[0] < 0 or positions[-1] >= part["rows"] or (np.diff(positions) < 1).any()):
             raise DataError("it lists rows as left out that are none")
-        found.append(EncodingReport(part["rows"], part["cut"], positions, part["left_out_cut"]))
-    return found
+        reports.append(EncodingReport(part["rows"], part["cut"], positions, part["left_out_cut"]))
+    return reports
 
 
 def _sequences(arrays: Mapping[str, np.ndarray], count: int) -> Sequences:
+    """The arrays of an entry as sequences, after a check of their offsets."""
     offsets, text_offsets = arrays["offsets"], arrays["text_offsets"]
-    whole = len(offsets) == len(text_offsets) == count + 1 and offsets[0] == 0 and (np.diff(offsets) > 0).all()
-    if not whole or not offsets[-1] == len(arrays["ids"]) == len(arrays["learned"]):
+    consistent = len(offsets) == len(text_offsets) == count + 1 and offsets[0] == 0 and (np.diff(offsets) > 0).all()
+    if not consistent or not offsets[-1] == len(arrays["ids"]) == len(arrays["learned"]):
         raise DataError("its sequences do not follow one another")
     texts = pa.LargeStringArray.from_buffers(count, pa.py_buffer(text_offsets), pa.py_buffer(arrays["text"]))
     texts.validate(full=True)
@@ -274,18 +279,18 @@ def _sequences(arrays: Mapping[str, np.ndarray], count: int) -> Sequences:
 
 
 def decisive(encoder: Encoder) -> dict[str, Any]:
-    """All on an encoder's side that decides on its tokens, as JSON values."""
+    """The fields of an encoder that decide on its tokens, as JSON values."""
     tokenizer, renderer = encoder.tokenizer, encoder.renderer
     pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):
-        # What the last call asked for: each call sets them anew.
+        # Arguments of the last call; each call sets them anew.
         pipeline.pop(state, None)
     template = tokenizer.chat_template
     return {
         "version": ENTRY_VERSION,
         "tokenizer": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
         "pipeline": hashlib.sha256(json.dumps(pipeline, sort_keys=True).encode()).hexdigest(),
-        # A template can write any of them.
+        # A template can write any special token.
         "special_tokens": dict(sorted(tokenizer.special_tokens_map.items())),
         "special_ids": [tokenizer.eos_token_id, tokenizer.pad_token_id],
         "split_special_tokens": tokenizer.split_special_tokens,
@@ -294,14 +299,14 @@ def decisive(encoder: Encoder) -> dict[str, Any]:
         "day": str(date.today()) if "strftime_now" in json.dumps(template) else None,
         "chat": renderer.chat,
         "separator": renderer.separator,
-        "longest": encoder.longest,
-        "drop": encoder.drop,
+        "longest": encoder.max_length,
+        "drop": encoder.drop_unanswered,
         "libraries": {name: version(name) for name in ("transformers", "tokenizers", "jinja2")},
     }
 
 
 def rows_digest(rows: Rows) -> str:
-    """A hash of what is written into the tokens of `rows`, whatever the chunks of its table: not ids, nor sources."""
+    """A hash of the contents of `rows`, independent of the chunks of its table; ids and sources do not count."""
     digest = hashlib.sha256(json.dumps([rows.format, len(rows)]).encode())
     for _, table in rows.shards():
         for name in sorted(table.column_names):
@@ -311,7 +316,7 @@ def rows_digest(rows: Rows) -> str:
 
 
 def _add_values(digest: Digest, values: pa.Array) -> None:
-    """Take in values of any type, nested or missing ones too."""
+    """Add values of any type to a hash, nested and missing ones included."""
     kind = values.type
     digest.update(np.packbits(values.is_valid().to_numpy(zero_copy_only=False)).data)
     if pa.types.is_struct(kind):
@@ -325,5 +330,5 @@ def _add_values(digest: Digest, values: pa.Array) -> None:
         digest.update(b"\0text\0")
         add_column(digest, values.fill_null(""))
     else:
-        # No text: examples made of it are refused, or do not read it.
+        # Not text: examples either do not read such a column, or are refused for it.
         digest.update(f"\0{kind}\0{json.dumps(values.to_pylist(), default=str)}".encode())

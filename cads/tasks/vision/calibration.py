@@ -1,4 +1,4 @@
-"""Loss after temperature scaling: how good a classifier is once its confidence is put right."""
+"""Loss after temperature scaling: the quality of a classifier apart from its confidence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TOLERANCE = 1e-13
 """Estimated distance to the minimum, in nats, at which the search ends."""
 
 MAX_ITERATIONS = 200
-"""Far more than are needed: Newton's method takes about 5, separable data about 30."""
+"""Far more than are needed: Newton's method takes about 5 iterations, and about 30 on separable data."""
 
 
 def calibrated_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, float]:
@@ -29,21 +29,21 @@ def calibrated_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, float]:
 
     Returns:
         the loss of each example, of which f at its minimum is the mean, in nats, float64, shape (N,);
-        T: infinite where the logits inform worse than nothing, near 0 where every label is the largest logit.
+        T: infinite where the logits are worse than uniform ones, near 0 where every label has the largest logit.
         All are nan if a logit is not finite.
     """
     z = logits.detach().cpu().double()
     if not torch.isfinite(z).all():
         return torch.full((len(z),), math.nan, dtype=torch.float64), math.nan
     z = z - z.gather(1, labels.cpu()[:, None])
-    # Divided by their size, logits of any scale have a minimum near b = 1.
+    # After division by their mean size, logits of any scale have a minimum near b = 1.
     scale = float(z.abs().mean())
-    uninformed = torch.full((len(z),), math.log(z.shape[1]), dtype=torch.float64)
+    uniform = torch.full((len(z),), math.log(z.shape[1]), dtype=torch.float64)
     if scale == 0:
-        return uninformed, math.inf
+        return uniform, math.inf
     z = z / scale
     if float(z.mean()) >= 0:
-        return uninformed, math.inf
+        return uniform, math.inf
 
     low, high, b = 0.0, math.inf, 1.0
     for _ in range(MAX_ITERATIONS):

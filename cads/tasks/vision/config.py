@@ -26,7 +26,7 @@ from cads.tasks.vision.datasets import (
 )
 from cads.tasks.vision.images import ImageData, Images, ImageTensors
 from cads.tasks.vision.networks import Network
-from cads.tasks.vision.shapes import KNOWN, MetaVisionTask
+from cads.tasks.vision.shapes import DATASET_SIZES, MetaVisionTask
 from cads.tasks.vision.synthetic_sources import SyntheticPool, SyntheticSource, make_synthetic_sources, source_sizes
 from cads.tasks.vision.task import VisionTask, check_labels, images_of
 
@@ -39,12 +39,12 @@ log = logging.getLogger(__name__)
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays", "hub"]
 
 SPLIT, TEST = 3, 4
-"""First words of the seeds by which the training split is divided, and the test set drawn."""
+"""First words of the seeds that divide the training split, and that draw the test set."""
 
 
 @dataclass
 class VisionConfig:
-    """Image classification: which images, in which sources, and which network."""
+    """Image classification: images, their sources, and the network."""
 
     dataset: Dataset = "digits"
     """digits (scikit-learn), fashion-mnist, cifar10, cifar100, folder (image files), arrays (`.npy` files, mapped
@@ -99,7 +99,7 @@ class VisionConfig:
         self.network()
 
     def build(self, recipe: TrainConfig) -> VisionTask:
-        """Load the data, divide it, make the sources.
+        """Load the data, divide it, and make the synthetic sources.
 
         Raises:
             DataError: if the data is missing, damaged or too small.
@@ -112,9 +112,9 @@ class VisionConfig:
             clean = data.train.take(positions)
             check_labels(clean, n_classes, ids, "pool")
             truth = make_synthetic_sources(clean, self.sources, n_classes, self.data_seed)
-            pool = _sourced_pool(truth, ids)
+            pool = _synthetic_pool(truth, ids)
         else:
-            pool = _given_pool(data, positions, ids)
+            pool = _natural_pool(data, positions, ids)
         return VisionTask(
             pool,
             target=target,
@@ -126,12 +126,12 @@ class VisionConfig:
             name=f"vision/{self.dataset}",
         )
 
-    def sketch(self, recipe: TrainConfig) -> VisionTask:
+    def meta(self, recipe: TrainConfig) -> VisionTask:
         """The task with shapes in place of images and of weights; see `cads.tasks.vision.shapes`."""
-        return sketch(self, recipe)
+        return meta(self, recipe)
 
     def network(self) -> Network:
-        """Which network, but not yet for which images."""
+        """The architecture of the network."""
         return Network(self.model, self.hidden, self.channels, self.stride, self.pretrained, self.download)
 
     def _load(self) -> ImageData:
@@ -151,53 +151,63 @@ class VisionConfig:
         return data if self.image_size is None else _resized(data, self.image_size)
 
     def _divide(self, data: ImageData) -> tuple[np.ndarray, pa.Array, Pool, Pool]:
-        """Positions of the candidates in the training split and their ids; target; test. All disjoint."""
+        """Positions of the candidates in the training split and their ids; target; test set. All are disjoint."""
         ids = numbered("train", len(data.train))
         order = np.random.default_rng((SPLIT, self.data_seed)).permutation(len(data.train))
         n_test, n_target, n_pool = self.sizes(len(data.train), None if data.test is None else len(data.test))
         if data.test is None:
-            where, order = np.sort(order[:n_test]), order[n_test:]
-            test = Pool(ids.take(pa.array(where)), data.train.take(where), name="test set")
+            positions, order = np.sort(order[:n_test]), order[n_test:]
+            test = Pool(ids.take(pa.array(positions)), data.train.take(positions), name="test set")
         else:
-            test = self._own_test(data.test)
-        where = np.sort(order[:n_target])
-        target = Pool(ids.take(pa.array(where)), data.train.take(where), name="target")
-        where = np.sort(order[n_target : n_target + n_pool])
-        return where, ids.take(pa.array(where)), target, test
+            test = self._test_pool(data.test)
+        positions = np.sort(order[:n_target])
+        target = Pool(ids.take(pa.array(positions)), data.train.take(positions), name="target")
+        positions = np.sort(order[n_target : n_target + n_pool])
+        return positions, ids.take(pa.array(positions)), target, test
 
-    def sizes(self, n_train: int, n_own_test: int | None) -> tuple[int, int, int]:
-        """Examples of test set, target and pool; without a test split of its own, the test set is of the training's."""
-        if n_own_test is None:
-            taken = n_test = n_train // 5 if self.n_test is None else self.n_test
+    def sizes(self, n_train: int, n_test_split: int | None) -> tuple[int, int, int]:
+        """Examples of test set, target and pool.
+
+        Args:
+            n_train: examples of the training split.
+            n_test_split: examples of the test split; None: the test set is drawn from the training split.
+
+        Raises:
+            DataError: if the training split is too small.
+        """
+        if n_test_split is None:
+            n_reserved = n_test = n_train // 5 if self.n_test is None else self.n_test
         else:
-            taken, n_test = 0, n_own_test if self.n_test is None else self.n_test
-        left = max(0, n_train - taken)
-        n_target = max(1, left // 10) if self.n_target is None else self.n_target
-        n_pool = max(1, left - n_target) if self.n_pool is None else self.n_pool
-        if n_target + n_pool > left:
+            n_reserved, n_test = 0, n_test_split if self.n_test is None else self.n_test
+        n_left = max(0, n_train - n_reserved)
+        n_target = max(1, n_left // 10) if self.n_target is None else self.n_target
+        n_pool = max(1, n_left - n_target) if self.n_pool is None else self.n_pool
+        if n_target + n_pool > n_left:
             raise DataError(
-                f"n_target = {n_target} and n_pool = {n_pool} are more than the {left} examples there "
-                f"are ({n_train} for training, less {taken} for the test set): ask for fewer"
+                f"n_target = {n_target} and n_pool = {n_pool} are more than the {n_left} examples there "
+                f"are ({n_train} for training, less {n_reserved} for the test set): ask for fewer"
             )
         return n_test, n_target, n_pool
 
-    def _own_test(self, images: Images) -> Pool:
-        where = np.arange(len(images))
+    def _test_pool(self, images: Images) -> Pool:
+        positions = np.arange(len(images))
         if self.n_test is not None:
             if self.n_test > len(images):
                 raise DataError(f"n_test = {self.n_test}: the test split has {len(images)} examples; ask for fewer")
             rng = np.random.default_rng((TEST, self.data_seed))
-            where = np.sort(rng.permutation(len(images))[: self.n_test])
-        return Pool(numbered("test", len(images)).take(pa.array(where)), images.take(where), name="test set")
+            positions = np.sort(rng.permutation(len(images))[: self.n_test])
+        return Pool(numbered("test", len(images)).take(pa.array(positions)), images.take(positions), name="test set")
 
 
-def _sourced_pool(truth: SyntheticPool, ids: pa.Array) -> Pool:
-    named, copies = ids.take(pa.array(truth.origins)), pa.array(truth.copies)
-    repeated = pc.binary_join_element_wise(named, copies.cast(pa.string()), "#")
-    return Pool(pc.if_else(pc.greater(copies, 0), repeated, named), truth.images, truth.sources, truth.names)
+def _synthetic_pool(truth: SyntheticPool, ids: pa.Array) -> Pool:
+    """The pool of synthetic sources; the k-th duplicate of an example has the suffix #k."""
+    names, copies = ids.take(pa.array(truth.origins)), pa.array(truth.copies)
+    repeated = pc.binary_join_element_wise(names, copies.cast(pa.string()), "#")
+    return Pool(pc.if_else(pc.greater(copies, 0), repeated, names), truth.images, truth.sources, truth.names)
 
 
-def _given_pool(data: ImageData, positions: np.ndarray, ids: pa.Array) -> Pool:
+def _natural_pool(data: ImageData, positions: np.ndarray, ids: pa.Array) -> Pool:
+    """The pool with the sources of the data set, if it has any."""
     images = data.train.take(positions)
     if data.sources is None:
         return Pool(ids, images)
@@ -217,26 +227,26 @@ def _resized(data: ImageData, size: int) -> ImageData:
     return replace(data, train=resized(data.train), test=test)
 
 
-def sketch(config: VisionConfig, recipe: TrainConfig) -> MetaVisionTask:
-    """The task of `config`; its sources are as large as even classes make them.
+def meta(config: VisionConfig, recipe: TrainConfig) -> MetaVisionTask:
+    """The task of `config` on the meta device, with sources as large as they are if all classes have the same size.
 
-    Only folders and hub data sets, whose sizes are not known beforehand, are opened.
+    Only data sets whose sizes are not known beforehand are opened: folders, arrays and hub data sets.
 
     Raises:
-        DataError: if the data is too small, or a folder or hub data set cannot be opened.
+        DataError: if the data is too small, or such a data set cannot be opened.
     """
     network = replace(config.network(), pretrained=False)
-    if config.dataset not in KNOWN:
-        real = config.build(recipe)
-        build = partial(network.build, images_of(real.pool).shape, len(real.classes))
-        return MetaVisionTask(real.pool, real.target, real.test, build, recipe, real.name)
-    known, size = KNOWN[config.dataset], config.image_size
-    shape = known.shape if size is None else (known.shape[0], size, size)
-    n_test, n_target, n_pool = config.sizes(known.n_train, known.n_test)
+    if config.dataset not in DATASET_SIZES:
+        task = config.build(recipe)
+        build = partial(network.build, images_of(task.pool).shape, len(task.classes))
+        return MetaVisionTask(task.pool, task.target, task.test, build, recipe, task.name)
+    dataset, size = DATASET_SIZES[config.dataset], config.image_size
+    shape = dataset.shape if size is None else (dataset.shape[0], size, size)
+    n_test, n_target, n_pool = config.sizes(dataset.n_train, dataset.n_test)
     sources = None
     if config.sources:
-        even = np.bincount(np.arange(n_pool) % known.n_classes, minlength=known.n_classes)
-        sizes = source_sizes(config.sources, even, known.n_classes)
+        class_counts = np.bincount(np.arange(n_pool) % dataset.n_classes, minlength=dataset.n_classes)
+        sizes = source_sizes(config.sources, class_counts, dataset.n_classes)
         sources = {spec.name: int(n) for spec, n in zip(config.sources, sizes, strict=True)}
         n_pool = sum(sources.values())
     image, label = {"images": Field(shape, torch.uint8)}, Field(())
@@ -244,7 +254,7 @@ def sketch(config: VisionConfig, recipe: TrainConfig) -> MetaVisionTask:
         shape_only_pool("pool", ShapeOnly(n_pool, image, label), sources),
         shape_only_pool("target", ShapeOnly(n_target, image, label)),
         shape_only_pool("test", ShapeOnly(n_test, image, label)),
-        partial(network.build, shape, known.n_classes),
+        partial(network.build, shape, dataset.n_classes),
         recipe,
         f"vision/{config.dataset}",
     )

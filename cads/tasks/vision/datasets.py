@@ -1,4 +1,4 @@
-"""Loaders of the usual image data sets. None of them uses the network unless it is asked to."""
+"""Loaders of the usual image data sets. Only `load_hub`, and the others with `download`, may use the network."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from cads.runtime.signals import Interrupted
 from cads.tasks.vision.images import ImageArrays, ImageData, ImageFiles, Images, ImageTensors
 
 SYSTEM_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""Where the Debian package dataset-fashion-mnist puts its files."""
+"""Folder of the Debian package dataset-fashion-mnist."""
 
 IDX_UINT8 = 0x08
 """Type code of unsigned bytes, third byte of the magic number of an idx file; the fourth is the rank."""
 
-MOST_CLASSES = 2**20
-"""Classes above this number are taken for a mistake: labels that are numbers name as many as the largest of them."""
+MAX_CLASSES = 2**20
+"""Most classes. Numeric labels define as many classes as their largest value, so larger labels are taken for errors."""
 
 FASHION_CLASSES = (
     "t-shirt",
@@ -43,7 +43,7 @@ FASHION_CLASSES = (
 
 
 def cache_folder() -> Path:
-    """Where downloads go unless a path is given: $XDG_CACHE_HOME/cads."""
+    """Folder of downloads unless a path is given: $XDG_CACHE_HOME/cads."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cads"
 
 
@@ -83,9 +83,9 @@ def load_fashion_mnist(root: str | Path | None = None, download: bool = False) -
     folder = next((f for f in folders if _idx_file(f, "train-images-idx3-ubyte")), None)
     if folder is None:
         if not download:
-            looked = ", ".join(str(f) for f in folders)
+            searched = ", ".join(str(f) for f in folders)
             raise DataError(
-                f"Fashion-MNIST is not in {looked}: apt install dataset-fashion-mnist, name the folder of "
+                f"Fashion-MNIST is not in {searched}: apt install dataset-fashion-mnist, name the folder of "
                 "its idx files (--task.path), or allow the download (--task.download true)"
             )
         _torchvision("FashionMNIST", home, train=True, download=True)
@@ -202,8 +202,8 @@ def _image_paths(root: Path) -> list[Path]:
         raise DataError(f"{root} holds no image: name a folder of class/file or source/class/file")
     by_depth = {len(f.relative_to(root).parts): f for f in files}
     if len(by_depth) > 1 or not by_depth.keys() <= {2, 3}:
-        found = ", ".join(str(f.relative_to(root)) for f in by_depth.values())
-        raise DataError(f"{root} must hold class/file or source/class/file throughout, and has {found}")
+        examples = ", ".join(str(f.relative_to(root)) for f in by_depth.values())
+        raise DataError(f"{root} must hold class/file or source/class/file throughout, and has {examples}")
     return files
 
 
@@ -219,7 +219,7 @@ def load_arrays(root: str | Path, size: int | None = None) -> ImageData:
     """Images in `.npy` files, mapped into memory: images.npy, labels.npy and, if there are any, sources.npy.
 
     They lie in `root`, or in root/train and root/test. Images are uint8 of shape (N, H, W), (N, H, W, C) or
-    (N, C, H, W); labels and sources are whole numbers from 0, shape (N,), which stand for themselves.
+    (N, C, H, W); labels and sources are whole numbers from 0, shape (N,), which are also their names.
 
     Args:
         root: the folder. size: as for `ImageArrays`.
@@ -232,17 +232,17 @@ def load_arrays(root: str | Path, size: int | None = None) -> ImageData:
     train, n_classes = _array_split(root / "train" if split else root, size)
     test = None
     if split and (root / "test").is_dir():
-        test, n_more = _array_split(root / "test", size)
-        if test.shape != train.shape or n_more > n_classes:
+        test, n_test_classes = _array_split(root / "test", size)
+        if test.shape != train.shape or n_test_classes > n_classes:
             raise DataError(
-                f"{root / 'test'} has images of shape {test.shape} and {n_more} classes, where the training split has "
-                f"{train.shape} and {n_classes}: give the same kind"
+                f"{root / 'test'} has images of shape {test.shape} and {n_test_classes} classes, where the training "
+                f"split has {train.shape} and {n_classes}: give the same kind"
             )
     classes = _numbered(n_classes)
-    given = (root / "train" if split else root) / "sources.npy"
-    if not given.is_file():
+    sources_path = (root / "train" if split else root) / "sources.npy"
+    if not sources_path.is_file():
         return ImageData(train, test, classes)
-    names, sources = np.unique(_whole_numbers(given, len(train)), return_inverse=True)
+    names, sources = np.unique(_whole_numbers(sources_path, len(train)), return_inverse=True)
     return ImageData(train, test, classes, sources, tuple(str(name) for name in names))
 
 
@@ -251,12 +251,12 @@ def _array_split(folder: Path, size: int | None) -> tuple[ImageArrays, int]:
     images = _mapped(folder / "images.npy")
     labels = _whole_numbers(folder / "labels.npy", len(images))
     try:
-        made, n_classes = ImageArrays([images], labels, size), int(labels.max()) + 1
+        payload, n_classes = ImageArrays([images], labels, size), int(labels.max()) + 1
     except DataError as error:
         raise DataError(f"{folder / 'images.npy'}: {error}") from error
-    if n_classes > MOST_CLASSES:
+    if n_classes > MAX_CLASSES:
         raise DataError(f"{folder / 'labels.npy'} holds {n_classes - 1}: number the classes from 0")
-    return made, n_classes
+    return payload, n_classes
 
 
 def _numbered(n_classes: int) -> tuple[str, ...]:
@@ -268,7 +268,7 @@ def _mapped(path: Path) -> np.ndarray:
     if not path.is_file():
         raise DataError(f"{path} does not exist: name a folder with images.npy and labels.npy (--task.path)")
     try:
-        # A header may promise more than any file holds, which NumPy finds out by an overflow.
+        # A damaged header may claim more values than any file holds; NumPy detects this by an overflow.
         with np.errstate(over="ignore"):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, OverflowError, TypeError, TokenError) as error:
@@ -297,7 +297,7 @@ def load_hub(
 ) -> ImageData:
     """Any image data set that `datasets` can load: split "train", and "test" if there is one.
 
-    It stays on disk: images are decoded, or copied from the mapped file, when a batch asks for them.
+    It stays on disk: images are decoded, or copied from the mapped file, when a batch needs them.
 
     Args:
         name: a name on the Hugging Face hub, a local folder, or a folder written by `save_to_disk`.
@@ -313,7 +313,7 @@ def load_hub(
     import datasets
 
     saved = any((Path(name) / state).is_file() for state in ("state.json", "dataset_dict.json"))
-    # The library raises whatever its many back ends raise; all of it means that the data is not there.
+    # The library passes on exceptions of its many back ends. Any of them means that the data cannot be loaded.
     try:
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     except Interrupted:
@@ -354,7 +354,7 @@ def _hub_payload(split: Any, column: str, labels: np.ndarray, size: int | None) 
 
 
 def _arrow_images(split: Any, column: str, shape: tuple[int, ...], labels: np.ndarray, size: int | None) -> Images:
-    """A column of arrays as it lies in its file: nothing is copied or read."""
+    """A column of arrays as it is stored in its file; nothing is copied or read."""
     chunks = []
     for chunk in split.data.column(column).chunks:
         values = chunk.storage
@@ -363,12 +363,12 @@ def _arrow_images(split: Any, column: str, shape: tuple[int, ...], labels: np.nd
         if len(values) != len(chunk) * math.prod(shape):
             raise DataError(f"image_column = {column!r} has images that are missing or not of shape {shape}: fill them")
         chunks.append(values.to_numpy(zero_copy_only=False).reshape(-1, *shape))
-    # `select`, `shuffle` and `train_test_split` leave the file as it is, and an index into it.
+    # After `select`, `shuffle` or `train_test_split` the file is unchanged, and there is an index into it.
     if split._indices is None:
         return ImageArrays(chunks, labels, size)
     index = split._indices.column(0).to_numpy()
-    whole = ImageArrays(chunks, np.zeros(sum(map(len, chunks)), dtype=np.int64), size)
-    return whole.take(index).relabel(torch.from_numpy(labels))
+    all_images = ImageArrays(chunks, np.zeros(sum(map(len, chunks)), dtype=np.int64), size)
+    return all_images.take(index).relabel(torch.from_numpy(labels))
 
 
 def _feature(split: Any, column: str, setting: str) -> Any:
@@ -380,7 +380,7 @@ def _feature(split: Any, column: str, setting: str) -> Any:
 def _codes(
     split: Any, column: str, setting: str, names: tuple[str, ...] | None = None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The values of a column as codes, and their names: integers stand for themselves."""
+    """The values of a column as codes, and the name of each code; integers are their own codes."""
     import datasets
 
     feature = _feature(split, column, setting)
@@ -393,7 +393,7 @@ def _codes(
         codes = values.cast(pa.int64()).to_numpy()
         if isinstance(feature, datasets.ClassLabel):
             return codes, tuple(feature.names)
-        if codes.min() < 0 or codes.max() >= MOST_CLASSES:
+        if codes.min() < 0 or codes.max() >= MAX_CLASSES:
             raise DataError(f"{setting} = {column!r} holds {codes.min()} to {codes.max()}: number them from 0")
         return codes, names or _numbered(int(codes.max()) + 1)
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):

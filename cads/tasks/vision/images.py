@@ -1,4 +1,4 @@
-"""Images as the payload of a pool: in memory, in files mapped into memory, or in image files."""
+"""Images as the payload of a pool: in memory, in memory-mapped arrays, or in image files."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from cads.errors import DataError
 CHUNK = 1024
 """Most images in memory at once when all of a payload is read."""
 CHUNK_VALUES = 2**24
-"""Most values of them: 64 MB as float32."""
+"""Most values of these images: 64 MB as float32."""
 CHANNELS = (1, 3)
 """Channels of an image: grey, or colour."""
 
 
 class Images(ABC):
-    """N labelled images of one shape (C, H, W): what the payloads of a vision task have in common.
+    """N labelled images of one shape (C, H, W): the base class of the payloads of a vision task.
 
     Attributes:
         labels: int64, shape (N,).
@@ -88,7 +88,7 @@ class Images(ABC):
 
 
 def chunk_size(shape: tuple[int, ...]) -> int:
-    """Images of `shape` (C, H, W) that are in memory at once where all of a payload is read."""
+    """Number of images of `shape` (C, H, W) that are in memory at once when all of a payload is read."""
     return max(1, min(CHUNK, CHUNK_VALUES // math.prod(shape)))
 
 
@@ -100,7 +100,7 @@ class ImageTensors(Images):
         labels: int64, shape (N,).
 
     Raises:
-        DataError: if type, rank or lengths are not these.
+        DataError: if types, ranks or lengths differ from these.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -128,16 +128,16 @@ class ImageTensors(Images):
 
 
 class ImageArrays(Images):
-    """Images in arrays that may be files mapped into memory: what a batch asks for is read, and nothing else.
+    """Images in arrays that may be memory-mapped files; only the images of a batch are read.
 
     Args:
         arrays: uint8, one after the other, each of shape (n, H, W), (n, H, W, C) or (n, C, H, W), with C = 1 or 3.
-            Where both ends could be channels, the last axis is.
-        labels: one integer an image.
-        size: pixels of both sides, scaled as they are read (bilinear, antialiased); None: as they are.
+            If both the second and the last axis could be the channels, the last one is.
+        labels: one integer for each image.
+        size: pixels of both sides; images are scaled as they are read (bilinear, antialiased). None: not scaled.
 
     Raises:
-        DataError: if types, shapes or lengths are not these.
+        DataError: if types, shapes or lengths differ from these.
     """
 
     def __init__(self, arrays: Sequence[np.ndarray], labels: np.ndarray, size: int | None = None) -> None:
@@ -165,13 +165,15 @@ class ImageArrays(Images):
     def pixels(self, positions: np.ndarray) -> Tensor:
         """The images at `positions`, copied out of their arrays."""
         rows = np.asarray(positions if self._index is None else self._index[positions], dtype=np.int64)
-        found = np.empty((len(rows), *self._arrays[0].shape[1:]), dtype=np.uint8)
-        holder = np.searchsorted(self._ends, rows, side="right")
-        order = np.argsort(holder, kind="stable")
-        for group in np.split(order, np.flatnonzero(np.diff(holder[order])) + 1) if len(order) else ():
-            which = holder[group[0]]
-            found[group] = self._arrays[which][rows[group] - (self._ends[which] - len(self._arrays[which]))]
-        images = torch.from_numpy(found.reshape(len(rows), *self._axes.stored)).permute(self._axes.order).contiguous()
+        stored = np.empty((len(rows), *self._arrays[0].shape[1:]), dtype=np.uint8)
+        array_of = np.searchsorted(self._ends, rows, side="right")
+        order = np.argsort(array_of, kind="stable")
+        for group in np.split(order, np.flatnonzero(np.diff(array_of[order])) + 1) if len(order) else ():
+            array_index = array_of[group[0]]
+            stored[group] = self._arrays[array_index][
+                rows[group] - (self._ends[array_index] - len(self._arrays[array_index]))
+            ]
+        images = torch.from_numpy(stored.reshape(len(rows), *self._axes.stored)).permute(self._axes.order).contiguous()
         return images if self._size is None else resized(images, self._size)
 
     def take(self, positions: np.ndarray) -> ImageArrays:
@@ -186,7 +188,7 @@ class ImageArrays(Images):
 
 @dataclass(frozen=True)
 class _Axes:
-    """How one array lies: the shape of an image with its channel axis, and the order that makes it (C, H, W)."""
+    """Axes of a stored array: the shape of an image with its channel axis, and the order of axes for (N, C, H, W)."""
 
     stored: tuple[int, ...]
     order: tuple[int, ...]
@@ -211,14 +213,14 @@ def resized(images: Tensor, size: int) -> Tensor:
 
 
 class ImageFiles(Images):
-    """Images that are decoded when a batch asks for them, so that a large data set stays on disk.
+    """Images that are decoded when a batch needs them, so that a large data set stays on disk.
 
     Args:
         rows: any map-style data set: `rows[i][key]` is a PIL image, a uint8 array or the path of a file.
         key: 0 for the (image, label) pairs of torchvision, the image column for `datasets.Dataset`.
-        labels: one integer a row, read without decoding.
-        size: pixels of both sides after cropping centrally to a square, or None for the format of the
-            first image: every other one is cropped and scaled to it.
+        labels: one integer for each row, read without decoding images.
+        size: pixels of both sides after cropping centrally to a square. None: the size of the first image, to which
+            all others are cropped and scaled.
 
     Raises:
         DataError: if there are no rows, or an image cannot be read.
@@ -254,21 +256,21 @@ class ImageFiles(Images):
         return reshaped
 
     def _open(self, row: int) -> Image.Image:
-        where: Any = f"row {row}"
+        description: Any = f"row {row}"
         try:
             item = self._rows[row][self._key]
             if isinstance(item, str | Path):
-                where = item
+                description = item
                 item = Image.open(item)
             elif isinstance(item, np.ndarray):
                 item = Image.fromarray(item)
             if not isinstance(item, Image.Image):
-                raise DataError(f"image {where} is a {type(item).__name__}: every row needs an image")
+                raise DataError(f"image {description} is a {type(item).__name__}: every row needs an image")
             item.load()
         except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"image {where} cannot be read: {error}; repair or remove it") from error
+            raise DataError(f"image {description} cannot be read: {error}; repair or remove it") from error
         if item.mode in ("F", "I") or item.mode.startswith("I;"):
-            raise DataError(f"image {where} has the mode {item.mode!r}: convert it to 8 bits a channel")
+            raise DataError(f"image {description} has the mode {item.mode!r}: convert it to 8 bits a channel")
         return item
 
     def _read(self, row: int) -> Tensor:
@@ -285,8 +287,8 @@ class ImageData:
     """A data set as it was loaded.
 
     Attributes:
-        train: the training split, or all there is.
-        test: the data set's own test split, or None.
+        train: the training split, or all images.
+        test: the test split of the data set, or None.
         classes: name of each label.
         sources: source code of each training image, shape (N,), or None.
         source_names: the name behind each code.

@@ -16,7 +16,7 @@ from cads.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Network:
-    """Which network, but not yet for which images.
+    """The architecture of a network; shape of images and number of classes are given when it is built.
 
     Attributes:
         name: "mlp", "cnn", or a classifier of torchvision.
@@ -47,9 +47,9 @@ class Network:
             return
         import torchvision
 
-        known = torchvision.models.list_models(module=torchvision.models)
-        if self.name not in known:
-            close = difflib.get_close_matches(self.name, ["mlp", "cnn", *known], n=5, cutoff=0.4)
+        classifiers = torchvision.models.list_models(module=torchvision.models)
+        if self.name not in classifiers:
+            close = difflib.get_close_matches(self.name, ["mlp", "cnn", *classifiers], n=5, cutoff=0.4)
             raise ConfigError(
                 f"model = {self.name!r} is unknown: choose mlp, cnn or a classifier of torchvision; "
                 f"names like it: {close}"
@@ -59,7 +59,7 @@ class Network:
         """A fresh network for images of `shape` (C, H, W), with weights from torch's global generator.
 
         Raises:
-            DataError: if pretrained weights are neither cached nor to be had.
+            DataError: if pretrained weights are neither cached nor can be downloaded, or cannot be loaded.
         """
         if self.name == "mlp":
             return nn.Sequential(
@@ -76,8 +76,8 @@ class Network:
     def _cnn(self, shape: tuple[int, int, int], n_classes: int) -> nn.Module:
         colours, height, width = shape
         # Each convolution divides the sides by its stride, rounding up.
-        shrunk = 2 * self.stride
-        positions = -(-height // shrunk) * -(-width // shrunk)
+        total_stride = 2 * self.stride
+        positions = -(-height // total_stride) * -(-width // total_stride)
         return nn.Sequential(
             nn.Conv2d(colours, self.channels, 5, stride=self.stride, padding=2),
             nn.ReLU(),
@@ -106,7 +106,7 @@ class Network:
         if not (path.is_file() or self.download):
             raise DataError(f"the weights of {self.name} are not in {path}: {remedy}")
         try:
-            # The hash of a file that is in the cache is not checked: whoever can write there must not have code run.
+            # The hash of a cached file is not checked, so `weights_only` keeps the file from running code.
             state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
             raise DataError(f"the weights of {self.name} cannot be loaded into {path} ({error}): {remedy}") from error

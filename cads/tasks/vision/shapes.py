@@ -1,4 +1,4 @@
-"""The vision task without images or weights: what `cads plan` needs to say what everything costs."""
+"""The vision task for `cads plan`, without images or weights: enough to compute costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Known:
+class DatasetSizes:
     """A data set whose sizes are known without opening it."""
 
     n_train: int
@@ -27,11 +27,11 @@ class Known:
     n_classes: int
 
 
-KNOWN = {
-    "digits": Known(1797, None, (1, 8, 8), 10),
-    "fashion-mnist": Known(60_000, 10_000, (1, 28, 28), 10),
-    "cifar10": Known(50_000, 10_000, (3, 32, 32), 10),
-    "cifar100": Known(50_000, 10_000, (3, 32, 32), 100),
+DATASET_SIZES = {
+    "digits": DatasetSizes(1797, None, (1, 8, 8), 10),
+    "fashion-mnist": DatasetSizes(60_000, 10_000, (1, 28, 28), 10),
+    "cifar10": DatasetSizes(50_000, 10_000, (3, 32, 32), 10),
+    "cifar100": DatasetSizes(50_000, 10_000, (3, 32, 32), 100),
 }
 
 

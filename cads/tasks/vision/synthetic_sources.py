@@ -1,4 +1,4 @@
-"""Sources with known truth: label noise, missing or rare classes, shifted images, copies."""
+"""Synthetic sources with known true labels: label noise, missing or rare classes, transformed images, duplicates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cads.tasks.vision.images import Images, ImageTensors
 Transform = Literal["none", "invert", "rotate", "blur"]
 
 ORDER, SOURCE = 1, 2
-"""First words of the seeds of the order in which examples are given away, and of what a source draws."""
+"""First words of two seeds: of the order in which examples are assigned to sources, and of the draws of a source."""
 
 BLUR = 1 / 14
 """Standard deviation of the Gaussian blur, as a share of the shorter side of the image."""
@@ -25,7 +25,7 @@ BLUR = 1 / 14
 
 @dataclass
 class SyntheticSource:
-    """One made source."""
+    """One synthetic source."""
 
     name: str
     """What results call it; unique."""
@@ -44,21 +44,21 @@ class SyntheticSource:
     """Relative frequency of each of its classes, in the order of `classes`; null: as the data has them."""
 
     def __post_init__(self) -> None:
-        where = f"source {self.name!r}:"
+        prefix = f"source {self.name!r}:"
         if not 0 <= self.label_noise <= 1:
-            raise ConfigError(f"{where} label_noise = {self.label_noise}: it is a probability, 0 to 1")
+            raise ConfigError(f"{prefix} label_noise = {self.label_noise}: it is a probability, 0 to 1")
         if self.size is not None and self.size < 1:
-            raise ConfigError(f"{where} size = {self.size}: it must be at least 1, or null for an equal share")
+            raise ConfigError(f"{prefix} size = {self.size}: it must be at least 1, or null for an equal share")
         if self.duplicates < 1:
-            raise ConfigError(f"{where} duplicates = {self.duplicates}: it must be at least 1 (no copies)")
+            raise ConfigError(f"{prefix} duplicates = {self.duplicates}: it must be at least 1 (no copies)")
         if self.transform not in TRANSFORMS:
-            raise ConfigError(f"{where} transform = {self.transform!r}: choose from {list(TRANSFORMS)}")
+            raise ConfigError(f"{prefix} transform = {self.transform!r}: choose from {list(TRANSFORMS)}")
         if self.classes is not None and not 0 < len(set(self.classes)) == len(self.classes):
-            raise ConfigError(f"{where} classes = {self.classes}: name at least one, each once")
+            raise ConfigError(f"{prefix} classes = {self.classes}: name at least one, each once")
         if self.class_weights is not None and not (
             all(math.isfinite(w) and w >= 0 for w in self.class_weights) and sum(self.class_weights) > 0
         ):
-            raise ConfigError(f"{where} class_weights = {self.class_weights}: they must be >= 0, not all 0")
+            raise ConfigError(f"{prefix} class_weights = {self.class_weights}: they must be >= 0, not all 0")
 
     def weights(self, n_classes: int) -> np.ndarray:
         """Relative frequency of every class, shape (n_classes,); without class_weights 1 for each it holds.
@@ -70,25 +70,25 @@ class SyntheticSource:
         unknown = [c for c in classes if not 0 <= c < n_classes]
         if unknown:
             raise ConfigError(f"source {self.name!r}: classes {unknown} are unknown: use 0..{n_classes - 1}")
-        given = [1.0] * len(classes) if self.class_weights is None else self.class_weights
-        if len(given) != len(classes):
-            raise ConfigError(f"source {self.name!r}: {len(given)} class_weights for {len(classes)} classes")
+        class_weights = [1.0] * len(classes) if self.class_weights is None else self.class_weights
+        if len(class_weights) != len(classes):
+            raise ConfigError(f"source {self.name!r}: {len(class_weights)} class_weights for {len(classes)} classes")
         weights = np.zeros(n_classes)
-        weights[classes] = given
+        weights[classes] = class_weights
         return weights
 
 
 @dataclass(frozen=True)
 class SyntheticPool:
-    """What was made, source after source, and the truth about it.
+    """The examples of all synthetic sources, source after source, and their true labels.
 
     Attributes:
-        images: payload of N examples, with the labels that a learner sees.
+        images: payload of N examples, with the labels used in training.
         sources: source code of each example, shape (N,).
-        names: the name behind each code.
+        names: the name of each code.
         true_labels: labels before noise, int64, shape (N,).
-        corrupted: where the label was replaced, bool, shape (N,).
-        origins: position of each example in the images it was made from, shape (N,).
+        corrupted: whether the label was replaced, bool, shape (N,).
+        origins: position of each example in the clean images, shape (N,).
         copies: 0 for the first of an example, k for its k-th duplicate, shape (N,).
     """
 
@@ -104,15 +104,15 @@ class SyntheticPool:
 def make_synthetic_sources(
     images: Images, specs: Sequence[SyntheticSource], n_classes: int, seed: int
 ) -> SyntheticPool:
-    """Divide clean images into sources that share no example, and spoil each as its spec says.
+    """Divide clean images into disjoint sources, and apply the noise, transform and duplicates of each spec.
 
-    Which examples, labels and order source i gets is drawn from (seed, i). A source holds its classes in the
-    proportion of its class_weights, without them in that of the data. Images in memory are transformed at
-    once, images behind files when they are read.
+    The examples of all sources are drawn from `seed`, the labels and order of source i from (seed, i). A source holds
+    its classes in the proportions of its class_weights, without them in those of the data. Images in memory are
+    transformed at once, images in files when they are read.
 
     Raises:
         ConfigError: if names repeat, a class is unknown, or a spec does not fit these images.
-        DataError: if a label is not in 0..n_classes-1, or a source asks for more examples than there are.
+        DataError: if a label is not in 0..n_classes-1, or a source needs more examples than there are.
     """
     names = tuple(spec.name for spec in specs)
     if len(set(names)) < max(1, len(names)):
@@ -124,43 +124,44 @@ def make_synthetic_sources(
 
     order = np.random.default_rng((ORDER, seed)).permutation(len(images))
     queues = [order[labels[order] == c] for c in range(n_classes)]
-    given = np.concatenate([np.zeros_like(quotas[:1]), quotas.cumsum(axis=0)])
-    origins, noisy, copies = [], [], []
+    starts = np.concatenate([np.zeros_like(quotas[:1]), quotas.cumsum(axis=0)])
+    origins, observed, copies = [], [], []
     for i, spec in enumerate(specs):
         rng = np.random.default_rng((SOURCE, seed, i))
-        mine = [queue[given[i, c] : given[i + 1, c]] for c, queue in enumerate(queues)]
-        distinct = rng.permutation(np.concatenate(mine))
-        seen = _redraw(labels[distinct], spec, n_classes, rng)
-        copy, which = np.divmod(np.arange(sizes[i]), len(distinct))
-        origins.append(distinct[which])
-        noisy.append(seen[which])
+        by_class = [queue[starts[i, c] : starts[i + 1, c]] for c, queue in enumerate(queues)]
+        distinct = rng.permutation(np.concatenate(by_class))
+        noisy_labels = _redraw(labels[distinct], spec, n_classes, rng)
+        copy, index = np.divmod(np.arange(sizes[i]), len(distinct))
+        origins.append(distinct[index])
+        observed.append(noisy_labels[index])
         copies.append(copy)
 
-    taken = np.concatenate(origins)
-    true_labels, seen_labels = images.labels[taken], torch.from_numpy(np.concatenate(noisy))
+    positions = np.concatenate(origins)
+    true_labels, observed_labels = images.labels[positions], torch.from_numpy(np.concatenate(observed))
     sources = np.repeat(np.arange(len(specs)), sizes)
     return SyntheticPool(
-        images=_transformed(images.take(taken).relabel(seen_labels), specs, sources),
+        images=_transformed(images.take(positions).relabel(observed_labels), specs, sources),
         sources=sources,
         names=names,
         true_labels=true_labels,
-        corrupted=(true_labels != seen_labels).numpy(),
-        origins=taken,
+        corrupted=(true_labels != observed_labels).numpy(),
+        origins=positions,
         copies=np.concatenate(copies),
     )
 
 
 def source_sizes(specs: Sequence[SyntheticSource], counts: np.ndarray, n_classes: int) -> np.ndarray:
-    """How many examples each source gets, shape (S,), of `counts` images of each class (shape (n_classes,)).
+    """Number of examples of each source, shape (S,), from `counts` images of each class, shape (n_classes,).
 
     Raises:
-        ConfigError: if a class is unknown. DataError: if a source asks for more examples than there are.
+        ConfigError: if a class is unknown.
+        DataError: if a source needs more examples than there are.
     """
     return _quotas(specs, counts, n_classes)[1]
 
 
 def _redraw(labels: np.ndarray, spec: SyntheticSource, n_classes: int, rng: np.random.Generator) -> np.ndarray:
-    """With probability `label_noise` another class, each of the others equally likely."""
+    """The labels, each replaced with probability `label_noise` by one of the other classes, all equally likely."""
     if spec.label_noise > 0 and n_classes < 2:
         raise ConfigError(f"source {spec.name!r}: label_noise needs at least two classes")
     replaced = rng.random(len(labels)) < spec.label_noise
@@ -169,31 +170,31 @@ def _redraw(labels: np.ndarray, spec: SyntheticSource, n_classes: int, rng: np.r
 
 
 def _quotas(specs: Sequence[SyntheticSource], counts: np.ndarray, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct examples of each class for each source, shape (S, n_classes), and the sources' sizes, (S,)."""
+    """Distinct examples of each class for each source, shape (S, n_classes), and sizes of the sources, shape (S,)."""
     weights = np.array([spec.weights(n_classes) for spec in specs])
     quotas = np.zeros((len(specs), n_classes), dtype=np.int64)
     sizes = np.array([spec.size or 0 for spec in specs])
-    left = counts.copy()
+    available = counts.copy()
 
-    # The choosiest first: a source that takes any class must not use up what another cannot do without.
+    # Sources with the fewest classes come first, so that sources of any class do not use up the examples they need.
     sized = [i for i, spec in enumerate(specs) if spec.size is not None]
     for i in sorted(sized, key=lambda i: ((weights[i] > 0).sum(), specs[i].class_weights is None)):
         distinct = -(-sizes[i] // specs[i].duplicates)
-        quotas[i] = _apportion(distinct, _proportions(specs[i], weights[i], left))
-        if (quotas[i] > left).any() or quotas[i].sum() < distinct:
-            there = {c: int(left[c]) for c in np.flatnonzero(weights[i])}
+        quotas[i] = _apportion(distinct, _proportions(specs[i], weights[i], available))
+        if (quotas[i] > available).any() or quotas[i].sum() < distinct:
+            available_by_class = {c: int(available[c]) for c in np.flatnonzero(weights[i])}
             raise DataError(
-                f"source {specs[i].name!r} needs {distinct} distinct examples, and {sum(there.values())} are "
-                f"there for it (by class: {there}): make it smaller, or give more data"
+                f"source {specs[i].name!r} needs {distinct} distinct examples, and {sum(available_by_class.values())} "
+                f"are there for it (by class: {available_by_class}): make it smaller, or give more data"
             )
-        left -= quotas[i]
+        available -= quotas[i]
 
     shares = np.zeros_like(quotas)
     equal = [i for i, spec in enumerate(specs) if spec.size is None]
     for c in range(n_classes):
         takers = sorted((i for i in equal if weights[i, c] > 0), key=lambda i: (shares[i].sum(), i))
         for rank, i in enumerate(takers):
-            shares[i, c] = left[c] // len(takers) + (rank < left[c] % len(takers))
+            shares[i, c] = available[c] // len(takers) + (rank < available[c] % len(takers))
     for i in equal:
         proportions = _proportions(specs[i], weights[i], shares[i])
         sizes[i] = _largest_total(proportions, shares[i])
@@ -204,15 +205,16 @@ def _quotas(specs: Sequence[SyntheticSource], counts: np.ndarray, n_classes: int
 
 
 def _proportions(spec: SyntheticSource, weights: np.ndarray, available: np.ndarray) -> np.ndarray:
+    """Relative frequencies of the classes of a source: its class_weights, or the available examples of its classes."""
     return weights if spec.class_weights is not None else np.where(weights > 0, available, 0)
 
 
 def _largest_total(proportions: np.ndarray, available: np.ndarray) -> int:
-    """How many examples can be taken in these proportions."""
-    wanted = proportions > 0
-    if not wanted.any():
+    """Most examples that can be taken in these proportions."""
+    in_source = proportions > 0
+    if not in_source.any():
         return 0
-    return math.floor((available[wanted] * proportions.sum() / proportions[wanted]).min() + 1e-9)
+    return math.floor((available[in_source] * proportions.sum() / proportions[in_source]).min() + 1e-9)
 
 
 def _apportion(total: int, proportions: np.ndarray) -> np.ndarray:
@@ -220,14 +222,14 @@ def _apportion(total: int, proportions: np.ndarray) -> np.ndarray:
     if proportions.sum() == 0:
         return np.zeros(len(proportions), dtype=np.int64)
     exact = (total * proportions / proportions.sum()).round(9)
-    whole = np.floor(exact).astype(np.int64)
-    most_left = np.argsort(whole - exact, kind="stable")
-    whole[most_left[: total - whole.sum()]] += 1
-    return whole
+    quotas = np.floor(exact).astype(np.int64)
+    by_remainder = np.argsort(quotas - exact, kind="stable")
+    quotas[by_remainder[: total - quotas.sum()]] += 1
+    return quotas
 
 
 class TransformedImages(Images):
-    """Images behind files that are transformed as they are read.
+    """Images in files that are transformed as they are read.
 
     Args:
         images: the payload.
@@ -243,8 +245,8 @@ class TransformedImages(Images):
         """The images at `positions`, transformed."""
         images, names = self._images.pixels(positions), self._transforms[positions]
         for name in np.unique(names):
-            where = torch.from_numpy(names == name)
-            images[where] = TRANSFORMS[name](images[where])
+            mask = torch.from_numpy(names == name)
+            images[mask] = TRANSFORMS[name](images[mask])
         return images
 
     def take(self, positions: np.ndarray) -> TransformedImages:
@@ -297,4 +299,4 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "rotate": rotate,
     "blur": blur,
 }
-"""What a source can do to its images, by name."""
+"""Transforms of the images of a source, by name."""

@@ -1,4 +1,4 @@
-"""The vision task: image classification with a small network, or any classifier of torchvision."""
+"""The vision task: image classification with a small network or any classifier of torchvision."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class VisionTask(Task):
         build_model: makes a fresh network on the CPU, from torch's global generator; its input has shape
             (B, C, H, W), its output (B, len(classes)).
         recipe: how the final model is trained.
-        truth: of a pool with made sources: which labels were spoilt, and the true ones.
-        name: what tables call the task.
+        truth: of a pool with synthetic sources: the true labels, and which labels are noisy.
+        name: of the task, in tables.
 
     Raises:
         DataError: if labels are not in 0..len(classes)-1.
@@ -97,7 +97,7 @@ class VisionTask(Task):
         return functional.cross_entropy(self.logits(model, batch), batch.labels, reduction="none")
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What the last linear layer of `model` reads, shape (B, D).
+        """The inputs of the last linear layer of `model`, shape (B, D).
 
         Raises:
             ConfigError: if the model has no linear layer.
@@ -114,7 +114,7 @@ class VisionTask(Task):
         return read[-1].flatten(1)
 
     def nominal(self, model: nn.Module, batch: Batch) -> tuple[float, float]:
-        """None: an image has no tokens, and a convolution uses each of its weights many times.
+        """Undefined: an image has no tokens, and a convolution uses each of its weights many times.
 
         Raises:
             ConfigError: always.
@@ -124,10 +124,10 @@ class VisionTask(Task):
     def metrics(self, model: nn.Module, pool: Pool) -> Metrics:
         """Loss, calibrated loss and their mean (nats per example), error and accuracy (0 to 1), in evaluation mode.
 
-        Where labels are noisy a network trained on them is less sure of itself: the loss takes that for a fault, which
-        it is not in the end, and the calibrated loss, at one temperature a model, does not see it, though it tells
-        early which sources are noisy. Their mean, the tempered loss, ranks short runs on whole sources best. Where
-        single examples are chosen by their loss, what is left makes networks sure of themselves whatever it is worth.
+        A network that is trained on noisy labels is less confident. The loss penalises the lower confidence, which does
+        no harm in the end. The calibrated loss, at one temperature per model, does not depend on confidence, and tells
+        early which sources are noisy. `tempered_loss`, the mean of the two, ranks trials on whole sources best. Where
+        single examples are selected by their loss, the selected ones make networks confident whatever their value.
         """
         means = {name: float(values.mean()) for name, values in self.metrics_by_example(model, pool).items()}
         return {**means, "accuracy": 1 - means["error"]}
@@ -151,7 +151,7 @@ class VisionTask(Task):
 
 
 def channel_moments(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel in grey levels, from exact sums: the order is no matter."""
+    """Mean and standard deviation of each channel in grey levels, from exact sums that no order of images changes."""
     n = min(len(images), MOMENTS_FROM)
     positions = np.arange(n) * len(images) // n
     total = torch.zeros(2, images.shape[0], dtype=torch.int64)
@@ -159,7 +159,7 @@ def channel_moments(images: Images) -> tuple[tuple[float, ...], tuple[float, ...
         x = images.pixels(chunk).long()
         total += torch.stack([x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3))])
     mean, square = (total.double() / (n * images.shape[1] * images.shape[2])).unbind()
-    # A channel that is constant up to rounding carries nothing: it is centred, not blown up.
+    # A channel that is constant up to rounding has no information: it is centred, and its noise is not amplified.
     std = (square - mean.square()).clamp(min=1.0).sqrt()
     return tuple(mean.tolist()), tuple(std.tolist())
 
@@ -168,7 +168,7 @@ def images_of(pool: Pool) -> Images:
     """The payload of a pool of images.
 
     Raises:
-        DataError: if it holds something else.
+        DataError: if it holds another payload.
     """
     if not isinstance(pool.examples, Images):
         raise DataError(f"the {pool.name} holds {type(pool.examples).__name__}: a vision task needs Images")
@@ -176,7 +176,7 @@ def images_of(pool: Pool) -> Images:
 
 
 def check_labels(images: Images, n_classes: int, ids: pa.Array, name: str) -> None:
-    """Refuse labels that are no class.
+    """Refuse labels that are not classes.
 
     Raises:
         DataError: naming the first examples.

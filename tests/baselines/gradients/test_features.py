@@ -120,7 +120,7 @@ def test_a_journal_goes_on_where_it_stopped(task, tmp_path, monkeypatch):
     monkeypatch.setattr("cads.data.token_batches.SCORED_EXAMPLES", 10)
     whole, account = Ledger(), Ledger()
     exact = Less().rank(task, seed=0, ledger=whole).scores_of(task.pool)
-    each, calls = GradientFeatures._of, []
+    each, calls = GradientFeatures._features_of, []
 
     def interrupted(self, *args, **options):
         calls.append(1)
@@ -128,7 +128,7 @@ def test_a_journal_goes_on_where_it_stopped(task, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return each(self, *args, **options)
 
-    monkeypatch.setattr(GradientFeatures, "_of", interrupted)
+    monkeypatch.setattr(GradientFeatures, "_features_of", interrupted)
     config = CheckpointConfig(every_steps=1)
 
     def run(ledger):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from baselines.gradients import per_example
 import baselines.kernels.norms
+from baselines.gradients import per_example
 from baselines.gradients.per_example import PerExample, last_layer, rows_of
 from cads.data.batch import Batch
 from cads.errors import ConfigError

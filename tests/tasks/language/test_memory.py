@@ -29,7 +29,7 @@ def random_tokens(sizes, seed=0):
     rng, offsets = np.random.default_rng(seed), np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     ids = rng.integers(0, 9, offsets[-1]).astype(np.int32)
     names = pa.array([f"example {i}" for i in range(len(sizes))], pa.large_string())
-    return Tokens(ids, rng.random(offsets[-1]) < 0.6, offsets, names, longest=64)
+    return Tokens(ids, rng.random(offsets[-1]) < 0.6, offsets, names, max_length=64)
 
 
 SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=40)
@@ -40,20 +40,22 @@ class TestPieces:
     @given(SIZES, st.integers(0, 99), st.integers(1, 9), st.sampled_from([8, 16, 64]))
     def test_they_change_nothing(self, sizes, seed, sequences, tokens):
         found = random_tokens(sizes, seed)
-        learned = [found.learned[a:b] for a, b in zip(found.offsets[:-1], found.offsets[1:], strict=True)]
-        last = {int(i) for i, m, n in zip(found.ids, found.learned, [*found.learned[1:], False], strict=True) if m > n}
+        learned = [found.loss_mask[a:b] for a, b in zip(found.offsets[:-1], found.offsets[1:], strict=True)]
+        last = {
+            int(i) for i, m, n in zip(found.ids, found.loss_mask, [*found.loss_mask[1:], False], strict=True) if m > n
+        }
         order = np.random.default_rng(seed).integers(0, len(sizes), 7)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tokens_module, "SEQUENCES_AT_ONCE", sequences)
             patch.setattr(tokens_module, "TOKENS_AT_ONCE", tokens)
             assert found.answers.tolist() == [int(m[1:].sum()) for m in learned]
             assert found.last_answers == last
-            whole = hashlib.blake2b(np.packbits(found.learned).tobytes(), digest_size=16)
+            whole = hashlib.blake2b(np.packbits(found.loss_mask).tobytes(), digest_size=16)
             assert found.label_digest() == whole.digest()
             taken = found.take(order)
             parts = [found.take(np.array([i])) for i in order]
         assert taken.ids.tolist() == [i for part in parts for i in part.ids.tolist()]
-        assert taken.learned.tolist() == [m for i in order for m in learned[i].tolist()]
+        assert taken.loss_mask.tolist() == [m for i in order for m in learned[i].tolist()]
         assert taken.texts.to_pylist() == [f"example {i}" for i in order]
         pairs = np.stack([found._widths(found.lengths()), found._widths(found.answers)], axis=1)
         _, first, codes = np.unique(pairs, axis=0, return_index=True, return_inverse=True)

@@ -38,14 +38,14 @@ def model(tmp_path_factory):
 def encode(tmp_path, rows, *, tok=None, longest=200, drop=False, chat=None, **source):
     file = write_lines(tmp_path / "rows.jsonl", rows)
     tok = tok or tokenizer()
-    encoder = Encoder(tok, Renderer(tok, chat=chat), longest, drop=drop)
+    encoder = Encoder(tok, Renderer(tok, chat=chat), longest, drop_unanswered=drop)
     return encoder.encode(load_rows(TextSource(path=str(file), **source), 0))
 
 
 def marked(tok, tokens, i):
     """The tokens of example i that are learned, and the others, as text."""
     ids = tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]]
-    learned = tokens.learned[tokens.offsets[i] : tokens.offsets[i + 1]]
+    learned = tokens.loss_mask[tokens.offsets[i] : tokens.offsets[i + 1]]
     return tok.decode(ids[learned]), tok.decode(ids[~learned])
 
 
@@ -69,14 +69,14 @@ class TestAnswers:
         tokens, _ = encode(tmp_path, [{"messages": TALK}])
         pieces = [tok(piece)["input_ids"] for piece in by_hand]
         assert tokens.ids.tolist() == [i for piece in pieces for i in piece]
-        assert tokens.learned.tolist() == [k in (2, 4) for k, piece in enumerate(pieces) for _ in piece]
+        assert tokens.loss_mask.tolist() == [k in (2, 4) for k, piece in enumerate(pieces) for _ in piece]
 
     def test_a_template_that_marks_answers_gives_the_same(self, tmp_path):
         rows = [{"messages": TALK}, *({"messages": c["messages"]} for c in conversations(4))]
         found, _ = encode(tmp_path, rows)
         said, _ = encode(tmp_path, rows, tok=tokenizer(MARKED))
         assert np.array_equal(found.ids, said.ids)
-        assert np.array_equal(found.learned, said.learned)
+        assert np.array_equal(found.loss_mask, said.loss_mask)
 
     def test_prompt_and_response_without_a_template(self, tmp_path):
         tok = tokenizer(None)
@@ -154,7 +154,7 @@ class TestLimits:
         assert "['1', '3', '4']: they are left out" in caplog.text
         expected, _ = encode(tmp_path, [rows[i] for i in kept], tok=tok)
         assert np.array_equal(tokens.ids, expected.ids)
-        assert np.array_equal(tokens.learned, expected.learned)
+        assert np.array_equal(tokens.loss_mask, expected.loss_mask)
         with pytest.raises(DataError, match=r"'1' has (an empty|no) answer: .*drop: true"):
             encode(tmp_path, rows, tok=tok)
         with pytest.raises(DataError, match="nothing is left of rows"):
@@ -386,7 +386,7 @@ def random_tokens(sizes, seed=0, *, packed=False, longest=64):
     learned[offsets[1:] - 1] = True
     ids = rng.integers(1, 60, offsets[-1]).astype(np.int32)
     texts = pa.array([str(i) for i in range(len(sizes))], pa.large_string())
-    return Tokens(ids, learned, offsets, texts, packed=packed, longest=longest)
+    return Tokens(ids, learned, offsets, texts, packed=packed, max_length=longest)
 
 
 SIZES = st.lists(st.integers(2, 30), min_size=1, max_size=12)
@@ -405,7 +405,7 @@ class TestTokens:
         assert batch.tokens == batch.inputs["input_ids"].numel()
         for row, i in enumerate(order):
             ids = tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]]
-            learned = tokens.learned[tokens.offsets[i] : tokens.offsets[i + 1]].copy()
+            learned = tokens.loss_mask[tokens.offsets[i] : tokens.offsets[i + 1]].copy()
             learned[0] = False
             assert batch.inputs["input_ids"][row, : len(ids)].tolist() == ids.tolist()
             assert int(batch.inputs["attention_mask"][row].sum()) == len(ids)
@@ -456,7 +456,7 @@ class TestTokens:
         tokens = random_tokens([5, 9, 7])
         tokens.ids.tofile(tmp_path / "ids")
         mapped = np.memmap(tmp_path / "ids", dtype=np.int32, mode="r")
-        on_disk = Tokens(mapped, tokens.learned, tokens.offsets, tokens.texts, longest=64)
+        on_disk = Tokens(mapped, tokens.loss_mask, tokens.offsets, tokens.texts, max_length=64)
         assert torch.equal(on_disk.batch(np.arange(3)).labels, tokens.batch(np.arange(3)).labels)
         assert on_disk.digests() == tokens.digests()
 

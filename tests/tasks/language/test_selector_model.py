@@ -93,8 +93,8 @@ class TestProxy:
         (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 50}))
         task = build(selector_model=str(short), data="talks", max_tokens=90)
         assert tokens_of(task.proxy.pool).lengths().max() <= 50 < tokens_of(task.pool).lengths().max()
-        assert (task.longest, task.proxy.longest) == (90, 50)
-        assert build(selector_model=str(short), data="talks", max_tokens=48).proxy.longest == 48
+        assert (task.max_length, task.proxy.max_length) == (90, 50)
+        assert build(selector_model=str(short), data="talks", max_tokens=48).proxy.max_length == 48
 
     def test_adapters_of_another_family(self, build, folder):
         with pytest.raises(ConfigError, match=r"do not fit .*gpt2.*change selector_peft: .*c_attn"):

@@ -298,7 +298,7 @@ class TestMeasures:
             assert "." not in text
 
 
-class TestSketch:
+class TestMetaTask:
     @pytest.mark.parametrize("peft", [None, LORA])
     def test_it_says_what_the_task_costs_and_loads_no_weights(self, build, folder, monkeypatch, peft):
         config = LanguageConfig(
@@ -307,14 +307,14 @@ class TestSketch:
         task = config.build(TrainConfig(batch_size=8))
         task.accounting = "analytic"
         monkeypatch.setattr(LanguageModels, "base", property(lambda self: pytest.fail("weights were loaded")))
-        sketch = config.sketch(TrainConfig(batch_size=8))
-        sketch.accounting = "analytic"
-        assert next(sketch.model(0).parameters()).is_meta
-        assert sketch.pool.content_hash == task.pool.content_hash
-        assert sketch.costs.forward_pool(sketch.pool) == pytest.approx(sketch_cost := task_forward(config), rel=0.01)
-        assert sketch_cost > 0
-        measured = config.sketch(TrainConfig(batch_size=8))
-        assert measured.costs.forward_pool(measured.pool) == pytest.approx(sketch_cost, rel=0.01)
+        meta = config.meta(TrainConfig(batch_size=8))
+        meta.accounting = "analytic"
+        assert next(meta.model(0).parameters()).is_meta
+        assert meta.pool.content_hash == task.pool.content_hash
+        assert meta.costs.forward_pool(meta.pool) == pytest.approx(expected_cost := task_forward(config), rel=0.01)
+        assert expected_cost > 0
+        measured = config.meta(TrainConfig(batch_size=8))
+        assert measured.costs.forward_pool(measured.pool) == pytest.approx(expected_cost, rel=0.01)
 
 
 def task_forward(config):

@@ -56,11 +56,11 @@ def same(one, other):
     for x, y in ((one.sources, other.sources), (a.subtasks, b.subtasks)):
         assert (x is None) == (y is None)
         assert x is None or np.array_equal(x, y)
-    for name in ("ids", "learned", "offsets", "answers"):
+    for name in ("ids", "loss_mask", "offsets", "answers"):
         x, y = getattr(a, name), getattr(b, name)
         assert x.dtype == y.dtype
         assert np.array_equal(x, y)
-    assert (a.texts, a.pad, a.longest, a.packed) == (b.texts, b.pad, b.longest, b.packed)
+    assert (a.texts, a.pad, a.max_length, a.packed) == (b.texts, b.pad, b.max_length, b.packed)
     assert a.last_answers == b.last_answers
     rows = np.random.default_rng(0).integers(0, len(one), 9)
     x, y = one.batch(rows), other.batch(rows)
@@ -116,7 +116,7 @@ class TestTheSameAsInMemory:
         for _ in range(2):
             (found, _), cache = TokenCache(tmp_path / "cache", encoder).fetch([loaded]), tmp_path / "cache"
             assert np.array_equal(found.ids, expected.ids)
-            assert np.array_equal(found.learned, expected.learned)
+            assert np.array_equal(found.loss_mask, expected.loss_mask)
         assert len(list(cache.iterdir())) == 1
 
     def test_what_is_refused_is_refused_alike_and_leaves_nothing(self, tmp_path, model):
@@ -156,7 +156,7 @@ class TestFound:
         ).build(TrainConfig())
         for pool in (task.pool, task.target, task.test):
             tokens = tokens_of(pool)
-            for array in (tokens.ids, tokens.learned, tokens.offsets):
+            for array in (tokens.ids, tokens.loss_mask, tokens.offsets):
                 assert isinstance(array.base, np.memmap)
                 assert not array.flags.writeable
         files = sorted(p.name for p in (tmp_path / "cache").glob("*/*"))

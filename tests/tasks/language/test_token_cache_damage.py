@@ -117,7 +117,7 @@ class TestDamage:
     @pytest.mark.parametrize("name", DAMAGES)
     def test_what_is_damaged_is_made_anew(self, tmp_path, fetch, caplog, name):
         expected = fetch()
-        before = [np.array(x) for x in (expected.ids, expected.learned, expected.offsets)]
+        before = [np.array(x) for x in (expected.ids, expected.loss_mask, expected.offsets)]
         cache = tmp_path / "cache"
         (entry,) = entries(cache)
         DAMAGES[name](cache / entry)

@@ -1,8 +1,6 @@
-"""From probabilities of sources to a Selection."""
+"""From probabilities of sources to what is trained on."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -10,9 +8,8 @@ from cads.errors import ConfigError
 from cads.policies.base import Policy
 from cads.policies.bernoulli import BernoulliPolicy
 from cads.policies.mixture import MixturePolicy
+from cads.search.choice import Choice
 from cads.search.space import SearchSpace
-from cads.selection import Selection
-from cads.task import Task
 
 WEIGHT_DIGITS = 12
 """Digits in which weights of examples must differ for training to draw by them."""
@@ -32,20 +29,19 @@ def source_marginals(policy: Policy) -> np.ndarray:
     raise ConfigError(f"{type(policy).__name__} is no policy over sources")
 
 
-def source_selection(task: Task, space: SearchSpace, draw: np.ndarray, policy: Policy, **about: Any) -> Selection:
-    """The Selection that trains on `draw`; the score of an example is the probability of its source."""
-    pool = task.pool
+def source_choice(space: SearchSpace, draw: np.ndarray, policy: Policy, notes: dict[str, object]) -> Choice:
+    """The choice to train on `draw` (shape (S,)); the score of an example is the probability of its source."""
+    pool = space.pool
     assert pool.sources is not None
     marginals = source_marginals(policy)
     weights = space.weights(draw[None])[0]
     # Equal weights may differ in their last bits where they are quotients of ratios and sizes.
     relative = np.round(weights / weights.max(), WEIGHT_DIGITS)
-    return Selection.from_pool(
-        pool,
+    return Choice(
         selected=(relative > 0)[pool.sources],
         score=marginals[pool.sources],
         probability=(weights / weights.max())[pool.sources],
         weighted=not np.isin(relative, (0, 1)).all(),
         source_probability=dict(zip(pool.source_names, marginals.tolist(), strict=True)),
-        **about,
+        notes=notes,
     )

@@ -1,0 +1,40 @@
+"""What a search chose, before it is stamped with method, seed, budget and account."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cads.data.pool import Pool
+from cads.selection import Selection
+
+
+@dataclass
+class Choice:
+    """What to train on, in the order of the pool that the search has seen.
+
+    Attributes:
+        selected: bool, shape (N,).
+        score: shape (N,); None: `selected` as 0 and 1. probability: the same.
+        weighted: whether training draws by `probability`.
+        source_probability: of each source by name; empty where none were chosen among.
+        notes: what the search has to say.
+    """
+
+    selected: np.ndarray
+    score: np.ndarray | None = None
+    probability: np.ndarray | None = None
+    weighted: bool = False
+    source_probability: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def full_pool(cls, pool: Pool, guard: str) -> Choice:
+        """Everything, and why."""
+        return cls(np.ones(len(pool), dtype=bool), notes={"guard": guard})
+
+    def selection(self, pool: Pool, **provenance: Any) -> Selection:
+        """The Selection from `pool`; `provenance` are the further fields of `Selection.from_pool`."""
+        return Selection.from_pool(pool, **vars(self), **provenance)
