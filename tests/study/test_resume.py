@@ -118,7 +118,7 @@ class TestOthers:
     @pytest.mark.parametrize(
         ("moment", "changed", "value", "said"),
         [
-            ("in a ranking", "compare.code_digest", lambda _: "other", "code was 'this', now 'other'"),
+            ("in a ranking", "runner.code_digest", lambda _: "other", "code was 'this', now 'other'"),
             ("in a search", "journals.versions", lambda: {"torch": "0.1"}, "versions.torch was "),
         ],
     )
