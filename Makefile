@@ -1,7 +1,6 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-READY  := $(VENV)/.ready
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -11,26 +10,34 @@ export TOKENIZERS_PARALLELISM ?= false
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-setup: $(READY)  ## create .venv with everything the other targets need
+setup: $(VENV)/.dev  ## create .venv with everything that the other targets need
 
-$(READY): setup.cfg pyproject.toml
+$(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## choose what to train on, on embedded data, at three budgets (a few minutes)
+$(VENV)/.demo: $(VENV)/.made setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo  ## choose what to train on, on embedded data, at three budgets (a few minutes)
 	$(BIN)/python -m experiments.vision experiments/configs/demo.yaml --out runs/demo
 
-test: $(READY)  ## the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## the tests, on all cores
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-lint: $(READY)  ## ruff (lint, format) and mypy
+lint: $(VENV)/.dev  ## ruff (lint, format), mypy, and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
-format: $(READY)  ## rewrite the sources as ruff would have them
+format: $(VENV)/.dev  ## rewrite the sources as ruff would have them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -21,13 +21,14 @@ import pyarrow.compute as pc
 from scipy.sparse import csr_array
 
 from baselines.similarity.queries import mean_weights, subtask_weights
-from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
+from cads.accounting.ledger import SELECT, Ledger
 from cads.accounting.operations import bm25_flops
 from cads.data.pool import Pool
 from cads.errors import ConfigError, DataError
 from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
+from cads.scoring.stages import Priced
 from cads.task import Task
 from cads.tasks.shape_only import ShapeOnly
 
@@ -246,21 +247,21 @@ class Bm25(Ranker):
         """Index the pool, count the query terms, multiply; see `cads.scoring.ranker.Ranker`."""
         with ledger.timed(SELECT, STAGE):
             okapi, queries = self._indexed(task)
-            ledger.charge(SELECT, STAGE, _flops(okapi, queries))
+            for stage in self.stages(task):
+                stage.charge(task, ledger)
             score = okapi.scores(*queries)
         self._cached = None
         return self.ranking(task, score, seed=seed, ledger=ledger)
 
-    def rank_plan(self, task: Task) -> PlannedLedger:
+    def stages(self, scorer: Task) -> tuple[Priced]:
         """Exact if the pool has texts, since counting words is free; see `cads.scoring.ranker.Ranker`."""
-        ledger = PlannedLedger()
-        if isinstance(task.pool.examples, ShapeOnly):
-            task.texts(task.pool.subset(np.zeros(1, dtype=np.int64), "pool"))
-            postings = task.costs.tokens_per_example(task.pool) * len(task.pool)
-            ledger.charge(SELECT, STAGE, bm25_flops(postings, postings))
-        else:
-            ledger.charge(SELECT, STAGE, _flops(*self._indexed(task)))
-        return ledger
+        if isinstance(scorer.pool.examples, ShapeOnly):
+            scorer.texts(scorer.pool.subset(np.zeros(1, dtype=np.int64), "pool"))
+            postings = scorer.costs.tokens_per_example(scorer.pool) * len(scorer.pool)
+            return (Priced(STAGE, bm25_flops(postings, postings)),)
+        okapi, queries = self._indexed(scorer)
+        n_matches = sum(okapi.n_matches(query) for query in queries)
+        return (Priced(STAGE, bm25_flops(okapi.n_postings, n_matches)),)
 
     def _indexed(self, task: Task) -> tuple[Okapi, np.ndarray]:
         """The index of the pool and the mean query of each subtask, (G, V); cached between the plan and the ranking."""
@@ -277,10 +278,6 @@ class Bm25(Ranker):
             weights = subtask_weights(task) if self.aggregate == "subtask" else mean_weights(task)
             self._cached = task, okapi, np.stack([counts.T @ row for row in weights])
         return self._cached[1:]
-
-
-def _flops(okapi: Okapi, queries: np.ndarray) -> float:
-    return bm25_flops(okapi.n_postings, sum(okapi.n_matches(query) for query in queries))
 
 
 class _TokenizedTexts:

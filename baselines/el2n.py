@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from baselines.similarity.pool_losses import Order, check_order, in_order, plan_losses
-from cads.accounting.ledger import Ledger, PlannedLedger
+from baselines.similarity.pool_losses import Order, check_order, in_order
+from cads.accounting.ledger import Ledger
 from cads.data.batch import Batch
 from cads.data.token_batches import SCORED_TOKENS
 from cads.errors import ConfigError
@@ -23,7 +23,8 @@ from cads.monitor import Monitor
 from cads.scoring.pool_scores import score_pool
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
-from cads.scoring.reference_models import check_passes, device_of, plan_training, proxy_of, train_on_pool
+from cads.scoring.reference_models import check_passes, device_of
+from cads.scoring.stages import ReadPool, TrainOnPool
 from cads.seeding import derive
 from cads.task import Task
 
@@ -52,10 +53,10 @@ class El2n(Ranker):
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """Train the models, and score the pool with each; see `cads.scoring.ranker.Ranker`."""
-        scorer = proxy_of(task)
-        _check_classes(scorer)
-        seeds = [derive(seed, "el2n", k) for k in range(self.models)]
-        models = train_on_pool(scorer, self.warm_up, seeds=seeds, ledger=ledger, monitor=monitor, stage=WARM_UP)
+        scorer = self.scorer_of(task)
+        warming, scoring = self.stages(scorer)
+        seeds = [derive(seed, "el2n", k) for k in range(warming.n_models)]
+        models = warming.run(scorer, seeds=seeds, ledger=ledger, monitor=monitor)
         errors = np.zeros(len(scorer.pool))
         for model in models:
             errors += score_pool(
@@ -63,19 +64,17 @@ class El2n(Ranker):
                 partial(error_norms, scorer, model.eval()),
                 scorer.costs.forward,
                 ledger=ledger,
-                stage=SCORING,
+                stage=scoring.name,
                 device=device_of(model),
+                tokens=scoring.tokens,
             )
         score = in_order(errors / len(models), self.order)
         return self.ranking(task, score, seed=seed, ledger=ledger, pool=scorer.pool)
 
-    def rank_plan(self, task: Task) -> PlannedLedger:
+    def stages(self, scorer: Task) -> tuple[TrainOnPool, ReadPool]:
         """Training and one forward pass over the pool for each model; see `cads.scoring.ranker.Ranker`."""
-        scorer, ledger = proxy_of(task), PlannedLedger()
         _check_classes(scorer)
-        plan_training(scorer, scorer.pool, self.warm_up, ledger, stage=WARM_UP, models=self.models)
-        plan_losses(scorer, ledger, stage=SCORING, tokens=SCORED_TOKENS, models=self.models)
-        return ledger
+        return TrainOnPool(WARM_UP, self.warm_up, self.models), ReadPool(SCORING, SCORED_TOKENS, self.models)
 
 
 def error_norms(task: Task, model: nn.Module, batch: Batch) -> Tensor:

@@ -7,7 +7,7 @@ and averages the token vectors; here the encoder's own maximum length and poolin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -28,7 +28,8 @@ from cads.runtime.journal import map_shards
 from cads.scoring.pool_scores import check_finite
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
-from cads.scoring.reference_models import check_passes, plan_training, proxy_of, train_on_pool
+from cads.scoring.reference_models import check_passes
+from cads.scoring.stages import Priced, Stage, TrainOnPool
 from cads.seeding import derive
 from cads.task import Task
 from cads.training.trainer import Trainer
@@ -90,15 +91,15 @@ class Embedding(Ranker):
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """Encode the target, then the pool batch by batch; see `cads.scoring.ranker.Ranker`."""
-        scorer = proxy_of(task)
+        scorer = self.scorer_of(task)
         encoder = self._encoder_for(scorer)
         self._load_weights(encoder, scorer, seed, ledger, monitor)
         pool = scorer.pool
         target = self._unit_vectors(encoder, scorer.target, ledger)
         check_finite(target.sum(dim=1).numpy(), scorer.target, self.method)
         reference = self._reference(scorer, target)
-        ledger.charge(SELECT, COMPARING, self._similarity_flops(scorer, encoder, len(reference)))
-        centres = self._centres(encoder, pool, seed, ledger)
+        self._comparing(scorer, encoder).charge(scorer, ledger)
+        centres = self._centres(encoder, scorer, seed, ledger)
 
         def score_and_cluster(unit: Tensor) -> Tensor:
             """Similarity and cluster index of each example of a batch, shape (B, 2)."""
@@ -114,29 +115,37 @@ class Embedding(Ranker):
         self._cached = None
         return self.ranking(task, score, seed=seed, ledger=ledger, pool=pool)
 
-    def rank_plan(self, task: Task) -> PlannedLedger:
+    def stages(self, scorer: Task) -> Sequence[Stage]:
         """Padding included; see `cads.scoring.ranker.Ranker`."""
-        scorer, ledger = proxy_of(task), PlannedLedger()
         encoder = self._encoder_for(scorer)
-        plan_training(scorer, scorer.pool, self.warm_up, ledger, stage=WARM_UP)
-        ledger.charge(SELECT, ENCODING, encoder.flops(scorer.target) + encoder.flops(scorer.pool))
-        n_references = len(self._weights(scorer)) if self.aggregate in ("subtask", "mean") else len(scorer.target)
-        ledger.charge(SELECT, COMPARING, self._similarity_flops(scorer, encoder, n_references))
+        pools, clustering = [scorer.target, scorer.pool], []
         if self.clusters is not None:
             sample = cluster_sample(scorer.pool, self.clusters)
-            ledger.charge(SELECT, ENCODING, encoder.flops(sample))
-            ledger.charge(SELECT, CLUSTERING, _clustering_flops(self.clusters, len(sample), len(scorer.pool), encoder))
-        ledger.scored.append(scorer)
-        return ledger
+            pools.append(sample)
+            clustering.append(_clustering(self.clusters, len(sample), len(scorer.pool), encoder))
+        return [self._warming, _Encoding(encoder, pools), self._comparing(scorer, encoder), *clustering]
 
-    def _centres(self, encoder: Encoder, pool: Pool, seed: int, ledger: Ledger) -> Tensor | None:
+    @property
+    def _warming(self) -> TrainOnPool:
+        return TrainOnPool(WARM_UP, self.warm_up)
+
+    def _comparing(self, task: Task, encoder: Encoder) -> Priced:
+        """Normalising vectors, their means, and the inner products."""
+        n, m, width = len(task.pool), len(task.target), encoder.dimension
+        averaged = self.aggregate in ("subtask", "mean")
+        n_references = len(self._weights(task)) if averaged else m
+        means = 2 * m * width if averaged else 0
+        flops = normalisation_flops(n + m, width) + means + similarity_flops(n_references, n, width)
+        return Priced(COMPARING, flops)
+
+    def _centres(self, encoder: Encoder, task: Task, seed: int, ledger: Ledger) -> Tensor | None:
         """Centres of the clusters, shape (K, D), float64; None without clusters."""
         if self.clusters is None:
             return None
-        sample = cluster_sample(pool, self.clusters)
+        sample = cluster_sample(task.pool, self.clusters)
         vectors = self._unit_vectors(encoder, sample, ledger)
         check_finite(vectors.sum(dim=1).numpy(), sample, self.method)
-        ledger.charge(SELECT, CLUSTERING, _clustering_flops(self.clusters, len(sample), len(pool), encoder))
+        _clustering(self.clusters, len(sample), len(task.pool), encoder).charge(task, ledger)
         with ledger.timed(SELECT, CLUSTERING):
             return torch.from_numpy(cluster_centres(vectors.numpy(), self.clusters, derive(seed, "clusters")))
 
@@ -170,9 +179,7 @@ class Embedding(Ranker):
             return
         if self.backbone is None:
             seeds = [derive(seed, "embedding")] if self.warm_up else [seed]
-            encoder.model = train_on_pool(
-                task, self.warm_up, seeds=seeds, ledger=ledger, monitor=monitor, stage=WARM_UP
-            )[0]
+            encoder.model = self._warming.run(task, seeds=seeds, ledger=ledger, monitor=monitor)[0]
             return
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive(seed, "backbone"))
@@ -214,17 +221,24 @@ class Embedding(Ranker):
             return cosines.topk(min(self.top, cosines.shape[1]), dim=1).values.mean(dim=1)
         return cosines.max(dim=1).values
 
-    def _similarity_flops(self, task: Task, encoder: Encoder, n_references: int) -> float:
-        """FLOPs of normalising vectors, of their means, and of the inner products."""
-        n, m, width = len(task.pool), len(task.target), encoder.dimension
-        means = 2 * m * width if self.aggregate in ("subtask", "mean") else 0
-        return normalisation_flops(n + m, width) + means + similarity_flops(n_references, n, width)
+
+@dataclass(frozen=True)
+class _Encoding:
+    """Encode all examples of some pools, as `Embedding._encoded` does."""
+
+    encoder: Encoder
+    pools: Sequence[Pool]
+
+    def charge(self, task: Task, ledger: PlannedLedger) -> None:
+        """Padding included; see `cads.scoring.stages.Stage`."""
+        ledger.charge(SELECT, ENCODING, sum(self.encoder.flops(pool) for pool in self.pools))
+        ledger.scored.append(task)
 
 
-def _clustering_flops(n_clusters: int, n_sampled: int, n: int, encoder: Encoder) -> float:
-    """FLOPs of learning `n_clusters` centres from a sample, and of finding the nearest one for each of n examples."""
+def _clustering(n_clusters: int, n_sampled: int, n: int, encoder: Encoder) -> Priced:
+    """Learning `n_clusters` centres from a sample, and finding the nearest one for each of n examples."""
     unit, learning = (
         normalisation_flops(n_sampled, encoder.dimension),
         kmeans_flops(n_sampled, n_clusters, encoder.dimension, ROUNDS),
     )
-    return unit + learning + similarity_flops(n_clusters, n, encoder.dimension)
+    return Priced(CLUSTERING, unit + learning + similarity_flops(n_clusters, n, encoder.dimension))

@@ -5,6 +5,7 @@ Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning", 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
@@ -24,17 +25,17 @@ from baselines.gradients.features import (
 )
 from baselines.gradients.per_example import last_layer
 from baselines.gradients.projection import Dimension, check_dimension, make_projection
-from baselines.gradients.warmup import STAGE, need_adam, planned_flops, schedule, warm_up
+from baselines.gradients.warmup import Schedule, need_adam, schedule, warm_up
 from baselines.kernels.autocast import Precision
 from baselines.similarity.queries import subtask_weights
-from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
+from cads.accounting.ledger import Ledger
 from cads.accounting.operations import normalisation_flops, similarity_flops
 from cads.errors import ConfigError
 from cads.monitor import Monitor
-from cads.scoring.pool_scores import planned_flops as planned_scoring
+from cads.scoring.pool_scores import planned_flops
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
-from cads.scoring.reference_models import proxy_of
+from cads.scoring.stages import Priced, Stage
 from cads.task import Task
 
 BATCH_TOKENS = 1024
@@ -90,11 +91,10 @@ class Less(Ranker):
             ConfigError: if the recipe needs Adam and the task has none, or `dimension` is out of range.
             DataError: if the gradient of an example is not finite.
         """
-        scorer = proxy_of(task)
+        scorer = self.scorer_of(task)
         self._sizes(scorer)
         queries = subtask_weights(scorer)
-        plan = schedule(scorer, self.warmup_share, self.checkpoints)
-        checkpoints = warm_up(scorer, plan, seed=seed, ledger=ledger, monitor=monitor)
+        checkpoints = warm_up(scorer, self._warm_up(scorer), seed=seed, ledger=ledger, monitor=monitor)
         features = GradientFeatures(self.feature_config(), scorer, scorer.model(seed), seed, ledger)
         features.check(checkpoints[0])
         rates = np.array([c.rate for c in checkpoints])
@@ -106,42 +106,41 @@ class Less(Ranker):
         notes = {"checkpoint_weights": weights.tolist(), "subtasks": len(queries)}
         return self.ranking(task, scores.max(axis=1), seed=seed, ledger=ledger, pool=scorer.pool, **notes)
 
-    def rank_plan(self, task: Task) -> PlannedLedger:
-        """Planned as if the target had one subtask; see `cads.scoring.ranker.Ranker`."""
-        scorer = proxy_of(task)
+    def stages(self, scorer: Task) -> Sequence[Stage]:
+        """Gradients and similarities of all checkpoints, priced as if the target had one subtask.
+
+        `rank` charges for them batch by batch. See `cads.scoring.ranker.Ranker`.
+        """
         sizes = self._sizes(scorer)
         n_entries, projection = sum(sizes.values()), make_projection(sizes, self.dimension, 0)
         directions = AdamDirection(self.recipe, {}, {}, 0)
         n, m, k = len(scorer.pool), len(scorer.target), self.checkpoints
-        plan, ledger = schedule(scorer, self.warmup_share, k), PlannedLedger()
-        batch_size = scorer.recipe.batch_size
-        usages = k * plan.steps * batch_size
-        tokens = scorer.costs.tokens_per_example(scorer.pool)
-        ledger.charge(SELECT, STAGE, planned_flops(scorer, plan), usages=usages, tokens=round(usages * tokens))
+        stages: list[Stage] = [self._warm_up(scorer)]
         batch_price = self.feature_config().price(scorer)
-        for stage, examples, check_usages in (
+        for name, examples, check_usages in (
             (TARGET, unpacked(scorer.target), 1 + min(2, m)),
             (POOL, unpacked(scorer.pool), 0),
         ):
-            flops = planned_scoring(batch_price, examples, tokens=self.batch_tokens)
+            flops = planned_flops(batch_price, examples, tokens=self.batch_tokens)
             usages = k * len(examples) + check_usages
             tokens = round(usages * scorer.costs.tokens_per_example(examples))
-            ledger.charge(SELECT, stage, flops * usages / len(examples), usages=usages, tokens=tokens)
+            stages.append(Priced(name, flops * usages / len(examples), usages, tokens))
         projection_flops = projection.flops(m + n) + directions.flops(n, n_entries)
         if projection_flops:
-            ledger.charge(SELECT, PROJECTIONS, k * projection_flops)
+            stages.append(Priced(PROJECTIONS, k * projection_flops))
         comparison_flops = normalisation_flops(m + n, projection.dimension) + similarity_flops(
             1, m + n, projection.dimension
         )
-        ledger.charge(SELECT, SIMILARITIES, k * comparison_flops)
-        ledger.trained.append((scorer, 1))
-        return ledger
+        return [*stages, Priced(SIMILARITIES, k * comparison_flops)]
 
     def feature_config(self) -> GradientFeatureConfig:
         """The options that determine the features."""
         return GradientFeatureConfig(
             self.recipe, self.layers, self.precision, self.dimension, self.batch_tokens, self.features
         )
+
+    def _warm_up(self, scorer: Task) -> Schedule:
+        return schedule(scorer, self.warmup_share, self.checkpoints)
 
     def _sizes(self, task: Task) -> dict[str, int]:
         """Number of entries of each parameter whose gradients are taken, by name.

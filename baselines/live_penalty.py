@@ -43,12 +43,13 @@ SOFTMAX_FLOPS = 10
 
 @dataclass
 class LivePenalty(SourceSearch):
-    """ScaleBiO: each round trains u and theta and updates the weights w; u and theta get half of the allowance each."""
+    """ScaleBiO: each round trains the reference model and the target model, for half of the allowance each, and updates
+    the weights w of the sources."""
 
     alpha: float = 1.0
     """Weight of the penalty."""
     rounds: int = 20
-    """Number of rounds, each of which updates u, theta and w."""
+    """Number of rounds, each of which updates both models and the weights."""
 
     method: ClassVar[str] = "live-penalty"
     ranges_over: ClassVar[type[SearchSpace]] = MixtureSpace

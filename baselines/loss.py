@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from baselines.similarity.pool_losses import Order, check_order, in_order, plan_losses, pool_losses
-from cads.accounting.ledger import Ledger, PlannedLedger
+from baselines.similarity.pool_losses import Order, check_order, in_order, pool_losses
+from cads.accounting.ledger import Ledger
 from cads.data.token_batches import SCORED_TOKENS
 from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
-from cads.scoring.reference_models import check_passes, plan_training, proxy_of, train_on_target
+from cads.scoring.reference_models import check_passes
+from cads.scoring.stages import ReadPool, TrainOnTarget
 from cads.seeding import derive
 from cads.task import Task
 
@@ -44,15 +45,13 @@ class Loss(Ranker):
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """Train theta on the target, and score the pool with it; see `cads.scoring.ranker.Ranker`."""
-        scorer = proxy_of(task)
-        model_seed = derive(seed, "theta") if self.passes else seed
-        theta = train_on_target(scorer, self.passes, seed=model_seed, ledger=ledger, monitor=monitor, stage=FITTING)
-        losses = pool_losses(scorer, theta, ledger=ledger, stage=SCORING, tokens=self.batch_tokens)
+        scorer = self.scorer_of(task)
+        fitting, scoring = self.stages(scorer)
+        model_seed = derive(seed, "theta") if fitting.passes else seed
+        theta = fitting.run(scorer, seed=model_seed, ledger=ledger, monitor=monitor)
+        losses = pool_losses(scorer, theta, scoring, ledger=ledger)
         return self.ranking(task, in_order(losses, self.order), seed=seed, ledger=ledger, pool=scorer.pool)
 
-    def rank_plan(self, task: Task) -> PlannedLedger:
-        """Padding included; see `cads.scoring.ranker.Ranker`."""
-        scorer, ledger = proxy_of(task), PlannedLedger()
-        plan_training(scorer, scorer.target, self.passes, ledger, stage=FITTING)
-        plan_losses(scorer, ledger, stage=SCORING, tokens=self.batch_tokens)
-        return ledger
+    def stages(self, scorer: Task) -> tuple[TrainOnTarget, ReadPool]:
+        """See `cads.scoring.ranker.Ranker`."""
+        return TrainOnTarget(FITTING, self.passes), ReadPool(SCORING, self.batch_tokens)

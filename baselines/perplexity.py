@@ -13,8 +13,8 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 
 from baselines.random import random_scores
-from baselines.similarity.pool_losses import Order, check_order, in_order, plan_losses, pool_losses, whole_texts
-from cads.accounting.ledger import Ledger, PlannedLedger
+from baselines.similarity.pool_losses import Order, check_order, in_order, pool_losses, whole_texts
+from cads.accounting.ledger import Ledger
 from cads.data.ids import rank_by_score
 from cads.data.pool import Pool
 from cads.data.token_batches import SCORED_TOKENS
@@ -22,7 +22,8 @@ from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
-from cads.scoring.reference_models import check_passes, plan_training, proxy_of, train_on_target
+from cads.scoring.reference_models import check_passes
+from cads.scoring.stages import ReadPool, TrainOnTarget
 from cads.seeding import derive
 from cads.task import Task
 
@@ -72,27 +73,21 @@ class Perplexity(Ranker):
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """Fine-tune the scorer if `passes` is above 0, and score the pool; see `cads.scoring.ranker.Ranker`."""
-        scorer = proxy_of(task)
-        pool = self._scored_pool(scorer)
-        model = train_on_target(scorer, self.passes, seed=seed, ledger=ledger, monitor=monitor, stage=TUNING)
-        losses = pool_losses(
-            scorer, model, ledger=ledger, stage=SCORING, tokens=self.batch_tokens, pool=pool, autocast=self.autocast
-        )
+        scorer = self.scorer_of(task)
+        tuning, scoring = self.stages(scorer)
+        pool = scoring.pool_of(scorer)
+        model = tuning.run(scorer, seed=seed, ledger=ledger, monitor=monitor)
+        losses = pool_losses(scorer, model, scoring, ledger=ledger, autocast=self.autocast)
         if self.recipe == "paper":
             score = shuffled_thirds(pool, losses, self.order, derive(seed, "thirds"))
         else:
             score = in_order(losses, self.order)
         return self.ranking(task, score, seed=seed, ledger=ledger, pool=pool, median_loss=float(np.median(losses)))
 
-    def rank_plan(self, task: Task) -> PlannedLedger:
-        """Padding included; see `cads.scoring.ranker.Ranker`."""
-        scorer, ledger = proxy_of(task), PlannedLedger()
-        plan_training(scorer, scorer.target, self.passes, ledger, stage=TUNING)
-        plan_losses(scorer, ledger, stage=SCORING, tokens=self.batch_tokens, pool=self._scored_pool(scorer))
-        return ledger
-
-    def _scored_pool(self, scorer: Task) -> Pool:
-        return whole_texts(scorer.pool) if self.recipe == "paper" else scorer.pool
+    def stages(self, scorer: Task) -> tuple[TrainOnTarget, ReadPool]:
+        """See `cads.scoring.ranker.Ranker`."""
+        pool = whole_texts(scorer.pool) if self.recipe == "paper" else None
+        return TrainOnTarget(TUNING, self.passes), ReadPool(SCORING, self.batch_tokens, pool=pool)
 
 
 def shuffled_thirds(pool: Pool, losses: np.ndarray, order: Order, seed: int) -> np.ndarray:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from cads.accounting.ledger import Ledger, PlannedLedger
+from cads.accounting.ledger import Ledger
 from cads.data.pool import Pool
 from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
+from cads.scoring.stages import Stage
 from cads.seeding import derive_each
 from cads.task import Task
 
@@ -31,9 +33,9 @@ class Random(Ranker):
         """A uniform number for each id; see `cads.scoring.ranker.Ranker`."""
         return self.ranking(task, random_scores(task.pool, seed), seed=seed, ledger=ledger)
 
-    def rank_plan(self, task: Task) -> PlannedLedger:
-        """Nothing is spent; see `cads.scoring.ranker.Ranker`."""
-        return PlannedLedger()
+    def stages(self, scorer: Task) -> Sequence[Stage]:
+        """None: nothing is spent; see `cads.scoring.ranker.Ranker`."""
+        return ()
 
 
 def random_scores(pool: Pool, seed: int) -> np.ndarray:

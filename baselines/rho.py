@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from baselines.similarity.pool_losses import plan_losses, pool_losses
-from cads.accounting.ledger import Ledger, PlannedLedger
+from baselines.similarity.pool_losses import pool_losses
+from cads.accounting.ledger import Ledger
 from cads.data.token_batches import SCORED_TOKENS
 from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
-from cads.scoring.reference_models import check_passes, plan_training, proxy_of, train_on_pool, train_on_target
+from cads.scoring.reference_models import check_passes
+from cads.scoring.stages import ReadPool, TrainOnPool, TrainOnTarget
 from cads.seeding import derive
 from cads.task import Task
 
@@ -53,20 +54,19 @@ class Rho(Ranker):
 
         See `cads.scoring.ranker.Ranker`.
         """
-        scorer, model_seed = proxy_of(task), derive(seed, "rho")
-        theta = train_on_target(
-            scorer, self.target_passes, seed=model_seed, ledger=ledger, monitor=monitor, stage=HOLDOUT
-        )
-        irreducible = pool_losses(scorer, theta, ledger=ledger, stage=HOLDOUT_LOSSES, tokens=self.batch_tokens)
-        u = train_on_pool(scorer, self.pool_passes, seeds=[model_seed], ledger=ledger, monitor=monitor, stage=POOL)[0]
-        losses = pool_losses(scorer, u, ledger=ledger, stage=POOL_LOSSES, tokens=self.batch_tokens)
+        scorer, model_seed = self.scorer_of(task), derive(seed, "rho")
+        fit_theta, read_with_theta, fit_u, read_with_u = self.stages(scorer)
+        theta = fit_theta.run(scorer, seed=model_seed, ledger=ledger, monitor=monitor)
+        irreducible = pool_losses(scorer, theta, read_with_theta, ledger=ledger)
+        u = fit_u.run(scorer, seeds=[model_seed], ledger=ledger, monitor=monitor)[0]
+        losses = pool_losses(scorer, u, read_with_u, ledger=ledger)
         return self.ranking(task, losses - irreducible, seed=seed, ledger=ledger, pool=scorer.pool)
 
-    def rank_plan(self, task: Task) -> PlannedLedger:
-        """Padding included; see `cads.scoring.ranker.Ranker`."""
-        scorer, ledger = proxy_of(task), PlannedLedger()
-        plan_training(scorer, scorer.target, self.target_passes, ledger, stage=HOLDOUT)
-        plan_losses(scorer, ledger, stage=HOLDOUT_LOSSES, tokens=self.batch_tokens)
-        plan_training(scorer, scorer.pool, self.pool_passes, ledger, stage=POOL)
-        plan_losses(scorer, ledger, stage=POOL_LOSSES, tokens=self.batch_tokens)
-        return ledger
+    def stages(self, scorer: Task) -> tuple[TrainOnTarget, ReadPool, TrainOnPool, ReadPool]:
+        """See `cads.scoring.ranker.Ranker`."""
+        return (
+            TrainOnTarget(HOLDOUT, self.target_passes),
+            ReadPool(HOLDOUT_LOSSES, self.batch_tokens),
+            TrainOnPool(POOL, self.pool_passes),
+            ReadPool(POOL_LOSSES, self.batch_tokens),
+        )

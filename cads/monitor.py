@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from cads.accounting.stage_labels import stage_label, stage_tag
 from cads.runtime.processes import world_group
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ class Monitor:
         Yields:
             a function of (FLOPs spent so far, loss in nats, learning rate), to be called at every step.
         """
-        task_id = None if self._bar is None else self._bar.add_task(f"{self._prefix}{stage}", total=flops, loss="")
+        task_id, tag = None, stage_tag(stage)
+        if self._bar is not None:
+            task_id = self._bar.add_task(f"{self._prefix}{stage_label(stage)}", total=flops, loss="")
         start = self._steps.get(stage, 0)
         n_written = 0
 
@@ -83,8 +86,8 @@ class Monitor:
             n_written += 1
             if self._bar is not None and task_id is not None:
                 self._bar.update(task_id, completed=spent_flops, loss=f"loss {loss:.3f}")
-            self.scalar(f"{stage}/training_loss", loss, start + n_written)
-            self.scalar(f"{stage}/learning_rate", learning_rate, start + n_written)
+            self.scalar(f"{tag}/training_loss", loss, start + n_written)
+            self.scalar(f"{tag}/learning_rate", learning_rate, start + n_written)
 
         try:
             yield advance
@@ -116,7 +119,7 @@ class Monitor:
     def ledger(self, ledger: Ledger) -> None:
         """Write the FLOPs of each phase and stage, each as a curve of one point."""
         for (phase, stage), entry in ledger.entries.items():
-            self.scalar(f"flops/{phase}/{stage}", entry.flops, 0)
+            self.scalar(f"flops/{phase}/{stage_tag(stage)}", entry.flops, 0)
 
     def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Write the settings and the resulting metrics of a run, for TensorBoard's table of runs."""

@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         grid = read_grid(prepared.grid)
         if args.prepare:
             return 0
-        run_grid(prepared.grid, out, shard, console, dry=args.dry_run)
+        run_grid(grid, out, shard, console, dry=args.dry_run)
         if args.results and not args.dry_run:
             command = f"python -m experiments.language {args.config} --results {args.results}"
             text = report(grid, args.config.stem, command, described(prepared), out, prepared.data.texts())

@@ -45,6 +45,7 @@ from cads.data.pool import Pool
 from cads.data.token_batches import SCORED_TOKENS, scoring_batches
 from cads.errors import CadsError
 from cads.recipe import TrainConfig
+from cads.scoring.stages import ReadPool
 from cads.task import Task
 from cads.tasks.language.config import LanguageConfig
 from cads.tasks.language.rows import TextSource
@@ -308,9 +309,8 @@ def perplexity(task: Task, n: int, repeats: int) -> list[Row]:
 
     def batched_losses(name: str, tokens: int, *, autocast: bool = False) -> Callable[[Pool], None]:
         def run(pool: Pool) -> None:
-            losses[name] = pool_losses(
-                task, model, ledger=Ledger(), stage="scores", tokens=tokens, pool=pool, autocast=autocast
-            )
+            reading = ReadPool("scores", tokens, pool=pool)
+            losses[name] = pool_losses(task, model, reading, ledger=Ledger(), autocast=autocast)
 
         return run
 

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
+from cads.accounting.stage_labels import stage_tag
 from cads.cli.main import main
 from cads.data.pool import Pool
 from cads.monitor import CURVE_POINTS, PANEL_SIZE, Monitor
@@ -52,7 +53,7 @@ def run(tmp_path_factory):
         if method not in made:
             folder = tmp_path_factory.mktemp(method)
             (folder / "config.yaml").write_text(CONFIG)
-            # With more CADS-E needs no u, and there is no l* to show.
+            # With more CADS-E needs no reference model, and there is no loss of it to show.
             options = ["--options.allowance", "1.0"] if method == "cads-e" else []
             common = [str(folder / "config.yaml"), "--method", method, *options]
             assert main(["select", *common, "--out", str(folder / "run")]) == 0
@@ -73,21 +74,21 @@ class TestSelect:
         rungs = len(curve(events, "outer/best_gain"))
         assert rungs >= (2 if method == "cads-s" else 1)
         assert (curve(events, "outer/best_gain") <= 0).all(), "the full pool itself is among the runs"
-        for tag in ("outer/R", "outer/l*", "outer/gap", "outer/entropy"):
+        for tag in ("outer/target_model_loss", "outer/loss_within_reach", "outer/gap", "outer/entropy"):
             values = curve(events, tag)
             assert len(values) == rungs
             assert np.isfinite(values).all()
-        gap = curve(events, "outer/R") - curve(events, "outer/l*")
+        gap = curve(events, "outer/target_model_loss") - curve(events, "outer/loss_within_reach")
         assert curve(events, "outer/gap") == pytest.approx(gap, abs=1e-5)
-        assert (curve(events, "outer/l*") > 0).all()
+        assert (curve(events, "outer/loss_within_reach") > 0).all()
 
     def test_control_coefficients(self, run, method):
         events = read(run(method) / "tensorboard" / "select")
         if method == "cads-s":
-            for tag in ("control/c1", "control/c2"):
+            for tag in ("control/weight_of_target_model_loss", "control/weight_of_loss_within_reach"):
                 assert (curve(events, tag) >= 0).all()
         else:
-            assert set(curve(events, "control/c2_over_c1")) <= {0.0, *(weight for _, weight in CANDIDATE_STEPS)}
+            assert set(curve(events, "control/ratio_of_weights")) <= {0.0, *(weight for _, weight in CANDIDATE_STEPS)}
 
     def test_histogram_of_the_probabilities(self, run, method):
         events = read(run(method) / "tensorboard" / "select")
@@ -107,13 +108,14 @@ class TestSelect:
     def test_flops_by_stage_are_those_of_the_ledger(self, run, method):
         events = read(run(method) / "tensorboard" / "select")
         for (phase, stage), entry in Selection.load(run(method)).ledger.entries.items():
-            assert curve(events, f"flops/{phase}/{stage}") == pytest.approx([entry.flops], rel=1e-6)
+            assert curve(events, f"flops/{phase}/{stage_tag(stage)}") == pytest.approx([entry.flops], rel=1e-6)
 
     def test_curves_of_the_short_runs(self, run, method):
         events = read(run(method) / "tensorboard" / "select")
         stages = [t for t in events.Tags()["scalars"] if t.endswith("/training_loss")]
-        assert any(stage.startswith("short runs") for stage in stages)
-        assert "theta/training_loss" in stages
+        assert any(stage.startswith("trials, ") for stage in stages)
+        assert "target model/training_loss" in stages
+        assert {stage.count("/") for stage in stages} == {1}, "TensorBoard groups by the first slash"
 
     def test_grids_of_the_most_and_least_probable_images(self, run, method):
         events = read(run(method) / "tensorboard" / "select")
@@ -196,7 +198,7 @@ def test_the_progress_bar_shows_what_is_spent():
     with Monitor(console=console) as monitor, monitor.named("cell 3:"), monitor.progress("theta", 2e6) as advance:
         advance(1e6, 0.5, 0.1)
         monitor._bar.refresh()
-    for word in ("cell 3: theta", "1e+06/2e+06 FLOPs", "loss 0.500"):
+    for word in ("cell 3: target model", "1e+06/2e+06 FLOPs", "loss 0.500"):
         assert word in screen.getvalue()
 
 

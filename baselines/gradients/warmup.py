@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.random import random_scores
-from cads.accounting.ledger import ROUNDING, SELECT, Ledger
+from cads.accounting.ledger import ROUNDING, SELECT, Ledger, PlannedLedger
 from cads.data.batch import Batch
 from cads.data.ids import rank_by_score
 from cads.data.streams import ShuffledStream
@@ -96,7 +96,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The length of the warm-up.
+    """The length of the warm-up: a stage of a ranking, which `warm_up` carries out.
 
     Attributes:
         examples: number of examples drawn from the pool.
@@ -106,6 +106,13 @@ class Schedule:
     examples: int
     steps: int
     epochs: int
+
+    def charge(self, task: Task, ledger: PlannedLedger) -> None:
+        """With the padding of random parts of the pool; see `cads.scoring.stages.Stage`."""
+        usages = self.epochs * self.steps * task.recipe.batch_size
+        tokens = round(usages * task.costs.tokens_per_example(task.pool))
+        ledger.charge(SELECT, STAGE, planned_flops(task, self), usages=usages, tokens=tokens)
+        ledger.trained.append((task, 1))
 
 
 def schedule(task: Task, share: float, epochs: int) -> Schedule:

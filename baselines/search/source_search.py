@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from cads.accounting.stage_labels import stage_label
 from cads.data.subsample import subsample
 from cads.errors import DataError, NotAffordableError
 from cads.estimators.design import distinct
@@ -132,8 +133,8 @@ def train_draws(
     runs = inner.run(streams, rung.flops, seed=seed, stage=stage)
     if not np.isfinite(runs.objective).any():
         raise DataError(
-            f"{stage}: all {len(draws)} runs met a loss that is not finite, and nothing can be chosen by them: lower "
-            "the learning rate, or look at the pool"
+            f"{stage_label(stage)}: all {len(draws)} runs met a loss that is not finite, and nothing can be "
+            "chosen by them: lower the learning rate, or look at the pool"
         )
     return runs
 

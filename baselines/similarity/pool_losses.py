@@ -9,12 +9,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from baselines.kernels.autocast import Passes
-from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
+from cads.accounting.ledger import Ledger
 from cads.data.batch import Batch
 from cads.data.pool import Pool
 from cads.errors import ConfigError
-from cads.scoring.pool_scores import planned_flops, score_pool
+from cads.scoring.pool_scores import score_pool
 from cads.scoring.reference_models import device_of
+from cads.scoring.stages import ReadPool
 from cads.task import Task
 
 Order = Literal["low", "mid", "high"]
@@ -38,22 +39,12 @@ def in_order(values: np.ndarray, order: Order) -> np.ndarray:
     return values if order == "high" else -values
 
 
-def pool_losses(
-    task: Task,
-    model: nn.Module,
-    *,
-    ledger: Ledger,
-    stage: str,
-    tokens: int,
-    pool: Pool | None = None,
-    autocast: bool = False,
-) -> np.ndarray:
-    """The loss of each example of the task's pool (or of `pool`), nats, float64, shape (N,).
+def pool_losses(task: Task, model: nn.Module, stage: ReadPool, *, ledger: Ledger, autocast: bool = False) -> np.ndarray:
+    """Carry out `stage` for one model: the loss of each example that is read, nats, float64, shape (N,).
 
     Puts `model` in evaluation mode.
 
     Args:
-        tokens: padded tokens of a batch.
         autocast: compute in bfloat16: faster on hardware that supports it, and off by about 1 % (`Passes`).
     """
     model.eval()
@@ -64,18 +55,8 @@ def pool_losses(
         with passes():
             return task.losses(model, batch).float()
 
-    pool, price = pool or task.pool, task.costs.forward
-    return score_pool(pool, score, price, ledger=ledger, stage=stage, device=device, tokens=tokens)
-
-
-def plan_losses(
-    task: Task, ledger: PlannedLedger, *, stage: str, tokens: int, pool: Pool | None = None, models: int = 1
-) -> None:
-    """Charge `ledger` for `models` calls of `pool_losses`."""
-    pool = pool or task.pool
-    flops = planned_flops(task.costs.forward, pool, tokens=tokens)
-    ledger.charge(SELECT, stage, models * flops)
-    ledger.scored.append(task)
+    pool, price = stage.pool_of(task), task.costs.forward
+    return score_pool(pool, score, price, ledger=ledger, stage=stage.name, device=device, tokens=stage.tokens)
 
 
 def whole_texts(pool: Pool) -> Pool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from cads.accounting.stage_labels import stage_label
 from cads.errors import BudgetError
 
 if TYPE_CHECKING:
@@ -63,10 +64,11 @@ class Ledger:
             BudgetError: if the charge is negative or not finite, or would exceed the limit.
         """
         if not (math.isfinite(flops) and flops >= 0):
-            raise BudgetError(f"{phase}/{stage} charges {flops} FLOPs: a charge is a finite number >= 0")
+            raise BudgetError(f"{phase}/{stage_label(stage)} charges {flops} FLOPs: a charge is a finite number >= 0")
         if self.limit is not None and phase != EVALUATE and flops > self.left * ROUNDING:
             raise BudgetError(
-                f"{phase}/{stage} would spend {flops:.4g} FLOPs where {self.left:.4g} of {self.limit:.4g} are left"
+                f"{phase}/{stage_label(stage)} would spend {flops:.4g} FLOPs where {self.left:.4g} of {self.limit:.4g} "
+                "are left"
             )
         if self._recorded is not None:
             amounts = LedgerEntry(flops, usages, tokens, answer_tokens, seconds)
@@ -114,7 +116,7 @@ class Ledger:
             self.charge(phase, stage, **asdict(entry))
 
     def table(self) -> Table:
-        """The account as a table for the terminal."""
+        """The account as a table for the terminal, with stages in words."""
         table = Table(title="FLOPs by stage", title_justify="left")
         table.add_column("phase", no_wrap=True)
         table.add_column("stage", overflow="fold")
@@ -125,7 +127,7 @@ class Ledger:
         for phase, stage, e in [*rows, ("total", "", self.total())]:
             table.add_row(
                 phase,
-                stage,
+                stage_label(stage),
                 f"{e.flops:.4g}",
                 f"{e.flops / total_flops:.1%}",
                 f"{e.usages:,}",

@@ -1,90 +1,105 @@
-"""A command's configuration: one YAML file and flags fill dataclasses."""
+"""A command's configuration: one YAML file and flags fill dataclasses. One parser for all commands.
+
+What can be set depends on the kind of task and on the method. So they are looked up first, in file and flags. The
+parser for them then reads everything.
+"""
 
 from __future__ import annotations
 
-import itertools
+import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
-from cads.accounting.costs import ACCOUNTINGS
+from cads.api import DEFAULT_METHOD
+from cads.cli.settings import CommandSettings, ReportSettings
 from cads.errors import ConfigError
 from cads.recipe import TrainConfig
 from cads.registry import SELECTORS, TASKS, build_selector, names, selector_class, task_config_class
 from cads.runtime.checkpoint import CheckpointConfig
+from cads.study.grid import Grid, GridEntry
 
-DEFAULT_KIND, DEFAULT_METHOD = "vision", "cads-s"
+DEFAULT_KIND = "vision"
 SECTIONS = ("task", "train", "options", "selectors", "checkpoint")
 """The parts of a configuration file that map names to values themselves."""
 
 
-def read(command: str, description: str, argv: list[str]) -> tuple[Namespace, ArgumentParser, Namespace]:
-    """The configuration of a command, from its file (the first argument, or --config) and its flags; what reads and
-    writes it; and the objects that it describes."""
-    if argv and not argv[0].startswith("-"):
-        argv = ["--config", *argv]
+@dataclass
+class CommandConfig:
+    """What a command is to do.
+
+    Attributes:
+        values: all settings, as they were parsed.
+        parser: what reads and writes them.
+        objects: the dataclasses that they describe: `task`, `train`, `options` (the selector), `checkpoint`.
+    """
+
+    values: Namespace
+    parser: ArgumentParser
+    objects: Namespace
+
+    def dump(self, values: Namespace | None = None) -> str:
+        """All settings as YAML, which replays the command."""
+        return cast(str, self.parser.dump(self.values if values is None else values, skip_unset=False))
+
+
+@dataclass
+class _Words:
+    """The words of a command line, before what they set is known."""
+
+    files: list[str]
+    kind: str | None
+    method: str | None
+    flags: list[str]
+
+
+def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
+    """The configuration of a command, from its file (the first argument, or --config) and its flags.
+
+    Raises:
+        ConfigError: if a file cannot be read, or names a kind, method or option that is unknown.
+        SystemExit: with a message, if a key or value is refused.
+    """
+    words = _split(settings.command, argv)
     given: dict[str, Any] = {}
-    flags = []
-    words = iter(argv)
-    for word in words:
-        if word.split("=")[0] == "--config":
-            path = word.split("=", 1)[1] if "=" in word else next(words, "")
-            given.update(_load_yaml(path))
-        else:
-            flags.append(word)
-    kind = _flag(flags, "--kind") or given.get("kind", DEFAULT_KIND)
-    method = _flag(flags, "--method") or given.get("method", DEFAULT_METHOD)
+    for path in words.files:
+        given.update(load_yaml(path))
+    kind = words.kind or given.get("kind", DEFAULT_KIND)
+    method = words.method or given.get("method", DEFAULT_METHOD)
     selector_class(method)
     selectors = given.pop("selectors", {})
     for name, options in selectors.items():
         build_selector(name, options)
-    if command == "plan" and selectors:
+    if settings.command == "plan" and selectors:
         given["selectors"] = selectors
-    own = dict(selectors.get(method) or {})
+    options = dict(selectors.get(method) or {})
     if given.get("method", method) == method:
-        own.update(given.get("options", {}))
-    given = {**given, "kind": kind, "method": method, "options": own}
-    _drop_overridden(given, flags)
-    parser = _parser(command, description, kind, method)
-    file = [] if set(given) == {"kind", "method", "options"} and not own else ["--config", yaml.safe_dump(given)]
-    config = parser.parse_args([*file, *flags])
-    if config.seed < 0:
-        raise ConfigError(f"seed = {config.seed}: it must be >= 0")
-    return config, parser, parser.instantiate(config)
+        options.update(given.get("options", {}))
+    given = {**given, "kind": kind, "method": method, "options": options}
+    _drop_overridden(given, words.flags)
+    parser = command_parser(settings, kind, method)
+    is_default = set(given) == {"kind", "method", "options"} and not options
+    values = parser.parse_args([*([] if is_default else ["--config", yaml.safe_dump(given)]), *words.flags])
+    if values.seed < 0:
+        raise ConfigError(f"seed = {values.seed}: it must be >= 0")
+    return CommandConfig(values, parser, parser.instantiate(values))
 
 
-def _parser(command: str, description: str, kind: str, method: str) -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    usage = f"cads {command} [CONFIG] [flags]"
-    parser = ArgumentParser(prog=f"cads {command}", usage=usage, description=description, allow_abbrev=False)
+def command_parser(settings: type[CommandSettings], kind: str, method: str) -> ArgumentParser:
+    """The parser of a command for one kind of task and one method."""
+    parser = _parser(settings.command, "[CONFIG] [flags]", settings.description)
+    parser.epilog = (
+        f"The fields of task are those of kind {kind}, and the options those of method {method}. For others: "
+        f"`cads {settings.command} --kind KIND --method NAME --help`. Kinds: {', '.join(names(TASKS))}. "
+        f"Methods: {', '.join(names(SELECTORS))}."
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; flags after it win")
     parser.add_argument("--kind", default=kind, help=f"kind of task: {', '.join(names(TASKS))}")
     parser.add_argument("--method", default=method, help=f"selector: {', '.join(names(SELECTORS))}")
-    parser.add_argument(
-        "--budget",
-        type=float | str,
-        default="5 epochs",
-        help="'2e15' FLOPs, '225000 usages', '5 epochs', '3e6 tokens'",
-    )
-    parser.add_argument("--count_selection", type=bool, default=False, help="the budget covers selection too")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
-    parser.add_argument("--out", type=str | None, default=None, help="folder of the run")
-    parser.add_argument("--overwrite", type=bool, default=False, help="begin anew, whatever the folder holds")
-    parser.add_argument("--tensorboard", type=bool, default=True, help="write TensorBoard event files")
-    parser.add_argument("--progress", type=bool, default=True, help="show a progress bar")
-    if command == "plan":
-        parser.add_argument("--accounting", default="analytic", choices=list(ACCOUNTINGS), help="how FLOPs are counted")
-        parser.add_argument("--json", type=str | None, default=None, help="file for the plan as JSON")
-        parser.add_argument("--flops_per_second", type=float | None, default=None, help="for the times; null: measured")
-        parser.add_argument("--methods", type=list[str] | None, default=None, help="null: all that are known")
-        parser.add_argument("--selectors", type=dict[str, Any], default={}, help="options of other methods, by name")
-    if command == "train":
-        parser.add_argument("--selection", type=str | None, default=None, help="folder that `cads select` wrote")
-        parser.add_argument("--merge", type=bool, default=False, help="write adapters into the model they stand on")
-        further = "further evaluations of the task, one or a list: choices, exact_match, lm_eval:TASKS"
-        parser.add_argument("--eval", type=list[str] | str | None, default=None, help=further)
+    parser.add_class_arguments(settings, None)
     parser.add_class_arguments(task_config_class(kind), "task")
     parser.add_class_arguments(TrainConfig, "train")
     parser.add_class_arguments(CheckpointConfig, "checkpoint")
@@ -92,20 +107,100 @@ def _parser(command: str, description: str, kind: str, method: str) -> ArgumentP
     return parser
 
 
-def _load_yaml(path: str) -> dict[str, Any]:
+def read_grid_flags(argv: list[str]) -> tuple[Path | None, Namespace]:
+    """The file of a grid (the first argument, or --config), and what flags set, of the command and of the grid.
+
+    Raises:
+        ConfigError: if there are several files, or the file's kind of task is unknown.
+        SystemExit: with a message, if a flag or value is refused.
+    """
+    words = _split("compare", argv)
+    if len(words.files) > 1:
+        raise ConfigError(f"{len(words.files)} files are given: one grid is run at a time")
+    path = words.files[0] if words.files else None
+    kind = words.kind
+    if kind is None and path is not None and Path(path).is_file():
+        kind = load_yaml(path).get("kind")
+    flags = words.flags if words.kind is None else ["--kind", words.kind, *words.flags]
+    return None if path is None else Path(path), grid_parser(kind or DEFAULT_KIND).parse_args(flags, defaults=False)
+
+
+def grid_parser(kind: str) -> ArgumentParser:
+    """The parser of `cads compare`: its own flags, and every field of a grid whose tasks are of one kind."""
+    description = (
+        "Run a grid of methods, budgets, seeds, model sizes and tasks; finished cells are never run twice, and what "
+        "was under way goes on where it was. Every field of the grid's file can be set by a flag, which wins."
+    )
+    parser = _parser("compare", "[CONFIG] [flags]", description)
+    parser.epilog = (
+        f"The fields of task are those of kind {kind}. For others: `cads compare --kind KIND --help`. Kinds: "
+        f"{', '.join(names(TASKS))}. Options of a method: `cads select --method NAME --help`."
+    )
+    parser.add_argument("--out", type=str | None, help="folder of results; null: runs/NAME of the configuration")
+    parser.add_argument("--shard", type=str, default="1/1", help="i/n: run the i-th of n parts of the grid")
+    parser.add_argument("--dry-run", action="store_true", help="print plan and price of every cell; spend nothing")
+    parser.add_argument(
+        "--import", dest="points", type=str, action="append", help="CSV file of published points; may be repeated"
+    )
+    parser.add_argument(
+        "--methods", type=list[str | GridEntry], help="names, or entries with method, label, options, count_selection"
+    )
+    parser.add_argument("--budgets", type=list[float | str], help="FLOPs, usages, epochs or tokens")
+    parser.add_argument("--kind", type=str, help=f"kind of task: {', '.join(names(TASKS))}")
+    parser.add_class_arguments(Grid, None, skip={"methods", "budgets", "kind", "task", "train", "checkpoint"})
+    parser.add_class_arguments(task_config_class(kind), "task")
+    parser.add_class_arguments(TrainConfig, "train")
+    parser.add_class_arguments(CheckpointConfig, "checkpoint")
+    return parser
+
+
+def report_parser() -> ArgumentParser:
+    """The parser of `cads report`."""
+    parser = _parser("report", "DIR [flags]", "Fits, figures and one page of HTML from the results of a grid.")
+    parser.add_argument("folder", type=str, metavar="DIR", help="folder of `cads compare`")
+    parser.add_class_arguments(ReportSettings, None)
+    return parser
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The names and values of a YAML file; sections that are empty are left out.
+
+    Raises:
+        ConfigError: if it cannot be read, or maps no names to values.
+    """
+    label = str(path)
     try:
         loaded = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(f"configuration {path!r} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"configuration {label!r} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"configuration {path!r} is no YAML: {error}") from error
+        raise ConfigError(f"configuration {label!r} is no YAML: {error}") from error
     if not isinstance(loaded, dict):
-        raise ConfigError(f"configuration {path!r} must map names to values, not {type(loaded).__name__}")
+        raise ConfigError(f"configuration {label!r} must map names to values, not {type(loaded).__name__}")
     loaded = {name: value for name, value in loaded.items() if name not in SECTIONS or value is not None}
     for name in SECTIONS:
         if not isinstance(loaded.get(name, {}), dict):
-            raise ConfigError(f"configuration {path!r}: {name} = {loaded[name]!r}: it must map names to values")
+            raise ConfigError(f"configuration {label!r}: {name} = {loaded[name]!r}: it must map names to values")
     return loaded
+
+
+def _parser(command: str, usage: str, description: str) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return ArgumentParser(
+        prog=f"cads {command}", usage=f"cads {command} {usage}", description=description, allow_abbrev=False
+    )
+
+
+def _split(command: str, argv: list[str]) -> _Words:
+    """Files, kind and method, which decide what other flags there are; and the other flags."""
+    head = argparse.ArgumentParser(prog=f"cads {command}", add_help=False, allow_abbrev=False)
+    head.add_argument("--config", action="append", default=[])
+    head.add_argument("--kind")
+    head.add_argument("--method")
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
+    known, flags = head.parse_known_args(argv)
+    return _Words(known.config, known.kind, known.method, flags)
 
 
 def _drop_overridden(given: dict[str, Any], flags: list[str]) -> None:
@@ -114,14 +209,3 @@ def _drop_overridden(given: dict[str, Any], flags: list[str]) -> None:
         section, _, name = word.split("=")[0].removeprefix("--").partition(".")
         if section in SECTIONS and word.startswith("--") and isinstance(given.get(section), dict):
             given[section].pop(name, None)
-
-
-def _flag(flags: list[str], name: str) -> str | None:
-    """The value of a flag, the last one where it is repeated."""
-    value = None
-    for word, after in itertools.zip_longest(flags, flags[1:], fillvalue=""):
-        if word == name and after and not after.startswith("-"):
-            value = after
-        elif word.startswith(f"{name}="):
-            value = word.split("=", 1)[1]
-    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Sequence
 from functools import partial
@@ -10,24 +9,20 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cads.cli.config import read_grid_flags, report_parser
 from cads.errors import CadsError, ConfigError
 from cads.runtime.processes import world_group
 from cads.study.analysis.points import points_of
 from cads.study.dry_run import dry_run
-from cads.study.grid import read_grid
+from cads.study.grid import Grid, read_grid
 from cads.study.published_points import import_points
 from cads.study.report.text_tables import terminal_table, wide_console
 from cads.study.runner import Study
 from cads.study.shard import GridShard
 from cads.study.tables import FAILED, read_runs
 
-COMPARE = (
-    "Run a grid of methods, budgets, seeds, model sizes and tasks; finished cells are never run twice, "
-    "and what was under way goes on where it was."
-)
 MOST_NAMED = 10
 """Failed cells that are named at the end."""
-REPORT = "Fits, figures and one page of HTML from the results of a grid or of published points."
 
 
 def compare(argv: Sequence[str]) -> None:
@@ -36,31 +31,26 @@ def compare(argv: Sequence[str]) -> None:
     Raises:
         CadsError: if the grid or the points cannot be used.
     """
-    parser = argparse.ArgumentParser(prog="cads compare", description=COMPARE, allow_abbrev=False)
-    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="YAML file of the grid")
-    parser.add_argument("--out", type=Path, help="folder of results (default: runs/NAME of the configuration)")
-    parser.add_argument("--shard", default="1/1", help="i/n: run the i-th of n parts of the grid")
-    parser.add_argument("--dry-run", action="store_true", help="print plan and price of every cell; spend nothing")
-    parser.add_argument(
-        "--import", dest="points", type=Path, action="append", default=[], help="CSV file of published points"
-    )
-    given = parser.parse_args(list(argv))
-    if given.config is None and not given.points:
-        raise ConfigError("nothing to do: give the YAML file of a grid, or --import a file of published points")
-    if given.out is None and given.config is None:
-        raise ConfigError("--out is missing: say where the imported points go")
-    out = given.out or Path("runs") / given.config.stem
     world = world_group()
-    shard, console = GridShard.parse(given.shard), wide_console(quiet=not world.first)
-    for path in given.points:
-        imported = world.on_rank_zero(partial(import_points, path, out))
-        console.print(f"{imported} points imported from {path} to {out}", highlight=False)
-    if given.config is not None:
-        run_grid(given.config, out, shard, console, dry=given.dry_run)
+    path, flags = world.locally(lambda: read_grid_flags(list(argv)))
+    overrides = flags.as_dict()
+    out, shard_text = overrides.pop("out", None), overrides.pop("shard", "1/1")
+    dry_run, points = overrides.pop("dry_run", False), overrides.pop("points", None) or []
+    if path is None and not points:
+        raise ConfigError("nothing to do: give the YAML file of a grid, or --import a file of published points")
+    if out is None and path is None:
+        raise ConfigError("--out is missing: say where the imported points go")
+    folder = Path(out) if out is not None else Path("runs") / Path(str(path)).stem
+    shard, console = GridShard.parse(shard_text), wide_console(quiet=not world.first)
+    for file in points:
+        imported = world.on_rank_zero(partial(import_points, Path(file), folder))
+        console.print(f"{imported} points imported from {file} to {folder}", highlight=False)
+    if path is not None:
+        run_grid(world.locally(lambda: read_grid(path, overrides)), folder, shard, console, dry=dry_run)
 
 
-def run_grid(config: Path, out: Path, shard: GridShard, console: Console, *, dry: bool = False) -> None:
-    """Plan the grid of `config`, and run it into `out` unless `dry`; ends with a table of what is there.
+def run_grid(grid: Grid, out: Path, shard: GridShard, console: Console, *, dry: bool = False) -> None:
+    """Plan the grid, and run it into `out` unless `dry`; ends with a table of what is there.
 
     Several processes run each cell together.
 
@@ -68,7 +58,7 @@ def run_grid(config: Path, out: Path, shard: GridShard, console: Console, *, dry
         CadsError: if the grid cannot be used, or if cells of this shard have failed.
     """
     world = world_group()
-    study = Study(world.locally(lambda: read_grid(config)), out, console)
+    study = Study(grid, out, console)
     plans = world.locally(study.plan)
     if dry:
         study.check(plans)
@@ -100,12 +90,9 @@ def report(argv: Sequence[str]) -> None:
     Raises:
         CadsError: if the folder holds no results, or what the report needs is not installed.
     """
-    parser = argparse.ArgumentParser(prog="cads report", description=REPORT, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of `cads compare`")
-    parser.add_argument("--out", type=Path, help="HTML file (default: DIR/report.html); fits and figures go beside it")
-    parser.add_argument("--metric", help="another metric of the test set than the one of the grid")
-    given = parser.parse_args(list(argv))
-    world_group().on_rank_zero(lambda: _report(given.folder, given.out, given.metric))
+    settings = report_parser().parse_args(list(argv))
+    out = None if settings.out is None else Path(settings.out)
+    world_group().on_rank_zero(lambda: _report(Path(settings.folder), out, settings.metric))
 
 
 def _report(folder: Path, out: Path | None, metric: str | None) -> None:

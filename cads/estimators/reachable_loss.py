@@ -62,7 +62,9 @@ class ReachableLossModel:
         self._sizes = np.asarray(sizes, dtype=np.float64)
         finite = np.isfinite(reached)
         if not finite.any():
-            raise ConfigError("no run reached a finite training loss, so l* cannot be fitted: lower learning_rate")
+            raise ConfigError(
+                "no run reached a finite training loss, so the loss within reach cannot be fitted: lower learning_rate"
+            )
         x = self._features(weights[finite])
         y = np.log(np.maximum(reached[finite], FLOOR))
         self._x_mean, self._y_mean = x.mean(axis=0), y.mean()

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from cads.accounting.budget import Budget, check_step
 from cads.accounting.ledger import SELECT, PlannedLedger
+from cads.accounting.stage_labels import stage_label
 from cads.errors import CadsError, ConfigError
 from cads.planning.ccds import CcdsCost
 from cads.planning.memory import forward_memory, training_memory
@@ -39,7 +40,7 @@ class MethodPlan:
 
     Attributes:
         method: its name.
-        stages: FLOPs of each stage of selection.
+        stages: FLOPs of each stage of selection, by its name in ledgers.
         selection: FLOPs of all stages. training: FLOPs that remain for training.
         share: selection over the budget; above 1 if selection is not part of the budget and costs more.
         usages: examples seen in training, with repetitions. examples: examples of the pool that can be seen.
@@ -145,7 +146,7 @@ class Plan:
         table.add_column("FLOPs", justify="right", no_wrap=True)
         for m in self.methods:
             for stage, flops in m.stages.items():
-                table.add_row(m.method, stage, f"{flops:.3e}")
+                table.add_row(m.method, stage_label(stage), f"{flops:.3e}")
         return table
 
     def _remarks(self) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +25,10 @@ from torch import Tensor, nn
 
 from cads.errors import CadsError, ConfigError
 from cads.runtime.checkpoint import State
+from cads.runtime.timeout import TIMEOUT_VARIABLE, timeout
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_VARIABLE, TIMEOUT = "CADS_PROCESS_TIMEOUT", 600.0
-"""Seconds that a process waits for the others before it gives up: the environment variable, and the default."""
 SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers (torchrun, accelerate, MPI) say how many processes there are."""
 RENDEZVOUS_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -293,7 +291,7 @@ def world_group() -> ProcessGroup:
         )
     if size == 1:
         return SINGLE_PROCESS
-    seconds = _timeout()
+    seconds = timeout()
     for name, kind in SHARDED.items():
         if is_set(name):
             raise ConfigError(f"{kind} is not supported: launch without it; sharding = 'full' divides a model")
@@ -328,17 +326,6 @@ def digest(value: Any) -> int:
 def is_set(name: str) -> bool:
     """Whether an environment variable says yes."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
-
-
-def _timeout() -> float:
-    text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ConfigError(f"{TIMEOUT_VARIABLE} = {text!r}: it must be a positive number of seconds")
-    return seconds
 
 
 def _attempt(compute: Callable[[], State]) -> tuple[State, Exception | None, bytes]:

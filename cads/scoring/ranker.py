@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from cads.monitor import Monitor
 from cads.runtime.processes import active_group
 from cads.scoring.ranking import FILES, Ranking
 from cads.scoring.reference_models import proxy_of
+from cads.scoring.stages import Stage
 from cads.selection import Selection, check_folder
 from cads.task import Task
 
@@ -54,15 +56,34 @@ class Ranker(ABC):
 
     @abstractmethod
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
-        """Score every example of `task.pool`, charging `ledger`; independent of the budget."""
+        """Carry out the stages: score every example of `task.pool`, charging `ledger`; independent of the budget."""
 
     @abstractmethod
-    def rank_plan(self, task: Task) -> PlannedLedger:
-        """What `rank` would charge, by stage; nothing is trained and no example is read.
+    def stages(self, scorer: Task) -> Sequence[Stage]:
+        """What `rank` does with the models and examples of `scorer`, in order; see `cads.scoring.stages`.
 
         Raises:
             ConfigError: if the method does not apply to this task.
         """
+
+    def scorer_of(self, task: Task) -> Task:
+        """The task that examples are scored in: its proxy, if it has one and the scores depend on a model's weights.
+
+        Raises:
+            ConfigError: as `proxy_of`.
+        """
+        return proxy_of(task) if self.reads_model else task
+
+    def rank_plan(self, task: Task) -> PlannedLedger:
+        """What `rank` would charge, by stage; nothing is trained and no example is scored.
+
+        Raises:
+            ConfigError: if the method does not apply to this task.
+        """
+        scorer, ledger = self.scorer_of(task), PlannedLedger()
+        for stage in self.stages(scorer):
+            stage.charge(scorer, ledger)
+        return ledger
 
     def rank_once(
         self, task: Task, folder: Path | str, *, seed: int, ledger: Ledger, monitor: Monitor | None = None

@@ -1,24 +1,13 @@
-"""Models that score examples, trained for a number of passes over the pool (reference model) or the target (target
-model)."""
+"""Models that score examples: the task they are of, the passes they are trained for, their device."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import pyarrow.compute as pc
 import torch
 from torch import nn
 
-from cads.accounting.ledger import ROUNDING, SELECT, Ledger, PlannedLedger
-from cads.data.pool import Pool
-from cads.data.streams import ShuffledStream
-from cads.data.token_batches import by_id
-from cads.data.training_batches import BatchStream
-from cads.errors import ConfigError, DataError
-from cads.monitor import Monitor
-from cads.seeding import derive
+from cads.errors import ConfigError
 from cads.task import Task
-from cads.training.trainer import Trainer
 
 
 def proxy_of(task: Task) -> Task:
@@ -56,76 +45,6 @@ def check_passes(**passes: float) -> None:
             raise ConfigError(f"{name} = {value}: a number of passes, at least 0")
 
 
-def plan_training(task: Task, pool: Pool, passes: float, ledger: PlannedLedger, *, stage: str, models: int = 1) -> None:
-    """Charge `ledger` what training `models` models for `passes` over `pool` costs; 0 passes are free."""
-    if not passes:
-        return
-    batch_size, steps = task.recipe.batch_size, _steps(task, pool, passes)
-    usages = models * steps * batch_size
-    tokens = round(usages * task.costs.tokens_per_example(pool))
-    ledger.charge(SELECT, stage, usages * task.costs.per_usage(pool, batch_size), usages=usages, tokens=tokens)
-    ledger.trained.append((task, models))
-
-
-def train_on_pool(
-    task: Task,
-    passes: float,
-    *,
-    seeds: Sequence[int],
-    ledger: Ledger,
-    monitor: Monitor | None = None,
-    stage: str,
-) -> list[nn.Module]:
-    """One model per seed, trained for `passes` over the pool; a seed sets the initial weights and the data order.
-
-    Raises:
-        DataError: if a model diverges.
-    """
-    if not passes:
-        return [_placed(task, task.model(seed)) for seed in seeds]
-    # The order is drawn over the sorted ids, so that a permuted pool gives the same models.
-    streams = [ShuffledStream(by_id(task.pool), derive(seed, "order")) for seed in seeds]
-    batches = BatchStream(task.pool, streams, task.recipe.batch_size)
-    models = [task.model(seed) for seed in seeds]
-    fit = Trainer(task, ledger, monitor).fit_replicas(
-        models, batches, _flops(task, task.pool, passes), seed=seeds[0], phase=SELECT, stage=stage
-    )
-    if fit.diverged.any():
-        raise DataError(
-            f"{stage}: {fit.diverged.sum()} of {len(seeds)} models met a loss that is not finite: "
-            "lower the learning rate, or look at the pool"
-        )
-    return fit.models
-
-
-def train_on_target(
-    task: Task, passes: float, *, seed: int, ledger: Ledger, monitor: Monitor | None = None, stage: str
-) -> nn.Module:
-    """The task's model, trained for `passes` over the target."""
-    if not passes:
-        return _placed(task, task.model(seed))
-    batches = BatchStream(task.pool, [], task.recipe.batch_size, target=task.target, target_fraction=1.0, seed=seed)
-    flops = _flops(task, task.target, passes)
-    trainer = Trainer(task, ledger, monitor)
-    return trainer.fit(task.model(seed), batches, flops, seed=seed, phase=SELECT, stage=stage).models[0]
-
-
 def device_of(model: nn.Module) -> torch.device:
     """The device of the weights of `model`."""
     return next(model.parameters()).device
-
-
-def _placed(task: Task, model: nn.Module) -> nn.Module:
-    """`model` on the device where the task trains."""
-    return model.to(Trainer(task, Ledger()).accelerator.device)
-
-
-def _steps(task: Task, pool: Pool, passes: float) -> int:
-    """Optimizer steps of `passes` over `pool`, at least 1."""
-    return max(1, round(passes * len(pool) / task.recipe.batch_size))
-
-
-def _flops(task: Task, pool: Pool, passes: float) -> float:
-    """FLOPs that pay for the steps of `passes` over `pool`."""
-    batch_size = task.recipe.batch_size
-    return _steps(task, pool, passes) * batch_size * task.costs.per_usage(pool, batch_size) * ROUNDING

@@ -1,4 +1,4 @@
-"""The shape that CADS-S and CADS-E share: a search by short runs, within what selection may spend."""
+"""The shape that CADS-S and CADS-E share: a search by trials, within what selection may spend."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger, PlannedLedger
+from cads.accounting.stage_labels import stage_label
 from cads.data.pool import Pool
 from cads.errors import ConfigError, DataError, NotAffordableError
 from cads.monitor import Monitor
@@ -29,13 +30,13 @@ log = logging.getLogger(__name__)
 
 ALLOWANCE = 2.75
 """Selection FLOPs in units of the training budget, if the budget need not cover selection."""
-NO_SEARCH_AFFORDABLE = "the allowance buys no scores, or no short runs: the full pool is returned"
+NO_SEARCH_AFFORDABLE = "the allowance buys no trials: the full pool is returned"
 ONE_SOURCE = "the pool has one source, and nothing can be chosen among sources: the full pool is returned"
 
 
 @dataclass
 class Search(ABC):
-    """A selector that tries things on a ladder of short runs, and returns the full pool if nothing beats it.
+    """A selector that tries things on a ladder of trials, and returns the full pool if nothing beats it.
 
     Where the task names a proxy the runs are the proxy's, for as many usages, and cost what the proxy costs.
     """
@@ -51,7 +52,7 @@ class Search(ABC):
     """Return the full pool unless the choice beat it on the target."""
     target_fraction: float | None = None
     """Share of each batch of the final training drawn from the target, as in `joint`, at least 0 and below 1; null: 0,
-    or 0.3 in one run. Short runs see none of it."""
+    or 0.3 in one run. Trials see none of it."""
 
     method: ClassVar[str]
     held_out: ClassVar[bool] = False
@@ -183,8 +184,8 @@ def check_reference(objective: float, stage: str, data: str = "the full pool") -
     """
     if not math.isfinite(objective):
         raise DataError(
-            f"{stage}: the run on {data} met a loss that is not finite, and nothing can be compared with it: "
-            "lower the learning rate, or look at the pool"
+            f"{stage_label(stage)}: the run on {data} met a loss that is not finite, and nothing can be compared with "
+            "it: lower the learning rate, or look at the pool"
         )
 
 

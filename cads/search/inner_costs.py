@@ -36,7 +36,7 @@ class InnerLoopCosts:
         self.fitted = self.measured = task.target
         if held_out and len(task.target) > 1:
             order = np.random.default_rng(0).permutation(len(task.target))
-            self.fitted = task.target.subset(np.sort(order[::2]), "target, half for theta")
+            self.fitted = task.target.subset(np.sort(order[::2]), "target, half for the target model")
             self.measured = task.target.subset(np.sort(order[1::2]), "target, half to measure on")
 
     @property

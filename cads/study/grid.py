@@ -192,8 +192,11 @@ def readable(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:80]
 
 
-def read_grid(path: Path | str) -> Grid:
+def read_grid(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Grid:
     """The grid in a YAML file.
+
+    Args:
+        overrides: fields that win over those of the file; those of `task`, `train` and `checkpoint` one by one.
 
     Raises:
         ConfigError: if it cannot be read; if a key, value, method, option or budget is unknown or refused; or if
@@ -203,6 +206,10 @@ def read_grid(path: Path | str) -> Grid:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
+    if isinstance(content, dict):
+        for name, value in (overrides or {}).items():
+            is_section = isinstance(value, dict) and isinstance(content.get(name), dict)
+            content[name] = {**content[name], **value} if is_section else value
     if not isinstance(content, dict) or not isinstance(content.get("methods"), list):
         raise ConfigError(f"{path} must map names to values, `methods` to a list of methods among them")
     content["methods"] = [{"method": m} if isinstance(m, str) else m for m in content["methods"]]

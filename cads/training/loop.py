@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from cads.accounting.ledger import Ledger
+from cads.accounting.stage_labels import stage_label, stage_tag
 from cads.data.batch import Batch
 from cads.data.loader import check_answers, fingerprint, load_steps
 from cads.data.training_batches import BatchStream
@@ -74,7 +75,7 @@ class TrainingLoop:
         before = 0.0 if segment.start is None else segment.start.number("total")
         flops = min(flops, before + self.ledger.left / draws.replicas)
         if not math.isfinite(flops):
-            raise BudgetError(f"{phase}/{stage}: a run needs a finite budget, not {flops} FLOPs")
+            raise BudgetError(f"{phase}/{stage_label(stage)}: a run needs a finite budget, not {flops} FLOPs")
         train_state = TrainState(learner, draws.replicas, self.accelerator.scaler)
         if segment.keep:
             train_state.example_losses = np.full(len(draws.pool), np.nan)
@@ -171,8 +172,8 @@ class TrainingLoop:
             train_state.seconds = seconds_before + time.perf_counter() - start_time
         if not train_state.steps and train_state.failure is None:
             raise BudgetError(
-                f"{run.phase}/{run.stage}: {run.flops:.4g} FLOPs do not buy one step of {recipe.batch_size} examples, "
-                f"which costs {cost:.4g}: raise the budget or lower batch_size"
+                f"{run.phase}/{stage_label(run.stage)}: {run.flops:.4g} FLOPs do not buy one step of "
+                f"{recipe.batch_size} examples, which costs {cost:.4g}: raise the budget or lower batch_size"
             )
         # A failed run returns its last good state, with that of the optimizer; so does a segment that keeps its state.
         kept_optimizer = torch_optimizer if run.segment.keep or train_state.failure is not None else None
@@ -232,7 +233,8 @@ class TrainingLoop:
             else:
                 train_state.skipped += 1
                 train_state.record_step(np.full(1, np.nan))
-                self.monitor.scalar(f"{run.stage}/skipped_batches", train_state.skipped, train_state.steps)
+                tag = f"{stage_tag(run.stage)}/skipped_batches"
+                self.monitor.scalar(tag, train_state.skipped, train_state.steps)
         if train_state.scaler is not None:
             train_state.overflows = 0 if np.isfinite(norm).all() else train_state.overflows + 1
             if rejected:

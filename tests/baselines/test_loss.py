@@ -12,7 +12,7 @@ from baselines.rho import Rho
 from cads.accounting.ledger import SELECT, Ledger
 from cads.errors import ConfigError
 from cads.recipe import TrainConfig
-from cads.scoring.reference_models import train_on_pool, train_on_target
+from cads.scoring.stages import TrainOnPool, TrainOnTarget
 from cads.seeding import derive
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.synthetic_sources import SyntheticSource
@@ -41,7 +41,7 @@ def test_loss_is_that_of_a_model_fitted_to_the_target(images):
     task, ledger = images(batch_size=10), Ledger()
     selector = Loss(passes=4)
     ranking = selector.rank(task, seed=7, ledger=ledger)
-    theta = train_on_target(task, 4, seed=derive(7, "theta"), ledger=Ledger(), stage="theta")
+    theta = TrainOnTarget("theta", 4).run(task, seed=derive(7, "theta"), ledger=Ledger())
     assert ranking.score == pytest.approx(-losses(task, theta), rel=1e-4)
     assert ledger.entries[SELECT, "theta"].usages == 240
     assert selector.rank_plan(task).total().flops == pytest.approx(ledger.total().flops, rel=1e-9)
@@ -52,8 +52,8 @@ def test_rho_is_the_difference_of_two_losses(images):
     selector = Rho(pool_passes=2, target_passes=3)
     ranking = selector.rank(task, seed=7, ledger=ledger)
     seed = derive(7, "rho")
-    theta = train_on_target(task, 3, seed=seed, ledger=Ledger(), stage="theta")
-    u = train_on_pool(task, 2, seeds=[seed], ledger=Ledger(), stage="u")[0]
+    theta = TrainOnTarget("theta", 3).run(task, seed=seed, ledger=Ledger())
+    u = TrainOnPool("u", 2).run(task, seeds=[seed], ledger=Ledger())[0]
     assert ranking.score == pytest.approx(losses(task, u) - losses(task, theta), rel=1e-4, abs=1e-5)
     assert ledger.total().usages == 2 * 200 + 3 * 60
     assert selector.rank_plan(task).total().flops == pytest.approx(ledger.total().flops, rel=1e-9)
@@ -76,7 +76,7 @@ def test_el2n_is_a_mean_over_models(images):
     selector = El2n(models=2, warm_up=1)
     ranking = selector.rank(task, seed=7, ledger=ledger)
     seeds = [derive(7, "el2n", k) for k in range(2)]
-    models = train_on_pool(task, 1, seeds=seeds, ledger=Ledger(), stage="warm-up")
+    models = TrainOnPool("warm-up", 1, 2).run(task, seeds=seeds, ledger=Ledger())
     with torch.no_grad():
         each = [error_norms(task, m.eval(), task.pool.batch(np.arange(200))).numpy() for m in models]
     assert ranking.score == pytest.approx(np.mean(each, axis=0), rel=1e-4)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ import yaml
 
 from cads.cli.main import main
 from cads.recipe import TrainConfig
-from cads.registry import SELECTORS, names, selector_class
+from cads.registry import SELECTORS, names, selector_class, task_config_class
+from cads.runtime.checkpoint import CheckpointConfig
 from cads.selection import Selection
+from cads.study.grid import Grid
 from cads.tasks.vision.config import VisionConfig
 
 CONFIG = """
@@ -186,6 +189,34 @@ class TestHelp:
         for name in ("config", "kind", "method", "budget", "count_selection", "seed", "out", "tensorboard"):
             assert name in entries
 
+    @pytest.mark.parametrize("kind", ["language", "vision"])
+    def test_every_field_of_a_grid_is_listed_and_explained(self, cads, kind):
+        status, shown, _ = cads("compare", "--kind", kind, "--help")
+        assert status == 0
+        entries = dict(re.findall(r"^  --([\w.-]+)(.*?)(?=^  -|^\S|\Z)", shown, re.MULTILINE | re.DOTALL))
+        sections = (("task", task_config_class(kind)), ("train", TrainConfig), ("checkpoint", CheckpointConfig))
+        wanted = {f"{section}.{field.name}" for section, cls in sections for field in fields(cls)}
+        wanted |= {field.name for field in fields(Grid)} - {"task", "train", "checkpoint"}
+        for name in wanted | {"out", "shard", "dry-run", "import"}:
+            explained = re.sub(r"\(?(required, )?type: .*", "", " ".join(entries[name].split()))
+            assert len(re.findall(r"[a-z]{2,}", explained)) >= 2, f"{name}: {explained!r}"
+
+    def test_every_field_of_a_report_is_explained(self, cads):
+        status, shown, _ = cads("report", "--help")
+        assert status == 0
+        for text in ("folder of `cads compare`", "HTML file", "Another metric"):
+            assert text in " ".join(shown.split())
+
+    @pytest.mark.parametrize("command", ["plan", "select", "train", "compare"])
+    def test_how_to_see_the_fields_of_other_kinds_is_said(self, cads, command):
+        shown = {kind: " ".join(cads(command, "--kind", kind, "--help")[1].split()) for kind in ("language", "vision")}
+        assert "--task.model MODEL" in shown["vision"] != shown["language"]
+        assert "--task.peft" in shown["language"]
+        assert "--task.peft" not in shown["vision"]
+        for kind, text in shown.items():
+            assert f"The fields of task are those of kind {kind}" in text
+            assert f"`cads {command} --kind KIND" in text
+
     def test_the_docstrings_are_what_is_shown(self, cads):
         shown = " ".join(cads("select", "--help")[1].split())
         for text in ("Examples a step.", "mlp: hidden units.", "Return the full pool unless the choice beat it"):
@@ -197,6 +228,19 @@ class TestHelp:
         assert "select" in shown
         assert "train" in shown
         assert cads()[0] == 2
+
+    def test_the_version_is_said(self, cads):
+        assert cads("--version")[:2] == (0, f"cads {version('cads-select')}\n")
+
+    @pytest.mark.parametrize("words", ["import cads", "main(['--help'])", "main(['--version'])", "main(['selct'])"])
+    def test_help_and_version_load_no_library(self, words):
+        """They come at once: nothing of torch, transformers, numpy or scipy is imported for them."""
+        code = f"import sys; from cads.cli.main import main; {words}; print(sorted(sys.modules), file=sys.stderr)"
+        code = code.replace("from cads.cli.main import main; ", "") if words.startswith("import") else code
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+        loaded = {name.split(".")[0] for name in re.findall(r"'([\w.]+)'", done.stderr)}
+        assert "cads" in loaded
+        assert not loaded & {"torch", "transformers", "numpy", "scipy", "jsonargparse", "rich", "yaml"}
 
     def test_the_console_script(self):
         script = Path(sys.executable).parent / "cads"
@@ -339,5 +383,5 @@ def test_control_c_ends_a_grid_without_a_traceback(cads, monkeypatch):
     def stopped(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cads.cli.main.compare", stopped)
+    monkeypatch.setattr("cads.cli.study_commands.compare", stopped)
     assert cads("compare") == (130, "", "cads: stopped by SIGINT; what was finished is kept")

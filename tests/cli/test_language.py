@@ -102,7 +102,7 @@ def test_what_is_recognised_is_said_once_by_the_first_process(folder, selected, 
     monkeypatch.setattr(logging.root, "handlers", [])
     monkeypatch.setattr(logging.root, "level", logging.WARNING)
     monkeypatch.setattr(type(SINGLE_PROCESS), "first", first)
-    monkeypatch.setattr("cads.cli.main.close", lambda: None)
+    monkeypatch.setattr("cads.cli.execution.close", lambda: None)
     rows = [*sums(40), {"id": "e", "prompt": "nothing", "response": "", "source": "right", "kind": "small"}]
     pool = write_lines(tmp_path / "pool.jsonl", rows)
     target = write_lines(tmp_path / "target.jsonl", [{"question": r["prompt"], "answer": "1."} for r in sums(20, 1)])

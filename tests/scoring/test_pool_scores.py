@@ -22,7 +22,8 @@ from cads.data.token_batches import budget_batches, by_id, lengths, scoring_batc
 from cads.errors import ConfigError, DataError
 from cads.scoring import pool_scores
 from cads.scoring.pool_scores import planned_flops, reading_flops, score_pool
-from cads.scoring.reference_models import plan_training, proxy_of, train_on_pool, train_on_target
+from cads.scoring.reference_models import proxy_of
+from cads.scoring.stages import TrainOnPool, TrainOnTarget
 
 
 def score(task, model, pool=None, **options):
@@ -149,10 +150,11 @@ class TestScorers:
     @pytest.mark.parametrize("passes", [0, 0.05, 1, 2.5])
     def test_training_is_planned_to_the_step(self, images, passes):
         task, planned, spent = images(batch_size=8), PlannedLedger(), Ledger()
-        plan_training(task, task.pool, passes, planned, stage="u", models=2)
-        plan_training(task, task.target, passes, planned, stage="theta")
-        train_on_pool(task, passes, seeds=[0, 1], ledger=spent, stage="u")
-        train_on_target(task, passes, seed=0, ledger=spent, stage="theta")
+        on_pool, on_target = TrainOnPool("u", passes, 2), TrainOnTarget("theta", passes)
+        on_pool.charge(task, planned)
+        on_target.charge(task, planned)
+        on_pool.run(task, seeds=[0, 1], ledger=spent)
+        on_target.run(task, seed=0, ledger=spent)
         assert planned.total().flops == pytest.approx(spent.total().flops, rel=1e-9)
         assert planned.total().usages == spent.total().usages
         if passes >= 1:
@@ -161,8 +163,8 @@ class TestScorers:
     def test_no_passes_are_the_initial_weights(self, images):
         task = images()
         for model in (
-            train_on_pool(task, 0, seeds=[5], ledger=Ledger(), stage="u")[0],
-            train_on_target(task, 0, seed=5, ledger=Ledger(), stage="t"),
+            TrainOnPool("u", 0).run(task, seeds=[5], ledger=Ledger())[0],
+            TrainOnTarget("t", 0).run(task, seed=5, ledger=Ledger()),
         ):
             for mine, its in zip(model.parameters(), task.model(5).parameters(), strict=True):
                 assert torch.equal(mine.cpu(), its)
@@ -173,7 +175,7 @@ class TestScorers:
         other = copy.copy(task)
         other.pool = Pool(task.pool.ids.take(pa.array(order)), task.pool.examples.take(order))
         assert by_id(other.pool).tolist() != by_id(task.pool).tolist()
-        one, two = (train_on_pool(t, 1, seeds=[0], ledger=Ledger(), stage="u")[0] for t in (task, other))
+        one, two = (TrainOnPool("u", 1).run(t, seeds=[0], ledger=Ledger())[0] for t in (task, other))
         for mine, its in zip(one.parameters(), two.parameters(), strict=True):
             assert torch.equal(mine, its)
 
@@ -191,7 +193,7 @@ class TestScorers:
     def test_models_that_diverge_are_refused(self, images):
         task = images(batch_size=8, learning_rate=1e30, clip_norm=None, optimizer="sgd")
         with pytest.raises(DataError, match="not finite"):
-            train_on_pool(task, 3, seeds=[0, 1], ledger=Ledger(), stage="u")
+            TrainOnPool("u", 3, 2).run(task, seeds=[0, 1], ledger=Ledger())
 
 
 def test_the_model_is_evaluated_not_trained(features):

@@ -159,15 +159,18 @@ def watched_search(task, **options):
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
 def test_a_held_alpha_weighs_the_whole_penalty(features, alpha):
     scalars = watched_search(features(batch_size=8), alpha=alpha).scalars
-    assert set(scalars["control/c1"]) == set(scalars["control/c2"]) == {alpha}
-    assert scalars["outer/R"][0] > 0
+    for tag in ("control/weight_of_target_model_loss", "control/weight_of_loss_within_reach"):
+        assert set(scalars[tag]) == {alpha}
+    assert scalars["outer/target_model_loss"][0] > 0
 
 
 def test_without_theta_there_is_no_penalty_to_weigh(features, monkeypatch):
     for module in ("sources", "source_risk"):
         monkeypatch.setattr(f"cads.{module}.theta_flops", lambda *args: (0.0, []))
     scalars = watched_search(features(batch_size=8), alpha=1.0).scalars
-    assert set(scalars["outer/R"]) == set(scalars["control/c1"]) == set(scalars["control/c2"]) == {0.0}
+    weights = ("control/weight_of_target_model_loss", "control/weight_of_loss_within_reach")
+    for tag in ("outer/target_model_loss", *weights):
+        assert set(scalars[tag]) == {0.0}
 
 
 def test_a_choice_beats_everything_by_more_than_the_target_can_tell_by_chance():
@@ -272,7 +275,9 @@ def test_a_policy_without_steps_stays_where_it_starts(features, policy):
 def test_a_penalty_whose_batches_hold_target_or_pool_alone_is_refused_at_once(features, alpha):
     task, ledger = features(batch_size=8), Ledger()
     for begin in (PenalizedSources(alpha).plan, partial(PenalizedSources(alpha).select, seed=0, ledger=ledger)):
-        with pytest.raises(ConfigError, match=rf"alpha = {alpha}: of a batch of 8 theta would take [08] examples"):
+        with pytest.raises(
+            ConfigError, match=rf"alpha = {alpha}: of a batch of 8 the target model would take [08] examples"
+        ):
             begin(task, Budget(16, "epochs"))
     assert not ledger.entries
 
@@ -377,7 +382,7 @@ def test_a_reference_that_diverges_is_named(features, monkeypatch, kind):
         return runs
 
     monkeypatch.setattr(InnerLoop, "run", diverging)
-    with pytest.raises(DataError, match=r"u: the run on .* pool met a loss that is not finite"):
+    with pytest.raises(DataError, match=r"reference model: the run on .* pool met a loss that is not finite"):
         kind(allowance=1.0).select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
     assert stages == ["u"]
 

@@ -240,7 +240,7 @@ class TestSearch:
         assert not forced.selected.all()
         assert forced.notes["gain"] == pytest.approx(-0.1)
 
-    @pytest.mark.parametrize(("finite", "named"), [(0, "u"), (1, "full pool")])
+    @pytest.mark.parametrize(("finite", "named"), [(0, "reference model"), (1, "full pool")])
     def test_a_run_that_nothing_can_do_without_is_named_if_it_diverges(self, noisy, monkeypatch, finite, named):
         """u is measured first."""
         objectives = chain(repeat(1.0, finite), repeat(float("nan")))

@@ -57,8 +57,9 @@ SHARD = 2**16
 class CadsAmortised(Search):
     """Probabilities as a function of loss, entropy, margin, source and length, learned on a sample of the pool.
 
-    theta is fitted to one half of the target, u to the sample. Where the budget does not pay for a forward pass over
-    the pool, features that are free select from all of it; without any, a random share of it is read.
+    The target model is fitted to one half of the target, the reference model to the sample. Where the budget does not
+    pay for a forward pass over the pool, features that are free select from all of it; without any, a random share of
+    it is read.
     """
 
     features: list[Kind] | None = None
@@ -347,7 +348,7 @@ def watch(
     if best is None:
         return
     probability = best.policy.probabilities(sample.features)
-    monitor.scalar("outer/R", float(np.average(sample.from_theta, weights=probability)), rung_index)
+    monitor.scalar("outer/target_model_loss", float(np.average(sample.from_theta, weights=probability)), rung_index)
     monitor.scalar("outer/entropy", entropy(probability), rung_index)
-    monitor.scalar("control/c2_over_c1", best.reach_weight, rung_index)
+    monitor.scalar("control/ratio_of_weights", best.reach_weight, rung_index)
     monitor.histogram("outer/probabilities", probability, rung_index)

@@ -37,12 +37,13 @@ from cads.selectors.cads_e.schedule import KEPT_FOR_THETA, TARGET_FRACTION, Sign
 class CadsExamples(Search):
     """CADS-E: selection probabilities for single examples; sources are not needed.
 
-    theta is fitted to one half of the target and u to the pool; each candidate policy is one step along the
-    penalty's gradient from the uniform policy, of its own length and weight on l*, the same in each class. A ladder
-    of short runs finds the best one on the other half of the target, the full pool among them throughout. Where the
-    allowance buys more, theta is trained for longer, in the end on the target and on what it keeps itself, u is not
-    needed, and a few long runs decide. Of a pretrained model few steps of both are enough;
-    where the short runs see the whole pool, the first of them is u.
+    The target model is fitted to one half of the target, the reference model to the pool. Each candidate policy is one
+    step along the penalty's gradient from the uniform policy, the same in each class. It has its own length, and its
+    own weight on the losses of the reference model. A ladder of trials finds the best one on the other half of the
+    target, the full pool among them throughout. Where the allowance buys more, the target model is trained for longer,
+    in the end on the target and on what it keeps itself, no reference model is needed, and a few long trials decide. Of
+    a pretrained model few steps of both are enough; where the trials see the whole pool, the first of them is the
+    reference model.
     """
 
     method: ClassVar[str] = "cads-e"
@@ -113,7 +114,7 @@ class CadsExamples(Search):
             watch_sources(monitor, task.pool, probability, rung_index)
             monitor.scalar("outer/best_gain", float(np.nanmin(delta_objective)), rung_index)
             monitor.scalar("outer/entropy", entropy(probability), rung_index)
-            monitor.scalar("control/c2_over_c1", best.reach_weight, rung_index)
+            monitor.scalar("control/ratio_of_weights", best.reach_weight, rung_index)
             monitor.histogram("outer/probabilities", probability, rung_index)
         monitor.panels(task.pool, probability, len(rungs), task.describe)
         return Choice(
@@ -196,8 +197,8 @@ def run_candidates(
 def watch_penalty(monitor: Monitor, signals: Signals, probability: np.ndarray, step: int) -> None:
     """Record R, l* and the gap in expectation over a policy (shape (N,))."""
     risk = float(np.average(signals.from_theta, weights=probability))
-    monitor.scalar("outer/R", risk, step)
+    monitor.scalar("outer/target_model_loss", risk, step)
     if signals.from_u is not None:
         reach = float(np.average(signals.from_u, weights=probability))
-        monitor.scalar("outer/l*", reach, step)
+        monitor.scalar("outer/loss_within_reach", reach, step)
         monitor.scalar("outer/gap", risk - reach, step)

@@ -54,21 +54,22 @@ POLICY_STEPS, POLICY_STEP = 20, 0.05
 """Steps of the policy in each round, and their length in the largest probability."""
 
 Reach = Literal["fitted", "extrapolated", "exact"]
-NOTHING = "the budget does not cover the runs of the penalty: the full pool is returned"
+NOTHING = "the budget does not cover the trials of the penalty: the full pool is returned"
 
 
 @dataclass
 class PenalizedSources:
-    """CADS-S by the plain penalty: l* from some masks, then theta and the policy in turn."""
+    """CADS-S by the plain penalty: the loss within reach from trials, then the target model and the policy in turn."""
 
     alpha: float = 0.1
     """Weight of the penalty."""
     reach: Reach = "fitted"
-    """l*: the losses that short runs reach, those extrapolated to C, or those of runs for all of C."""
+    """The training loss within reach: what trials reach, that extrapolated to the budget, or what runs for all of it
+    reach."""
     masks: int = 8
-    """Masks that are trained for l*, which is then fitted over all masks."""
+    """Masks that are tried for the training loss within reach, which is then fitted over all masks."""
     rounds: int = 5
-    """Turns of theta and policy."""
+    """Turns of the target model and the policy."""
     draws: int = 16
     """Masks drawn for each step of the policy."""
 
@@ -143,8 +144,8 @@ class PenalizedSources:
         batch_size, from_target = task.recipe.batch_size, round(task.recipe.batch_size / (1 + self.alpha))
         if not 0 < from_target < batch_size:
             raise ConfigError(
-                f"alpha = {self.alpha}: of a batch of {batch_size} theta would take {from_target} examples from the "
-                "target, and it needs some from the pool too: choose an alpha nearer to 1, or raise batch_size"
+                f"alpha = {self.alpha}: of a batch of {batch_size} the target model would take {from_target} examples "
+                "from the target, and it needs some from the pool too: choose an alpha nearer to 1, or raise batch_size"
             )
         costs, space = InnerLoopCosts(task, Ledger()), SubsetSpace(task.pool)
         if has_one_source(task.pool):
@@ -242,8 +243,8 @@ class PenalizedSources:
     ) -> None:
         marginals = policy.probabilities[None]
         risk, reached = float(mean_over_sources(marginals, space.sizes, risks)[0]), float(reach(marginals)[0])
-        monitor.scalar("outer/R", risk, turn)
-        monitor.scalar("outer/l*", reached, turn)
+        monitor.scalar("outer/target_model_loss", risk, turn)
+        monitor.scalar("outer/loss_within_reach", reached, turn)
         monitor.scalar("outer/gap", risk - reached, turn)
         monitor.scalar("outer/entropy", policy.entropy(), turn)
         monitor.probabilities(space.pool.source_names, policy.probabilities, turn)

@@ -1,4 +1,4 @@
-"""CADS-S: which sources to train on. A policy over masks (or mixtures) of sources, learned from short runs.
+"""CADS-S: which sources to train on. A policy over masks (or mixtures) of sources, learned from trials.
 
 The outer gradient is the corrected estimator: the score-function estimator of the true bilevel objective,
 with the penalty of CADS (arXiv 2510.16806), and a regression on the runs so far, as its control variate.
@@ -44,7 +44,7 @@ from cads.task import Task
 
 @dataclass
 class CadsSources(Search):
-    """CADS-S, corrected estimator: a policy over sources, learned on a ladder of short runs.
+    """CADS-S, corrected estimator: a policy over sources, learned on a ladder of trials.
 
     Each rung trains a few draws of the policy, and always the full pool, on a share of each source, measures the
     outer objective relative to the full pool, refits the control variate, and moves the policy along the corrected
@@ -54,10 +54,11 @@ class CadsSources(Search):
     policy: Literal["bernoulli", "mixture"] = "bernoulli"
     """Subsets of sources, or mixture ratios."""
     reach: Literal["fitted", "extrapolated"] = "fitted"
-    """l*: fitted over masks to the losses the short runs reached, or to those extrapolated to the budget."""
+    """The training loss within reach: fitted over masks to what the trials reached, or to that extrapolated to the
+    budget."""
     alpha: float | None = None
-    """Weight of the penalty in the control variate, c1 = c2 = alpha, or 0 where the budget buys no R; null: c1 and c2
-    are fitted to the short runs."""
+    """Weight of the penalty in the control variate: of the target model's loss, and of the training loss within reach.
+    It is 0 where the budget buys no target model. null: the two weights are fitted to the trials."""
     policy_steps: int = 60
     """Steps of the policy after each rung; 0: it stays where it starts."""
 
@@ -178,12 +179,12 @@ class CadsSources(Search):
         risk, reach = float(control.risk(marginals[None])[0]), float(control.reach(marginals[None])[0])
         monitor.scalar("outer/best_gain", float(np.nanmin(history.delta_objective)), rung_index)
         monitor.scalar("outer/objective", float(control(marginals[None])[0]), rung_index)
-        monitor.scalar("outer/R", risk, rung_index)
-        monitor.scalar("outer/l*", reach, rung_index)
+        monitor.scalar("outer/target_model_loss", risk, rung_index)
+        monitor.scalar("outer/loss_within_reach", reach, rung_index)
         monitor.scalar("outer/gap", risk - reach, rung_index)
         monitor.scalar("outer/entropy", policy.entropy(), rung_index)
-        monitor.scalar("control/c1", control.c1, rung_index)
-        monitor.scalar("control/c2", control.c2, rung_index)
+        monitor.scalar("control/weight_of_target_model_loss", control.c1, rung_index)
+        monitor.scalar("control/weight_of_loss_within_reach", control.c2, rung_index)
         monitor.scalar("control/leave_one_out_error", control.loo_error, rung_index)
         monitor.probabilities(space.pool.source_names, marginals, rung_index)
         monitor.histogram("outer/probabilities", marginals[space.pool.sources], rung_index)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from cads.accounting.ledger import EVALUATE, TRAIN
+from cads.accounting.stage_labels import stage_label
 from cads.study.analysis.frontier import expected_jaccard, jaccard
 from cads.study.tables import DONE, read_file, read_rows
 
@@ -73,14 +74,14 @@ def by_place(runs: Iterable[Row], max_budgets: int = MOST_BUDGETS) -> dict[Place
 
 
 def ledgers(methods: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, float]]:
-    """FLOPs by stage of each method, means over seeds, without evaluation."""
+    """FLOPs by stage, in words, of each method: means over seeds, without evaluation."""
     spent: dict[str, dict[str, float]] = {}
     for method, rows in methods.items():
         stages: dict[str, float] = {}
         for row in rows:
             for entry in json.loads(row["ledger"]):
                 if entry["phase"] != EVALUATE:
-                    name = "final training" if entry["phase"] == TRAIN else entry["stage"]
+                    name = "final training" if entry["phase"] == TRAIN else stage_label(entry["stage"])
                     stages[name] = stages.get(name, 0.0) + entry["flops"] / len(rows)
         spent[method] = stages
     totals: dict[str, float] = {}

@@ -1,0 +1,141 @@
+"""Plan, select and train in one call each: what the commands of the same name do, in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import Ledger
+from cads.errors import ConfigError
+from cads.monitor import Monitor
+from cads.planning.methods import plan_methods
+from cads.planning.plan import Plan
+from cads.registry import build_selector
+from cads.selection import Selection
+from cads.selector import Selector
+from cads.task import Task
+from cads.training import final
+from cads.training.final import TrainedModel
+
+DEFAULT_METHOD = "cads-s"
+
+
+def plan(
+    task: Task,
+    budget: Budget | str | float,
+    *,
+    method: str | Sequence[str] | None = None,
+    count_selection: bool | None = None,
+    flops_per_second: float | None = None,
+) -> Plan:
+    """What each method would cost by stage, in FLOPs, and what it would leave to train with. Nothing is trained.
+
+    Args:
+        task: data, model and recipe.
+        budget: FLOPs, or text such as "5 epochs", "225000 usages" or "3e6 tokens".
+        method: one name or several; None for all that are installed.
+        count_selection: whether the budget covers selection too; None: as a `Budget` says, or no.
+        flops_per_second: of this machine, for the times; None to measure it.
+
+    Returns:
+        a plan, which prints by `plan.table()` and is written by `plan.to_json()`.
+
+    Raises:
+        BudgetError: if the budget does not parse, or does not buy one step.
+        ConfigError: if a method is unknown, or does not apply to the task.
+    """
+    methods = [method] if isinstance(method, str) else method
+    return plan_methods(task, _budget(budget, count_selection), methods, flops_per_second=flops_per_second)
+
+
+def select(
+    task: Task,
+    budget: Budget | str | float,
+    *,
+    method: str | Selector = DEFAULT_METHOD,
+    seed: int = 0,
+    count_selection: bool | None = None,
+    ledger: Ledger | None = None,
+    monitor: Monitor | None = None,
+    **options: Any,
+) -> Selection:
+    """Choose what to train on.
+
+    Args:
+        task: data, model and recipe.
+        budget: FLOPs for training the final model, or text such as "5 epochs", "225000 usages" or "3e6 tokens".
+        method: name of an installed selector, or a selector.
+        seed: of everything that is drawn.
+        count_selection: whether the budget covers selection too; None: as a `Budget` says, or no.
+        ledger: charged for what selection spends; None for a new one, which the Selection holds.
+        monitor: shows progress and writes TensorBoard events; None for neither.
+        options: of the selector, by name.
+
+    Returns:
+        a Selection: scores, probabilities and choice of each example, and the account of every FLOP.
+
+    Raises:
+        BudgetError: if the budget does not parse, or does not buy one step.
+        ConfigError: if the method or an option is unknown or refused.
+        DataError: if the data cannot be selected from.
+    """
+    selector = _selector(method, options)
+    ledger = Ledger() if ledger is None else ledger
+    return selector.select(task, _budget(budget, count_selection), seed=seed, ledger=ledger, monitor=monitor)
+
+
+def train(
+    task: Task,
+    budget: Budget | str | float,
+    *,
+    method: str | Selector = DEFAULT_METHOD,
+    selection: Selection | None = None,
+    seed: int = 0,
+    count_selection: bool | None = None,
+    monitor: Monitor | None = None,
+    evaluations: Sequence[str] = (),
+    **options: Any,
+) -> TrainedModel:
+    """Train the final model within the budget, and measure it on the test set.
+
+    Args:
+        task: data, model and recipe.
+        budget: FLOPs for training the final model, or text such as "5 epochs", "225000 usages" or "3e6 tokens".
+        method: selects first, where no `selection` is given; as in `select`.
+        selection: what to train on.
+        seed: of everything that is drawn.
+        count_selection: whether the budget covers selection too; None: as a `Budget` says, or no.
+        monitor: shows progress and writes TensorBoard events; None for neither.
+        evaluations: further ones of the task, such as "choices".
+        options: of the selector, by name.
+
+    Returns:
+        the model, its metrics on the test set, and the ledger of selection, training and evaluation.
+
+    Raises:
+        BudgetError: if the budget does not parse, or nothing is left to train with.
+        ConfigError: if the method, an option or an evaluation is unknown; or if options are given beside a selection.
+        SelectionError: if the selection was made from another pool.
+    """
+    parsed = _budget(budget, count_selection)
+    if selection is None:
+        selection = select(task, parsed, method=method, seed=seed, monitor=monitor, **options)
+    elif options:
+        raise ConfigError(f"options {sorted(options)} are those of a selector, and a selection is given: leave one out")
+    return final.train(task, selection, parsed, seed=seed, monitor=monitor, evaluations=evaluations)
+
+
+def _selector(method: str | Selector, options: dict[str, Any]) -> Selector:
+    if isinstance(method, str):
+        return build_selector(method, options)
+    if options:
+        raise ConfigError(f"options {sorted(options)} are given beside a selector that is made: make it with them")
+    return method
+
+
+def _budget(budget: Budget | str | float, count_selection: bool | None) -> Budget:
+    if not isinstance(budget, Budget):
+        return Budget.parse(budget, count_selection=bool(count_selection))
+    return budget if count_selection is None else replace(budget, count_selection=count_selection)

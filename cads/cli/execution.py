@@ -1,0 +1,54 @@
+"""Running a command: what it logs, and the exit status that each kind of error becomes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from importlib import import_module
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from cads.errors import CadsError
+from cads.runtime.processes import close, is_shared, world_group
+from cads.runtime.signals import Interrupted
+
+READING = ("plan", "select", "train")
+"""Commands that read their data once, and say how."""
+
+
+def run_command(module: str, name: str, argv: list[str]) -> int:
+    """Run the function `name` of `module` on `argv`; returns the exit status of `cads.cli.main.main`."""
+    console = Console(stderr=True)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    try:
+        first = world_group().first
+        if not first:
+            logging.getLogger().setLevel(logging.ERROR)
+        logging.getLogger("cads.tasks").setLevel(logging.INFO if first and name in READING else logging.NOTSET)
+        getattr(import_module(module), name)(argv)
+        close()
+    except Interrupted as stopped:
+        _print_reason(console, stopped, f"cads: {stopped}", "yellow")
+        return stopped.status
+    except KeyboardInterrupt:
+        console.print("cads: stopped by SIGINT; what was finished is kept", style="yellow")
+        return 128 + signal.SIGINT
+    except CadsError as error:
+        _print_reason(console, error, f"{type(error).__name__}: {error}", "red")
+        return 1
+    except OSError as error:
+        file = f"{error.filename!r}: " if error.filename else ""
+        _print_reason(console, error, f"cads: {file}{error.strerror or error}", "red")
+        return 1
+    return 0
+
+
+def _print_reason(console: Console, error: Exception, text: str, style: str) -> None:
+    """Say why a command ends: on the first process, and on any that alone knows the reason."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or not (is_shared(error) or isinstance(error, Interrupted)):
+        console.print(f"process {rank}: {text}" if rank else text, style=style, markup=False, highlight=False)

@@ -1,0 +1,85 @@
+"""The settings that commands have beside task, recipe and selector. Their docstrings are the help texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from cads.accounting.costs import AccountingName
+
+
+@dataclass
+class CommandSettings:
+    """Settings of a command that works on one task with one method."""
+
+    command: ClassVar[str]
+    description: ClassVar[str]
+
+    budget: float | str = "5 epochs"
+    """'2e15' FLOPs, '225000 usages', '5 epochs', '3e6 tokens'."""
+    count_selection: bool = False
+    """The budget covers selection too."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    out: str | None = None
+    """Folder of the run."""
+    overwrite: bool = False
+    """Begin anew, whatever the folder holds."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+@dataclass
+class PlanSettings(CommandSettings):
+    """Settings of `cads plan`."""
+
+    command: ClassVar[str] = "plan"
+    description: ClassVar[str] = (
+        "Say what each method would cost and what is left to train with; nothing is trained, no weights are loaded."
+    )
+
+    accounting: AccountingName = "analytic"
+    """How FLOPs are counted."""
+    json: str | None = None
+    """File for the plan as JSON."""
+    flops_per_second: float | None = None
+    """For the times; null: measured."""
+    methods: list[str] | None = None
+    """Names; null: all that are known."""
+    selectors: dict[str, Any] = field(default_factory=dict)
+    """Options of other methods, by name."""
+
+
+@dataclass
+class SelectSettings(CommandSettings):
+    """Settings of `cads select`."""
+
+    command: ClassVar[str] = "select"
+    description: ClassVar[str] = "Choose what to train on, and write a Selection."
+
+
+@dataclass
+class TrainSettings(CommandSettings):
+    """Settings of `cads train`."""
+
+    command: ClassVar[str] = "train"
+    description: ClassVar[str] = "Train the final model on a Selection within the budget, and test it."
+
+    selection: str | None = None
+    """Folder that `cads select` wrote."""
+    merge: bool = False
+    """Write adapters into the model they stand on."""
+    eval: list[str] | str | None = None
+    """Further evaluations of the task, one or a list: choices, exact_match, lm_eval:TASKS."""
+
+
+@dataclass
+class ReportSettings:
+    """Settings of `cads report`."""
+
+    out: str | None = None
+    """HTML file; null: report.html in the folder of results. Fits and figures go beside it."""
+    metric: str | None = None
+    """Another metric of the test set than the one of the grid."""

@@ -1,0 +1,58 @@
+"""What each of several methods would cost, and what it would leave to train with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from cads.accounting.budget import Budget
+from cads.accounting.throughput import matmul_flops_per_second
+from cads.errors import ConfigError
+from cads.planning.ccds import PUBLISHED
+from cads.planning.plan import Plan, Plannable, make_plan
+from cads.registry import SELECTORS, build_selector, names
+from cads.task import Task
+from cads.tasks.language.shapes import ShapeOnlyLanguageTask
+
+
+def plan_methods(
+    task: Task,
+    budget: Budget,
+    methods: Sequence[str] | None = None,
+    *,
+    selectors: Mapping[str, Plannable] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    flops_per_second: float | None = None,
+) -> Plan:
+    """The plan of each method; nothing is trained.
+
+    Args:
+        methods: names; None for all that are known, of which those that do not apply are listed with the reason.
+        selectors: methods that are made already, by name.
+        options: of methods that are to be made, by name.
+        flops_per_second: of this machine, for the times; None to measure it.
+
+    Raises:
+        ConfigError: if a method of `methods` is unknown, or does not apply to this task.
+        BudgetError: if the budget does not buy one step.
+    """
+    rate, rate_from = flops_per_second, "given"
+    if rate is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        rate, rate_from = matmul_flops_per_second(device, task.recipe.precision), f"matrix products on this {device}"
+    # Selectors read their examples to say what they cost. Where there are none, it is what has been published.
+    made = {**(PUBLISHED if isinstance(task, ShapeOnlyLanguageTask) else {}), **(selectors or {})}
+    plannable: dict[str, Plannable] = {}
+    refused: dict[str, str] = {}
+    for name in sorted({*names(SELECTORS), *made}) if methods is None else methods:
+        try:
+            plannable[name] = made.get(name) or build_selector(name, (options or {}).get(name))
+        except ConfigError as error:
+            if methods is not None:
+                raise
+            refused[name] = str(error)
+    plan = make_plan(task, budget, plannable, flops_per_second=rate, rate_from=rate_from, strict=methods is not None)
+    plan.refused.update(refused)
+    return plan
