@@ -7,8 +7,6 @@ final model is trained. The rest of cads uses data and models only through these
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from cads.data.batch import Batch
 from cads.data.pool import Pool
 from cads.errors import ConfigError, DataError
+from cads.runtime.atomic_files import atomic_file
 
 if TYPE_CHECKING:
     from cads.accounting.costs import Costs
@@ -167,10 +166,8 @@ class Task(ABC):
         """
         self.check_merge(merge)
         weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
-        handle, temporary = tempfile.mkstemp(prefix=".model.", dir=folder)
-        os.close(handle)
-        save_file(weights, temporary)
-        os.replace(temporary, folder / "model.safetensors")
+        with atomic_file(folder / "model.safetensors") as partial:
+            save_file(weights, partial)
 
     def check_merge(self, merge: bool) -> None:
         """Refuse to merge adapters if the models have none.

@@ -5,24 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cads.accounting.ledger import LedgerEntry
+from cads.data.hashing import add_tensors
 from cads.errors import CheckpointError, ConfigError
+from cads.runtime.atomic_files import atomic_file
 
 log = logging.getLogger(__name__)
 
-FORMAT = "cads-features-1"
+FORMAT = "cads-features-2"
 
 
 @dataclass(frozen=True)
@@ -77,15 +76,11 @@ def _write(path: Path, key: str, shard: FeatureShard) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     spent = {stage: asdict(entry) for stage, entry in shard.spent.items()}
     header = {"format": FORMAT, "key": key, "sha256": _digest(shard.features), "spent": json.dumps(spent)}
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
     try:
-        save_file({"features": shard.features.contiguous()}, partial, header)
-        os.replace(partial, path)
+        with atomic_file(path) as partial:
+            save_file({"features": shard.features.contiguous()}, partial, header)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written ({error}): look at the disk, or keep no features") from error
-    finally:
-        Path(partial).unlink(missing_ok=True)
 
 
 def _read(path: Path, key: str, shape: tuple[int, int]) -> FeatureShard:
@@ -113,4 +108,6 @@ def _read(path: Path, key: str, shape: tuple[int, int]) -> FeatureShard:
 
 
 def _digest(features: Tensor) -> str:
-    return hashlib.sha256(features.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+    digest = hashlib.sha256()
+    add_tensors(digest, {"features": features})
+    return digest.hexdigest()

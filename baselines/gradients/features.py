@@ -19,11 +19,12 @@ from baselines.gradients.adam_direction import AdamDirection, Recipe
 from baselines.gradients.feature_store import FeatureShard, FeatureStore
 from baselines.gradients.per_example import PerExample, last_layer, only_last_layer, rows_of
 from baselines.gradients.projection import Dimension, Projection, make_projection
-from baselines.gradients.warmup import Checkpoint, update_digest
+from baselines.gradients.warmup import Checkpoint
 from baselines.kernels.autocast import Precision
 from cads.accounting.ledger import SELECT, Ledger
 from cads.accounting.operations import normalisation_flops, similarity_flops
 from cads.data.batch import Batch
+from cads.data.hashing import add_tensors
 from cads.data.pool import Pool
 from cads.data.token_batches import scoring_batches
 from cads.errors import DataError
@@ -86,7 +87,7 @@ class GradientFeatures:
         self._frozen_digest = ""
         if config.folder is not None:
             digest = hashlib.sha256()
-            update_digest(digest, {n: p for n, p in model.named_parameters() if not p.requires_grad})
+            add_tensors(digest, {n: p for n, p in model.named_parameters() if not p.requires_grad})
             self._frozen_digest = digest.hexdigest()
         self._checkpoint: Checkpoint | None = None
         self._direction: AdamDirection | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from baselines.random import random_scores
 from cads.accounting.ledger import ROUNDING, SELECT, Ledger, PlannedLedger
 from cads.data.batch import Batch
+from cads.data.hashing import add_tensors
 from cads.data.ids import rank_by_score
 from cads.data.streams import ShuffledStream
 from cads.data.token_batches import lengths
@@ -90,7 +90,7 @@ class Checkpoint:
         """Hash of all tensors and the step: two checkpoints with the same hash give the same features."""
         digest = hashlib.sha256(str(self.steps).encode())
         for part in PARTS:
-            update_digest(digest, getattr(self, part))
+            add_tensors(digest, getattr(self, part))
         return digest.hexdigest()
 
 
@@ -209,11 +209,3 @@ def need_adam(task: Task) -> None:
             f"optimizer = {task.recipe.optimizer!r} keeps no moments of Adam, which this recipe of less needs: "
             "train with adamw, or give --options.recipe sgd"
         )
-
-
-def update_digest(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
-    """Add tensors to a digest: names, shapes, types and bytes, in order of the names."""
-    for name in sorted(tensors):
-        x = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(x.shape)} {x.dtype}\0".encode())
-        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)

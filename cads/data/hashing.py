@@ -1,15 +1,17 @@
-"""Hashes of many rows at once: of the content of each example, and of whole columns of a table."""
+"""Hashes of many rows at once: of the content of each example, of columns of a table, and of tensors."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
+from torch import Tensor
 
 ROWS = 2**16
 """Rows that are hashed or copied at a time."""
@@ -64,3 +66,11 @@ def add_column(digest: Digest, column: pa.Array | pa.ChunkedArray) -> None:
         bounds = np.frombuffer(offsets, dtype=np.int64)[block.offset : block.offset + len(block) + 1]
         if bounds[-1] > bounds[0]:
             digest.update(memoryview(data)[bounds[0] : bounds[-1]])
+
+
+def add_tensors(digest: Digest, tensors: Mapping[str, Tensor]) -> None:
+    """Add tensors to a hash: name, type, shape and contents of each, in the order of their names."""
+    for name, tensor in sorted(tensors.items()):
+        x = tensor.detach().cpu().contiguous()
+        digest.update(f"\0{name}\0{x.dtype}\0{tuple(x.shape)}\0".encode())
+        digest.update(x.flatten().view(torch.uint8).numpy().data)

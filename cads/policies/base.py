@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -20,6 +19,7 @@ from safetensors.numpy import save as to_safetensors
 
 from cads.errors import CadsError, CheckpointError, ConfigError
 from cads.policies.simplex import Floats, blocks, finite_array
+from cads.runtime.atomic_files import atomic_file
 
 P = TypeVar("P", bound="Policy")
 
@@ -104,15 +104,10 @@ class Policy(ABC):
             "settings": {name: getattr(self, name) for name in self._settings},
         }
         content = to_safetensors({self._parameter: self._values}, {METADATA_KEY: json.dumps(header)})
-        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
         try:
-            with open(partial, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, target)
+            with atomic_file(target) as partial:
+                partial.write_bytes(content)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise CheckpointError(f"cannot write policy {target}: {error}") from error
 
     @classmethod

@@ -33,13 +33,19 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
         raise
 
 
-def whole_file(path: Path, content: str) -> None:
-    """Write a temporary file beside `path`, which then replaces `path`."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """Write a temporary file beside `path`; it replaces `path` when the block ends without an error.
+
+    Yields:
+        the temporary file, which is empty; it is removed if the block fails.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
     partial = Path(name)
     try:
-        with open(handle, "w", encoding="utf-8") as stream:
-            stream.write(content)
+        yield partial
         partial.chmod(0o644)
         sync(partial)
         os.replace(partial, path)
@@ -47,6 +53,12 @@ def whole_file(path: Path, content: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def whole_file(path: Path, content: str) -> None:
+    """Write text to `path`, all of it or nothing."""
+    with atomic_file(path) as partial:
+        partial.write_text(content, encoding="utf-8")
 
 
 def remove_folder(folder: Path) -> None:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cads.data.hashing import add_tensors
 from cads.errors import CheckpointError, ConfigError
 from cads.runtime.atomic_files import remove_folder, whole_folder
 from cads.runtime.safe_read import JSON_LIMIT, memory_limit
@@ -89,10 +89,7 @@ class State:
     def digest(self) -> str:
         """Hash of the values, and of the name, type, shape and contents of each tensor."""
         digest = hashlib.sha256(json.dumps(self.values, sort_keys=True).encode())
-        for name, x in sorted(self.tensors.items()):
-            tensor = x.detach().cpu().contiguous()
-            digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        add_tensors(digest, self.tensors)
         return digest.hexdigest()
 
     def detached(self) -> State:

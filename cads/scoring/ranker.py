@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch import nn
 
 from cads.accounting.budget import Budget, check_step
 from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
+from cads.data.hashing import add_tensors
 from cads.data.ids import best_first
 from cads.data.pool import Pool
 from cads.errors import BudgetError, ConfigError
@@ -124,7 +123,7 @@ class Ranker(ABC):
         settings.append(None if subtasks is None else np.asarray(subtasks).tolist())
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         if self.reads_model:
-            _add_weights(digest, scorer.model(seed))
+            add_tensors(digest, scorer.model(seed).state_dict())
         return digest.hexdigest()
 
     def select(
@@ -199,10 +198,3 @@ class Ranker(ABC):
             )
         check_step(task, remaining)
         return remaining
-
-
-def _add_weights(digest: Any, model: nn.Module) -> None:
-    """Add the names and the bytes of all tensors of `model` to a hash."""
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -5,8 +5,6 @@ The files have the format of a ranking's `scores.parquet`, an id and a score per
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -22,7 +20,7 @@ from cads.accounting.ledger import Ledger
 from cads.data.pool import Pool
 from cads.data.token_batches import SCORED_TOKENS
 from cads.errors import CadsError, DataError
-from cads.runtime.atomic_files import sync
+from cads.runtime.atomic_files import atomic_file
 from cads.runtime.processes import active_group
 from cads.runtime.safe_read import read_score_groups
 from cads.scoring.pool_scores import BatchPrice, Score, score_pool
@@ -51,14 +49,15 @@ class ScoreWriter:
         self.path = Path(path)
         self.rows = 0
         self._group = group
-        self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
+        self._stack = ExitStack()
         self._waiting: list[pa.RecordBatch] = []
         self._n_waiting = 0
         self._schema = pa.schema(list(COLUMNS.items()))
 
     def __enter__(self) -> ScoreWriter:
         try:
-            self._file = pq.ParquetWriter(self._partial, self._schema, use_dictionary=False)
+            partial = self._stack.enter_context(atomic_file(self.path))
+            self._file = pq.ParquetWriter(partial, self._schema, use_dictionary=False)
         except OSError as error:
             raise DataError(f"{self.path} cannot be written: {error}") from error
         return self
@@ -83,17 +82,18 @@ class ScoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
-                self._flush()
-            self._file.close()
-            if kind is None:
-                sync(self._partial)
-                os.replace(self._partial, self.path)
-                sync(self.path.parent)
+            with self._stack:
+                if error is None:
+                    self._flush()
+                self._file.close()
+                if error is not None:
+                    raise error
         except OSError as failure:
-            raise DataError(f"{self.path} cannot be written: {failure}") from failure
-        finally:
-            self._partial.unlink(missing_ok=True)
+            if failure is not error:
+                raise DataError(f"{self.path} cannot be written: {failure}") from failure
+        except BaseException as failure:
+            if failure is not error:
+                raise
 
     def _flush(self) -> None:
         """Write the waiting rows."""

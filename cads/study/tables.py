@@ -7,8 +7,6 @@ time. A table is read from all its files. Published points are imported into the
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cads.errors import DataError
+from cads.runtime.atomic_files import atomic_file
 from cads.runtime.safe_read import read_measured
 
 SCHEMA_VERSION = 2
@@ -118,15 +117,8 @@ def write_rows(
     metadata = {VERSION_KEY: str(SCHEMA_VERSION).encode(), b"cads_header": header.encode()}
     path = folder / "tables" / table / f"{key}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    try:
+    with atomic_file(path) as partial:
         pq.write_table(rows.cast(schema).replace_schema_metadata(metadata), partial, compression="zstd")
-        Path(partial).chmod(0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
     return path
 
 
