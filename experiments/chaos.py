@@ -215,7 +215,7 @@ class Chaos:
         arguments = subject.arguments(out)
         if new_interpreter:
             with open(self.log, "wb") as log:
-                code = "import sys; from cads.cli import main; sys.exit(main(sys.argv[1:]))"
+                code = "import sys; from cads.cli.main import main; sys.exit(main(sys.argv[1:]))"
                 return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=log, stderr=log).pid
         sys.stdout.flush()
         child = os.fork()

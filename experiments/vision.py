@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         grid = read_grid(args.config)
-        run_grid(args.config, out, GridShard(), console)
+        run_grid(grid, out, GridShard(), console)
         report = write_report(out)
         if args.results:
             write_results(grid, args.config, out, report, args.results)

@@ -19,8 +19,8 @@ class SearchConstants:
     Measured."""
     share_per_pass: float = 1 / 12
     """How that share grows with the passes over the pool that the budget buys. Up to four passes, a pass is worth
-    nearly
-    as much as one over fresh examples, and after that less and less (Muennighoff et al. 2023, arXiv 2305.16264)."""
+    nearly as much as one over fresh examples, and after that less and less (Muennighoff et al. 2023, arXiv
+    2305.16264)."""
     share_for_min_search: float = 0.0
     """The share may rise to this where less buys no search at all. Measured."""
 
@@ -42,8 +42,7 @@ class SearchConstants:
     """Passes of the final training up to which a trial sees the whole pool."""
     shares_data_when_deciding: bool = True
     """Whether the last rung gives up passes as well as examples. Where examples alone are missing, quantity looks
-    dearer
-    than it is."""
+    dearer than it is."""
     min_steps: int = 10
     """Steps of the shortest trial. Trials from the same weights differ by their data and its order alone: after ten
     steps they rank subsets of sources with a Spearman correlation of 0.75 to 0.97. Measured."""

@@ -61,7 +61,7 @@ def test_equal_scores_still_take_turns():
 
 def test_the_sample_is_the_same_in_any_order_of_the_pool(texts):
     pool = texts().pool
-    other = pool.part(np.random.default_rng(5).permutation(len(pool)), "pool")
+    other = pool.subset(np.random.default_rng(5).permutation(len(pool)), "pool")
     one, two = cluster_sample(pool, 1).ids, cluster_sample(other, 1).ids
     assert one.equals(two)
     assert len(set(one.to_pylist())) == min(100, len(pool))
@@ -83,7 +83,7 @@ class TestEmbedding:
         task = texts()
         order = np.random.default_rng(2).permutation(len(task.pool))
         one = Embedding(clusters=4).rank(task, seed=0, ledger=Ledger()).score
-        task.pool, pool = task.pool.part(order, "pool"), task.pool
+        task.pool, pool = task.pool.subset(order, "pool"), task.pool
         try:
             two = Embedding(clusters=4, batch_tokens=1).rank(task, seed=0, ledger=Ledger()).score
         finally:

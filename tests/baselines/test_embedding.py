@@ -137,7 +137,7 @@ class TestBackbone:
 
     def test_it_ranks(self, images):
         task, ledger = images(), Ledger()
-        task.pool, pool = task.pool.part(np.arange(12), "pool"), task.pool
+        task.pool, pool = task.pool.subset(np.arange(12), "pool"), task.pool
         selector = Embedding(backbone="resnet18", pretrained=False)
         try:
             one, two = (selector.rank(task, seed=0, ledger=ledger).score for _ in range(2))
@@ -240,9 +240,9 @@ class TestSentences:
         space = SentenceEncoder(task, str(tmp_path), 512)
         assert space.dimension == 50
         for rows in space.batches(task.pool):
-            expected = model.encode(task.texts(task.pool.part(rows, "some")))
+            expected = model.encode(task.texts(task.pool.subset(rows, "some")))
             np.testing.assert_allclose(space.encode(task.pool, rows).vectors, expected, atol=1e-5)
-        bare = SentenceTransformer(minilm, truncate_dim=50).encode(task.texts(task.pool.part(rows, "some")))
+        bare = SentenceTransformer(minilm, truncate_dim=50).encode(task.texts(task.pool.subset(rows, "some")))
         assert np.abs(expected - bare).max() > 0.01
 
     def test_an_encoder_without_rows_of_tokens_is_refused(self, texts, minilm, tmp_path):

@@ -108,7 +108,7 @@ def test_the_proxy_is_what_scores(images):
     task, proxy = copy.copy(images()), images(model="cnn")
     order = np.random.default_rng(0).permutation(len(proxy.pool))
     proxy = copy.copy(proxy)
-    proxy.pool = proxy.pool.part(order, "pool")
+    proxy.pool = proxy.pool.subset(order, "pool")
     task.proxy = proxy
     ledger = Ledger()
     ranking = Perplexity(order="high").rank(task, seed=0, ledger=ledger)
@@ -151,8 +151,8 @@ def test_a_scorer_of_another_kind_is_refused_before_compute(texts, images, name)
     task, ledger = copy.copy(texts()), Ledger()
     other = images()
     task.proxy = copy.copy(other)
-    task.proxy.pool = other.pool.part(np.arange(len(task.pool)), "pool")
-    task.proxy.target = other.target.part(np.arange(len(task.target)), "target")
+    task.proxy.pool = other.pool.subset(np.arange(len(task.pool)), "pool")
+    task.proxy.target = other.target.subset(np.arange(len(task.target)), "target")
     with pytest.raises(ConfigError, match=r"reads \['images'\] .*where the task reads .*the same kind"):
         build_selector(name).select(task, Budget(4, "epochs"), seed=0, ledger=ledger)
     assert not ledger.total().flops

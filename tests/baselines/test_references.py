@@ -82,7 +82,7 @@ class TestBilevel:
         for masks, rung in oracle.asked:
             assert masks.shape == (5, 4)
             assert masks.any(axis=1).all()
-            assert rung.fidelity == rung.data == 1
+            assert rung.fidelity == rung.data_fraction == 1
             f = np.array([oracle.function(m) for m in masks])
             here = s.detach().numpy()
             others = np.array([np.delete(f, k).mean() for k in range(5)])
@@ -169,7 +169,7 @@ class TestHalving:
         rungs = Oracle(lambda m: 0.0)
         monkeypatch.setattr(halving, "train_draws", rungs)
         choose(large, "halving", Budget(100, "epochs"))
-        assert [(r.fidelity, r.data, len(m)) for m, r in rungs.asked] == [
+        assert [(r.fidelity, r.data_fraction, len(m)) for m, r in rungs.asked] == [
             (1 / 16, 1 / 16, 16),
             (1 / 8, 1 / 8, 7),
             (1 / 4, 1 / 4, 4),

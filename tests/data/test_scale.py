@@ -115,7 +115,7 @@ class TestSeeds:
         pool = features().pool
         order = np.random.default_rng(0).permutation(len(pool))
         scores = random_scores(pool, 3)
-        assert (random_scores(pool.part(order, "pool"), 3) == scores[order]).all()
+        assert (random_scores(pool.subset(order, "pool"), 3) == scores[order]).all()
         assert scores[4] == derive(3, pool.ids[4].as_py()) / 2**63
         assert kstest(scores, "uniform").pvalue > 1e-3
 

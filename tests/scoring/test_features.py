@@ -108,7 +108,7 @@ class TestFeatures:
     def test_a_single_class_has_no_margin(self, noisy, monkeypatch):
         monkeypatch.setattr(type(noisy), "logits", lambda self, model, batch: torch.ones(len(batch), 1))
         task = copy.copy(noisy)
-        task.pool = noisy.pool.part(np.flatnonzero(noisy.pool.examples.labels.numpy() == 0), "pool")
+        task.pool = noisy.pool.subset(np.flatnonzero(noisy.pool.examples.labels.numpy() == 0), "pool")
         read = ReadFeatures(task, task.model(0), "cpu", ["confidence"])
         assert not read.of(task.pool, np.arange(4), ledger=Ledger(), stage="R").any()
 

@@ -186,7 +186,7 @@ class TestScorers:
         task.proxy = proxy
         assert proxy_of(task) is proxy
         task.proxy = copy.copy(proxy)
-        task.proxy.pool = proxy.pool.part(np.arange(5), "pool")
+        task.proxy.pool = proxy.pool.subset(np.arange(5), "pool")
         with pytest.raises(ConfigError, match="the same examples"):
             proxy_of(task)
 

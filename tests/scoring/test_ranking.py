@@ -28,7 +28,7 @@ def test_one_ranking_is_cut_for_every_budget(texts, kind):
     task, ledger = texts(n=200), Ledger()
     ranking = kind().rank(task, seed=0, ledger=ledger)
     spent = ledger.total().flops
-    chosen = [kind(fraction=share).cut(ranking, task, Budget(1, "epochs")) for share in SHARES]
+    chosen = [kind(fraction=share).select_top(ranking, task, Budget(1, "epochs")) for share in SHARES]
     assert ledger.total().flops == spent
     costs = task.costs.usages(task.pool) + task.costs.optimizer_step / task.recipe.batch_size
     for share, selection in zip(SHARES, chosen, strict=True):
@@ -57,7 +57,7 @@ def test_it_is_read_back_as_it_was(texts, tmp_path):
     loaded = Ranking.load(ranking.save(tmp_path / "r"))
     assert loaded.ids.equals(ranking.ids)
     assert (loaded.score == ranking.score).all()
-    for name in ("method", "seed", "config", "pool_hash", "notes", "made_from"):
+    for name in ("method", "seed", "config", "pool_hash", "notes", "provenance_hash"):
         assert getattr(loaded, name) == getattr(ranking, name)
     assert loaded.ledger.to_json(seconds=False) == ranking.ledger.to_json(seconds=False)
     ranking.save(tmp_path / "r")
@@ -92,7 +92,7 @@ class TestRankOnce:
     def test_anything_else_is_ranked_anew(self, texts, tmp_path):
         task = texts()
         other = copy.copy(task)
-        other.pool = task.pool.part(np.arange(50), "pool")
+        other.pool = task.pool.subset(np.arange(50), "pool")
         weights = copy.copy(task)
         weights._build = lambda: copy.deepcopy(task.model(derive(99)))
         cases = [
@@ -158,7 +158,7 @@ class TestDamage:
 
 def test_a_ranking_of_another_pool_is_refused(texts):
     task, small = texts(), copy.copy(texts())
-    small.pool = task.pool.part(np.arange(10), "pool")
+    small.pool = task.pool.subset(np.arange(10), "pool")
     ranking = Bm25().rank(small, seed=0, ledger=Ledger())
     with pytest.raises(DataError, match="70 examples of the pool have no score"):
         Bm25().select_top(ranking, task, Budget(1, "epochs"))

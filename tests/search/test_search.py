@@ -165,8 +165,7 @@ def test_a_held_alpha_weighs_the_whole_penalty(features, alpha):
 
 
 def test_without_theta_there_is_no_penalty_to_weigh(features, monkeypatch):
-    for module in ("sources", "source_risk"):
-        monkeypatch.setattr(f"cads.{module}.theta_flops", lambda *args: (0.0, []))
+    monkeypatch.setattr("cads.selectors.cads_s.selector.theta_flops", lambda *args: (0.0, []))
     scalars = watched_search(features(batch_size=8), alpha=1.0).scalars
     weights = ("control/weight_of_target_model_loss", "control/weight_of_loss_within_reach")
     for tag in ("outer/target_model_loss", *weights):
@@ -438,7 +437,7 @@ def test_the_plain_penalty_stays_in_its_allowance_where_lengths_differ(texts):
 )
 def test_one_source_alone_is_left_for_last_where_it_is_learned_by_heart(features, count, alone, sizes):
     space, risk = SubsetSpace(features().pool), np.array([0.3, 0.1, 0.4, 0.2])
-    draws = initial_design(space, space.full[None], risk, count, alone=alone)
+    draws = initial_design(space, space.full[None], risk, count, single=alone)
     assert draws.sum(axis=1).tolist() == sizes
     assert [set(np.flatnonzero(draw)) for draw in draws] == [set([1, 3, 0, 2][:n]) for n in sizes]
 

@@ -413,7 +413,7 @@ class TestCommand:
 
     def test_killed_anywhere_it_goes_on_with_the_same_results(self, ran, tmp_path):
         out = tmp_path / "out"
-        command = [sys.executable, "-c", "import sys; from cads.cli import main; sys.exit(main(sys.argv[1:]))"]
+        command = [sys.executable, "-c", "import sys; from cads.cli.main import main; sys.exit(main(sys.argv[1:]))"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         argv = ["compare", str(grid_file(tmp_path)), "--out", str(out)]
         with subprocess.Popen([*command, *argv], stdout=subprocess.DEVNULL, env=environment) as process:

@@ -117,8 +117,8 @@ class TestTraining:
 
     def test_in_bf16_it_is_near(self, llama, tmp_path):
         task = llama(precision="bf16")
-        one = told(task, leg=RunSegment())["losses"]
-        same(spread(2, lambda: told(task, leg=RunSegment())["losses"], tmp_path), one, 0.02)
+        one = told(task, segment=RunSegment())["losses"]
+        same(spread(2, lambda: told(task, segment=RunSegment())["losses"], tmp_path), one, 0.02)
 
     def test_weights_that_some_processes_do_not_use(self, features, tmp_path):
         task = features(batch_size=3, sharding="full", weight_decay=0.5)
@@ -270,7 +270,7 @@ class TestGoingOn:
 
         def work():
             first = fitted(task, steps=4, segment=RunSegment(horizon=1e9, keep=True))
-            return told(task, steps=8, leg=RunSegment(start=first.state, horizon=1e9))
+            return told(task, steps=8, segment=RunSegment(start=first.state, horizon=1e9))
 
         one = work()
         same(spread(2, work, tmp_path), one, TOLERANCE)

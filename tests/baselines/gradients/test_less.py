@@ -66,7 +66,7 @@ def test_the_best_subtask_counts_and_none_is_one(task):
 
 def rank_part(task, positions):
     part = copy.copy(task)
-    part.target = task.target.part(positions, "target")
+    part.target = task.target.subset(positions, "target")
     return rank(part).scores_of(task.pool)
 
 
@@ -176,7 +176,7 @@ class TestLanguage:
         found = warm_up(alone, schedule(alone, 0.2, 1), seed=0, ledger=Ledger())[0]
         scores = []
         for task in (alone, packed):
-            features = GradientFeatures(Less(), task, task.model(0), 0, Ledger())
+            features = GradientFeatures(Less().feature_config(), task, task.model(0), 0, Ledger())
             features.load(found)
             scores.append(features.similarities(np.full((1, 6), 1 / 6), "one"))
         np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-7)

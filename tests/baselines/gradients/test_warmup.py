@@ -63,10 +63,10 @@ def checkpoint_of(task, **changes):
 class TestCheckpoint:
     def test_without_moments_it_is_refused(self, task):
         bare = checkpoint_of(task, first={}, second={})
-        found = GradientFeatures(Less(), task, task.model(0), 0, Ledger())
+        found = GradientFeatures(Less().feature_config(), task, task.model(0), 0, Ledger())
         with pytest.raises(CheckpointError, match=r"no moments of Adam for 4 of 4 parameters, such as .*0.bias"):
             found.load(bare)
-        GradientFeatures(Less(recipe="sgd"), task, task.model(0), 0, Ledger()).load(bare)
+        GradientFeatures(Less(recipe="sgd").feature_config(), task, task.model(0), 0, Ledger()).load(bare)
 
     def test_half_of_the_moments_is_refused(self, task):
         sound = checkpoint_of(task)

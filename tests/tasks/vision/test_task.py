@@ -242,7 +242,7 @@ def test_metrics_agree_with_losses_and_restore_modes(noisy):
 
 
 def test_metrics_are_means_over_examples(noisy):
-    model, one = noisy.model(0), noisy.target.part(np.arange(1), "one")
+    model, one = noisy.model(0), noisy.target.subset(np.arange(1), "one")
     by_example, metrics = noisy.metrics_by_example(model, noisy.target), noisy.metrics(model, noisy.target)
     assert set(by_example) == set(noisy.averaged) == set(metrics) - {"accuracy"}
     for name, values in by_example.items():
