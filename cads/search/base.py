@@ -51,8 +51,8 @@ class Search(ABC):
     guard: bool = True
     """Return the full pool unless the choice beat it on the target."""
     target_fraction: float | None = None
-    """Share of each batch of the final training drawn from the target, as in `joint`, at least 0 and below 1; null: 0,
-    or 0.3 in one run. Trials see none of it."""
+    """Share of each batch of the final training drawn from the target, as in `joint`, at least 0 and below 1; null: 0.
+    Trials see none of it."""
 
     method: ClassVar[str]
     held_out: ClassVar[bool] = False

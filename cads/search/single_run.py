@@ -147,7 +147,7 @@ class OnlineSelector(ABC):
         """Begin the run and weigh the pool for the rest of it; see `cads.selector.Selector`.
 
         Returns:
-            a Selection with a `start`; without one, where the budget is too small to select in.
+            a Selection with a `warm_start`; without one, where the budget is too small to select in.
         """
         self._check(task)
         monitor = monitor or Monitor()
