@@ -1,4 +1,4 @@
-"""Plan, select and train in one call each: what the commands of the same name do, in Python."""
+"""Plan, select and train, in one call each: the commands of the same names in Python."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plan(
     count_selection: bool | None = None,
     flops_per_second: float | None = None,
 ) -> Plan:
-    """What each method would cost by stage, in FLOPs, and what it would leave to train with. Nothing is trained.
+    """The cost of each method by stage, in FLOPs, and the FLOPs that it leaves for training. Nothing is trained.
 
     Args:
         task: data, model and recipe.
@@ -115,7 +115,7 @@ def train(
         the model, its metrics on the test set, and the ledger of selection, training and evaluation.
 
     Raises:
-        BudgetError: if the budget does not parse, or nothing is left to train with.
+        BudgetError: if the budget does not parse, or nothing is left for training.
         ConfigError: if the method, an option or an evaluation is unknown; or if options are given beside a selection.
         SelectionError: if the selection was made from another pool.
     """

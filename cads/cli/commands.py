@@ -27,15 +27,15 @@ from cads.selection import Selection, check_folder, versions
 from cads.task import Task
 
 PLAN_WIDTH = 112
-"""Columns of a plan, where the terminal has fewer."""
+"""Fewest columns of a printed plan; a wider terminal gives it more."""
 PRODUCTS = {"select": ("selection",), "train": ("model.safetensors", "results.json")}
-"""What is in the folder of a run when a command has finished."""
+"""What the folder of a run holds when a command has finished."""
 WITHOUT_EFFECT = ("out", "overwrite", "tensorboard", "progress", "checkpoint", "selection")
-"""Settings that do not decide on the result: a selection is known by its contents, not by where it is."""
+"""Settings that do not change the result. A selection is identified by its contents, not by its path."""
 
 
 def plan(argv: list[str]) -> None:
-    """Say what each method would cost and what is left to train with; nothing is trained, no weights are loaded."""
+    """Print the cost of each method and what it leaves for training; nothing is trained, no weights are loaded."""
     world = world_group()
     config = world.locally(lambda: read(PlanSettings, argv))
     values, objects = config.values, config.objects
@@ -139,7 +139,7 @@ def _task(objects: Namespace) -> Task:
 
 
 def _run(command: type[CommandSettings], config: CommandConfig, out: Path) -> RunFolder:
-    """The run of a command: what decides on its result is its whole configuration but `WITHOUT_EFFECT`."""
+    """The run of a command, identified by the settings that change its result: all but `WITHOUT_EFFECT`."""
     objects = config.objects
     settings = yaml.safe_load(config.dump())
     settings = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
@@ -151,8 +151,8 @@ def _run(command: type[CommandSettings], config: CommandConfig, out: Path) -> Ru
     return RunFolder(out, name, settings, PRODUCTS[name], objects.checkpoint, overwrite=config.values.overwrite)
 
 
-def _finished(what: Path) -> str:
-    return f"{what} has been finished before: nothing to do (--overwrite true begins anew)"
+def _finished(path: Path) -> str:
+    return f"{path} has been finished before: nothing to do (--overwrite true begins anew)"
 
 
 def summary(selection: Selection) -> Table:
@@ -173,14 +173,13 @@ def summary(selection: Selection) -> Table:
 def _monitor(values: Namespace, out: Path, command: str) -> Monitor:
     folder = out / "tensorboard" / command if values.tensorboard else None
     if folder is not None and world_group().first:
-        # A run that is gone on from shows what it has done before once more.
+        # A resumed run writes the events of its replayed part once more.
         shutil.rmtree(folder, ignore_errors=True)
     return Monitor(folder, Console(stderr=True) if values.progress and sys.stderr.isatty() else None)
 
 
 def _write_config(config: CommandConfig, task: Task, out: Path) -> None:
-    """Write the whole configuration, which replays the run, and `data.json`, where the task counts what was cut and
-    left out."""
+    """Write the whole configuration, which replays the run, and `data.json`, if the task counts data left out."""
     if counts := getattr(task, "counts", None):
         whole_file(out / "data.json", json.dumps(counts, indent=2) + "\n")
     replayed = config.values.clone()

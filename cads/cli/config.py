@@ -1,7 +1,7 @@
 """A command's configuration: one YAML file and flags fill dataclasses. One parser for all commands.
 
-What can be set depends on the kind of task and on the method. So they are looked up first, in file and flags. The
-parser for them then reads everything.
+The settings depend on the kind of task and on the method. So these two are read first, from file and flags. Then the
+parser for them reads all settings.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from cads.study.grid import Grid, GridEntry
 
 DEFAULT_KIND = "vision"
 SECTIONS = ("task", "train", "options", "selectors", "checkpoint")
-"""The parts of a configuration file that map names to values themselves."""
+"""The parts of a configuration file that are mappings themselves."""
 
 
 @dataclass
 class CommandConfig:
-    """What a command is to do.
+    """The parsed configuration of a command.
 
     Attributes:
         values: all settings, as they were parsed.
-        parser: what reads and writes them.
+        parser: reads and writes them.
         objects: the dataclasses that they describe: `task`, `train`, `options` (the selector), `checkpoint`.
     """
 
@@ -48,7 +48,7 @@ class CommandConfig:
 
 @dataclass
 class _Words:
-    """The words of a command line, before what they set is known."""
+    """A command line, split before its settings are parsed."""
 
     files: list[str]
     kind: str | None
@@ -64,25 +64,25 @@ def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
         SystemExit: with a message, if a key or value is refused.
     """
     words = _split(settings.command, argv)
-    given: dict[str, Any] = {}
+    settings_read: dict[str, Any] = {}
     for path in words.files:
-        given.update(load_yaml(path))
-    kind = words.kind or given.get("kind", DEFAULT_KIND)
-    method = words.method or given.get("method", DEFAULT_METHOD)
+        settings_read.update(load_yaml(path))
+    kind = words.kind or settings_read.get("kind", DEFAULT_KIND)
+    method = words.method or settings_read.get("method", DEFAULT_METHOD)
     selector_class(method)
-    selectors = given.pop("selectors", {})
+    selectors = settings_read.pop("selectors", {})
     for name, options in selectors.items():
         build_selector(name, options)
     if settings.command == "plan" and selectors:
-        given["selectors"] = selectors
+        settings_read["selectors"] = selectors
     options = dict(selectors.get(method) or {})
-    if given.get("method", method) == method:
-        options.update(given.get("options", {}))
-    given = {**given, "kind": kind, "method": method, "options": options}
-    _drop_overridden(given, words.flags)
+    if settings_read.get("method", method) == method:
+        options.update(settings_read.get("options", {}))
+    settings_read = {**settings_read, "kind": kind, "method": method, "options": options}
+    _drop_overridden(settings_read, words.flags)
     parser = command_parser(settings, kind, method)
-    is_default = set(given) == {"kind", "method", "options"} and not options
-    values = parser.parse_args([*([] if is_default else ["--config", yaml.safe_dump(given)]), *words.flags])
+    is_default = set(settings_read) == {"kind", "method", "options"} and not options
+    values = parser.parse_args([*([] if is_default else ["--config", yaml.safe_dump(settings_read)]), *words.flags])
     if values.seed < 0:
         raise ConfigError(f"seed = {values.seed}: it must be >= 0")
     return CommandConfig(values, parser, parser.instantiate(values))
@@ -192,20 +192,20 @@ def _parser(command: str, usage: str, description: str) -> ArgumentParser:
 
 
 def _split(command: str, argv: list[str]) -> _Words:
-    """Files, kind and method, which decide what other flags there are; and the other flags."""
-    head = argparse.ArgumentParser(prog=f"cads {command}", add_help=False, allow_abbrev=False)
-    head.add_argument("--config", action="append", default=[])
-    head.add_argument("--kind")
-    head.add_argument("--method")
+    """Files, kind and method, on which the other flags depend; and the other flags."""
+    first_parser = argparse.ArgumentParser(prog=f"cads {command}", add_help=False, allow_abbrev=False)
+    first_parser.add_argument("--config", action="append", default=[])
+    first_parser.add_argument("--kind")
+    first_parser.add_argument("--method")
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
-    known, flags = head.parse_known_args(argv)
-    return _Words(known.config, known.kind, known.method, flags)
+    parsed, flags = first_parser.parse_known_args(argv)
+    return _Words(parsed.config, parsed.kind, parsed.method, flags)
 
 
-def _drop_overridden(given: dict[str, Any], flags: list[str]) -> None:
-    """Take out of the file what a flag sets: jsonargparse would fill a list of sources from its old items."""
+def _drop_overridden(settings_read: dict[str, Any], flags: list[str]) -> None:
+    """Remove file settings that a flag sets: jsonargparse would fill a list of sources from its old items."""
     for word in flags:
         section, _, name = word.split("=")[0].removeprefix("--").partition(".")
-        if section in SECTIONS and word.startswith("--") and isinstance(given.get(section), dict):
-            given[section].pop(name, None)
+        if section in SECTIONS and word.startswith("--") and isinstance(settings_read.get(section), dict):
+            settings_read[section].pop(name, None)

@@ -1,4 +1,4 @@
-"""Running a command: what it logs, and the exit status that each kind of error becomes."""
+"""Running a command: its logging, and the exit status of each kind of error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cads.runtime.processes import close, is_shared, world_group
 from cads.runtime.signals import Interrupted
 
 READING = ("plan", "select", "train")
-"""Commands that read their data once, and say how."""
+"""Commands that read their data once, and log how they read it."""
 
 
 def run_command(module: str, name: str, argv: list[str]) -> int:
@@ -25,15 +25,15 @@ def run_command(module: str, name: str, argv: list[str]) -> int:
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
     try:
-        first = world_group().first
-        if not first:
+        is_first = world_group().first
+        if not is_first:
             logging.getLogger().setLevel(logging.ERROR)
-        logging.getLogger("cads.tasks").setLevel(logging.INFO if first and name in READING else logging.NOTSET)
+        logging.getLogger("cads.tasks").setLevel(logging.INFO if is_first and name in READING else logging.NOTSET)
         getattr(import_module(module), name)(argv)
         close()
-    except Interrupted as stopped:
-        _print_reason(console, stopped, f"cads: {stopped}", "yellow")
-        return stopped.status
+    except Interrupted as interruption:
+        _print_reason(console, interruption, f"cads: {interruption}", "yellow")
+        return interruption.status
     except KeyboardInterrupt:
         console.print("cads: stopped by SIGINT; what was finished is kept", style="yellow")
         return 128 + signal.SIGINT
@@ -48,7 +48,7 @@ def run_command(module: str, name: str, argv: list[str]) -> int:
 
 
 def _print_reason(console: Console, error: Exception, text: str, style: str) -> None:
-    """Say why a command ends: on the first process, and on any that alone knows the reason."""
+    """Print why a command ends: on the first process, and on a process that alone has the error."""
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0 or not (is_shared(error) or isinstance(error, Interrupted)):
         console.print(f"process {rank}: {text}" if rank else text, style=style, markup=False, highlight=False)

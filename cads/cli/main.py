@@ -1,4 +1,4 @@
-"""The entry point of the command line. It imports little: help and version come at once."""
+"""The entry point of the command line. It imports little, so that help and version take no time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMANDS = {
     "compare": "cads.cli.study_commands",
     "report": "cads.cli.study_commands",
 }
-"""The module of each command, whose function of that name runs it."""
+"""The module of each command. Its function of the same name runs the command."""
 USAGE = f"""usage: cads COMMAND [CONFIG] [flags]
 
 What should I train on, given a pool, a validation set, a model and a compute budget in FLOPs?

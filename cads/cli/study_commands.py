@@ -1,4 +1,4 @@
-"""The commands of a study: `cads compare` runs a grid, `cads report` says what came out."""
+"""The commands of a study: `cads compare` runs a grid, `cads report` reports its results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cads.study.shard import GridShard
 from cads.study.tables import FAILED, read_runs
 
 MOST_NAMED = 10
-"""Failed cells that are named at the end."""
+"""Most failed cells that are listed at the end."""
 
 
 def compare(argv: Sequence[str]) -> None:
@@ -50,7 +50,7 @@ def compare(argv: Sequence[str]) -> None:
 
 
 def run_grid(grid: Grid, out: Path, shard: GridShard, console: Console, *, dry: bool = False) -> None:
-    """Plan the grid, and run it into `out` unless `dry`; ends with a table of what is there.
+    """Plan the grid, and run it into `out` unless `dry`; ends with a table of the results.
 
     Several processes run each cell together.
 
@@ -62,26 +62,30 @@ def run_grid(grid: Grid, out: Path, shard: GridShard, console: Console, *, dry: 
     plans = world.locally(study.plan)
     if dry:
         study.check(plans)
-        part = shard.part(plans)
-        dry_run(part, study.finished(part), console)
+        shard_plans = shard.part(plans)
+        dry_run(shard_plans, study.finished(shard_plans), console)
         return
     busy = study.run(plans, shard)
     if busy:
         console.print(f"{len(busy)} cells are being run by other processes, such as {busy[0]}", markup=False)
     runs = read_runs(out) if world.first else []
-    if found := points_of(runs):
-        console.print(terminal_table(found, str(out)))
+    if points := points_of(runs):
+        console.print(terminal_table(points, str(out)))
     console.print(f"results      {out}/tables", highlight=False)
     console.print(f"TensorBoard  tensorboard --logdir {out}/cells", highlight=False, soft_wrap=True)
-    mine = {plan.key for plan in shard.part(plans)}
-    # All processes know of it, so that they end alike.
+    shard_keys = {plan.key for plan in shard.part(plans)}
+    # All processes get the list, so that all end with the same status.
     failed = world.on_rank_zero(
-        lambda: [f"  {row['cell']}: {row['error']}" for row in runs if row["cell"] in mine and row["status"] == FAILED]
+        lambda: [
+            f"  {row['cell']}: {row['error']}" for row in runs if row["cell"] in shard_keys and row["status"] == FAILED
+        ]
     )
     if failed:
-        named = "\n".join(failed[:MOST_NAMED])
-        more = f"\n  and {len(failed) - MOST_NAMED} more" if len(failed) > MOST_NAMED else ""
-        raise CadsError(f"{len(failed)} of {len(mine)} cells failed; the same command runs them again:\n{named}{more}")
+        listing = "\n".join(failed[:MOST_NAMED])
+        remainder = f"\n  and {len(failed) - MOST_NAMED} more" if len(failed) > MOST_NAMED else ""
+        raise CadsError(
+            f"{len(failed)} of {len(shard_keys)} cells failed; the same command runs them again:\n{listing}{remainder}"
+        )
 
 
 def report(argv: Sequence[str]) -> None:
@@ -96,17 +100,17 @@ def report(argv: Sequence[str]) -> None:
 
 
 def _report(folder: Path, out: Path | None, metric: str | None) -> None:
-    """Write the report on the results in `folder`, and say what is in it."""
+    """Write the report on the results in `folder`, and print its answers and paths."""
     try:
         from cads.study.report.page import write_report
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"`cads report` needs {error.name}, which is not installed: pip install 'cads-select[report]'"
         ) from error
-    made = write_report(folder, out, metric)
+    files = write_report(folder, out, metric)
     console = Console()
-    for sentence in itertools.islice(made.answers, 12):
+    for sentence in itertools.islice(files.answers, 12):
         console.print(sentence, highlight=False, markup=False)
-    console.print(f"report       {made.page}", highlight=False, soft_wrap=True)
-    console.print(f"fits         {made.fits}", highlight=False, soft_wrap=True)
-    console.print(f"figures      {made.figures}", highlight=False, soft_wrap=True)
+    console.print(f"report       {files.page}", highlight=False, soft_wrap=True)
+    console.print(f"fits         {files.fits}", highlight=False, soft_wrap=True)
+    console.print(f"figures      {files.figures}", highlight=False, soft_wrap=True)

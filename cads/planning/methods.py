@@ -1,4 +1,4 @@
-"""What each of several methods would cost, and what it would leave to train with."""
+"""The cost of each of several methods, and the FLOPs that it leaves for training."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def plan_methods(
     """The plan of each method; nothing is trained.
 
     Args:
-        methods: names; None for all that are known, of which those that do not apply are listed with the reason.
-        selectors: methods that are made already, by name.
-        options: of methods that are to be made, by name.
+        methods: names; None for all known methods. Those that do not apply are then listed with the reason.
+        selectors: selectors that exist already, by name of the method.
+        options: of the selectors that are yet to be built, by name of the method.
         flops_per_second: of this machine, for the times; None to measure it.
 
     Raises:
@@ -42,13 +42,13 @@ def plan_methods(
     if rate is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         rate, rate_from = matmul_flops_per_second(device, task.recipe.precision), f"matrix products on this {device}"
-    # Selectors read their examples to say what they cost. Where there are none, it is what has been published.
-    made = {**(PUBLISHED if isinstance(task, ShapeOnlyLanguageTask) else {}), **(selectors or {})}
+    # Selectors read their examples to plan costs. A task of shapes alone has none: published costs replace them.
+    ready_selectors = {**(PUBLISHED if isinstance(task, ShapeOnlyLanguageTask) else {}), **(selectors or {})}
     plannable: dict[str, Plannable] = {}
     refused: dict[str, str] = {}
-    for name in sorted({*names(SELECTORS), *made}) if methods is None else methods:
+    for name in sorted({*names(SELECTORS), *ready_selectors}) if methods is None else methods:
         try:
-            plannable[name] = made.get(name) or build_selector(name, (options or {}).get(name))
+            plannable[name] = ready_selectors.get(name) or build_selector(name, (options or {}).get(name))
         except ConfigError as error:
             if methods is not None:
                 raise

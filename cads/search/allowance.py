@@ -1,4 +1,4 @@
-"""What selection may spend: dividing a budget between selection and training."""
+"""Dividing a budget between selection and training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def split_budget(
 
     Raises:
         ConfigError: if the allowance is negative or not finite.
-        BudgetError: if what is left for training does not buy one step.
+        BudgetError: if the training FLOPs do not buy one step.
     """
     total = budget.flops(task)
     if allowance is None:
@@ -50,9 +50,9 @@ def split_budget(
 
 
 def selection_share(task: Task, total: float, min_flops: float = 0.0) -> float:
-    """What selection may spend of `total` FLOPs that cover training too, in units of what is left for training.
+    """FLOPs that selection may spend, in units of the training FLOPs, where `total` FLOPs cover both.
 
-    A step of training is left, if `total` buys one.
+    The training FLOPs buy at least one step, if `total` does.
 
     Args:
         min_flops: FLOPs below which selection can do nothing.

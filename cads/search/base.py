@@ -1,4 +1,4 @@
-"""The shape that CADS-S and CADS-E share: a search by trials, within what selection may spend."""
+"""The base class of selectors that search by trials, within the FLOPs that selection may spend."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ ONE_SOURCE = "the pool has one source, and nothing can be chosen among sources: 
 
 @dataclass
 class Search(ABC):
-    """A selector that tries things on a ladder of trials, and returns the full pool if nothing beats it.
+    """A selector that compares candidates by trials, and returns the full pool if no candidate beats it.
 
-    Where the task names a proxy the runs are the proxy's, for as many usages, and cost what the proxy costs.
+    If the task names a proxy, the trials train the proxy: for as many usages, at the proxy's cost.
     """
 
     allowance: float | None = None
@@ -87,15 +87,15 @@ class Search(ABC):
         return replace(_in_order(selection, task.pool), pool_hash=task.pool.content_hash)
 
     def _search(self, task: Task, proxy: Task, budget: Budget, seed: int, ledger: Ledger, monitor: Monitor) -> Choice:
-        """Search with the model of `proxy`, within what selection may spend of `budget`."""
+        """Search with the model of `proxy`, within the part of `budget` that selection may spend."""
         _, split = self.split_budget(task, budget)
-        spent = Ledger(limit=split.selection_flops)
+        selection_ledger = Ledger(limit=split.selection_flops)
         outer = self.outer or (proxy.source_outer if self.whole_sources else None)
-        inner = InnerLoop(proxy, spent, monitor, outer, held_out=self.held_out)
+        inner = InnerLoop(proxy, selection_ledger, monitor, outer, held_out=self.held_out)
         try:
             return self.run_search(inner, split.train_flops, seed)
         finally:
-            ledger.merge(spent)
+            ledger.merge(selection_ledger)
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `cads.selector.Selector`."""
@@ -119,11 +119,11 @@ class Search(ABC):
         return costs.ledger
 
     def split_budget(self, task: Task, budget: Budget) -> tuple[Task, BudgetSplit]:
-        """The task whose model is trained in trials, and what they may spend.
+        """The task whose model is trained in trials, and the FLOPs of selection and training.
 
         Returns:
-            the proxy; selection's limit, and what the final training would take if it were the proxy's: as many
-            usages, at the proxy's price.
+            the proxy, or the task itself if it names none; and the split. Its `train_flops` are those of the final
+            training if it trained the proxy: as many usages, at the proxy's cost.
         """
         proxy = proxy_of(task)
         ratio = 1.0
@@ -135,15 +135,15 @@ class Search(ABC):
         return proxy, BudgetSplit(split.train_flops * ratio, split.selection_flops)
 
     def min_flops(self, costs: InnerLoopCosts) -> float:
-        """FLOPs for which a pretrained model's budget gives up training, as less buys no search; 0: it never does."""
+        """FLOPs of the smallest search, for which a pretrained model's budget gives up training; 0: for none."""
         return 0.0
 
     @abstractmethod
     def stages(self, costs: InnerLoopCosts, train_flops: float) -> Stages:
-        """What the search does, stage by stage, for a final training of `train_flops`; see `cads.search.stages`.
+        """The stages of the search, for a final training of `train_flops`; see `cads.search.stages`.
 
         Raises:
-            NotAffordableError: if what the ledger has left does not buy the search.
+            NotAffordableError: if the rest of the ledger's limit does not buy the search.
         """
 
     @abstractmethod
@@ -156,28 +156,28 @@ class Search(ABC):
 
 
 def has_one_source(pool: Pool) -> bool:
-    """Whether all examples come from the same source: then there is no choice of sources."""
+    """Whether all examples come from one source, so that there is no choice among sources."""
     return pool.sources is not None and len(pool.source_names) == 1
 
 
-def _in_order(chosen: Selection, pool: Pool) -> Selection:
-    """The same Selection in the order of `pool`: that of a proxy may be another one."""
-    place = pc.index_in(pool.ids, value_set=chosen.ids).to_numpy()
+def _in_order(selection: Selection, pool: Pool) -> Selection:
+    """The Selection in the order of `pool`; a proxy's pool may have another order."""
+    positions = pc.index_in(pool.ids, value_set=selection.ids).to_numpy()
     return replace(
-        chosen,
+        selection,
         ids=pool.ids,
-        score=chosen.score[place],
-        probability=chosen.probability[place],
-        selected=chosen.selected[place],
-        sources=None if chosen.sources is None else chosen.sources.take(pa.array(place)),
+        score=selection.score[positions],
+        probability=selection.probability[positions],
+        selected=selection.selected[positions],
+        sources=None if selection.sources is None else selection.sources.take(pa.array(positions)),
     )
 
 
 def check_reference(objective: float, stage: str, data: str = "the full pool") -> None:
-    """Refuse to go on where the run on the full pool, which all others are measured against, has no finite objective.
+    """Refuse to go on if the trial on the full pool, to which all others are compared, has no finite objective.
 
     Args:
-        data: what the run was on, where it was something else.
+        data: what that trial was trained on, for the message.
 
     Raises:
         DataError: naming the stage.
@@ -190,5 +190,5 @@ def check_reference(objective: float, stage: str, data: str = "the full pool") -
 
 
 def guard_message(beaten: bool) -> str:
-    """What the guard has to say."""
+    """The guard's note: whether the choice beat the full pool."""
     return "better than the full pool on the target" if beaten else "the full pool was not beaten"

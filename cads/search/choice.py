@@ -1,4 +1,4 @@
-"""What a search chose, before it is stamped with method, seed, budget and account."""
+"""The result of a search, before method, seed, budget and ledger are added to make a Selection."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cads.selection import Selection
 
 @dataclass
 class Choice:
-    """What to train on, in the order of the pool that the search has seen.
+    """What to train on, in the order of the pool that was searched.
 
     Attributes:
         selected: bool, shape (N,).
         score: shape (N,); None: `selected` as 0 and 1. probability: the same.
         weighted: whether training draws by `probability`.
-        source_probability: of each source by name; empty where none were chosen among.
-        notes: what the search has to say.
+        source_probability: of each source by name; empty if the search did not choose among sources.
+        notes: on the search, such as the guard's.
     """
 
     selected: np.ndarray
@@ -32,9 +32,9 @@ class Choice:
 
     @classmethod
     def full_pool(cls, pool: Pool, guard: str) -> Choice:
-        """Everything, and why."""
+        """The full pool; `guard` is the reason."""
         return cls(np.ones(len(pool), dtype=bool), notes={"guard": guard})
 
     def selection(self, pool: Pool, **provenance: Any) -> Selection:
-        """The Selection from `pool`; `provenance` are the further fields of `Selection.from_pool`."""
+        """The Selection from `pool`; `provenance` holds the other arguments of `Selection.from_pool`."""
         return Selection.from_pool(pool, **vars(self), **provenance)

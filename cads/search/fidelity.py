@@ -1,4 +1,4 @@
-"""Rungs of trials: how many, how long, on how much of the data (multi-fidelity search)."""
+"""Rungs of trials: their number, length and share of the data (multi-fidelity search)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Rung:
         fidelity: FLOPs of a trial as a share of the final training's.
         flops: of each trial.
         data_fraction: share of each source that a trial sees.
-        n_trials: how many, the full pool's among them.
+        n_trials: number of trials, the one on the full pool among them.
     """
 
     fidelity: float
@@ -26,7 +26,7 @@ class Rung:
 
     @property
     def stage(self) -> str:
-        """What the ledger calls it; stored accounts hang on it."""
+        """The stage of the ledger. Stored ledgers hold this name."""
         return f"short runs, C/{1 / self.fidelity:.3g}"
 
 
@@ -42,14 +42,14 @@ def fidelity_schedule(
 ) -> list[Rung]:
     """The rungs that `allowance` buys, lowest fidelity first.
 
-    The shortest trial follows from the budget: it has at least `min_steps` steps, and at most those of the whole
-    training. A rung needs two trials, of which one is always the full pool. Rungs that would hold fewer are left out,
-    the highest first. A single rung needs `min_trials`.
+    The shortest trial follows from the budget: it has at least `min_steps` steps, and at most those of the final
+    training. A rung needs two trials, one of which is always on the full pool. A single rung needs `min_trials`. If a
+    rung would hold fewer, the highest rung is left out.
 
     Args:
         train_flops: C, FLOPs of the final training. allowance: FLOPs for all trials. step: FLOPs of one step.
-        per_trial: FLOPs on top of each trial, for measuring it. passes: over the pool, that `train_flops` buys.
-        per_rung: FLOPs on top of each rung, for learning from it. constants: of the models.
+        per_trial: further FLOPs of each trial, for measuring it. passes: over the pool, that `train_flops` buys.
+        per_rung: further FLOPs of each rung, for updating the policy. constants: of the models.
     """
     lowest = max(constants.min_fidelity, constants.min_steps * step / train_flops)
     shares = constants.rung_budget_shares
@@ -69,13 +69,13 @@ def fidelity_schedule(
 def data_fraction(fidelity: float, passes: float, constants: SearchConstants = FROM_SCRATCH, *, decides: bool) -> float:
     """Share of each source that a trial of `fidelity` sees.
 
-    A trial keeps the passes of the final training, up to `max_kept_passes`. One that decides gives up passes as well as
-    examples, as long as it sees each example once: where examples alone are missing, quantity looks dearer than it is.
-    Trials of pretrained models never do. They make more passes, as the final training learns a small subset by heart;
-    where there are too few passes for that (`full_data_max_passes`), they see everything.
+    A trial makes as many passes as the final training, up to `max_kept_passes`. A trial of the deciding rung gives up
+    passes as well as examples, as long as it sees each example once: with examples alone given up, it would overrate
+    the quantity of data. Trials of pretrained models do not give up passes. They make more of them, as the final
+    training memorises a small subset. Up to `full_data_max_passes` passes of the final training they see the full pool.
 
     Args:
-        passes: over the pool, that the whole budget buys. decides: whether no longer trial follows.
+        passes: over the pool, that the final training makes. decides: whether no longer trial follows.
     """
     if passes <= constants.full_data_max_passes:
         return 1.0

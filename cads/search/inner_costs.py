@@ -1,4 +1,4 @@
-"""What inner runs cost, and planning them without running any."""
+"""The costs of inner runs, and planning them without running any."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from cads.task import Task
 
 
 class InnerLoopCosts:
-    """What inner runs of a task cost, and the ledger that pays for them.
+    """The costs of inner runs of a task, and the ledger that is charged for them.
 
     Attributes:
         n_trials: models that have been trained on the pool and measured so far.
+        fitted: the part of the target on which the target model is trained.
+        measured: the part of the target on which models are measured.
 
     Args:
         task: what is trained.
         ledger: charged for training and for measuring.
-        held_out: whether the target model, theta, is fitted to one half of the target and models are measured on the
-        other. Where
-            theta decides on single examples, a measure on what it was fitted to would flatter them.
+        held_out: whether the target model, theta, is trained on one half of the target, and models are measured on the
+            other half. Where theta decides on single examples, measuring on its own training data would favour them.
     """
 
     def __init__(self, task: Task, ledger: Ledger, *, held_out: bool = False) -> None:
@@ -46,15 +47,15 @@ class InnerLoopCosts:
 
     @cached_property
     def target_step_flops(self) -> float:
-        """One step of theta on the dearest examples of the target, which may differ in length from those of the pool.
+        """One step of the target model on the most expensive examples of the target, whose lengths may differ.
 
-        What buys it buys a step, whatever is drawn first.
+        So many FLOPs buy a step, whichever examples are drawn first.
         """
         costs, batch_size = self.task.costs, self.task.recipe.batch_size
         return float(costs.usages(self.fitted).max() + costs.optimizer_step / batch_size) * batch_size
 
     def target_steps_flops(self, count: float) -> float:
-        """`count` mean steps of theta on the target, or a step on its dearest examples if that takes more."""
+        """`count` mean steps of the target model, or one step on the most expensive examples if that takes more."""
         return max(self.target_step_flops, count * self._step(self.fitted))
 
     @property
@@ -71,12 +72,12 @@ class InnerLoopCosts:
         return planned_flops(self.task.costs.forward, self.task.pool)
 
     def target_flops(self, share: float, passes: float, train_flops: float) -> float:
-        """For theta: a share of the final training, but no more passes over the target than `passes`."""
+        """For the target model: a share of the final training, but at most `passes` passes over the target."""
         batch_size = self.task.recipe.batch_size
         return min(share * train_flops, passes * self._step(self.fitted) / batch_size * len(self.fitted))
 
     def fidelity_schedule(self, train_flops: float, per_rung: float = 0.0) -> list[Rung]:
-        """The rungs that what is left of the ledger buys, for a final training of `train_flops`."""
+        """The rungs that the rest of the ledger's limit buys, for a final training of `train_flops`."""
         return fidelity_schedule(
             train_flops,
             self.ledger.left,
@@ -88,20 +89,20 @@ class InnerLoopCosts:
         )
 
     def deciding_rung(self, fidelity: float, train_flops: float, n_trials: int) -> Rung:
-        """A rung that decides, on the share of the data that `data_fraction` gives it."""
+        """A rung that decides: no longer trials follow. `data_fraction` gives its share of the data."""
         data = data_fraction(fidelity, self.passes(train_flops), constants_of(self.task), decides=True)
         return Rung(fidelity, fidelity * train_flops, data, n_trials)
 
     def passes(self, train_flops: float) -> float:
-        """Over the pool, that `training` FLOPs buy."""
+        """The passes over the pool that `train_flops` buy."""
         return train_flops * self.task.recipe.batch_size / (self.step_flops * len(self.task.pool))
 
     def learn(self, flops: float) -> None:
-        """Pay for moving a policy."""
+        """Charge for an update of the policy."""
         self.ledger.charge(SELECT, "policy", flops)
 
     def pay_steps(self, steps: Steps) -> None:
-        """Pay for training steps on the pool, in mean examples."""
+        """Charge for training steps on the pool, in mean examples."""
         usages = steps.n_steps * self.task.recipe.batch_size
         tokens = round(usages * self.task.costs.tokens_per_example(self.task.pool))
         self.ledger.charge(SELECT, steps.name, steps.flops, usages=usages, tokens=tokens)
@@ -112,7 +113,7 @@ class InnerLoopCosts:
 
 
 class PlannedInnerLoop(InnerLoopCosts):
-    """Charges for runs as `InnerLoop` would, and runs nothing."""
+    """Charges for stages as `InnerLoop` would, and runs nothing."""
 
     ledger: PlannedLedger
 
@@ -120,7 +121,7 @@ class PlannedInnerLoop(InnerLoopCosts):
         super().__init__(task, PlannedLedger(limit), held_out=held_out)
 
     def charge(self, stage: Stage) -> None:
-        """Charge for a stage, at the price of mean examples where it names no other."""
+        """Charge for a stage, at the cost of mean examples where the stage names no FLOPs."""
         match stage:
             case FitTarget(flops, name):
                 self._train(self.fitted, 1, flops, name)

@@ -1,4 +1,4 @@
-"""Short runs for the outer loop: what they cost, and training and measuring them on the target."""
+"""The inner runs of the outer loop: training models on the pool or the target, and measuring them on the target."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cads.task import Objective, ObjectiveValue, Task
 from cads.training.trainer import Trainer
 
 BY_EXAMPLE = "by_example"
-"""What journals call the objective of each example."""
+"""Name of the objective of each example in journals."""
 
 
 @dataclass
@@ -34,14 +34,14 @@ class InnerRuns:
     """K inner runs.
 
     Attributes:
-        objective: outer objective of each on the target, shape (K,); NaN where the run diverged.
-        errors: standard error of the objective less that of the first run, over the examples of the target, which all
-            runs share, shape (K,); 0 where the objective is not a mean over them.
+        objective: outer objective of each run on the target, shape (K,); NaN where the run diverged.
         losses: training losses of each step, nats, shape (steps, K).
         flops: compute of one run after each step, shape (steps,).
-        reached: training loss over the last steps, nats, shape (K,).
+        final_train_loss: training loss over the last steps, nats, shape (K,).
         models: the trained models.
-        first: what the first run measured; None where it diverged.
+        stderr: standard error of the difference between the objective and that of the first run, shape (K,), over the
+            examples of the target, which all runs share; 0 where the objective is not a mean over them.
+        reference: the objective of the first run; None where it diverged.
     """
 
     objective: np.ndarray
@@ -53,8 +53,8 @@ class InnerRuns:
     reference: ObjectiveValue | None = None
 
     def followed_by(self, more: InnerRuns) -> InnerRuns:
-        """These and `more`, which were made for as many FLOPs and measured beside the first of these."""
-        # As `cads.training.result.stack_results` has runs whose numbers of steps differ.
+        """These runs and `more`, which took as many FLOPs each and whose `stderr` refers to the first of these."""
+        # Where numbers of steps differ, the last ones are kept, as in `cads.training.result.stack_results`.
         steps = min(len(self.losses), len(more.losses))
         flops = [runs.flops[-steps:] for runs in (self, more)]
         return InnerRuns(
@@ -69,10 +69,10 @@ class InnerRuns:
 
 
 class InnerLoop(InnerLoopCosts):
-    """Trains from the task's initial weights and measures on the target; all of it is charged to "select".
+    """Trains from the task's initial weights and measures on the target. All costs are charged to "select".
 
     Args:
-        task: what is trained.
+        task: whose model is trained.
         ledger: charged for training and for measuring.
         monitor: shows progress.
         outer: the objective, by name or callable; None for the task's own.
@@ -96,30 +96,31 @@ class InnerLoop(InnerLoopCosts):
     def run(
         self, streams: Sequence[Stream], flops: float, *, seed: int, stage: str, reference: ObjectiveValue | None = None
     ) -> InnerRuns:
-        """Train one replica a stream for `flops` each, all from the same initial weights, and measure them.
+        """Train one replica per stream for `flops` each, all from the same initial weights, and measure them.
 
-        Equal seeds give equal initial weights and dropout, so that differences between replicas come from
-        their data alone.
+        Equal seeds give equal initial weights and dropout, so that replicas differ only in their data.
 
         Args:
-            beside: what errors are of the difference to; None for what the first run measures.
+            reference: the objective from which `stderr` takes the difference; None for that of the first run.
         """
         models = [self.task.model(seed) for _ in streams]
         draws = BatchStream(self.task.pool, streams, self.task.recipe.batch_size)
         self.n_trials += len(streams)
         fit = self.trainer.fit_replicas(models, draws, flops, seed=seed, phase=SELECT, stage=stage)
         objective = np.full(len(models), np.nan)
-        sound = np.flatnonzero(~fit.diverged)
-        found = self.evaluate_all([fit.models[k] for k in sound], f"{stage}, measuring")
-        errors = np.zeros(len(models))
-        for k, measured in zip(sound, found, strict=True):
-            objective[k] = measured.value
-            errors[k] = paired_error(measured, reference or found[0])
-        first = None if fit.diverged[0] else found[0]
-        return InnerRuns(objective, fit.losses, fit.flops, fit.training_loss, fit.models, errors, first)
+        converged = np.flatnonzero(~fit.diverged)
+        measurements = self.evaluate_all([fit.models[k] for k in converged], f"{stage}, measuring")
+        standard_errors = np.zeros(len(models))
+        for k, measurement in zip(converged, measurements, strict=True):
+            objective[k] = measurement.value
+            standard_errors[k] = paired_error(measurement, reference or measurements[0])
+        reference_value = None if fit.diverged[0] else measurements[0]
+        return InnerRuns(
+            objective, fit.losses, fit.flops, fit.training_loss, fit.models, standard_errors, reference_value
+        )
 
     def evaluate_all(self, models: Sequence[nn.Module], stage: str) -> list[ObjectiveValue]:
-        """The outer objective of each model on the target; several processes measure one each at a time."""
+        """The outer objective of each model on the target. Several processes measure one model each at a time."""
         size = active_group().size
         if size == 1:
             return [self.evaluate(model, stage) for model in models]
@@ -137,33 +138,33 @@ class InnerLoop(InnerLoopCosts):
         return _measured(replay_or_run("measuring", [stage], self.ledger, compute))
 
     def _evaluate_on_ranks(self, models: Sequence[nn.Module], stage: str) -> list[ObjectiveValue]:
-        """Measure at most one model a process."""
+        """Measure at most one model per process."""
         rank = active_group().rank
 
-        def part(_: StepReporter, standing: list[OperationStatus]) -> State:
-            if rank >= len(models) or standing[rank].finished:
+        def measure_on_rank(_: StepReporter, statuses: list[OperationStatus]) -> State:
+            if rank >= len(models) or statuses[rank].finished:
                 return State()
             started = time.perf_counter()
-            found = self._objective(models[rank])
-            return State({**found.values, "seconds": time.perf_counter() - started}, found.tensors)
+            objective = self._objective(models[rank])
+            return State({**objective.values, "seconds": time.perf_counter() - started}, objective.tensors)
 
-        def join(parts: list[State]) -> list[State | None]:
-            return [state if state.values else None for state in parts[: len(models)]]
+        def join(states_by_rank: list[State]) -> list[State | None]:
+            return [state if state.values else None for state in states_by_rank[: len(models)]]
 
         def settle(state: State) -> None:
             self.ledger.charge(SELECT, stage, self.measuring_flops)
-            # They are measured at the same time.
+            # The models are measured at the same time, so that each takes its part of the seconds.
             self.ledger.charge(SELECT, stage, 0.0, seconds=state.values.pop("seconds") / len(models))
 
         operations = [Operation("measuring", [stage], settle) for _ in models]
-        states = replay_or_run_parallel(operations, self.ledger, part, join)
+        states = replay_or_run_parallel(operations, self.ledger, measure_on_rank, join)
         return [_measured(state) for state in states]
 
     def _objective(self, model: nn.Module) -> State:
         device = self.trainer.accelerator.device
-        found = self.task.objective(model.to(device), self._outer, self.measured)
-        by_example = {} if found.by_example is None else {BY_EXAMPLE: torch.from_numpy(found.by_example)}
-        return State({"objective": found.value}, by_example)
+        objective = self.task.objective(model.to(device), self._outer, self.measured)
+        by_example = {} if objective.by_example is None else {BY_EXAMPLE: torch.from_numpy(objective.by_example)}
+        return State({"objective": objective.value}, by_example)
 
     def losses(self, model: nn.Module, positions: np.ndarray, *, stage: str) -> np.ndarray:
         """The loss of each pool example at `positions` (shape (n,)), nats, shape (n,); one forward pass."""
@@ -189,11 +190,11 @@ class InnerLoop(InnerLoopCosts):
         stream: Stream | None = None,
         target_fraction: float = 1.0,
     ) -> nn.Module:
-        """theta: a model trained on the target (or its half) for `flops`.
+        """The target model, theta: trained on the target (or its half) for `flops`.
 
         Args:
-            model: where to go on from; None for fresh weights.
-            stream: of pool examples that fill up each batch beside `target_fraction` of the target.
+            model: to train further; None for a model with fresh weights.
+            stream: of the pool examples that fill each batch; the target's share of it is `target_fraction`.
         """
         draws = BatchStream(
             self.task.pool,
@@ -214,7 +215,7 @@ def _measured(state: State) -> ObjectiveValue:
 
 
 def paired_error(one: ObjectiveValue, other: ObjectiveValue) -> float:
-    """Standard error of the difference of two objectives that are means over the same examples; else 0."""
+    """Standard error of the difference of two objectives over the same examples; 0 if they are not means over them."""
     if one.by_example is None or other.by_example is None or len(one.by_example) < 2:
         return 0.0
     difference = one.by_example - other.by_example

@@ -1,4 +1,4 @@
-"""The short runs on subsets or mixtures of sources: what the ladder of them buys, and making them."""
+"""Trials on subsets or mixtures of sources: the rungs that a budget buys, and running them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from cads.search.space import SearchSpace
 from cads.seeding import derive
 
 ENUMERATED = 10
-"""Up to this many sources the gradient of E[h] is exact; above, it is sampled."""
+"""Most sources for which the gradient of E[h], the expected control variate, is exact; above, it is sampled."""
 SAMPLED = 2048
-"""Draws for that sample, and for candidates of the next rung."""
+"""Draws of the policy for that gradient, and for the candidates of the next rung."""
 
 
 def update_flops(space: SearchSpace, runs: int, steps: int) -> float:
-    """Learning from a rung: the regression on `runs` short runs, and `steps` of the policy."""
+    """FLOPs of learning from a rung: the regression on `runs` trials, and `steps` of the policy."""
     drawn = SAMPLED if space.count is None or len(space.sizes) > ENUMERATED else space.count
     designed = design_flops(drawn, n_columns(len(space.sizes)), runs)
     return designed + source_policy_flops(len(space.sizes), space.n_features, drawn, runs, steps)
@@ -33,12 +33,16 @@ def update_flops(space: SearchSpace, runs: int, steps: int) -> float:
 def affordable(
     costs: InnerLoopCosts, space: SearchSpace, train_flops: float, steps: int, reserved: float = 0.0
 ) -> list[Rung]:
-    """The ladder that what is left of the ledger buys, with `steps` of the policy after each rung, and as much as is
-    reserved."""
-    most, rungs = 0, costs.fidelity_schedule(train_flops)
-    # A ladder of fewer rungs can hold more runs, from which it takes more to learn.
-    while (runs := sum(rung.n_trials for rung in rungs)) > most:
-        most, rungs = runs, costs.fidelity_schedule(train_flops, update_flops(space, runs, steps) + reserved)
+    """The rungs that the rest of the ledger's limit buys, with `steps` of the policy after each rung.
+
+    Args:
+        reserved: FLOPs that each rung keeps for other costs.
+    """
+    max_trials, rungs = 0, costs.fidelity_schedule(train_flops)
+    # A schedule of fewer rungs can hold more trials, and learning from more trials costs more.
+    while (n_trials := sum(rung.n_trials for rung in rungs)) > max_trials:
+        max_trials = n_trials
+        rungs = costs.fidelity_schedule(train_flops, update_flops(space, n_trials, steps) + reserved)
     return rungs
 
 
@@ -53,7 +57,7 @@ def run_rung(
 ) -> InnerRuns:
     """Train each draw on the rung's share of the pool; see `run_streams`.
 
-    What two draws have in common comes in another order in each: orders are drawn over all that a draw selects.
+    Examples that two draws share come in a different order in each: an order is drawn over all that a draw selects.
     """
     positions = subsample(inner.task.pool, rung.data_fraction, derive(seed, "subsample"))
     order = derive(seed, "rung", rung_index)
@@ -63,20 +67,20 @@ def run_rung(
 def run_streams(
     inner: InnerLoop, streams: Sequence[Stream], rung: Rung, order: int, reference_run: InnerRuns | None = None
 ) -> InnerRuns:
-    """Train on each stream, all from the same weights and with the same dropout.
+    """Train one model on each stream, all from the same weights and with the same dropout.
 
     Args:
         streams: the first is that of the full pool.
         order: seed of weights and dropout.
-        begun: the run on the first stream, if it has been made before.
+        reference_run: the trial on the first stream, if it has been run before.
 
     Raises:
-        DataError: if the run on the full pool, which all others are measured against, has no finite objective.
+        DataError: if the trial on the full pool, to which all others are compared, has no finite objective.
     """
     if reference_run is not None:
         streams = streams[1:]
-    beside = None if reference_run is None else reference_run.reference
-    runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage, reference=beside)
+    objective = None if reference_run is None else reference_run.reference
+    runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage, reference=objective)
     if reference_run is not None:
         runs = reference_run.followed_by(runs)
     check_reference(float(runs.objective[0]), rung.stage)

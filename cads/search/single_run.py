@@ -1,10 +1,12 @@
-"""One run: selection that rides on the training of the final model, whose budget covers both.
+"""Selection in one run: the final model's own training selects its examples, and the budget covers both.
 
-The penalty form of CADS (arXiv 2510.16806) compares theta, fitted to the target, with a reference u, trained on the
-pool. Here u is the final model itself: it begins on everything, target and pool together, its losses say which
-examples to go on with, and the same run continues on draws weighted by that. The first part is no cost of selection,
-and neither are the losses of u on what it has trained on: they come from its own steps. What selection takes
-beside that, theta and its pass over the pool, follows from the budget, down to nothing.
+The penalty form of CADS (arXiv 2510.16806) compares theta, the target model trained on the target, with u, a reference
+model trained on the pool. Here u is the final model itself. It begins on everything, target and pool together. Its
+losses then tell which examples to continue with, and the same run continues on draws weighted by that.
+
+The first part of the run is training, no cost of selection. Where the losses of u come from its own training steps,
+they cost nothing either. The other costs of selection, theta and passes over the pool, follow from the budget; they may
+be 0.
 """
 
 from __future__ import annotations
@@ -39,11 +41,10 @@ from cads.training.run_state import RunSegment
 log = logging.getLogger(__name__)
 
 THETA_PASSES = (5, 20)
-"""Passes over the target below which theta knows too little to be worth its cost, and the most it is given."""
+"""Fewest passes over the target with which theta is worth its cost, and most passes that it makes."""
 PRETRAINED_SHARE, PRETRAINED_STEPS = 0.1, 16
-"""Of models that are pretrained, theta takes this share of the allowance, and of C, at most, and this many steps at
-least: fewer do not tell examples apart, and more than twice as many add nothing (`experiments/results`). u is trained
-for as much."""
+"""For pretrained models: theta's largest share of the allowance and of C, and its fewest steps. Fewer steps do not tell
+examples apart, and more than twice as many add nothing (`experiments/results`). u is trained for as many FLOPs."""
 SHARPNESS = 4.0
 """k in the weights `sigmoid(1 - k z)`."""
 TOO_SMALL = "the budget is too small to tell examples apart in one run: everything is trained on, with the target"
@@ -52,15 +53,14 @@ NO_ALLOWANCE = "allowance = 0 leaves nothing for telling examples apart: everyth
 
 @dataclass(frozen=True)
 class OneRunSplit:
-    """How a run is divided, and what is made of what it tells.
+    """How a run is divided, and how its losses become a signal.
 
     Attributes:
-        share: of C, that theta and passes over the pool may take; what they take is missing from the training.
-        first: share of the training that u takes on everything before examples are told apart. Where it is no whole
-            pass over the pool, most of the budget would be gone before anything is known of each example: then nothing
-            is selected.
+        share: largest share of C for theta and passes over the pool. The training is shorter by what they take.
+        first: share of the training in which u sees everything, before examples are weighed. If it is less than one
+            pass over the pool, nothing is selected: most of the budget would be spent before each example is known.
         reach_weight: c2/c1 of l(u) in the signal `l(theta) - (c2/c1) l(u)`.
-        theta_steps: mean steps of theta without which nothing is selected; 0 where theta may be missing.
+        theta_steps: mean steps of theta without which nothing is selected; 0 if theta may be missing.
     """
 
     share: float
@@ -70,12 +70,12 @@ class OneRunSplit:
 
 
 FROM_SCRATCH = OneRunSplit(share=0.05, first=0.2, reach_weight=-1.0, theta_steps=0)
-"""With 5,000 examples of which half are mislabelled, a share of 0.083 at 10 passes cost what it brought, and 0.05 at 30
-passes did not. After a fifth of the training u has learned little by heart, so that its losses tell what does not fit
-rather than what can be reached: the weight is negative."""
+"""With 5,000 examples of which half are mislabelled, a share of 0.083 at 10 passes cost as much as it gained, and 0.05
+at 30 passes cost less than it gained. After a fifth of the training u has memorised little, so that its losses tell
+what does not fit rather than what can be reached: the weight is negative."""
 PRETRAINED = OneRunSplit(share=0.13, first=0.25, reach_weight=1.0, theta_steps=PRETRAINED_STEPS)
-"""What a pretrained model finds easy need not be worth anything: only what theta loses beside u tells. A few steps of
-theta are enough, but both passes over the pool have to be paid."""
+"""Examples that a pretrained model finds easy need not be useful: only the difference of the losses of theta and u
+tells. A few steps of theta are enough, but both passes over the pool are paid for."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class SplitFlops:
     """How C is divided, in FLOPs.
 
     Attributes:
-        theta: fitting theta to the target. scoring: its pass over the pool; both 0 where they do not pay.
-        reading: the pass of u over the pool; 0 where its own training steps tell.
-        weighing: from losses to weights.
+        theta: training theta on the target. scoring: its pass over the pool. Both are 0 if not worth their cost.
+        reading: the pass of u over the pool; 0 if the losses of its training steps are used.
+        weighing: computing weights from losses.
     """
 
     theta: float
@@ -96,10 +96,10 @@ class SplitFlops:
 
 @dataclass
 class OnlineSelector(ABC):
-    """Begins the run of the final model, and selects what it goes on with.
+    """Begins the run of the final model, and selects what it continues with.
 
-    The budget is that of the whole run, whether it counts selection or not: selection is part of training here. The
-    model is the one that is trained; a proxy has no part in it. Nothing is compared on the target.
+    The budget is that of the whole run, whether it counts selection or not: selection is part of training here. A proxy
+    is not used. Nothing is compared on the target.
 
     Raises:
         ConfigError: if `target_fraction` or `allowance` is out of range.
@@ -126,7 +126,7 @@ class OnlineSelector(ABC):
         """Weights in (0, 1) for the rest of the run, from the standardised signal of each example; shape (N,) each."""
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """What `select` would charge to "select"; what it charges to "train" is the first part of the final run."""
+        """What `select` would charge to "select". It also charges the first part of the final run to "train"."""
         self._check(task)
         costs = PlannedInnerLoop(task, budget.flops(task))
         try:
@@ -147,27 +147,29 @@ class OnlineSelector(ABC):
         """Begin the run and weigh the pool for the rest of it; see `cads.selector.Selector`.
 
         Returns:
-            a Selection with a `warm_start`; without one, where the budget is too small to select in.
+            a Selection with a `warm_start`; without one if the budget is too small for selection.
         """
         self._check(task)
         monitor = monitor or Monitor()
-        spent = Ledger(limit=budget.flops(task))
-        inner = InnerLoop(task, spent, monitor)
-        everything = full_pool_selection(task, budget, method=self.method, seed=seed, ledger=ledger, notes={})
-        everything = replace(everything, target_fraction=self.target_fraction, config=asdict(self))
+        run_ledger = Ledger(limit=budget.flops(task))
+        inner = InnerLoop(task, run_ledger, monitor)
+        full_pool = full_pool_selection(task, budget, method=self.method, seed=seed, ledger=ledger, notes={})
+        full_pool = replace(full_pool, target_fraction=self.target_fraction, config=asdict(self))
         try:
             parts = self._split(inner)
         except NotAffordableError as error:
             log.warning("%s: %s", self.method, error)
-            return replace(everything, notes={"one run": str(error)})
+            return replace(full_pool, notes={"one run": str(error)})
         try:
-            from_theta = self._theta(inner, parts, seed)
-            fit = self._begin(inner, parts, everything, seed)
-            from_u = self._reference(inner, parts, fit)
+            target_model_losses = self._theta(inner, parts, seed)
+            fit = self._begin(inner, parts, full_pool, seed)
+            reference_losses = self._reference(inner, parts, fit)
             inner.learn(parts.weighing)
         finally:
-            ledger.merge(spent)
-        z = standardised(from_theta - one_run_split(task).reach_weight * from_u, task.groups(task.pool))
+            ledger.merge(run_ledger)
+        z = standardised(
+            target_model_losses - one_run_split(task).reach_weight * reference_losses, task.groups(task.pool)
+        )
         weights = self.weigh(task.pool, z)
         watch(monitor, task, z, weights)
         return Selection.from_pool(
@@ -188,7 +190,7 @@ class OnlineSelector(ABC):
         )
 
     def _check(self, task: Task) -> None:
-        """Refuse what can be known before anything is spent: a pool that cannot be weighed, a target that leaves none.
+        """Check, before any cost, that the pool can be weighed and that batches hold examples of the pool.
 
         Raises:
             ConfigError, DataError: with the remedy.
@@ -206,7 +208,7 @@ class OnlineSelector(ABC):
 
         Raises:
             BudgetError: if it does not buy one step.
-            NotAffordableError: if it is too small to select in.
+            NotAffordableError: if it is too small for selection.
         """
         task, total = costs.task, costs.ledger.left
         check_step(task, total)
@@ -214,45 +216,45 @@ class OnlineSelector(ABC):
         too_small = NotAffordableError(NO_ALLOWANCE if self.allowance == 0 else TOO_SMALL)
         batch_size, n = task.recipe.batch_size, len(task.pool)
         from_target = round(self.target_fraction * batch_size)
-        most = total * (split.share if self.allowance is None else self.allowance / (1 + self.allowance))
+        max_flops = total * (split.share if self.allowance is None else self.allowance / (1 + self.allowance))
         weighing = candidates_flops(n, 1)
         reading = 0.0 if own_losses_tell(task) else costs.scoring_flops(n)
         scoring = costs.scoring_flops(n)
-        few, many = (costs.target_flops(1.0, passes, total) for passes in THETA_PASSES)
+        min_theta, max_theta = (costs.target_flops(1.0, passes, total) for passes in THETA_PASSES)
         if split.theta_steps:
-            few = costs.target_steps_flops(split.theta_steps)
-        theta = min(many, most - scoring - reading - weighing)
-        if theta < few or theta < costs.target_step_flops:
+            min_theta = costs.target_steps_flops(split.theta_steps)
+        theta = min(max_theta, max_flops - scoring - reading - weighing)
+        if theta < min_theta or theta < costs.target_step_flops:
             if split.theta_steps:
                 raise too_small
             theta = scoring = 0.0
-        if theta + scoring + reading + weighing > most:
+        if theta + scoring + reading + weighing > max_flops:
             raise too_small
         first = split.first * (total - theta - scoring - reading - weighing)
-        of_pool, of_target = (task.costs.per_usage(pool, batch_size) for pool in (task.pool, task.target))
-        step = of_pool * (batch_size - from_target) + of_target * from_target
+        pool_usage, target_usage = (task.costs.per_usage(pool, batch_size) for pool in (task.pool, task.target))
+        step = pool_usage * (batch_size - from_target) + target_usage * from_target
         if int(first / step) * (batch_size - from_target) < n:
             raise too_small
         return SplitFlops(theta, scoring, reading, weighing)
 
     def _theta(self, inner: InnerLoop, parts: SplitFlops, seed: int) -> np.ndarray:
-        """Losses of the pool under theta, nats, shape (N,); 0 where there is no theta."""
+        """Losses of the pool under theta, nats, shape (N,); 0 if the split has no theta."""
         n = len(inner.task.pool)
         if not parts.theta:
             return np.zeros(n)
         theta = inner.fit_target(parts.theta, seed=derive(seed, "theta"), stage="theta")
         return inner.losses(theta, np.arange(n), stage="R")
 
-    def _begin(self, inner: InnerLoop, parts: SplitFlops, everything: Selection, seed: int) -> TrainResult:
-        """Train the first part of the final model, with the course of the learning rate over all of it."""
+    def _begin(self, inner: InnerLoop, parts: SplitFlops, full_pool: Selection, seed: int) -> TrainResult:
+        """Train the first part of the final run, with the learning-rate schedule of the whole run."""
         horizon = inner.ledger.left - parts.reading - parts.weighing
         first = one_run_split(inner.task).first * horizon
         return fit_final_model(
-            inner.trainer, everything, first, seed=seed, segment=RunSegment(horizon=horizon, keep=True)
+            inner.trainer, full_pool, first, seed=seed, segment=RunSegment(horizon=horizon, keep=True)
         )
 
     def _reference(self, inner: InnerLoop, parts: SplitFlops, fit: TrainResult) -> np.ndarray:
-        """Losses of the pool under u, nats, shape (N,); NaN for what it has not seen, where its own steps tell."""
+        """Losses of the pool under u, nats, shape (N,); from its own steps, NaN for examples that it has not seen."""
         if parts.reading:
             return inner.losses(fit.models[0], np.arange(len(inner.task.pool)), stage="l*")
         assert fit.example_losses is not None
@@ -260,27 +262,27 @@ class OnlineSelector(ABC):
 
 
 def one_run_split(task: Task) -> OneRunSplit:
-    """How its run is divided."""
+    """How a run of the task is divided."""
     return PRETRAINED if task.pretrained else FROM_SCRATCH
 
 
 def own_losses_tell(task: Task) -> bool:
-    """Whether the losses of training steps are those of the examples, and each is in one in every pass.
+    """Whether training steps give the plain loss of each example once per pass.
 
-    Not where training weighs examples, and not where batches are made up of similar lengths.
+    They do not if the task has training losses of its own, such as weighted ones, or if batches hold similar lengths.
     """
     return type(task).training_losses is Task.training_losses and lengths(task.pool) is None
 
 
 def standardised(signal: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
-    """The signal (shape (N,)) at mean 0 and deviation 1 within each group; 0 where it is NaN or does not vary."""
+    """The signal (shape (N,)) with mean 0 and deviation 1 in each group; 0 where it is NaN or does not vary."""
     z = np.zeros(len(signal))
     codes = np.zeros(len(signal), dtype=np.int64) if groups is None else np.asarray(groups)
     for group in np.unique(codes):
-        known = (codes == group) & np.isfinite(signal)
-        values = signal[known]
+        mask = (codes == group) & np.isfinite(signal)
+        values = signal[mask]
         if len(values) and (deviation := float(values.std())) > 0:
-            z[known] = (values - values.mean()) / deviation
+            z[mask] = (values - values.mean()) / deviation
     return z
 
 
@@ -290,7 +292,7 @@ def by_example(pool: Pool, z: np.ndarray) -> np.ndarray:
 
 
 def by_source(pool: Pool, z: np.ndarray) -> np.ndarray:
-    """CADS-S: the same of the mean of z in the source of each example, shape (N,).
+    """CADS-S: `sigmoid(1 - k z)` of the mean z of each example's source, shape (N,).
 
     Raises:
         DataError: if the pool has no sources.
@@ -318,6 +320,6 @@ def watch(monitor: Monitor, task: Task, z: np.ndarray, weights: np.ndarray) -> N
 
 
 def watch_sources(monitor: Monitor, pool: Pool, weights: np.ndarray, step: int) -> None:
-    """Record the mean weight in each source, where there are sources."""
+    """Record the mean weight in each source, if there are sources."""
     if means := source_means(pool, weights):
         monitor.probabilities(pool.source_names, np.array(list(means.values())), step)

@@ -1,4 +1,4 @@
-"""From probabilities of sources to what is trained on."""
+"""From a policy over sources to the choice of what to train on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cads.search.choice import Choice
 from cads.search.space import SearchSpace
 
 WEIGHT_DIGITS = 12
-"""Digits in which weights of examples must differ for training to draw by them."""
+"""Decimals in which relative weights of examples must differ for training to draw by them."""
 
 
 def nonempty(draws: np.ndarray) -> np.ndarray:
-    """The draws that select something: the policy is used conditioned on that."""
+    """The draws that select at least one source: the policy is conditioned on that."""
     return draws[draws.any(axis=1)]
 
 
@@ -35,7 +35,7 @@ def source_choice(space: SearchSpace, draw: np.ndarray, policy: Policy, notes: d
     assert pool.sources is not None
     marginals = source_marginals(policy)
     weights = space.weights(draw[None])[0]
-    # Equal weights may differ in their last bits where they are quotients of ratios and sizes.
+    # Equal weights may differ in their last bits, as quotients of ratios and sizes.
     relative = np.round(weights / weights.max(), WEIGHT_DIGITS)
     return Choice(
         selected=(relative > 0)[pool.sources],

@@ -1,4 +1,4 @@
-"""What a policy over sources ranges over: subsets of the sources, or mixtures of them."""
+"""The search spaces of policies over sources: subsets of the sources, or mixtures of them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from cads.policies.bernoulli import BernoulliPolicy
 from cads.policies.mixture import MixturePolicy
 
 EXPLORED = 0.1
-"""Probabilities stay this far from 0 and 1 while masks are being tried."""
+"""Smallest distance of probabilities from 0 and 1 while candidates are drawn."""
 SOFTENED = 0.25
-"""Weight at which a doubtful source is tried, between all and nothing."""
+"""Weight, between 0 and 1, with which a doubtful source is tried."""
 SIGMA = 0.15
 """Standard deviation of the ratios of the mixture policy."""
 
 
 class SearchSpace(ABC):
-    """What a policy over sources draws, and what a draw means for training.
+    """The draws of a policy over sources, and what each draw means for training.
 
     Args:
         pool: with sources.
@@ -43,43 +43,42 @@ class SearchSpace(ABC):
     @property
     @abstractmethod
     def count(self) -> int | None:
-        """How many draws there are, or None if they are a continuum."""
+        """The number of draws, or None if they are a continuum."""
 
     @abstractmethod
     def policy(self) -> Policy:
-        """Where the search starts."""
+        """The policy with which the search starts."""
 
     @abstractmethod
     def explore(self, policy: Policy) -> Policy:
-        """The policy kept away from certainty, to draw what is tried next."""
+        """The policy from which candidates are drawn: its probabilities are kept away from 0 and 1."""
 
     @abstractmethod
     def weights(self, draws: np.ndarray) -> np.ndarray:
         """The weight of one example of each source, (K, S) -> (K, S)."""
 
     def neighbours(self, draw: np.ndarray, value: Function) -> list[np.ndarray]:
-        """Small changes of a draw that no draw of the policy comes to; `value` maps draws to what they promise."""
+        """Draws close to `draw` that the policy cannot draw; `value` predicts the objective, which is minimised."""
         return []
 
     def nested(self, order: np.ndarray) -> np.ndarray:
-        """The full draw, the one without the last source of `order` (S,), without the last two, ...: shape (S, S)."""
+        """The full draw, that without the last source of `order` (S,), without the last two, ...: shape (S, S)."""
         n = len(self.sizes)
-        places = np.empty(n, dtype=np.int64)
-        places[order] = np.arange(n)
-        return np.asarray(self.full * (places < np.arange(n, 0, -1)[:, None]))
+        ranks = np.empty(n, dtype=np.int64)
+        ranks[order] = np.arange(n)
+        return np.asarray(self.full * (ranks < np.arange(n, 0, -1)[:, None]))
 
     @abstractmethod
     def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
-        """What to train on for one draw (S,), among `positions` of the pool."""
+        """The training stream of one draw (S,), among `positions` of the pool."""
 
     @property
     def n_features(self) -> int:
-        """P."""
+        """P, the columns of `features`."""
         return n_columns(len(self.sizes))
 
     def features(self, draws: np.ndarray) -> np.ndarray:
-        """phi for the regression: each source, `cads.estimators.design.pairs`, and the log of the effective size;
-        (K, P)."""
+        """phi for the regression, shape (K, P): sources, `cads.estimators.design.pairs`, and log of effective size."""
         x = np.asarray(draws, dtype=np.float64)
         size = np.log(effective_size(self.weights(draws), self.sizes))[:, None]
         return np.hstack([x, pairs(x), size])
@@ -88,7 +87,7 @@ class SearchSpace(ABC):
 class SubsetSpace(SearchSpace):
     """Subsets of sources, by a Bernoulli policy. A draw holds the weight of each source: 1 in, 0 out.
 
-    A weight between is what training on many draws of a policy comes to: the source is in some of the time.
+    A weight between 0 and 1 stands for training on many draws of a policy: some of them hold the source.
     """
 
     @property
@@ -106,7 +105,7 @@ class SubsetSpace(SearchSpace):
         return BernoulliPolicy(np.full(len(self.sizes), 0.5))
 
     def explore(self, policy: Policy) -> Policy:
-        """Probabilities clipped."""
+        """The policy with clipped probabilities."""
         assert isinstance(policy, BernoulliPolicy)
         return BernoulliPolicy(np.clip(policy.probabilities, EXPLORED, 1 - EXPLORED))
 
@@ -115,25 +114,24 @@ class SubsetSpace(SearchSpace):
         return np.asarray(draws, dtype=np.float64)
 
     def neighbours(self, draw: np.ndarray, value: Function) -> list[np.ndarray]:
-        """The draw with the most promising source outside let in by a part, and the least promising inside let
-        out but for a part."""
-        found = []
+        """The draw with its best missing source added in part, and that with its worst source removed in part."""
+        partial_draws = []
         for inside in (0, 1):
             flipped = [np.where(np.arange(len(draw)) == j, 1 - draw, draw) for j in np.flatnonzero(draw == inside)]
             flipped = [f for f in flipped if f.any()]
             if flipped:
                 best = flipped[int(np.argmin(value(np.array(flipped))))]
-                found.append(np.where(best != draw, SOFTENED, draw))
-        return found
+                partial_draws.append(np.where(best != draw, SOFTENED, draw))
+        return partial_draws
 
     def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
-        """Epochs over the examples of the chosen sources; draws by weight where a source is in by a part."""
+        """Epochs over the examples of the chosen sources; weighted draws if a source is chosen in part."""
         assert self.pool.sources is not None
-        here = draw[self.pool.sources[positions]]
+        position_weights = draw[self.pool.sources[positions]]
         if np.isin(draw, (0, 1)).all():
-            return ShuffledStream(positions[here == 1], seed)
+            return ShuffledStream(positions[position_weights == 1], seed)
         weights = np.zeros(len(self.pool))
-        weights[positions] = here
+        weights[positions] = position_weights
         return WeightedStream(weights, seed)
 
 
@@ -147,18 +145,18 @@ class MixtureSpace(SearchSpace):
 
     @property
     def count(self) -> None:
-        """A continuum."""
+        """None: ratios are a continuum."""
 
     def policy(self) -> Policy:
-        """Around the proportional mixture."""
+        """Truncated Gaussians around the proportional mixture."""
         return MixturePolicy(self.full, SIGMA)
 
     def explore(self, policy: Policy) -> Policy:
-        """As it is: its width does not shrink."""
+        """The policy itself, whose width does not shrink."""
         return policy
 
     def nested(self, order: np.ndarray) -> np.ndarray:
-        """Ratios in proportion to the sizes of what is in."""
+        """Ratios in proportion to the sizes of the sources that each draw holds."""
         draws = super().nested(order)
         return np.asarray(draws / draws.sum(axis=1, keepdims=True))
 

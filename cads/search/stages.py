@@ -1,7 +1,7 @@
-"""What a search does, stage by stage: one description, from which `plan` charges and `select` works.
+"""The stages of a search: one description, which `plan` charges for and `select` carries out.
 
-A search is a generator of stages. It decides each one by what the ledger has left, and goes on when the stage before it
-has been paid for: by `PlannedInnerLoop.charge`, which runs nothing, or by whoever carries it out.
+A search is a generator of stages. It decides each stage by the rest of the ledger's limit, after the stage before has
+been charged. `PlannedInnerLoop.charge` charges for a stage without running it; `Search.run_search` carries it out.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class ScorePool:
 
     Attributes:
         count: how many examples.
-        name: what the ledger calls it.
-        flops: what it costs; None for the price of as many mean examples.
-        positions: of the examples, by source; empty where all of the pool is scored, or a sample.
+        name: stage of the ledger.
+        flops: its cost; None for that of as many mean examples.
+        positions: of the examples, by source; empty if the whole pool is scored, or a sample of it.
     """
 
     count: int
@@ -44,9 +44,9 @@ class Trials:
     """Train models on parts of the pool, and measure them on the target.
 
     Attributes:
-        rung: how many, how long, and on how much of the pool.
-        name: what the ledger calls it; None for the name of the rung.
-        probe: what the model of the first trial, on the full pool, is read on before the others are chosen.
+        rung: the number of trials, their length, and their share of the pool.
+        name: stage of the ledger; None for that of the rung.
+        probe: examples that the model of the first trial, on the full pool, scores before the others are chosen.
     """
 
     rung: Rung
@@ -55,7 +55,7 @@ class Trials:
 
     @property
     def stage(self) -> str:
-        """What the ledger calls it."""
+        """The stage of the ledger."""
         return self.rung.stage if self.name is None else self.name
 
 
@@ -66,7 +66,7 @@ def reference_trial(flops: float, train_flops: float, name: str = "u") -> Trials
 
 @dataclass(frozen=True)
 class Steps:
-    """Training steps on the pool that are no trial of their own, such as unrolled ones."""
+    """Training steps on the pool that are not a trial, such as unrolled ones."""
 
     name: str
     flops: float

@@ -1,8 +1,10 @@
 """A policy over examples that is a function of their features: s(x) = sigmoid(w . phi(x) + b).
 
-It has as many parameters as there are features, however many examples there are, so that it can be learned on a sample
-and applied to what was never seen. Letters, throughout: n examples, P features, phi standardised, v = (w, b) the
-parameters, R and l* as in `cads.estimators.score_function`.
+It has as many parameters as there are features, whatever the number of examples. So it can be learned on a sample and
+applied to examples that were never seen.
+
+Notation: n examples, P features, phi the standardised features, v = (w, b) the parameters, R and l* as in
+`cads.estimators.score_function`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class AmortisedPolicy:
 
     Attributes:
         names: of the features.
-        centre, scale: what standardises them, shape (P,).
+        centre, scale: standardise the features, shape (P,).
         weights: w, shape (P,). bias: b.
 
     Raises:
@@ -67,7 +69,7 @@ class AmortisedPolicy:
         return np.append(self.weights, self.bias)
 
     def at(self, parameters: Floats) -> AmortisedPolicy:
-        """The same features with other parameters v."""
+        """The policy with the same features and other parameters v."""
         return AmortisedPolicy(self.names, self.centre, self.scale, parameters[:-1], float(parameters[-1]))
 
     def standardised(self, features: np.ndarray) -> Floats:
@@ -85,13 +87,13 @@ class AmortisedPolicy:
         return np.asarray(expit(self.standardised(features) @ self.weights + self.bias))
 
     def chain(self, features: np.ndarray, gradient: np.ndarray) -> Floats:
-        """A gradient in s (shape (n,)) as one in v, shape (P + 1,): sum_i g_i s_i (1 - s_i) (phi_i, 1)."""
+        """The gradient in v, shape (P + 1,), from that in s, shape (n,): sum_i g_i s_i (1 - s_i) (phi_i, 1)."""
         s = self.probabilities(features)
         inner = gradient * s * (1 - s)
         return np.append(inner @ self.standardised(features), inner.sum())
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; `from_json` gives the same policy to all digits."""
+        """The policy as JSON values; `from_json` restores it to all digits."""
         arrays = {name: getattr(self, name).tolist() for name in ("centre", "scale", "weights")}
         return {"schema_version": SCHEMA, "names": list(self.names), **arrays, "bias": self.bias}
 
@@ -103,9 +105,9 @@ class AmortisedPolicy:
             CheckpointError: if it is no such description.
         """
         try:
-            found = record["schema_version"] if isinstance(record, Mapping) else None
-            if found != SCHEMA:
-                raise CheckpointError(f"schema version {found!r}, this version reads {SCHEMA}")
+            version = record["schema_version"] if isinstance(record, Mapping) else None
+            if version != SCHEMA:
+                raise CheckpointError(f"schema version {version!r}, this version reads {SCHEMA}")
             centre, scale, weights = (np.array(record[n], dtype=np.float64) for n in ("centre", "scale", "weights"))
             if not all(isinstance(name, str) for name in record["names"]):
                 raise CheckpointError("its features have names that are no text")
@@ -119,7 +121,7 @@ class AmortisedPolicy:
 
     @classmethod
     def load(cls, path: Path | str) -> AmortisedPolicy:
-        """Read what `save` wrote; nothing in it is executed.
+        """Read the file that `save` wrote. No code in it is executed.
 
         Raises:
             CheckpointError: if it is missing, a link, too large, or no policy.
@@ -134,10 +136,10 @@ def penalty_direction(features: np.ndarray, signal: np.ndarray) -> tuple[Floats,
     """The gradient of the penalty in w, up to its length, at the uniform policy.
 
     There the Rao-Blackwellised gradient in s_i (`rao_blackwell_leading`) is proportional to `signal_i` minus its
-    mean, so that in w it is proportional to the covariance of features and signal. Each feature has its say by what it
-    alone tells of the signal. The natural gradient, a regression of the signal on all of them, would give back the
-    signal itself wherever it is among them, and leave what the others tell of the same thing unused: it selected more
-    wrongly labelled images (`experiments/results/amortised.md`).
+    mean. In w it is proportional to the covariance of features and signal, so that each feature counts by its own
+    covariance with the signal. The natural gradient is a regression of the signal on all features. If the signal is
+    among the features, it returns the signal itself and ignores the others: it selected more wrongly labelled images
+    (`experiments/results/amortised.md`).
 
     Args:
         features: (n, P). signal: l(theta) - (c2/c1) l(u), nats, shape (n,).
@@ -163,10 +165,10 @@ def mean_loss_slope(policy: AmortisedPolicy, features: np.ndarray, losses: np.nd
 def mirrored(centre: Floats, sigma: Floats, pairs: int, rng: np.random.Generator) -> Floats:
     """Draws of v ~ N(centre, sigma^2), each followed by its mirror image; shape (2 pairs, P + 1).
 
-    A parameter with sigma = 0 stays where it is.
+    A parameter with sigma = 0 keeps the value of the centre.
     """
-    away = sigma * rng.standard_normal((pairs, len(centre)))
-    return np.stack([centre + away, centre - away], axis=1).reshape(-1, len(centre))
+    offsets = sigma * rng.standard_normal((pairs, len(centre)))
+    return np.stack([centre + offsets, centre - offsets], axis=1).reshape(-1, len(centre))
 
 
 def corrected_slope(
@@ -177,17 +179,18 @@ def corrected_slope(
     control: np.ndarray,
     control_slope: Floats,
 ) -> Floats:
-    """Estimate of the gradient of E_v[F(v)], v ~ N(centre, sigma^2), in the centre; shape (P + 1,).
+    """Estimate of the gradient of E_v[F(v)], v ~ N(centre, sigma^2), with respect to the centre; shape (P + 1,).
 
     The score function of the Gaussian is `(v - centre) / sigma^2` (parameter-exploring policy gradients, Sehnke et
-    al. 2010): a mask of single examples says next to nothing of w, a draw of w itself moves all of them. With
-    h = c1 R - c2 l* as control variate it is `estimator.corrected`. Mirrored draws make any constant cancel.
+    al. 2010): a mask of single examples tells next to nothing about w, while a draw of w moves all of them. With
+    h = c1 R - c2 l* as control variate it is `cads.estimators.score_function.corrected`. In mirrored draws any constant
+    cancels.
 
     Args:
         draws: shape (K, P + 1), from `mirrored`. values: F of each, shape (K,). control: h of each, shape (K,).
         control_slope: the gradient of E_v[h(v)], shape (P + 1,).
     """
-    moved = sigma > 0
+    varies = sigma > 0
     scores = np.zeros_like(draws)
-    scores[:, moved] = (draws[:, moved] - centre[moved]) / sigma[moved] ** 2
-    return np.where(moved, corrected(values, control, control_slope, scores, baseline="none"), 0.0)
+    scores[:, varies] = (draws[:, varies] - centre[varies]) / sigma[varies] ** 2
+    return np.where(varies, corrected(values, control, control_slope, scores, baseline="none"), 0.0)

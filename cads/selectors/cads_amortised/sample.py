@@ -1,4 +1,4 @@
-"""What an amortised policy is learned on: a random sample of the pool, read once, and the penalty on it."""
+"""The training data of an amortised policy: a random sample of the pool, read once, and the penalty on it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cads.selectors.cads_e.candidates import SHARPNESS
 
 @dataclass
 class Proposal:
-    """A policy, and how it was made."""
+    """A policy, and the step that made it."""
 
     policy: AmortisedPolicy
     reach_weight: float
@@ -39,9 +39,10 @@ class Sample:
     Attributes:
         order: all positions of the pool as they are visited, shape (N,).
         features: of the sample, shape (n, P). names: of their columns.
-        from_theta, from_u: losses of the sample, nats, shape (n,); None without u.
-        free: gives the features that cost nothing, of any example; None where those of the sample are all there are.
-        read: reads the features that take a forward pass; None where the policy looks at none.
+        from_theta, from_u: losses of the sample under theta, the target model, and u, the reference model, nats, shape
+            (n,); None without u.
+        free: computes the features that cost nothing, of any example; None if only those of the sample are known.
+        read: computes the features that take a forward pass; None if the policy uses none of them.
     """
 
     order: np.ndarray
@@ -53,75 +54,75 @@ class Sample:
     read: ReadFeatures | None = None
 
     def rows(self, part: slice) -> Floats:
-        """The features of a part of the visit, which may reach beyond the sample where they are free."""
+        """The features of a part of the visit, which may extend beyond the sample if they are free."""
         if self.read is None and self.free is not None:
             return self.free.values(self.names, self.order[part])
         return self.features[part]
 
     @property
     def grouped(self) -> np.ndarray:
-        """Which columns stand for groups, bool, shape (P,)."""
+        """Mask of the columns that encode groups, bool, shape (P,)."""
         return np.array([name.startswith(GROUP) for name in self.names])
 
 
 def visit_order(pool: Pool, seed: int) -> np.ndarray:
     """All positions in the order in which a pool is visited, int64, shape (N,).
 
-    It is drawn over the ids, so that a permutation of the pool does not change it; any beginning of it holds each
-    source in proportion, and copies of one content stand together in it (see `optimizer.subsample`).
+    It is drawn over the ids, so that a permutation of the pool does not change it. Any prefix of it holds each source
+    in proportion. Copies of one content are next to each other (see `cads.data.subsample`).
     """
     ids = by_id(pool)
     sources = strata(pool)[ids]
     _, first, codes = np.unique(pool.content_codes[ids], return_index=True, return_inverse=True)
-    # A content has its number by where it first stands among the ids, not by where it stands in the pool.
+    # A content is numbered by its first position among the ids, not by its position in the pool.
     number = np.empty(len(first), dtype=np.int64)
     number[np.argsort(first)] = np.arange(len(first))
-    place = np.random.default_rng(seed).permutation(len(first))[number][codes]
-    rows = np.lexsort((place, sources))
-    new = np.ones(len(ids), dtype=bool)
-    new[1:] = (np.diff(place[rows]) != 0) | (np.diff(sources[rows]) != 0)
-    rank = np.cumsum(new) - 1
-    before = rank[np.searchsorted(sources[rows], np.arange(int(sources.max()) + 1))]
-    distinct = np.bincount(sources[rows], weights=new, minlength=len(before))
-    share = np.empty(len(ids))
-    share[rows] = (rank - before[sources[rows]] + 0.5) / distinct[sources[rows]]
-    return np.asarray(ids[np.argsort(share, kind="stable")])
+    content_rank = np.random.default_rng(seed).permutation(len(first))[number][codes]
+    rows = np.lexsort((content_rank, sources))
+    is_first_copy = np.ones(len(ids), dtype=bool)
+    is_first_copy[1:] = (np.diff(content_rank[rows]) != 0) | (np.diff(sources[rows]) != 0)
+    distinct_rank = np.cumsum(is_first_copy) - 1
+    source_start = distinct_rank[np.searchsorted(sources[rows], np.arange(int(sources.max()) + 1))]
+    distinct = np.bincount(sources[rows], weights=is_first_copy, minlength=len(source_start))
+    source_fraction = np.empty(len(ids))
+    source_fraction[rows] = (distinct_rank - source_start[sources[rows]] + 0.5) / distinct[sources[rows]]
+    return np.asarray(ids[np.argsort(source_fraction, kind="stable")])
 
 
 def learn_from(inner: InnerLoop, parts: AmortisedBudget, kinds: Sequence[Kind], order: np.ndarray, seed: int) -> Sample:
-    """Fit theta to the target and u to the sample, and read the sample with both."""
+    """Train theta on the target and u on the sample, and compute the losses of the sample under both."""
     task, positions = inner.task, order[: parts.sample]
     theta = inner.fit_target(parts.theta, seed=derive(seed, "theta"), stage="theta")
     device = inner.trainer.accelerator.device
     theta.to(device).eval()
-    # The loss is the signal, whether the policy may look at it or not.
+    # The loss is the signal, whether or not it is a feature of the policy.
     signals = ReadFeatures(task, theta, device, (*kinds, "loss"))
     columns = signals.of(task.pool, positions, ledger=inner.ledger, stage="R")
     from_u = None
     if parts.u:
-        shuffled = derive(seed, "reference")
-        runs = inner.run([ShuffledStream(positions, shuffled)], parts.u, seed=shuffled, stage="u")
+        order_seed = derive(seed, "reference")
+        runs = inner.run([ShuffledStream(positions, order_seed)], parts.u, seed=order_seed, stage="u")
         check_reference(float(runs.objective[0]), "u", "a sample of the pool")
         from_u = inner.losses(runs.models[0], positions, stage="l*")
     free = FreeFeatures(task, task.pool, kinds)
     features, names, read = free.values(free.names, positions), tuple(free.names), None
     if parts.forward:
         read = ReadFeatures(task, theta, device, kinds)
-        own = columns[:, [signals.names.index(name) for name in read.names]]
-        features, names = np.hstack([own, features]), (*read.names, *names)
+        read_columns = columns[:, [signals.names.index(name) for name in read.names]]
+        features, names = np.hstack([read_columns, features]), (*read.names, *names)
     return Sample(order, features, names, columns[:, signals.names.index(LOSS)], from_u, free, read)
 
 
 def candidates(sample: Sample, steps: Sequence[tuple[float, float]]) -> list[Proposal]:
     """Policies one step along the penalty's gradient away from the uniform one, for each of `steps`.
 
-    As in CADS-E the step has the length that leaves a share `kept` of each group with s > 1/2: the columns of the
-    groups hold nothing but where that is. A direction in which the sample does not vary gives none.
+    As in CADS-E, the length of the step leaves a share `kept` of each group with s > 1/2. The weights of the group
+    columns serve for this alone. A direction in which the sample does not vary gives no policy.
     """
-    found: list[Proposal] = []
+    proposals: list[Proposal] = []
     grouped = sample.grouped
     if grouped.all():
-        return found
+        return proposals
     for kept, weight in steps:
         signal = sample.from_theta if sample.from_u is None else sample.from_theta - weight * sample.from_u
         centre, scale, direction = penalty_direction(sample.features, signal)
@@ -134,8 +135,8 @@ def candidates(sample: Sample, steps: Sequence[tuple[float, float]]) -> list[Pro
         for i in np.flatnonzero(grouped):
             members = z[sample.features[:, i] > 0]
             weights[i] = slope * float(np.quantile(members, kept)) - bias if len(members) else 0.0
-        found.append(Proposal(AmortisedPolicy(sample.names, centre, scale, weights, bias), weight, kept))
-    return found
+        proposals.append(Proposal(AmortisedPolicy(sample.names, centre, scale, weights, bias), weight, kept))
+    return proposals
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Penalty:
 
     @classmethod
     def fitted(cls, sample: Sample, policies: Sequence[AmortisedPolicy], delta_objective: np.ndarray) -> Penalty:
-        """With c1 and c2 from the gains (shape (K,)) of policies that were tried."""
+        """The penalty with c1 and c2 fitted to `delta_objective` (shape (K,)) of policies that were tried."""
         risk = [mean_loss(p, sample.features, sample.from_theta) for p in policies]
         reach = np.zeros(len(policies))
         if sample.from_u is not None:
@@ -156,15 +157,15 @@ class Penalty:
         return cls(sample, *fit_control(delta_objective, risk, reach))
 
     def value(self, policy: AmortisedPolicy) -> float:
-        """h, in the unit of the gains."""
+        """h, in the unit of `delta_objective`."""
         value = self.c1 * mean_loss(policy, self.sample.features, self.sample.from_theta)
         if self.sample.from_u is not None:
             value -= self.c2 * mean_loss(policy, self.sample.features, self.sample.from_u)
         return value
 
     def slope(self, policy: AmortisedPolicy) -> Floats:
-        """Its gradient in v, shape (P + 1,)."""
-        found = self.c1 * mean_loss_slope(policy, self.sample.features, self.sample.from_theta)
+        """The gradient of h in v, shape (P + 1,)."""
+        gradient = self.c1 * mean_loss_slope(policy, self.sample.features, self.sample.from_theta)
         if self.sample.from_u is not None:
-            found = found - self.c2 * mean_loss_slope(policy, self.sample.features, self.sample.from_u)
-        return found
+            gradient = gradient - self.c2 * mean_loss_slope(policy, self.sample.features, self.sample.from_u)
+        return gradient

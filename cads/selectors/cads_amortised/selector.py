@@ -1,11 +1,12 @@
-"""CADS with an amortised policy: probabilities as a function of cheap features, for pools too large to visit.
+"""CADS with an amortised policy: probabilities as a function of cheap features, for pools too large to read.
 
-CADS-E (`cads.selectors.cads_e.selector`) gives each example a probability of its own, and has to look at all of
-them. Here the
-probability is a function of features, with as many parameters as there are features. It is learned on a sample of the
-pool, with the estimators of CADS (arXiv 2510.16806): candidates one step along the penalty's gradient, a ladder of
-short runs of the true objective, and the corrected policy gradient in the parameters. Then it is applied to as much of
-the rest as the budget pays for, in one pass.
+CADS-E (`cads.selectors.cads_e.selector`) gives each example a probability of its own, and has to read all of them. Here
+the probability is a function of features, with as many parameters as there are features.
+
+The policy is learned on a sample of the pool, with the estimators of CADS (arXiv 2510.16806). Candidates are one step
+along the penalty's gradient from the uniform policy. Trials of the true objective, on rungs of growing fidelity,
+compare them. The corrected policy gradient moves the parameters. Then the policy is applied to as much of the rest as
+the budget pays for, in one pass.
 """
 
 from __future__ import annotations
@@ -46,20 +47,20 @@ from cads.selectors.cads_e.candidates import entropy, most_probable
 from cads.task import Task
 
 SIGMA = 0.75
-"""Standard deviation of the parameters among which is explored, in logits per standardised feature."""
+"""Standard deviation of the parameters in exploration, in logits per standardised feature."""
 STEP = 1.0
-"""Length of the step along the corrected gradient, in units of the distance that draws have from the centre."""
+"""Length of the step along the corrected gradient, in units of the distance of draws from the centre."""
 SHARD = 2**16
-"""Examples whose probability is computed at once where nothing has to be read."""
+"""Examples whose probabilities are computed at once if their features are free."""
 
 
 @dataclass
 class CadsAmortised(Search):
     """Probabilities as a function of loss, entropy, margin, source and length, learned on a sample of the pool.
 
-    The target model is fitted to one half of the target, the reference model to the sample. Where the budget does not
-    pay for a forward pass over the pool, features that are free select from all of it; without any, a random share of
-    it is read.
+    The target model is fitted to one half of the target, the reference model to the sample. If the budget does not pay
+    for a forward pass over the pool, features that are free select from all of it. If there are none, a random share of
+    the pool is read.
     """
 
     features: list[Kind] | None = None
@@ -81,11 +82,11 @@ class CadsAmortised(Search):
 
     @property
     def kinds(self) -> Sequence[Kind]:
-        """What the policy may look at."""
+        """The kinds of features that the policy may use."""
         return KINDS if self.features is None else self.features
 
     def stages(self, costs: InnerLoopCosts, train_flops: float) -> Stages:
-        """theta, u, the sample, the trials, and the pass, which is saved where the full pool wins; see `Search`."""
+        """Both models, the sample, the trials, and the pass, which is left out if the full pool wins; see `Search`."""
         parts = divide_allowance(costs, train_flops, self.kinds, self.share)
         yield FitTarget(parts.theta)
         yield ScorePool(parts.sample, "R")
@@ -113,7 +114,7 @@ class CadsAmortised(Search):
         yield UpdatePolicy(parts.applying_flops)
 
     def run_search(self, inner: InnerLoop, train_flops: float, seed: int) -> Choice:
-        """theta, u, the sample, the ladder, and the pass; see `Search`."""
+        """Learn the policy on the sample, compare candidates rung by rung, and apply the best one; see `Search`."""
         task = inner.task
         parts = divide_allowance(inner, train_flops, self.kinds, self.share)
         order = visit_order(task.pool, derive(seed, "visit"))
@@ -121,7 +122,7 @@ class CadsAmortised(Search):
         proposals = candidates(sample, parts.steps)
         inner.learn(parts.learning_flops)
         rungs = affordable(inner, parts, train_flops)
-        best, gain = run_ladder(inner, parts, sample, proposals, rungs, seed, guard=self.guard)
+        best, improvement = run_rungs(inner, parts, sample, proposals, rungs, seed, guard=self.guard)
         if best is None and not (rungs and proposals):
             raise NotAffordableError(NO_SEARCH_AFFORDABLE)
         if best is None:
@@ -135,8 +136,8 @@ class CadsAmortised(Search):
             score=probability,
             probability=probability,
             notes={
-                "guard": guard_message(gain > 0),
-                "gain": gain,
+                "guard": guard_message(improvement > 0),
+                "gain": improvement,
                 "c2/c1": best.reach_weight,
                 "kept": best.kept,
                 "origin": best.origin,
@@ -148,7 +149,7 @@ class CadsAmortised(Search):
         )
 
 
-def run_ladder(
+def run_rungs(
     inner: InnerLoop,
     parts: AmortisedBudget,
     sample: Sample,
@@ -158,10 +159,10 @@ def run_ladder(
     *,
     guard: bool,
 ) -> tuple[Proposal | None, float]:
-    """Compare proposals on the ladder, the full pool among them throughout, and explore around the best of them.
+    """Compare proposals and the full pool rung by rung, and explore around the best of them.
 
     Returns:
-        the best one, or None if it does not beat the full pool; and by how much it does, in the outer objective.
+        the best proposal, or None if it does not beat the full pool; and its improvement of the outer objective.
     """
     candidates, delta_objective, best = proposals, np.zeros(len(proposals)), None
     for rung_index, rung in enumerate(rungs if proposals else []):
@@ -171,10 +172,10 @@ def run_ladder(
         check_reference(float(objective[0]), rung.stage)
         delta_objective = objective[1:] - objective[0]
         if tried and np.isfinite(delta_objective).any():
-            drawn, values = explore(
+            explored, values = explore(
                 inner, parts, sample, candidates, delta_objective, float(objective[0]), tried, rung, seed
             )
-            candidates, delta_objective = [*candidates, *drawn], np.append(delta_objective, values)
+            candidates, delta_objective = [*candidates, *explored], np.append(delta_objective, values)
         order = np.argsort(np.nan_to_num(delta_objective, nan=np.inf), kind="stable")
         candidates, delta_objective = [candidates[i] for i in order], delta_objective[order]
         best = candidates[0] if delta_objective[0] < 0 or (np.isfinite(delta_objective[0]) and not guard) else None
@@ -191,31 +192,33 @@ def compare(
     seed: int,
     rung_index: int,
 ) -> np.ndarray:
-    """The outer objective of each policy (None: the full pool) after a short run, shape (K,).
+    """The outer objective of each policy (None: the full pool) after a trial, shape (K,).
 
-    A run is the final training in small: of the rung's share of the pool a policy has what would be read of it, and
-    what would be added to that, so that it sees its examples as often.
+    A trial is a scaled-down final training. From the rung's share of the pool, a policy gets the part that would be
+    read, and the part that would be added at random. So it sees its examples as often as the final training.
     """
     n = len(inner.task.pool)
-    everything, count = parts.visible(n, rung.data_fraction)
+    n_examples, count = parts.visible(n, rung.data_fraction)
     inner.learn(parts.comparing_flops(sum(policy is not None for policy in policies), count))
-    least = round(parts.least * everything / n)
-    shuffled = derive(seed, "rung", rung_index)
-    visited = sample.order[:everything]
-    kept: list[list[np.ndarray]] = [[] for _ in policies]
+    min_examples = round(parts.least * n_examples / n)
+    order_seed = derive(seed, "rung", rung_index)
+    visited_positions = sample.order[:n_examples]
+    kept_by_policy: list[list[np.ndarray]] = [[] for _ in policies]
     for start in range(0, count, SHARD):
-        part = slice(start, min(start + SHARD, count))
-        features = sample.rows(part)
-        for policy, found in zip(policies, kept, strict=True):
+        shard = slice(start, min(start + SHARD, count))
+        features = sample.rows(shard)
+        for policy, kept_parts in zip(policies, kept_by_policy, strict=True):
             if policy is not None:
-                found.append(visited[part][policy.probabilities(features) > 0.5])
+                kept_parts.append(visited_positions[shard][policy.probabilities(features) > 0.5])
     streams = []
-    for policy, found in zip(policies, kept, strict=True):
-        chosen = visited
+    for policy, kept_parts in zip(policies, kept_by_policy, strict=True):
+        positions = visited_positions
         if policy is not None:
-            chosen = np.concatenate([*found, visited[count:][: max(0, least - sum(map(len, found)))]])
-        streams.append(ShuffledStream(chosen if len(chosen) else visited, shuffled))
-    return inner.run(streams, rung.flops, seed=shuffled, stage=rung.stage).objective
+            positions = np.concatenate(
+                [*kept_parts, visited_positions[count:][: max(0, min_examples - sum(map(len, kept_parts)))]]
+            )
+        streams.append(ShuffledStream(positions if len(positions) else visited_positions, order_seed))
+    return inner.run(streams, rung.flops, seed=order_seed, stage=rung.stage).objective
 
 
 def explore(
@@ -234,7 +237,7 @@ def explore(
     The control variate is the penalty, c1 R - c2 l*, with c1 and c2 from the candidates, which are other draws.
 
     Returns:
-        the policies drawn, and the one that the step leads to; their gains.
+        the policies that were drawn, and the one to which the step leads; their `delta_objective`.
     """
     origin = candidates[int(np.nanargmin(delta_objective))]
     centre = origin.policy.parameters
@@ -243,36 +246,36 @@ def explore(
     policies = [origin.policy.at(v) for v in draws]
     values = compare(inner, parts, sample, policies, rung, seed, 0) - reference
     inner.learn(parts.exploring_flops(tried))
-    made = [Proposal(p, origin.reach_weight, origin.kept, "draw") for p in policies]
-    # A mirrored pair stands or falls together: half of one would not cancel what is constant.
-    sound = np.isfinite(values).reshape(-1, 2).all(axis=1).repeat(2)
-    if not sound.any():
-        return made, values
+    proposals = [Proposal(p, origin.reach_weight, origin.kept, "draw") for p in policies]
+    # A mirrored pair is used as a whole or not at all: half of it would not cancel constants.
+    is_finite = np.isfinite(values).reshape(-1, 2).all(axis=1).repeat(2)
+    if not is_finite.any():
+        return proposals, values
     penalty = Penalty.fitted(sample, [p.policy for p in candidates], delta_objective)
-    held = [penalty.value(policies[k]) for k in np.flatnonzero(sound)]
-    around = mirrored(centre, sigma, CONTROL_DRAWS, np.random.default_rng(derive(seed, "control")))
-    slope = np.mean([penalty.slope(origin.policy.at(v)) for v in around], axis=0)
-    gradient = corrected_slope(centre, sigma, draws[sound], values[sound], np.array(held), slope)
+    control_values = [penalty.value(policies[k]) for k in np.flatnonzero(is_finite)]
+    control_draws = mirrored(centre, sigma, CONTROL_DRAWS, np.random.default_rng(derive(seed, "control")))
+    slope = np.mean([penalty.slope(origin.policy.at(v)) for v in control_draws], axis=0)
+    gradient = corrected_slope(centre, sigma, draws[is_finite], values[is_finite], np.array(control_values), slope)
     if length := float(np.linalg.norm(gradient)):
-        stepped = centre - STEP * float(np.linalg.norm(sigma)) * gradient / length
-        made.append(Proposal(origin.policy.at(stepped), origin.reach_weight, origin.kept, "corrected gradient"))
-        values = np.append(values, compare(inner, parts, sample, [made[-1].policy], rung, seed, 0) - reference)
-    return made, values
+        moved = centre - STEP * float(np.linalg.norm(sigma)) * gradient / length
+        proposals.append(Proposal(origin.policy.at(moved), origin.reach_weight, origin.kept, "corrected gradient"))
+        values = np.append(values, compare(inner, parts, sample, [proposals[-1].policy], rung, seed, 0) - reference)
+    return proposals, values
 
 
 def apply_policy(
     inner: InnerLoop, parts: AmortisedBudget, policy: AmortisedPolicy, sample: Sample
 ) -> tuple[Floats, int]:
-    """The probability of every example, 0 for those that the policy was not applied to, and to how many it was."""
+    """The probability of every example, 0 where the policy was not applied; and the number to which it was applied."""
     pool, order = inner.task.pool, sample.order
     probability = np.zeros(len(pool))
     rest = order[: parts.read]
     if sample.read is not None:
         probability[order[: parts.sample]] = policy.probabilities(sample.features)
         rest = rest[parts.sample :]
-        if (most := padding(inner)) > 1:
-            left = inner.ledger.left - parts.applying_flops
-            rest = rest[: max(0, int(left / (most * inner.scoring_flops(1))))]
+        if (cost_factor := padding(inner)) > 1:
+            available = inner.ledger.left - parts.applying_flops
+            rest = rest[: max(0, int(available / (cost_factor * inner.scoring_flops(1))))]
     if len(rest):
         probability[rest] = probabilities_of(policy, inner.task, pool, rest, read=sample.read, ledger=inner.ledger)
     return probability, len(rest) + (0 if sample.read is None else parts.sample)
@@ -287,15 +290,15 @@ def probabilities_of(
     read: ReadFeatures | None,
     ledger: Ledger,
 ) -> Floats:
-    """The probabilities of the examples at `positions` of a pool or of a shard that was never seen, shape (n,).
+    """The probabilities of the examples at `positions` of a pool, or of a shard that was never seen, shape (n,).
 
-    Nothing but the probabilities is kept of what is read; the forward pass is charged to "select"/"pass".
+    Of the examples that are read only the probabilities are kept. The forward pass is charged to "select"/"pass".
 
     Args:
-        read: gives the first features of the policy by the model that it was learned with; None if they are all free.
+        read: computes the first features of the policy, with the model of its learning; None if all are free.
 
     Raises:
-        ConfigError: if the policy looks at something that this pool or `read` does not have.
+        ConfigError: if the policy uses features that this pool or `read` does not have.
     """
     free = FreeFeatures(task, pool)
     if not len(positions):
@@ -308,8 +311,8 @@ def probabilities_of(
         raise ConfigError(f"the policy looks at {policy.names}, and {read.names} are read: read what it was learned on")
 
     def score(batch: Batch) -> torch.Tensor:
-        own, others = read(batch).cpu().numpy(), free.values(names, batch.positions.cpu().numpy())
-        return torch.from_numpy(policy.probabilities(np.hstack([own, others])))
+        read_features, free_features = read(batch).cpu().numpy(), free.values(names, batch.positions.cpu().numpy())
+        return torch.from_numpy(policy.probabilities(np.hstack([read_features, free_features])))
 
     price, device = task.costs.forward, read.device
     return score_pool(pool, score, price, ledger=ledger, stage="pass", device=device, positions=positions)
@@ -318,9 +321,8 @@ def probabilities_of(
 def fill_unread(parts: AmortisedBudget, probability: Floats, order: np.ndarray, read: int) -> tuple[np.ndarray, Floats]:
     """What is selected, bool, and the probability of each example, shape (N,) each, with unread ones added at random.
 
-    The policy's own choice is all there is, unless the final training would see it too often
-    (`AmortisedBudget.min_flops`). If it
-    chooses nothing, everything is selected.
+    Unread examples are added only if the final training would see those of the policy too often
+    (`AmortisedBudget.least`). If the policy chooses nothing and none is added, everything is selected.
     """
     selected = probability > 0.5
     missing = max(0, round(parts.least) - int(selected.sum()))
@@ -341,7 +343,7 @@ def watch(
     delta_objective: np.ndarray,
     rung_index: int,
 ) -> None:
-    """Record how the search stands after a rung."""
+    """Record the state of the search after a rung."""
     monitor = inner.monitor
     monitor.scalar("outer/objective", float(np.nanmin(objective)), rung_index)
     monitor.scalar("outer/best_gain", float(np.nanmin(np.append(delta_objective, 0.0))), rung_index)

@@ -11,17 +11,18 @@ from scipy.special import expit
 from cads.accounting.operations import candidates_flops
 
 SHARPNESS = 3.0
-"""Slope of the probabilities in the standardised signal."""
+"""Slope of the logits in the standardised signal."""
 
 
 @dataclass(frozen=True)
 class Signals:
-    """What the candidates are made of.
+    """The losses from which candidates are computed.
 
     Attributes:
-        from_theta: losses, nats, shape (N,). from_u: the same, or None without u.
-        steps: share of the pool that is kept and weight of l* of each candidate.
-        groups: index of the examples of each group within which they compete; one for all of them if there are none.
+        from_theta: losses under theta, the target model, nats, shape (N,).
+        from_u: losses under u, the reference model, nats, shape (N,); None without u.
+        steps: share of the pool that is kept and weight of l*, the losses under u, for each candidate.
+        groups: positions of the examples of each group, within which examples compete; one for all of them by default.
     """
 
     from_theta: np.ndarray
@@ -37,7 +38,7 @@ class Signals:
         steps: Sequence[tuple[float, float]],
         groups: np.ndarray | None = None,
     ) -> Signals:
-        """With the group of each example, shape (N,), or None."""
+        """Signals with `groups` as the group of each example, shape (N,), or None."""
         if groups is None:
             return cls(from_theta, from_u, steps)
         order = np.argsort(groups, kind="stable")
@@ -56,10 +57,10 @@ class Signals:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A policy over examples, known by how it is made: that of a large pool is computed when it is asked for.
+    """A policy over examples, by its recipe: probabilities are computed on demand, which saves memory for large pools.
 
     Attributes:
-        signals: what it is made of. reach_weight: c2/c1, of l*.
+        signals: the losses from which it is computed. reach_weight: c2/c1, the weight of l*.
         kept: share of the pool with s_i > 1/2, the length of the step; 1 for all of it.
     """
 
@@ -69,7 +70,7 @@ class Candidate:
 
     @property
     def flops(self) -> float:
-        """Of computing it."""
+        """FLOPs of computing the probabilities."""
         return 0.0 if self.kept == 1 else candidates_flops(len(self.signals.from_theta), 1)
 
     def probability(self) -> np.ndarray:
@@ -92,7 +93,7 @@ class Candidate:
 
 
 def most_probable(probability: np.ndarray) -> np.ndarray:
-    """The most probable mask, bool, shape (N,); where that is empty, everything: groups of one example have s = 1/2."""
+    """The most probable mask, bool, shape (N,); if it is empty, all examples: groups of one example have s = 1/2."""
     selected = probability > 0.5
     return selected if selected.any() else np.ones(len(selected), dtype=bool)
 

@@ -1,10 +1,12 @@
-"""CADS-E: which examples to train on. One probability for each, moved by what two models disagree about.
+"""CADS-E: which examples to train on. Each example has a probability, moved by the difference of two models' losses.
 
-The penalty form of CADS (arXiv 2510.16806) gives example i the signal `c1 l_i(theta) - c2 l_i(u)`: theta is
-fitted to the target, u to draws from the policy, so `R - l*` needs no sampling (Rao-Blackwell). How much l*
-counts, and how far to move, follow from the budget: both are chosen by short runs of the true objective.
-A theta that has seen the target often enough, and then the target with what the policy keeps, needs no u; where models
-are pretrained, few steps of both are enough.
+The penalty form of CADS (arXiv 2510.16806) gives example i the signal `c1 l_i(theta) - c2 l_i(u)`. theta, the target
+model, is trained on the target. u, the reference model, is trained on draws from the policy, so that `R - l*` needs no
+sampling (Rao-Blackwell). The weight of l* and the length of the step follow from the budget: both are chosen by trials
+of the true objective.
+
+A theta that has seen the target often enough, and then the target with what the policy keeps, needs no u. For
+pretrained models, few steps of both are enough.
 """
 
 from __future__ import annotations
@@ -39,11 +41,12 @@ class CadsExamples(Search):
 
     The target model is fitted to one half of the target, the reference model to the pool. Each candidate policy is one
     step along the penalty's gradient from the uniform policy, the same in each class. It has its own length, and its
-    own weight on the losses of the reference model. A ladder of trials finds the best one on the other half of the
-    target, the full pool among them throughout. Where the allowance buys more, the target model is trained for longer,
-    in the end on the target and on what it keeps itself, no reference model is needed, and a few long trials decide. Of
-    a pretrained model few steps of both are enough; where the trials see the whole pool, the first of them is the
-    reference model.
+    own weight on the losses of the reference model. Trials on rungs of growing fidelity find the best candidate on the
+    other half of the target. Every rung holds a trial on the full pool.
+
+    With a larger allowance, the target model is trained for longer, at last on the target and on what it keeps itself.
+    Then no reference model is needed, and a few long trials decide. For pretrained models, few steps of both models are
+    enough. If their trials see the whole pool, the first trial trains the reference model.
     """
 
     method: ClassVar[str] = "cads-e"
@@ -52,7 +55,7 @@ class CadsExamples(Search):
     default_allowance: ClassVar[float] = 3.0
 
     def stages(self, costs: InnerLoopCosts, train_flops: float) -> Stages:
-        """theta, u, and the trials that compare candidates; see `Search`."""
+        """The target model, the reference model, and the trials that compare candidates; see `Search`."""
         n = len(costs.task.pool)
         models = signal_models(costs, train_flops)
         if not models.theta:
@@ -72,17 +75,17 @@ class CadsExamples(Search):
         probe = ScorePool(n, "l*") if models.reference_is_first_run else None
         for rung in rungs:
             n_trials = min(rung.n_trials, 1 + len(models.steps))
-            # All but the full pool's, and the best one once more.
+            # All candidates but the full pool, and the best one once more.
             yield UpdatePolicy(candidates_flops(n, n_trials))
             yield Trials(replace(rung, n_trials=n_trials), probe=probe)
             probe = None
 
     def min_flops(self, costs: InnerLoopCosts) -> float:
-        """Two models, their losses, and two short runs; see `Search`."""
+        """Two models, their losses, and two trials; see `Search`."""
         return least_flops(costs) if costs.task.pretrained else 0.0
 
     def run_search(self, inner: InnerLoop, train_flops: float, seed: int) -> Choice:
-        """theta, u, the candidates, and the ladder; see `Search`."""
+        """Train both models, make candidates, and compare them rung by rung; see `Search`."""
         task, monitor = inner.task, inner.monitor
         models = signal_models(inner, train_flops)
         signals = learn_from(inner, models, seed)
@@ -95,8 +98,8 @@ class CadsExamples(Search):
             signals = replace(
                 signals, from_u=inner.losses(reference_run.models[0], np.arange(len(task.pool)), stage="l*")
             )
-        everything = signals.everything
-        candidates = [everything, *signals.candidates]
+        full_pool = signals.everything
+        candidates = [full_pool, *signals.candidates]
         for rung_index, rung in enumerate(rungs):
             candidates = candidates[: rung.n_trials]
             delta_objective = compare(
@@ -104,10 +107,10 @@ class CadsExamples(Search):
             )
             order = [0, *(1 + np.argsort(np.nan_to_num(delta_objective[1:], nan=np.inf), kind="stable"))]
             candidates, delta_objective = [candidates[i] for i in order], delta_objective[order]
-            chosen = len(candidates) > 1 and (
+            is_better = len(candidates) > 1 and (
                 delta_objective[1] < 0 or (np.isfinite(delta_objective[1]) and not self.guard)
             )
-            best, gain = (candidates[1], -float(delta_objective[1])) if chosen else (everything, 0.0)
+            best, improvement = (candidates[1], -float(delta_objective[1])) if is_better else (full_pool, 0.0)
             inner.learn(best.flops)
             probability = best.probability()
             watch_penalty(monitor, signals, probability, rung_index)
@@ -122,8 +125,8 @@ class CadsExamples(Search):
             score=probability,
             probability=probability,
             notes={
-                "guard": guard_message(best is not everything),
-                "gain": gain,
+                "guard": guard_message(best is not full_pool),
+                "gain": improvement,
                 "c2/c1": best.reach_weight,
                 "kept": best.kept,
             },
@@ -131,30 +134,30 @@ class CadsExamples(Search):
 
 
 def learn_from(inner: InnerLoop, models: SignalModels, seed: int) -> Signals:
-    """The losses of every example under theta and, if there is one, under u."""
-    task, everything = inner.task, np.arange(len(inner.task.pool))
+    """The losses of every example under theta, the target model, and, if it is trained, under u."""
+    task, positions = inner.task, np.arange(len(inner.task.pool))
     groups, steps = task.groups(task.pool), models.steps
     theta = inner.fit_target(models.theta, seed=derive(seed, "theta"), stage="theta")
-    signals = Signals.of(inner.losses(theta, everything, stage="R"), None, steps, groups)
+    signals = Signals.of(inner.losses(theta, positions, stage="R"), None, steps, groups)
     if models.theta_refit_flops:
-        inner.learn(candidates_flops(len(everything), 1))
-        kept = everything[most_probable(Candidate(signals, 0.0, KEPT_FOR_THETA).probability())]
+        inner.learn(candidates_flops(len(positions), 1))
+        kept_positions = positions[most_probable(Candidate(signals, 0.0, KEPT_FOR_THETA).probability())]
         order = derive(seed, "theta", "with the pool")
         theta = inner.fit_target(
             models.theta_refit_flops,
             seed=order,
             stage="theta, with the pool",
             model=theta,
-            stream=ShuffledStream(kept, order),
+            stream=ShuffledStream(kept_positions, order),
             target_fraction=TARGET_FRACTION,
         )
-        return Signals.of(inner.losses(theta, everything, stage="R"), None, steps, groups)
+        return Signals.of(inner.losses(theta, positions, stage="R"), None, steps, groups)
     if not models.u:
         return signals
     order = derive(seed, "reference")
-    runs = inner.run([ShuffledStream(everything, order)], models.u, seed=order, stage="u")
+    runs = inner.run([ShuffledStream(positions, order)], models.u, seed=order, stage="u")
     check_reference(float(runs.objective[0]), "u")
-    return replace(signals, from_u=inner.losses(runs.models[0], everything, stage="l*"))
+    return replace(signals, from_u=inner.losses(runs.models[0], positions, stage="l*"))
 
 
 def compare(
@@ -165,10 +168,10 @@ def compare(
     rung_index: int,
     reference_run: InnerRuns | None = None,
 ) -> np.ndarray:
-    """The objective of each candidate less that of the first (the full pool), after a short run; shape (K,).
+    """The objective of each candidate less that of the first (the full pool), after a trial; shape (K,).
 
     Args:
-        begun: the run on the full pool, if it has been made before.
+        reference_run: the trial on the full pool, if it has been run before.
     """
     runs = run_candidates(inner, candidates, rung, seed, rung_index, reference_run)
     inner.monitor.scalar("outer/objective", float(np.nanmin(runs.objective)), rung_index)
@@ -189,8 +192,8 @@ def run_candidates(
     streams = []
     for candidate in candidates:
         inner.learn(candidate.flops)
-        chosen = positions[most_probable(candidate.probability()[positions])]
-        streams.append(ShuffledStream(chosen, order))
+        kept_positions = positions[most_probable(candidate.probability()[positions])]
+        streams.append(ShuffledStream(kept_positions, order))
     return run_streams(inner, streams, rung, order, reference_run)
 
 

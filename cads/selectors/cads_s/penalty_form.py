@@ -2,9 +2,10 @@
 
     min_s min_theta  E_m [ L_val(theta) + alpha ( L_tr(theta; m) - l*_C(m) ) ]
 
-theta takes ordinary training steps on the target and on draws from the policy, in the proportion 1 : alpha; the
-policy moves along `alpha E[ (R(m) - l*_C(m)) grad log p(m; s) ]`. No objective of a trained model is ever
-measured, so nothing tells when the penalty misleads: `cads-s` is the selector to use.
+theta, the target model, takes ordinary training steps on the target and on draws from the policy, in the proportion
+1 : alpha. The policy moves along `alpha E[ (R(m) - l*_C(m)) grad log p(m; s) ]`. R is the loss of theta on the mask m,
+and l*_C the training loss within reach of the budget C. No objective of a trained model is measured, so that a
+misleading penalty goes unnoticed: `cads-s` is the selector to use.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ from cads.task import Task
 log = logging.getLogger(__name__)
 
 SHORT = 1 / 8
-"""Share of C (and of each source) of the short runs from which l* is fitted or extrapolated."""
+"""Share of C, and of each source, of the trials from which l* is fitted or extrapolated."""
 THETA_SHARE = 0.5
-"""theta is trained for this share of C in all."""
+"""theta is trained for this share of C in all rounds together."""
 POLICY_STEPS, POLICY_STEP = 20, 0.05
 """Steps of the policy in each round, and their length in the largest probability."""
 
@@ -78,9 +79,9 @@ class PenalizedSources:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigError(f"alpha = {self.alpha}: it must be positive and finite")
-        for name, least in (("masks", 1), ("rounds", 1), ("draws", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} = {getattr(self, name)}: it must be at least {least}")
+        for name, minimum in (("masks", 1), ("rounds", 1), ("draws", 2)):
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{name} = {getattr(self, name)}: it must be at least {minimum}")
         if self.reach not in get_args(Reach):
             raise ConfigError(f"reach = {self.reach!r}: choose from {list(get_args(Reach))}")
 
@@ -99,12 +100,12 @@ class PenalizedSources:
         )
 
     def _search(self, task: Task, split: BudgetSplit, seed: int, ledger: Ledger, monitor: Monitor) -> Choice:
-        spent = Ledger(limit=split.selection_flops)
-        inner, space = InnerLoop(task, spent, monitor), SubsetSpace(task.pool)
+        selection_ledger = Ledger(limit=split.selection_flops)
+        inner, space = InnerLoop(task, selection_ledger, monitor), SubsetSpace(task.pool)
         try:
             policy = self._alternate(inner, space, split.train_flops, seed)
         finally:
-            ledger.merge(spent)
+            ledger.merge(selection_ledger)
         mask = policy.probabilities > 0.5
         mask[np.argmax(policy.probabilities)] = True
         return source_choice(space, mask.astype(np.float64), policy, {})
@@ -131,13 +132,13 @@ class PenalizedSources:
             yield UpdatePolicy(self._update_flops(space))
 
     def _split(self, task: Task, budget: Budget) -> BudgetSplit:
-        """FLOPs for training and for selection, which spends in proportion to training and a little besides.
+        """FLOPs for training and for selection: a share of those for training, and fixed costs.
 
         Raises:
-            NotAffordableError: if the pool has one source, the budget does not cover selection, or its trials would not
-                come to the steps they need.
+            NotAffordableError: if the pool has one source, the budget does not cover selection, or its trials would
+                have too few steps.
             BudgetError: if the budget does not buy one step.
-            ConfigError: if theta's batches would hold the target alone, or nothing of it.
+            ConfigError: if theta's batches would hold only examples of the target, or none of them.
         """
         total = budget.flops(task)
         check_step(task, total)
@@ -150,16 +151,16 @@ class PenalizedSources:
         costs, space = InnerLoopCosts(task, Ledger()), SubsetSpace(task.pool)
         if has_one_source(task.pool):
             raise NotAffordableError(ONE_SOURCE)
-        runs = min(self.masks, space.count)
-        share = runs * self._share + THETA_SHARE
+        n_trials = min(self.masks, space.count)
+        share = n_trials * self._share + THETA_SHARE
         round_flops = probing_flops(costs, probe_positions(space)) + self._update_flops(space)
-        fixed = runs * costs.measuring_flops + self.rounds * round_flops
-        training = (total - fixed) / (1 + share) if budget.count_selection else total
-        # A line through a curve takes two points of it.
-        steps = 2 if self.reach == "extrapolated" else 1
-        if min(self._share / steps, THETA_SHARE / self.rounds) * training < costs.step_flops:
+        fixed = n_trials * costs.measuring_flops + self.rounds * round_flops
+        train_flops = (total - fixed) / (1 + share) if budget.count_selection else total
+        # Extrapolating a curve takes two points of it.
+        min_steps = 2 if self.reach == "extrapolated" else 1
+        if min(self._share / min_steps, THETA_SHARE / self.rounds) * train_flops < costs.step_flops:
             raise NotAffordableError(NOTHING)
-        return BudgetSplit(training, (share * training + fixed) * (1 + 1e-9))
+        return BudgetSplit(train_flops, (share * train_flops + fixed) * (1 + 1e-9))
 
     @property
     def _share(self) -> float:
@@ -169,18 +170,18 @@ class PenalizedSources:
         return source_policy_flops(len(space.sizes), space.n_features, self.draws, self.masks, POLICY_STEPS)
 
     def _alternate(self, inner: InnerLoop, space: SubsetSpace, train_flops: float, seed: int) -> BernoulliPolicy:
-        """l* from trials, then the target model on target and draws and the policy on the penalty, `rounds` times."""
+        """Fit l* to trials. Then train the target model and move the policy along the penalty, `rounds` times."""
         task = inner.task
         policy = BernoulliPolicy(np.full(len(space.sizes), 0.5))
         reach: ReachableLossModel | None = None
         theta: nn.Module | None = None
-        turn = 0
+        round_index = 0
         for stage in self.stages(inner, train_flops):
             match stage:
                 case Trials(rung):
                     reach = self._reach(inner, space, rung, train_flops, seed)
                 case FitTarget(flops, name):
-                    order = derive(seed, "theta", turn)
+                    order = derive(seed, "theta", round_index)
                     theta = inner.fit_target(
                         flops,
                         seed=order,
@@ -192,25 +193,25 @@ class PenalizedSources:
                 case ScorePool(positions=positions) if theta is not None:
                     risks = mean_losses(inner, positions, theta)
                 case UpdatePolicy(flops) if reach is not None:
-                    seeds = [derive(seed, "policy", turn, step) for step in range(POLICY_STEPS)]
+                    seeds = [derive(seed, "policy", round_index, step) for step in range(POLICY_STEPS)]
                     self._descend(policy, reach, risks, space, seeds)
                     inner.learn(flops)
-                    self._watch(inner.monitor, space, policy, risks, reach, turn)
-                    turn += 1
+                    self._watch(inner.monitor, space, policy, risks, reach, round_index)
+                    round_index += 1
         return policy
 
     def _reach(
         self, inner: InnerLoop, space: SubsetSpace, rung: Rung, train_flops: float, seed: int
     ) -> ReachableLossModel:
-        """l* over masks, from trials on some."""
+        """l* as a function of masks, fitted to trials on some masks."""
         rng = np.random.default_rng(derive(seed, "masks"))
-        drawn = nonempty(space.policy().sample(64 * rung.n_trials, rng)).astype(np.float64)
-        masks = distinct([space.full, *drawn])[: rung.n_trials]
+        sampled = nonempty(space.policy().sample(64 * rung.n_trials, rng)).astype(np.float64)
+        masks = distinct([space.full, *sampled])[: rung.n_trials]
         runs = run_rung(inner, space, masks, rung, seed, 0)
-        reached = runs.final_train_loss
+        train_loss = runs.final_train_loss
         if self.reach == "extrapolated":
-            reached = extrapolate(runs.flops, runs.losses, train_flops)
-        return ReachableLossModel(masks, reached, space.sizes)
+            train_loss = extrapolate(runs.flops, runs.losses, train_flops)
+        return ReachableLossModel(masks, train_loss, space.sizes)
 
     def _descend(
         self,
@@ -220,7 +221,7 @@ class PenalizedSources:
         space: SubsetSpace,
         seeds: Sequence[int],
     ) -> None:
-        """Steps of the policy along the penalty's gradient, one a seed; `risks` are those of the sources, nats."""
+        """Steps of the policy along the penalty's gradient, one per seed; `risks` holds R of each source, nats."""
         for seed in seeds:
             masks = policy.sample(self.draws, np.random.default_rng(seed))
             masks = masks[masks.any(axis=1)]
@@ -239,12 +240,12 @@ class PenalizedSources:
         policy: BernoulliPolicy,
         risks: np.ndarray,
         reach: ReachableLossModel,
-        turn: int,
+        round_index: int,
     ) -> None:
         marginals = policy.probabilities[None]
-        risk, reached = float(mean_over_sources(marginals, space.sizes, risks)[0]), float(reach(marginals)[0])
-        monitor.scalar("outer/target_model_loss", risk, turn)
-        monitor.scalar("outer/loss_within_reach", reached, turn)
-        monitor.scalar("outer/gap", risk - reached, turn)
-        monitor.scalar("outer/entropy", policy.entropy(), turn)
-        monitor.probabilities(space.pool.source_names, policy.probabilities, turn)
+        risk, reachable_loss = float(mean_over_sources(marginals, space.sizes, risks)[0]), float(reach(marginals)[0])
+        monitor.scalar("outer/target_model_loss", risk, round_index)
+        monitor.scalar("outer/loss_within_reach", reachable_loss, round_index)
+        monitor.scalar("outer/gap", risk - reachable_loss, round_index)
+        monitor.scalar("outer/entropy", policy.entropy(), round_index)
+        monitor.probabilities(space.pool.source_names, policy.probabilities, round_index)

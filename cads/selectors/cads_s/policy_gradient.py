@@ -15,9 +15,9 @@ from cads.search.space import SearchSpace
 from cads.seeding import derive
 
 POLICY_STEP = 0.05
-"""Length of the steps of the policy in the largest probability; it falls to 0 over those after a rung."""
+"""Largest change of a probability in a step of the policy; it falls to 0 over the steps after a rung."""
 MAX_IMPORTANCE_RATIO = 5.0
-"""Importance ratios above it are cut off, when a policy has moved away from where its masks were drawn."""
+"""Importance ratios of the current policy to the one that drew the masks are clipped at this."""
 
 
 def ascend_policy(
@@ -30,19 +30,20 @@ def ascend_policy(
     steps: int,
     seed: int,
 ) -> Policy:
-    """Move the policy by `steps` along the corrected gradient, on the latest runs, weighted as it moves away from them.
+    """Move the policy by `steps` along the corrected gradient, on the trials of the latest rung.
 
-    The first draw is the full pool, which the policy did not propose: it is no sample. With fewer than two
-    samples the control variate is all there is.
+    Importance ratios weigh the trials as the policy moves away from the one that drew them. The first draw is the full
+    pool: the policy did not draw it, and it is not used as a sample. With fewer than two samples, the gradient is that
+    of the control variate alone.
     """
-    sound = np.isfinite(delta_objective)
-    sound[0] = False
+    is_sample = np.isfinite(delta_objective)
+    is_sample[0] = False
     if isinstance(policy, BernoulliPolicy):
-        sound &= np.isin(draws, (0, 1)).all(axis=1)
+        is_sample &= np.isin(draws, (0, 1)).all(axis=1)
         draws = draws.astype(bool)
-    draws, delta_objective = draws[sound], delta_objective[sound]
-    held = control(draws, fidelity)
-    start = space.explore(policy).log_prob(draws)
+    draws, delta_objective = draws[is_sample], delta_objective[is_sample]
+    control_values = control(draws, fidelity)
+    start_log_prob = space.explore(policy).log_prob(draws)
     masks = None
     if isinstance(policy, BernoulliPolicy) and policy.n <= ENUMERATED:
         masks = enumerate_masks(policy.n)
@@ -50,16 +51,16 @@ def ascend_policy(
         values[1:] = control(masks[1:])
         values[0] = values[1:].max()
     for step in range(steps):
-        here = space.explore(policy)
-        ratio = np.minimum(np.exp(here.log_prob(draws) - start), MAX_IMPORTANCE_RATIO)
+        explored = space.explore(policy)
+        ratio = np.minimum(np.exp(explored.log_prob(draws) - start_log_prob), MAX_IMPORTANCE_RATIO)
         if masks is not None:
-            slope = expected_gradient(values, source_marginals(here))
+            slope = expected_gradient(values, source_marginals(explored))
         else:
-            drawn = nonempty(here.sample(SAMPLED, np.random.default_rng(derive(seed, "control", step))))
-            slope = direct(control(drawn), here.score(drawn))
+            sampled = nonempty(explored.sample(SAMPLED, np.random.default_rng(derive(seed, "control", step))))
+            slope = direct(control(sampled), explored.score(sampled))
         gradient = slope
         if len(draws) >= 2:
-            gradient = corrected(delta_objective, held, slope, ratio[:, None] * here.score(draws))
+            gradient = corrected(delta_objective, control_values, slope, ratio[:, None] * explored.score(draws))
         largest = float(np.abs(gradient).max())
         if largest == 0:
             break

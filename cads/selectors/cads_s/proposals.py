@@ -1,4 +1,4 @@
-"""Which subsets or mixtures of sources to try next."""
+"""The subsets or mixtures of sources of the next trials."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cads.selectors.cads_s.trials import TrialHistory
 
 
 def sample_candidates(space: SearchSpace, policy: Policy, seed: int) -> np.ndarray:
-    """What a policy that is kept away from certainty draws, shape (M, S)."""
+    """Draws of the policy with its probabilities kept away from 0 and 1, shape (M, S)."""
     return nonempty(space.explore(policy).sample(SAMPLED, np.random.default_rng(seed))).astype(np.float64)
 
 
@@ -23,12 +23,12 @@ def initial_design(
 ) -> np.ndarray:
     """The draws of the first rung, the full pool first, shape (K, S), K <= `count`.
 
-    The first draws leave out the sources of largest risk (shape (S,)), one after another. The rest are those of the
-    sampled candidates from which most can be learned: a D-optimal design.
+    The first draws leave out the sources of largest risk (shape (S,)), one after another. The rest are the most
+    informative of the sampled candidates: a D-optimal design.
 
     Args:
-        single: whether the source of least risk is tried alone even where not all nested subsets can be tried. Models
-            that learn it by heart do better with two.
+        single: whether the source of least risk is tried alone even if not all nested subsets can be tried. Models
+            that memorise one source do better with two.
     """
     nested = space.nested(np.argsort(risk, kind="stable")) if risk.any() else space.full[None]
     if not single and 2 < count < len(nested):
@@ -44,12 +44,12 @@ def promote(
 ) -> np.ndarray:
     """The draws of a later rung, the full pool first, shape (K, S), K <= `count`.
 
-    They are the best of the latest rung, and the candidates, sampled or tried before, that promise most. The neighbours
-    of the most promising one come before the rest.
+    They are the best draw of the latest rung, and the candidates, sampled or tried before, with the best predicted
+    objective. The neighbours of the best candidate come before the rest.
     """
     candidates = distinct([*sampled, *trials.draws])
     ranked = candidates[np.argsort(trials.value(candidates, control), kind="stable")]
     tried = {row.tobytes() for row in trials.draws}
-    near = [n for n in space.neighbours(ranked[0], control) if n.tobytes() not in tried]
+    neighbours = [row for row in space.neighbours(ranked[0], control) if row.tobytes() not in tried]
     draws, delta_objective = trials.latest
-    return distinct([space.full, draws[np.argmin(delta_objective)], ranked[0], *near, *ranked[1:]])[:count]
+    return distinct([space.full, draws[np.argmin(delta_objective)], ranked[0], *neighbours, *ranked[1:]])[:count]

@@ -1,7 +1,7 @@
 """CADS-S: which sources to train on. A policy over masks (or mixtures) of sources, learned from trials.
 
 The outer gradient is the corrected estimator: the score-function estimator of the true bilevel objective,
-with the penalty of CADS (arXiv 2510.16806), and a regression on the runs so far, as its control variate.
+with the penalty of CADS (arXiv 2510.16806), and a regression on the trials so far, as its control variate.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from cads.task import Task
 
 @dataclass
 class CadsSources(Search):
-    """CADS-S, corrected estimator: a policy over sources, learned on a ladder of trials.
+    """CADS-S, corrected estimator: a policy over sources, learned from trials on rungs of growing fidelity.
 
-    Each rung trains a few draws of the policy, and always the full pool, on a share of each source, measures the
+    Each rung trains on a few draws of the policy, and on the full pool, with a share of each source. It measures the
     outer objective relative to the full pool, refits the control variate, and moves the policy along the corrected
-    gradient. The best of the last rung is returned, if it beats the full pool.
+    gradient. The best draw of the last rung is returned, if it beats the full pool.
     """
 
     policy: Literal["bernoulli", "mixture"] = "bernoulli"
@@ -66,9 +66,9 @@ class CadsSources(Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("policy", ("bernoulli", "mixture")), ("reach", ("fitted", "extrapolated"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} = {getattr(self, name)!r}: choose from {list(known)}")
+        for name, choices in (("policy", ("bernoulli", "mixture")), ("reach", ("fitted", "extrapolated"))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: choose from {list(choices)}")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise ConfigError(f"alpha = {self.alpha}: it must be at least 0 and finite, or null to be fitted")
         if not (isinstance(self.policy_steps, int) and self.policy_steps >= 0):
@@ -85,7 +85,7 @@ class CadsSources(Search):
             yield FitTarget(theta)
             yield probe
         if probe is not None and constants_of(costs.task).subtracts_reference:
-            # The model of the first trial is read too. That comes out of what the rungs share.
+            # The model of the first trial is probed too. The rungs share what that leaves.
             reserved = probing_flops(costs, positions)
         else:
             probe = None
@@ -100,7 +100,7 @@ class CadsSources(Search):
             probe = None
 
     def min_flops(self, costs: InnerLoopCosts) -> float:
-        """Trials, an update of the policy, and the target model where R is taken beside another one; see `Search`."""
+        """Fewest trials, an update of the policy, and the target model if a reference is subtracted; see `Search`."""
         space, constants = self._space(costs.task), constants_of(costs.task)
         theta = min_theta_flops(costs, space) if constants.subtracts_reference else 0.0
         trials = constants.min_trials * (constants.min_steps * costs.step_flops + costs.measuring_flops)
@@ -135,10 +135,10 @@ class CadsSources(Search):
                     else:
                         draws = promote(space, sampled, control, history, rung.n_trials)
                     runs = run_rung(inner, space, draws, rung, seed, rung_index, reference_run)
-                    reached = runs.final_train_loss
+                    train_loss = runs.final_train_loss
                     if self.reach == "extrapolated":
-                        reached = extrapolate(runs.flops, runs.losses, train_flops)
-                    history = history.append(draws, runs, reached, rung.fidelity)
+                        train_loss = extrapolate(runs.flops, runs.losses, train_flops)
+                    history = history.append(draws, runs, train_loss, rung.fidelity)
                     control = self._control(space, history, risk, rung)
                 case UpdatePolicy(flops) if control is not None:
                     delta_objective = runs.objective - runs.objective[0]
@@ -191,7 +191,7 @@ class CadsSources(Search):
         monitor.panels(space.pool, weights[0][space.pool.sources], rung_index, inner.task.describe)
 
     def _conclude(self, space: SearchSpace, policy: Policy, history: TrialHistory) -> Choice:
-        """The best of the last rung, as measured: the regression, which sees further, errs by more at full fidelity."""
+        """The best draw of the last rung, as measured: the regression errs by more at full fidelity."""
         draws, delta_objective = history.latest
         best = 1 + int(np.argmin(delta_objective[1:])) if len(delta_objective) > 1 else 0
         if self.guard and not history.beats_full_pool(draws[best]):

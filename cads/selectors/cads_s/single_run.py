@@ -1,4 +1,4 @@
-"""CADS-S in one run: the sources that the final model goes on with, chosen while it trains."""
+"""CADS-S in one run: the sources that the final model continues with, chosen while it trains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cads.search.single_run import OnlineSelector, by_source
 
 @dataclass
 class OneRunSources(OnlineSelector):
-    """CADS-S riding on the training of the final model: weights of sources from the first part of the run."""
+    """CADS-S within the training of the final model: weights of sources from the first part of the run."""
 
     method: ClassVar[str] = "cads-s-one-run"
     weigh = staticmethod(by_source)

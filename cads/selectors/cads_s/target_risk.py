@@ -1,4 +1,4 @@
-"""R of each source: what a model that was fitted to the target loses there, and what it costs to know it."""
+"""R of each source: the loss of the target model on its examples, and the cost of measuring it."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ def probe_positions(space: SearchSpace, count: int = FROM_SCRATCH.probe_examples
 
 
 def probing_flops(costs: InnerLoopCosts, positions: Sequence[np.ndarray]) -> float:
-    """What `mean_losses` will charge: where lengths differ, not what a mean example costs."""
+    """The FLOPs that `mean_losses` charges: those of these examples, as lengths may differ from the mean."""
     pool, forward = costs.task.pool, costs.task.costs.forward
-    return sum(reading_flops(forward, pool, of_source) for of_source in positions)
+    return sum(reading_flops(forward, pool, source_positions) for source_positions in positions)
 
 
 def mean_losses(inner: InnerLoop, positions: Sequence[np.ndarray], model: nn.Module) -> np.ndarray:
-    """The mean loss of a model on the examples of each source, of which R is made, nats, shape (S,)."""
-    return np.array([inner.losses(model, of_source, stage="R").mean() for of_source in positions])
+    """The mean loss of a model on the examples of each source, nats, shape (S,); R, if it is the target model."""
+    return np.array([inner.losses(model, source_positions, stage="R").mean() for source_positions in positions])
 
 
 def theta_flops(
     costs: InnerLoopCosts, space: SearchSpace, train_flops: float, policy_steps: int
 ) -> tuple[float, list[np.ndarray]]:
-    """What the target model, theta, is trained for, and the positions on which R is measured.
+    """FLOPs of training the target model, theta, and the positions on which R is measured.
 
-    Where trials are too few to learn which sources matter, its losses are the guide. Then it is trained for less, and
-    measured on fewer examples.
+    If they exceed `theta_max_allowance`, and the trials are too few to learn which sources matter, the target model
+    guides the search still. Then it is trained for fewer FLOPs, and measured on fewer examples.
 
     Args:
-        policy_steps: of the policy after each rung.
+        policy_steps: steps of the policy after each rung.
 
     Returns:
-        FLOPs, 0 if they would take too much of what the ledger has left; and positions, by source.
+        FLOPs, 0 for no target model; and positions, by source.
     """
     constants = constants_of(costs.task)
     flops = costs.target_flops(constants.theta_share, constants.theta_passes, train_flops)
     max_flops = constants.theta_max_allowance * costs.ledger.left
-    many, few = constants.probe_examples
-    positions = probe_positions(space, many)
+    default_count, reduced_count = constants.probe_examples
+    positions = probe_positions(space, default_count)
     if flops + _all_probing_flops(costs, positions) > max_flops:
         if constants.subtracts_reference:
             max_flops = max(max_flops, min_theta_flops(costs, space))
@@ -58,21 +58,21 @@ def theta_flops(
             return 0.0, positions
         min_flops = constants.theta_min_steps * costs.target_step_flops
         if max_flops - _all_probing_flops(costs, positions) < min_flops:
-            positions = probe_positions(space, few)
+            positions = probe_positions(space, reduced_count)
         flops = max_flops - _all_probing_flops(costs, positions)
     return (0.0 if flops < costs.target_step_flops else flops), positions
 
 
 def _all_probing_flops(costs: InnerLoopCosts, positions: Sequence[np.ndarray]) -> float:
-    """What measuring the sources will charge, with all models that are."""
+    """FLOPs of measuring all sources, with each of the `n_probed_models`."""
     return constants_of(costs.task).n_probed_models * probing_flops(costs, positions)
 
 
 def min_theta_flops(costs: InnerLoopCosts, space: SearchSpace) -> float:
-    """FLOPs of a target model that is trained and measured just enough to tell sources apart."""
+    """Fewest FLOPs with which a target model is trained and measured enough to tell sources apart."""
     constants = constants_of(costs.task)
-    few = probe_positions(space, constants.probe_examples[1])
-    return constants.theta_min_steps * costs.target_step_flops + _all_probing_flops(costs, few)
+    positions = probe_positions(space, constants.probe_examples[1])
+    return constants.theta_min_steps * costs.target_step_flops + _all_probing_flops(costs, positions)
 
 
 def excess_target_loss(
@@ -80,13 +80,13 @@ def excess_target_loss(
 ) -> np.ndarray:
     """The risk of each source less the loss of the reference model there, centred over sources; shape (S,).
 
-    A pretrained model finds some sources easier than others, whatever they are good for. From whatever it is trained
-    on, it learns how long answers are and how they end. Both are taken out, as the penalty takes out what can be
-    reached.
+    A pretrained model finds some sources easier than others, whatever their value for training. From any data it
+    learns how long answers are and how they end. The reference model's loss holds both effects and removes them, as
+    the penalty subtracts the loss within reach.
 
     Args:
         risk: of the target model, nats, shape (S,). positions: of the examples of each source that it was measured on.
         reference_model: trained on the pool.
     """
-    reached = mean_losses(inner, positions, reference_model)
-    return np.asarray(risk - (reached - reached.mean()))
+    reference_loss = mean_losses(inner, positions, reference_model)
+    return np.asarray(risk - (reference_loss - reference_loss.mean()))

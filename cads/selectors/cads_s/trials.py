@@ -10,14 +10,21 @@ from cads.estimators.control_variate import ControlVariate
 from cads.search.inner_runs import InnerRuns
 
 SIGNIFICANCE_Z = 2.0
-"""Standard errors by which a choice must beat the full pool: short runs on similar data differ by less than a target
-of a few hundred examples can tell."""
+"""Standard errors by which a choice must beat the full pool. Trials on similar data differ by less than a target of a
+few hundred examples can resolve."""
 
 
 @dataclass
 class TrialHistory:
-    """All short runs so far: draws (n, S), objective relative to the full pool's at the same fidelity (n,) and the
-    standard error of that over the target (n,), fidelity (n,), and training loss reached, nats (n,)."""
+    """All trials so far.
+
+    Attributes:
+        draws: shape (n, S).
+        delta_objective: the objective less that of the full pool at the same fidelity, shape (n,).
+        stderr: standard error of `delta_objective` over the target, shape (n,).
+        fidelity: shape (n,).
+        final_train_loss: training loss over the last steps, nats, shape (n,).
+    """
 
     draws: np.ndarray
     delta_objective: np.ndarray
@@ -27,40 +34,42 @@ class TrialHistory:
 
     @classmethod
     def empty(cls, n_sources: int) -> TrialHistory:
-        """Of no trial."""
+        """A history of no trials."""
         return cls(np.empty((0, n_sources)), *(np.empty(0) for _ in range(4)))
 
     @property
     def latest(self) -> tuple[np.ndarray, np.ndarray]:
-        """Draws (K, S) and gains (K,) of the latest rung, the full pool's first, without those that diverged."""
-        sound = (self.fidelity == self.fidelity[-1]) & np.isfinite(self.delta_objective)
-        return self.draws[sound], self.delta_objective[sound]
+        """`draws` (K, S) and `delta_objective` (K,) of the latest rung, the full pool first; no diverged trials."""
+        finite = (self.fidelity == self.fidelity[-1]) & np.isfinite(self.delta_objective)
+        return self.draws[finite], self.delta_objective[finite]
 
     def beats_full_pool(self, draw: np.ndarray) -> bool:
-        """Whether a draw of the latest rung is better than the full pool, there and on average over its rungs, by
-        more than can be told from a sample of examples like the target."""
-        its = (self.draws == draw).all(axis=1) & np.isfinite(self.delta_objective)
-        gain, mean, error = self.delta_objective[its][-1], self.delta_objective[its].mean(), self.stderr[its][-1]
-        return bool(gain < 0 and mean < -SIGNIFICANCE_Z * error)
+        """Whether a draw of the latest rung is better than the full pool in that rung, and on average over its rungs.
+
+        The average improvement must exceed `SIGNIFICANCE_Z` standard errors over the examples of the target.
+        """
+        rows = (self.draws == draw).all(axis=1) & np.isfinite(self.delta_objective)
+        latest, mean, stderr = self.delta_objective[rows][-1], self.delta_objective[rows].mean(), self.stderr[rows][-1]
+        return bool(latest < 0 and mean < -SIGNIFICANCE_Z * stderr)
 
     def value(self, draws: np.ndarray, control: ControlVariate) -> np.ndarray:
-        """What each draw promises at full fidelity, shape (M,): h, and half of what h missed in its latest run."""
+        """Predicted objective of each draw at full fidelity, shape (M,): h plus half the residual of its last trial."""
         values = control(draws) - control(self.draws[:1])
-        missed: dict[bytes, float] = {}
-        for row, gain, fidelity in zip(self.draws, self.delta_objective, self.fidelity, strict=True):
-            if np.isfinite(gain):
-                pair = control(np.stack([row, self.draws[0]]), fidelity)
-                missed[row.tobytes()] = gain - float(pair[0] - pair[1])
+        residuals: dict[bytes, float] = {}
+        for row, delta, fidelity in zip(self.draws, self.delta_objective, self.fidelity, strict=True):
+            if np.isfinite(delta):
+                predicted = control(np.stack([row, self.draws[0]]), fidelity)
+                residuals[row.tobytes()] = delta - float(predicted[0] - predicted[1])
         for i, row in enumerate(draws):
-            values[i] += missed.get(row.tobytes(), 0.0) / 2
+            values[i] += residuals.get(row.tobytes(), 0.0) / 2
         return values
 
-    def append(self, draws: np.ndarray, runs: InnerRuns, reached: np.ndarray, fidelity: float) -> TrialHistory:
-        """With another rung, whose first run is the full pool."""
+    def append(self, draws: np.ndarray, runs: InnerRuns, train_loss: np.ndarray, fidelity: float) -> TrialHistory:
+        """The history with another rung, whose first trial is on the full pool."""
         return TrialHistory(
             np.concatenate([self.draws, draws]),
             np.concatenate([self.delta_objective, runs.objective - runs.objective[0]]),
             np.concatenate([self.stderr, runs.stderr]),
             np.concatenate([self.fidelity, np.full(len(draws), fidelity)]),
-            np.concatenate([self.final_train_loss, reached]),
+            np.concatenate([self.final_train_loss, train_loss]),
         )

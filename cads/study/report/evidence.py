@@ -49,12 +49,14 @@ class ExampleGallery:
     left_out: list[dict[str, Any]]
 
 
-def by_place(runs: Iterable[Row], max_budgets: int = MOST_BUDGETS) -> dict[Place, dict[str, list[Row]]]:
+def by_place(runs: Iterable[Row], max_budgets: int | None = None) -> dict[Place, dict[str, list[Row]]]:
     """Finished runs by task, model and budget, then by method.
 
     Args:
-        max_budgets: of each task and model: the smallest, the largest, and some between. If 1, the middle one.
+        max_budgets: of each task and model: the smallest, the largest, and some between. If 1, the middle one. None:
+            `MOST_BUDGETS`.
     """
+    max_budgets = MOST_BUDGETS if max_budgets is None else max_budgets
     runs_by_place: dict[Place, dict[str, list[Row]]] = {}
     for row in runs:
         if row["status"] == DONE:

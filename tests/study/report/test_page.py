@@ -248,8 +248,13 @@ class TestStyle:
         assert colour_of("unheard of") in PALETTE.values()
 
 
-def test_figures_of_an_earlier_report_are_removed(made, tmp_path):
-    folder = Path(shutil.copytree(made.page.parent, tmp_path / "study"))
+def test_figures_of_an_earlier_report_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("cads.study.report.evidence.MOST_BUDGETS", 1)
+    monkeypatch.setattr("cads.study.report.page.SIMULATED_SIZES", (7.5e9,))
+    monkeypatch.setattr("cads.study.analysis.fits.N_RESAMPLES", 20)
+    folder = tmp_path / "study"
+    for budget in BUDGETS:
+        add_cell(folder, "full", budget, 0)
     figures = write_report(folder).figures
     drawn = {f.name for f in figures.iterdir()}
     (figures / "99-break-even.png").write_bytes(b"")
