@@ -24,10 +24,10 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, Qwen2Config, Qwen3
 
 from cads.accounting.architectures import from_config, read_config
 from cads.accounting.closed_form import (
+    AllWeights,
     Checkpointing,
     Flops,
     Frozen,
-    Full,
     Lora,
     Trainable,
     lora_parameters,
@@ -139,7 +139,7 @@ def _transformer_row(name: str, config: Any, mode: str, length: int) -> Row:
     trained, checkpointing = MODES[mode]
     trainables: dict[str, Trainable] = {
         "frozen": Frozen(),
-        "full": Full(),
+        "full": AllWeights(),
         "lora": Lora(LORA_RANK, ATTENTION.get(config.model_type, QKVO)),
         "lora-all": Lora(LORA_RANK, "all-linear"),
     }

@@ -40,6 +40,15 @@ WIDTH = 4
 """Features of a word."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="there is no GPU here"))
+
+
 class Rows:
     """Examples that are rows of one array and an answer each; rows may be padded with -1 at their ends.
 

@@ -35,7 +35,7 @@ class Flops(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Full:
+class AllWeights:
     """Full fine-tuning: every weight is trained, embeddings included."""
 
     def trains(self, name: str) -> bool:
@@ -109,7 +109,7 @@ class Lora:
             raise ConfigError(f"{architecture.family} has no module {unknown}: choose from {available}")
 
 
-Trainable = Full | Frozen | Lora
+Trainable = AllWeights | Frozen | Lora
 
 
 def _matches(path: str, names: tuple[str, ...]) -> bool:
@@ -155,7 +155,7 @@ def transformer_flops(
     Raises:
         ConfigError: for a shape that cannot run, or LoRA names that the model does not have.
     """
-    trainable = trainable or Full()
+    trainable = trainable or AllWeights()
     check_shape(architecture, batch, length, head_positions)
     if isinstance(trainable, Lora):
         trainable.check(architecture)

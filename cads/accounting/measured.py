@@ -20,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from cads.accounting.architectures import READERS, Head, from_config, head_kind
 from cads.accounting.closed_form import (
     FUSED_BACKWARD_PRODUCTS,
+    AllWeights,
     Checkpointing,
     Flops,
     Frozen,
-    Full,
     Lora,
     Trainable,
     check_shape,
@@ -152,7 +152,7 @@ def measure(
     Raises:
         ConfigError: for a shape that cannot run, or an option that the model does not have.
     """
-    trainable = trainable or Full()
+    trainable = trainable or AllWeights()
     try:
         with torch.device(device), torch.random.fork_rng(devices=[]):
             if not hasattr(model, "model_type"):

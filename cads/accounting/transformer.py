@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cads.accounting.architectures import Architecture, from_config
-from cads.accounting.closed_form import Checkpointing, Frozen, Full, Lora, Trainable, lora_parameters, transformer_flops
+from cads.accounting.closed_form import (
+    AllWeights,
+    Checkpointing,
+    Frozen,
+    Lora,
+    Trainable,
+    lora_parameters,
+    transformer_flops,
+)
 from cads.errors import ConfigError
 
 
@@ -55,7 +63,7 @@ def read_transformer(model: nn.Module) -> Transformer | None:
         return None
     architecture = from_config(config)
     n_trained, adapters = trainable_size(model), getattr(model, "peft_config", None)
-    trainable: Trainable = Full() if n_trained else Frozen()
+    trainable: Trainable = AllWeights() if n_trained else Frozen()
     expected = n_trained and sum(architecture.n_parameters.values())
     if adapters:
         adapter = next(iter(adapters.values()))

@@ -70,7 +70,7 @@ class CcdsCost(ABC):
 
 
 @dataclass(frozen=True)
-class Bm25(CcdsCost):
+class CcdsBm25(CcdsCost):
     """Words that pool and target share: at most one posting for each token, and one match of it for each query."""
 
     name = "bm25"
@@ -83,7 +83,7 @@ class Bm25(CcdsCost):
 
 
 @dataclass(frozen=True)
-class Embedding(CcdsCost):
+class CcdsEmbedding(CcdsCost):
     """Similarity of sentence embeddings."""
 
     name = "embedding"
@@ -99,7 +99,7 @@ class Embedding(CcdsCost):
 
 
 @dataclass(frozen=True)
-class Perplexity(CcdsCost):
+class CcdsPerplexity(CcdsCost):
     """The loss of every example under a scorer that is fine-tuned on the target."""
 
     name = "ppl"
@@ -114,7 +114,7 @@ class Perplexity(CcdsCost):
 
 
 @dataclass(frozen=True)
-class Less(CcdsCost):
+class CcdsLess(CcdsCost):
     """Influence by gradients: projected per-example gradients of several checkpoints, compared with the target's."""
 
     name = "less"
@@ -134,4 +134,4 @@ class Less(CcdsCost):
         ledger.trained.append((scorer, 1))
 
 
-PUBLISHED: dict[str, CcdsCost] = {x.name: x for x in (Bm25(), Embedding(), Perplexity(), Less())}
+PUBLISHED: dict[str, CcdsCost] = {x.name: x for x in (CcdsBm25(), CcdsEmbedding(), CcdsPerplexity(), CcdsLess())}

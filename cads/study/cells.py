@@ -53,8 +53,8 @@ class CellPlan:
     ranking: str
     status: str
     note: str
-    selection: float
-    training: float
+    selection_flops: float
+    train_flops: float
 
 
 @dataclass
@@ -108,9 +108,9 @@ def plan_cell(task: Task, cell: Cell, key: str, ranking: str) -> CellPlan:
 
 def price(plans: Sequence[CellPlan]) -> tuple[float, float]:
     """FLOPs of selection, where each ranking is counted once, and FLOPs of training."""
-    shared = {p.ranking: p.selection for p in plans if p.ranking and not p.status}
-    unshared = sum(p.selection for p in plans if not p.ranking and not p.status)
-    return unshared + sum(shared.values()), sum(p.training for p in plans if not p.status)
+    shared = {p.ranking: p.selection_flops for p in plans if p.ranking and not p.status}
+    unshared = sum(p.selection_flops for p in plans if not p.ranking and not p.status)
+    return unshared + sum(shared.values()), sum(p.train_flops for p in plans if not p.status)
 
 
 def amortised(ledger: Ledger, sharing: float) -> Ledger:

@@ -95,7 +95,7 @@ class GridProgress:
         done = {key for key, row in self._rows.items() if row["status"] == DONE}
         finished_rankings = {p.ranking for p in self._plans if p.ranking and p.key in done}
         todo = [p for p in self._plans if p.key not in self._rows]
-        return sum(price([replace(p, selection=0.0) if p.ranking in finished_rankings else p for p in todo]))
+        return sum(price([replace(p, selection_flops=0.0) if p.ranking in finished_rankings else p for p in todo]))
 
     def _time_left(self) -> str:
         remaining = self._remaining_flops()

@@ -16,7 +16,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, MistralConfig, Qwe
 
 from cads.accounting import measured as measured_module
 from cads.accounting.architectures import from_config, read_config
-from cads.accounting.closed_form import Frozen, Full, Lora, lora_parameters, module_flops, transformer_flops
+from cads.accounting.closed_form import AllWeights, Frozen, Lora, lora_parameters, module_flops, transformer_flops
 from cads.accounting.costs import ADAMW_FLOPS, CLIP_FLOPS, Costs
 from cads.accounting.measured import attention_self_test, count_flops, measure
 from cads.accounting.nominal import CCDS_TOKENS, ccds_parameters, forward_flops, selection_flops, training_flops
@@ -67,8 +67,8 @@ LORAS["gpt2-no-dropout"] = LORAS["gpt2"]
 @pytest.mark.parametrize("name", FAMILIES)
 def test_closed_form_equals_what_is_executed(name, checkpointing):
     config = FAMILIES[name]
-    everything = (Full(), Frozen(), *LORAS[name], Lora(4, "all-linear"))
-    for trainable in everything if checkpointing is None else (Full(), *LORAS[name][-1:]):
+    everything = (AllWeights(), Frozen(), *LORAS[name], Lora(4, "all-linear"))
+    for trainable in everything if checkpointing is None else (AllWeights(), *LORAS[name][-1:]):
         measured = measure(config, (2, 24), trainable=trainable, checkpointing=checkpointing)
         analytic = transformer_flops(from_config(config), 24, batch=2, trainable=trainable, checkpointing=checkpointing)
         assert analytic == pytest.approx(measured, rel=0.01), trainable

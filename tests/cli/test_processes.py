@@ -34,6 +34,8 @@ from tests.support.forked_processes import (
 )
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 README = ROOT / "README.md"
 CONFIG = """
 task:

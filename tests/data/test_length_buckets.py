@@ -18,7 +18,7 @@ from torch import nn
 from cads.data.pool import Pool
 from cads.data.streams import ShuffledStream, WeightedStream
 from cads.data.training_batches import WINDOW, BatchStream
-from cads.tasks.language.encoding import Encoder
+from cads.tasks.language.encoding import TokenEncoder
 from cads.tasks.language.formats import Renderer
 from cads.tasks.language.models import load_tokenizer
 from cads.tasks.language.rows import TextSource, load_rows
@@ -116,7 +116,7 @@ def encoded(folder, rows, longest):
     write_blank(folder / "blank", Shape(32, 1, 32), [some], 1000)
     tokens = load_tokenizer(str(folder / "blank"), trust_remote_code=False)
     kept = load_rows(TextSource(path=str(file)), 0)
-    found, _ = Encoder(tokens, Renderer(tokens), longest).encode(kept)
+    found, _ = TokenEncoder(tokens, Renderer(tokens), longest).encode(kept)
     return Pool(kept.ids, found)
 
 

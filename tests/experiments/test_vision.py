@@ -12,6 +12,8 @@ from cads.study.tables import read_runs
 from experiments.vision import main
 from tests.support.paths import CONFIGS
 
+pytestmark = pytest.mark.slow
+
 GRID = """
 task:
   {hidden: 16, n_pool: 80, n_target: 30, n_test: 100, sources: [{name: clean}, {name: noise 90 %, label_noise: 0.9}]}

@@ -12,7 +12,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from cads.accounting.architectures import from_config
 from cads.accounting.budget import Budget
-from cads.accounting.closed_form import Full, Lora
+from cads.accounting.closed_form import AllWeights, Lora
 from cads.accounting.ledger import SELECT, Ledger
 from cads.accounting.measured import build_transformer
 from cads.accounting.throughput import matmul_flops_per_second
@@ -296,7 +296,7 @@ def test_a_task_of_shapes_is_only_planned_for(cads, small):
         task.metrics(nn.Linear(1, 1), task.pool)
 
 
-@pytest.mark.parametrize("trainable", [Full(), Lora(8, ("q_proj", "k_proj", "v_proj", "o_proj"))])
+@pytest.mark.parametrize("trainable", [AllWeights(), Lora(8, ("q_proj", "k_proj", "v_proj", "o_proj"))])
 def test_activations_in_closed_form_are_what_is_kept(trainable):
     config = LlamaConfig(
         hidden_size=128, num_hidden_layers=6, num_attention_heads=8, intermediate_size=300, vocab_size=90

@@ -50,6 +50,7 @@ SELECTORS = {
 
 
 @pytest.mark.parametrize(("size", "methods"), [(2, list(SELECTORS)), (4, ["loss", "cads-s"])])
+@pytest.mark.slow
 def test_selectors_choose_what_one_process_chooses(features, tmp_path, size, methods):
     """Selected ids are the same, probabilities to `TOLERANCE`, and ledgers to the last FLOP."""
     task, budget = features(batch_size=6, n=80, sources=3, learning_rate=0.01), Budget.parse("5 epochs")
@@ -235,6 +236,7 @@ class TestReplicas:
         finally:
             task.pool.examples.rows[7] = 0.0
 
+    @pytest.mark.slow
     def test_the_first_shows_what_others_trained_and_time_is_counted_once(self, features, tmp_path):
         task = features(batch_size=4, replicas="loop")
 
@@ -299,6 +301,7 @@ class TestTheEnd:
         ended(started(2, lambda: self.train(task, after=killed), tmp_path), PATIENCE / 2)
         assert json.loads((tmp_path / "0.json").read_text())["error"][0] == "ProcessError"
 
+    @pytest.mark.slow
     def test_one_that_hangs_is_waited_for_until_the_time_out(self, features, tmp_path):
         task = self.task(features)
 

@@ -299,6 +299,7 @@ class TestCommands:
         assert cads("select", "--out", tmp_path / "run")[0] == 0
 
 
+@pytest.mark.slow
 def test_chaos_in_short(capsys, monkeypatch):
     """Four processes killed at random moments, with damage done in between; see `experiments.chaos`."""
     monkeypatch.setitem(chaos.CONFIG, "budget", "6 epochs")

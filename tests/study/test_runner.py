@@ -411,6 +411,7 @@ class TestCommand:
         assert main(["compare", *argv]) == 1
         assert "Error: " in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_killed_anywhere_it_goes_on_with_the_same_results(self, ran, tmp_path):
         out = tmp_path / "out"
         command = [sys.executable, "-c", "import sys; from cads.cli.main import main; sys.exit(main(sys.argv[1:]))"]

@@ -245,7 +245,7 @@ def point(
         budgets=(budget,) * len(scores) if budgets is None else budgets,
         selection=selection,
         spent=selection,
-        training=budget - selection if training is None else training,
+        train_flops=budget - selection if training is None else training,
         full_flops=1.0,
         selected=0.5,
         imported=False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from cads.tasks.language.encoding import Encoder
+from cads.tasks.language.encoding import TokenEncoder
 from cads.tasks.language.formats import Renderer
 from cads.tasks.language.rows import TextSource, load_rows
 from cads.tasks.language.token_cache import TokenCache
@@ -19,7 +19,7 @@ def rows_of_sums(folder):
 def fetch_tokens(cache, rows, tok=None, given=None, *, longest=100, separator="\n", chat=None, drop=False):
     """Fetches `rows`, or those that are given."""
     tok = tok or tokenizer()
-    encoder = Encoder(tok, Renderer(tok, separator, chat), longest, drop_unanswered=drop)
+    encoder = TokenEncoder(tok, Renderer(tok, separator, chat), longest, drop_unanswered=drop)
     return TokenCache(cache, encoder).fetch([given or rows])[0]
 
 

@@ -33,6 +33,8 @@ from cads.training.trainer import Trainer
 from tests.support.forked_processes import after_steps, ended, entries, killed, mortal, same, spread, started, weights
 from tests.support.tiny_llama import model_folder, sums, write_lines
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5
 """How far weights and losses may be from those of one process: sums of gradients are rounded otherwise."""
 LORA = {"type": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]}

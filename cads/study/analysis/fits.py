@@ -123,7 +123,7 @@ def analyse(points: Sequence[MethodPoint]) -> list[GroupFits]:
 def _analyse(points: list[MethodPoint]) -> GroupFits:
     """The analysis of the points of one group."""
     first = points[0]
-    complete = [p for p in points if p.imported and p.selection == 0 and p.training >= (1 - SAME_COST) * p.full_flops]
+    complete = [p for p in points if p.imported and p.selection == 0 and p.train_flops >= (1 - SAME_COST) * p.full_flops]
     p_bar = float(np.mean([turned(p) for p in complete])) if complete else max(turned(p) for p in points)
     # A minimised metric changes its sign, so that its scores may be negative.
     bounds = (0.0, math.inf) if first.maximised else (-math.inf, math.inf)
@@ -182,8 +182,8 @@ def break_even(group: GroupFits) -> list[dict[str, Any]]:
             continue
         tasks: float | None = None
         if group.line is not None and group.line.slope_per_decade > 0:
-            tasks = break_even_tasks(p.spent, p.training, group.line.flops_to_reach(turned(p)))
-        shared = {str(t): amortised_flops(p.spent, p.training, t) for t in SHARED_TASKS}
+            tasks = break_even_tasks(p.spent, p.train_flops, group.line.flops_to_reach(turned(p)))
+        shared = {str(t): amortised_flops(p.spent, p.train_flops, t) for t in SHARED_TASKS}
         finite = tasks if tasks is not None and math.isfinite(tasks) else None
         rows.append(
             {"method": p.method, "budget": p.budget, "score": turned(p), "flops_by_tasks": shared, "tasks": finite}

@@ -48,7 +48,7 @@ class MethodPoint:
     budgets: tuple[float, ...]
     selection: float
     spent: float
-    training: float
+    train_flops: float
     full_flops: float
     selected: float | None
     imported: bool
@@ -61,7 +61,7 @@ class MethodPoint:
     @property
     def total(self) -> float:
         """Selection as charged, and training, in FLOPs."""
-        return self.selection + self.training
+        return self.selection + self.train_flops
 
     @property
     def mean(self) -> float:
@@ -163,7 +163,7 @@ def _point(rows: Sequence[Mapping[str, Any]], metric: str | None) -> MethodPoint
         budgets=tuple(row["budget_flops"] for row in rows),
         selection=mean("selection_flops"),
         spent=mean("selection_flops_spent"),
-        training=mean("training_flops"),
+        train_flops=mean("training_flops"),
         full_flops=mean("full_flops"),
         selected=float(np.mean(shares)) if shares else None,
         imported=first["status"] == IMPORTED,

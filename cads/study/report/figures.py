@@ -236,7 +236,7 @@ def scores(
             for method in methods:
                 style, line = styles[method], lines[method]
                 axes.errorbar(
-                    [p.training if training_only else p.total for p in line],
+                    [p.train_flops if training_only else p.total for p in line],
                     [_shown_mean(p) for p in line],
                     yerr=[_half_width(p) for p in line],
                     color=style.colour,
@@ -314,7 +314,7 @@ def break_even(group: GroupFits, styles: Mapping[str, MethodStyle], prefix: str)
         with _panel(len(SHARED_TASKS) + 1) as (figure, axes):
             for i, tasks in enumerate(SHARED_TASKS):
                 axes.plot(
-                    [amortised_flops(p.spent, p.training, tasks) for p in line],
+                    [amortised_flops(p.spent, p.train_flops, tasks) for p in line],
                     [_shown_mean(p) for p in line],
                     color=styles[method].colour,
                     alpha=1 - 0.2 * i,

@@ -50,7 +50,7 @@ def texts(points: Sequence[MethodPoint]) -> list[list[str]]:
                 score += f" ({len(p.seeds)} of {len(best.seeds)} seeds)"
             selected = "-" if p.selected is None else f"{p.selected:.0%}"
             labels = [getattr(p, name) for name in columns if name in ("task", "model")]
-            rows.append([*labels, p.budget, p.method, f"{p.selection:.3g}", f"{p.training:.3g}", score, selected])
+            rows.append([*labels, p.budget, p.method, f"{p.selection:.3g}", f"{p.train_flops:.3g}", score, selected])
     return rows
 
 

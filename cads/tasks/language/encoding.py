@@ -54,7 +54,7 @@ class EncodingReport:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class TokenEncoder:
     """Turns rows into tokens.
 
     Attributes:

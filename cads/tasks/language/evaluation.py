@@ -22,7 +22,7 @@ from cads.errors import ConfigError, DataError
 from cads.runtime.signals import Interrupted
 from cads.scoring.pool_scores import evaluating
 from cads.task import Metrics
-from cads.tasks.language.encoding import Encoder
+from cads.tasks.language.encoding import TokenEncoder
 from cads.tasks.language.formats import Renderer
 from cads.tasks.language.rows import Rows
 from cads.tasks.language.settings import LanguageSettings
@@ -136,7 +136,7 @@ def load_choices(task: TextGenerator) -> Choices:
         raise DataError(f"{path}: prompts and choices must be text ({error})") from error
     settings = task.settings
     renderer = Renderer(task.tokenizer, settings.separator, settings.chat)
-    tokens, _ = Encoder(task.tokenizer, renderer, task.max_length).encode(Rows(table, "prompt", ids, "choices"))
+    tokens, _ = TokenEncoder(task.tokenizer, renderer, task.max_length).encode(Rows(table, "prompt", ids, "choices"))
     lengths = np.array([len(a) for a in answers])
     return Choices(Pool(ids, tokens, name="choices"), np.array(question), np.array(right), lengths)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cads.accounting.architectures import READERS, from_config, head_kind, read_config
-from cads.accounting.closed_form import Checkpointing, Full, Lora, Trainable, check_shape
+from cads.accounting.closed_form import AllWeights, Checkpointing, Lora, Trainable, check_shape
 from cads.accounting.measured import build_transformer
 from cads.accounting.nominal import ccds_parameters
 from cads.data.batch import Batch
@@ -123,7 +123,7 @@ class ShapeOnlyLanguageTask(Task):
     def trainable(self) -> Trainable:
         """The weights that are trained: all of them, or adapters."""
         rank, targets = self.settings.lora_rank, tuple(self.settings.lora_targets)
-        return Full() if rank is None else Lora(rank, targets)
+        return AllWeights() if rank is None else Lora(rank, targets)
 
     def model(self, seed: int) -> nn.Module:
         """The model on the meta device, the same for each seed."""

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from cads.data.pool import Pool
 from cads.errors import DataError
-from cads.tasks.language.encoding import Encoder, EncodingReport
+from cads.tasks.language.encoding import EncodingReport, TokenEncoder
 from cads.tasks.language.formats import Renderer
 from cads.tasks.language.rows import Rows, TextSource, load_rows
 from cads.tasks.language.token_cache import TokenCache
@@ -107,7 +107,7 @@ def encode_pools(
         DataError: if an example cannot be encoded, or tokens cannot be written.
     """
     renderer = Renderer(tokenizer, settings.separator, settings.chat)
-    encoder = Encoder(tokenizer, renderer, max_length, settings.packing, settings.drop)
+    encoder = TokenEncoder(tokenizer, renderer, max_length, settings.packing, settings.drop)
     encode: Encode = partial(_in_memory, encoder)
     if settings.token_cache is not None:
         cache = TokenCache(settings.token_cache, encoder)
@@ -121,7 +121,7 @@ def encode_pools(
     return [pool for pool, _ in pools], {"max_tokens": max_length, **{pool.name: counts for pool, counts in pools}}
 
 
-def _in_memory(encoder: Encoder, parts: Parts) -> tuple[Sequences, list[EncodingReport]]:
+def _in_memory(encoder: TokenEncoder, parts: Parts) -> tuple[Sequences, list[EncodingReport]]:
     collected = Collected()
     reports = [encoder.encode_into(rows, collected) for rows in parts]
     return collected.sequences(), reports
@@ -129,7 +129,7 @@ def _in_memory(encoder: Encoder, parts: Parts) -> tuple[Sequences, list[Encoding
 
 def _pool(
     parts: Parts,
-    encoder: Encoder,
+    encoder: TokenEncoder,
     encode: Encode,
     name: str,
     *,

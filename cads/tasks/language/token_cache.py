@@ -27,14 +27,14 @@ from cads.runtime.atomic_files import whole_folder
 from cads.runtime.checkpoint import HASHED_AT_ONCE, check_size, load_json
 from cads.runtime.lock import LockedError, RunLock
 from cads.runtime.processes import digest as number_of
-from cads.tasks.language.encoding import Encoder, EncodingReport
+from cads.tasks.language.encoding import EncodingReport, TokenEncoder
 from cads.tasks.language.rows import Rows
 from cads.tasks.language.tokens import Sequences
 
 log = logging.getLogger(__name__)
 
 ENTRY_VERSION = 1
-"""Version of the files and of the encoding; raise it with every change of `Renderer` or `Encoder`."""
+"""Version of the files and of the encoding; raise it with every change of `Renderer` or `TokenEncoder`."""
 MANIFEST = "manifest.json"
 ARRAYS = {"ids": "<i4", "learned": "|b1", "offsets": "<i8", "text": "|u1", "text_offsets": "<i8", "left_out": "<i8"}
 """The files of an entry (`NAME.bin`), each an array without a header, and their types. No other file is opened."""
@@ -65,12 +65,12 @@ class TokenCache:
         ConfigError: if the path of the folder is not a folder.
     """
 
-    def __init__(self, folder: Path | str, encoder: Encoder) -> None:
+    def __init__(self, folder: Path | str, encoder: TokenEncoder) -> None:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"token_cache = {str(folder)!r} is no folder: name another one, or null")
         self._encoder = encoder
-        self._encoder_fields = decisive(encoder)
+        self._encoder_fields = result_fields(encoder)
 
     def fetch(self, parts: Sequence[Rows]) -> Encoded:
         """The tokens of `parts`, memory-mapped; rows are encoded only if there is no entry.
@@ -278,7 +278,7 @@ def _sequences(arrays: Mapping[str, np.ndarray], count: int) -> Sequences:
     return Sequences(arrays["ids"], arrays["learned"], offsets, texts)
 
 
-def decisive(encoder: Encoder) -> dict[str, Any]:
+def result_fields(encoder: TokenEncoder) -> dict[str, Any]:
     """The fields of an encoder that decide on its tokens, as JSON values."""
     tokenizer, renderer = encoder.tokenizer, encoder.renderer
     pipeline = json.loads(tokenizer.backend_tokenizer.to_str())

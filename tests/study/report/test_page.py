@@ -26,6 +26,8 @@ from cads.study.report.style import PALETTE, colour_of, method_styles
 from cads.study.tables import DONE, FAILED, IMPORTED, NOT_APPLICABLE, read_runs, write_rows
 from tests.support.paths import EXCERPT
 
+pytestmark = pytest.mark.slow
+
 NASTY = "<script>alert('x')</script> & \"$x^{$\""
 METHODS = {"random": "random", "full": "full", "cads-s": "cads-s", "cads-s, all in": "cads-s", NASTY: "source"}
 BUDGETS = (1, 8, 64)

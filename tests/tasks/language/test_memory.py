@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cads.tasks.language import rows as rows_module
 from cads.tasks.language import token_cache
 from cads.tasks.language import tokens as tokens_module
-from cads.tasks.language.encoding import Encoder
+from cads.tasks.language.encoding import TokenEncoder
 from cads.tasks.language.formats import Renderer
 from cads.tasks.language.rows import Rows
 from cads.tasks.language.token_cache import TokenCache
@@ -90,7 +90,7 @@ class TestMemory:
         texts = pa.array([f"{i:04d}" + "abc " * (letters // 4) for i in range(n)])
         rows = Rows(pa.table({"text": texts}), "text", pa.array([str(i) for i in range(n)]), "x")
         tok = tokenizer()
-        encoder = Encoder(tok, Renderer(tok), 1000)
+        encoder = TokenEncoder(tok, Renderer(tok), 1000)
         cache = TokenCache(tmp_path / "cache", encoder)
         peaks = {}
         for name, encode in (

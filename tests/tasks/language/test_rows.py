@@ -23,7 +23,7 @@ from cads.recipe import TrainConfig
 from cads.runtime.signals import Interrupted
 from cads.tasks.language import rows as rows_module
 from cads.tasks.language.config import LanguageConfig
-from cads.tasks.language.encoding import Encoder
+from cads.tasks.language.encoding import TokenEncoder
 from cads.tasks.language.formats import Renderer
 from cads.tasks.language.rows import TextSource, load_rows
 from cads.tasks.language.tokens import IGNORED, PAD_TO, Tokens, layout, tokens_of
@@ -38,7 +38,7 @@ def model(tmp_path_factory):
 def encode(tmp_path, rows, *, tok=None, longest=200, drop=False, chat=None, **source):
     file = write_lines(tmp_path / "rows.jsonl", rows)
     tok = tok or tokenizer()
-    encoder = Encoder(tok, Renderer(tok, chat=chat), longest, drop_unanswered=drop)
+    encoder = TokenEncoder(tok, Renderer(tok, chat=chat), longest, drop_unanswered=drop)
     return encoder.encode(load_rows(TextSource(path=str(file), **source), 0))
 
 

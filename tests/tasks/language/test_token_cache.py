@@ -20,10 +20,10 @@ from cads.study.grid import Setting
 from cads.tasks.language import rows as rows_module
 from cads.tasks.language import token_cache as token_cache_module
 from cads.tasks.language.config import LanguageConfig
-from cads.tasks.language.encoding import Encoder
+from cads.tasks.language.encoding import TokenEncoder
 from cads.tasks.language.formats import Renderer
 from cads.tasks.language.rows import Rows, TextSource, load_rows
-from cads.tasks.language.token_cache import ARRAYS, MANIFEST, TokenCache, decisive, rows_digest
+from cads.tasks.language.token_cache import ARRAYS, MANIFEST, TokenCache, result_fields, rows_digest
 from cads.tasks.language.tokens import tokens_of
 from tests.support.tiny_llama import MARKED, conversations, model_folder, sums, tokenizer, write_lines
 from tests.support.token_caches import entries, warnings_of
@@ -111,7 +111,7 @@ class TestTheSameAsInMemory:
         rows = write_lines(tmp_path / "rows.jsonl", sums(20) if template is None else conversations(20))
         loaded = load_rows(TextSource(path=str(rows)), 0)
         tok = tokenizer(template)
-        encoder = Encoder(tok, Renderer(tok), 100)
+        encoder = TokenEncoder(tok, Renderer(tok), 100)
         expected, _ = encoder.encode(loaded)
         for _ in range(2):
             (found, _), cache = TokenCache(tmp_path / "cache", encoder).fetch([loaded]), tmp_path / "cache"
@@ -144,7 +144,7 @@ class TestFound:
         def refused(*_, **__):
             raise AssertionError("tokenised again")
 
-        monkeypatch.setattr(Encoder, "_tokenize", refused)
+        monkeypatch.setattr(TokenEncoder, "_tokenize", refused)
         same(first.pool, config.build(TrainConfig()).pool)
         with pytest.raises(AssertionError, match="tokenised again"):
             replace(config, max_tokens=100).build(TrainConfig())
@@ -217,10 +217,10 @@ class TestKeys:
 
     def test_what_the_last_call_of_a_tokenizer_asked_for_does_not_count(self):
         tok = tokenizer()
-        before = decisive(Encoder(tok, Renderer(tok), 100))
+        before = result_fields(TokenEncoder(tok, Renderer(tok), 100))
         tok(["a", "bcd"], truncation=True, max_length=2, padding=True)
         assert json.loads(tok.backend_tokenizer.to_str())["truncation"] is not None
-        assert decisive(Encoder(tok, Renderer(tok), 100)) == before
+        assert result_fields(TokenEncoder(tok, Renderer(tok), 100)) == before
 
     def test_a_template_that_writes_the_date_is_of_its_day(self, monkeypatch):
         tok = tokenizer("{{ strftime_now('%d') }}" + MARKED)
@@ -229,7 +229,7 @@ class TestKeys:
             monkeypatch.setattr(
                 token_cache_module, "date", type("date", (), {"today": staticmethod(lambda day=day: day)})
             )
-            days.append(decisive(Encoder(tok, Renderer(tok), 100)))
+            days.append(result_fields(TokenEncoder(tok, Renderer(tok), 100)))
         assert days[0] != days[1]
 
     @settings(deadline=None, max_examples=30)

@@ -16,7 +16,7 @@ from cads.errors import CadsError, ConfigError, DataError
 from cads.runtime.processes import digest
 from cads.tasks.language import token_cache
 from cads.tasks.language.config import LanguageConfig
-from cads.tasks.language.encoding import Encoder
+from cads.tasks.language.encoding import TokenEncoder
 from cads.tasks.language.formats import Renderer
 from cads.tasks.language.rows import TextSource, load_rows
 from cads.tasks.language.token_cache import ABANDONED, ARRAYS, MANIFEST, TokenCache
@@ -165,7 +165,7 @@ class TestDamage:
 
 def killed_while_writing(call):
     """A process that is killed when it tokenises its third shard."""
-    whole, shards = Encoder._tokenize, []
+    whole, shards = TokenEncoder._tokenize, []
 
     def tokenize(*args, **options):
         shards.append(1)
@@ -173,20 +173,20 @@ def killed_while_writing(call):
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(*args, **options)
 
-    Encoder._tokenize = tokenize
+    TokenEncoder._tokenize = tokenize
     call()
 
 
 def counted(call, log, started):
     """A process that writes down each shard that it tokenises, and at the end what it got."""
-    whole = Encoder._tokenize
+    whole = TokenEncoder._tokenize
 
     def tokenize(*args, **options):
         with open(log, "a") as file:
             file.write(f"{os.getpid()}\n")
         return whole(*args, **options)
 
-    Encoder._tokenize = tokenize
+    TokenEncoder._tokenize = tokenize
     started.wait()
     found = call()
     with open(log, "a") as file:
@@ -203,7 +203,7 @@ class TestProcesses:
         (left,) = cache.glob(".*")
         assert not [p for p in cache.iterdir() if re.fullmatch(r"[0-9a-f]{32}", p.name)]
         tok = tokenizer()
-        expected, _ = Encoder(tok, Renderer(tok), 100).encode(
+        expected, _ = TokenEncoder(tok, Renderer(tok), 100).encode(
             load_rows(TextSource(path=str(tmp_path / "rows.jsonl")), 0)
         )
         assert np.array_equal(fetch().ids, expected.ids)
@@ -211,7 +211,7 @@ class TestProcesses:
         own = cache / ".config.d"
         own.mkdir()
         (own / "mine").write_text("mine")
-        swept = TokenCache(cache, Encoder(tok, Renderer(tok), 100))
+        swept = TokenCache(cache, TokenEncoder(tok, Renderer(tok), 100))
         swept.sweep()
         assert left.exists()
         for path in (left, *left.iterdir(), own, own / "mine"):
@@ -245,7 +245,7 @@ def test_an_error_that_is_no_fault_of_the_cache_passes(tmp_path, fetch, monkeypa
     def refused(*_, **__):
         raise OtherError("no")
 
-    monkeypatch.setattr(Encoder, "_tokenize", refused)
+    monkeypatch.setattr(TokenEncoder, "_tokenize", refused)
     with pytest.raises(OtherError):
         fetch()
     assert entries(tmp_path / "cache") == []
