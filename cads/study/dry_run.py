@@ -36,7 +36,8 @@ def dry_run(plans: Sequence[CellPlan], done: Collection[str], console: Console) 
         running = [p for p in group if not p.status]
         costs = ["-", "-"]
         if running:
-            costs = [f"{np.mean([getattr(p, part) for p in running]):.3g}" for part in ("selection", "training")]
+            parts = ([p.selection_flops for p in running], [p.train_flops for p in running])
+            costs = [f"{np.mean(flops):.3g}" for flops in parts]
         remarks = dict.fromkeys(": ".join(filter(None, [p.status, p.note])) for p in group)
         marks = " ".join(f"[{notes.setdefault(text, len(notes) + 1)}]" for text in remarks if text)
         seeds = f"{len(running)} of {len(group)}" if 0 < len(running) < len(group) else str(len(group))

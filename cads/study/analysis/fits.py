@@ -123,7 +123,9 @@ def analyse(points: Sequence[MethodPoint]) -> list[GroupFits]:
 def _analyse(points: list[MethodPoint]) -> GroupFits:
     """The analysis of the points of one group."""
     first = points[0]
-    complete = [p for p in points if p.imported and p.selection == 0 and p.train_flops >= (1 - SAME_COST) * p.full_flops]
+    complete = [
+        p for p in points if p.imported and p.selection == 0 and p.train_flops >= (1 - SAME_COST) * p.full_flops
+    ]
     p_bar = float(np.mean([turned(p) for p in complete])) if complete else max(turned(p) for p in points)
     # A minimised metric changes its sign, so that its scores may be negative.
     bounds = (0.0, math.inf) if first.maximised else (-math.inf, math.inf)
