@@ -1,8 +1,13 @@
 """BM25: scores the words that a text shares with the target, by the Okapi formula.
 
-Source: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009, with the floor on
-negative idf of `rank_bm25.BM25Okapi`. As a selector: CCDS (arXiv 2410.16208), whose mean over all queries is
-`aggregate = mean`. The default here is the best of the subtasks' means, as in LESS.
+Source: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009. Their idf,
+`ln((N - n + 1/2) / (n + 1/2))`, is negative for a term in more than half of the N documents, so that a copy of the
+target can score below a text that shares no word with it. The idf here is that of Lucene, which is positive:
+`ln(1 + (N - n + 1/2) / (n + 1/2))`. `recipe = paper` has the idf of `rank_bm25.BM25Okapi`, which CCDS uses: the first
+formula with a floor, which is positive only if the mean idf is.
+
+As a selector: CCDS (arXiv 2410.16208), whose mean over all queries is `aggregate = mean`. The default here is the best
+of the subtasks' means, as in LESS.
 
 Scores are linear in the counts of query terms. The counts are averaged first, so the mean over queries is one product.
 """
@@ -10,8 +15,9 @@ Scores are linear in the counts of query terms. The counts are averaged first, s
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import ClassVar, Literal, get_args
 
@@ -21,6 +27,7 @@ import pyarrow.compute as pc
 from scipy.sparse import csr_array
 
 from baselines.similarity.queries import mean_weights, subtask_weights
+from baselines.similarity.words import split_words, tokenize
 from cads.accounting.ledger import SELECT, Ledger
 from cads.accounting.operations import bm25_flops
 from cads.data.pool import Pool
@@ -36,14 +43,30 @@ log = logging.getLogger(__name__)
 
 K1, B, EPSILON = 1.5, 0.75, 0.25
 """`rank_bm25`'s defaults: saturation of the term frequency, length normalisation, floor of a negative idf."""
-PUNCTUATION = r"[!-/:-@\[-`{-~]"
-"""`string.punctuation` as a class of RE2."""
-CHUNK, CHUNK_CHARACTERS = 2**16, 2**28
-"""Texts, and characters in them, whose tokens are in memory as strings at once: at four bytes a character, 1 GB of the
-2 GB that an Arrow string array holds."""
+CHUNK, CHUNK_CHARACTERS = 2**16, 2**26
+"""Texts, and characters in them, whose tokens are in memory as strings at once. Each character may begin a pair, of up
+to eight bytes: with the words, 1 GB of the 2 GB that an Arrow string array holds."""
 KEPT = 2**24
 """Maximum number of postings whose weights stay in memory: 200 MB. Beyond it, scoring reads the texts again."""
 STAGE = "index and scores"
+
+Recipe = Literal["cads", "paper"]
+Idf = Callable[[int, np.ndarray], np.ndarray]
+"""(N, the documents that hold each term (V,)) -> the inverse document frequency of each term (V,)."""
+
+
+def positive_idf(n: int, document_frequency: np.ndarray) -> np.ndarray:
+    """`ln(1 + (N - n + 1/2) / (n + 1/2))` for terms in n of N documents, shape (V,): Lucene's `BM25Similarity`."""
+    return np.asarray(np.log1p((n - document_frequency + 0.5) / (document_frequency + 0.5)))
+
+
+def floored_idf(n: int, document_frequency: np.ndarray, *, epsilon: float = EPSILON) -> np.ndarray:
+    """The idf of `rank_bm25.BM25Okapi`: where it is below 0 it becomes `epsilon` times the mean idf, shape (V,).
+
+    The mean may be negative too.
+    """
+    idf = np.log(n - document_frequency + 0.5) - np.log(document_frequency + 0.5)
+    return np.where(idf < 0, epsilon * (idf.mean() if len(idf) else 0.0), idf)
 
 
 class Okapi:
@@ -55,7 +78,7 @@ class Okapi:
     Args:
         documents: token lists, chunk by chunk (`pa.ListArray` of strings); iterated again for every scoring if there
             are more than `KEPT` postings.
-        k1, b, epsilon: parameters of the formula; an idf below 0 becomes `epsilon` times the mean idf.
+        k1, b: parameters of the formula. idf: the weights of terms.
 
     Attributes:
         document_frequency: number of documents that hold each term, int64, shape (V,).
@@ -64,7 +87,7 @@ class Okapi:
     """
 
     def __init__(
-        self, documents: Iterable[pa.ListArray], *, k1: float = K1, b: float = B, epsilon: float = EPSILON
+        self, documents: Iterable[pa.ListArray], *, k1: float = K1, b: float = B, idf: Idf = floored_idf
     ) -> None:
         self._documents, self._k1, self._b = documents, k1, b
         self.n_postings = 0
@@ -80,8 +103,7 @@ class Okapi:
                 chunks.clear()
         # With terms in alphabetical order, sums are bit-identical for any order of the documents.
         self._vocabulary, self.document_frequency = terms.alphabetical()
-        idf = np.log(n - self.document_frequency + 0.5) - np.log(self.document_frequency + 0.5)
-        self.idf = np.where(idf < 0, epsilon * (idf.mean() if len(idf) else 0.0), idf)
+        self.idf = idf(n, self.document_frequency)
         self._mean_size = max(n_words / n, 1.0 / n)
         self._chunk_weights = [self._weights(chunk) for chunk in chunks] if self.n_postings <= KEPT else None
 
@@ -205,16 +227,6 @@ def okapi_scores(documents: Sequence[Sequence[str]], queries: Sequence[Sequence[
     return okapi.scores(np.asarray(okapi.count(query_lists).mean(axis=0)))
 
 
-def tokenize(texts: Sequence[str]) -> pa.ListArray:
-    """Lower-case the texts, remove punctuation and split on white space."""
-    plain = pc.replace_substring_regex(pc.utf8_lower(pa.array(texts, pa.large_string())), PUNCTUATION, "")
-    split = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(plain))
-    # Arrow splits an empty text into one empty token.
-    empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(plain)), 0)
-    no_tokens = pa.scalar([], split.type)
-    return pc.if_else(empty, no_tokens, split).cast(pa.list_(pa.string()))
-
-
 @dataclass
 class Bm25(Ranker):
     """Okapi BM25 of each text of the pool against the texts of the target: the task's texts, never the answers."""
@@ -223,8 +235,13 @@ class Bm25(Ranker):
     """Saturation of the term frequency: the larger, the more repeated words count."""
     b: float = B
     """Length normalisation: 0 none, 1 in full proportion to the length of the text."""
+    recipe: Recipe = "cads"
+    """cads: an idf that is never negative (Lucene's), and pairs of characters for scripts without spaces, such as
+    Chinese. paper: idf and words as with `rank_bm25`, where words in more than half of the texts may count against a
+    text."""
     epsilon: float = EPSILON
-    """A negative idf (a word in more than half of the texts) becomes this share of the mean idf."""
+    """With recipe = paper, a negative idf (a word in more than half of the texts) becomes this share of the mean
+    idf."""
     aggregate: Literal["subtask", "mean"] = "subtask"
     """Over the target: the best of the subtasks' means, or the mean of all (CCDS). They agree without subtasks."""
 
@@ -237,8 +254,14 @@ class Bm25(Ranker):
             raise ConfigError(f"k1 = {self.k1}: it must be >= 0")
         if not 0 <= self.b <= 1:
             raise ConfigError(f"b = {self.b}: it must lie between 0 and 1")
+        if self.recipe not in get_args(Recipe):
+            raise ConfigError(f"recipe = {self.recipe!r}: choose from {list(get_args(Recipe))}")
         if not 0 <= self.epsilon < float("inf"):
             raise ConfigError(f"epsilon = {self.epsilon}: it must be >= 0")
+        if self.recipe == "cads" and self.epsilon != EPSILON:
+            raise ConfigError(
+                f"epsilon = {self.epsilon} has no effect, since no idf is negative: leave it out, or set recipe = paper"
+            )
         if self.aggregate not in get_args(Literal["subtask", "mean"]):
             raise ConfigError(f"aggregate = {self.aggregate!r}: choose subtask or mean")
         self._cached: tuple[Task, Okapi, np.ndarray] | None = None
@@ -263,11 +286,16 @@ class Bm25(Ranker):
         n_matches = sum(okapi.n_matches(query) for query in queries)
         return (Priced(STAGE, bm25_flops(okapi.n_postings, n_matches)),)
 
+    def _split(self, texts: Sequence[str]) -> pa.ListArray:
+        """The tokens of each text."""
+        return tokenize(texts) if self.recipe == "cads" else split_words(texts)
+
     def _indexed(self, task: Task) -> tuple[Okapi, np.ndarray]:
         """The index of the pool and the mean query of each subtask, (G, V); cached between the plan and the ranking."""
         if self._cached is None or self._cached[0] is not task:
-            queries = tokenize(task.texts(task.target))
-            okapi = Okapi(_TokenizedTexts(task, task.pool), k1=self.k1, b=self.b, epsilon=self.epsilon)
+            queries = self._split(task.texts(task.target))
+            idf = positive_idf if self.recipe == "cads" else partial(floored_idf, epsilon=self.epsilon)
+            okapi = Okapi(_TokenizedTexts(task, task.pool, self._split), k1=self.k1, b=self.b, idf=idf)
             counts = okapi.count(queries)
             n_unmatched = len(queries) - np.count_nonzero(np.diff(counts.indptr))
             if n_unmatched:
@@ -283,8 +311,8 @@ class Bm25(Ranker):
 class _TokenizedTexts:
     """The texts of a pool as token lists, which can be iterated repeatedly; only one chunk of them is in memory."""
 
-    def __init__(self, task: Task, pool: Pool) -> None:
-        self._task, self._pool = task, pool
+    def __init__(self, task: Task, pool: Pool, split: Callable[[Sequence[str]], pa.ListArray]) -> None:
+        self._task, self._pool, self._split = task, pool, split
 
     def __iter__(self) -> Iterator[pa.ListArray]:
         n = len(self._pool)
@@ -296,7 +324,7 @@ class _TokenizedTexts:
             # Texts that end within the same multiple of CHUNK_CHARACTERS: a group exceeds it by one text at most.
             cuts = np.flatnonzero(np.diff(characters // CHUNK_CHARACTERS)) + 1
             for first, last in pairwise([0, *cuts.tolist(), len(texts)]):
-                yield tokenize(texts[first:last])
+                yield self._split(texts[first:last])
 
 
 def _best(weights: csr_array, queries: Sequence[np.ndarray]) -> np.ndarray:

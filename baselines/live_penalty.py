@@ -22,6 +22,7 @@ from baselines.search.adam import FLOPS as ADAM_FLOPS
 from baselines.search.adam import Adam
 from baselines.search.source_search import SourceSearch
 from cads.data.streams import WeightedStream
+from cads.data.token_batches import by_id
 from cads.errors import ConfigError, NotAffordableError
 from cads.policies.base import Policy
 from cads.policies.mixture import MixturePolicy
@@ -76,12 +77,12 @@ class LivePenalty(SourceSearch):
         """Run all rounds; the final softmax of w is the mixture."""
         max_flops = self._model_flops(inner, space, train_flops)
         assert space.pool.sources is not None
-        logits, adam = np.log(space.full), Adam(len(space.sizes))
+        logits, adam, visited = np.log(space.full), Adam(len(space.sizes)), by_id(space.pool)
         u: nn.Module | None = None
         theta: nn.Module | None = None
         for round_index in range(self.rounds):
             p = softmax(logits)
-            weights = space.weights(p[None])[0][space.pool.sources]
+            weights = space.weights(p[None])[0][space.pool.sources[visited]]
             models = []
             probes = _probes(space, derive(seed, "probes", round_index))
             flops = min(
@@ -89,7 +90,7 @@ class LivePenalty(SourceSearch):
             )
             for name, model, target_fraction in (("u", u, 0.0), ("theta", theta, 1 / (1 + self.alpha))):
                 fit_seed = derive(seed, name, round_index)
-                stream = WeightedStream(weights, fit_seed)
+                stream = WeightedStream(weights, fit_seed, visited)
                 models.append(
                     inner.fit_target(
                         flops, seed=fit_seed, stage=name, model=model, stream=stream, target_fraction=target_fraction
@@ -133,11 +134,12 @@ def _n_probes(space: SearchSpace) -> int:
 
 
 def _probes(space: SearchSpace, seed: int) -> np.ndarray:
-    """Positions of `PROBES_PER_SOURCE` random examples of each source, or of all if there are fewer; sorted."""
-    order = np.random.default_rng(seed).permutation(len(space.pool))
+    """Positions of `PROBES_PER_SOURCE` random examples of each source, or of all if there are fewer; by id."""
+    ids, order = by_id(space.pool), np.random.default_rng(seed).permutation(len(space.pool))
     assert space.pool.sources is not None
-    source_codes = space.pool.sources[order]
-    return np.sort(np.concatenate([order[source_codes == s][:PROBES_PER_SOURCE] for s in range(len(space.sizes))]))
+    source_codes = space.pool.sources[ids][order]
+    rows = np.concatenate([order[source_codes == s][:PROBES_PER_SOURCE] for s in range(len(space.sizes))])
+    return ids[np.sort(rows)]
 
 
 def weight_gradient(logits: np.ndarray, gap: np.ndarray, alpha: float) -> np.ndarray:

@@ -83,7 +83,10 @@ def select(
     """
     selector = _selector(method, options)
     ledger = Ledger() if ledger is None else ledger
-    return selector.select(task, _budget(budget, count_selection), seed=seed, ledger=ledger, monitor=monitor)
+    selection = selector.select(task, _budget(budget, count_selection), seed=seed, ledger=ledger, monitor=monitor)
+    if monitor is not None:
+        monitor.shares(selection.shares)
+    return selection
 
 
 def train(

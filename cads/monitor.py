@@ -75,7 +75,9 @@ class Monitor:
         """
         task_id, tag = None, stage_tag(stage)
         if self._bar is not None:
-            task_id = self._bar.add_task(f"{self._prefix}{stage_label(stage)}", total=flops, loss="")
+            task_id = self._bar.add_task(
+                f"{self._prefix}{stage_label(stage)}", total=flops, loss="", digits=".3g", unit="FLOPs"
+            )
         start = self._steps.get(stage, 0)
         n_written = 0
 
@@ -96,6 +98,25 @@ class Monitor:
             if self._bar is not None and task_id is not None:
                 self._bar.remove_task(task_id)
 
+    @contextmanager
+    def counting(self, stage: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Follow work on `total` examples.
+
+        Yields:
+            a function of the number of examples that are done so far.
+        """
+        bar = self._bar
+        if bar is None:
+            yield lambda done: None
+            return
+        task_id = bar.add_task(
+            f"{self._prefix}{stage_label(stage)}", total=total, loss="", digits=",.0f", unit="examples"
+        )
+        try:
+            yield lambda done: bar.update(task_id, completed=done)
+        finally:
+            bar.remove_task(task_id)
+
     def scalar(self, tag: str, value: float, step: int) -> None:
         """Write one point of a curve."""
         if self._writer is not None:
@@ -107,9 +128,17 @@ class Monitor:
             self._writer.add_histogram(tag, values, step)
 
     def probabilities(self, names: tuple[str, ...], values: np.ndarray, step: int) -> None:
-        """Write the probability of each source (values: shape (S,)), one curve per source."""
+        """Write the probability of each source under a policy (values: shape (S,)), one curve per source.
+
+        What is chosen in the end can differ from the policy: see `shares`.
+        """
         for name, value in zip(names, values, strict=True):
-            self.scalar(f"source_probability/{name}", float(value), step)
+            self.scalar(f"policy_probability/{name}", float(value), step)
+
+    def shares(self, shares: Mapping[str, float]) -> None:
+        """Write the share of each source in what training draws (`Selection.shares`), a curve of one point each."""
+        for name, share in shares.items():
+            self.scalar(f"share_of_training/{name}", share, 0)
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Write Markdown text."""
@@ -172,7 +201,7 @@ def _bar(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:.3g}/{task.total:.3g} FLOPs"),
+        TextColumn("{task.completed:{task.fields[digits]}}/{task.total:{task.fields[digits]}} {task.fields[unit]}"),
         TextColumn("{task.fields[loss]}"),
         TimeRemainingColumn(),
         console=console,

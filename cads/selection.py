@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -22,19 +23,30 @@ from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
 from cads.data.hashing import add_column
 from cads.data.ids import distinct, rank_by_score
+from cads.data.origin import FileOrigin, Origin
 from cads.data.pool import Pool
+from cads.data.row_search import find_rows
 from cads.data.streams import ShuffledStream, Stream, WeightedStream
-from cads.errors import CadsError, SelectionError
+from cads.data.token_batches import in_id_order
+from cads.data.weighted_rows import take_rows
+from cads.errors import CadsError, DataError, SelectionError
 from cads.runtime.atomic_files import whole_folder
 from cads.runtime.checkpoint import State
 from cads.runtime.safe_read import check_fields, read_header, read_scores
 from cads.warm_start import START_FILES, read_start, write_start
 
+log = logging.getLogger(__name__)
+
 SCHEMA_VERSION = 1
-FILES = ("selection.json", "scores.parquet", "timings.json", *START_FILES)
-"""The files of a saved Selection; the last two only if it has a `warm_start`."""
+ORIGIN_FILE = "rows.parquet"
+FILES = ("selection.json", "scores.parquet", "timings.json", ORIGIN_FILE, *START_FILES)
+"""The files of a saved Selection; `rows.parquet` only if it has an `origin`, the last two only with a `warm_start`."""
 SAMPLER_BLOCK = 2**16
 """Positions that a sampler converts to Python integers at a time."""
+EQUAL_DIGITS = 12
+"""Digits in which weights must differ to count as unequal: quotients of shares and sizes differ in their last bits."""
+Weights = Literal["column", "resample"]
+"""What `apply` does about unequal weights: write them into a column, or draw rows by them."""
 LIBRARIES = ("cads-select", "torch", "numpy", "accelerate")
 COLUMNS = {
     "id": pa.string(),
@@ -44,7 +56,8 @@ COLUMNS = {
     "rank": pa.int64(),
     "selected": pa.bool_(),
 }
-
+ORIGIN_COLUMNS = {"file": pa.int32(), "row": pa.int64()}
+"""Columns of `rows.parquet`: the file of each example, as an index into `files` of the header, and its row there."""
 
 HEADER: dict[str, type | tuple[type, ...]] = {
     "method": str,
@@ -64,14 +77,18 @@ HEADER: dict[str, type | tuple[type, ...]] = {
 class Selection:
     """Which examples of a pool to train on.
 
+    `weights` and `shares` say what training draws. `probability`, `source_probability` and `policy_probability` say
+    what the policy of the selector was; the choice can be another one, such as the full pool if that was not beaten.
+
     Attributes:
         ids: one a pool example, in the order of the pool that the selection was made from.
         score: higher is better, shape (N,).
-        probability: of being selected, shape (N,).
+        probability: of being selected under the selector's policy, shape (N,); if `weighted`, what training draws by.
         selected: bool, shape (N,); may be empty only if `target_fraction` is 1.
         sources: the name of each example's source, or None. Given as a list or Arrow strings, it becomes a dictionary
             array of 4 bytes an example.
-        source_probability: probability of each source, for selectors that choose sources.
+        source_probability: of each source under the selector's policy, for selectors that choose sources. This is no
+            share of the training data: see `shares`.
         target_fraction: share of each training batch drawn from the target (0: pool only).
         weighted: whether training draws examples in proportion to their probability, with replacement, instead
             of going through the selected ones epoch by epoch.
@@ -81,6 +98,7 @@ class Selection:
         versions: versions of Python and of the libraries that results depend on.
         warm_start: weights, optimizer and step from which training continues, if the selector started the run of the
             final model (`cads.search.single_run`). The FLOPs of that start are in `ledger` under "train".
+        origin: the file and row that each example was read from, or None if that is not known.
     """
 
     ids: pa.Array
@@ -100,6 +118,7 @@ class Selection:
     notes: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     warm_start: State | None = None
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -118,6 +137,10 @@ class Selection:
             raise SelectionError(f"target_fraction = {self.target_fraction}: it must lie between 0 and 1")
         if not self.selected.any() and self.target_fraction < 1:
             raise SelectionError(f"{self.method} selected no example: lower its threshold or raise the budget")
+        if self.weighted and self.target_fraction < 1 and not self._amounts.any():
+            raise SelectionError(f"{self.method} gives each selected example the weight 0: nothing can be drawn")
+        if self.origin is not None and len(self.origin) != n:
+            raise SelectionError(f"{len(self.origin)} rows of files for {n} ids")
         self.versions = self.versions or versions()
         self.config = {option: _qualified_name(value) for option, value in self.config.items()}
 
@@ -151,6 +174,7 @@ class Selection:
             ledger=ledger,
             pool_hash=pool.content_hash,
             sources=sources,
+            origin=pool.origin,
             **fields,
         )
 
@@ -168,6 +192,62 @@ class Selection:
     @cached_property
     def _start_digest(self) -> str | None:
         return None if self.warm_start is None else self.warm_start.digest
+
+    @property
+    def _amounts(self) -> np.ndarray:
+        """Relative weights of all examples in training, shape (N,)."""
+        return self.selected * (self.probability if self.weighted else 1.0)
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """The probability that a draw of training from the pool gives each example, shape (N,); the sum is 1.
+
+        Training draws `target_fraction` of each batch from the target instead. If that is 1, nothing is drawn from the
+        pool, and all weights are 0.
+        """
+        if self.target_fraction == 1:
+            return np.zeros(len(self.ids))
+        amounts = self._amounts
+        return np.asarray(amounts / amounts.sum())
+
+    @property
+    def unequal(self) -> bool:
+        """Whether some selected examples are drawn more often than others."""
+        positive = self.weights[self.weights > 0]
+        return bool(len(positive)) and len(np.unique(np.round(positive / positive.max(), EQUAL_DIGITS))) > 1
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each source in what training draws from the pool: the sum of its `weights`.
+
+        The shares sum to 1; they are 0 if nothing is drawn from the pool. Empty if the pool had no sources.
+        """
+        if self.sources is None:
+            return {}
+        amounts = self._by_source(np.zeros(len(self.ids)) if self.target_fraction == 1 else self._amounts)
+        total = sum(amounts.values()) or 1.0
+        return {name: amount / total for name, amount in amounts.items()}
+
+    @property
+    def policy_probability(self) -> dict[str, float]:
+        """The probability of each source under the selector's policy, which the choice need not follow.
+
+        For selectors of single examples, it is the mean over the source. Empty for selectors without a policy, and
+        where the pool had no sources.
+        """
+        if self.source_probability:
+            return dict(self.source_probability)
+        if self.sources is None or np.array_equal(self.probability, self.selected):
+            return {}
+        return {name: mean for name, _, _, mean in self.source_counts()}
+
+    def _by_source(self, values: np.ndarray) -> dict[str, float]:
+        """The sum of values (shape (N,)) over each source that has examples, by name."""
+        assert self.sources is not None
+        names, codes = self.sources.dictionary.to_pylist(), self.sources.indices.to_numpy()
+        sums = np.bincount(codes, weights=values, minlength=len(names))
+        present = np.bincount(codes, minlength=len(names)) > 0
+        return {str(name): float(sums[i]) for i, name in sorted(enumerate(names), key=lambda x: x[1]) if present[i]}
 
     @property
     def rank(self) -> np.ndarray:
@@ -193,44 +273,114 @@ class Selection:
         return np.sort(positions.to_numpy(zero_copy_only=False).astype(np.int64))
 
     def stream(self, pool: Pool, seed: int) -> Stream:
-        """An endless, seeded sequence of positions in `pool` to train on.
+        """An endless, seeded sequence of positions in `pool` to train on; the order of the pool changes no id in it.
 
         Raises:
             SelectionError: if a selected id is not in the pool.
         """
-        positions = self.positions(pool)
+        positions = in_id_order(pool, self.positions(pool))
         if not self.weighted:
             return ShuffledStream(positions, seed)
-        weights = np.zeros(len(pool))
         rows = pc.index_in(pool.ids.take(pa.array(positions)), value_set=self.ids).to_numpy()
-        weights[positions] = self.probability[rows]
-        return WeightedStream(weights, seed)
+        return WeightedStream(self._amounts[rows], seed, positions)
 
-    def apply(self, dataset: Any, id_column: str = "id") -> Any:
-        """The selected rows of a `datasets.Dataset`, matched by its id column.
+    def apply(
+        self, dataset: Any, id_column: str | None = None, *, weights: Weights | None = None, seed: int = 0
+    ) -> Any:
+        """The selected rows of a `datasets.Dataset` or `IterableDataset`, in its order.
+
+        The data set may hold the files that the pool was read from, each alone or several one after another, with or
+        without ids: they are recognised by their contents. Any other data set needs a column of ids. A stream is read
+        once before this returns, to make sure that its rows are these.
+
+        Args:
+            dataset: of one split.
+            id_column: of the ids; None: rows are found by contents, and if that fails, by the column that the pool's
+                ids were read from ("id" if that is not known).
+            weights: "column" adds the `weights` as a column `weight`, whose sum over all files is 1. "resample" repeats
+                rows in proportion to how often training draws them, as many in all files together as are selected; a
+                repeated row follows itself. None: the rows alone, which is refused if their weights are not equal.
+            seed: of the draws of "resample".
 
         Raises:
-            SelectionError: if the column is missing, or does not contain a selected id.
+            SelectionError: if rows are missing or ambiguous, if weights are not equal and `weights` is None, or if
+                nothing of the pool is selected.
         """
-        if id_column not in dataset.column_names:
-            raise SelectionError(f"the dataset has no column {id_column!r}: it has {dataset.column_names}")
-        ids = _as_strings(dataset, id_column)
-        selected_ids = self.ids.filter(pa.array(self.selected))
-        rows = pc.index_in(selected_ids, value_set=ids)
-        if rows.null_count:
-            missing = selected_ids.filter(pc.is_null(rows))
+        if weights is not None and weights not in get_args(Weights):
+            raise SelectionError(f"weights = {weights!r}: choose from {list(get_args(Weights))}, or None")
+        self._check_pool_part()
+        if self.unequal and weights is None:
             raise SelectionError(
-                f"{rows.null_count} selected ids are not in column {id_column!r}, such as "
-                f"{missing[:3].to_pylist()}: use the data that the selection was made from"
+                f"{self.method} gives examples different weights{self._shares_said()}, which the rows alone would "
+                'lose: give weights="column" for a column of weights, or weights="resample" for rows drawn by them'
             )
-        return dataset.select(np.sort(rows.to_numpy(zero_copy_only=False)))
+        chosen = self.weights > 0
+        found = find_rows(dataset, self.ids, chosen, self.origin, id_column)
+        if found.absent:
+            log.warning(
+                "the data holds %d of %d selected examples: it does not hold %s",
+                len(found.rows),
+                int(chosen.sum()),
+                ", ".join(found.absent),
+            )
+        self._say_rest("apply() gives")
+        if weights == "resample" and self.unequal:
+            counts = self._draw_counts(seed)[found.examples]
+            return take_rows(dataset, found.repeated(counts))
+        return take_rows(dataset, found, None if weights != "column" else self.weights[found.examples])
+
+    def _draw_counts(self, seed: int) -> np.ndarray:
+        """How often each example comes in as many draws as examples are selected, int64, shape (N,)."""
+        draws = WeightedStream(self._amounts, seed).take(0, int(self.selected.sum()))
+        return np.bincount(draws, minlength=len(self.ids))
+
+    def _shares_said(self) -> str:
+        shares = self.shares
+        return f" ({', '.join(f'{name} {share:.1%}' for name, share in list(shares.items())[:5])})" if shares else ""
+
+    def _check_pool_part(self) -> None:
+        """Refuse to give examples of the pool if training draws none.
+
+        Raises:
+            SelectionError: naming the method.
+        """
+        if self.target_fraction == 1:
+            raise SelectionError(
+                f"{self.method} selected nothing of the pool, it trains on the target alone: use the rows of the target"
+            )
+
+    def _say_rest(self, what: str) -> None:
+        """Warn of what training does besides drawing from the pool by `weights`."""
+        if self.warm_start is not None:
+            log.warning(
+                "%s the examples with which the run continues that %s began. Its first part, on the full pool, is in "
+                "this Selection's warm_start, with which only `cads train` and cads.train go on",
+                what,
+                self.method,
+            )
+        if self.target_fraction:
+            log.warning(
+                "%s examples of the pool alone. %s also trains on the target: %.3g %% of each batch",
+                what,
+                self.method,
+                100 * self.target_fraction,
+            )
 
     def sampler(self, pool: Pool, seed: int = 0) -> SelectionSampler:
-        """A `torch.utils.data.Sampler` over positions of `pool`, which must contain the selected ids."""
+        """A `torch.utils.data.Sampler` over positions of `pool`, which must contain the selected ids.
+
+        Raises:
+            SelectionError: if a selected id is not in the pool, or nothing of the pool is selected.
+        """
+        self._check_pool_part()
+        self._say_rest("sampler() gives")
         return SelectionSampler(self.stream(pool, seed), int(self.selected.sum()))
 
     def source_counts(self) -> list[tuple[str, int, int, float]]:
-        """For each source (or the full pool): name, number of examples, number selected, mean probability."""
+        """For each source (or the full pool): name, number of examples, number selected, mean `probability`.
+
+        `shares` has what training draws.
+        """
         if self.sources is None:
             names, codes = ["(all)"], np.zeros(len(self.ids), dtype=np.int32)
         else:
@@ -242,21 +392,16 @@ class Selection:
         return [(str(n), int(e), int(s), float(p)) for n, e, s, p in sorted(rows) if e]
 
     def mixture(self) -> dict[str, float]:
-        """The share of each source in the training data, for `datasets.interleave_datasets`.
+        """The `shares`, for `datasets.interleave_datasets`.
 
         Raises:
-            SelectionError: if the pool had no sources, or no pool example is selected.
+            SelectionError: if the pool had no sources, or nothing of the pool is selected.
         """
         if self.sources is None:
             raise SelectionError("the pool of this selection had no sources, so there is no mixture")
-        if not self.selected.any():
-            raise SelectionError(f"{self.method} selected nothing of the pool, so there is no mixture")
-        amounts = {
-            name: examples * probability if self.weighted else float(selected)
-            for name, examples, selected, probability in self.source_counts()
-        }
-        total = sum(amounts.values())
-        return {name: amount / total for name, amount in amounts.items()}
+        self._check_pool_part()
+        self._say_rest("mixture() gives")
+        return self.shares
 
     def save(self, folder: Path | str) -> Path:
         """Write `selection.json`, `scores.parquet`, `timings.json` and the `warm_start`, if any, to a new folder.
@@ -271,8 +416,12 @@ class Selection:
         with whole_folder(folder) as partial:
             # Ids are unique: Parquet would build a dictionary of them and discard it.
             pq.write_table(self.table(), partial / "scores.parquet", use_dictionary=["source"])
-            (partial / "selection.json").write_text(json.dumps(self._header(), indent=2, sort_keys=True) + "\n")
+            header = self._header() | self._files()
+            (partial / "selection.json").write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
             self.ledger.save(partial / "timings.json")
+            if self.origin is not None:
+                rows = pa.table({"file": self.origin.file, "row": self.origin.row}, schema=_schema(ORIGIN_COLUMNS))
+                pq.write_table(rows, partial / ORIGIN_FILE)
             if self.warm_start is not None:
                 write_start(self.warm_start, partial)
         return folder
@@ -289,8 +438,12 @@ class Selection:
                 "rank": self.rank,
                 "selected": self.selected,
             },
-            schema=pa.schema(list(COLUMNS.items())),
+            schema=_schema(COLUMNS),
         )
+
+    def _files(self) -> dict[str, Any]:
+        """The files of `origin`, for the header. They are no part of `content_hash`: training does not read them."""
+        return {} if self.origin is None else {"files": [file.to_json() for file in self.origin.files]}
 
     def _header(self) -> dict[str, Any]:
         warm_start = {} if self.warm_start is None else {"start": self._start_digest}
@@ -331,15 +484,16 @@ class Selection:
             table = read_scores(scores_file, COLUMNS)
             digest = header.pop("start", None)
             start = None if digest is None else read_start(folder, digest)
+            origin = _read_origin(folder, header)
         except (OSError, ValueError, RecursionError, pa.ArrowException, CadsError) as error:
             raise SelectionError(f"{folder} cannot be read: {error}") from error
         try:
-            return cls._build(header, table, start)
+            return cls._build(header, table, start, origin)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, CadsError) as error:
             raise SelectionError(f"{folder} is corrupt: {type(error).__name__}: {error}") from error
 
     @classmethod
-    def _build(cls, header: dict[str, Any], table: pa.Table, start: State | None) -> Selection:
+    def _build(cls, header: dict[str, Any], table: pa.Table, start: State | None, origin: Origin | None) -> Selection:
         check_fields(header, HEADER)
         missing = [n for n in ("id", "score", "probability", "selected") if table[n].null_count]
         if missing:
@@ -359,6 +513,7 @@ class Selection:
             budget=Budget(**header["budget"]),
             ledger=Ledger.from_json(header["ledger"]),
             warm_start=start,
+            origin=origin,
             **{name: header[name] for name in HEADER},
         )
 
@@ -378,17 +533,26 @@ def _dictionary(names: pa.Array | Sequence[str] | None) -> pa.DictionaryArray | 
     return column if isinstance(column, pa.DictionaryArray) else column.dictionary_encode()
 
 
-def _as_strings(dataset: Any, column: str) -> pa.ChunkedArray:
-    """A column of strings or numbers of a `datasets.Dataset`, as strings.
+def _schema(columns: Mapping[str, pa.DataType]) -> pa.Schema:
+    return pa.schema(list(columns.items()))
+
+
+def _read_origin(folder: Path, header: Mapping[str, Any]) -> Origin | None:
+    """The origin in a folder, if its header names files.
 
     Raises:
-        SelectionError: if the column has another type.
+        DataError: if it is damaged. OSError, ValueError, pyarrow.ArrowException: if it cannot be read.
     """
-    values = dataset.select_columns([column]).with_format("arrow")[:][column]
+    if "files" not in header:
+        return None
+    table = read_scores(folder / ORIGIN_FILE, ORIGIN_COLUMNS)
+    if any(table[name].null_count for name in ORIGIN_COLUMNS):
+        raise DataError(f"{ORIGIN_FILE} has missing values")
     try:
-        return values.cast(pa.string())
-    except pa.ArrowException as error:
-        raise SelectionError(f"column {column!r} holds {values.type}: name one of strings or numbers") from error
+        files = tuple(FileOrigin.from_json(fields) for fields in header["files"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"the files of the header are damaged: {type(error).__name__}: {error}") from error
+    return Origin(files, table["file"].to_numpy(), table["row"].to_numpy())
 
 
 def check_folder(folder: Path | str, files: Sequence[str] = FILES) -> None:

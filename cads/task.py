@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cads.data.batch import Batch
 from cads.data.pool import Pool
-from cads.errors import ConfigError, DataError
+from cads.errors import CheckpointError, ConfigError, DataError
 from cads.runtime.atomic_files import atomic_file
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEAK_TOLERANCE = 0.01
-"""Share of the target that may have exact copies in the pool or the test set; a larger share is refused as a leak."""
+"""Share of target or test set that may have exact copies in another pool; a larger share is refused as a leak."""
 
 
 Metrics = dict[str, float]
@@ -50,6 +51,25 @@ class ObjectiveValue:
 
     value: float
     by_example: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class StepwiseEvaluation:
+    """An evaluation of a trained model in steps that do not depend on each other, so that it can stop between them.
+
+    Attributes:
+        sizes: number of examples of each step.
+        step: (number of a step) -> one value for each of its examples, float64, shape (n,).
+        metrics: (the values of all steps, in order, float64, shape (N,)) -> the metrics.
+    """
+
+    sizes: Sequence[int]
+    step: Callable[[int], np.ndarray]
+    metrics: Callable[[np.ndarray], Metrics]
+
+    def run(self) -> Metrics:
+        """The metrics, computed without a stop."""
+        return self.metrics(np.concatenate([self.step(i) for i in range(len(self.sizes))]))
 
 
 class Task(ABC):
@@ -162,12 +182,28 @@ class Task(ABC):
         """Write a trained model to an existing folder: by default as `model.safetensors`, written atomically.
 
         Raises:
+            CheckpointError: if the adapters were merged, and the written model is not the trained one.
             ConfigError: if `merge` is set and the models have no adapters.
         """
         self.check_merge(merge)
         weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
         with atomic_file(folder / "model.safetensors") as partial:
             save_file(weights, partial)
+
+    def load(self, folder: Path) -> nn.Module:
+        """The trained model that `save` wrote to `folder`, on the CPU. A task that defines `save` defines this too.
+
+        Raises:
+            CheckpointError: if there is none, or it is of another model.
+        """
+        model = self.model(0)
+        try:
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the model in {folder} cannot be loaded ({error}): train it anew with --overwrite true"
+            ) from error
+        return model
 
     def check_merge(self, merge: bool) -> None:
         """Refuse to merge adapters if the models have none.
@@ -189,6 +225,17 @@ class Task(ABC):
     def evaluate(self, model: nn.Module, name: str) -> Metrics:
         """A further evaluation of a trained model, by name; see `check_evaluation`."""
         self.check_evaluation(name)
+        return {}
+
+    def stepwise_evaluation(self, model: nn.Module, name: str) -> StepwiseEvaluation | None:
+        """The same evaluation in steps, which a run records; None if it has none: then a stopped one begins anew."""
+        return None
+
+    def evaluation_settings(self, name: str) -> dict[str, Any]:
+        """What the result of an evaluation depends on beside data and model, as JSON values.
+
+        When one of them changes, a trained model is evaluated again.
+        """
         return {}
 
     def nominal(self, model: nn.Module, batch: Batch) -> tuple[float, float]:
@@ -240,25 +287,32 @@ class Task(ABC):
             self.objective(self.model(0), outer, self.target.subset(np.arange(1), self.target.name))
 
     def check(self) -> None:
-        """Refuse a target that leaks into the pool or the test set, by id or by content.
+        """Refuse pools that leak into one another, by id or by content: target into pool or test set, test into pool.
 
         Raises:
-            DataError: naming the first examples that are in both.
+            DataError: with the number of examples that are in both, and the first of them.
         """
-        contents = self.target.digests
-        for other in (self.pool, self.test):
-            shared = self.target.ids.filter(pc.is_in(self.target.ids, value_set=other.ids))
+        pool, target, test = ((x, x.digests) for x in (self.pool, self.target, self.test))
+        for (held_out, contents), (other, other_contents) in ((target, pool), (target, test), (test, pool)):
+            shared = held_out.ids.filter(pc.is_in(held_out.ids, value_set=other.ids))
             if len(shared):
                 raise DataError(
-                    f"{len(shared)} ids of the target are also in the {other.name}, such as "
-                    f"{shared[:3].to_pylist()}: the target must be held out from both pool and test"
+                    f"{len(shared)} ids of the {held_out.name} are also in the {other.name}, such as "
+                    f"{shared[:3].to_pylist()}: the {held_out.name} must be held out from the {other.name}"
                 )
-            copied = pc.is_in(contents, value_set=other.digests)
-            copies = self.target.ids.filter(copied).to_pylist()
-            if len(copies) > LEAK_TOLERANCE * len(self.target):
+            copied = pc.is_in(contents, value_set=other_contents)
+            copies = sorted(held_out.ids.filter(copied).to_pylist())
+            if len(copies) > LEAK_TOLERANCE * len(held_out):
                 raise DataError(
-                    f"{len(copies)} of {len(self.target)} target examples have exact copies in the "
-                    f"{other.name}, such as {sorted(copies)[:3]}: remove them from one side"
+                    f"{len(copies)} of {len(held_out)} {held_out.name} examples have exact copies in the "
+                    f"{other.name}, such as {copies[:3]}: remove them from one side"
                 )
             if copies:
-                log.warning("%d target examples have exact copies in the %s", len(copies), other.name)
+                log.warning(
+                    "%d of %d %s examples have exact copies in the %s, such as %s",
+                    len(copies),
+                    len(held_out),
+                    held_out.name,
+                    other.name,
+                    copies[:3],
+                )

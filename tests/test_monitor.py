@@ -101,9 +101,14 @@ class TestSelect:
     def test_probability_of_each_source_over_time(self, run, method):
         events = read(run(method) / "tensorboard" / "select")
         for name in ("clean", "noisy"):
-            values = curve(events, f"source_probability/{name}")
+            values = curve(events, f"policy_probability/{name}")
             assert len(values) == len(curve(events, "outer/best_gain"))
             assert ((values >= 0) & (values <= 1)).all()
+
+    def test_shares_are_those_of_the_selection(self, run, method):
+        events = read(run(method) / "tensorboard" / "select")
+        for name, share in Selection.load(run(method)).shares.items():
+            assert curve(events, f"share_of_training/{name}") == pytest.approx([share], rel=1e-6)
 
     def test_flops_by_stage_are_those_of_the_ledger(self, run, method):
         events = read(run(method) / "tensorboard" / "select")

@@ -1,8 +1,11 @@
 """Selection: scores travel with ids, what is written is read back, and what is corrupt is refused."""
 
 import contextlib
+import io
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -13,12 +16,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
+from cads.cli.commands import summary
+from cads.data.origin import FileOrigin, file_digest, joined, row_hashes
 from cads.data.pool import Pool
 from cads.errors import SelectionError
 from cads.recipe import TrainConfig
+from cads.runtime.checkpoint import State
 from cads.runtime.safe_read import JSON_LIMIT
 from cads.selection import COLUMNS, Selection
 from cads.tasks.vision.config import VisionConfig
@@ -253,6 +260,214 @@ class TestMixture:
             chosen(Pool(task.pool.ids, task.pool.examples)).mixture()
         with pytest.raises(SelectionError, match="selected nothing"):
             chosen(task.pool, selected=np.zeros(80, dtype=bool), target_fraction=1.0).mixture()
+
+
+class TestWeights:
+    def test_they_are_the_frequencies_with_which_training_draws_each_example(self, task):
+        for weighted in (False, True):
+            selection = chosen(task.pool, weighted=weighted)
+            assert selection.weights.sum() == pytest.approx(1)
+            drawn = np.bincount(selection.stream(task.pool, seed=7).take(0, 27 * 8000), minlength=80) / (27 * 8000)
+            assert np.abs(drawn - selection.weights).max() <= 5 * np.sqrt(selection.weights.max() / (27 * 8000))
+            assert ((drawn > 0) == (selection.weights > 0)).all()
+
+    def test_shares_are_those_of_what_is_drawn_and_not_of_the_policy(self, task):
+        """The full pool was not beaten by a policy that is sure of one source."""
+        everything = np.ones(80, dtype=bool)
+        selection = chosen(
+            task.pool, selected=everything, probability=everything, source_probability={"clean": 0.039, "noisy": 0.961}
+        )
+        noisy = np.array(task.pool.sources) == 1
+        assert selection.shares == pytest.approx({"clean": 1 - noisy.mean(), "noisy": noisy.mean()})
+        assert selection.policy_probability == {"clean": 0.039, "noisy": 0.961}
+        only_clean = replace(selection, selected=~noisy, probability=(~noisy).astype(float))
+        assert only_clean.shares == {"clean": 1.0, "noisy": 0.0}
+        assert only_clean.policy_probability == {"clean": 0.039, "noisy": 0.961}
+
+    def test_examples_that_are_not_selected_have_no_share_however_probable_they_are(self, task):
+        noisy = np.array(task.pool.sources) == 1
+        selection = chosen(task.pool, selected=~noisy, probability=np.full(80, 0.9), weighted=True)
+        assert selection.shares == {"clean": 1.0, "noisy": 0.0}
+        assert selection.mixture() == selection.shares
+
+    def test_a_selector_without_a_policy_has_no_policy_probability(self, task):
+        selection = chosen(task.pool, source_probability={}, probability=np.arange(80) % 3 == 0)
+        assert selection.policy_probability == {}
+        by_example = chosen(task.pool, source_probability={})
+        assert by_example.policy_probability == {name: mean for name, _, _, mean in by_example.source_counts()}
+
+    def test_nothing_of_the_pool_has_no_weight(self, task):
+        selection = chosen(task.pool, target_fraction=1.0)
+        assert not selection.weights.any()
+        assert selection.shares == {"clean": 0.0, "noisy": 0.0}
+
+    def test_without_sources_there_are_no_shares(self, task):
+        assert chosen(Pool(task.pool.ids, task.pool.examples)).shares == {}
+
+    def test_weights_of_zero_are_refused(self, task):
+        with pytest.raises(SelectionError, match="gives each selected example the weight 0"):
+            chosen(task.pool, probability=np.where(np.arange(80) % 3 == 0, 0.0, 1.0), weighted=True)
+
+    def test_the_table_shows_what_is_trained_on_beside_the_policy(self, task):
+        noisy = np.array(task.pool.sources) == 1
+        probability = np.where(noisy, 0.25, 1.0)
+        selection = chosen(
+            task.pool,
+            selected=np.ones(80, dtype=bool),
+            probability=probability,
+            weighted=True,
+            source_probability={"clean": 0.1, "noisy": 0.961},
+            target_fraction=0.3,
+        )
+        shown = printed(summary(selection))
+        share = 0.25 * noisy.sum() / probability.sum()
+        assert "share of training" in shown
+        assert "policy probability" in shown
+        assert re.search(rf"noisy .* {share:.1%} .* 0\.961", shown)
+        assert "30% of each batch from the target" in shown
+        without_policy = chosen(task.pool, source_probability={}, probability=np.arange(80) % 3 == 0)
+        assert "policy" not in printed(summary(without_policy))
+        assert re.search(r"\(all\) .* 100\.0%", printed(summary(chosen(Pool(task.pool.ids, task.pool.examples)))))
+
+
+def printed(table):
+    console = Console(width=150, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+class TestApplyWeights:
+    @pytest.fixture
+    def weighted(self, task):
+        """A mixture of 61 to 39."""
+        noisy = np.array(task.pool.sources) == 1
+        probability = np.where(noisy, 0.39 / noisy.sum(), 0.61 / (~noisy).sum())
+        everything = np.ones(80, dtype=bool)
+        return chosen(task.pool, selected=everything, probability=probability / probability.max(), weighted=True)
+
+    def rows(self, task, *sources):
+        """The examples of some sources, as a data set."""
+        names = [task.pool.source_names[code] for code in task.pool.sources]
+        rows = [{"id": i, "from": s} for i, s in zip(task.pool.ids.to_pylist(), names, strict=True)]
+        return [row for row in rows if not sources or row["from"] in sources]
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_unequal_weights_are_refused_unless_it_is_said_what_becomes_of_them(self, task, weighted, streaming):
+        dataset = datasets.Dataset.from_list(self.rows(task))
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
+        with pytest.raises(SelectionError, match=r'clean 61.0%, noisy 39.0%.*weights="column".*weights="resample"'):
+            weighted.apply(dataset)
+        with pytest.raises(SelectionError, match="weights = 'both': choose from"):
+            weighted.apply(dataset, weights="both")
+        by_id = dict(zip(weighted.ids.to_pylist(), weighted.weights, strict=True))
+        rows = list(weighted.apply(dataset, weights="column"))
+        assert {row["id"]: row["weight"] for row in rows} == by_id
+        assert sum(row["weight"] for row in rows if row["from"] == "clean") == pytest.approx(0.61)
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_resampled_rows_have_the_shares_of_training(self, task, weighted, streaming):
+        dataset = datasets.Dataset.from_list(self.rows(task))
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
+        drawn = [row["from"] for seed in range(100) for row in weighted.apply(dataset, weights="resample", seed=seed)]
+        assert len(drawn) == 8000
+        assert drawn.count("clean") / 8000 == pytest.approx(0.61, abs=5 * np.sqrt(0.25 / 8000))
+
+    def test_equal_weights_are_no_reason_to_resample(self, task):
+        selection, dataset = chosen(task.pool), datasets.Dataset.from_list(self.rows(task))
+        plain = selection.apply(dataset)
+        assert plain.column_names == ["id", "from"]
+        assert selection.apply(dataset, weights="resample")["id"] == plain["id"]
+        assert selection.apply(dataset, weights="column")["weight"] == [1 / 27] * 27
+        equal = replace(selection, probability=np.full(80, 0.3), weighted=True)
+        assert equal.apply(dataset)["id"] == plain["id"]
+
+    def test_a_column_of_weights_is_not_overwritten(self, task, weighted):
+        dataset = datasets.Dataset.from_list([{**row, "weight": 0} for row in self.rows(task)])
+        with pytest.raises(SelectionError, match="has a column 'weight' already"):
+            weighted.apply(dataset, weights="column")
+
+    def test_what_apply_cannot_give_is_said(self, task, caplog):
+        dataset = datasets.Dataset.from_list(self.rows(task))
+        nothing = chosen(task.pool, selected=np.zeros(80, dtype=bool), target_fraction=1.0)
+        for use in (nothing.apply, lambda _: nothing.mixture(), lambda _: nothing.sampler(task.pool)):
+            with pytest.raises(SelectionError, match=r"selected nothing of the pool.*use the rows of the target"):
+                use(dataset)
+        uses = {
+            "apply": lambda s: s.apply(dataset, weights="column"),
+            "sampler": lambda s: s.sampler(task.pool),
+            "mixture": lambda s: s.mixture(),
+        }
+        begun = chosen(task.pool, target_fraction=0.3, weighted=True, warm_start=State({"step": 1}))
+        for name, use in uses.items():
+            caplog.clear()
+            use(chosen(task.pool))
+            assert not caplog.records
+            use(begun)
+            assert f"{name}() gives examples of the pool alone" in caplog.text
+            assert "30 % of each batch" in caplog.text
+            assert "first part, on the full pool, is in this Selection's warm_start" in caplog.text
+
+
+class TestOrigin:
+    @pytest.fixture
+    def pool(self, task):
+        """The examples of a pool as the even rows of two files, which have no ids."""
+        texts = [f"text {i}" for i in range(160)]
+        files = [texts[:60], texts[60:]]
+        records = [
+            FileOrigin(f"{k}.jsonl", len(f), ("text",), file_digest(row_hashes([f]))) for k, f in enumerate(files)
+        ]
+        origin = joined([(record, np.arange(0, len(f), 2)) for record, f in zip(records, files, strict=True)])
+        return Pool(task.pool.ids, task.pool.examples, task.pool.sources, task.pool.source_names, origin=origin)
+
+    def test_it_comes_back_and_finds_the_rows_of_each_file_without_ids(self, pool, tmp_path):
+        before = chosen(pool)
+        after = Selection.load(before.save(tmp_path / "s"))
+        assert after.origin.files == before.origin.files
+        assert (after.origin.row == before.origin.row).all()
+        texts = [f"text {i}" for i in range(160)]
+        for begin, end in ((0, 160), (0, 60), (60, 160)):
+            kept = after.apply(datasets.Dataset.from_dict({"text": texts[begin:end]}))["text"]
+            assert kept == [f"text {i}" for i in range(begin, end) if i % 2 == 0 and (i // 2) % 3 == 0]
+
+    def test_resampled_files_together_are_the_resampled_whole(self, pool):
+        selection = chosen(pool, weighted=True)
+        texts = [f"text {i}" for i in range(160)]
+        whole, *parts = (
+            selection.apply(datasets.Dataset.from_dict({"text": part}), weights="resample", seed=3)["text"]
+            for part in (texts, texts[:60], texts[60:])
+        )
+        assert [*parts[0], *parts[1]] == list(whole)
+        assert len(whole) == 27
+
+    def test_the_hash_of_a_selection_does_not_depend_on_where_its_files_are(self, pool):
+        moved = replace(pool.origin, files=tuple(replace(f, location=f"/x/{f.location}") for f in pool.origin.files))
+        assert chosen(pool).content_hash == replace(chosen(pool), origin=moved).content_hash
+
+    def test_a_selection_without_it_loads(self, task, tmp_path):
+        folder = chosen(task.pool).save(tmp_path / "s")
+        assert "files" not in json.loads((folder / "selection.json").read_text())
+        assert Selection.load(folder).origin is None
+
+    @pytest.mark.parametrize("how", ["missing", "short", "beyond", "null", "no list", "no rows", "twice"])
+    def test_what_is_damaged_is_refused(self, pool, tmp_path, how):
+        folder = chosen(pool).save(tmp_path / "s")
+        file = folder / "rows.parquet"
+        table = pq.read_table(file)
+        row = table["row"].to_pylist()
+        if how == "missing":
+            file.unlink()
+        elif how == "short":
+            pq.write_table(table.slice(1), file)
+        elif how in ("beyond", "null", "twice"):
+            first = {"beyond": 10**6, "null": None, "twice": row[1]}[how]
+            pq.write_table(table.set_column(1, "row", pa.array([first, *row[1:]], pa.int64())), file)
+        elif how == "no list":
+            rewrite(folder, lambda h: h.update(files=3))
+        else:
+            rewrite(folder, lambda h: h["files"][0].pop("rows") and None)
+        with pytest.raises(SelectionError):
+            Selection.load(folder)
 
 
 class TestMaking:

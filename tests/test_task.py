@@ -163,7 +163,41 @@ def test_a_few_copies_are_a_warning(features, caplog):
     task.target = Pool([f"t{i}" for i in range(n)], examples, name="target")
     with caplog.at_level(logging.WARNING):
         task.check()
-    assert "1 target examples have exact copies in the pool" in caplog.text
+    assert "1 of 200 target examples have exact copies in the pool, such as ['t0']" in caplog.text
+
+
+def with_test(task, *, ids=None, rows=None):
+    examples = task.test.examples
+    if rows is not None:
+        examples = type(examples)(rows, examples.labels, examples.lengths)
+    task.test = Pool(task.test.ids if ids is None else ids, examples, name="test")
+    return task
+
+
+def test_a_test_set_of_pool_examples_is_refused_by_id(features):
+    task = features()
+    ids = task.test.ids.to_pylist()
+    ids[7] = "pool-3"
+    with pytest.raises(DataError, match=r"1 ids of the test are also in the pool.*pool-3"):
+        with_test(task, ids=ids).check()
+
+
+def test_a_test_set_of_pool_examples_is_refused_by_content(features):
+    task = features()
+    rows = task.test.examples.rows.copy()
+    n = len(rows)
+    rows[: n // 2] = task.pool.examples.rows[: n // 2]
+    with pytest.raises(DataError, match=rf"{n // 2} of {n} test examples have exact copies in the pool, such as"):
+        with_test(task, rows=rows).check()
+
+
+def test_pools_of_one_name_are_still_compared(features):
+    """Names are for messages: whoever makes pools may leave them out."""
+    task = features()
+    task.test = Pool(task.test.ids, task.pool.examples.take(np.arange(len(task.test))))
+    task.target = Pool(task.target.ids, task.target.examples)
+    with pytest.raises(DataError, match="have exact copies"):
+        task.check()
 
 
 def test_disjoint_pools_pass(features, sentences, images):

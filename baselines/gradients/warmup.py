@@ -15,7 +15,7 @@ from cads.data.batch import Batch
 from cads.data.hashing import add_tensors
 from cads.data.ids import rank_by_score
 from cads.data.streams import ShuffledStream
-from cads.data.token_batches import lengths
+from cads.data.token_batches import by_id, lengths
 from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError, CheckpointError, ConfigError
 from cads.monitor import Monitor
@@ -127,10 +127,10 @@ def planned_flops(task: Task, plan: Schedule) -> float:
     pool, batch_size, steps = task.pool, task.recipe.batch_size, plan.epochs * plan.steps
     if lengths(pool) is None:
         return steps * batch_size * task.costs.per_usage(pool, batch_size)
-    rng = np.random.default_rng(0)
+    rng, ids = np.random.default_rng(0), by_id(pool)
     batches: list[Batch] = []
     while len(batches) < PLANNED_STEPS:
-        positions = rng.choice(len(pool), plan.examples, replace=False)
+        positions = ids[rng.choice(len(pool), plan.examples, replace=False)]
         stream = BatchStream(pool, [ShuffledStream(positions, 0)], batch_size)
         batches += [b for step in range(min(plan.steps, PLANNED_STEPS)) for b in stream.step(step)]
     return steps * (float(np.mean([task.costs.usage(b) for b in batches])) + task.costs.optimizer_step)

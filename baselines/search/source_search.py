@@ -10,6 +10,7 @@ import numpy as np
 
 from cads.accounting.stage_labels import stage_label
 from cads.data.subsample import subsample
+from cads.data.token_batches import in_id_order
 from cads.errors import DataError, NotAffordableError
 from cads.estimators.design import distinct
 from cads.policies.base import Policy
@@ -36,7 +37,8 @@ class SourceSearch(Search):
     """A search over subsets or mixtures of the sources; the guard adds two trials, of choice and full pool."""
 
     guard: bool = False
-    """Train the choice and the full pool for a quarter of C, and return the better on the target."""
+    """Train the choice and the full pool for a quarter of C, and return the better on the target. With fewer than 20
+    target examples that cannot be told: then nothing is searched, and the full pool is returned."""
 
     ranges_over: ClassVar[type[SearchSpace]] = SubsetSpace
 
@@ -75,7 +77,7 @@ class SourceSearch(Search):
             check_reference(float(runs.objective[0]), "guard")
             beaten = bool(runs.objective[1] < runs.objective[0])
             draw = draw if beaten else space.full
-            notes["guard"] = guard_message(beaten)
+            notes["guard"] = guard_message(guard=True, chosen=beaten)
         return source_choice(space, draw, policy, notes)
 
     def _guard_rung(self, costs: InnerLoopCosts, train_flops: float) -> Rung:
@@ -128,7 +130,8 @@ def train_draws(
     Raises:
         DataError: if all runs met a loss that is not finite, so that no draw can be chosen.
     """
-    positions = subsample(inner.task.pool, rung.data_fraction, derive(seed, "subsample"))
+    pool = inner.task.pool
+    positions = in_id_order(pool, subsample(pool, rung.data_fraction, derive(seed, "subsample")))
     streams = [space.stream(draw, positions, seed) for draw in draws]
     runs = inner.run(streams, rung.flops, seed=seed, stage=stage)
     if not np.isfinite(runs.objective).any():

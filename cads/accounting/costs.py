@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cads.accounting.closed_form import check_layers, product_flops
+from cads.accounting.hollow import hollow
 from cads.accounting.measured import PROBE_SIZE, count_flops
 from cads.accounting.nominal import forward_flops, training_flops
 from cads.accounting.transformer import read_transformer, trainable_size
@@ -89,8 +90,8 @@ class Accounting(ABC):
 
     @cached_property
     def model(self) -> nn.Module:
-        """A model of the task, with `requires_grad` set as for training; its weights are not used."""
-        return self.task.model(0)
+        """A model of the task on the CPU, with `requires_grad` as in training, and zeros for weights (`hollow`)."""
+        return hollow(self.task.model(0))
 
     @abstractmethod
     def price(self, batch: Batch) -> ExampleCost:
@@ -236,7 +237,7 @@ class Costs:
 
     @property
     def model(self) -> nn.Module:
-        """The model whose cost is counted; its weights are not used."""
+        """The model whose cost is counted: on the CPU, and with zeros for weights, which take no memory."""
         return self._accounting.model
 
     def per_usage(self, pool: Pool, batch_size: int) -> float:

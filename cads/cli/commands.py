@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from cads import api
 from cads.accounting.budget import Budget
@@ -24,12 +28,16 @@ from cads.runtime.atomic_files import whole_file
 from cads.runtime.processes import world_group
 from cads.runtime.run_folder import RunFolder
 from cads.selection import Selection, check_folder, versions
-from cads.task import Task
+from cads.task import Metrics, Task
+from cads.training.evaluations import add_to_results, evaluate, missing, read_results
+from cads.training.final import TrainedModel, load_trained
 
 PLAN_WIDTH = 112
 """Fewest columns of a printed plan; a wider terminal gives it more."""
 PRODUCTS = {"select": ("selection",), "train": ("model.safetensors", "results.json")}
 """What the folder of a run holds when a command has finished."""
+NEUTRAL: dict[str, Any] = {"eval": None, "merge": False}
+"""Settings that do not change the training, with the values under which the record of a run has them."""
 WITHOUT_EFFECT = ("out", "overwrite", "tensorboard", "progress", "checkpoint", "selection")
 """Settings that do not change the result. A selection is identified by its contents, not by its path."""
 
@@ -90,7 +98,10 @@ def select(argv: list[str]) -> None:
 
 
 def train(argv: list[str]) -> None:
-    """Train the final model on a Selection within the budget, and test it."""
+    """Train the final model on a Selection within the budget, test and write it; then evaluate it further.
+
+    A finished training is evaluated by what its results lack, and not trained anew.
+    """
     world = world_group()
     config = world.locally(lambda: read(TrainSettings, argv))
     values, objects = config.values, config.objects
@@ -103,33 +114,71 @@ def train(argv: list[str]) -> None:
     with _run(TrainSettings, config, out) as run:
         task = world.locally(lambda: _task(objects))
         task.check_merge(values.merge)
-        budget = Budget.parse(values.budget, count_selection=values.count_selection)
-        if not run.open_or_skip(**task.identity, selection=selection.content_hash, versions=versions()):
+        evaluations = list(dict.fromkeys([values.eval] if isinstance(values.eval, str) else values.eval or []))
+        for name in evaluations:
+            task.check_evaluation(name)
+        trained = None
+        if run.open_or_skip(**task.identity, selection=selection.content_hash, versions=versions()):
+            trained = _train(run, config, task, selection, out)
+            console.print(f"Model: {out}", soft_wrap=True)
+        names = world.on_rank_zero(lambda: missing(task, out, evaluations) if evaluations else [])
+        if trained is None and not names:
             console.print(_finished(out), soft_wrap=True)
             return
-        with run.journal(), _monitor(values, out, "train") as monitor:
-            evaluations = [values.eval] if isinstance(values.eval, str) else values.eval or []
-            trained = api.train(
-                task, budget, selection=selection, seed=values.seed, monitor=monitor, evaluations=evaluations
-            )
-            monitor.hparams(
-                {"method": selection.method, "budget": str(budget), "seed": values.seed},
-                {**trained.metrics, "total_flops": trained.ledger.total().flops},
-            )
-            world.on_rank_zero(lambda: str(trained.save(out, merge=values.merge)))
-        world.on_rank_zero(lambda: _write_config(config, task, out))
-        run.finish()
-    console.print(trained.ledger.table())
+        if names:
+            if trained is None:
+                console.print(f"{out} has been trained before: it is evaluated by {', '.join(names)}", soft_wrap=True)
+            model = world.locally(lambda: load_trained(task, out)) if trained is None else trained.model
+            _evaluate(run, config, task, model, names, out)
+        results = world.on_rank_zero(lambda: read_results(out))
+    console.print(Ledger.from_json(results["ledger"]).table())
+    console.print(_metrics_table(results["metrics"]))
+    if trained is not None:
+        console.print(
+            f"Model FLOP utilisation: {trained.utilisation:.1%} of this machine's matrix products "
+            f"({trained.train_result.flops_per_second:.3g} FLOP/s)"
+        )
+    console.print(f"Model and results: {out}", soft_wrap=True)
+
+
+def _train(run: RunFolder, config: CommandConfig, task: Task, selection: Selection, out: Path) -> TrainedModel:
+    """Train and test the final model, and write it: then the run has finished."""
+    world, values = world_group(), config.values
+    budget = Budget.parse(values.budget, count_selection=values.count_selection)
+    with run.journal(), _monitor(values, out, "train") as monitor:
+        trained = api.train(task, budget, selection=selection, seed=values.seed, monitor=monitor)
+        monitor.hparams(
+            {"method": selection.method, "budget": str(budget), "seed": values.seed},
+            {**trained.metrics, "total_flops": trained.ledger.total().flops},
+        )
+        world.on_rank_zero(lambda: str(trained.save(out, merge=values.merge)))
+    world.on_rank_zero(lambda: _write_config(config, task, out))
+    run.finish()
+    return trained
+
+
+def _evaluate(
+    run: RunFolder, config: CommandConfig, task: Task, model: nn.Module, names: Sequence[str], out: Path
+) -> None:
+    """Evaluate the model of a finished run; each evaluation is added to its results when it is done."""
+    world = world_group()
+    with _monitor(config.values, out, "evaluate") as monitor:
+        for name in names:
+            ledger, settings = Ledger(), task.evaluation_settings(name)
+            with run.journal_of(f"evaluation {name}", {"evaluation": settings}):
+                found = evaluate(task, model, name, ledger=ledger, monitor=monitor)
+                world.on_rank_zero(lambda: add_to_results(task, out, name, found, ledger))  # noqa: B023
+            for metric, value in found.items():
+                monitor.scalar(f"test/{metric}", value, 0)
+    world.on_rank_zero(lambda: _write_config(config, task, out))
+
+
+def _metrics_table(metrics: Metrics) -> Table:
     table = Table(title="test set", title_justify="left")
-    for name in trained.metrics:
+    for name in metrics:
         table.add_column(name, justify="right")
-    table.add_row(*(f"{value:.4f}" for value in trained.metrics.values()))
-    console.print(table)
-    console.print(
-        f"Model FLOP utilisation: {trained.utilisation:.1%} of this machine's matrix products "
-        f"({trained.train_result.flops_per_second:.3g} FLOP/s)"
-    )
-    console.print(f"Model and results: {out}")
+    table.add_row(*(f"{value:.4f}" for value in metrics.values()))
+    return table
 
 
 def _task(objects: Namespace) -> Task:
@@ -139,7 +188,10 @@ def _task(objects: Namespace) -> Task:
 
 
 def _run(command: type[CommandSettings], config: CommandConfig, out: Path) -> RunFolder:
-    """The run of a command, identified by the settings that change its result: all but `WITHOUT_EFFECT`."""
+    """The run of a command, identified by the settings that change its result: all but `WITHOUT_EFFECT`.
+
+    `NEUTRAL` settings and the `evaluation_fields` of the task do not change a training, and may differ.
+    """
     objects = config.objects
     settings = yaml.safe_load(config.dump())
     settings = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
@@ -148,7 +200,24 @@ def _run(command: type[CommandSettings], config: CommandConfig, out: Path) -> Ru
         fields = objects.task.result_fields()
         settings["task"] = {name: value for name, value in settings["task"].items() if name in fields}
     name = command.command
-    return RunFolder(out, name, settings, PRODUCTS[name], objects.checkpoint, overwrite=config.values.overwrite)
+    return RunFolder(
+        out,
+        name,
+        settings,
+        PRODUCTS[name],
+        objects.checkpoint,
+        overwrite=config.values.overwrite,
+        neutral={**NEUTRAL, **_evaluation_defaults(objects.task)},
+        form={"merge": settings["merge"]} if "merge" in settings else {},
+    )
+
+
+def _evaluation_defaults(task_config: Any) -> dict[str, Any]:
+    """The default values of the fields of a task that only its further evaluations depend on, by dotted name."""
+    names = getattr(task_config, "evaluation_fields", ())
+    if not names:
+        return {}
+    return {f"task.{f.name}": f.default for f in dataclass_fields(task_config) if f.name in names}
 
 
 def _finished(path: Path) -> str:
@@ -156,17 +225,24 @@ def _finished(path: Path) -> str:
 
 
 def summary(selection: Selection) -> Table:
-    """What was selected, by source if there are sources."""
+    """What was selected and what training draws, by source if there are sources.
+
+    The probability under the selector's policy is a column of its own, if there is one: the choice can differ from it.
+    """
     title = f"{selection.method}: {int(selection.selected.sum()):,} of {len(selection.selected):,} examples"
     if "guard" in selection.notes:
         title += f" ({selection.notes['guard']})"
+    if selection.target_fraction:
+        title += f"; {selection.target_fraction:.0%} of each batch from the target"
     table = Table(title=title, title_justify="left")
     table.add_column("source")
-    for column in ("examples", "selected", "share of selection", "probability"):
+    policy = selection.policy_probability
+    for column in ("examples", "selected", "share of training", *(["policy probability"] if policy else [])):
         table.add_column(column, justify="right")
-    for name, examples, selected, probability in selection.source_counts():
-        share = selected / max(1, int(selection.selected.sum()))
-        table.add_row(name, f"{examples:,}", f"{selected:,}", f"{share:.1%}", f"{probability:.3f}")
+    shares = selection.shares or {"(all)": float(selection.weights.sum())}
+    for name, examples, selected, _ in selection.source_counts():
+        row = [name, f"{examples:,}", f"{selected:,}", f"{shares[name]:.1%}"]
+        table.add_row(*row, *([f"{policy[name]:.3f}" if name in policy else "-"] if policy else []))
     return table
 
 

@@ -72,7 +72,8 @@ class TrainSettings(CommandSettings):
     merge: bool = False
     """Write adapters into the model they stand on."""
     eval: list[str] | str | None = None
-    """Further evaluations of the task, one or a list: choices, exact_match, lm_eval:TASKS."""
+    """Further evaluations of the task, one or a list: choices, exact_match, lm_eval:TASKS. They come after the model is
+    written, and can be added to a finished training."""
 
 
 @dataclass

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from cads.data.batch import Batch
 from cads.data.hashing import add_pairs
 from cads.data.ids import distinct
+from cads.data.origin import Origin
 from cads.errors import DataError
 
 
@@ -57,6 +58,7 @@ class Pool:
         sources: one integer code an example (shape (N,)), or None if the pool has no sources.
         source_names: the name behind each code; every source must have at least one example.
         name: the name of this pool in error messages.
+        origin: where each example was read, or None if that is not known.
 
     Raises:
         DataError: if the pool is empty, ids are not unique strings, lengths differ, or a source has no example.
@@ -70,6 +72,7 @@ class Pool:
         source_names: Sequence[str] = (),
         *,
         name: str = "pool",
+        origin: Origin | None = None,
     ) -> None:
         try:
             ids = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.string())
@@ -85,6 +88,7 @@ class Pool:
         self.sources = None if sources is None else np.asarray(sources, dtype=np.int32)
         self.source_names = tuple(source_names)
         self.name = name
+        self.origin = origin
         self._check()
 
     def _check(self) -> None:
@@ -95,6 +99,8 @@ class Pool:
                 f"the {self.name} has {len(self.ids)} ids for {len(self.examples)} examples: "
                 "give one id to each example"
             )
+        if self.origin is not None and len(self.origin) != len(self.ids):
+            raise DataError(f"the {self.name} has {len(self.ids)} ids for {len(self.origin)} rows of its files")
         if self.ids.null_count:
             raise DataError(f"the {self.name} has {self.ids.null_count} missing ids: every example needs one")
         if not distinct(self.ids):

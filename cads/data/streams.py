@@ -79,15 +79,21 @@ class WeightedStream:
 
     Elements depend on how the sequence is divided into calls of `take`: always take the same number at a time.
 
+    Args:
+        weights: shape (N,). seed: of the draws.
+        positions: that the weights are of, shape (N,); None for 0..N-1. Equal weights of equal examples in this order
+            give equal draws.
+
     Raises:
         DataError: if the weights are negative, not finite, or all zero.
     """
 
-    def __init__(self, weights: np.ndarray, seed: int) -> None:
+    def __init__(self, weights: np.ndarray, seed: int, positions: np.ndarray | None = None) -> None:
         if not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
             raise DataError("weights to draw by must be finite, >= 0 and not all zero")
         self._cumulative = np.cumsum(weights, dtype=np.float64)
         self._seed = seed
+        self._positions = positions
 
     @property
     def period(self) -> int:
@@ -99,4 +105,5 @@ class WeightedStream:
         """Elements start .. start+count-1, int64, shape (count,); the generator is seeded by (seed, start)."""
         thresholds = np.random.default_rng((self._seed, start)).random(count) * self._cumulative[-1]
         drawn = np.searchsorted(self._cumulative, thresholds, side="right")
-        return np.minimum(drawn, len(self._cumulative) - 1).astype(np.int64)
+        drawn = np.minimum(drawn, len(self._cumulative) - 1).astype(np.int64)
+        return drawn if self._positions is None else self._positions[drawn]

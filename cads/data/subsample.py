@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 
 from cads.data.pool import Pool
+from cads.data.token_batches import by_id
 
 
 def strata(pool: Pool) -> np.ndarray:
@@ -16,7 +18,8 @@ def subsample(pool: Pool, fidelity: float, seed: int) -> np.ndarray:
     """A random share of the distinct contents of each source, at least one; nested over fidelities for one seed.
 
     All copies of a content are drawn together. If they were drawn one by one, a small share of a source that repeats
-    a few examples would be as diverse as a share of any other source.
+    a few examples would be as diverse as a share of any other source. Contents are numbered in the order of the ids, so
+    that a permuted pool gives the same draw.
 
     Args:
         pool: to draw from.
@@ -26,7 +29,8 @@ def subsample(pool: Pool, fidelity: float, seed: int) -> np.ndarray:
     Returns:
         positions, sorted, int64.
     """
-    sources, contents = strata(pool), pool.content_codes
+    ids = by_id(pool)
+    sources, contents = strata(pool)[ids], numbered_by_first(pool.content_codes[ids])
     draw_order = np.random.default_rng(seed).permutation(int(contents.max()) + 1)[contents]
     selected = []
     for members in np.split(np.argsort(sources, kind="stable"), np.cumsum(np.bincount(sources))[:-1]):
@@ -35,4 +39,9 @@ def subsample(pool: Pool, fidelity: float, seed: int) -> np.ndarray:
         distinct_contents = ordered[np.diff(ordered, prepend=-1) > 0]
         last = distinct_contents[max(1, round(fidelity * len(distinct_contents))) - 1]
         selected.append(members[draw_order[members] <= last])
-    return np.sort(np.concatenate(selected))
+    return np.sort(ids[np.concatenate(selected)])
+
+
+def numbered_by_first(codes: np.ndarray) -> np.ndarray:
+    """Codes (int64, shape (N,)) with other numbers: 0 for the first that occurs, 1 for the next new one, and so on."""
+    return np.asarray(pa.array(codes).dictionary_encode().indices).astype(np.int64)

@@ -21,8 +21,9 @@ from cads.data.token_batches import lengths, scoring_batches
 from cads.errors import ConfigError
 from cads.policies.simplex import Floats
 from cads.runtime.journal import map_shards
-from cads.scoring.pool_scores import check_finite
+from cads.scoring.pool_scores import batching_key, check_finite
 from cads.task import Task
+from cads.training.precision import autocast
 
 SOURCE, GROUP, LENGTH = "source: ", "group: ", "log length"
 LOSS, ENTROPY, MARGIN = "loss", "entropy", "margin"
@@ -91,18 +92,24 @@ class ReadFeatures:
         self.names = read_names(task, kinds)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The columns of a batch on the device, shape (B, len(names)).
+        """The columns of a batch, shape (B, len(names)).
 
         Loss and entropy are in nats. The margin is the log probability of the label minus the largest of another class.
+        The model runs in the precision of the task's recipe.
         """
         model: Any = _CachedForward(self.model) if len(self.names) > 1 else self.model
         columns = []
         if LOSS in self.names:
-            columns.append(self.task.losses(model, batch).double())
+            with autocast(self.task.recipe.precision, self.device):
+                losses = self.task.losses(model, batch)
+            columns.append(_double(losses))
         if ENTROPY in self.names:
-            log_p = torch.log_softmax(self.task.logits(model, batch).double(), dim=1)
-            log_p_label = log_p.gather(1, batch.labels[:, None])[:, 0]
-            log_p_other = log_p.scatter(1, batch.labels[:, None], -torch.inf).amax(dim=1)
+            with autocast(self.task.recipe.precision, self.device):
+                logits = self.task.logits(model, batch)
+            log_p = torch.log_softmax(_double(logits), dim=1)
+            labels = batch.labels[:, None].to(log_p.device)
+            log_p_label = log_p.gather(1, labels)[:, 0]
+            log_p_other = log_p.scatter(1, labels, -torch.inf).amax(dim=1)
             # With a single class there is no other.
             margin = log_p_label - log_p_other if log_p.shape[1] > 1 else torch.zeros_like(log_p_label)
             columns += [-(log_p.exp() * log_p).sum(dim=1), margin]
@@ -122,7 +129,7 @@ class ReadFeatures:
             with ledger.timed(SELECT, stage), torch.inference_mode():
                 return self(batch.to(self.device)).cpu().numpy()
 
-        read = map_shards("reading", [stage, len(positions)], ledger, len(batches), shard)
+        read = map_shards("reading", [stage, len(positions), *batching_key()], ledger, len(batches), shard)
         row_of_position = np.empty(len(pool), dtype=np.int64)
         row_of_position[np.concatenate(batches)] = np.arange(len(positions))
         columns = np.asarray(read[row_of_position[positions]])
@@ -159,6 +166,11 @@ class _CachedForward:
         if self._last is None or not _equal_inputs(self._last[0], (inputs, options)):
             self._last = (inputs, options), self._model(*inputs, **options)
         return self._last[1]
+
+
+def _double(x: Tensor) -> Tensor:
+    """`x` in float64: on its device, or on the CPU if that has no float64."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def _equal_inputs(a: Any, b: Any) -> bool:

@@ -1,7 +1,8 @@
 """Scoring a pool with a model: one forward pass in batches by token budget, every FLOP charged as it is spent.
 
 Examples are sorted by length, so that batches hold hardly any padding. A batch holds as many examples as fit in a
-budget of padded tokens, since large batches of texts are slower on a CPU.
+budget of padded tokens: on a CPU large batches of texts are slower, and on other devices small ones are
+(`cads.data.token_batches.scoring_limits`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from cads.accounting.ledger import SELECT, Ledger
 from cads.data.batch import Batch
 from cads.data.pool import Pool
-from cads.data.token_batches import SCORED_TOKENS, lengths, scoring_batches
+from cads.data.token_batches import device_type, lengths, scoring_batches
 from cads.errors import DataError
 from cads.runtime.journal import map_shards
+from cads.training.precision import autocast
 
 PLANNED_BATCHES = 4096
 """Largest number of batches that a plan collates to price them."""
@@ -43,7 +45,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def planned_flops(price: BatchPrice, pool: Pool, *, tokens: int = SCORED_TOKENS) -> float:
+def planned_flops(price: BatchPrice, pool: Pool, *, tokens: int | None = None) -> float:
     """What `score_pool` will charge for all of `pool`, padding included; nothing is computed on the examples.
 
     Of more than `PLANNED_BATCHES` batches, only that many, evenly spaced, are priced; the sum is scaled up.
@@ -76,15 +78,17 @@ def score_pool(
     ledger: Ledger,
     stage: str,
     device: torch.device | str = "cpu",
-    tokens: int = SCORED_TOKENS,
+    tokens: int | None = None,
     positions: np.ndarray | None = None,
+    precision: str = "no",
 ) -> np.ndarray:
     """One number for each example of `pool`, or for those at `positions`, float64, shape (n,).
 
     Args:
         score: of a batch on `device`, called without gradients.
         price: of a batch; charged to "select"/`stage`, batch by batch.
-        tokens: padded tokens of a batch.
+        tokens: padded tokens of a batch; None: the limit of this process's device (`scoring_limits`).
+        precision: of the forward passes, as in `TrainConfig`.
 
     Raises:
         DataError: if a score is not finite, naming the examples.
@@ -96,14 +100,21 @@ def score_pool(
         batch = pool.batch(batches[i])
         # Outside inference mode: counting the FLOPs of the first batch of a shape may take gradients.
         ledger.charge(SELECT, stage, price(batch), tokens=batch.tokens)
-        with ledger.timed(SELECT, stage), torch.inference_mode():
-            return score(batch.to(device)).double().cpu().numpy()
+        with ledger.timed(SELECT, stage), torch.inference_mode(), autocast(precision, device):
+            return score(batch.to(device)).cpu().double().numpy()
 
     scores = np.full(len(pool), np.nan)
-    scores[np.concatenate(batches)] = map_shards("scoring", [stage, len(positions)], ledger, len(batches), shard)
+    scores[np.concatenate(batches)] = map_shards(
+        "scoring", [stage, len(positions), *batching_key()], ledger, len(batches), shard
+    )
     requested = scores[positions]
     check_finite(requested, pool, stage, positions)
     return requested
+
+
+def batching_key() -> list[str]:
+    """What operations of a journal must agree on beside their examples: shards are batches, which follow the device."""
+    return [] if device_type() == "cpu" else [device_type()]
 
 
 def check_finite(scores: np.ndarray, pool: Pool, label: str, positions: np.ndarray | None = None) -> None:

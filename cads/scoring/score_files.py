@@ -18,7 +18,6 @@ import torch
 
 from cads.accounting.ledger import Ledger
 from cads.data.pool import Pool
-from cads.data.token_batches import SCORED_TOKENS
 from cads.errors import CadsError, DataError
 from cads.runtime.atomic_files import atomic_file
 from cads.runtime.processes import active_group
@@ -132,7 +131,8 @@ def stream_scores(
     ledger: Ledger,
     stage: str,
     device: torch.device | str = "cpu",
-    tokens: int = SCORED_TOKENS,
+    tokens: int | None = None,
+    precision: str = "no",
     shard: int = SHARD,
 ) -> None:
     """Score all of `pool` into the file at `path`, shard by shard: `score_pool` in memory bounded by a shard.
@@ -141,7 +141,7 @@ def stream_scores(
     processes score together; rank 0 writes.
 
     Args:
-        score, price, ledger, stage, device, tokens: as for `score_pool`.
+        score, price, ledger, stage, device, tokens, precision: as for `score_pool`.
         shard: examples that are scored together.
 
     Raises:
@@ -156,6 +156,8 @@ def stream_scores(
         world.on_rank_zero(begin)
         for start in range(0, len(pool), shard):
             part = pool.subset(np.arange(start, min(start + shard, len(pool))), pool.name)
-            scores = score_pool(part, score, price, ledger=ledger, stage=stage, device=device, tokens=tokens)
+            scores = score_pool(
+                part, score, price, ledger=ledger, stage=stage, device=device, tokens=tokens, precision=precision
+            )
             world.on_rank_zero(partial(writer.write, part.ids, scores))
         world.on_rank_zero(stack.close)

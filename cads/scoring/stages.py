@@ -107,13 +107,13 @@ class ReadPool:
 
     Attributes:
         name: what the ledger calls it.
-        tokens: padded tokens of a batch.
+        tokens: padded tokens of a batch; None: see `score_pool`.
         n_models: how many.
         pool: what is read; None for the pool of the task.
     """
 
     name: str
-    tokens: int
+    tokens: int | None = None
     n_models: int = 1
     pool: Pool | None = None
 

@@ -22,6 +22,7 @@ from cads.search.allowance import BudgetSplit, split_budget
 from cads.search.choice import Choice
 from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
 from cads.search.inner_runs import InnerLoop
+from cads.search.source_order import in_name_order
 from cads.search.stages import Stages
 from cads.selection import Selection
 from cads.task import Objective, Task
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 ALLOWANCE = 2.75
 """Selection FLOPs in units of the training budget, if the budget need not cover selection."""
 NO_SEARCH_AFFORDABLE = "the allowance buys no trials: the full pool is returned"
+FEWEST_TARGET_EXAMPLES = 20
+"""Fewest examples of the target with which the guard compares a choice to the full pool. With fewer, two models that
+are as good differ by chance about as much as selection gains."""
 ONE_SOURCE = "the pool has one source, and nothing can be chosen among sources: the full pool is returned"
 
 
@@ -49,7 +53,8 @@ class Search(ABC):
     """The metric to minimise on the target, by name or, in Python, any function of task, model and pool; null for the
     task's own."""
     guard: bool = True
-    """Return the full pool unless the choice beat it on the target."""
+    """Return the full pool unless the choice beat it on the target. With fewer than 20 target examples the guard cannot
+    tell: then nothing is searched, and the full pool is returned."""
     target_fraction: float | None = None
     """Share of each batch of the final training drawn from the target, as in `joint`, at least 0 and below 1; null: 0.
     Trials see none of it."""
@@ -71,7 +76,7 @@ class Search(ABC):
         proxy.check_outer(self.outer)
         try:
             self._plan(task, budget)
-            choice, pool = self._search(task, proxy, budget, seed, ledger, monitor or Monitor()), proxy.pool
+            choice, pool = self._search(task, budget, seed, ledger, monitor or Monitor()), proxy.pool
         except NotAffordableError as error:
             log.warning("%s: %s", self.method, error)
             choice, pool = Choice.full_pool(task.pool, str(error)), task.pool
@@ -86,9 +91,9 @@ class Search(ABC):
         )
         return replace(_in_order(selection, task.pool), pool_hash=task.pool.content_hash)
 
-    def _search(self, task: Task, proxy: Task, budget: Budget, seed: int, ledger: Ledger, monitor: Monitor) -> Choice:
-        """Search with the model of `proxy`, within the part of `budget` that selection may spend."""
-        _, split = self.split_budget(task, budget)
+    def _search(self, task: Task, budget: Budget, seed: int, ledger: Ledger, monitor: Monitor) -> Choice:
+        """Search with the model of the proxy, within the part of `budget` that selection may spend."""
+        proxy, split = self.split_budget(task, budget)
         selection_ledger = Ledger(limit=split.selection_flops)
         outer = self.outer or (proxy.source_outer if self.whole_sources else None)
         inner = InnerLoop(proxy, selection_ledger, monitor, outer, held_out=self.held_out)
@@ -108,11 +113,14 @@ class Search(ABC):
         """What the search would charge.
 
         Raises:
-            NotAffordableError: if there is nothing to search, or the budget does not buy it.
+            NotAffordableError: if there is nothing to search, the guard cannot tell whether a choice is better, or the
+                budget does not buy the search.
         """
         proxy, split = self.split_budget(task, budget)
         if self.whole_sources and has_one_source(task.pool):
             raise NotAffordableError(ONE_SOURCE)
+        if self.guard and len(proxy.target) < FEWEST_TARGET_EXAMPLES:
+            raise NotAffordableError(cannot_tell(len(proxy.target)))
         costs = PlannedInnerLoop(proxy, split.selection_flops, held_out=self.held_out)
         for stage in self.stages(costs, split.train_flops):
             costs.charge(stage)
@@ -122,14 +130,16 @@ class Search(ABC):
         """The task whose model is trained in trials, and the FLOPs of selection and training.
 
         Returns:
-            the proxy, or the task itself if it names none; and the split. Its `train_flops` are those of the final
-            training if it trained the proxy: as many usages, at the proxy's cost.
+            the proxy, or the task itself if it names none, with its sources in the order of their names; and the split.
+            Its `train_flops` are those of the final training if it trained the proxy: as many usages, at the proxy's
+            cost.
         """
         proxy = proxy_of(task)
         ratio = 1.0
         if proxy is not task:
             usages = [t.costs.per_usage(t.pool, t.recipe.batch_size) for t in (proxy, task)]
             ratio = usages[0] / usages[1]
+        proxy = in_name_order(proxy)
         min_flops = self.min_flops(PlannedInnerLoop(proxy, math.inf, held_out=self.held_out))
         split = split_budget(task, budget, self.allowance, self.default_allowance * ratio, min_flops)
         return proxy, BudgetSplit(split.train_flops * ratio, split.selection_flops)
@@ -170,6 +180,7 @@ def _in_order(selection: Selection, pool: Pool) -> Selection:
         probability=selection.probability[positions],
         selected=selection.selected[positions],
         sources=None if selection.sources is None else selection.sources.take(pa.array(positions)),
+        origin=pool.origin,
     )
 
 
@@ -189,6 +200,23 @@ def check_reference(objective: float, stage: str, data: str = "the full pool") -
         )
 
 
-def guard_message(beaten: bool) -> str:
-    """The guard's note: whether the choice beat the full pool."""
-    return "better than the full pool on the target" if beaten else "the full pool was not beaten"
+def guard_message(*, guard: bool, chosen: bool) -> str:
+    """The guard's note on a search.
+
+    Args:
+        guard: whether the guard is on. chosen: whether the search returns its choice; if not, the full pool.
+    """
+    if guard:
+        return "better than the full pool on the target" if chosen else "the full pool was not beaten"
+    if chosen:
+        return "the guard is off: the choice need not beat the full pool"
+    return "the guard is off, but no choice ended with a finite objective: the full pool is returned"
+
+
+def cannot_tell(n_target: int) -> str:
+    """Why the guard does not compare a choice with the full pool on `n_target` examples of the target."""
+    examples = "1 example" if n_target == 1 else f"{n_target} examples"
+    return (
+        f"the target has {examples}, and with fewer than {FEWEST_TARGET_EXAMPLES} the guard cannot tell whether a "
+        "choice beats the full pool: the full pool is returned; give more target examples, or set guard = false"
+    )

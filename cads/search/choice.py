@@ -37,4 +37,5 @@ class Choice:
 
     def selection(self, pool: Pool, **provenance: Any) -> Selection:
         """The Selection from `pool`; `provenance` holds the other arguments of `Selection.from_pool`."""
-        return Selection.from_pool(pool, **vars(self), **provenance)
+        probabilities = {s: self.source_probability[s] for s in pool.source_names if s in self.source_probability}
+        return Selection.from_pool(pool, **vars(self) | {"source_probability": probabilities}, **provenance)

@@ -8,6 +8,7 @@ import numpy as np
 
 from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
 from cads.data.pool import Pool
+from cads.data.token_batches import by_id
 from cads.scoring.pool_scores import planned_flops
 from cads.search.constants import constants_of
 from cads.search.fidelity import Rung, data_fraction, fidelity_schedule
@@ -36,9 +37,9 @@ class InnerLoopCosts:
         self.n_trials = 0
         self.fitted = self.measured = task.target
         if held_out and len(task.target) > 1:
-            order = np.random.default_rng(0).permutation(len(task.target))
-            self.fitted = task.target.subset(np.sort(order[::2]), "target, half for the target model")
-            self.measured = task.target.subset(np.sort(order[1::2]), "target, half to measure on")
+            ids, order = by_id(task.target), np.random.default_rng(0).permutation(len(task.target))
+            self.fitted = task.target.subset(ids[np.sort(order[::2])], "target, half for the target model")
+            self.measured = task.target.subset(ids[np.sort(order[1::2])], "target, half to measure on")
 
     @property
     def step_flops(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -23,6 +23,8 @@ from cads.runtime.processes import active_group
 from cads.scoring.pool_scores import score_pool
 from cads.search.inner_costs import InnerLoopCosts
 from cads.task import Objective, ObjectiveValue, Task
+from cads.training.precision import autocast
+from cads.training.result import TrainResult, stack_results
 from cads.training.trainer import Trainer
 
 BY_EXAMPLE = "by_example"
@@ -38,7 +40,7 @@ class InnerRuns:
         losses: training losses of each step, nats, shape (steps, K).
         flops: compute of one run after each step, shape (steps,).
         final_train_loss: training loss over the last steps, nats, shape (K,).
-        models: the trained models.
+        models: the trained models of the first runs; empty unless they are used further (`InnerLoop.run`).
         stderr: standard error of the difference between the objective and that of the first run, shape (K,), over the
             examples of the target, which all runs share; 0 where the objective is not a mean over them.
         reference: the objective of the first run; None where it diverged.
@@ -53,16 +55,19 @@ class InnerRuns:
     reference: ObjectiveValue | None = None
 
     def followed_by(self, more: InnerRuns) -> InnerRuns:
-        """These runs and `more`, which took as many FLOPs each and whose `stderr` refers to the first of these."""
+        """These runs and `more`, which took as many FLOPs each and whose `stderr` refers to the first of these.
+
+        The result holds no models.
+        """
         # Where numbers of steps differ, the last ones are kept, as in `cads.training.result.stack_results`.
         steps = min(len(self.losses), len(more.losses))
         flops = [runs.flops[-steps:] for runs in (self, more)]
         return InnerRuns(
             np.concatenate([self.objective, more.objective]),
             np.hstack([self.losses[-steps:], more.losses[-steps:]]),
-            np.average(flops, axis=0, weights=[len(self.models), len(more.models)]),
+            np.average(flops, axis=0, weights=[len(self.objective), len(more.objective)]),
             np.concatenate([self.final_train_loss, more.final_train_loss]),
-            [*self.models, *more.models],
+            [],
             np.concatenate([self.stderr, more.stderr]),
             self.reference,
         )
@@ -94,30 +99,87 @@ class InnerLoop(InnerLoopCosts):
         self.trainer = Trainer(task, ledger, monitor)
 
     def run(
-        self, streams: Sequence[Stream], flops: float, *, seed: int, stage: str, reference: ObjectiveValue | None = None
+        self,
+        streams: Sequence[Stream],
+        flops: float,
+        *,
+        seed: int,
+        stage: str,
+        reference: ObjectiveValue | None = None,
+        keep: int | None = None,
     ) -> InnerRuns:
         """Train one replica per stream for `flops` each, all from the same initial weights, and measure them.
 
-        Equal seeds give equal initial weights and dropout, so that replicas differ only in their data.
+        Equal seeds give equal initial weights and dropout, so that replicas differ only in their data. Replicas that
+        train one by one are measured one by one too, and no more of them are in memory than there are processes.
 
         Args:
             reference: the objective from which `stderr` takes the difference; None for that of the first run.
+            keep: number of the first models that the result holds. None: the model of a single run, and none of
+                several, of which only the measurements are compared.
         """
-        models = [self.task.model(seed) for _ in streams]
+        count = len(streams)
+        keep = int(count == 1) if keep is None else keep
+        self.n_trials += count
         draws = BatchStream(self.task.pool, streams, self.task.recipe.batch_size)
-        self.n_trials += len(streams)
-        fit = self.trainer.fit_replicas(models, draws, flops, seed=seed, phase=SELECT, stage=stage)
-        objective = np.full(len(models), np.nan)
-        converged = np.flatnonzero(~fit.diverged)
-        measurements = self.evaluate_all([fit.models[k] for k in converged], f"{stage}, measuring")
-        standard_errors = np.zeros(len(models))
-        for k, measurement in zip(converged, measurements, strict=True):
-            objective[k] = measurement.value
-            standard_errors[k] = paired_error(measurement, reference or measurements[0])
-        reference_value = None if fit.diverged[0] else measurements[0]
+        models = [self.task.model(seed)]
+        if self.trainer.batches(models[0], count):
+            fit, measurements = self._run_batched(models, draws, flops, seed, stage)
+            fit.models = fit.models[:keep]
+        else:
+            fit, measurements = self._run_one_by_one(models, draws, flops, seed, stage, keep)
+        found = [m for m in measurements if m is not None]
+        objective, standard_errors = np.full(count, np.nan), np.zeros(count)
+        for k, measurement in enumerate(measurements):
+            if measurement is not None:
+                objective[k] = measurement.value
+                standard_errors[k] = paired_error(measurement, reference or found[0])
         return InnerRuns(
-            objective, fit.losses, fit.flops, fit.training_loss, fit.models, standard_errors, reference_value
+            objective, fit.losses, fit.flops, fit.training_loss, fit.models, standard_errors, measurements[0]
         )
+
+    def _run_batched(
+        self, models: list[nn.Module], draws: BatchStream, flops: float, seed: int, stage: str
+    ) -> tuple[TrainResult, list[ObjectiveValue | None]]:
+        """Train all replicas, of which `models` has the first, as one model; see `_run_one_by_one`."""
+        models += [self.task.model(seed) for _ in draws.streams[1:]]
+        fit = self.trainer.fit_replicas(models, draws, flops, seed=seed, phase=SELECT, stage=stage)
+        return fit, self._measure(fit.models, fit.diverged, stage)
+
+    def _run_one_by_one(
+        self, models: list[nn.Module], draws: BatchStream, flops: float, seed: int, stage: str, keep: int
+    ) -> tuple[TrainResult, list[ObjectiveValue | None]]:
+        """Train and measure as many replicas at a time as there are processes; only these are in memory.
+
+        Args:
+            models: the first model; empty afterwards.
+
+        Returns:
+            the result, which holds the first `keep` models; and the measurement of each, None where it diverged.
+        """
+        flops = min(flops, self.ledger.left / draws.replicas)
+        fits: list[TrainResult | None] = []
+        kept: list[nn.Module] = []
+        measurements: list[ObjectiveValue | None] = []
+        size = active_group().size
+        for start in range(0, draws.replicas, size):
+            wave = draws.for_streams(*draws.streams[start : start + size])
+            models += [self.task.model(seed) for _ in range(wave.replicas - len(models))]
+            new = self.trainer.fit_one_by_one(models, wave, flops, seed=seed, phase=SELECT, stage=stage)
+            measurements += self._measure(models, np.array([fit is None for fit in new]), stage)
+            kept += models[: max(0, keep - start)]
+            fits += [None if fit is None else replace(fit, models=[]) for fit in new]
+            # The next models are made only when these are gone.
+            models.clear()
+            del new
+        return stack_results(kept, fits), measurements
+
+    def _measure(self, models: Sequence[nn.Module], diverged: np.ndarray, stage: str) -> list[ObjectiveValue | None]:
+        """The outer objective of each model; None where it diverged (bool, shape (K,))."""
+        converged = np.flatnonzero(~diverged).tolist()
+        values = self.evaluate_all([models[k] for k in converged], f"{stage}, measuring")
+        found = dict(zip(converged, values, strict=True))
+        return [found.get(k) for k in range(len(models))]
 
     def evaluate_all(self, models: Sequence[nn.Module], stage: str) -> list[ObjectiveValue]:
         """The outer objective of each model on the target. Several processes measure one model each at a time."""
@@ -162,7 +224,8 @@ class InnerLoop(InnerLoopCosts):
 
     def _objective(self, model: nn.Module) -> State:
         device = self.trainer.accelerator.device
-        objective = self.task.objective(model.to(device), self._outer, self.measured)
+        with autocast(self.task.recipe.precision, device):
+            objective = self.task.objective(model.to(device), self._outer, self.measured)
         by_example = {} if objective.by_example is None else {BY_EXAMPLE: torch.from_numpy(objective.by_example)}
         return State({"objective": objective.value}, by_example)
 
@@ -178,6 +241,7 @@ class InnerLoop(InnerLoopCosts):
             stage=stage,
             device=device,
             positions=positions,
+            precision=self.task.recipe.precision,
         )
 
     def fit_target(

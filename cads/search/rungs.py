@@ -9,6 +9,7 @@ import numpy as np
 from cads.accounting.operations import design_flops, source_policy_flops
 from cads.data.streams import Stream
 from cads.data.subsample import subsample
+from cads.data.token_batches import in_id_order
 from cads.estimators.design import n_columns
 from cads.search.base import check_reference
 from cads.search.fidelity import Rung
@@ -59,7 +60,8 @@ def run_rung(
 
     Examples that two draws share come in a different order in each: an order is drawn over all that a draw selects.
     """
-    positions = subsample(inner.task.pool, rung.data_fraction, derive(seed, "subsample"))
+    pool = inner.task.pool
+    positions = in_id_order(pool, subsample(pool, rung.data_fraction, derive(seed, "subsample")))
     order = derive(seed, "rung", rung_index)
     return run_streams(inner, [space.stream(draw, positions, order) for draw in draws], rung, order, reference_run)
 
@@ -80,7 +82,8 @@ def run_streams(
     if reference_run is not None:
         streams = streams[1:]
     objective = None if reference_run is None else reference_run.reference
-    runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage, reference=objective)
+    keep = None if reference_run is None else 0
+    runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage, reference=objective, keep=keep)
     if reference_run is not None:
         runs = reference_run.followed_by(runs)
     check_reference(float(runs.objective[0]), rung.stage)

@@ -130,9 +130,7 @@ class SubsetSpace(SearchSpace):
         position_weights = draw[self.pool.sources[positions]]
         if np.isin(draw, (0, 1)).all():
             return ShuffledStream(positions[position_weights == 1], seed)
-        weights = np.zeros(len(self.pool))
-        weights[positions] = position_weights
-        return WeightedStream(weights, seed)
+        return WeightedStream(position_weights, seed, positions)
 
 
 class MixtureSpace(SearchSpace):
@@ -166,7 +164,5 @@ class MixtureSpace(SearchSpace):
 
     def stream(self, draw: np.ndarray, positions: np.ndarray, seed: int) -> Stream:
         """Draws with replacement in proportion to the weights."""
-        weights = np.zeros(len(self.pool))
         assert self.pool.sources is not None
-        weights[positions] = self.weights(draw[None])[0][self.pool.sources[positions]]
-        return WeightedStream(weights, seed)
+        return WeightedStream(self.weights(draw[None])[0][self.pool.sources[positions]], seed, positions)

@@ -138,6 +138,7 @@ def run_cell(plan: CellPlan, task: Task, metric: str, journals: Journals, folder
         select, ranking_seconds = _selecting(plan, task, journals, monitor)
         with journals.open(plan.key) as journal:
             selection, spent = select()
+            monitor.shares(selection.shares)
             outcome = train(task, selection, cell.budget, seed=seed, monitor=monitor, evaluations=cell.evaluations)
             charged = {phase: outcome.ledger.total(phase) for phase in (SELECT, TRAIN, EVALUATE)}
             total = charged[SELECT].flops + charged[TRAIN].flops
@@ -170,6 +171,7 @@ def run_cell(plan: CellPlan, task: Task, metric: str, journals: Journals, folder
                 seconds=ranking_seconds + journal.seconds,
                 ledger=outcome.ledger.to_json(),
                 source_probability=selection.source_probability,
+                shares=selection.shares,
                 probability_course=monitor.course,
                 notes=selection.notes,
             )

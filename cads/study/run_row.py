@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-JSON_COLUMNS = ("options", "metrics", "ledger", "source_probability", "probability_course", "notes")
+JSON_COLUMNS = ("options", "metrics", "ledger", "source_probability", "shares", "probability_course", "notes")
 """Columns that are stored as JSON text."""
 
 

@@ -19,10 +19,10 @@ from cads.errors import DataError
 from cads.runtime.atomic_files import atomic_file
 from cads.runtime.safe_read import read_measured
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 VERSION_KEY = b"cads_results_version"
 """Key of the schema version in the metadata of a file."""
-ADDED = {1: {"runs": ("maximised",)}, 2: {}}
+ADDED: dict[int, dict[str, tuple[str, ...]]] = {1: {"runs": ("maximised", "shares")}, 2: {"runs": ("shares",)}, 3: {}}
 """For each version that can be read, by table: the columns that later versions added. They are read as null."""
 DONE, OVER_BUDGET, NOT_APPLICABLE, FAILED, IMPORTED = "done", "over budget", "n/a", "failed", "imported"
 """States of a cell."""
@@ -65,7 +65,8 @@ RUNS = pa.schema(
         ("version", pa.string()),  # of the package
         ("code", pa.string()),  # digest of its sources
         ("ledger", pa.string()),  # JSON: one record a stage, as charged
-        ("source_probability", pa.string()),  # JSON: name -> probability, at the end
+        ("source_probability", pa.string()),  # JSON: name -> probability under the policy, at the end
+        ("shares", pa.string()),  # JSON: name -> share of what the final training draws from the pool; null: unknown
         ("probability_course", pa.string()),  # JSON: one {name: probability} a step of the policy
         ("notes", pa.string()),  # JSON: notes of the selector
     ]
@@ -156,7 +157,7 @@ def _missing(path: Path, stored: pa.Schema, table: str) -> Sequence[str]:
             f"{path} has schema version {version}; this library reads {', '.join(versions)}: use the version that "
             "wrote it, or another folder"
         )
-    return versions[version].get(table, ())
+    return [name for name in versions[version].get(table, ()) if name not in stored.names]
 
 
 def read_rows(folder: Path, table: str, keys: Iterable[str] | None = None) -> list[dict[str, Any]]:

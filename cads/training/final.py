@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,13 +12,11 @@ from torch import nn
 
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import EVALUATE, SELECT, TRAIN, Ledger
-from cads.accounting.measured import count_flops
 from cads.accounting.throughput import matmul_flops_per_second
 from cads.data.streams import Stream
 from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError, CheckpointError
 from cads.monitor import Monitor
-from cads.runtime.atomic_files import whole_file
 from cads.runtime.checkpoint import State
 from cads.runtime.journal import replay_or_run
 from cads.runtime.lockstep import StepReporter
@@ -27,6 +24,7 @@ from cads.runtime.processes import active_group
 from cads.seeding import derive
 from cads.selection import Selection
 from cads.task import Metrics, Task
+from cads.training.evaluations import evaluate, evaluation_record, stoppable, write_results
 from cads.training.result import TrainResult
 from cads.training.run_state import FULL_RUN, RunSegment
 from cads.training.trainer import Trainer
@@ -45,6 +43,7 @@ class TrainedModel:
         train_result: losses and FLOPs of the training.
         utilisation: FLOP/s of the training, divided by those of matrix products on the devices of all processes.
         task: that was trained; it writes the model.
+        evaluations: the metrics of each further evaluation, by its name; they are among `metrics` too.
     """
 
     model: nn.Module
@@ -53,6 +52,7 @@ class TrainedModel:
     train_result: TrainResult
     utilisation: float
     task: Task
+    evaluations: dict[str, Metrics] = field(default_factory=dict)
 
     def save(self, folder: Path | str, *, merge: bool = False) -> Path:
         """Write the model in the format of its task, then `results.json`.
@@ -61,7 +61,8 @@ class TrainedModel:
             merge: merge an adapter into the weights of its base model.
 
         Raises:
-            CheckpointError, OSError: if it cannot be written, for example to a full disk.
+            CheckpointError, OSError: if it cannot be written, for example to a full disk; if the written model is not
+                the trained one.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,10 @@ class TrainedModel:
             "utilisation": self.utilisation,
             "ledger": self.ledger.to_json(),
         }
-        whole_file(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        if self.evaluations:
+            records = {n: evaluation_record(self.task, n, metrics) for n, metrics in self.evaluations.items()}
+            results["evaluations"] = records
+        write_results(folder, results)
         return folder
 
 
@@ -145,22 +149,25 @@ def train(
     trainer = Trainer(task, ledger, monitor)
     result = fit_final_model(trainer, selection, flops, seed=seed, segment=RunSegment(start=selection.warm_start))
 
-    def test(_: StepReporter) -> State:
+    def test(progress: StepReporter) -> State:
+        with ledger.timed(EVALUATE, "test"), monitor.counting("test", len(task.test)), stoppable(progress, State):
+            state = State(dict(task.metrics(result.models[0], task.test)))
         ledger.charge(EVALUATE, "test", task.costs.forward_pool(task.test))
-        with ledger.timed(EVALUATE, "test"):
-            return State(dict(task.metrics(result.models[0], task.test)))
+        return state
 
     test_state = replay_or_run("test", [], ledger, test)
     metrics: Metrics = {name: test_state.number(name) for name in test_state.values}
+    further: dict[str, Metrics] = {}
     for name in evaluations:
-        metrics |= _evaluate(task, result.models[0], name, ledger)
+        further[name] = evaluate(task, result.models[0], name, ledger=ledger, monitor=monitor)
+        metrics |= further[name]
     peak = matmul_flops_per_second(str(trainer.accelerator.device), task.recipe.precision) * active_group().size
     utilisation = result.flops_per_second / peak
     monitor.scalar("trainer/mfu", utilisation, len(result.losses))
     monitor.ledger(ledger)
     for name, value in metrics.items():
         monitor.scalar(f"test/{name}", value, 0)
-    return TrainedModel(result.models[0], metrics, ledger, result, utilisation, task)
+    return TrainedModel(result.models[0], metrics, ledger, result, utilisation, task, further)
 
 
 def fit_final_model(
@@ -187,13 +194,10 @@ def fit_final_model(
     )
 
 
-def _evaluate(task: Task, model: nn.Module, name: str, ledger: Ledger) -> Metrics:
-    def compute(_: StepReporter) -> State:
-        metrics: Metrics = {}
-        with ledger.timed(EVALUATE, name):
-            flops = count_flops(lambda: metrics.update(task.evaluate(model, name)))
-        ledger.charge(EVALUATE, name, flops)
-        return State(dict(metrics))
+def load_trained(task: Task, folder: Path) -> nn.Module:
+    """The trained model in `folder`, on the device on which the task trains.
 
-    state = replay_or_run("evaluation", [name], ledger, compute)
-    return {metric: state.number(metric) for metric in state.values}
+    Raises:
+        CheckpointError: if it cannot be loaded.
+    """
+    return task.load(folder).to(Trainer(task, Ledger()).accelerator.device)

@@ -77,14 +77,14 @@ class FsdpLearner(SingleLearner):
         # FSDP puts a hook on the losses, which a view could lose.
         return super().forward(batch).clone()
 
-    def clip(self, max_norm: float | None) -> np.ndarray:
+    def clip(self, max_norm: float | None) -> Tensor:
         """Clip by the global norm, over the shards in all processes."""
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if max_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
-        return np.array([norm.item()])
+        return norm.detach()[None]
 
     def has_grad(self) -> np.ndarray:
         """Which trainable parameters have got a gradient in this process since the last call."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cads.data.batch import Batch
@@ -30,6 +31,60 @@ class Accumulated:
     positions: np.ndarray
 
 
+class StepLosses:
+    """The losses of one step, on the device until they are read: each transfer would make the host wait for it.
+
+    Args:
+        replicas: K.
+        n_kept: number of examples of the first replica whose losses are kept.
+        positions: of these examples, int64, shape (n,).
+    """
+
+    def __init__(self, replicas: int, n_kept: int, positions: np.ndarray) -> None:
+        self._means: list[Tensor] = []
+        self._kept: list[tuple[int, Tensor]] = []
+        self._replicas, self._n_kept, self._positions = replicas, n_kept, positions
+        self._summed: Accumulated | None = None
+
+    def add(self, means: Tensor, losses: Tensor, offset: int) -> None:
+        """Add a micro-batch.
+
+        Args:
+            means: its part of the mean loss of each replica, shape (K,).
+            losses: of its examples, shape (K, B).
+            offset: of its first example in the batch of a replica.
+        """
+        self._means.append(means.detach())
+        if (count := min(losses.shape[1], self._n_kept - offset)) > 0:
+            self._kept.append((offset, losses[0, :count].detach()))
+
+    def read(self, norms: Tensor) -> tuple[Accumulated, np.ndarray]:
+        """The losses, and `norms` (shape (K,)) as an array: one transfer for all of them."""
+        if self._summed is not None:
+            return self._summed, _transferred([norms])[0]
+        *found, norm = _transferred([*self._means, *(losses for _, losses in self._kept), norms])
+        loss, example_losses = np.zeros(self._replicas), np.zeros(self._n_kept)
+        for means in found[: len(self._means)]:
+            loss += means
+        for (offset, _), losses in zip(self._kept, found[len(self._means) :], strict=True):
+            example_losses[offset : offset + len(losses)] = losses
+        return Accumulated(loss, example_losses, self._positions), norm
+
+    def settle(self, accumulated: Accumulated) -> None:
+        """Replace the losses by sums over processes, which are on the host already."""
+        self._summed = accumulated
+
+
+def _transferred(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    """The values of some vectors on one device, float64, in one transfer."""
+    if not tensors:
+        return []
+    device = tensors[0].device
+    # Types are widened only: no value changes.
+    values = torch.cat([x.reshape(-1).to(device) for x in tensors]).cpu().double().numpy()
+    return np.split(values, np.cumsum([x.numel() for x in tensors])[:-1])
+
+
 def mixes_examples(model: nn.Module) -> bool:
     """Whether the loss of an example depends on the others in its micro-batch: then a batch cannot be divided."""
     return any(isinstance(m, _BatchNorm) for m in model.modules())
@@ -42,7 +97,7 @@ def accumulate(
     replicas: int,
     group: ProcessGroup,
     n_kept: int = 0,
-) -> Accumulated:
+) -> StepLosses:
     """Leave the gradient of the mean loss of each replica in the parameters of `learner`.
 
     Each process computes its share of every micro-batch, which may be empty. The sum over the processes is the gradient
@@ -59,26 +114,23 @@ def accumulate(
     divided = group.size > 1 and not mixes_examples(learner)
     if group.size > 1 and not divided:
         divisor *= group.size
-    loss, example_losses, offset = np.zeros(replicas), np.zeros(n_kept), 0
+    positions = np.concatenate([piece.positions[: len(piece) // replicas].numpy() for piece in pieces])[:n_kept]
+    step_losses, offset = StepLosses(replicas, n_kept, positions), 0
     for piece in pieces:
         start, share = _share(piece, group) if divided else (0, piece)
         if share is not None:
             losses = learner(share.to(accelerator.device))
             means = losses.sum(dim=1) / divisor
             accelerator.backward(means.sum())
-            slots = example_losses[offset + start : offset + start + losses.shape[1]]
-            if len(slots):
-                slots[:] = losses[0, : len(slots)].detach().double().cpu().numpy()
-            loss += means.detach().double().cpu().numpy()
+            step_losses.add(means, losses, offset + start)
         elif learner.is_collective:
             accelerator.backward(0.0 * learner(piece.split(len(piece))[0].to(accelerator.device)).sum())
         offset += len(piece) // replicas
     if group.size > 1:
-        loss, example_losses = _sum_over_processes(
-            learner, loss, example_losses if divided else example_losses / group.size, group
-        )
-    positions = np.concatenate([piece.positions[: len(piece) // replicas].numpy() for piece in pieces])[:n_kept]
-    return Accumulated(loss, example_losses, positions)
+        own, _ = step_losses.read(torch.zeros(0, device=accelerator.device))
+        example_losses = own.example_losses if divided else own.example_losses / group.size
+        step_losses.settle(Accumulated(*_sum_over_processes(learner, own.loss, example_losses, group), positions))
+    return step_losses
 
 
 def _share(piece: Batch, world: ProcessGroup) -> tuple[int, Batch | None]:

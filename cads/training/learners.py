@@ -47,7 +47,7 @@ class Learner(nn.Module):
     is_collective = False
 
     @abstractmethod
-    def clip(self, max_norm: float | None) -> np.ndarray:
+    def clip(self, max_norm: float | None) -> Tensor:
         """Scale the gradient of each replica to norm `max_norm` at most; returns the norms before, shape (K,)."""
 
     @abstractmethod
@@ -83,10 +83,10 @@ class SingleLearner(Learner):
         """Losses of the batch, shape (1, B)."""
         return self._task.training_losses(self.model, batch)[None]
 
-    def clip(self, max_norm: float | None) -> np.ndarray:
+    def clip(self, max_norm: float | None) -> Tensor:
         """Clip by the global norm."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if max_norm is None else max_norm)
-        return np.array([norm.item()])
+        return norm.detach()[None]
 
     def trained(self) -> list[nn.Module]:
         """The model itself."""
@@ -130,7 +130,7 @@ class StackedReplicas(Learner):
         # One dropout mask for all: trained alone, each replica would draw it from the same seed.
         return vmap(replica_losses, randomness="same")(parameters, split.inputs, split.labels)
 
-    def clip(self, max_norm: float | None) -> np.ndarray:
+    def clip(self, max_norm: float | None) -> Tensor:
         """Clip each replica by its own norm, as `torch.nn.utils.clip_grad_norm_` would."""
         gradients = [p.grad for p in self.stacked if p.grad is not None]
         norms = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in gradients]).norm(dim=0)
@@ -138,7 +138,7 @@ class StackedReplicas(Learner):
             scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
             for g in gradients:
                 g.mul_(scale.view(-1, *[1] * (g.dim() - 1)))
-        return norms.cpu().numpy()
+        return norms
 
     def trained(self) -> list[nn.Module]:
         """The models given at the start, with their weights written back."""

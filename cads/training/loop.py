@@ -26,13 +26,18 @@ from cads.runtime.lockstep import StepReporter
 from cads.runtime.processes import active_group, world_group
 from cads.seeding import derive
 from cads.task import Task
-from cads.training.gradient import accumulate, mixes_examples
+from cads.training.gradient import StepLosses, accumulate, mixes_examples
 from cads.training.learners import Learner, SingleLearner
+from cads.training.precision import check_types
 from cads.training.result import TrainResult
 from cads.training.run_state import EXAMPLE_LOSSES, FULL_RUN, RunSegment, TrainState
 
 MOST_SKIPPED = 20
 """Batches in a row that a run or its scaler skips before the run fails: then the fault is not in single batches."""
+
+
+PATCHED_STEPS = ("_optimizer_original_step_method", "_optimizer_patched_step_method")
+"""Attributes in which accelerate's wrapper of an optimizer keeps the methods that it exchanges."""
 
 
 class TrainingLoop:
@@ -72,6 +77,7 @@ class TrainingLoop:
         """
         if not any(p.requires_grad for p in learner.parameters()):
             raise ConfigError(f"the model of {self.task.name} has no trainable parameter")
+        self._check_types(learner)
         before = 0.0 if segment.start is None else segment.start.number("total")
         flops = min(flops, before + self.ledger.left / draws.replicas)
         if not math.isfinite(flops):
@@ -169,6 +175,7 @@ class TrainingLoop:
             # accelerate keeps references to all that it has prepared.
             self.accelerator._models.clear()
             self.accelerator._optimizers.clear()
+            _unwrap(train_state.learner, torch_optimizer, wrapped)
             train_state.seconds = seconds_before + time.perf_counter() - start_time
         if not train_state.steps and train_state.failure is None:
             raise BudgetError(
@@ -205,11 +212,14 @@ class TrainingLoop:
         _set_rate(optimizer, rate)
         train_state.charge_step(cost, pieces)
         train_state.remember_buffers()
-        loss = self._backward(run, learner, pieces)
+        step_losses = self._backward(run, learner, pieces)
         if train_state.scaler is not None:
             train_state.scaler.unscale_(torch_optimizer)
-        norm = train_state.learner.clip(recipe.clip_norm)
-        if self._apply_nonfinite_policy(run, pieces, loss, norm, rate):
+        # The one point of a step at which the host waits for the device.
+        accumulated, norm = step_losses.read(train_state.learner.clip(recipe.clip_norm))
+        if run.segment.keep:
+            train_state.record_example_losses(accumulated.positions, accumulated.example_losses)
+        if self._apply_nonfinite_policy(run, pieces, accumulated.loss, norm, rate):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return rate
@@ -241,6 +251,12 @@ class TrainingLoop:
                 train_state.scaler.update()
         return not rejected
 
+    def _check_types(self, learner: Learner) -> None:
+        """Refuse weights and inputs that do not go with the device or the precision; see `check_types`."""
+        task, device = self.task, self.accelerator.device
+        inputs = task.pool.batch(np.zeros(1, dtype=np.int64)).inputs if device.type == "mps" else {}
+        check_types(learner, inputs, precision=task.recipe.precision, device=device, name=task.name)
+
     @property
     def _skips(self) -> bool:
         return self.task.recipe.non_finite == "skip"
@@ -271,15 +287,12 @@ class TrainingLoop:
     def _cost(self, pieces: list[Batch]) -> float:
         return sum(self.task.costs.usage(piece) for piece in pieces)
 
-    def _backward(self, run: TrainingRun, learner: Learner, pieces: list[Batch]) -> np.ndarray:
-        """Accumulate the gradient of the mean loss of each replica; returns those means, shape (K,)."""
+    def _backward(self, run: TrainingRun, learner: Learner, pieces: list[Batch]) -> StepLosses:
+        """Accumulate the gradient of the mean loss of each replica."""
         replicas = run.train_state.replicas
         micro_batches = [m for piece in pieces for m in piece.split(self.task.recipe.accumulate, replicas)]
         n_kept = run.draws.from_pool if run.segment.keep else 0
-        accumulated = accumulate(self.accelerator, learner, micro_batches, replicas, active_group(), n_kept)
-        if run.segment.keep:
-            run.train_state.record_example_losses(accumulated.positions, accumulated.example_losses)
-        return accumulated.loss
+        return accumulate(self.accelerator, learner, micro_batches, replicas, active_group(), n_kept)
 
 
 @dataclass
@@ -321,6 +334,16 @@ def _optimizer(recipe: TrainConfig, learner: Learner, *, scaled: bool) -> torch.
     # not take sharded tensors.
     fused = not (scaled or learner.is_collective)
     return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=0.9, nesterov=True, fused=fused)
+
+
+def _unwrap(learner: Learner, optimizer: torch.optim.Optimizer, wrapped: Any) -> None:
+    """Remove the methods that accelerate has put into a learner, its optimizer and the wrapper of that.
+
+    They refer to their owners, so that weights and moments would stay in memory until a garbage collection.
+    """
+    for owner in (learner, optimizer, wrapped):
+        for name in ("forward", "_original_forward", "step", *PATCHED_STEPS):
+            vars(owner).pop(name, None)
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

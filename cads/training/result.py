@@ -56,11 +56,15 @@ class TrainResult:
 
 
 def stack_results(models: list[nn.Module], fits: list[TrainResult | None]) -> TrainResult:
-    """One result of K replicas from `fits`, the results of single replicas (None where a replica diverged)."""
+    """One result of K replicas from `fits`, the results of single replicas (None where a replica diverged).
+
+    Args:
+        models: those that the result holds.
+    """
     finished = [f for f in fits if f is not None]
     diverged = np.array([f is None for f in fits])
     if not finished:
-        return TrainResult(models, np.full((1, len(models)), np.nan), np.array([np.nan]), diverged, 0.0)
+        return TrainResult(models, np.full((1, len(fits)), np.nan), np.array([np.nan]), diverged, 0.0)
     # Where examples differ in cost, so do the numbers of steps: the last steps of all replicas are aligned.
     steps = min(len(f.losses) for f in finished)
     missing = np.full(steps, np.nan)

@@ -68,28 +68,46 @@ class Trainer(TrainingLoop):
         affect the others.
         """
         flops = min(flops, self.ledger.left / len(models))
-        mode = self.task.recipe.replicas
-        distributed = active_group().size > 1 and not self._shards
-        batchable = len(models) > 1 and can_stack(models[0])
-        # Not with a scaler: it would skip the update of all replicas if one of them overflows.
-        stackable = batchable and self.accelerator.scaler is None and not self._skips and not self._shards
-        if mode == "batched" or (mode == "auto" and stackable):
+        if self.batches(models[0], len(models)):
             run = self.prepare(StackedReplicas(self.task, models), draws, flops, seed, phase, stage)
-            return train_stacked_chunks(self, models, run) if distributed else self._run(run)
+            return train_stacked_chunks(self, models, run) if self._distributed else self._run(run)
+        fits = self.fit_one_by_one(models, draws, flops, seed=seed, phase=phase, stage=stage)
+        return stack_results(list(models), fits)
+
+    def fit_one_by_one(
+        self, models: Sequence[nn.Module], draws: BatchStream, flops: float, *, seed: int, phase: str, stage: str
+    ) -> list[TrainResult | None]:
+        """Train K models for at most `flops` each, one after another, or one on each process.
+
+        Returns:
+            the result of each; None where it met a loss that is not finite.
+        """
         replica_draws = [draws.for_streams(stream) for stream in draws.streams]
-        if distributed:
+        if self._distributed:
             runs = [
                 self.prepare(SingleLearner(self.task, model), draws_of_one, flops, seed, phase, stage)
                 for model, draws_of_one in zip(models, replica_draws, strict=True)
             ]
-            return stack_results(list(models), train_one_per_rank(self, runs))
+            return train_one_per_rank(self, runs)
         fits: list[TrainResult | None] = []
         for model, draws_of_one in zip(models, replica_draws, strict=True):
             try:
                 fits.append(self.fit(model, draws_of_one, flops, seed=seed, phase=phase, stage=stage))
             except NonFiniteError:
                 fits.append(None)
-        return stack_results(list(models), fits)
+        return fits
+
+    def batches(self, model: nn.Module, count: int) -> bool:
+        """Whether `fit_replicas` trains `count` replicas of `model` as one batched model."""
+        # Not with a scaler: it would skip the update of all replicas if one of them overflows.
+        one_by_one = self.accelerator.scaler is not None or self._skips or self._shards
+        mode = self.task.recipe.replicas
+        return mode == "batched" or (mode == "auto" and count > 1 and can_stack(model) and not one_by_one)
+
+    @property
+    def _distributed(self) -> bool:
+        """Whether several processes divide the replicas."""
+        return active_group().size > 1 and not self._shards
 
     def _run(self, run: TrainingRun) -> TrainResult:
         state = replay_or_run("training", run.journal_key, self.ledger, lambda progress: self._train(run, progress))

@@ -1,31 +1,22 @@
-"""Train on a Selection with `transformers.Trainer`.
+"""Train on a Selection with `transformers.Trainer`, on the tokens and labels of `cads train`.
 
-python -m experiments.examples.transformers_trainer MODEL DATA.jsonl SELECTION OUT
+The Trainer averages the loss over the tokens of a batch, as `cads train` does with `weighting: token`.
+
+python -m experiments.examples.transformers_trainer MODEL DATA SELECTION OUT
 """
 
 import sys
 
-from datasets import load_dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from cads.selection import Selection
+from experiments.examples.learned_tokens import learned_tokens
 
 model, data, selection, out = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(model)
-chosen = Selection.load(selection).apply(load_dataset("json", data_files=data, split="train"), id_column="id")
-tokens = chosen.map(
-    lambda row: tokenizer(row["prompt"] + "\n" + row["response"] + tokenizer.eos_token),
-    remove_columns=chosen.column_names,
-)
+examples, tokenizer = learned_tokens(selection, data, model)
 Trainer(
     model=AutoModelForCausalLM.from_pretrained(model),
     args=TrainingArguments(out, max_steps=10, per_device_train_batch_size=4, report_to="none"),
-    train_dataset=tokens,
-    data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    train_dataset=examples,
+    # It fills labels up with -100. A collator that masks the padding token masks all ends where the two are one.
+    data_collator=DataCollatorForSeq2Seq(tokenizer),
 ).train()

@@ -1,20 +1,23 @@
-"""Train on a Selection with TRL's `SFTTrainer`, on the answers alone (`pip install 'cads-select[trl]'`).
+"""Train on a Selection with TRL's `SFTTrainer`, on the tokens and labels of `cads train`.
 
-python -m experiments.examples.trl_sft MODEL DATA.jsonl SELECTION OUT
+It needs `pip install 'cads-select[trl]'`. The loss is averaged over the tokens of a batch, as with `weighting: token`.
+
+python -m experiments.examples.trl_sft MODEL DATA SELECTION OUT
 """
 
 import sys
 
-from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer
 
-from cads.selection import Selection
+from experiments.examples.learned_tokens import learned_tokens
 
 model, data, selection, out = sys.argv[1:]
-chosen = Selection.load(selection).apply(load_dataset("json", data_files=data, split="train"), id_column="id")
-pairs = chosen.rename_columns({"response": "completion"}).select_columns(["prompt", "completion"])
+examples, tokenizer = learned_tokens(selection, data, model)
+settings = {"max_steps": 10, "per_device_train_batch_size": 4, "report_to": "none", "bf16": False}
 SFTTrainer(
     model=model,
-    args=SFTConfig(out, max_steps=10, per_device_train_batch_size=4, report_to="none", bf16=False),
-    train_dataset=pairs,
+    # The examples are cut already. TRL leaves examples with input_ids and labels as they are.
+    args=SFTConfig(out, max_length=None, **settings),
+    train_dataset=examples,
+    processing_class=tokenizer,
 ).train()

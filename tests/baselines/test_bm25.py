@@ -1,10 +1,11 @@
-"""BM25: exactly the scores of `rank_bm25`, whatever the order and the chunks of the documents."""
+"""BM25: with recipe = paper exactly the scores of `rank_bm25`, whatever the order and the chunks of the documents."""
 
 from __future__ import annotations
 
 import copy
 import json
 import logging
+import math
 import string
 import time
 
@@ -13,7 +14,8 @@ import pyarrow as pa
 import pytest
 
 from baselines import bm25
-from baselines.bm25 import Bm25, Okapi, okapi_scores, tokenize
+from baselines.bm25 import Bm25, Okapi, okapi_scores, positive_idf, tokenize
+from baselines.similarity.words import split_words
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
 from cads.accounting.operations import bm25_flops
@@ -47,6 +49,53 @@ def test_a_negative_idf_has_a_floor():
     okapi = Okapi([pa.array(documents)])
     raw = [np.log(4 - df + 0.5) - np.log(df + 0.5) for df in (4, 1, 2, 1)]
     assert okapi.idf == pytest.approx([0.25 * np.mean(raw), *raw[1:]])
+
+
+def test_the_default_idf_is_that_of_lucene_and_never_negative():
+    frequency = np.arange(1, 101)
+    expected = [math.log(1 + (100 - n + 0.5) / (n + 0.5)) for n in range(1, 101)]
+    assert positive_idf(100, frequency) == pytest.approx(expected, abs=1e-12)
+    assert (positive_idf(100, frequency) > 0).all()
+    assert (np.diff(positive_idf(100, frequency)) < 0).all()
+
+
+def with_texts(task, pool, target):
+    """The task with these texts, repeated."""
+    other = copy.copy(task)
+    other.texts = lambda part: [
+        (target if part is task.target else pool)[i % len(target if part is task.target else pool)]
+        for i in range(len(part))
+    ]
+    return other
+
+
+def test_copies_of_the_target_come_first_though_their_words_are_common(texts):
+    """Three of four texts ask what the target asks; its words are in most texts, and the last text shares none."""
+    task = with_texts(
+        texts(),
+        ["which is the capital", "which is the capital", "which is the capital of", "so"],
+        ["Which is the capital?"],
+    )
+    score = Bm25().rank(task, seed=0, ledger=Ledger()).score
+    assert score[0] == score[1] > score[2] > score[3] == 0
+    paper = Bm25(recipe="paper").rank(task, seed=0, ledger=Ledger()).score
+    assert paper[0] == paper[1] < paper[3] == 0, "as rank_bm25 has it"
+
+
+@pytest.mark.parametrize(
+    ("pool", "target"),
+    [
+        (["我喜欢吃苹果和香蕉。", "今天下雨了", "股票市场大跌"], ["你喜欢吃什么水果?"]),
+        (["猫がとても好きです", "雨が降るでしょう", "カメラを買った"], ["私は犬がとても好き。"]),
+        (["학교에서 공부한다", "비가 내린다", "시장에 간다"], ["학교는 어디에 있나요"]),
+        (["ฉันชอบกินข้าว", "วันนี้ร้อน", "ไปตลาด"], ["คุณชอบกินอะไร"]),
+    ],
+)
+def test_scripts_without_spaces_are_told_apart(texts, pool, target):
+    task = with_texts(texts(), pool, target)
+    score = Bm25().rank(task, seed=0, ledger=Ledger()).score
+    assert score[0] > max(score[1], score[2])
+    assert (Bm25(recipe="paper").rank(task, seed=0, ledger=Ledger()).score == 0).all()
 
 
 def test_repeated_query_terms_count_again():
@@ -90,6 +139,29 @@ def test_chunks_and_order_change_nothing():
 def test_tokens_are_words_without_case_and_punctuation(text):
     plain = text.lower().translate(str.maketrans("", "", string.punctuation)).split()
     assert tokenize([text, "next"]).to_pylist() == [plain, ["next"]]
+    assert split_words([text, "next"]).to_pylist() == [plain, ["next"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("今天天气好。", ["今天", "天天", "天气", "气好"]),
+        ("中", ["中"]),
+        ("公园,好", ["公园", "好"]),
+        ("用Python写", ["用", "python", "写"]),
+        ("ラーメンを", ["ラー", "ーメ", "メン", "ンを"]),
+        ("한국어 좋아", ["한국", "국어", "좋아"]),
+        ("ＡＢＣ１２ ｶﾞ", ["abc12", "ガ"]),
+        ("“don’t”—stop…", ["dont", "stop"]),
+        ("cafe\u0301 café", ["café", "café"]),
+        ("हिन्दी शब्द", ["हिन्दी", "शब्द"]),
+        ("。！？", []),
+        ("", []),
+    ],
+)
+def test_tokens_of_every_script(text, tokens):
+    assert tokenize([text]).to_pylist() == [tokens]
+    assert tokenize(["plain words", text, "", text]).to_pylist() == [["plain", "words"], tokens, [], tokens]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +189,7 @@ def test_documents_without_words_score_zero():
 def test_the_best_mean_within_a_subtask(texts, aggregate, monkeypatch):
     monkeypatch.setattr(bm25, "CHUNK", 7)
     task, ledger = texts(), Ledger()
-    ranking = Bm25(aggregate=aggregate).rank(task, seed=0, ledger=ledger)
+    ranking = Bm25(aggregate=aggregate, recipe="paper").rank(task, seed=0, ledger=ledger)
     documents, queries = (tokenize(task.texts(part)).to_pylist() for part in (task.pool, task.target))
     okapi = rank_bm25.BM25Okapi(documents)
     each = np.array([okapi.get_scores(query) for query in queries])
@@ -189,7 +261,10 @@ def test_answers_are_not_read(texts):
     assert (one == two).all()
 
 
-@pytest.mark.parametrize("options", [{"k1": -1}, {"b": 1.5}, {"epsilon": float("inf")}, {"aggregate": "max"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"k1": -1}, {"b": 1.5}, {"epsilon": float("inf")}, {"epsilon": 0.5}, {"aggregate": "max"}, {"recipe": "lucene"}],
+)
 def test_bad_options_are_named(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         Bm25(**options)

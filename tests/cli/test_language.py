@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import runpy
+import signal
 import sys
 from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+from io import StringIO
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
+from rich.progress import TextColumn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cads.accounting.budget import Budget
@@ -19,13 +26,18 @@ from cads.accounting.ledger import SELECT, TRAIN, Ledger
 from cads.accounting.measured import count_flops
 from cads.cli.main import main
 from cads.errors import ConfigError, DataError
+from cads.monitor import Monitor
 from cads.recipe import TrainConfig
 from cads.registry import build_selector
+from cads.runtime.journal import Journal, _Underway
 from cads.runtime.processes import SINGLE_PROCESS
+from cads.runtime.signals import Interrupted, Interrupts
 from cads.selection import Selection
+from cads.tasks.language import evaluation, models
 from cads.tasks.language.config import LanguageConfig
 from cads.tasks.language.evaluation import extract
 from cads.tasks.language.rows import TextSource
+from cads.training.evaluations import evaluate
 from cads.training.final import train
 from tests.support.tiny_llama import model_folder, sums, tokenizer, write_lines
 
@@ -71,7 +83,9 @@ def selected(folder):
 def test_select_and_train(folder, tmp_path, method, tokens):
     config = folder / "lora.yaml"
     for name in ("one", "two"):
-        run("select", config, "--method", method, "--budget", f"{tokens} tokens", "--out", tmp_path / name)
+        # The guard cannot tell on a target of five examples.
+        flags = ["--method", method, "--budget", f"{tokens} tokens", "--options.guard", "false"]
+        run("select", config, *flags, "--out", tmp_path / name)
     for file in ("selection.json", "scores.parquet"):
         assert (tmp_path / "one/selection" / file).read_bytes() == (tmp_path / "two/selection" / file).read_bytes()
     chosen = Selection.load(tmp_path / "one")
@@ -320,6 +334,249 @@ class Repeating(torch.nn.Module):
         return torch.cat([input_ids, self._answer.expand(len(input_ids), -1)], dim=1)
 
 
+class TestTrainedBeforeEvaluated:
+    """An evaluation is done on the written model, and is no part of what a training is."""
+
+    @pytest.fixture
+    def words(self, folder, selected, tmp_path):
+        return ["train", folder / "lora.yaml", "--selection", selected, "--out", tmp_path / "t"]
+
+    @pytest.fixture
+    def at_once(self, folder, selected, tmp_path):
+        """The results of training and evaluation by one command."""
+        out = tmp_path / "at once"
+        flags = ["--eval", "[choices, exact_match]"]
+        run("train", folder / "lora.yaml", "--selection", selected, "--out", out, *flags)
+        return results_of(out)
+
+    @pytest.mark.parametrize("merge", ["false", "true"])
+    def test_other_evaluations_evaluate_the_finished_training(self, words, at_once, tmp_path, monkeypatch, merge):
+        words = [*words, "--merge", merge]
+        run(*words)
+        written = {f.name: f.read_bytes() for f in (tmp_path / "t").glob("*.safetensors")}
+        assert written
+        assert "choices" not in results_of(tmp_path / "t")["metrics"]
+        monkeypatch.setattr("cads.training.final.train", lambda *a, **k: pytest.fail("trained anew"))
+        run(*words, "--eval", "choices")
+        run(*words, "--eval", "[exact_match, choices]")
+        results = results_of(tmp_path / "t")
+        assert results["metrics"] == pytest.approx(at_once["metrics"])
+        flops = [{(e["phase"], e["stage"]): e["flops"] for e in r["ledger"]} for r in (results, at_once)]
+        if merge == "false":
+            assert flops[0] == flops[1]
+        assert flops[0].keys() == flops[1].keys()
+        assert {f.name: f.read_bytes() for f in (tmp_path / "t").glob("*.safetensors")} == written
+        assert not (tmp_path / "t/checkpoints").exists()
+
+    def test_what_is_evaluated_is_not_evaluated_again(self, words, tmp_path, monkeypatch, capsys):
+        run(*words, "--eval", "[choices, exact_match]")
+        before = (tmp_path / "t/results.json").read_bytes()
+        monkeypatch.setattr("cads.cli.commands.evaluate", lambda *a, **k: pytest.fail("evaluated again"))
+        capsys.readouterr()
+        for flags in ([], ["--eval", "choices"], ["--eval", "[exact_match, choices, choices]"]):
+            run(*words, *flags)
+            assert "nothing to do" in capsys.readouterr().out
+        assert (tmp_path / "t/results.json").read_bytes() == before
+
+    def test_other_settings_of_an_evaluation_evaluate_again(self, words, folder, tmp_path, monkeypatch):
+        run(*words, "--eval", "[choices, exact_match]")
+        first = results_of(tmp_path / "t")
+        monkeypatch.setattr("cads.training.final.train", lambda *a, **k: pytest.fail("trained anew"))
+        asked = [{"prompt": f"is {i}?", "choices": ["yes", "no"], "answer": 1} for i in range(3)]
+        other = write_lines(tmp_path / "other.jsonl", asked)
+        flags = ["--task.max_new_tokens", "1", "--task.choices", other, "--eval", "[choices, exact_match]"]
+        run(*words, *flags)
+        second = results_of(tmp_path / "t")
+        assert second["evaluations"]["exact_match"]["settings"] == {"answer_pattern": None, "max_new_tokens": 1}
+        assert second["evaluations"]["choices"] != first["evaluations"]["choices"]
+        stages = Counter((e["phase"], e["stage"]) for e in second["ledger"])
+        assert set(stages.values()) == {1}
+        assert second["metrics"]["loss"] == first["metrics"]["loss"]
+
+    def test_another_training_is_refused_as_before(self, words, capsys):
+        run(*words)
+        assert main([*map(str, words), "--train.learning_rate", "0.5", "--eval", "choices"]) == 1
+        assert "settings.train.learning_rate was 0.01, now 0.5" in errors(capsys)
+        assert main([*map(str, words), "--merge", "true", "--eval", "choices"]) == 1
+        assert "settings.merge was False, now True" in errors(capsys)
+
+    def test_an_unknown_evaluation_is_refused_before_training(self, words, monkeypatch, capsys):
+        monkeypatch.setattr("cads.training.final.train", lambda *a, **k: pytest.fail("training began"))
+        assert main([*map(str, words), "--eval", "[choices, poem]"]) == 1
+        assert "evaluation 'poem' is unknown" in errors(capsys)
+
+    @pytest.mark.parametrize("evaluated", [None, ["choices"]])
+    def test_the_record_of_an_earlier_version_is_that_of_the_same_training(self, words, tmp_path, capsys, evaluated):
+        run(*words)
+        file = tmp_path / "t/train.json"
+        record = json.loads(file.read_text())
+        settings = record["identity"]["settings"]
+        assert record.pop("form") == {"merge": False}
+        settings |= {"eval": evaluated, "merge": False}
+        settings["task"] |= {"choices": "elsewhere.jsonl", "max_new_tokens": 5}
+        file.write_text(json.dumps(record))
+        capsys.readouterr()
+        run(*words)
+        assert "nothing to do" in capsys.readouterr().out
+        assert main([*map(str, words), "--merge", "true"]) == 1
+        assert "settings.merge was False, now True" in errors(capsys)
+
+    @pytest.mark.parametrize("name", ["choices", "exact_match"])
+    def test_a_stop_comes_after_the_model_is_written_and_a_restart_goes_on(
+        self, words, at_once, tmp_path, monkeypatch, capsys, name
+    ):
+        """SIGTERM in the third step: its forward pass is the last one, and the first two are not repeated."""
+        monkeypatch.setattr("cads.training.evaluations.POLL_SECONDS", 0.0)
+        monkeypatch.setattr(evaluation, "GENERATED_TOGETHER", 1)
+        monkeypatch.setattr(evaluation, "scoring_batches", lambda pool: np.array_split(np.arange(len(pool)), 8))
+        steps = Steps(monkeypatch, name)
+        steps.stop_at = 2
+        assert main([*map(str, words), "--progress", "false", "--eval", name]) == 128 + signal.SIGTERM
+        assert "stopped by SIGTERM during evaluation; the same command goes on from here" in errors(capsys)
+        assert steps.begun == [0, 1, 2]
+        assert steps.forwards_after == 0
+        assert (tmp_path / "t/adapter_model.safetensors").exists()
+        assert name not in results_of(tmp_path / "t")["metrics"]
+        steps.begun, steps.stop_at = [], None
+        monkeypatch.setattr("cads.training.final.train", lambda *a, **k: pytest.fail("trained anew"))
+        run(*words, "--eval", name)
+        assert steps.begun == list(range(2, 8))
+        results = results_of(tmp_path / "t")
+        # Of the 8 steps of exact match, one example each, every other one is made a hit.
+        assert results["metrics"][name] == (at_once["metrics"][name] if name == "choices" else 4 / 8)
+        assert not (tmp_path / "t/checkpoints").exists()
+
+    def test_checkpoints_go_on_with_other_evaluations(self, words, at_once, tmp_path, monkeypatch, capsys):
+        """Those of an earlier version too, which has evaluations in the identity of a training."""
+        step, left = _Underway.step, iter(range(3))
+
+        def stopped(self, state):
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+            step(self, state)
+
+        with monkeypatch.context() as earlier:
+            earlier.setattr("cads.cli.commands.NEUTRAL", {})
+            earlier.setattr("cads.cli.commands._evaluation_defaults", lambda config: {})
+            earlier.setattr(_Underway, "step", stopped)
+            flags = ["--eval", "choices", "--task.max_new_tokens", "5"]
+            assert main([*map(str, words), *flags]) == 128 + signal.SIGTERM
+        assert "stopped by SIGTERM during training" in errors(capsys)
+        record = json.loads((tmp_path / "t/train.json").read_text())
+        assert record["identity"]["settings"]["eval"] == "choices"
+        run(*words, "--eval", "exact_match")
+        metrics = results_of(tmp_path / "t")["metrics"]
+        assert metrics == pytest.approx({k: v for k, v in at_once["metrics"].items() if not k.startswith("choices")})
+
+    def test_a_merge_that_fails_keeps_the_training(self, words, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(models, "MERGE_TOLERANCE", {"float32": -1.0})
+        assert main([*map(str, words), "--progress", "false", "--merge", "true"]) == 1
+        assert "give merge = false, which writes the adapter of this training" in errors(capsys)
+        assert not list((tmp_path / "t").glob("*.safetensors"))
+        assert not (tmp_path / "t/results.json").exists()
+        monkeypatch.setattr("cads.training.trainer.Trainer._train", lambda *a: pytest.fail("trained anew"))
+        run(*words)
+        assert (tmp_path / "t/adapter_model.safetensors").exists()
+
+
+def errors(capsys):
+    """What was written to stderr, with single spaces."""
+    return " ".join(capsys.readouterr().err.split())
+
+
+def results_of(folder):
+    """The contents of `results.json`."""
+    return json.loads((folder / "results.json").read_text())
+
+
+class Steps:
+    """The steps of an evaluation as they begin; SIGTERM comes as step `stop_at` begins."""
+
+    def __init__(self, monkeypatch, name):
+        self.begun, self.stop_at, self.forwards_after = [], None, 0
+        plain = getattr(evaluation, name)
+
+        def watched(task, model):
+            stepwise = plain(task, model)
+            head = model.get_output_embeddings()
+
+            def step(number):
+                self.begun.append(number)
+                if number == self.stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    head.register_forward_hook(self.count)
+                values = stepwise.step(number)
+                return values if name == "choices" else np.full_like(values, number % 2)
+
+            return type(stepwise)(stepwise.sizes, step, stepwise.metrics)
+
+        monkeypatch.setattr(evaluation, name, watched)
+
+    def count(self, *_):
+        self.forwards_after += 1
+
+
+class Bar(Monitor):
+    """Keeps what a progress bar would show of examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.shown = []
+
+    @contextmanager
+    def counting(self, stage, total):
+        yield lambda done: self.shown.append((stage, done, total))
+
+
+def test_an_evaluation_says_how_far_it_is(folder):
+    task = built(folder, choices=str(folder / "choices.jsonl"), max_new_tokens=2)
+    bar, model = Bar(), spread(task.model(0))
+    for name, total in (("choices", 24), ("exact_match", 8)):
+        bar.shown = []
+        evaluate(task, model, name, ledger=Ledger(), monitor=bar)
+        assert {(stage, n) for stage, _, n in bar.shown} == {(name, total)}
+        done = [n for _, n, _ in bar.shown]
+        assert done[0] == 0
+        assert done == sorted(done)
+        assert done[-1] == total
+
+
+def test_the_bar_counts_examples_and_flops():
+    with Monitor(console=Console(file=StringIO(), width=120, force_terminal=True)) as monitor:
+        with monitor.counting("exact_match", 1319) as advance:
+            advance(256)
+            (shown,) = monitor._bar.tasks
+            text = " ".join(column.render(shown).plain for column in monitor._bar.columns if type(column) is TextColumn)
+            assert " ".join(text.split()) == "exact_match 256/1,319 examples"
+        with monitor.progress("theta", 2e12) as advance:
+            advance(1e12, 0.5, 0.1)
+            (shown,) = monitor._bar.tasks
+            text = " ".join(column.render(shown).plain for column in monitor._bar.columns if type(column) is TextColumn)
+            assert " ".join(text.split()) == "target model 1e+12/2e+12 FLOPs loss 0.500"
+
+
+def test_an_evaluation_in_one_piece_stops_within_a_forward_pass(folder, tmp_path, monkeypatch):
+    """As that of lm-evaluation-harness, or of a task that defines `evaluate` alone."""
+    monkeypatch.setattr("cads.training.evaluations.POLL_SECONDS", 0.0)
+    task, passes = built(folder), []
+    model = spread(task.model(0))
+
+    def evaluated(model, name):
+        for i in range(10):
+            if i == 3:
+                interrupts.pending = int(signal.SIGTERM)
+            task.metrics(model, task.test.subset(np.arange(2), "two"))
+            passes.append(i)
+        return {"poem": 1.0}
+
+    monkeypatch.setattr(task, "stepwise_evaluation", lambda *_: None)
+    monkeypatch.setattr(task, "evaluate", evaluated)
+    interrupts = Interrupts()
+    with Journal(tmp_path, {}, interrupts=interrupts).open(), pytest.raises(Interrupted, match="during evaluation"):
+        evaluate(task, model, "poem", ledger=Ledger(), monitor=Monitor())
+    assert passes == [0, 1, 2]
+
+
 class TestProxy:
     def test_a_selection_by_a_smaller_model_is_for_the_pool_of_the_larger(self, folder):
         task = built(folder, selector_model=str(folder / "small"))
@@ -376,3 +633,99 @@ class TestElsewhere:
         monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
         runpy.run_module(f"experiments.examples.{name}", run_name="__main__")
         assert list((tmp_path / "out").glob("checkpoint-10/model.safetensors"))
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_a_selection_of_files_without_ids_applies_to_each_of_them_and_to_all(
+        self, folder, tmp_path, monkeypatch, streaming
+    ):
+        """The rows that apply gives have the tokens of the pool's selected examples."""
+        from datasets import load_dataset
+
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        files = {name: unnamed(tmp_path / f"{name}.jsonl", sums(60, seed)) for name, seed in (("a", 1), ("b", 2))}
+        pool = [TextSource(path=str(file)) for file in files.values()]
+        task = LanguageConfig(model=str(folder / "llama"), pool=pool, n_test=8).build(TrainConfig(batch_size=8))
+        random = build_selector("random", {"fraction": 0.5})
+        chosen = random.select(task, Budget(2, "epochs"), seed=0, ledger=Ledger())
+        chosen = Selection.load(chosen.save(tmp_path / "s"))
+        wanted = texts_of(task, chosen)
+        found = {}
+        for names in (["a"], ["b"], ["b", "a"]):
+            data = [str(files[name]) for name in names]
+            dataset = load_dataset("json", data_files=data, split="train", streaming=streaming)
+            found["".join(names)] = Counter(row["prompt"] for row in chosen.apply(dataset))
+        assert found["ba"] == wanted
+        assert found["a"] + found["b"] == wanted
+        assert 0 < found["a"].total() < wanted.total()
+
+    @pytest.mark.parametrize("pad", ["<pad>", "</s>"])
+    @pytest.mark.parametrize("layout", ["pairs", "messages"])
+    @pytest.mark.parametrize("name", ["transformers_trainer", "trl_sft"])
+    def test_the_examples_train_on_the_tokens_and_labels_of_cads(
+        self, folder, tmp_path, monkeypatch, name, layout, pad
+    ):
+        """Without a column of ids; also where the padding token ends answers. The selection draws by weight."""
+        if name == "trl_sft":
+            pytest.importorskip("trl")
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        rows = [{**row, "prompt": f"{i} " + row["prompt"]} for i, row in enumerate(sums(60, 5))]
+        if layout == "messages":
+            rows = [{"id": row["id"], "messages": turns(row), "source": row["source"]} for row in rows]
+        file = unnamed(tmp_path / "rows.jsonl", rows)
+        settings = {"model": str(tmp_path / "m"), "pool": [{"path": str(file)}], "n_test": 8, "pad_token": pad}
+        settings |= {"chat": False, "separator": "\n\n"} if layout == "pairs" else {}
+        config = {"kind": "language", "task": settings, "train": {"batch_size": 8}, "budget": BUDGET}
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+        built(folder).model(0).save_pretrained(tmp_path / "m")
+        tokenizer(pad=None).save_pretrained(tmp_path / "m")
+        run("select", tmp_path / "c.yaml", "--method", "random", "--options.fraction", "0.5", "--out", tmp_path / "s")
+        draws_by_weight(tmp_path / "s/selection")
+        task = LanguageConfig(**{**settings, "pool": [TextSource(path=str(file))]}).build(TrainConfig(batch_size=8))
+        expected = learned_by_cads(task, Selection.load(tmp_path / "s"))
+        batches = []
+        monkeypatch.setattr(
+            "transformers.Trainer.train", lambda trainer: batches.extend(trainer.get_train_dataloader())
+        )
+        words = [tmp_path / "m", file, tmp_path / "s", tmp_path / "out"]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        runpy.run_module(f"experiments.examples.{name}", run_name="__main__")
+        seen = Counter(pair for batch in batches for pair in learned(batch))
+        assert seen == expected
+        if layout == "pairs":
+            end = task.tokenizer.eos_token_id
+            assert all(labels[-1] == end for _, labels in seen)
+
+
+def unnamed(file, rows):
+    """Rows without ids."""
+    return write_lines(file, [{name: value for name, value in row.items() if name != "id"} for row in rows])
+
+
+def texts_of(task, selection):
+    """How often each prompt is among the selected examples of the pool."""
+    return Counter(task.texts(task.pool)[position] for position in selection.positions(task.pool))
+
+
+def draws_by_weight(folder):
+    """Give the selected examples of a saved Selection weights in proportion to 1, 2, 3, ..."""
+    selection = Selection.load(folder)
+    n = len(selection.ids)
+    replace(
+        selection, probability=np.arange(1, n + 1) / n, selected=np.ones(n, dtype=bool), weighted=True, warm_start=None
+    ).save(folder)
+
+
+def learned_by_cads(task, selection):
+    """Tokens and labels of the pool's examples, each as often as `weights="resample"` draws it."""
+    counts = selection._draw_counts(0)
+    positions = np.repeat(selection.positions(task.pool), counts[selection.selected])
+    batch = task.pool.batch(positions)
+    return Counter(learned({**batch.inputs, "labels": batch.labels}))
+
+
+def learned(batch):
+    """The tokens and the labels of each example of a batch, without padding."""
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    for ids, labels, length in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), lengths, strict=True):
+        assert set(labels[length:]) <= {-100}
+        yield tuple(ids[:length]), tuple(labels[:length])

@@ -183,7 +183,10 @@ class TestStreams:
                 return [str(c).encode() for c in contents]
 
         pool = Pool([str(i) for i in range(len(codes))], Contents(), codes, [str(s) for s in range(sources)])
-        place = np.random.default_rng(seed).permutation(pool.content_codes.max() + 1)[pool.content_codes]
+        # Contents are numbered as they occur in the order of the ids.
+        by_id = sorted(range(len(codes)), key=str)
+        number = {c: i for i, c in enumerate(dict.fromkeys(contents[by_id].tolist()))}
+        place = np.random.default_rng(seed).permutation(len(number))[[number[c] for c in contents.tolist()]]
         expected = []
         for source in range(sources):
             members = np.flatnonzero(codes == source)

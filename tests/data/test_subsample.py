@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cads.data.pool import Pool
@@ -30,6 +30,7 @@ def pool_of(sizes, seed, contents=None):
     return Pool([str(i) for i in range(len(codes))], Nothing(contents), codes, names)
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5),
     low=st.floats(1e-3, 1),

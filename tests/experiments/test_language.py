@@ -30,7 +30,7 @@ def ran(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("experiment")
     given = {
         "data": {
-            "skill": "foldoc", "sources": SOURCES, "n_target": 12, "n_test": 10, "text": True,
+            "skill": "foldoc", "sources": SOURCES, "n_target": 20, "n_test": 10, "text": True,
             "dictionaries": str(world),
         },
         "pretraining": {
@@ -200,12 +200,11 @@ def test_published_settings_are_planned_at_their_size_and_run_on_a_stand_in(tmp_
     task = given["task"]
     for part in ("pool", "target", "test"):
         for i, source in enumerate(task[part]):
+            start = 100 * i + 1000 * ("pool", "target", "test").index(part)
             for key in ("dataset", "split"):
                 source.pop(key, None)
             shape = "pairs" if kind == "messages" and part != "pool" else kind
-            source["path"] = str(
-                stand_in(shape, tmp_path / part / f"{source['name']}.jsonl", 100 * i + 1000 * len(part))
-            )
+            source["path"] = str(stand_in(shape, tmp_path / part / f"{source['name']}.jsonl", start))
     sizes = {
         "max_tokens": 128,
         "tokenizer": None,

@@ -182,7 +182,7 @@ class TestReplicas:
             ledger = Ledger()
             inner = InnerLoop(task, ledger, Monitor())
             streams = [ShuffledStream(np.arange(k, 100, count), k) for k in range(count)]
-            runs = inner.run(streams, 40 * usage, seed=0, stage="short runs")
+            runs = inner.run(streams, 40 * usage, seed=0, stage="short runs", keep=count)
             models = [weights(m) for m in runs.models]
             found = [runs.objective.tolist(), runs.losses.tolist(), runs.flops.tolist(), runs.final_train_loss.tolist()]
             return [*found, models, entries(ledger)]
@@ -205,7 +205,7 @@ class TestReplicas:
         def work():
             ledger = Ledger()
             streams = [ShuffledStream(np.arange(k, 100 - 20 * k), k) for k in range(3)]
-            runs = InnerLoop(task, ledger, Monitor()).run(streams, 1e4, seed=0, stage="short runs")
+            runs = InnerLoop(task, ledger, Monitor()).run(streams, 1e4, seed=0, stage="short runs", keep=3)
             return [runs.objective.tolist(), runs.losses.tolist(), [weights(m) for m in runs.models], entries(ledger)]
 
         assert spread(2, work, tmp_path) == [json.loads(json.dumps(work()))] * 2

@@ -154,7 +154,7 @@ class TestSelectors:
         def work():
             streams = [ShuffledStream(np.arange(k, len(digits.pool), k + 1), k) for k in range(3)]
             return InnerLoop(digits, Ledger(), Monitor()).run(
-                streams, 60 * step_flops(digits), seed=0, stage="short runs"
+                streams, 60 * step_flops(digits), seed=0, stage="short runs", keep=3
             )
 
         runs, again = work(), resumed(tmp_path, work, kills=(5, 12))

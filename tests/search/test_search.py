@@ -28,6 +28,7 @@ from cads.errors import ConfigError, DataError
 from cads.estimators.design import spaced
 from cads.monitor import Monitor
 from cads.recipe import TrainConfig
+from cads.search.base import guard_message
 from cads.search.constants import PRETRAINED
 from cads.search.fidelity import Rung
 from cads.search.inner_costs import PlannedInnerLoop
@@ -218,8 +219,7 @@ def test_a_rung_whose_first_run_was_made_before_is_the_same(space, replicas):
     inner = InnerLoop(task, ledgers[1], Monitor(), "loss")
     reference_run = run_rung(inner, space, draws[:1], rung, 0, 0)
     parts = run_rung(inner, space, draws, rung, 0, 0, reference_run)
-    assert parts.models[0] is reference_run.models[0]
-    assert len(parts.models) == len(draws)
+    assert (len(reference_run.models), len(parts.models), len(whole.models)) == (1, 0, 0)
     for name in ("objective", "stderr", "losses", "final_train_loss", "flops"):
         np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-3, atol=1e-5, err_msg=name)
     assert ledgers[1].total().flops == pytest.approx(ledgers[0].total().flops)
@@ -237,7 +237,7 @@ def test_runs_of_other_lengths_are_put_side_by_side_at_their_ends():
     np.testing.assert_array_equal(both.losses, [[0, 2, 12, 22], [1, 3, 13, 23], [2, 4, 14, 24]])
     np.testing.assert_allclose(both.flops, (np.array([1, 2, 3]) + 3 * np.array([3, 4, 5])) / 4)
     np.testing.assert_array_equal(both.objective, [0, 0, 1, 2])
-    assert len(both.models) == 4
+    assert both.models == []
     assert both.reference is one.reference
 
 
@@ -496,3 +496,70 @@ def test_the_best_of_a_rung_is_in_the_next_and_that_of_the_last_is_chosen(featur
     assert all((draws == earlier).all(axis=1).any() for earlier, draws in zip(best, tried[1:], strict=False))
     first = np.unique(task.pool.sources, return_index=True)[1]
     np.testing.assert_array_equal(chosen.probability[first], best[-1])
+
+
+def with_target(task, n):
+    """The task with only the first n examples of its target."""
+    other = copy.copy(task)
+    other.target = task.target.subset(np.arange(n), task.target.name)
+    return other
+
+
+GUARDED = [CadsSources, CadsExamples, CadsAmortised, BestOf, LivePenalty]
+
+
+@pytest.mark.parametrize("n", [1, 2, 19])
+@pytest.mark.parametrize("kind", GUARDED)
+def test_too_small_a_target_cannot_tell_and_nothing_is_spent_on_it(features, caplog, kind, n):
+    task, selector, ledger = with_target(features(batch_size=8), n), kind(guard=True), Ledger()
+    said = f"the target has {n} example{'s' * (n > 1)}, and with fewer than 20 the guard cannot tell"
+    assert said in selector.plan(task, Budget(16, "epochs")).note
+    chosen = selector.select(task, Budget(16, "epochs"), seed=0, ledger=ledger)
+    assert chosen.selected.all()
+    assert not ledger.entries
+    assert said in chosen.notes["guard"]
+    assert said in caplog.text
+    assert "or set guard = false" in chosen.notes["guard"]
+
+
+@pytest.mark.parametrize(("n", "guard"), [(20, True), (19, False), (1, False)])
+@pytest.mark.parametrize("kind", GUARDED)
+def test_a_large_target_or_no_guard_is_searched(features, kind, n, guard):
+    task, ledger = with_target(features(batch_size=8), n), Ledger()
+    chosen = kind(guard=guard).select(task, Budget(16, "epochs"), seed=0, ledger=ledger)
+    assert ledger.total(SELECT).flops > 0
+    assert "cannot tell" not in chosen.notes.get("guard", "")
+    if not guard:
+        assert "better" not in chosen.notes.get("guard", "")
+
+
+@pytest.mark.parametrize(("guard", "chosen"), [(True, True), (True, False), (False, True), (False, False)])
+def test_the_guard_says_what_it_did_and_that_it_is_off(guard, chosen):
+    message = guard_message(guard=guard, chosen=chosen)
+    assert ("better than the full pool" in message) == (guard and chosen)
+    assert ("the guard is off" in message) == (not guard)
+    assert ("the full pool is returned" in message or "not beaten" in message) == (not chosen)
+
+
+@pytest.mark.parametrize("kind", [SubsetSpace, MixtureSpace])
+def test_risk_is_measured_on_all_of_a_sorted_source(features, kind):
+    """The examples of a source come in the order of their quality: those measured are from all parts of it."""
+    space = kind(features(n=4000).pool)
+    for source, positions in enumerate(probe_positions(space, 64)):
+        members = np.flatnonzero(space.pool.sources == source)
+        assert len(set(positions)) == 64
+        place = np.searchsorted(members, positions) / len(members)
+        assert abs(place.mean() - 0.5) < 4 / np.sqrt(12 * 64)
+    few, many = probe_positions(space, 8), probe_positions(space, 64)
+    assert all(set(a) <= set(b) for a, b in zip(few, many, strict=True))
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_halves_of_the_target_do_not_depend_on_the_order_of_its_file(features, held_out):
+    task = features()
+    other = copy.copy(task)
+    other.target = task.target.subset(np.random.default_rng(0).permutation(len(task.target)), "target")
+    parts = [PlannedInnerLoop(t, math.inf, held_out=held_out) for t in (task, other)]
+    for name in ("fitted", "measured"):
+        one, two = (set(getattr(part, name).ids.to_pylist()) for part in parts)
+        assert one == two

@@ -16,7 +16,8 @@ from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, TRAIN, Ledger
 from cads.cli.main import main
 from cads.data.pool import Pool
-from cads.data.streams import ShuffledStream, WeightedStream
+from cads.data.streams import ShuffledStream
+from cads.data.token_batches import in_id_order
 from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError, CheckpointError, ConfigError, DataError, SelectionError
 from cads.registry import build_selector
@@ -159,8 +160,8 @@ class TestTheRun:
 
         reference_run = len(selection.warm_start.tensors["losses"])
         order, count = derive(0, "order"), 8 - round(0.3 * 8)
-        weighted = WeightedStream(selection.probability, order)
-        stream = Switched(ShuffledStream(np.arange(80), order), weighted, reference_run * count)
+        everything = in_id_order(task.pool, np.arange(80))
+        stream = Switched(ShuffledStream(everything, order), selection.stream(task.pool, order), reference_run * count)
         target_order = derive(0, "target order")
         draws = BatchStream(task.pool, [stream], 8, target=task.target, target_fraction=0.3, seed=target_order)
         flops = BUDGET.flops(task) - ledger.total(SELECT).flops

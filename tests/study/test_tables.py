@@ -95,6 +95,14 @@ class TestTables:
         with pytest.raises(DataError, match="has columns"):
             read_runs(tmp_path)
 
+    def test_files_of_the_second_schema_are_read(self, tmp_path):
+        path = write_rows(tmp_path, "runs", "a", [row("a", shares='{"x": 1.0}')])
+        assert read_runs(tmp_path)[0]["shares"] == '{"x": 1.0}'
+        old = pq.read_table(path).drop_columns(["shares"])
+        pq.write_table(old.replace_schema_metadata({VERSION_KEY: b"2"}), path)
+        (read,) = read_runs(tmp_path)
+        assert (read["shares"], list(read)) == (None, RUNS.names)
+
     def test_files_that_unpack_beyond_memory_are_refused_unread(self, tmp_path, monkeypatch):
         examples = [{"cell": "a", "id": str(i), "text": "long " * 1000, "image": b"x" * 1000} for i in range(500)]
         path = write_rows(tmp_path, "examples", "a", examples)
@@ -401,6 +409,16 @@ class TestPoints:
     def test_selection_that_grows_is_not_paid_up_front(self):
         assert fixed_selection([point(selection=0.5, budget=b) for b in (1, 2)]) == 0.5
         assert fixed_selection([point(selection=b / 4, budget=b) for b in (1, 2)]) == 0.0
+
+    def test_measured_selection_that_hardly_varies_is_one_cost_and_said(self, caplog):
+        costs = [(1, 0.50), (4, 0.52), (16, 0.51)]
+        points = [point("m", b, (0.9 - 0.5 * math.exp(-b),), c, training=b) for b, c in costs]
+        (group,) = analyse(points)
+        assert fixed_selection(points) == group.fits["m"]["shifted"].c_select == 0.51
+        assert (
+            "differs by over 1%: 0.5 at 1 epochs, 0.52 at 4 epochs. The curve is fitted with the median" in caplog.text
+        )
+        assert to_json([group], {})["groups"][0]["doubtful_costs"] == group.doubtful_costs
 
     def test_the_best_of_each_budget_is_marked(self):
         points = [point("x", 1, (0.2,)), point("y|z", 1, (0.3,)), point("x", 5, (0.9,))]

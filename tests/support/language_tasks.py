@@ -19,7 +19,7 @@ def write_language(folder):
     model_folder(folder / "small", hidden=8, template=None)
     write_lines(folder / "sums.jsonl", sums(60))
     write_lines(folder / "talks.jsonl", conversations(40))
-    write_lines(folder / "texts.jsonl", [{"text": f"{i} " + "abc " * (i % 28)} for i in range(90)])
+    write_lines(folder / "texts.jsonl", [{"text": f"{i:02} " + "abc " * (i % 28)} for i in range(90)])
     return folder
 
 

@@ -55,7 +55,7 @@ def test_runs_that_diverge_have_no_objective(features):
     task = poisoned(features(batch_size=8))
     inner = InnerLoop(task, Ledger(), Monitor())
     streams = [ShuffledStream(np.arange(20), 0), ShuffledStream(np.arange(20, 200), 0)]
-    runs = inner.run(streams, 10 * step_cost(task), seed=0, stage="short runs")
+    runs = inner.run(streams, 10 * step_cost(task), seed=0, stage="short runs", keep=2)
     assert np.isnan(runs.objective).tolist() == [True, False]
     assert runs.objective[1] == task.objective(runs.models[1]).value
 

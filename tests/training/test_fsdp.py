@@ -166,7 +166,7 @@ class TestTraining:
         def work():
             ledger = Ledger()
             streams = [ShuffledStream(np.arange(k, 100 - 20 * k), k) for k in range(3)]
-            runs = InnerLoop(task, ledger, Monitor()).run(streams, 2e4, seed=0, stage="short runs")
+            runs = InnerLoop(task, ledger, Monitor()).run(streams, 2e4, seed=0, stage="short runs", keep=3)
             models = {str(k): weights(model) for k, model in enumerate(runs.models)}
             return {"objective": runs.objective.tolist(), "ledger": entries(ledger), **models}
 
@@ -184,7 +184,7 @@ class TestTraining:
         def replicas(sharding):
             streams = [ShuffledStream(np.arange(k, 100), k) for k in range(3)]
             runs = InnerLoop(features(sharding=sharding), Ledger(), Monitor()).run(
-                streams, 1e5, seed=0, stage="short runs"
+                streams, 1e5, seed=0, stage="short runs", keep=3
             )
             return [weights(model) for model in runs.models]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cads.data.pool import Pool
 from cads.data.streams import ShuffledStream
-from cads.data.subsample import strata
+from cads.data.subsample import numbered_by_first, strata
 from cads.data.token_batches import by_id
 from cads.estimators.control_variate import fit_control
 from cads.policies.simplex import Floats
@@ -73,11 +73,9 @@ def visit_order(pool: Pool, seed: int) -> np.ndarray:
     """
     ids = by_id(pool)
     sources = strata(pool)[ids]
-    _, first, codes = np.unique(pool.content_codes[ids], return_index=True, return_inverse=True)
     # A content is numbered by its first position among the ids, not by its position in the pool.
-    number = np.empty(len(first), dtype=np.int64)
-    number[np.argsort(first)] = np.arange(len(first))
-    content_rank = np.random.default_rng(seed).permutation(len(first))[number][codes]
+    codes = numbered_by_first(pool.content_codes[ids])
+    content_rank = np.random.default_rng(seed).permutation(int(codes.max()) + 1)[codes]
     rows = np.lexsort((content_rank, sources))
     is_first_copy = np.ones(len(ids), dtype=bool)
     is_first_copy[1:] = (np.diff(content_rank[rows]) != 0) | (np.diff(sources[rows]) != 0)

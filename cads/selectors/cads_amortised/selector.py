@@ -126,7 +126,7 @@ class CadsAmortised(Search):
         if best is None and not (rungs and proposals):
             raise NotAffordableError(NO_SEARCH_AFFORDABLE)
         if best is None:
-            return Choice.full_pool(task.pool, guard_message(False))
+            return Choice.full_pool(task.pool, guard_message(guard=self.guard, chosen=False))
         probability, read = apply_policy(inner, parts, best.policy, sample)
         inner.learn(parts.applying_flops)
         selected, probability = fill_unread(parts, probability, order, read)
@@ -136,7 +136,7 @@ class CadsAmortised(Search):
             score=probability,
             probability=probability,
             notes={
-                "guard": guard_message(improvement > 0),
+                "guard": guard_message(guard=self.guard, chosen=True),
                 "gain": improvement,
                 "c2/c1": best.reach_weight,
                 "kept": best.kept,

@@ -20,6 +20,7 @@ import numpy as np
 from cads.accounting.operations import candidates_flops
 from cads.data.streams import ShuffledStream
 from cads.data.subsample import subsample
+from cads.data.token_batches import by_id, in_id_order
 from cads.errors import NotAffordableError
 from cads.monitor import Monitor
 from cads.search.base import NO_SEARCH_AFFORDABLE, Search, check_reference, guard_message
@@ -96,7 +97,7 @@ class CadsExamples(Search):
         if models.reference_is_first_run:
             reference_run = run_candidates(inner, [signals.everything], rungs[0], seed, 0)
             signals = replace(
-                signals, from_u=inner.losses(reference_run.models[0], np.arange(len(task.pool)), stage="l*")
+                signals, from_u=inner.losses(reference_run.models.pop(), np.arange(len(task.pool)), stage="l*")
             )
         full_pool = signals.everything
         candidates = [full_pool, *signals.candidates]
@@ -125,7 +126,7 @@ class CadsExamples(Search):
             score=probability,
             probability=probability,
             notes={
-                "guard": guard_message(best is not full_pool),
+                "guard": guard_message(guard=self.guard, chosen=best is not full_pool),
                 "gain": improvement,
                 "c2/c1": best.reach_weight,
                 "kept": best.kept,
@@ -136,12 +137,12 @@ class CadsExamples(Search):
 def learn_from(inner: InnerLoop, models: SignalModels, seed: int) -> Signals:
     """The losses of every example under theta, the target model, and, if it is trained, under u."""
     task, positions = inner.task, np.arange(len(inner.task.pool))
-    groups, steps = task.groups(task.pool), models.steps
+    groups, steps, visited = task.groups(task.pool), models.steps, by_id(task.pool)
     theta = inner.fit_target(models.theta, seed=derive(seed, "theta"), stage="theta")
     signals = Signals.of(inner.losses(theta, positions, stage="R"), None, steps, groups)
     if models.theta_refit_flops:
         inner.learn(candidates_flops(len(positions), 1))
-        kept_positions = positions[most_probable(Candidate(signals, 0.0, KEPT_FOR_THETA).probability())]
+        kept_positions = visited[most_probable(Candidate(signals, 0.0, KEPT_FOR_THETA).probability())[visited]]
         order = derive(seed, "theta", "with the pool")
         theta = inner.fit_target(
             models.theta_refit_flops,
@@ -155,7 +156,7 @@ def learn_from(inner: InnerLoop, models: SignalModels, seed: int) -> Signals:
     if not models.u:
         return signals
     order = derive(seed, "reference")
-    runs = inner.run([ShuffledStream(positions, order)], models.u, seed=order, stage="u")
+    runs = inner.run([ShuffledStream(visited, order)], models.u, seed=order, stage="u")
     check_reference(float(runs.objective[0]), "u")
     return replace(signals, from_u=inner.losses(runs.models[0], positions, stage="l*"))
 
@@ -187,7 +188,8 @@ def run_candidates(
     reference_run: InnerRuns | None = None,
 ) -> InnerRuns:
     """Train on what each candidate keeps of the rung's share of the pool; see `cads.search.rungs.run_streams`."""
-    positions = subsample(inner.task.pool, rung.data_fraction, derive(seed, "subsample"))
+    pool = inner.task.pool
+    positions = in_id_order(pool, subsample(pool, rung.data_fraction, derive(seed, "subsample")))
     order = derive(seed, "rung", rung_index)
     streams = []
     for candidate in candidates:

@@ -23,6 +23,7 @@ from cads.accounting.budget import Budget, check_step
 from cads.accounting.ledger import Ledger, PlannedLedger
 from cads.accounting.operations import source_policy_flops
 from cads.data.streams import WeightedStream
+from cads.data.token_batches import by_id
 from cads.errors import ConfigError, NotAffordableError
 from cads.estimators.design import distinct
 from cads.estimators.loss_curves import extrapolate
@@ -38,6 +39,7 @@ from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
 from cads.search.inner_runs import InnerLoop
 from cads.search.rungs import run_rung
 from cads.search.source_choice import nonempty, source_choice
+from cads.search.source_order import in_name_order
 from cads.search.space import SubsetSpace
 from cads.search.stages import FitTarget, ScorePool, Stages, Trials, UpdatePolicy
 from cads.seeding import derive
@@ -91,7 +93,7 @@ class PenalizedSources:
         """Choose sources; see `cads.selector.Selector`."""
         monitor = monitor or Monitor()
         try:
-            choice = self._search(task, self._split(task, budget), seed, ledger, monitor)
+            choice = self._search(in_name_order(task), self._split(task, budget), seed, ledger, monitor)
         except NotAffordableError as error:
             log.warning("%s: %s", self.method, error)
             choice = Choice.full_pool(task.pool, str(error))
@@ -116,7 +118,7 @@ class PenalizedSources:
             split = self._split(task, budget)
         except NotAffordableError as error:
             return PlannedLedger(note=str(error))
-        costs = PlannedInnerLoop(task, split.selection_flops)
+        costs = PlannedInnerLoop(in_name_order(task), split.selection_flops)
         for stage in self.stages(costs, split.train_flops):
             costs.charge(stage)
         return costs.ledger
@@ -148,7 +150,7 @@ class PenalizedSources:
                 f"alpha = {self.alpha}: of a batch of {batch_size} the target model would take {from_target} examples "
                 "from the target, and it needs some from the pool too: choose an alpha nearer to 1, or raise batch_size"
             )
-        costs, space = InnerLoopCosts(task, Ledger()), SubsetSpace(task.pool)
+        costs, space = InnerLoopCosts(task, Ledger()), SubsetSpace(in_name_order(task).pool)
         if has_one_source(task.pool):
             raise NotAffordableError(ONE_SOURCE)
         n_trials = min(self.masks, space.count)
@@ -171,7 +173,7 @@ class PenalizedSources:
 
     def _alternate(self, inner: InnerLoop, space: SubsetSpace, train_flops: float, seed: int) -> BernoulliPolicy:
         """Fit l* to trials. Then train the target model and move the policy along the penalty, `rounds` times."""
-        task = inner.task
+        task, visited = inner.task, by_id(inner.task.pool)
         policy = BernoulliPolicy(np.full(len(space.sizes), 0.5))
         reach: ReachableLossModel | None = None
         theta: nn.Module | None = None
@@ -182,12 +184,13 @@ class PenalizedSources:
                     reach = self._reach(inner, space, rung, train_flops, seed)
                 case FitTarget(flops, name):
                     order = derive(seed, "theta", round_index)
+                    weights = np.maximum(policy.probabilities, 1e-9)[task.pool.sources]
                     theta = inner.fit_target(
                         flops,
                         seed=order,
                         stage=name,
                         model=theta,
-                        stream=WeightedStream(np.maximum(policy.probabilities, 1e-9)[task.pool.sources], order),
+                        stream=WeightedStream(weights[visited], order, visited),
                         target_fraction=1 / (1 + self.alpha),
                     )
                 case ScorePool(positions=positions) if theta is not None:

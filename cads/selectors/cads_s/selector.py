@@ -123,11 +123,12 @@ class CadsSources(Search):
                     theta = inner.fit_target(flops, seed=derive(seed, "theta"), stage=name)
                 case ScorePool(positions=positions) if theta is not None:
                     risk = mean_losses(inner, positions, theta)
+                    theta = None
                 case Trials(rung, probe=probe):
                     reference_run = None
                     if probe is not None:
                         reference_run = run_rung(inner, space, space.full[None], rung, seed, rung_index)
-                        risk = excess_target_loss(inner, risk, probe.positions, reference_run.models[0])
+                        risk = excess_target_loss(inner, risk, probe.positions, reference_run.models.pop())
                     sampled = sample_candidates(space, policy, derive(seed, "draws", rung_index))
                     if control is None:
                         single = not constants_of(inner.task).subtracts_reference
@@ -197,7 +198,7 @@ class CadsSources(Search):
         if self.guard and not history.beats_full_pool(draws[best]):
             best = 0
         notes: dict[str, object] = {
-            "guard": guard_message(best > 0),
+            "guard": guard_message(guard=self.guard, chosen=best > 0),
             "gain": -float(delta_objective[best]),
             "runs": len(history.delta_objective),
         }

@@ -7,17 +7,22 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
+from cads.data.draws import draw_by_source
 from cads.scoring.pool_scores import reading_flops
 from cads.search.constants import FROM_SCRATCH, constants_of
 from cads.search.inner_costs import InnerLoopCosts
 from cads.search.inner_runs import InnerLoop
 from cads.search.rungs import affordable
 from cads.search.space import SearchSpace
+from cads.seeding import derive
 
 
 def probe_positions(space: SearchSpace, count: int = FROM_SCRATCH.probe_examples[0]) -> list[np.ndarray]:
-    """Positions of the examples of each source on which R is measured, `count` at most."""
-    return [np.flatnonzero(space.pool.sources == source)[:count] for source in range(len(space.sizes))]
+    """Positions of the examples of each source on which R is measured: `count` random ones, or all if there are fewer.
+
+    The draw has a fixed seed, so that a plan, which has no seed, prices the examples that a run measures.
+    """
+    return draw_by_source(space.pool, count, derive(0, "probes"))
 
 
 def probing_flops(costs: InnerLoopCosts, positions: Sequence[np.ndarray]) -> float:

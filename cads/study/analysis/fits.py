@@ -7,6 +7,7 @@ The analysis is that of CCDS (Yin and Rush, ICLR 2025, arXiv 2410.16208), implem
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cads.errors import CadsError
+from cads.study.analysis.fixed_cost import FixedCost
 from cads.study.analysis.frontier import (
     Form,
     FrontierLine,
@@ -33,14 +35,16 @@ from cads.study.analysis.frontier import (
     simulate_figure1,
     smallest_optimal_ratio,
 )
-from cads.study.analysis.points import MethodPoint, answers, budgets_of, by_group, in_percent, regrets
+from cads.study.analysis.points import MethodPoint, answers, budgets_of, by_group, in_percent, place_name, regrets
+
+log = logging.getLogger(__name__)
 
 FITS_VERSION = 1
 FORMS: tuple[Form, ...] = ("shifted", "published")
 SHARED_TASKS = (1, 5, 10, 20)
 """Tasks that share one selection, in the break-even analysis of CCDS."""
 SAME_COST = 0.01
-"""Selection whose cost varies by at most this share over the budgets counts as paid once, before any training."""
+"""Training within this share of C(D) counts as training on the whole pool."""
 EXPLAINED = 0.5
 """Share of the variance of its points that a curve must explain to be compared with other curves."""
 N_RESAMPLES, BOOTSTRAP_SEED = 200, 0
@@ -58,6 +62,7 @@ class GroupFits:
         complete: whether `p_bar` is the published score.
         c_full: C(D), FLOPs of training on the whole pool.
         fits: shifted and published form, by method. not_fitted: why a method has no fit, by method.
+        doubtful_costs: what does not fit in the costs of a method's selection, by method.
         frontier: the points that no other point dominates, cheapest first.
         line: the frontier line through them; None unless they have two different costs.
     """
@@ -72,6 +77,7 @@ class GroupFits:
     c_full: float
     fits: dict[str, dict[Form, PerformanceFit]]
     not_fitted: dict[str, str]
+    doubtful_costs: dict[str, str]
     frontier: list[MethodPoint]
     line: FrontierLine | None
 
@@ -111,8 +117,7 @@ def turned(p: MethodPoint) -> float:
 
 def fixed_selection(points: Sequence[MethodPoint]) -> float:
     """FLOPs that a method pays before any training at every budget; 0 if its selection grows with the budget."""
-    costs = [p.selection for p in points]
-    return float(np.mean(costs)) if max(costs) - min(costs) <= SAME_COST * max(costs) else 0.0
+    return FixedCost.of(points).flops
 
 
 def analyse(points: Sequence[MethodPoint]) -> list[GroupFits]:
@@ -130,11 +135,15 @@ def _analyse(points: list[MethodPoint]) -> GroupFits:
     # A minimised metric changes its sign, so that its scores may be negative.
     bounds = (0.0, math.inf) if first.maximised else (-math.inf, math.inf)
     fits: dict[str, dict[Form, PerformanceFit]] = {}
-    not_fitted = {}
+    not_fitted, doubtful_costs = {}, {}
     for method in dict.fromkeys(p.method for p in points):
         rows = [p for p in points if p.method == method]
-        totals, scores, c_select = [p.total for p in rows], [turned(p) for p in rows], fixed_selection(rows)
-        c_select = min(c_select, *totals)
+        cost = FixedCost.of(rows)
+        if cost.doubt:
+            doubtful_costs[method] = cost.doubt
+            log.warning("%s: %s: %s", place_name(*first.group) or "this study", method, cost.doubt)
+        totals, scores = cost.totals(rows), [turned(p) for p in rows]
+        c_select = min(cost.flops, *totals)
         try:
             fits[method] = {
                 form: fit_performance(
@@ -167,6 +176,7 @@ def _analyse(points: list[MethodPoint]) -> GroupFits:
         c_full=first.full_flops,
         fits=fits,
         not_fitted=not_fitted,
+        doubtful_costs=doubtful_costs,
         frontier=frontier,
         line=line,
     )
@@ -249,6 +259,7 @@ def _group_json(group: GroupFits, *, ratios: bool) -> dict[str, Any]:
         "c_full": group.c_full,
         "fits": {m: {form: _fit_json(fit) for form, fit in forms.items()} for m, forms in group.fits.items()},
         "not_fitted": group.not_fitted,
+        "doubtful_costs": group.doubtful_costs,
         "unused": group.unused,
         "frontier": [{"method": p.method, "flops": p.total, "score": turned(p)} for p in group.frontier],
         "line": group.line

@@ -102,21 +102,31 @@ def _merged(stages: Mapping[str, float], named: Sequence[str]) -> dict[str, floa
 
 
 def source_shares(folder: Path, methods: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, float]]:
-    """Share of each source in the selected examples of each method, in percent, over all seeds together.
+    """Share of each source in what training draws from the pool, of each method, in percent, mean over seeds.
 
-    Methods whose selected examples have no source are left out.
+    Methods that draw nothing from the pool, and those whose examples have no source, are left out. Rows of older
+    versions do not know the weights of examples: there, the selected examples count equally.
     """
     shares: dict[str, dict[str, float]] = {}
     for method, rows in methods.items():
-        counts: dict[str, float] = {}
+        sums: dict[str, float] = {}
         for row in rows:
-            value_counts = pc.value_counts(_selection(folder, row["cell"])["source"].drop_null())
-            for item in value_counts.to_pylist():
-                counts[item["values"]] = counts.get(item["values"], 0.0) + item["counts"]
-        if counts:
-            total = sum(counts.values())
-            shares[method] = {source: 100 * counts[source] / total for source in sorted(counts)}
+            for source, share in _row_shares(folder, row).items():
+                sums[source] = sums.get(source, 0.0) + share
+        drawn = {source: share for source, share in sums.items() if share}
+        if drawn:
+            total = sum(drawn.values())
+            shares[method] = {source: 100 * drawn[source] / total for source in sorted(drawn)}
     return shares
+
+
+def _row_shares(folder: Path, row: Row) -> dict[str, float]:
+    """Share of each source in what the training of a run draws from the pool."""
+    if (stored := row.get("shares")) is not None:
+        return {name: float(share) for name, share in json.loads(stored).items()}
+    counts = pc.value_counts(_selection(folder, row["cell"])["source"].drop_null()).to_pylist()
+    total = sum(item["counts"] for item in counts)
+    return {item["values"]: item["counts"] / total for item in counts}
 
 
 def course(rows: Sequence[Row]) -> dict[str, np.ndarray]:

@@ -299,6 +299,7 @@ def frontier(group: GroupFits, styles: Mapping[str, MethodStyle], name: str, *, 
         missing = ", ".join(group.not_fitted)
         caption += f" Too few budgets for {missing}." if missing else ""
         caption += f" No such curve describes {', '.join(group.unused)}." if group.unused else ""
+        caption += "".join(f" {method}: {doubt}." for method, doubt in group.doubtful_costs.items())
     title = f"{_group_name(group)}: {'fits' if fitted else 'frontier'}"
     return CaptionedFigure(name, title, caption + _order_note(parts) + max(notes, key=len), figure)
 

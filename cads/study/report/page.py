@@ -171,8 +171,8 @@ def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: N
                 figures.stacked(
                     share,
                     title=f"Sources: {label}",
-                    xlabel="share of the selected examples (%)",
-                    caption="What the selected examples come from, over all seeds.",
+                    xlabel="share of the training data (%)",
+                    caption="What the final training draws from the pool, mean over seeds, without the target.",
                     name=name("sources"),
                 )
             )
@@ -186,7 +186,11 @@ def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: N
     return [
         Section("Ledger", "Where the compute went.", spent),
         Section("What was selected", "", shares),
-        Section("Source probabilities over time", "How policies over sources moved.", courses),
+        Section(
+            "Source probabilities over time",
+            "How policies over sources moved. What was chosen in the end can differ.",
+            courses,
+        ),
         Section("Overlap of selections", "How much two methods agree.", overlaps),
     ]
 

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from cads.errors import DataError
-from cads.tasks.language.formats import UNANSWERED, Example, Renderer, UnansweredError
+from cads.tasks.language.conversations import UnansweredError, UnusableError, is_blank
+from cads.tasks.language.formats import UNUSED, Example, Findings, Renderer
 from cads.tasks.language.rows import Rows
 from cads.tasks.language.tokens import Collected, Sequences, Sink, Tokens
 
 log = logging.getLogger(__name__)
+
+FEW_LEARNED = 0.01
+"""Share of learned tokens below which a source is warned of: most of its examples may not be read as they are meant."""
+SHOWN_REASONS = 3
+"""Reasons for which examples cannot be used that are shown, the most frequent first."""
+SHOWN_IDS = 3
+
+
+class Encoded(NamedTuple):
+    """One example as tokens.
+
+    Attributes:
+        tokens: token ids, int32, shape (T,). mask: whether each counts in the loss, bool, shape (T,).
+        first: the first token with a visible part of an answer that can be predicted; T if there is none.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    first: int
 
 
 @dataclass(frozen=True)
@@ -25,14 +45,21 @@ class EncodingReport:
     Attributes:
         rows: number of rows.
         cut: number of encoded rows that were cut.
-        left_out: positions of the rows without an answer token, ascending, int64.
+        left_out: positions of the rows that are left out, ascending, int64: they cannot be used, or no token of an
+            answer is learned.
         left_out_cut: number of rows in `left_out` that were cut.
+        unusable: positions of the rows that cannot be used, ascending, int64; part of `left_out`.
+        reasons: why they cannot be used, the most frequent reasons.
+        notes: what else is to be said of the rows, one sentence each.
     """
 
     rows: int
     cut: int
     left_out: np.ndarray
     left_out_cut: int
+    unusable: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.rows - len(self.left_out)
@@ -48,6 +75,12 @@ class EncodingReport:
         }
 
     @property
+    def stored(self) -> dict[str, Any]:
+        """All of the report but `left_out`, as JSON values."""
+        said = {"unusable": self.unusable.tolist(), "reasons": list(self.reasons), "notes": list(self.notes)}
+        return {**self.counts, **said}
+
+    @property
     def positions(self) -> np.ndarray:
         """Positions of the rows that were encoded, ascending, int64."""
         return np.delete(np.arange(self.rows), self.left_out)
@@ -60,7 +93,7 @@ class TokenEncoder:
     Attributes:
         tokenizer: a fast tokenizer. renderer: writes rows as text for this tokenizer.
         max_length: tokens at which an example is cut. packed: see `Tokens`.
-        drop_unanswered: leave out examples without an answer token, instead of refusing them.
+        drop_unanswered: leave out examples that cannot be used or have no answer token, instead of refusing them.
     """
 
     tokenizer: Any
@@ -82,24 +115,43 @@ class TokenEncoder:
         """Give the tokens of `rows` to `sink`, `ROWS_AT_ONCE` rows at a time, and log what was cut or left out.
 
         Raises:
-            DataError: naming examples that have no answer, or no answer token, in the text or after it was cut.
+            DataError: naming examples that cannot be used, or have no answer token, in the text or after it was cut.
         """
-        render, chat = self.renderer.of(rows.format), self.renderer.is_chat(rows.format)
+        findings = Findings()
+        write, chat = self.renderer.of(rows.format, findings), self.renderer.is_chat(rows.format)
         cut: list[np.ndarray] = []
         answered: list[np.ndarray] = []
+        unusable: dict[int, str] = {}
+        shares = _Shares()
         for ids, table in rows.shards():
-            records = zip(table.to_pylist(), ids.to_pylist(), strict=True)
-            examples = [self._render(render, row, name) for row, name in records]
+            start, examples = sum(map(len, cut)), []
+            for k, (row, name) in enumerate(zip(table.to_pylist(), ids.to_pylist(), strict=True)):
+                try:
+                    examples.append(write(row, name))
+                except UnusableError as error:
+                    self._check_dropped(error)
+                    examples.append(UNUSED)
+                    if not isinstance(error, UnansweredError):
+                        unusable[start + k] = error.reason
             encoded = self._tokenize(examples, chat=chat)
-            cut.append(np.array([len(tokens) > self.max_length for tokens, _ in encoded]))
-            encoded = [(tokens[: self.max_length], mask[: self.max_length]) for tokens, mask in encoded]
-            answered.append(np.array([bool(mask[1:].any()) for _, mask in encoded]))
-            with_answer = np.flatnonzero(answered[-1]).tolist()
-            if with_answer:
-                sink.add(_shard([encoded[k] for k in with_answer], [examples[k].prompt for k in with_answer]))
+            cut.append(np.array([len(e.tokens) > self.max_length for e in encoded]))
+            answered.append(np.array([e.first < min(len(e.tokens), self.max_length) for e in encoded]))
+            kept = np.flatnonzero(answered[-1]).tolist()
+            if kept:
+                shard = _shard([encoded[k] for k in kept], [examples[k].prompt for k in kept], self.max_length)
+                shares.add(shard)
+                sink.add(shard)
         was_cut, has_answer = np.concatenate(cut), np.concatenate(answered)
         left_out = np.flatnonzero(~has_answer)
-        report = EncodingReport(len(rows), int((was_cut & has_answer).sum()), left_out, int(was_cut[left_out].sum()))
+        report = EncodingReport(
+            len(rows),
+            int((was_cut & has_answer).sum()),
+            left_out,
+            int(was_cut[left_out].sum()),
+            np.array(list(unusable), dtype=np.int64),
+            tuple(reason for reason, _ in Counter(unusable.values()).most_common(SHOWN_REASONS)),
+            (*findings.notes(), *shares.notes(self.tokenizer)),
+        )
         self.say(rows, report)
         return report
 
@@ -114,19 +166,27 @@ class TokenEncoder:
         )
 
     def say(self, rows: Rows, report: EncodingReport) -> None:
-        """Warn of examples that were cut or left out.
+        """Warn of examples that were cut or left out, and of what is not used.
 
         Raises:
             DataError: if examples would be left out without `drop_unanswered`, or no example is left.
         """
-        if len(report.left_out):
+        unanswered = np.setdiff1d(report.left_out, report.unusable)
+        if len(unanswered):
             description = (
-                f"{len(report.left_out)} examples of {rows.name} have no answer token ({report.left_out_cut} of them "
-                f"after they were cut to {self.max_length} tokens), such as "
-                f"{rows.ids.take(pa.array(report.left_out[:3])).to_pylist()}"
+                f"{len(unanswered)} examples of {rows.name} have no answer token ({report.left_out_cut} of them "
+                f"after they were cut to {self.max_length} tokens), such as {_ids(rows, unanswered)}"
             )
             if not self.drop_unanswered:
                 raise DataError(f"{description}: raise max_tokens, remove them, or set drop: true to leave them out")
+            if not len(report) and not len(report.unusable):
+                raise DataError(f"{description}: nothing is left of {rows.name}")
+            log.warning("%s: they are left out", description)
+        if len(report.unusable):
+            description = (
+                f"{len(report.unusable)} examples of {rows.name} cannot be used, such as {_ids(rows, report.unusable)} "
+                f"(they have {'; '.join(report.reasons)})"
+            )
             if not len(report):
                 raise DataError(f"{description}: nothing is left of {rows.name}")
             log.warning("%s: they are left out", description)
@@ -138,22 +198,23 @@ class TokenEncoder:
                 len(report),
                 self.max_length,
             )
+        for note in report.notes:
+            log.warning("%s: %s", rows.name, note)
 
-    def _render(
-        self, render: Callable[[Mapping[str, Any], str], Example], row: Mapping[str, Any], name: str
-    ) -> Example:
-        """A row as text, or `UNANSWERED` if it has no answer and may be left out."""
-        try:
-            return render(row, name)
-        except UnansweredError:
-            if not self.drop_unanswered:
-                raise
-            return UNANSWERED
+    def _check_dropped(self, error: UnusableError) -> None:
+        """Raises: the error, if examples that cannot be used are not left out."""
+        if self.drop_unanswered:
+            return
+        if isinstance(error, UnansweredError):
+            raise error
+        raise DataError(f"{error}; repair or remove it, or set drop: true to leave out what cannot be used") from error
 
-    def _tokenize(self, examples: list[Example], *, chat: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Token ids and loss mask of each example, uncut."""
-        if chat and self.renderer.marked:
-            return [(np.array(ids, np.int32), mask) for ids, mask in (e.encoded for e in examples if e.encoded)]
+    def _tokenize(self, examples: list[Example], *, chat: bool) -> list[Encoded]:
+        """Token ids and loss mask of each example, uncut.
+
+        A token that holds any character of an answer counts in the loss, also if it begins before the answer or ends
+        after it. The end token counts after a text of which something is learned.
+        """
         # A chat template writes the special tokens itself.
         encoding = self.tokenizer(
             [e.text for e in examples],
@@ -165,20 +226,80 @@ class TokenEncoder:
         encoded = []
         end = self.tokenizer.eos_token_id
         for example, ids, offsets in zip(examples, encoding["input_ids"], encoding["offset_mapping"], strict=True):
-            tokens, spans = np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int64).reshape(-1, 2)
+            tokens, spans = np.array(ids, dtype=np.int32), whole_spans(np.array(offsets, dtype=np.int64).reshape(-1, 2))
             mask = np.zeros(len(tokens), dtype=bool)
             for begin, stop in example.answers:
-                mask |= (spans[:, 0] >= begin) & (spans[:, 1] <= stop) & (spans[:, 1] > spans[:, 0])
-            if not chat and end is not None and (not len(tokens) or tokens[-1] != end):
-                tokens, mask = np.append(tokens, np.int32(end)), np.append(mask, bool(example.answers))
-            encoded.append((tokens, mask))
+                mask |= (spans[:, 1] > begin) & (spans[:, 0] < stop) & (spans[:, 1] > spans[:, 0])
+            first = _first_visible(example, spans, mask)
+            if not chat and end is not None:
+                learned = first < len(tokens)
+                if not len(tokens) or tokens[-1] != end:
+                    first = first if learned else len(tokens) + 1
+                    tokens, mask = np.append(tokens, np.int32(end)), np.append(mask, learned)
+                else:
+                    # Some tokenizers write the end token themselves.
+                    mask[-1] = learned
+            encoded.append(Encoded(tokens, mask, first))
         return encoded
 
 
-def _shard(encoded: list[tuple[np.ndarray, np.ndarray]], prompts: list[str]) -> Sequences:
+def whole_spans(offsets: np.ndarray) -> np.ndarray:
+    """The characters of each token, shape (T, 2), also of those whose white space a tokenizer does not count.
+
+    Byte-level tokenizers may trim white space off the offsets of a token, so that a token of white space has none.
+    """
+    spans = offsets.copy()
+    ends = np.maximum.accumulate(np.concatenate([[0], offsets[:, 1]]))[:-1]
+    trimmed = (spans[:, 0] == spans[:, 1]) & (spans[:, 1] > ends)
+    spans[trimmed, 0] = ends[trimmed]
+    return spans
+
+
+def _first_visible(example: Example, spans: np.ndarray, mask: np.ndarray) -> int:
+    """The first learned token, beside the first of all, with a visible character of an answer; T if there is none."""
+    for k in np.flatnonzero(mask).tolist():
+        begin, end = spans[k].tolist()
+        pieces = (example.text[max(begin, b) : min(end, e)] for b, e in example.answers)
+        if k > 0 and not all(is_blank(piece) for piece in pieces):
+            return k
+    return len(mask)
+
+
+def _ids(rows: Rows, positions: np.ndarray) -> list[str]:
+    """The ids of the first rows at `positions`."""
+    ids: list[str] = rows.ids.take(pa.array(positions[:SHOWN_IDS])).to_pylist()
+    return ids
+
+
+class _Shares:
+    """How many tokens are learned, with the first example."""
+
+    def __init__(self) -> None:
+        self.total = self.learned = 0
+        self.example: Sequences | None = None
+
+    def add(self, shard: Sequences) -> None:
+        self.example = self.example or shard
+        self.total += len(shard.ids)
+        self.learned += int(shard.loss_mask.sum())
+
+    def notes(self, tokenizer: Any) -> tuple[str, ...]:
+        """A warning with an example, if few tokens are learned."""
+        if self.example is None or self.learned >= FEW_LEARNED * self.total:
+            return ()
+        ids, mask = (x[: self.example.offsets[1]] for x in (self.example.ids, self.example.loss_mask))
+        learned, before = tokenizer.decode(ids[mask]), tokenizer.decode(ids[: int(mask.argmax())])
+        return (
+            f"{self.learned} of {self.total} tokens are learned ({self.learned / self.total:.2%}); the first example "
+            f"learns {learned!r:.60} after {before[-60:]!r}: check format and columns, or shorten the prompts",
+        )
+
+
+def _shard(encoded: list[Encoded], prompts: list[str], max_length: int) -> Sequences:
+    cut = [(e.tokens[:max_length], e.mask[:max_length]) for e in encoded]
     return Sequences(
-        ids=np.concatenate([tokens for tokens, _ in encoded]),
-        loss_mask=np.concatenate([mask for _, mask in encoded]),
-        offsets=np.concatenate([[0], np.cumsum([len(tokens) for tokens, _ in encoded])]).astype(np.int64),
+        ids=np.concatenate([tokens for tokens, _ in cut]),
+        loss_mask=np.concatenate([mask for _, mask in cut]),
+        offsets=np.concatenate([[0], np.cumsum([len(tokens) for tokens, _ in cut])]).astype(np.int64),
         texts=pa.array(prompts, pa.large_string()),
     )

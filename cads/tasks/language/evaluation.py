@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from cads.data.token_batches import scoring_batches
 from cads.errors import ConfigError, DataError
 from cads.runtime.signals import Interrupted
 from cads.scoring.pool_scores import evaluating
-from cads.task import Metrics
+from cads.task import Metrics, StepwiseEvaluation
 from cads.tasks.language.encoding import TokenEncoder
 from cads.tasks.language.formats import Renderer
 from cads.tasks.language.rows import Rows
@@ -30,6 +31,8 @@ from cads.tasks.language.tokens import Tokens, tokens_of
 
 LM_EVAL = "lm_eval:"
 NAMES = ("choices", "exact_match", f"{LM_EVAL}TASKS")
+HARNESS_FILES = (".yaml", ".yml")
+"""Ends of the names of files that define tasks of lm-evaluation-harness."""
 GENERATED_TOGETHER = 16
 """Most prompts that are continued at a time; all of them have one length."""
 
@@ -82,9 +85,36 @@ def check_evaluation(task: TextGenerator, name: str) -> None:
 def evaluate(task: TextGenerator, model: nn.Module, name: str) -> Metrics:
     """The metrics of one evaluation; see `check_evaluation`."""
     check_evaluation(task, name)
+    stepwise = stepwise_evaluation(task, model, name)
+    return harness(task, model, name.removeprefix(LM_EVAL)) if stepwise is None else stepwise.run()
+
+
+def stepwise_evaluation(task: TextGenerator, model: nn.Module, name: str) -> StepwiseEvaluation | None:
+    """The steps of `choices` and of `exact_match`; None for lm-evaluation-harness, which runs in one piece."""
     if name == "choices":
         return choices(task, model)
-    return exact_match(task, model) if name == "exact_match" else harness(task, model, name.removeprefix(LM_EVAL))
+    return exact_match(task, model) if name == "exact_match" else None
+
+
+def evaluation_settings(task: TextGenerator, name: str) -> dict[str, Any]:
+    """What the result of an evaluation depends on beside data and model: contents of files, and settings.
+
+    Raises:
+        DataError: if a file cannot be read.
+    """
+    if name == "choices":
+        return {"choices": None if task.settings.choices is None else _file_digest(Path(task.settings.choices))}
+    if name == "exact_match":
+        return {field: getattr(task.settings, field) for field in ("answer_pattern", "max_new_tokens")}
+    files = [n.strip() for n in name.removeprefix(LM_EVAL).split(",") if n.strip().endswith(HARNESS_FILES)]
+    return {"files": {n: _file_digest(Path(n)) for n in files if Path(n).is_file()}}
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -141,19 +171,29 @@ def load_choices(task: TextGenerator) -> Choices:
     return Choices(Pool(ids, tokens, name="choices"), np.array(question), np.array(right), lengths)
 
 
-def choices(task: TextGenerator, model: nn.Module) -> Metrics:
-    """Accuracy of the answer of highest log-likelihood, and of highest log-likelihood per character (0 to 1)."""
+def choices(task: TextGenerator, model: nn.Module) -> StepwiseEvaluation:
+    """Accuracy of the answer of highest log-likelihood, and of highest log-likelihood per character (0 to 1).
+
+    The values of the steps are log-likelihoods of answers, in nats.
+    """
     questions = load_choices(task)
-    device = next(model.parameters()).device
-    likelihood = np.zeros(len(questions.pool))
-    with evaluating(model):
-        for rows in scoring_batches(questions.pool):
-            losses, _ = task.token_losses(model, questions.pool.batch(rows).to(device))
-            likelihood[rows] = -losses.double().sum(dim=1).cpu().numpy()
-    return {
-        "choices": _accuracy(likelihood, questions),
-        "choices_per_character": _accuracy(likelihood / questions.characters, questions),
-    }
+    batches = scoring_batches(questions.pool)
+
+    def step(number: int) -> np.ndarray:
+        device = next(model.parameters()).device
+        with evaluating(model):
+            losses, _ = task.token_losses(model, questions.pool.batch(batches[number]).to(device))
+            return np.asarray(-losses.cpu().double().sum(dim=1).numpy())
+
+    def metrics(values: np.ndarray) -> Metrics:
+        likelihood = np.empty(len(questions.pool))
+        likelihood[np.concatenate(batches)] = values
+        return {
+            "choices": _accuracy(likelihood, questions),
+            "choices_per_character": _accuracy(likelihood / questions.characters, questions),
+        }
+
+    return StepwiseEvaluation([len(rows) for rows in batches], step, metrics)
 
 
 def _accuracy(score: np.ndarray, questions: Choices) -> float:
@@ -179,17 +219,26 @@ def answer_pattern(task: TextGenerator) -> re.Pattern[str] | None:
         ) from error
 
 
-def exact_match(task: TextGenerator, model: nn.Module) -> Metrics:
-    """Share of the test examples whose first answer is generated exactly by greedy decoding (0 to 1)."""
+def exact_match(task: TextGenerator, model: nn.Module) -> StepwiseEvaluation:
+    """Share of the test examples whose first answer is generated exactly by greedy decoding (0 to 1).
+
+    The values of the steps are 1 for an example that is, and 0 for others.
+    """
     tokens, pattern = tokens_of(task.test), answer_pattern(task)
     prompts, answers = first_answers(tokens)
-    hits = 0
-    with evaluating(model):
-        for rows in _of_one_length(prompts):
-            expected = task.tokenizer.batch_decode([answers[r] for r in rows], skip_special_tokens=True)
+    batches = list(_of_one_length(prompts))
+
+    def step(number: int) -> np.ndarray:
+        rows = batches[number]
+        expected = task.tokenizer.batch_decode([answers[r] for r in rows], skip_special_tokens=True)
+        with evaluating(model):
             generated = generate(task, model, np.stack([prompts[r] for r in rows]))
-            hits += sum(extract(e, pattern) == extract(g, pattern) for e, g in zip(expected, generated, strict=True))
-    return {"exact_match": hits / len(tokens)}
+        pairs = zip(expected, generated, strict=True)
+        return np.array([extract(e, pattern) == extract(g, pattern) for e, g in pairs], dtype=np.float64)
+
+    return StepwiseEvaluation(
+        [len(rows) for rows in batches], step, lambda hits: {"exact_match": float(hits.sum()) / len(tokens)}
+    )
 
 
 def first_answers(tokens: Tokens) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -251,9 +300,9 @@ def harness(task: TextGenerator, model: nn.Module, names: str) -> Metrics:
     from lm_eval.tasks import TaskManager
 
     requested = [n.strip() for n in names.split(",") if n.strip()]
-    folders = sorted({str(Path(n).resolve().parent) for n in requested if n.endswith((".yaml", ".yml"))})
-    stems = [Path(n).stem for n in requested if n.endswith((".yaml", ".yml"))]
-    tasks = [Path(n).stem if n.endswith((".yaml", ".yml")) else n for n in requested]
+    folders = sorted({str(Path(n).resolve().parent) for n in requested if n.endswith(HARNESS_FILES)})
+    stems = [Path(n).stem for n in requested if n.endswith(HARNESS_FILES)]
+    tasks = [Path(n).stem if n.endswith(HARNESS_FILES) else n for n in requested]
     try:
         wrapped = HFLM(pretrained=model, tokenizer=task.tokenizer, batch_size=1, max_length=task.max_length)
         # The harness takes half a minute to read its own tasks, so they are read only if one of them is requested.

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from cads.errors import ConfigError, DataError
+from cads.tasks.language.columns import Format
+from cads.tasks.language.conversations import (
+    Conversation,
+    Message,
+    UnansweredError,
+    UnusableError,
+    as_text,
+    is_blank,
+    messages_in,
+    read_conversation,
+    read_history,
+    read_messages,
+    read_tools,
+    with_arguments_as_json,
+)
 
-Format = Literal["messages", "prompt", "text"]
-ROLES = ("system", "user", "assistant")
-GENERATION = "{% generation"
+GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 """Start of the block that marks the assistant's part in a chat template."""
-
-PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
-"""Pairs of columns that are recognised as prompt and response."""
-
-
-class UnansweredError(DataError):
-    """An example has nothing to learn from: no answer, or an empty one."""
+QUOTED = re.compile(r"""["']([\w-]+)["']""")
+"""Words in quotes, among which are the roles that a chat template names."""
+THOUGHT_END = "</think>"
+"""What ends a chain of thought in an answer. Templates leave those of earlier turns out."""
+CHECKED = 50
+"""Examples in which it is looked whether the chat template writes a key."""
+SHOWN = 3
+"""Values that are shown of what is not used."""
 
 
 @dataclass(frozen=True)
@@ -30,44 +44,57 @@ class Example:
     Attributes:
         text: the whole text. prompt: the first message of the user, the prompt, or the text itself.
         answers: spans of characters that count in the loss, as (begin, end).
-        encoded: token ids and loss mask, where the chat template marks the assistant's part; else None.
     """
 
     text: str
     prompt: str
     answers: tuple[tuple[int, int], ...] = ()
-    encoded: tuple[list[int], np.ndarray] | None = None
 
 
-UNANSWERED = Example("", "", encoded=([], np.zeros(0, dtype=bool)))
-"""Stands for an example without an answer: no token, and an empty loss mask."""
+UNUSED = Example("", "")
+"""Stands for an example that is left out: no text, and no answer."""
 
 
-def recognise(columns: Sequence[str], location: str) -> tuple[Format, dict[str, str]]:
-    """The format that the names of the columns suggest, and the column of each role.
+class Findings:
+    """What is noticed while the rows of one source are written, to be said once for all of them."""
 
-    Args:
-        columns: names of the columns. location: of the data, for the message.
+    def __init__(self) -> None:
+        self._written: set[str] = set()
+        self._rows: Counter[str] = Counter()
+        self._values: dict[str, list[str]] = {}
+        self._remarks: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
 
-    Raises:
-        DataError: if no format fits.
-    """
-    if "messages" in columns:
-        return "messages", {"messages": "messages"}
-    for prompt, response in PAIRS:
-        if prompt in columns and response in columns:
-            return "prompt", {"prompt": prompt, "response": response}
-    if "text" in columns:
-        return "text", {"text": "text"}
-    raise DataError(
-        f"{location} has columns {list(columns)}, in which no format is recognised: name format (messages, prompt or "
-        "text) and columns, such as {prompt: question, response: answer}"
-    )
+    def is_open(self, key: str) -> bool:
+        """Whether it has still to be looked at whether a key is written."""
+        return key not in self._written and self._rows[key] < CHECKED
 
+    def add(self, key: str, value: Any, *, written: bool) -> None:
+        """A row has a value under `key`, which is written or not."""
+        if written:
+            self._written.add(key)
+            return
+        self._rows[key] += 1
+        shown, values = f"{value!r:.60}", self._values.setdefault(key, [])
+        if len(values) < SHOWN and shown not in values:
+            values.append(shown)
 
-def needed_columns(chosen: Format) -> tuple[str, ...]:
-    """The roles that a format needs a column for."""
-    return {"messages": ("messages",), "prompt": ("prompt", "response"), "text": ("text",)}[chosen]
+    def remark(self, text: str, example: Any) -> None:
+        """Something is true of a row, of which `example` is shown."""
+        self._remarks[text] += 1
+        self._examples.setdefault(text, f"{example!r:.60}")
+
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said, one sentence each."""
+        unwritten = [key for key in self._values if key not in self._written]
+        keys = [
+            f"{key} is not written by the chat template and not used, such as {', '.join(self._values[key])}"
+            for key in unwritten
+        ]
+        remarks = [
+            f"{text} ({count} examples, such as {self._examples[text]})" for text, count in self._remarks.items()
+        ]
+        return (*keys, *remarks)
 
 
 class Renderer:
@@ -89,116 +116,248 @@ class Renderer:
         if chat and not template:
             raise ConfigError(_no_template(tokenizer))
         self.chat = bool(template) if chat is None else chat
-        self.marked = isinstance(template, str) and GENERATION in template.replace("{%-", "{%")
+        sources = template.values() if isinstance(template, Mapping) else [template or ""]
+        self._named_roles = frozenset(word for source in sources for word in QUOTED.findall(source))
 
-    def of(self, chosen: Format) -> Callable[[Mapping[str, Any], str], Example]:
-        """The function that renders rows of a format: (row, id) -> Example, or UnansweredError.
+    def of(self, chosen: Format, findings: Findings | None = None) -> Callable[[Mapping[str, Any], str], Example]:
+        """The function that writes rows of a format: (row, id) -> Example, or UnusableError.
+
+        Args:
+            findings: takes what is noticed.
 
         Raises:
             ConfigError: if the format needs a chat template and there is none.
         """
         if chosen == "messages" and not self.tokenizer.chat_template:
             raise ConfigError(_no_template(self.tokenizer))
-        return {"messages": self._conversation, "prompt": self._pair, "text": self._plain}[chosen]
+        noticed = Findings() if findings is None else findings
+        write = {"messages": self._conversation, "prompt": self._pair, "text": self._plain}[chosen]
+        return lambda row, identity: write(row, identity, noticed)
 
     def is_chat(self, chosen: Format) -> bool:
         """Whether a format is written by the chat template, special tokens included."""
         return chosen == "messages" or (chosen == "prompt" and self.chat)
 
-    def _plain(self, row: Mapping[str, Any], identity: str) -> Example:
-        text = _string(row["text"], "text", identity)
+    def _plain(self, row: Mapping[str, Any], identity: str, findings: Findings) -> Example:
+        text = as_text(row["text"], "text", identity)
+        if is_blank(text):
+            raise UnansweredError(identity, "no", ", as its text is empty")
         return Example(text, text, ((0, len(text)),))
 
-    def _pair(self, row: Mapping[str, Any], identity: str) -> Example:
-        prompt = _string(row["prompt"], "prompt", identity)
-        if row.get("context"):
-            prompt = f"{prompt}\n\n{_string(row['context'], 'context', identity)}"
-        response = _string(row["response"], "response", identity)
-        if not response.strip():
-            raise UnansweredError(_no_answer(identity, "an empty"))
+    def _pair(self, row: Mapping[str, Any], identity: str, findings: Findings) -> Example:
+        if messages_in(row["prompt"]) or messages_in(row["response"]):
+            return self._continued(row, identity, findings)
+        prompt = as_text(row["prompt"], "prompt", identity)
+        context = _optional(row, "context", identity)
+        if context:
+            prompt = f"{prompt}\n\n{context}"
+        response = _response(row["response"], identity, findings)
+        if is_blank(response):
+            raise UnansweredError(identity, "an empty")
+        system = _optional(row, "system", identity)
         if self.chat:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            return self._rendered(turns, identity)
-        begin = f"{prompt}{self.separator}"
+            return self._chat(row, identity, findings, system=system, prompt=prompt, response=response)
+        history, earlier = row.get("history"), ""
+        if isinstance(history, str) and not history.lstrip().startswith("["):
+            earlier = f"{history}\n\n" if history.strip() else ""
+        else:
+            for message in read_history(history, identity, self._named_roles):
+                earlier += message["content"] + ("\n\n" if message["role"] == "assistant" else self.separator)
+        if tools := read_tools(row.get("tools"), identity):
+            findings.remark("tools are written by chat templates only, and are not used", tools)
+        begin = f"{system}\n\n" if system else ""
+        begin += f"{earlier}{prompt}{self.separator}"
         return Example(begin + response, prompt, ((len(begin), len(begin) + len(response)),))
 
-    def _conversation(self, row: Mapping[str, Any], identity: str) -> Example:
-        messages = check_messages(row["messages"], identity)
-        return self._rendered(messages, identity)
+    def _chat(
+        self, row: Mapping[str, Any], identity: str, findings: Findings, *, system: str, prompt: str, response: str
+    ) -> Example:
+        """Prompt and response as a chat of which the last answer is learned."""
+        history, asked = row.get("history"), prompt
+        earlier: list[Message] = []
+        if isinstance(history, str) and not history.lstrip().startswith("["):
+            asked = f"{history}\n\n{prompt}" if history.strip() else prompt
+        else:
+            earlier = read_history(history, identity, self._named_roles)
+        messages = [
+            *earlier,
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": response},
+        ]
+        messages = [{**m, "weight": int(i == len(messages) - 1)} for i, m in enumerate(messages)]
+        chat = read_conversation(
+            messages, identity, known=self._named_roles, system=system or None, tools=row.get("tools")
+        )
+        return replace(self._rendered(chat, identity, findings), prompt=prompt)
 
-    def _rendered(self, messages: list[dict[str, str]], identity: str) -> Example:
-        prompt = next(m["content"] for m in messages if m["role"] == "user")
-        text = self._render(messages, identity)
-        if self.marked:
-            encoded = self._render(
-                messages, identity, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    def _continued(self, row: Mapping[str, Any], identity: str, findings: Findings) -> Example:
+        """Prompt and response as lists of messages: only what the assistant says in the response is learned."""
+        if not self.chat:
+            raise ConfigError(
+                f"example {identity!r} has messages as prompt or response, which are written as a chat: "
+                + ("leave chat at null" if self.tokenizer.chat_template else _no_template(self.tokenizer))
             )
-            return Example(
-                text, prompt, encoded=(encoded["input_ids"], np.array(encoded["assistant_masks"], dtype=bool))
-            )
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:i], identity, add_generation_prompt=True)
-            after = text if i == len(messages) - 1 else self._render(messages[: i + 1], identity)
-            if not (after.startswith(before) and text.startswith(after.rstrip())):
-                raise DataError(
-                    f"the chat template writes the beginning of example {identity!r} differently when more follows, so "
-                    f"that answer {i} cannot be found in it: mark the answers in the template with "
-                    "{% generation %}, or use another template"
-                )
-            # Whitespace that a template writes after a turn belongs to the next turn.
-            spans.append((len(before), len(after.rstrip())))
+        parts = []
+        for name, role in (("prompt", "user"), ("response", "assistant")):
+            given = messages_in(row[name]) or [{"role": role, "content": as_text(row[name], name, identity)}]
+            parts.append(read_messages(given, name, identity, self._named_roles))
+        messages = [{**m, "weight": 0} for m in parts[0].messages]
+        messages += [{**m, "weight": int(w)} for m, w in zip(parts[1].messages, parts[1].learned, strict=True)]
+        if context := _optional(row, "context", identity):
+            asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
+            if asked is not None:
+                messages[asked] = {**messages[asked], "content": f"{messages[asked]['content']}\n\n{context}"}
+        history = read_history(row.get("history"), identity, self._named_roles)
+        messages = [{**m, "weight": 0} for m in history] + messages
+        chat = read_conversation(
+            messages, identity, known=self._named_roles, system=row.get("system"), tools=row.get("tools")
+        )
+        return self._rendered(chat, identity, findings)
+
+    def _conversation(self, row: Mapping[str, Any], identity: str, findings: Findings) -> Example:
+        chat = read_conversation(
+            row["messages"], identity, known=self._named_roles, system=row.get("system"), tools=row.get("tools")
+        )
+        if row.get("system") and chat.messages[0]["content"] != row["system"]:
+            findings.remark("the system message of the messages is used, and that of the column is not", row["system"])
+        return self._rendered(chat, identity, findings)
+
+    def _rendered(self, chat: Conversation, identity: str, findings: Findings) -> Example:
+        prompt = next(m["content"] for m in chat.messages if m["role"] == "user")
+        try:
+            text = self._render(chat, identity)
+        except UnusableError:
+            # Some templates join the arguments of tool calls to text.
+            chat = replace(chat, messages=with_arguments_as_json(chat.messages))
+            text = self._render(chat, identity)
+        self._check_written(chat, text, identity, findings)
+        spans = self._marked_spans(chat, identity)
+        if spans is None:
+            spans = [self._answer_span(chat, i, text, identity) for i, learned in enumerate(chat.learned) if learned]
         return Example(text, prompt, tuple(spans))
 
-    def _render(self, messages: list[dict[str, str]], identity: str, **options: Any) -> Any:
+    def _check_written(self, chat: Conversation, text: str, identity: str, findings: Findings) -> None:
+        """Notice what the chat template does not write.
+
+        Raises:
+            UnansweredError: if nothing of an answer is written.
+        """
+        given = [("tools", chat.tools)] if chat.tools else []
+        given += [(k, v) for m in chat.messages for k, v in m.items() if k not in ("role", "content")]
+        for key, value in dict(reversed(given)).items():
+            if findings.is_open(key):
+                findings.add(key, value, written=not self._is_same(chat.without(key), text, identity))
+        for i, (message, learned) in enumerate(zip(chat.messages, chat.learned, strict=True)):
+            role, content = message["role"], message["content"].strip()
+            if role in ("system", "developer", "user") and content not in text:
+                findings.remark(f"the chat template does not write the content of {role} as it is", content)
+            if not learned or not is_blank(content):
+                continue
+            further = [key for key in message if key not in ("role", "content")]
+            if all(self._is_same(chat.without(key, i), text, identity) for key in further):
+                raise UnansweredError(identity, "an empty", f" (the chat template does not write its {further})")
+
+    def _is_same(self, chat: Conversation, text: str, identity: str) -> bool:
+        """Whether the chat template writes `text` for another conversation too."""
+        try:
+            return self._render(chat, identity) == text
+        except UnusableError:
+            return False
+
+    def _marked_spans(self, chat: Conversation, identity: str) -> list[tuple[int, int]] | None:
+        """The answers by the marks of the chat template; None if it has none, or marks not each answer once."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self.tokenizer.get_chat_template(tools=chat.tools)
+        if not GENERATION.search(template):
+            return None
+        _, (spans,) = render_jinja_template(
+            conversations=[chat.messages],
+            tools=chat.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        learned = [learned for m, learned in zip(chat.messages, chat.learned, strict=True) if m["role"] == "assistant"]
+        if all(learned):
+            return [(begin, end) for begin, end in spans]
+        if len(spans) != len(learned):
+            return None
+        return [(begin, end) for (begin, end), counts in zip(spans, learned, strict=True) if counts]
+
+    def _answer_span(self, chat: Conversation, i: int, text: str, identity: str) -> tuple[int, int]:
+        """Where message i stands in `text`, with what ends its turn.
+
+        Raises:
+            DataError: if it cannot be found.
+        """
+        earlier = replace(chat, messages=chat.messages[:i])
+        before = self._render(earlier, identity, add_generation_prompt=True)
+        is_last = i == len(chat.messages) - 1
+        # Whitespace that a template writes after a turn belongs to the next turn.
+        after = (text if is_last else self._render(replace(chat, messages=chat.messages[: i + 1]), identity)).rstrip()
+        if after.startswith(before) and text.startswith(after):
+            return len(before), len(after)
+        # The prompt for an answer, or the last answer, may be written differently, such as with a chain of thought.
+        answer = chat.messages[i]["content"].rpartition(THOUGHT_END)[2].strip()
+        begin = _common_start(before, text)
+        indent = len(text[begin:]) - len(text[begin:].lstrip())
+        if answer and answer in after and begin >= len(self._render(earlier, identity).rstrip()):
+            turn = answer + after.rpartition(answer)[2]
+            if text.startswith(turn, begin + indent):
+                return begin, begin + indent + len(turn)
+        raise DataError(
+            f"the chat template writes the beginning of example {identity!r} differently when more follows, so that "
+            f"answer {i} cannot be found in it: mark the answers in the template with {{% generation %}}, or use "
+            "another template"
+        )
+
+    def _render(self, chat: Conversation, identity: str, **options: Any) -> str:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(messages, **{"tokenize": False, **options})
+            text: str = self.tokenizer.apply_chat_template(
+                chat.messages, **{"tools": chat.tools, "tokenize": False, **options}
+            )
         except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"the chat template refuses example {identity!r}: {error}") from error
+            raise TemplateRefusedError(identity, error) from error
+        return text
 
 
-def check_messages(messages: Any, identity: str) -> list[dict[str, str]]:
-    """A conversation to train on: an optional system message, then user and assistant in turn.
+class TemplateRefusedError(UnusableError):
+    """The chat template does not take an example."""
+
+    def __init__(self, identity: str, error: Exception) -> None:
+        DataError.__init__(self, f"the chat template refuses example {identity!r}: {error}")
+        self.reason = f"a conversation that the chat template refuses: {error}"
+
+
+def _common_start(one: str, other: str) -> int:
+    """The number of characters with which both begin."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _optional(row: Mapping[str, Any], role: str, identity: str) -> str:
+    """The text of a column that a row may lack."""
+    value = row.get(role)
+    return "" if value is None or value == "" else as_text(value, role, identity)
+
+
+def _response(value: Any, identity: str, findings: Findings) -> str:
+    """A response: text, or the first of several, as in SQuAD.
 
     Raises:
-        UnansweredError: naming the example, if an answer is empty, or there is no answer.
-        DataError: naming the example, if it is not such a conversation.
+        UnansweredError: if there is none among several.
     """
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"example {identity!r} has messages = {messages!r:.60}: give a list of role and content")
-    turns: list[dict[str, str]] = []
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError(f"example {identity!r} has the message {message!r:.60}: each needs role and content")
-        role = message["role"]
-        if role not in ROLES:
-            raise DataError(f"example {identity!r} has the role {role!r}: use {', '.join(ROLES)}")
-        turns.append({"role": role, "content": _string(message.get("content"), f"content of {role}", identity)})
-    roles = [t["role"] for t in turns if t["role"] != "system"]
-    late_system = any(t["role"] == "system" for t in turns[1:])
-    if late_system or not roles or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
-        raise DataError(
-            f"example {identity!r} has the roles {[t['role'] for t in turns]}, which do not alternate: at most one "
-            "system message first, then user and assistant in turn"
-        )
-    answers = [t["content"] for t in turns if t["role"] == "assistant"]
-    if not answers or not all(a.strip() for a in answers):
-        raise UnansweredError(_no_answer(identity, "an empty" if answers else "no"))
-    return turns
-
-
-def _string(value: Any, name: str, identity: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"example {identity!r} has {name} = {value!r:.60}: it must be text")
-    return value
-
-
-def _no_answer(identity: str, quantifier: str) -> str:
-    return f"example {identity!r} has {quantifier} answer: remove it, give one, or set drop: true to leave it out"
+    several = value.get("text") if isinstance(value, Mapping) else value
+    if not isinstance(several, list):
+        return as_text(value, "response", identity)
+    if not several:
+        raise UnansweredError(identity, "no")
+    texts = [as_text(text, "response", identity) for text in several]
+    if len(set(texts)) > 1:
+        findings.remark("the first of several responses is learned, the others are not used", texts)
+    return texts[0]
 
 
 def _no_template(tokenizer: Any) -> str:

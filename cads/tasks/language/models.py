@@ -7,8 +7,11 @@ import hashlib
 import inspect
 import json
 import logging
+import os
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,10 +19,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cads.errors import ConfigError, DataError
+from cads.errors import CheckpointError, ConfigError, DataError
+from cads.runtime.atomic_files import sync
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +35,17 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 """Files that hold weights. A folder without any describes a model with random initial weights."""
 PROBES, PROBE_BYTES = 64, 2**16
 """Number and bytes of the pieces of each weight file that its digest reads; they include the first and last bytes."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""The files of an adapter in PEFT's format."""
+ADAPTER_FILES, MODEL_FILES = ("adapter_*",), ("model*.safetensors", "model.safetensors.index.json")
+"""Files that tell an adapter or a whole model from the other: a folder with both would be loaded as neither."""
+MERGE_TOLERANCE = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 5e-2}
+"""Largest mean difference between the losses under a merged model and under the trained one, by the type of the
+weights: nats, or share of the loss where that is above 1 nat. It leaves room for rounding of merged weights."""
+CORRECTED = "fan_in_fan_out is set to"
+"""How a warning of PEFT begins about an option that it sets right by itself."""
+MERGE_ERRORS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError)
+"""What PEFT raises where adapters cannot be merged."""
 BASE_SEED = 0
 """Seed of a frozen base with random weights; all adapters share this base."""
 
@@ -103,6 +121,7 @@ class LanguageModels:
     peft: Mapping[str, Any] | None = None
     peft_field: str = "peft"
     config: Any = field(init=False, repr=False)
+    _said: set[str] = field(init=False, repr=False, default_factory=set)
 
     def __post_init__(self) -> None:
         from transformers import AutoConfig
@@ -195,23 +214,147 @@ class LanguageModels:
         with torch.device("meta"):
             return sum(p.numel() for p in self._from_config("eager").parameters())
 
-    def save(self, model: nn.Module, folder: Path, tokenizer: Any, *, merge: bool = False) -> None:
-        """Write a trained model: an adapter in PEFT's format, or a folder for `from_pretrained`; safetensors.
+    def save(self, model: nn.Module, folder: Path, tokenizer: Any) -> None:
+        """Write a trained model: an adapter in PEFT's format, or a folder for `from_pretrained`; safetensors."""
+        with _written(folder, MODEL_FILES if self.peft is not None else ADAPTER_FILES) as partial:
+            with warnings.catch_warnings():
+                # PEFT says that it writes the embedding beside adapters that stand on it.
+                warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")
+                model.save_pretrained(partial)  # type: ignore[operator]
+            tokenizer.save_pretrained(partial)
+
+    def save_merged(
+        self, model: nn.Module, folder: Path, tokenizer: Any, losses: Callable[[nn.Module], np.ndarray]
+    ) -> None:
+        """Merge the adapter into its base, and write one model, if that is the trained one.
+
+        Embeddings that are tied in the base are written untied where adapters have made them differ.
 
         Args:
-            merge: merge the adapter into the base, and write one model.
+            losses: of some examples under a model, nats, shape (N,): those under the written model, which is loaded
+                for it, must equal those under `model`.
 
         Raises:
-            ConfigError: if there is no adapter to merge.
+            CheckpointError: if the adapter cannot be merged, or the losses differ; then nothing is written.
         """
-        saved: Any = model
-        if merge:
-            if not hasattr(model, "merge_and_unload"):
-                raise ConfigError("merge = true: this model has no adapter that can be merged into its base")
-            # Merging changes the base, which other models share, so it is done on a copy.
-            saved = copy.deepcopy(saved).merge_and_unload()
-        saved.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        expected = losses(model)
+        with _written(folder, ADAPTER_FILES) as partial:
+            merged = self._merged(model)
+            if _embeddings_tied(self.base) and not _embeddings_tied(merged):
+                log.info(
+                    "the adapters have made the embedding of %s and its output head differ: they are written untied, "
+                    "each with its own weights",
+                    self.name,
+                )
+            merged.save_pretrained(partial)
+            del merged
+            tokenizer.save_pretrained(partial)
+            device = next(model.parameters()).device
+            self._check_written(losses(self._finished(self._from_folder(partial)).to(device)), expected)
+
+    def load(self, folder: Path) -> nn.Module:
+        """The trained model that `save` or `save_merged` wrote, on the CPU.
+
+        Raises:
+            CheckpointError: if there is none, or it is of another model.
+        """
+        try:
+            if not (folder / ADAPTER_CONFIG).exists():
+                return self._finished(self._from_folder(folder))
+            if self.peft is None:
+                raise CheckpointError("it holds an adapter, and the task has none")
+            return self._with_adapter(load_file(folder / ADAPTER_WEIGHTS))
+        except (CheckpointError, ConfigError, OSError, SafetensorError, RuntimeError, KeyError) as error:
+            raise CheckpointError(
+                f"the model in {folder} cannot be loaded ({error}): train it anew with --overwrite true"
+            ) from error
+
+    def check_mergeable(self) -> None:
+        """Refuse adapters that cannot be merged, before anything is trained; tried on the meta device.
+
+        Raises:
+            ConfigError: with the reason.
+        """
+        model: Any = self.on_meta()
+        if not hasattr(model, "merge_and_unload"):
+            raise ConfigError(
+                f"merge = true: adapters of {self.peft_field} type = {self._adapter_type!r} are no change of weights, "
+                "and cannot be merged: leave merge out"
+            )
+        try:
+            with torch.device("meta"):
+                self._merged(model)
+        except CheckpointError as error:
+            # Some adapters read their weights in order to merge, and the meta device has none: then it cannot tell.
+            if "meta" not in str(error.__cause__):
+                raise ConfigError(f"merge = true: {error}") from error
+
+    @property
+    def _adapter_type(self) -> str:
+        return str((self.peft or {}).get("type", "")).lower()
+
+    def _merged(self, model: nn.Module) -> Any:
+        """A copy of the base with the adapters of `model` merged into it.
+
+        Raises:
+            CheckpointError: if PEFT cannot merge them.
+        """
+        # Merging changes the base, which other models share, so it is done on a copy.
+        adapted: Any = copy.deepcopy(model, _computed_tensors(model))
+        tied = _untie(adapted)
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                merged = adapted.merge_and_unload()
+        except MERGE_ERRORS as error:
+            raise CheckpointError(
+                f"the adapters {dict(self.peft or {})} cannot be merged: {error}; give merge = false, which writes "
+                "the adapter"
+            ) from error
+        for text in _texts(said):
+            # Tied embeddings are untied here.
+            if "tie" not in text:
+                log.warning("PEFT, on merging %s: %s", self._adapter_type, text)
+        _tie_equal(tied, merged)
+        for config in (merged.config, merged.config.get_text_config()):
+            config.tie_word_embeddings = _embeddings_tied(merged)
+        merged.all_tied_weights_keys = merged.get_expanded_tied_weights_keys(all_submodels=True)
+        return merged
+
+    def _check_written(self, found: np.ndarray, expected: np.ndarray) -> None:
+        difference, size = float(np.abs(found - expected).mean()), max(1.0, float(np.abs(expected).mean()))
+        # NaN is no equality either.
+        if not difference <= MERGE_TOLERANCE[self.dtype] * size:
+            remedy = "" if self.dtype == "float32" else f"; or dtype = float32: {self.dtype} may round the change away"
+            raise CheckpointError(
+                f"the merged model has loss {found.mean():.4g} on {len(found)} test examples, and the trained one "
+                f"{expected.mean():.4g} (mean difference {difference:.2g}): it is not written; give merge = false, "
+                f"which writes the adapter of this training{remedy}"
+            )
+
+    def _from_folder(self, folder: Path) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        options = {} if self.attention is None else {"attn_implementation": self.attention}
+        with _loading("model", str(folder)):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code, **options
+            )
+        model.config.use_cache = False
+        return model
+
+    def _with_adapter(self, weights: dict[str, Tensor]) -> nn.Module:
+        """A model with the `weights` of an adapter that was written."""
+        import peft
+
+        model: nn.Module = self.build(BASE_SEED)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")
+            names = set(peft.get_peft_model_state_dict(model))
+        if other := sorted(names ^ set(weights)):
+            raise CheckpointError(f"its adapter and that of the task differ in {other[:3]}")
+        peft.set_peft_model_state_dict(model, weights)
+        return model
 
     def _from_config(self, attention: str | None) -> Any:
         from transformers import AutoModelForCausalLM
@@ -239,8 +382,8 @@ class LanguageModels:
         versions_before = [(p.data_ptr(), p._version) for p in base.parameters()]
         frozen = list(base.parameters())
         torch.default_generator.manual_seed(seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about suitable uses of adapters, and about names that will change
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             try:
                 model = peft.get_peft_model(base, self._peft_config())
             except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -248,12 +391,20 @@ class LanguageModels:
                     f"the adapters {dict(self.peft or {})} do not fit {self.name}: {error}; change "
                     f"{self.peft_field}: its linear layers are called {_linear_names(base)}"
                 ) from error
+        self._say_once(_texts(said))
         if [(p.data_ptr(), p._version) for p in frozen] != versions_before:
             raise ConfigError(
                 f"the adapters {dict(self.peft or {})} change the weights they stand on, which all models share: "
                 "choose an initialisation that leaves them alone"
             )
         return model
+
+    def _say_once(self, texts: list[str]) -> None:
+        """Log what PEFT has said of the adapters; all models of this object have the same ones."""
+        for text in texts:
+            if text not in self._said:
+                self._said.add(text)
+                log.warning("PEFT, on the adapters of %s: %s", self.name, text)
 
     def _peft_config(self) -> Any:
         import peft
@@ -296,6 +447,98 @@ def _sharing(base: nn.Module) -> nn.Module:
 def _linear_names(model: nn.Module) -> list[str]:
     kinds = {type(m).__name__ for m in model.modules()} & {"Linear", "Conv1D"}
     return sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if type(m).__name__ in kinds})
+
+
+def _texts(said: list[warnings.WarningMessage]) -> list[str]:
+    """The texts of warnings that a user can act on, each once, on one line."""
+    kinds = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+    texts = [" ".join(str(w.message).split()) for w in said if not issubclass(w.category, kinds)]
+    return [text for text in dict.fromkeys(texts) if not text.startswith(CORRECTED)]
+
+
+Slot = tuple[nn.Module, str]
+"""A module, and the name of one of its own parameters."""
+
+
+def _computed_tensors(model: nn.Module) -> dict[int, Tensor]:
+    """Copies, by id, of the tensors of `model` that are computed from others, such as transposed ones of tied adapters.
+
+    As the memo of `deepcopy`, which copies no such tensor by itself.
+    """
+    held = (x for module in model.modules() for x in _tensors_in(vars(module)))
+    return {id(x): x.detach().clone() for x in held if not x.is_leaf}
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _tensors_in(inner)
+
+
+def _untie(model: nn.Module) -> list[list[Slot]]:
+    """Give each module of `model` parameters of its own; returns the places of each parameter that was shared."""
+    slots: dict[int, list[Slot]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                slots.setdefault(id(parameter), []).append((module, name))
+    shared = [places for places in slots.values() if len(places) > 1]
+    for places in shared:
+        for module, name in places[1:]:
+            x = getattr(module, name)
+            setattr(module, name, nn.Parameter(x.detach().clone(), requires_grad=x.requires_grad))
+    return shared
+
+
+def _tie_equal(shared: list[list[Slot]], model: nn.Module) -> None:
+    """Share again, within `model`, the parameters that `_untie` gave copies, if they are still equal."""
+    present = {id(module) for module in model.modules()}
+    for places in shared:
+        # A module whose weights an adapter has replaced is no longer there.
+        (first, first_name), *others = [(m, name) for m, name in places if id(m) in present] or [(model, "")]
+        for module, name in others:
+            x = getattr(first, first_name)
+            if x.device.type != "meta" and torch.equal(x, getattr(module, name)):
+                setattr(module, name, x)
+
+
+def _embeddings_tied(model: Any) -> bool:
+    """Whether the output head of `model` has the weights of its embedding."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
+
+
+@contextmanager
+def _written(folder: Path, others: tuple[str, ...]) -> Iterator[Path]:
+    """Fill a temporary folder within `folder`; if the block ends without an error, its files move into `folder`.
+
+    Args:
+        others: patterns of files of another model, which are removed then.
+
+    Yields:
+        the temporary folder; it is removed if the block fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # A run removes what a killed process leaves under this prefix.
+    partial = Path(tempfile.mkdtemp(prefix=".model.", dir=folder))
+    try:
+        yield partial
+        for path in sorted(partial.iterdir()):
+            if path.is_file():
+                path.chmod(0o644)
+                sync(path)
+        for stale in [path for pattern in others for path in folder.glob(pattern)]:
+            stale.unlink()
+        for path in sorted(partial.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(folder / path.name, ignore_errors=True)
+            os.replace(path, folder / path.name)
+        sync(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

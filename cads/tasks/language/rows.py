@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cads.data.ids import numbered
+from cads.data.ids import distinct, numbered
+from cads.data.origin import FileOrigin, file_digest, row_hashes
 from cads.errors import ConfigError, DataError
-from cads.runtime.signals import Interrupted
-from cads.tasks.language.formats import Format, needed_columns, recognise
+from cads.tasks.language.columns import (
+    COLUMNS,
+    LABELS,
+    Format,
+    assign_columns,
+    fill_template,
+    is_template,
+    unused_columns,
+    used_columns,
+)
+from cads.tasks.language.draws import first_of_each, say_lost
+from cads.tasks.language.tables import as_text, read_file, read_hub, read_saved, stem_of
 
 log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 1000
 """Rows that are held as Python objects at a time while they are encoded."""
-COLUMNS = ("messages", "prompt", "context", "response", "text", "id", "source", "subtask")
-"""Roles that a column can have."""
-SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
 LIMIT = 5
 """First word of the seed that draws `limit` rows."""
 
@@ -36,7 +43,7 @@ class TextSource:
     name: str = ""
     """Name of the source; empty: the name of the file or data set."""
     path: str | None = None
-    """A .json, .jsonl, .parquet or .csv file, or a folder written by `Dataset.save_to_disk`."""
+    """A .json, .jsonl, .csv, .tsv, .parquet or .arrow file, also .jsonl.gz and the like, or a folder of `datasets`."""
     dataset: str | None = None
     """Name of a data set on the hub, instead of a path."""
     config: str | None = None
@@ -46,7 +53,8 @@ class TextSource:
     format: Format | None = None
     """messages (conversations), prompt (and response), or text; null: recognised by the columns."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Which column stands for messages, prompt, context, response, text, id, source or subtask."""
+    """Which column stands for messages, prompt, context, response, text, system, history, tools, id, source or subtask;
+    a column, or a template of columns, such as "{instruction} {input}"."""
     limit: int | None = None
     """Draw this many rows by `data_seed`; null: all."""
 
@@ -60,7 +68,12 @@ class TextSource:
             raise ConfigError(f"columns stand for {unknown}, which is unknown: use {', '.join(COLUMNS)}")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit = {self.limit}: it must be at least 1")
-        self.name = self.name or Path(str(self.path or self.dataset)).stem
+        self.name = self.name or self.derived_name
+
+    @property
+    def derived_name(self) -> str:
+        """The name of the file or data set."""
+        return Path(str(self.dataset)).stem if self.path is None else stem_of(Path(self.path))
 
     @property
     def location(self) -> str:
@@ -73,12 +86,13 @@ class Rows:
     """Rows of one format, not yet tokens.
 
     Attributes:
-        table: text columns, named by role: `messages`, `prompt`, `context`, `response` or `text`.
+        table: the columns that examples are written from, named by role: all of `COLUMNS` but the last three.
         format: of all rows.
         ids: one for each row. name: of the source.
         sources, subtasks: a name for each row, or None.
         table_positions: positions of the rows in `table`, ascending, int64; None if they are all of the table. With
             them, rows that are drawn from a table on disk stay on disk.
+        origin: the file of which `table` holds every row, in order; None if that is not known.
     """
 
     table: pa.Table
@@ -88,9 +102,15 @@ class Rows:
     sources: pa.Array | None = None
     subtasks: pa.Array | None = None
     table_positions: np.ndarray | None = None
+    origin: FileOrigin | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def file_rows(self) -> np.ndarray:
+        """The row of each in its file, counted from 0, int64, shape (n,)."""
+        return np.arange(len(self)) if self.table_positions is None else self.table_positions
 
     def take(self, positions: np.ndarray) -> Rows:
         """The rows at `positions`, ascending, int64."""
@@ -121,151 +141,192 @@ class Rows:
             yield self.ids.slice(start, size), pa.Table.from_batches(drawn)
 
 
-def load_rows(source: TextSource, seed: int, *, given_sources: bool = False) -> Rows:
+def load_rows(source: TextSource, seed: int, *, given_sources: bool = False, prefix: str | None = None) -> Rows:
     """Read a source.
 
-    A folder of `datasets` and a data set on the hub stay on disk; JSON, Parquet and CSV files are held in memory. A
-    format or column that is not named is recognised and logged.
+    A folder of `datasets`, a data set on the hub and an Arrow file stay on disk; all other files are held in memory.
+    Ids, sources and texts are strings, as they are written. A format or column that is not named is recognised and
+    logged.
 
     Args:
         seed: of the rows that `limit` draws.
         given_sources: whether a column called `source` is recognised as the source of each row.
+        prefix: of the ids of rows without a column of ids; None: the name of the source.
 
     Raises:
-        DataError: if the source cannot be read, is empty, or a column is missing.
+        DataError: if the source cannot be read, is empty, lacks a column, or has an id on two rows.
     """
     table = _table(source)
     if not len(table):
         raise DataError(f"{source.location} is empty: it needs at least one row")
-    chosen, columns = _columns(source, table.column_names)
-    ids = numbered(source.name, len(table)) if "id" not in columns else _strings(table, columns["id"], source)
-    if given_sources and "source" in table.column_names:
-        columns.setdefault("source", "source")
+    read, present = table, table.column_names
+    chosen, columns = assign_columns(present, source.format, source.columns, source.location)
+    table = _filled(source, read, columns)
+    ids = _ids(source, table, columns, prefix or source.name)
+    sources = _labels(source, table, columns, given_sources=given_sources)
     if (chosen, columns) != (source.format, source.columns):
         read_as = ", ".join(role if role == name else f"{role} = {name}" for role, name in columns.items())
         log.info("%s (%s): recognised as %s, from columns %s", source.name, source.location, chosen, read_as)
-    sources = None if "source" not in columns else _strings(table, columns["source"], source)
     subtasks = None if "subtask" not in columns else _strings(table, columns["subtask"], source)
-    text_columns = {role: name for role, name in columns.items() if role not in ("id", "source", "subtask")}
-    content = pa.table({role: table[name] for role, name in text_columns.items()})
-    rows = Rows(content, chosen, ids, source.name, sources, subtasks)
+    text_columns = {role: name for role, name in columns.items() if role not in LABELS}
+    content = pa.table({role: _text(table, name, source) for role, name in text_columns.items()})
+    _say_unused(source, read, columns, given_sources=given_sources)
+    id_column = columns.get("id") if columns.get("id") in present else None
+    origin = _origin(source, read, sorted(used_columns(text_columns.values(), present), key=present.index), id_column)
+    rows = Rows(content, chosen, ids, source.name, sources, subtasks, origin=origin)
     if source.limit is None or source.limit >= len(rows):
         return rows
-    drawn = np.random.default_rng((LIMIT, seed)).permutation(len(rows))[: source.limit]
-    return rows.take(np.sort(drawn))
+    order = np.random.default_rng((LIMIT, seed)).permutation(len(rows))
+    drawn = rows.take(np.sort(first_of_each(order, source_codes([rows])[0], source.limit)))
+    say_lost(labels_of([rows]), labels_of([drawn]), f"{source.limit} rows of {source.location}")
+    return drawn
 
 
-def _columns(source: TextSource, present: Sequence[str]) -> tuple[Format, dict[str, str]]:
-    """The format, and the column of each role; those that are not given are recognised."""
-    columns = {"id": "id", **source.columns} if "id" in present else dict(source.columns)
-    absent = sorted(set(source.columns.values()) - set(present))
-    if absent:
-        raise DataError(f"{source.location} has no columns {absent}: it has {list(present)}")
-    complete = [f for f in get_args(Format) if set(needed_columns(f)) <= set(columns)]
-    if source.format is None and complete:
-        return complete[0], columns
-    if source.format is None:
-        chosen, recognised = recognise(present, source.location)
-        if chosen == "prompt" and recognised["prompt"] == "instruction" and "input" in present:
-            recognised["context"] = "input"
-        return chosen, {**recognised, **columns}
-    for role in needed_columns(source.format):
-        if role not in columns and role not in present:
-            recognised = recognise(present, source.location)[1]
-            if role not in recognised:
-                raise DataError(
-                    f"{source.location} has no column for {role}, which format = {source.format} needs: "
-                    "name it in columns"
-                )
-            columns[role] = recognised[role]
-        columns.setdefault(role, role)
-    return source.format, columns
+def _origin(source: TextSource, table: pa.Table, columns: Sequence[str], id_column: str | None) -> FileOrigin:
+    """The record of a file, by which a Selection finds its rows again."""
+    read = table.select(list(dict.fromkeys(columns)))
+    hashes = [
+        row_hashes([shard.to_pylist() for shard in read.slice(start, ROWS_AT_ONCE).itercolumns()])
+        for start in range(0, len(read), ROWS_AT_ONCE)
+    ]
+    digest = file_digest(np.concatenate(hashes))
+    return FileOrigin(source.location, len(read), tuple(read.column_names), digest, id_column)
+
+
+def _filled(source: TextSource, table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
+    """The table, with a column for each template among `columns`, which has the template as its name."""
+    for template in dict.fromkeys(columns.values()):
+        if is_template(template, table.column_names):
+            table = table.append_column(template, fill_template(table, template, source.location))
+    return table
+
+
+def _say_unused(source: TextSource, table: pa.Table, columns: Mapping[str, str], *, given_sources: bool) -> None:
+    """Warn of the columns that are not used; `id` and `source` are spoken of where they are read."""
+    spoken_of = {role for role in ("id", *(["source"] if given_sources else [])) if role not in columns}
+    unused = unused_columns(table, used_columns(columns.values(), table.column_names) | spoken_of)
+    if unused:
+        log.warning(
+            "%s (%s): not used are %s; name them in columns if they belong to the text, such as in a template, "
+            'prompt: "{instruction}\\n{input}"',
+            source.name,
+            source.location,
+            unused,
+        )
 
 
 def _table(source: TextSource) -> pa.Table:
     if source.dataset is not None:
-        return _hub(source)
+        return read_hub(source.dataset, source.config, source.split)
     path = Path(str(source.path))
-    if path.is_dir():
-        return _saved(path)
-    if not path.is_file():
-        raise DataError(f"{path} does not exist: give a file ({', '.join(SUFFIXES)}) or a folder of `datasets`")
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path} has the suffix {path.suffix!r}: use one of {', '.join(SUFFIXES)}")
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            return pq.ParquetFile(path, memory_map=True).read()
-        return _csv(path) if path.suffix == ".csv" else _json(path)
-    except (pa.ArrowException, ValueError, OSError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    return read_saved(path) if path.is_dir() else read_file(path)
 
 
-def _csv(path: Path) -> pa.Table:
-    """A file with a header; every value is read as text, numbers too."""
-    from pyarrow import csv
+def source_codes(parts: Sequence[Rows]) -> tuple[np.ndarray, list[str]]:
+    """The source of each row as an index into names, int64, shape (N,), and the names.
 
-    parsing = csv.ParseOptions(newlines_in_values=True)
-    with csv.open_csv(path, parse_options=parsing) as reader:
-        types = {name: pa.string() for name in reader.schema.names}
-    return csv.read_csv(path, parse_options=parsing, convert_options=csv.ConvertOptions(column_types=types))
-
-
-def _json(path: Path) -> pa.Table:
-    """A file with one object per line, or with one list of objects."""
-    with path.open("rb") as file:
-        first_byte = file.read(1024).lstrip()[:1]
-    if first_byte != b"[":
-        from pyarrow import json as lines
-
-        # A block must hold the longest line.
-        return lines.read_json(path, read_options=lines.ReadOptions(block_size=2**26))
-    rows = json.loads(path.read_text())
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("every entry of the list must be an object")
-    return pa.Table.from_pylist(rows)
+    Rows without a column of sources are one source, by the name of their file.
+    """
+    numbers: dict[str, int] = {}
+    codes = []
+    for rows in parts:
+        if rows.sources is None:
+            codes.append(np.full(len(rows), numbers.setdefault(rows.name, len(numbers))))
+            continue
+        encoded = rows.sources.dictionary_encode()
+        code_of = [numbers.setdefault(name, len(numbers)) for name in encoded.dictionary.to_pylist()]
+        codes.append(np.array(code_of, dtype=np.int64)[encoded.indices.to_numpy()])
+    return np.concatenate([np.zeros(0, dtype=np.int64), *codes]), list(numbers)
 
 
-def _saved(path: Path) -> pa.Table:
-    from datasets import Dataset, load_from_disk
-
-    try:
-        loaded = load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no folder of `datasets`: {error}") from error
-    if not isinstance(loaded, Dataset):
-        raise DataError(f"{path} holds several splits {sorted(loaded)}: give the folder of one")
-    return _in_order(loaded)
+def labels_of(parts: Sequence[Rows]) -> set[str]:
+    """The names of all sources of the rows."""
+    return {
+        name
+        for rows in parts
+        for name in ([rows.name] if rows.sources is None else pc.unique(rows.sources).to_pylist())
+    }
 
 
-def _in_order(loaded: Any) -> pa.Table:
-    # `datasets` copies rows that were selected or shuffled into a new table first.
-    ordered = loaded if loaded._indices is None else loaded.flatten_indices()
-    return ordered.data.table
+def _ids(source: TextSource, table: pa.Table, columns: dict[str, str], prefix: str) -> pa.Array:
+    """The ids of all rows of the file, unique; numbers of rows if there is no column of ids.
 
-
-def _hub(source: TextSource) -> pa.Table:
-    from datasets import load_dataset
-
-    try:
-        loaded = load_dataset(str(source.dataset), source.config, split=source.split)
-    except Interrupted:
-        raise
-    except Exception as error:  # the hub client raises many types of exception
+    A column that is only recognised by its name and has no value at all is removed from `columns`.
+    """
+    column = columns.get("id")
+    if column is not None and "id" not in source.columns and table[column].null_count == len(table):
+        log.warning("column %r of %s is empty in all rows: the rows are numbered", column, source.location)
+        del columns["id"]
+    if column is None or "id" not in columns:
+        return numbered(prefix, len(table))
+    ids = _names(table, column, source)
+    if repeated := repeated_ids(ids):
         raise DataError(
-            f"data set {source.dataset!r} ({source.split}) cannot be loaded: {type(error).__name__}: {error}"
+            f"column {column!r} of {source.location} has {len(repeated)} ids on more than one row, such as "
+            f"{repeated[:3]}: give each row an id of its own, name another column as id, or remove the column, so that "
+            "rows are numbered"
+        )
+    return ids
+
+
+def _labels(source: TextSource, table: pa.Table, columns: dict[str, str], *, given_sources: bool) -> pa.Array | None:
+    """The source of each row, or None; a column that is only recognised by its name is used if every row has one."""
+    if "source" in columns:
+        return _names(table, columns["source"], source)
+    if not (given_sources and "source" in table.column_names):
+        return None
+    try:
+        labels = _names(table, "source", source)
+    except DataError as error:
+        log.warning("%s; it is not used, and all rows are one source", error)
+        return None
+    columns["source"] = "source"
+    return labels
+
+
+def repeated_ids(ids: pa.Array | pa.ChunkedArray) -> list[str]:
+    """The ids that are there more than once, in order of appearance."""
+    if distinct(ids):
+        return []
+    counts = pc.value_counts(ids)
+    found: list[str] = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
+    return found
+
+
+def _text(table: pa.Table, column: str, source: TextSource) -> pa.ChunkedArray:
+    try:
+        return as_text(table[column])
+    except pa.ArrowException as error:
+        raise DataError(
+            f"column {column!r} of {source.location} is {table[column].type}, which is no text ({error}): write it as "
+            "text"
         ) from error
-    return _in_order(loaded)
 
 
 def _strings(table: pa.Table, column: str, source: TextSource) -> pa.Array:
-    values = table[column].combine_chunks()
-    if values.null_count:
-        raise DataError(f"{source.location} has {values.null_count} rows without {column!r}: every row needs one")
-    try:
-        return pc.cast(values, pa.string())
-    except pa.ArrowException as error:
+    """A column of which every row needs a value."""
+    values = _text(table, column, source)
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         raise DataError(
-            f"column {column!r} of {source.location} is {values.type}: it must be text or numbers"
-        ) from error
+            f"column {column!r} of {source.location} holds lists or objects, and has to be text or numbers: name "
+            "another column, or rename this one"
+        )
+    if values.null_count:
+        raise DataError(_missing(column, source, values.null_count, len(values)))
+    return pc.cast(values, pa.string()).combine_chunks()
+
+
+def _names(table: pa.Table, column: str, source: TextSource) -> pa.Array:
+    """Ids or sources: as `_strings`, and none is blank, which is how CSV writes a missing value."""
+    values = _strings(table, column, source)
+    blank = pc.sum(pc.equal(pc.utf8_trim_whitespace(values), "")).as_py()
+    if blank:
+        raise DataError(_missing(column, source, blank, len(values)))
+    return values
+
+
+def _missing(column: str, source: TextSource, count: int, rows: int) -> str:
+    return (
+        f"column {column!r} of {source.location} has no value in {count} of {rows} rows: give each row one, name "
+        "another column, or rename this one"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from cads.errors import ConfigError
 from cads.tasks.language.models import Dtype
@@ -17,6 +17,9 @@ ADDED = ("selector_pad_token", "selector_peft")
 @dataclass
 class LanguageSettings:
     """Fields of a language task, and the checks that need no data."""
+
+    evaluation_fields: ClassVar[tuple[str, ...]] = ("choices", "answer_pattern", "max_new_tokens")
+    """Fields on which further evaluations depend, and neither selection nor training."""
 
     model: str = ""
     """Name on the hub, or folder. A folder with a config and no weights gives random weights, by seed."""
@@ -58,8 +61,8 @@ class LanguageSettings:
     """Tokens at which an example is cut; null: the context of the model. The selector's model cuts at its own context
     if that is shorter."""
     drop: bool = False
-    """Leave out examples that have no answer token, for the model or for the selector's, instead of refusing them;
-    `data.json` in the folder of a run counts them."""
+    """Leave out examples that cannot be used, or have no answer token for the model or for the selector's, instead of
+    refusing them; `data.json` in the folder of a run counts them."""
     chat: bool | None = None
     """Write prompt and response by the chat template; null: if there is one."""
     separator: str = "\n"

@@ -11,11 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cads.data.origin import joined
 from cads.data.pool import Pool
 from cads.errors import DataError
+from cads.tasks.language.draws import first_of_each, say_lost
 from cads.tasks.language.encoding import EncodingReport, TokenEncoder
 from cads.tasks.language.formats import Renderer
-from cads.tasks.language.rows import Rows, TextSource, load_rows
+from cads.tasks.language.rows import Rows, TextSource, labels_of, load_rows, repeated_ids, source_codes
+from cads.tasks.language.source_names import names_and_prefixes
 from cads.tasks.language.token_cache import TokenCache
 from cads.tasks.language.tokens import Collected, Sequences
 
@@ -65,28 +68,39 @@ def divide(
         sizes: n_pool, n_target, n_test; None for the defaults of `LanguageConfig`.
         seed: of every draw.
 
+    Every source keeps a row where it stays, or a warning names it.
+
     Raises:
-        DataError: if there are fewer rows than requested.
+        DataError: if there are fewer rows than requested, or an id is in two files.
     """
     n_pool, n_target, n_test = sizes
     single_entry = len(pool) == 1
-    candidates = [load_rows(s, seed, given_sources=single_entry) for s in pool]
-    targets, tests = ([load_rows(s, seed) for s in specs] for specs in (target, test))
+    candidates, targets, tests = _load(pool, target, test, seed)
+    given_pool, given_target = labels_of(candidates), labels_of(targets)
     if not tests:
         test_parts = targets or candidates
         available = _count(test_parts)
         count = n_test if n_test is not None else max(1, available // (2 if targets else 5))
-        tests, rest = _draw(test_parts, count, seed, "test set")
+        tests, rest = _draw_out(test_parts, count, seed, "test set")
+        if not rest:
+            raise DataError(
+                f"the test set takes all {available} rows of the {'target' if targets else 'pool'}: give more rows, "
+                "ask for a smaller n_test, or give a test set"
+            )
         targets, candidates = (rest, candidates) if targets else (targets, rest)
     elif n_test is not None:
-        tests, _ = _draw(tests, n_test, seed, "test set")
+        tests = _reduce(tests, n_test, seed, "test set")
     if not targets:
         count = n_target if n_target is not None else max(1, _count(candidates) // 10)
-        targets, candidates = _draw(candidates, count, seed, "target")
+        targets, candidates = _draw_out(candidates, count, seed, "target")
     elif n_target is not None:
-        targets, _ = _draw(targets, n_target, seed, "target")
+        targets = _reduce(targets, n_target, seed, "target")
     if n_pool is not None:
-        candidates, _ = _draw(candidates, n_pool, seed, "pool")
+        candidates = _reduce(candidates, n_pool, seed, "pool")
+    if not candidates:
+        raise DataError("no row is left for the pool: give more rows, or ask for a smaller n_target and n_test")
+    say_lost(given_pool, labels_of(candidates), "pool")
+    say_lost(given_target, labels_of(targets), "target")
     return Split(candidates, targets, tests, named=not single_entry)
 
 
@@ -106,8 +120,7 @@ def encode_pools(
         ConfigError: if the tokenizer lacks a chat template that is needed, or token_cache is not a folder.
         DataError: if an example cannot be encoded, or tokens cannot be written.
     """
-    renderer = Renderer(tokenizer, settings.separator, settings.chat)
-    encoder = TokenEncoder(tokenizer, renderer, max_length, settings.packing, settings.drop)
+    encoder = encoder_of(tokenizer, settings, max_length)
     encode: Encode = partial(_in_memory, encoder)
     if settings.token_cache is not None:
         cache = TokenCache(settings.token_cache, encoder)
@@ -119,6 +132,16 @@ def encode_pools(
         _pool(split.test, encoder, encode, "test set"),
     ]
     return [pool for pool, _ in pools], {"max_tokens": max_length, **{pool.name: counts for pool, counts in pools}}
+
+
+def encoder_of(tokenizer: Any, settings: LanguageSettings, max_length: int) -> TokenEncoder:
+    """What turns rows into tokens, for settings of a task.
+
+    Raises:
+        ConfigError: if the tokenizer lacks a chat template that is needed.
+    """
+    renderer = Renderer(tokenizer, settings.separator, settings.chat)
+    return TokenEncoder(tokenizer, renderer, max_length, settings.packing, settings.drop)
 
 
 def _in_memory(encoder: TokenEncoder, parts: Parts) -> tuple[Sequences, list[EncodingReport]]:
@@ -144,12 +167,14 @@ def _pool(
     ]
     ids = pa.concat_arrays([rows.ids for rows in encoded])
     tokens = encoder.tokens(sequences, _subtasks(encoded, name))
+    say_lost(labels_of(parts), labels_of(encoded), f"encoded {name}")
+    origin = joined([(rows.origin, rows.file_rows) for rows in encoded])
     if not with_sources or not (named or encoded[0].sources is not None):
-        return Pool(ids, tokens, name=name), counts
+        return Pool(ids, tokens, name=name, origin=origin), counts
     # An entry with a source column has several sources; any other entry is one source.
     labels = pa.concat_arrays([x.sources if x.sources is not None else _repeated(x.name, len(x)) for x in encoded])
     coded = labels.dictionary_encode()
-    return Pool(ids, tokens, coded.indices.to_numpy(), coded.dictionary.to_pylist(), name=name), counts
+    return Pool(ids, tokens, coded.indices.to_numpy(), coded.dictionary.to_pylist(), name=name, origin=origin), counts
 
 
 def _subtasks(parts: Parts, name: str) -> np.ndarray | None:
@@ -179,17 +204,63 @@ def _count(parts: Parts) -> int:
     return sum(len(rows) for rows in parts)
 
 
-def _draw(parts: Parts, count: int, seed: int, name: str) -> tuple[Parts, Parts]:
-    """`count` rows drawn from all parts together, and the rest; empty parts are left out of both."""
+def _load(
+    pool: Sequence[TextSource], target: Sequence[TextSource], test: Sequence[TextSource], seed: int
+) -> tuple[Parts, Parts, Parts]:
+    """The rows of all files, of which no two share an id."""
+    given = [*pool, *target, *test]
+    roles = ["pool"] * len(pool) + ["target"] * len(target) + ["test set"] * len(test)
+    loaded = []
+    for i, (name, prefix) in enumerate(names_and_prefixes(given)):
+        given_sources = roles[i] == "pool" and len(pool) == 1
+        loaded.append(load_rows(replace(given[i], name=name), seed, given_sources=given_sources, prefix=prefix))
+    _check_ids(loaded, [f"the {role} ({source.location})" for role, source in zip(roles, given, strict=True)])
+    first, second = len(pool), len(pool) + len(target)
+    return loaded[:first], loaded[first:second], loaded[second:]
+
+
+def _check_ids(parts: Parts, places: Sequence[str]) -> None:
+    """Refuse an id that is in two files, also where neither row is drawn: one id stands for one example."""
+    if len(parts) < 2:
+        return
+    repeated = repeated_ids(pa.chunked_array([rows.ids for rows in parts]))
+    if repeated:
+        holds = [pc.index(rows.ids, repeated[0]).as_py() >= 0 for rows in parts]
+        of_first = [place for place, is_in in zip(places, holds, strict=True) if is_in]
+        raise DataError(
+            f"{len(repeated)} ids are in more than one file, such as {repeated[:3]}, in {' and '.join(of_first)}: "
+            "give each file once; put the name of the file before its ids, or remove the columns of ids, so that rows "
+            "are numbered"
+        )
+
+
+def _draw_out(parts: Parts, count: int, seed: int, name: str) -> tuple[Parts, Parts]:
+    """`count` rows drawn from all parts together, and the rest, in which each source keeps a row if it can."""
+    order, codes = _order(parts, count, seed, name)
+    kept = first_of_each(order[::-1], codes, len(order) - count)
+    is_drawn = np.ones(len(order), dtype=bool)
+    is_drawn[kept] = False
+    return _where(parts, is_drawn), _where(parts, ~is_drawn)
+
+
+def _reduce(parts: Parts, count: int, seed: int, name: str) -> Parts:
+    """`count` rows drawn from all parts together, among them one of each source if they suffice."""
+    order, codes = _order(parts, count, seed, name)
+    is_drawn = np.zeros(len(order), dtype=bool)
+    is_drawn[first_of_each(order, codes, count)] = True
+    return _where(parts, is_drawn)
+
+
+def _order(parts: Parts, count: int, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of all parts in random order, and the source of each."""
     available = _count(parts)
     if count > available or available == 0:
         raise DataError(f"the {name} needs {count} rows where {available} are left: ask for fewer, or give more data")
     purpose = ("test set", "target", "pool").index(name)
-    chosen = np.zeros(available, dtype=bool)
-    chosen[np.random.default_rng((SPLIT, seed, purpose)).permutation(available)[:count]] = True
-    pieces = np.split(chosen, np.cumsum([len(rows) for rows in parts])[:-1])
-    drawn, rest = (
-        [rows.take(np.flatnonzero(mask == is_drawn)) for rows, mask in zip(parts, pieces, strict=True)]
-        for is_drawn in (True, False)
-    )
-    return [rows for rows in drawn if len(rows)], [rows for rows in rest if len(rows)]
+    return np.random.default_rng((SPLIT, seed, purpose)).permutation(available), source_codes(parts)[0]
+
+
+def _where(parts: Parts, mask: np.ndarray) -> Parts:
+    """The rows of all parts for which `mask` holds, without parts that have none."""
+    pieces = np.split(mask, np.cumsum([len(rows) for rows in parts])[:-1])
+    return [rows.take(np.flatnonzero(piece)) for rows, piece in zip(parts, pieces, strict=True) if piece.any()]

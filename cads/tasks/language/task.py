@@ -18,7 +18,7 @@ from cads.data.pool import Pool
 from cads.data.token_batches import scoring_batches
 from cads.errors import ConfigError
 from cads.scoring.pool_scores import evaluating
-from cads.task import Metrics, Task
+from cads.task import Metrics, StepwiseEvaluation, Task
 from cads.tasks.language import evaluation
 from cads.tasks.language.costs import LanguageCosts
 from cads.tasks.language.models import LanguageModels, answer_logits, last_hidden
@@ -27,6 +27,9 @@ from cads.tasks.language.tokens import IGNORED, pack, tokens_of
 
 if TYPE_CHECKING:
     from cads.recipe import TrainConfig
+
+COMPARED = 32
+"""Test examples whose losses are compared under a merged model and under the trained one."""
 
 
 class LanguageTask(Task):
@@ -45,7 +48,7 @@ class LanguageTask(Task):
         counts: examples cut and left out of each source, for the selector's model too, as JSON values.
 
     Raises:
-        ConfigError: if the recipe does not go with packing.
+        ConfigError: if the recipe does not go with packing, or its precision not with the type of the weights.
     """
 
     averaged = ("loss",)
@@ -69,6 +72,11 @@ class LanguageTask(Task):
         if settings.packing and recipe.accumulate > 1:
             raise ConfigError(
                 f"accumulate = {recipe.accumulate}: packed batches are not cut into pieces; lower batch_size"
+            )
+        if recipe.precision == "fp16" and models.dtype == "float16" and models.peft is None:
+            raise ConfigError(
+                "dtype = 'float16' with precision = 'fp16': the loss is scaled, which needs weights in float32; "
+                "set dtype: float32, or dtype: bfloat16 and precision: no"
             )
 
     @property
@@ -173,7 +181,7 @@ class LanguageTask(Task):
         with evaluating(model):
             for rows in scoring_batches(pool):
                 losses, _ = self.token_losses(model, pool.batch(rows).to(device))
-                sums[rows] = losses.double().sum(dim=1).cpu().numpy()
+                sums[rows] = losses.cpu().double().sum(dim=1).numpy()
         return sums
 
     def texts(self, pool: Pool) -> list[str]:
@@ -196,9 +204,32 @@ class LanguageTask(Task):
         texts: list[str] = self.tokenizer.batch_decode(spans)
         return texts
 
+    def check_merge(self, merge: bool) -> None:
+        """Refuse to merge where there are no adapters, or adapters that cannot be merged."""
+        super().check_merge(merge)
+        if merge:
+            self.models.check_mergeable()
+
     def save(self, model: nn.Module, folder: Path, *, merge: bool = False) -> None:
-        """Write the adapter or the whole model, and the tokenizer; see `LanguageModels.save`."""
-        self.models.save(model, folder, self.tokenizer, merge=merge)
+        """Write the adapter or the whole model, and the tokenizer.
+
+        With `merge`, losses of test examples under the written model are compared with those under the trained one;
+        see `LanguageModels.save_merged`.
+        """
+        self.check_merge(merge)
+        if merge:
+            self.models.save_merged(model, folder, self.tokenizer, self._compared_losses)
+        else:
+            self.models.save(model, folder, self.tokenizer)
+
+    def load(self, folder: Path) -> nn.Module:
+        """The trained model that `save` wrote."""
+        return self.models.load(folder)
+
+    def _compared_losses(self, model: nn.Module) -> np.ndarray:
+        """The losses of the first test examples, nats, by which a written model is compared with the trained one."""
+        examples = self.test.subset(np.arange(min(COMPARED, len(self.test))), self.test.name)
+        return self.metrics_by_example(model, examples)["loss"]
 
     def check_evaluation(self, name: str) -> None:
         """Refuse all evaluations but `choices`, `exact_match` and `lm_eval:TASKS`, and these if they cannot run."""
@@ -207,3 +238,11 @@ class LanguageTask(Task):
     def evaluate(self, model: nn.Module, name: str) -> Metrics:
         """One of the further evaluations: `choices`, `exact_match` or `lm_eval:TASKS`."""
         return evaluation.evaluate(self, model, name)
+
+    def stepwise_evaluation(self, model: nn.Module, name: str) -> StepwiseEvaluation | None:
+        """The steps of `choices` or `exact_match`."""
+        return evaluation.stepwise_evaluation(self, model, name)
+
+    def evaluation_settings(self, name: str) -> dict[str, Any]:
+        """The settings and the contents of files that an evaluation reads."""
+        return evaluation.evaluation_settings(self, name)

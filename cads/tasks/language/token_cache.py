@@ -33,7 +33,7 @@ from cads.tasks.language.tokens import Sequences
 
 log = logging.getLogger(__name__)
 
-ENTRY_VERSION = 1
+ENTRY_VERSION = 2
 """Version of the files and of the encoding; raise it with every change of `Renderer` or `TokenEncoder`."""
 MANIFEST = "manifest.json"
 ARRAYS = {"ids": "<i4", "learned": "|b1", "offsets": "<i8", "text": "|u1", "text_offsets": "<i8", "left_out": "<i8"}
@@ -187,7 +187,7 @@ class TokenFiles:
             origin: key, encoder and sources of the entry, as JSON values. reports: on the rows of each source.
         """
         self._append("left_out", np.concatenate([report.left_out for report in reports]))
-        parts = [report.counts for report in reports]
+        parts = [report.stored for report in reports]
         files = {n: {"bytes": f.tell(), "sha256": self._hashes[n].hexdigest()} for n, f in self._files.items()}
         manifest = {"schema_version": ENTRY_VERSION, **origin, "parts": parts, "files": files}
         text = json.dumps({**manifest, "check": number_of(manifest)}, indent=1)
@@ -253,7 +253,7 @@ def _mapped(path: Path, size: int, sha256: str, kind: str) -> np.ndarray:
         return np.asarray(np.memmap(file, dtype=kind, mode="r")) if size else np.empty(0, dtype=kind)
 
 
-def _reports(parts: Sequence[Mapping[str, int]], left_out: np.ndarray) -> list[EncodingReport]:
+def _reports(parts: Sequence[Mapping[str, Any]], left_out: np.ndarray) -> list[EncodingReport]:
     """The reports of an entry, from the counts in its manifest and the positions left out of all sources."""
     ends = np.cumsum([0, *(part["left_out"] for part in parts)])
     if ends[-1] != len(left_out):
@@ -263,7 +263,11 @@ def _reports(parts: Sequence[Mapping[str, int]], left_out: np.ndarray) -> list[E
         positions = left_out[begin:end]
         if len(positions) and (positions[0] < 0 or positions[-1] >= part["rows"] or (np.diff(positions) < 1).any()):
             raise DataError("it lists rows as left out that are none")
-        reports.append(EncodingReport(part["rows"], part["cut"], positions, part["left_out_cut"]))
+        unusable = np.array(part["unusable"], dtype=np.int64)
+        if not np.isin(unusable, positions).all():
+            raise DataError("it lists rows as unusable that were not left out")
+        said = tuple(map(str, part["reasons"])), tuple(map(str, part["notes"]))
+        reports.append(EncodingReport(part["rows"], part["cut"], positions, part["left_out_cut"], unusable, *said))
     return reports
 
 
@@ -319,7 +323,10 @@ def _add_values(digest: Digest, values: pa.Array) -> None:
     """Add values of any type to a hash, nested and missing ones included."""
     kind = values.type
     digest.update(np.packbits(values.is_valid().to_numpy(zero_copy_only=False)).data)
-    if pa.types.is_struct(kind):
+    if isinstance(kind, pa.BaseExtensionType):
+        digest.update(f"\0{kind.extension_name}\0".encode())
+        _add_values(digest, values.storage)
+    elif pa.types.is_struct(kind):
         for part, inner in zip(kind, values.flatten(), strict=True):
             digest.update(f"\0{part.name}\0".encode())
             _add_values(digest, inner)

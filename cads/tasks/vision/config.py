@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -24,13 +24,25 @@ from cads.tasks.vision.datasets import (
     load_hub,
     load_image_folder,
 )
-from cads.tasks.vision.images import ImageData, Images, ImageTensors
+from cads.tasks.vision.folders import some
+from cads.tasks.vision.images import ImageData, ImageFiles, Images, ImageTensors
+from cads.tasks.vision.left_out import first_error
 from cads.tasks.vision.networks import Network
 from cads.tasks.vision.shapes import DATASET_SIZES, MetaVisionTask
-from cads.tasks.vision.synthetic_sources import SyntheticPool, SyntheticSource, make_synthetic_sources, source_sizes
+from cads.tasks.vision.synthetic_sources import (
+    SyntheticPool,
+    SyntheticSource,
+    in_numbers,
+    make_synthetic_sources,
+    source_sizes,
+)
 from cads.tasks.vision.task import VisionTask, check_labels, images_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
     from cads.recipe import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -38,8 +50,8 @@ log = logging.getLogger(__name__)
 
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays", "hub"]
 
-SPLIT, TEST = 3, 4
-"""First words of the seeds that divide the training split, and that draw the test set."""
+SPLIT, TEST, TARGET = 3, 4, 5
+"""First words of the seeds that divide the training split, that draw the test set, and that draw the target."""
 
 
 @dataclass
@@ -51,6 +63,14 @@ class VisionConfig:
     into memory), or hub (`datasets`: a name, or a folder that `save_to_disk` wrote, which stays on disk)."""
     path: str | None = None
     """Folder of the data, or name of a hub data set; null: where it is usually installed or downloaded."""
+    target_path: str | None = None
+    """Folder of the images of the target (hub: a split, such as validation); null: val/ or validation/ beside train/
+    (folder), otherwise the target is drawn from the training images."""
+    test_path: str | None = None
+    """Folder of the test images (hub: a split); null: test/ beside train/, otherwise they are drawn."""
+    drop: bool = False
+    """folder, hub: leave out and count images that cannot be read, and classes without images, rather than refuse
+    them; all images are decoded once when the data is loaded."""
     download: bool = False
     """Allow torchvision to fetch data and pretrained weights that are missing."""
     image_column: str = "image"
@@ -60,7 +80,7 @@ class VisionConfig:
     source_column: str | None = None
     """hub: the column that says where an example comes from; null: no given sources."""
     image_size: int | None = None
-    """Scale images to this many pixels square; null: as they are (files: all as the first one)."""
+    """Scale images to this many pixels square; null: as they are (files: all as the first one, upright)."""
     model: str = "mlp"
     """mlp (one hidden layer), cnn (two convolutions), or any classifier of torchvision, such as resnet18."""
     hidden: int = 128
@@ -72,7 +92,8 @@ class VisionConfig:
     pretrained: bool = False
     """torchvision: start from its pretrained weights; a head of another size starts fresh."""
     n_target: int | None = None
-    """Clean examples of the training split that selection optimises for; null: a tenth of it."""
+    """Clean examples that selection optimises for; null: all of the target's own images, if there are any, otherwise a
+    tenth of the training split."""
     n_test: int | None = None
     """Clean test examples; null: the data set's test split, where there is none a fifth of all."""
     n_pool: int | None = None
@@ -91,6 +112,12 @@ class VisionConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} = {value}: it must be at least 1")
+        for name in ("target_path", "test_path"):
+            if getattr(self, name) is not None and self.dataset not in ("folder", "arrays", "hub"):
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)!r}: dataset = {self.dataset!r} has its own splits: leave it out, "
+                    "or choose folder, arrays or hub"
+                )
         if self.data_seed < 0:
             raise ConfigError(f"data_seed = {self.data_seed}: it must be >= 0")
         names = [spec.name for spec in self.sources]
@@ -104,27 +131,19 @@ class VisionConfig:
         Raises:
             DataError: if the data is missing, damaged or too small.
         """
-        data = self._load()
-        positions, ids, target, test = self._divide(data)
-        n_classes = len(data.classes)
-        truth: SyntheticPool | None = None
-        if self.sources:
-            clean = data.train.take(positions)
-            check_labels(clean, n_classes, ids, "pool")
-            truth = make_synthetic_sources(clean, self.sources, n_classes, self.data_seed)
-            pool = _synthetic_pool(truth, ids)
-        else:
-            pool = _natural_pool(data, positions, ids)
-        return VisionTask(
-            pool,
-            target=target,
-            test=test,
-            classes=data.classes,
-            build_model=partial(self.network().build, data.train.shape, n_classes),
+        parts = self._parts(check=True)
+        task = VisionTask(
+            parts.pool,
+            target=parts.target,
+            test=parts.test,
+            classes=parts.classes,
+            build_model=self._builder(parts),
             recipe=recipe,
-            truth=truth,
+            truth=parts.truth,
             name=f"vision/{self.dataset}",
         )
+        task.counts = parts.left_out
+        return task
 
     def meta(self, recipe: TrainConfig) -> VisionTask:
         """The task with shapes in place of images and of weights; see `cads.tasks.vision.shapes`."""
@@ -134,14 +153,38 @@ class VisionConfig:
         """The architecture of the network."""
         return Network(self.model, self.hidden, self.channels, self.stride, self.pretrained, self.download)
 
+    def _builder(self, parts: _Parts) -> Callable[[], nn.Module]:
+        return partial(self.network().build, images_of(parts.target).shape, len(parts.classes))
+
+    def _parts(self, *, check: bool) -> _Parts:
+        """Load the data and divide it. With `check` all images in files are decoded once."""
+        data = self._load()
+        n_classes = len(data.classes)
+        positions, ids, target, test = self._divide(data)
+        candidates = data.train.take(positions)
+        if check:
+            candidates = _checked(candidates, ids, "pool")
+            target, test = _checked_pool(target), _checked_pool(test)
+            _say_what_was_guessed([candidates, images_of(target), images_of(test)], self.image_size is None)
+        truth: SyntheticPool | None = None
+        if self.sources:
+            check_labels(candidates, n_classes, ids, "pool")
+            sources = in_numbers(self.sources, data.classes)
+            truth = make_synthetic_sources(candidates, sources, n_classes, self.data_seed)
+            pool = _synthetic_pool(truth, ids)
+        else:
+            pool = _natural_pool(data, candidates, positions, ids)
+        return _Parts(pool, target, test, data.classes, truth, data.left_out)
+
     def _load(self) -> ImageData:
+        held_out = (self.target_path, self.test_path)
         if self.dataset == "folder":
-            return load_image_folder(str(self.path), self.image_size)
+            return load_image_folder(str(self.path), self.image_size, *held_out, drop=self.drop)
         if self.dataset == "arrays":
-            return load_arrays(str(self.path), self.image_size)
+            return load_arrays(str(self.path), self.image_size, *held_out)
         if self.dataset == "hub":
             columns = (self.image_column, self.label_column, self.source_column)
-            return load_hub(str(self.path), *columns, size=self.image_size)
+            return load_hub(str(self.path), *columns, self.image_size, *held_out, drop=self.drop)
         if self.dataset == "digits":
             data = load_digits()
         elif self.dataset == "fashion-mnist":
@@ -152,25 +195,33 @@ class VisionConfig:
 
     def _divide(self, data: ImageData) -> tuple[np.ndarray, pa.Array, Pool, Pool]:
         """Positions of the candidates in the training split and their ids; target; test set. All are disjoint."""
-        ids = numbered("train", len(data.train))
+        ids = numbered("train", len(data.train)) if data.train_ids is None else data.train_ids
         order = np.random.default_rng((SPLIT, self.data_seed)).permutation(len(data.train))
-        n_test, n_target, n_pool = self.sizes(len(data.train), None if data.test is None else len(data.test))
+        n_test, n_target, n_pool = self.sizes(
+            len(data.train),
+            None if data.test is None else len(data.test),
+            None if data.target is None else len(data.target),
+        )
         if data.test is None:
             positions, order = np.sort(order[:n_test]), order[n_test:]
             test = Pool(ids.take(pa.array(positions)), data.train.take(positions), name="test set")
         else:
-            test = self._test_pool(data.test)
-        positions = np.sort(order[:n_target])
-        target = Pool(ids.take(pa.array(positions)), data.train.take(positions), name="target")
-        positions = np.sort(order[n_target : n_target + n_pool])
+            test = self._split_pool(data.test, data.test_ids, "test", self.n_test, TEST)
+        if data.target is None:
+            positions, order = np.sort(order[:n_target]), order[n_target:]
+            target = Pool(ids.take(pa.array(positions)), data.train.take(positions), name="target")
+        else:
+            target = self._split_pool(data.target, data.target_ids, "target", self.n_target, TARGET)
+        positions = np.sort(order[:n_pool])
         return positions, ids.take(pa.array(positions)), target, test
 
-    def sizes(self, n_train: int, n_test_split: int | None) -> tuple[int, int, int]:
+    def sizes(self, n_train: int, n_test_split: int | None, n_target_split: int | None = None) -> tuple[int, int, int]:
         """Examples of test set, target and pool.
 
         Args:
             n_train: examples of the training split.
             n_test_split: examples of the test split; None: the test set is drawn from the training split.
+            n_target_split: examples of the split that is the target; None: it is drawn from the training split.
 
         Raises:
             DataError: if the training split is too small.
@@ -180,23 +231,76 @@ class VisionConfig:
         else:
             n_reserved, n_test = 0, n_test_split if self.n_test is None else self.n_test
         n_left = max(0, n_train - n_reserved)
-        n_target = max(1, n_left // 10) if self.n_target is None else self.n_target
-        n_pool = max(1, n_left - n_target) if self.n_pool is None else self.n_pool
-        if n_target + n_pool > n_left:
+        if n_target_split is None:
+            n_drawn = n_target = max(1, n_left // 10) if self.n_target is None else self.n_target
+        else:
+            n_drawn, n_target = 0, n_target_split if self.n_target is None else self.n_target
+        n_pool = max(1, n_left - n_drawn) if self.n_pool is None else self.n_pool
+        if n_drawn + n_pool > n_left:
             raise DataError(
-                f"n_target = {n_target} and n_pool = {n_pool} are more than the {n_left} examples there "
+                f"n_target = {n_drawn} and n_pool = {n_pool} are more than the {n_left} examples there "
                 f"are ({n_train} for training, less {n_reserved} for the test set): ask for fewer"
             )
         return n_test, n_target, n_pool
 
-    def _test_pool(self, images: Images) -> Pool:
+    def _split_pool(self, images: Images, ids: pa.Array | None, split: str, n: int | None, word: int) -> Pool:
+        """The pool of a split of its own, or of `n` examples of it, drawn from the seed that begins with `word`."""
         positions = np.arange(len(images))
-        if self.n_test is not None:
-            if self.n_test > len(images):
-                raise DataError(f"n_test = {self.n_test}: the test split has {len(images)} examples; ask for fewer")
-            rng = np.random.default_rng((TEST, self.data_seed))
-            positions = np.sort(rng.permutation(len(images))[: self.n_test])
-        return Pool(numbered("test", len(images)).take(pa.array(positions)), images.take(positions), name="test set")
+        if n is not None:
+            if n > len(images):
+                raise DataError(f"n_{split} = {n}: the {split} split has {len(images)} examples; ask for fewer")
+            rng = np.random.default_rng((word, self.data_seed))
+            positions = np.sort(rng.permutation(len(images))[:n])
+        ids = numbered(split, len(images)) if ids is None else ids
+        name = "test set" if split == "test" else split
+        return Pool(ids.take(pa.array(positions)), images.take(positions), name=name)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The data of a task."""
+
+    pool: Pool
+    target: Pool
+    test: Pool
+    classes: tuple[str, ...]
+    truth: SyntheticPool | None
+    left_out: dict[str, Any]
+
+
+def _checked(images: Images, ids: pa.Array, name: str) -> Images:
+    """The images, all of which can be read."""
+    images, errors = images.read()
+    if errors:
+        named = some([ids[i].as_py() for i in errors])
+        raise DataError(
+            f"{len(errors)} of {len(images)} images of the {name} cannot be read: {named}{first_error(errors)}; repair "
+            "or remove them, or set drop: true to leave them out"
+        )
+    return images
+
+
+def _checked_pool(pool: Pool) -> Pool:
+    return Pool(pool.ids, _checked(images_of(pool), pool.ids, pool.name), name=pool.name)
+
+
+def _say_what_was_guessed(parts: list[Images], size_is_guessed: bool) -> None:
+    """Say that images were scaled to a size that nobody asked for, and that only first frames are used."""
+    readings = [part.reading for part in parts if isinstance(part, ImageFiles) and part.reading is not None]
+    if not readings:
+        return
+    sizes, counts = np.unique(np.concatenate([reading.sizes for reading in readings]), axis=0, return_counts=True)
+    _, height, width = parts[0].shape
+    if size_is_guessed and len(sizes) > 1:
+        common = "x".join(map(str, sizes[counts.argmax()]))
+        log.warning(
+            "the images have %d sizes, most often %s: all are cropped and scaled to %dx%d, the size of the first one "
+            "(--task.image_size sets another)",
+            *(len(sizes), common, width, height),
+        )
+    n_animated = sum(int(reading.has_more_frames.sum()) for reading in readings)
+    if n_animated:
+        log.warning("%d image files have several frames or pages: only the first is used", n_animated)
 
 
 def _synthetic_pool(truth: SyntheticPool, ids: pa.Array) -> Pool:
@@ -206,9 +310,8 @@ def _synthetic_pool(truth: SyntheticPool, ids: pa.Array) -> Pool:
     return Pool(pc.if_else(pc.greater(copies, 0), repeated, names), truth.images, truth.sources, truth.names)
 
 
-def _natural_pool(data: ImageData, positions: np.ndarray, ids: pa.Array) -> Pool:
-    """The pool with the sources of the data set, if it has any."""
-    images = data.train.take(positions)
+def _natural_pool(data: ImageData, images: Images, positions: np.ndarray, ids: pa.Array) -> Pool:
+    """The pool of the images at `positions` of the training split, with the sources of the data set, if it has any."""
     if data.sources is None:
         return Pool(ids, images)
     present, codes = np.unique(data.sources[positions], return_inverse=True)
@@ -230,23 +333,25 @@ def _resized(data: ImageData, size: int) -> ImageData:
 def meta(config: VisionConfig, recipe: TrainConfig) -> MetaVisionTask:
     """The task of `config` on the meta device, with sources as large as they are if all classes have the same size.
 
-    Only data sets whose sizes are not known beforehand are opened: folders, arrays and hub data sets.
+    Only data sets whose sizes are not known beforehand are opened: folders, arrays and hub data sets. Of images in
+    files names and headers are read; all of them are decoded only if those that cannot be read are left out.
 
     Raises:
         DataError: if the data is too small, or such a data set cannot be opened.
     """
     network = replace(config.network(), pretrained=False)
     if config.dataset not in DATASET_SIZES:
-        task = config.build(recipe)
-        build = partial(network.build, images_of(task.pool).shape, len(task.classes))
-        return MetaVisionTask(task.pool, task.target, task.test, build, recipe, task.name)
+        parts = config._parts(check=False)
+        build = partial(network.build, images_of(parts.pool).shape, len(parts.classes))
+        return MetaVisionTask(parts.pool, parts.target, parts.test, build, recipe, f"vision/{config.dataset}")
     dataset, size = DATASET_SIZES[config.dataset], config.image_size
     shape = dataset.shape if size is None else (dataset.shape[0], size, size)
     n_test, n_target, n_pool = config.sizes(dataset.n_train, dataset.n_test)
     sources = None
     if config.sources:
         class_counts = np.bincount(np.arange(n_pool) % dataset.n_classes, minlength=dataset.n_classes)
-        sizes = source_sizes(config.sources, class_counts, dataset.n_classes)
+        in_classes = in_numbers(config.sources, dataset.classes)
+        sizes = source_sizes(in_classes, class_counts, dataset.n_classes)
         sources = {spec.name: int(n) for spec, n in zip(config.sources, sizes, strict=True)}
         n_pool = sum(sources.values())
     image, label = {"images": Field(shape, torch.uint8)}, Field(())

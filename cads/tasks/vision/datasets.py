@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import math
 import os
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -15,9 +17,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from cads.data.ids import numbered
 from cads.errors import ConfigError, DataError
 from cads.runtime.signals import Interrupted
+from cads.tasks.vision.image_folder import load_image_folder
 from cads.tasks.vision.images import ImageArrays, ImageData, ImageFiles, Images, ImageTensors
+from cads.tasks.vision.left_out import LeftOut, first_error
+
+__all__ = ["load_arrays", "load_cifar", "load_digits", "load_fashion_mnist", "load_hub", "load_image_folder"]
+
+log = logging.getLogger(__name__)
 
 SYSTEM_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Folder of the Debian package dataset-fashion-mnist."""
@@ -163,66 +172,22 @@ def _torchvision(name: str, home: Path, *, train: bool, download: bool) -> Any:
         ) from error
 
 
-def load_image_folder(root: str | Path, size: int | None = None) -> ImageData:
-    """A tree of image files: class/file, or source/class/file; under train/ and test/ if there is a train/.
-
-    Args:
-        root: its folder.
-        size: as for `ImageFiles`.
-
-    Raises:
-        DataError: if there is no such folder, no image, or the levels are mixed.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root} is no folder: name the folder of the images (--task.path)")
-    split = (root / "train").is_dir()
-    files = _image_paths(root / "train" if split else root)
-    classes = tuple(sorted({f.parent.name for f in files}))
-    train = _folder_payload(files, classes, size)
-    test = None
-    if split and (root / "test").is_dir():
-        test = _folder_payload(_image_paths(root / "test"), classes, size).reshaped(train.shape)
-    if len(files[0].relative_to(root).parts) - split == 2:
-        return ImageData(train, test, classes)
-    names, sources = np.unique([f.parent.parent.name for f in files], return_inverse=True)
-    return ImageData(train, test, classes, sources, tuple(names.tolist()))
-
-
-def _image_paths(root: Path) -> list[Path]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    files = sorted(
-        Path(folder) / name
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMG_EXTENSIONS)
-    )
-    if not files:
-        raise DataError(f"{root} holds no image: name a folder of class/file or source/class/file")
-    by_depth = {len(f.relative_to(root).parts): f for f in files}
-    if len(by_depth) > 1 or not by_depth.keys() <= {2, 3}:
-        examples = ", ".join(str(f.relative_to(root)) for f in by_depth.values())
-        raise DataError(f"{root} must hold class/file or source/class/file throughout, and has {examples}")
-    return files
-
-
-def _folder_payload(files: list[Path], classes: tuple[str, ...], size: int | None) -> ImageFiles:
-    codes = {name: code for code, name in enumerate(classes)}
-    unknown = next((f for f in files if f.parent.name not in codes), None)
-    if unknown is not None:
-        raise DataError(f"{unknown}: the class {unknown.parent.name!r} is not among the training images")
-    return ImageFiles([(f,) for f in files], 0, [codes[f.parent.name] for f in files], size)
-
-
-def load_arrays(root: str | Path, size: int | None = None) -> ImageData:
+def load_arrays(
+    root: str | Path,
+    size: int | None = None,
+    target: str | Path | None = None,
+    test: str | Path | None = None,
+) -> ImageData:
     """Images in `.npy` files, mapped into memory: images.npy, labels.npy and, if there are any, sources.npy.
 
     They lie in `root`, or in root/train and root/test. Images are uint8 of shape (N, H, W), (N, H, W, C) or
     (N, C, H, W); labels and sources are whole numbers from 0, shape (N,), which are also their names.
 
     Args:
-        root: the folder. size: as for `ImageArrays`.
+        root: the folder.
+        size: as for `ImageArrays`.
+        target: folder of the images of the target; None: it is drawn from the training images.
+        test: folder of the test images; None: root/test, if it is there.
 
     Raises:
         DataError: if a file is missing, damaged, or of another kind.
@@ -230,20 +195,33 @@ def load_arrays(root: str | Path, size: int | None = None) -> ImageData:
     root = Path(root)
     split = (root / "train").is_dir()
     train, n_classes = _array_split(root / "train" if split else root, size)
-    test = None
-    if split and (root / "test").is_dir():
-        test, n_test_classes = _array_split(root / "test", size)
-        if test.shape != train.shape or n_test_classes > n_classes:
-            raise DataError(
-                f"{root / 'test'} has images of shape {test.shape} and {n_test_classes} classes, where the training "
-                f"split has {train.shape} and {n_classes}: give the same kind"
-            )
-    classes = _numbered(n_classes)
+    if test is None and split and (root / "test").is_dir():
+        test = root / "test"
+    unused = [f for f in (root / "val", root / "validation") if split and target is None and f.is_dir()]
+    if unused:
+        log.warning("%s is not used: the target is drawn from train/ (--task.target_path %s)", unused[0], unused[0])
+    data = ImageData(
+        train,
+        None if test is None else _held_out_arrays(Path(test), size, train, n_classes),
+        _numbered(n_classes),
+        target=None if target is None else _held_out_arrays(Path(target), size, train, n_classes),
+    )
     sources_path = (root / "train" if split else root) / "sources.npy"
     if not sources_path.is_file():
-        return ImageData(train, test, classes)
+        return data
     names, sources = np.unique(_whole_numbers(sources_path, len(train)), return_inverse=True)
-    return ImageData(train, test, classes, sources, tuple(str(name) for name in names))
+    return replace(data, sources=sources, source_names=tuple(str(name) for name in names))
+
+
+def _held_out_arrays(folder: Path, size: int | None, train: ImageArrays, n_classes: int) -> ImageArrays:
+    """The images of the target or the test set, which are of the kind of the training images."""
+    images, n_held_out_classes = _array_split(folder, size)
+    if images.shape != train.shape or n_held_out_classes > n_classes:
+        raise DataError(
+            f"{folder} has images of shape {images.shape} and {n_held_out_classes} classes, where the training "
+            f"split has {train.shape} and {n_classes}: give the same kind"
+        )
+    return images
 
 
 def _array_split(folder: Path, size: int | None) -> tuple[ImageArrays, int]:
@@ -294,6 +272,10 @@ def load_hub(
     label_column: str = "label",
     source_column: str | None = None,
     size: int | None = None,
+    target: str | None = None,
+    test: str | None = None,
+    *,
+    drop: bool = False,
 ) -> ImageData:
     """Any image data set that `datasets` can load: split "train", and "test" if there is one.
 
@@ -305,9 +287,12 @@ def load_hub(
         label_column: class names, class labels, or integers from 0.
         source_column: of the training split: where each image comes from; None: no sources.
         size: as for `ImageFiles`.
+        target: the split that is the target, such as "validation"; None: it is drawn from the training split.
+        test: the split that is the test set; None: "test", if there is one.
+        drop: leave out images that cannot be read. This decodes all images once.
 
     Raises:
-        ConfigError: if a column is missing or of the wrong kind.
+        ConfigError: if a column or split is missing, or a column is of the wrong kind.
         DataError: if the data set cannot be loaded, has no training split, or lacks values.
     """
     import datasets
@@ -326,23 +311,59 @@ def load_hub(
     splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
     if "train" not in splits:
         raise DataError(f"the data set {name!r} has the splits {sorted(splits)}: it needs one named train")
-    labels, classes = _codes(splits["train"], label_column, "label_column")
-    train = _hub_payload(splits["train"], image_column, labels, size)
-    test = None
-    if "test" in splits:
-        labels, _ = _codes(splits["test"], label_column, "label_column", classes)
-        test = _hub_payload(splits["test"], image_column, labels, size)
-        if isinstance(test, ImageFiles):
-            test = test.reshaped(train.shape)
-        elif test.shape != train.shape:
-            raise DataError(f"the test split has images of shape {test.shape}, the training split of {train.shape}")
-    if source_column is None:
-        return ImageData(train, test, classes)
-    sources, names = _codes(splits["train"], source_column, "source_column")
-    return ImageData(train, test, classes, sources, names)
+    test = "test" if test is None and "test" in splits else test
+    for setting, split in (("target_path", target), ("test_path", test)):
+        if split is not None and (split not in splits or split == "train"):
+            raise ConfigError(f"{setting} = {split!r}: name another split of {name!r} than train: {sorted(splits)}")
+    if target is not None and target == test:
+        raise ConfigError(f"target_path = {target!r} is the test set too: name another split of {sorted(splits)}")
+    unused = sorted(set(splits) - {"train", target, test})
+    if unused:
+        log.warning(
+            "the splits %s of %s are not used (--task.target_path %s makes one the target)", unused, name, unused[0]
+        )
+    codes, classes = _codes(splits["train"], label_column, "label_column")
+    left_out, columns = LeftOut(drop), (image_column, label_column)
+    payload = _hub_payload(splits["train"], image_column, codes, size)
+    train, train_ids, kept = _readable(payload, "train", left_out)
+    data = ImageData(train, None, classes, train_ids=train_ids)
+    if source_column is not None:
+        sources, names = _codes(splits["train"], source_column, "source_column")
+        data = replace(data, sources=sources if kept is None else sources[kept], source_names=names)
+    if target is not None:
+        images, ids, _ = _readable(_held_out(splits[target], columns, data, size), "target", left_out)
+        data = replace(data, target=images, target_ids=ids)
+    if test is not None:
+        images, ids, _ = _readable(_held_out(splits[test], columns, data, size), "test", left_out)
+        data = replace(data, test=images, test_ids=ids)
+    return replace(data, left_out=left_out.report(name))
 
 
-def _hub_payload(split: Any, column: str, labels: np.ndarray, size: int | None) -> Images:
+def _held_out(split: Any, columns: tuple[str, str], data: ImageData, size: int | None) -> Images:
+    """The images of the target or test split, of the shape of the training images."""
+    labels, _ = _codes(split, columns[1], "label_column", data.classes)
+    images = _hub_payload(split, columns[0], labels, size, data.train.shape)
+    if images.shape != data.train.shape:
+        raise DataError(f"the test split has images of shape {images.shape}, the training split of {data.train.shape}")
+    return images
+
+
+def _readable(images: Images, name: str, left_out: LeftOut) -> tuple[Images, pa.Array | None, np.ndarray | None]:
+    """Without the images that cannot be read, if they may be left out: the images, their ids and positions."""
+    if not left_out.drop:
+        return images, None, None
+    images, errors = images.read()
+    ids, kept = numbered(name, len(images)), np.delete(np.arange(len(images)), list(errors))
+    left_out.add("images that cannot be read", [ids[i].as_py() for i in errors], first_error(errors))
+    if not len(kept):
+        raise DataError(f"no image of the split {name} can be read{first_error(errors)}: repair the data set")
+    return images.take(kept), ids.take(pa.array(kept)), kept
+
+
+def _hub_payload(
+    split: Any, column: str, labels: np.ndarray, size: int | None, shape: tuple[int, int, int] | None = None
+) -> Images:
+    """The images of a split; `shape`: as for `ImageFiles`."""
     import datasets
 
     feature = _feature(split, column, "image_column")
@@ -350,7 +371,13 @@ def _hub_payload(split: Any, column: str, labels: np.ndarray, size: int | None) 
         return _arrow_images(split, column, feature.shape, labels, size)
     if not isinstance(feature, datasets.Image):
         raise ConfigError(f"image_column = {column!r} holds {split.features[column]}: name a column of images")
-    return ImageFiles(split.select_columns([column]), column, labels, size)
+    rows = split.select_columns([column])
+    stored = rows.cast_column(column, datasets.Image(decode=False))
+    # A feature with a mode gives all images this mode, which is that of the first.
+    headers = rows.select([0]) if feature.mode else stored
+    if not feature.decode:
+        rows = rows.cast_column(column, datasets.Image(mode=feature.mode))
+    return ImageFiles(rows, column, labels, size, shape, headers)
 
 
 def _arrow_images(split: Any, column: str, shape: tuple[int, ...], labels: np.ndarray, size: int | None) -> Images:

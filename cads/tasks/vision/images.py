@@ -7,9 +7,8 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,10 @@ from torch import Tensor
 
 from cads.data.batch import Batch
 from cads.data.hashing import row_digests
-from cads.errors import DataError
+from cads.errors import CadsError, DataError
+from cads.runtime.signals import Interrupted
+from cads.tasks.vision.decoding import GREY, Opened, composed, mode_in_header, open_image, unreadable
+from cads.tasks.vision.reading import Decoded, Reading, read_all, usable_cores
 
 CHUNK = 1024
 """Most images in memory at once when all of a payload is read."""
@@ -54,6 +56,15 @@ class Images(ABC):
         relabelled = copy.copy(self)
         relabelled.labels = labels
         return relabelled
+
+    def read(self) -> tuple[Images, dict[int, str]]:
+        """The same images, checked, and for the position of each that cannot be read, why: none if they are arrays."""
+        return self, {}
+
+    def channel_sums(self, positions: np.ndarray) -> Tensor:
+        """Sums of the values and of their squares over the images at `positions`, int64, shape (2, C)."""
+        x = self.pixels(positions).long()
+        return torch.stack([x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3))])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -215,71 +226,137 @@ def resized(images: Tensor, size: int) -> Tensor:
 class ImageFiles(Images):
     """Images that are decoded when a batch needs them, so that a large data set stays on disk.
 
+    They are turned upright as their EXIF data says. Transparent pixels show white.
+
     Args:
         rows: any map-style data set: `rows[i][key]` is a PIL image, a uint8 array or the path of a file.
         key: 0 for the (image, label) pairs of torchvision, the image column for `datasets.Dataset`.
         labels: one integer for each row, read without decoding images.
-        size: pixels of both sides after cropping centrally to a square. None: the size of the first image, to which
-            all others are cropped and scaled.
+        size: pixels of both sides after cropping centrally to a square. None: the size of the first image that can be
+            read, to which all others are cropped and scaled.
+        shape: (C, H, W) of all images, as of those of the training split. None: C = 1 if all images are grey, otherwise
+            3, and the size as above. Their headers are read up to the first image in colour.
+        headers: rows like `rows` that are cheaper to open, from which modes are read; None: `rows`.
 
     Raises:
-        DataError: if there are no rows, or an image cannot be read.
+        DataError: if there are no rows, or none of them can be read.
     """
 
-    def __init__(self, rows: Any, key: int | str, labels: Sequence[int] | np.ndarray, size: int | None = None) -> None:
+    def __init__(
+        self,
+        rows: Any,
+        key: int | str,
+        labels: Sequence[int] | np.ndarray,
+        size: int | None = None,
+        shape: tuple[int, int, int] | None = None,
+        headers: Any = None,
+    ) -> None:
         if len(rows) != len(labels) or len(rows) == 0:
             raise DataError(f"{len(rows)} images with {len(labels)} labels: give one each, and at least one")
         self._rows, self._key = rows, key
         self._index = np.arange(len(rows))
+        self._reading: Reading | None = None
         self.labels = torch.tensor(np.asarray(labels), dtype=torch.int64)
-        first = self._open(0)
-        height, width = (first.height, first.width) if size is None else (size, size)
-        self.shape = (1 if first.mode in ("1", "L") else 3, height, width)
+        self.shape = self._shape_of_all(size, rows if headers is None else headers) if shape is None else shape
 
     def pixels(self, positions: np.ndarray) -> Tensor:
         """The images at `positions`, decoded, cropped and scaled."""
-        return torch.stack([self._read(int(row)) for row in self._index[positions]])
+        return torch.stack([torch.from_numpy(self._read(int(row)).pixels) for row in self._index[positions]])
 
     def take(self, positions: np.ndarray) -> ImageFiles:
         """The images at `positions`; nothing is decoded."""
         taken = copy.copy(self)
         taken.__dict__.pop("_digests", None)
         taken._index = self._index[positions]
+        taken._reading = None if self._reading is None else self._reading.take(positions)
         taken.labels = self.labels[torch.tensor(positions, dtype=torch.int64)]
         return taken
 
-    def reshaped(self, shape: tuple[int, int, int]) -> ImageFiles:
-        """The images decoded to `shape` (C, H, W): C = 1 is grey, C = 3 is colour."""
-        reshaped = copy.copy(self)
-        reshaped.__dict__.pop("_digests", None)
-        reshaped.shape = shape
-        return reshaped
+    def read(self) -> tuple[ImageFiles, dict[int, str]]:
+        """The same images, all decoded once, by several threads if they are files.
 
-    def _open(self, row: int) -> Image.Image:
-        description: Any = f"row {row}"
+        Returns:
+            the images, whose digests and sums are known from now on;
+            for the position of each image that cannot be read, why. Such images must be left out.
+        """
+        if self._reading is not None:
+            return self, {}
+        # PIL registers its decoders when the first file needs one; threads must not see half of them.
+        Image.init()
+        n_threads = usable_cores() if isinstance(self._rows, list) else 1
+        read = copy.copy(self)
+        read._reading, errors = read_all(self._read, self._index, self.shape[0], n_threads)
+        return read, errors
+
+    @property
+    def reading(self) -> Reading | None:
+        """What is known of the images since `read`."""
+        return self._reading
+
+    def digests(self) -> pa.Array:
+        """A hash of each image's pixels."""
+        return super().digests() if self._reading is None else self._reading.digests
+
+    def channel_sums(self, positions: np.ndarray) -> Tensor:
+        """Sums over the images at `positions`; nothing is decoded after `read`."""
+        if self._reading is None:
+            return super().channel_sums(positions)
+        return torch.from_numpy(self._reading.sums[positions].sum(axis=0))
+
+    def _shape_of_all(self, size: int | None, headers: Any) -> tuple[int, int, int]:
+        first = self._first_readable()
+        width, height = first.size if size is None else (size, size)
+        in_colour = first.mode not in GREY or any(self._in_colour(row, headers) for row in range(len(headers)))
+        return (3 if in_colour else 1), height, width
+
+    def _first_readable(self) -> Image.Image:
+        first_error: DataError | None = None
+        for row in range(len(self._rows)):
+            try:
+                return self._open(row).image
+            except DataError as error:
+                first_error = first_error or error
+        assert first_error is not None
+        if len(self._rows) == 1:
+            raise first_error
+        raise DataError(f"none of {len(self._rows)} images can be read; the first: {first_error}") from first_error
+
+    def _in_colour(self, row: int, headers: Any) -> bool:
+        """Whether an image can be read and has colours; grey images are not decoded."""
+        try:
+            if mode_in_header(headers[row][self._key]) in GREY:
+                return False
+        except Interrupted:
+            raise
+        except Exception:  # The image may still be readable, such as an array, which has no header.
+            pass
+        try:
+            return self._open(row).image.mode not in GREY
+        except DataError:
+            return False
+
+    def _open(self, row: int) -> Opened:
+        name = f"row {row}"
         try:
             item = self._rows[row][self._key]
-            if isinstance(item, str | Path):
-                description = item
-                item = Image.open(item)
-            elif isinstance(item, np.ndarray):
-                item = Image.fromarray(item)
-            if not isinstance(item, Image.Image):
-                raise DataError(f"image {description} is a {type(item).__name__}: every row needs an image")
-            item.load()
-        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"image {description} cannot be read: {error}; repair or remove it") from error
-        if item.mode in ("F", "I") or item.mode.startswith("I;"):
-            raise DataError(f"image {description} has the mode {item.mode!r}: convert it to 8 bits a channel")
-        return item
+        except CadsError:
+            raise
+        except Exception as error:  # `datasets` decodes images when a row is read.
+            raise unreadable(name, error) from error
+        return open_image(item, name)
 
-    def _read(self, row: int) -> Tensor:
+    def _read(self, row: int) -> Decoded:
         channels, height, width = self.shape
-        image = self._open(row).convert("L" if channels == 1 else "RGB")
-        if image.size != (width, height):
+        image, has_more_frames, name = self._open(row)
+        size = image.size
+        try:
+            image = composed(image, channels)
+        except (OSError, ValueError) as error:
+            raise unreadable(name, error) from error
+        if size != (width, height):
             image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
         array = np.array(image).reshape(height, width, -1)
-        return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+        return Decoded(np.ascontiguousarray(array.transpose(2, 0, 1)), size, has_more_frames)
 
 
 @dataclass(frozen=True)
@@ -292,6 +369,9 @@ class ImageData:
         classes: name of each label.
         sources: source code of each training image, shape (N,), or None.
         source_names: the name behind each code.
+        target: the split that is the target, or None.
+        train_ids, target_ids, test_ids: ids of the images of each split; None: they are numbered.
+        left_out: number and names of what was left out, by the reason.
     """
 
     train: Images
@@ -299,3 +379,8 @@ class ImageData:
     classes: tuple[str, ...]
     sources: np.ndarray | None = None
     source_names: tuple[str, ...] = ()
+    target: Images | None = None
+    train_ids: pa.Array | None = None
+    target_ids: pa.Array | None = None
+    test_ids: pa.Array | None = None
+    left_out: dict[str, Any] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cads.data.batch import Batch
 from cads.data.pool import Pool
+from cads.tasks.vision.datasets import FASHION_CLASSES
 from cads.tasks.vision.task import VisionTask
 
 if TYPE_CHECKING:
@@ -24,14 +25,37 @@ class DatasetSizes:
     n_train: int
     n_test: int | None
     shape: tuple[int, int, int]
-    n_classes: int
+    classes: tuple[str, ...]
 
+    @property
+    def n_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+CIFAR100_CLASSES = (
+    *("apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle"),
+    *("bicycle", "bottle", "bowl", "boy", "bridge", "bus", "butterfly", "camel"),
+    *("can", "castle", "caterpillar", "cattle", "chair", "chimpanzee", "clock", "cloud"),
+    *("cockroach", "couch", "crab", "crocodile", "cup", "dinosaur", "dolphin", "elephant"),
+    *("flatfish", "forest", "fox", "girl", "hamster", "house", "kangaroo", "keyboard"),
+    *("lamp", "lawn_mower", "leopard", "lion", "lizard", "lobster", "man", "maple_tree"),
+    *("motorcycle", "mountain", "mouse", "mushroom", "oak_tree", "orange", "orchid", "otter"),
+    *("palm_tree", "pear", "pickup_truck", "pine_tree", "plain", "plate", "poppy", "porcupine"),
+    *("possum", "rabbit", "raccoon", "ray", "road", "rocket", "rose", "sea"),
+    *("seal", "shark", "shrew", "skunk", "skyscraper", "snail", "snake", "spider"),
+    *("squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank", "telephone", "television"),
+    *("tiger", "tractor", "train", "trout", "tulip", "turtle", "wardrobe", "whale"),
+    *("willow_tree", "wolf", "woman", "worm"),
+)
 
 DATASET_SIZES = {
-    "digits": DatasetSizes(1797, None, (1, 8, 8), 10),
-    "fashion-mnist": DatasetSizes(60_000, 10_000, (1, 28, 28), 10),
-    "cifar10": DatasetSizes(50_000, 10_000, (3, 32, 32), 10),
-    "cifar100": DatasetSizes(50_000, 10_000, (3, 32, 32), 100),
+    "digits": DatasetSizes(1797, None, (1, 8, 8), tuple("0123456789")),
+    "fashion-mnist": DatasetSizes(60_000, 10_000, (1, 28, 28), FASHION_CLASSES),
+    "cifar10": DatasetSizes(50_000, 10_000, (3, 32, 32), CIFAR10_CLASSES),
+    "cifar100": DatasetSizes(50_000, 10_000, (3, 32, 32), CIFAR100_CLASSES),
 }
 
 
@@ -55,6 +79,7 @@ class MetaVisionTask(VisionTask):
         self.pool, self.target, self.test = pool, target, test
         self.recipe, self.name = recipe, name
         self.mean, self.std = (0.0,), (1.0,)
+        self._moments = {}
         self._build_model = build_model
 
     def model(self, seed: int) -> nn.Module:

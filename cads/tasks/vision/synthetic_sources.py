@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from cads.errors import ConfigError, DataError
 from cads.tasks.vision.images import Images, ImageTensors
 
+log = logging.getLogger(__name__)
+
 Transform = Literal["none", "invert", "rotate", "blur"]
 
 ORDER, SOURCE = 1, 2
@@ -21,6 +24,10 @@ ORDER, SOURCE = 1, 2
 
 BLUR = 1 / 14
 """Standard deviation of the Gaussian blur, as a share of the shorter side of the image."""
+
+
+NAMED = 12
+"""Names of classes in a message."""
 
 
 @dataclass
@@ -34,8 +41,8 @@ class SyntheticSource:
     label_noise: float = 0.0
     """Probability that a label is replaced by one drawn uniformly from the other classes: 0.9 leaves 10 % of
     the labels correct, which with 10 classes says nothing at all."""
-    classes: list[int] | None = None
-    """Labels it holds, before noise; null: all."""
+    classes: list[int | str] | None = None
+    """Classes it holds, before noise, by name; null: all. Whole numbers are indices, from 0, if no name is a number."""
     transform: Transform = "none"
     """What happens to its images: invert (255 - x), rotate (by 90 degrees), blur (Gaussian)."""
     duplicates: int = 1
@@ -60,14 +67,50 @@ class SyntheticSource:
         ):
             raise ConfigError(f"{prefix} class_weights = {self.class_weights}: they must be >= 0, not all 0")
 
+    def numbers(self, names: Sequence[str]) -> list[int]:
+        """The index of each of `classes` among the names of all classes: names win over indices.
+
+        Raises:
+            ConfigError: if a class is unknown, or named twice.
+        """
+        index = {name: i for i, name in enumerate(names)}
+        # YAML reads a name such as 07 as a number; it means the one name of that number.
+        by_number: dict[int, list[int]] = {}
+        for i, name in enumerate(names):
+            if name.isdecimal():
+                by_number.setdefault(int(name), []).append(i)
+        numbers, indices, unknown = [], [], []
+        for c in self.classes or ():
+            if str(c) in index:
+                numbers.append(index[str(c)])
+            elif isinstance(c, int) and len(by_number.get(c, ())) == 1:
+                numbers.append(by_number[c][0])
+            elif isinstance(c, int) and not by_number and 0 <= c < len(names):
+                numbers.append(c)
+                indices.append(c)
+            else:
+                unknown.append(c)
+        if unknown:
+            some_names = ", ".join(repr(name) for name in names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+            by_index = "" if by_number else f", or an index, 0..{len(names) - 1}"
+            raise ConfigError(f"source {self.name!r}: classes {unknown} are unknown: use names, {some_names}{by_index}")
+        if len(set(numbers)) < len(numbers):
+            raise ConfigError(f"source {self.name!r}: classes {self.classes} name one class twice: name each once")
+        if indices:
+            meant = [names[i] for i in indices]
+            log.warning("source %r: no class is named %s, so they are indices: %s", self.name, indices, meant)
+        return numbers
+
     def weights(self, n_classes: int) -> np.ndarray:
         """Relative frequency of every class, shape (n_classes,); without class_weights 1 for each it holds.
+
+        Its classes are indices; see `in_numbers`.
 
         Raises:
             ConfigError: if a class is unknown, or the number of weights is not that of the classes.
         """
-        classes = list(range(n_classes)) if self.classes is None else self.classes
-        unknown = [c for c in classes if not 0 <= c < n_classes]
+        classes: list[Any] = list(range(n_classes)) if self.classes is None else [*self.classes]
+        unknown = [c for c in classes if not isinstance(c, int) or not 0 <= c < n_classes]
         if unknown:
             raise ConfigError(f"source {self.name!r}: classes {unknown} are unknown: use 0..{n_classes - 1}")
         class_weights = [1.0] * len(classes) if self.class_weights is None else self.class_weights
@@ -76,6 +119,15 @@ class SyntheticSource:
         weights = np.zeros(n_classes)
         weights[classes] = class_weights
         return weights
+
+
+def in_numbers(specs: Sequence[SyntheticSource], names: Sequence[str]) -> list[SyntheticSource]:
+    """The sources with the indices of their classes among `names`; indices that were given are said.
+
+    Raises:
+        ConfigError: if a class is unknown, or named twice in a source.
+    """
+    return [spec if spec.classes is None else replace(spec, classes=[*spec.numbers(names)]) for spec in specs]
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
 
 from cads.data.batch import Batch
+from cads.data.draws import draw
 from cads.data.pool import Pool
 from cads.errors import ConfigError, DataError
 from cads.scoring.pool_scores import evaluating
+from cads.seeding import derive
 from cads.task import Metrics, Task
 from cads.tasks.vision.calibration import calibrated_losses
 from cads.tasks.vision.images import Images, chunk_size
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOMENTS_FROM = 10_000
-"""Images, evenly spaced over the pool, from which mean and standard deviation are computed."""
+"""Random images of the pool from which mean and standard deviation are computed."""
 
 
 class VisionTask(Task):
@@ -43,6 +46,9 @@ class VisionTask(Task):
         recipe: how the final model is trained.
         truth: of a pool with synthetic sources: the true labels, and which labels are noisy.
         name: of the task, in tables.
+
+    Attributes:
+        counts: number and names of what was left out of the data, by the reason.
 
     Raises:
         DataError: if labels are not in 0..len(classes)-1.
@@ -69,10 +75,13 @@ class VisionTask(Task):
         self.recipe = recipe
         self.truth = truth
         self.name = name
+        self.counts: dict[str, Any] = {}
         self._build_model = build_model
+        self._moments: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         for part in (pool, target, test):
             check_labels(images_of(part), len(self.classes), part.ids, part.name)
-        self.mean, self.std = channel_moments(images_of(pool))
+        measured = np.sort(draw(pool, MOMENTS_FROM, derive(0, "moments"))) if len(pool) > MOMENTS_FROM else None
+        self.mean, self.std = channel_moments(images_of(pool), measured)
 
     def model(self, seed: int) -> nn.Module:
         """A fresh network on the CPU."""
@@ -87,10 +96,22 @@ class VisionTask(Task):
     def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Scores of the classes, shape (B, n_classes)."""
         images = batch.inputs["images"].float()
-        mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (self.mean, self.std))
+        mean, std = self._moments_on(images.device)
         output = model((images - mean) / std)
         # While they train, GoogLeNet and Inception return the scores of their side branches too.
         return output if isinstance(output, Tensor) else output.logits
+
+    def _moments_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel, shape (C, 1, 1); they are copied to a device once."""
+        key = (device, self.mean, self.std)
+        if key not in self._moments:
+            # Later steps use the tensors outside of the inference mode, or the transform, in which they are made.
+            with torch.inference_mode(False):
+                mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (self.mean, self.std))
+            if is_functorch_wrapped_tensor(mean):
+                return mean, std
+            self._moments[key] = mean, std
+        return self._moments[key]
 
     def losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Cross entropy of each example, in nats, shape (B,)."""
@@ -150,14 +171,17 @@ class VisionTask(Task):
         return {name: value.numpy() for name, value in values.items()}
 
 
-def channel_moments(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel in grey levels, from exact sums that no order of images changes."""
-    n = min(len(images), MOMENTS_FROM)
-    positions = np.arange(n) * len(images) // n
+def channel_moments(images: Images, positions: np.ndarray | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel in grey levels, from exact sums that no order of images changes.
+
+    Args:
+        positions: of the images that are measured, int64; None for all of them.
+    """
+    positions = np.arange(len(images)) if positions is None else positions
+    n = len(positions)
     total = torch.zeros(2, images.shape[0], dtype=torch.int64)
     for chunk in np.array_split(positions, -(-n // chunk_size(images.shape))):
-        x = images.pixels(chunk).long()
-        total += torch.stack([x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3))])
+        total += images.channel_sums(chunk)
     mean, square = (total.double() / (n * images.shape[1] * images.shape[2])).unbind()
     # A channel that is constant up to rounding has no information: it is centred, and its noise is not amplified.
     std = (square - mean.square()).clamp(min=1.0).sqrt()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cads.study.analysis.fits import GroupFits, analyse
 from cads.study.analysis.frontier import (
     FrontierLine,
     PerformanceFit,
@@ -20,6 +21,9 @@ from cads.study.analysis.frontier import (
     non_dominated,
     simulate_figure1,
 )
+from cads.study.analysis.points import points_of
+from cads.study.published_points import PUBLISHED_COLUMNS, import_points
+from cads.study.tables import read_runs
 from tests.support.paths import EXCERPT, SHARED
 
 PUBLISHED = SHARED / "ccds_points.csv"
@@ -115,3 +119,64 @@ def test_simulated_winners_by_size() -> None:
         [method for method, _, _ in compute_optimal(simulate_figure1(n), 1e17, 6e8 * n)] for n in (7.5e9, 7.5e10)
     ]
     assert winners == [["bm25", "ppl"], ["bm25", "ppl", "gradient"]]
+
+
+def misread(folder: Path, method: str, errors: dict[str, float]) -> GroupFits:
+    """The fits of the excerpt after an import in which totals of a method are misread by these shares, by budget."""
+    with EXCERPT.open() as file:
+        rows = [row for row in csv.DictReader(file) if (row["task"], row["size"]) == ("mmlu", "7b")]
+    for row in rows:
+        if row["method"] == method:
+            row["total_flops"] = str(float(row["total_flops"]) * (1 + errors.get(row["budget_pct"], 0.0)))
+    with (folder / "points.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    import_points(folder / "points.csv", folder / "study")
+    (group,) = analyse(points_of(read_runs(folder / "study")))
+    return group
+
+
+@pytest.mark.parametrize("method", ["less", "ppl"])
+@pytest.mark.parametrize(
+    ("errors", "told"),
+    [
+        ({}, False),
+        ({"10": 0.01, "50": -0.01}, False),
+        ({"2.5": 0.01, "5": -0.01, "10": 0.005, "25": -0.005, "50": 0.01, "100": -0.01}, False),
+        ({"25": 0.3}, True),
+        ({"2.5": 0.1, "5": -0.1, "25": 0.1, "100": -0.05}, True),
+    ],
+)
+def test_a_figure_that_is_misread_a_little_changes_no_fit_and_one_misread_by_more_is_named(
+    tmp_path, caplog, method, errors, told
+) -> None:
+    group = misread(tmp_path, method, errors)
+    fit = group.fits[method]["shifted"]
+    p0, lam = SHIFTED_FITS[method]
+    assert fit.c_select == pytest.approx(C_SELECT[method], rel=0.05)
+    assert (fit.p0, fit.lam) == (pytest.approx(p0, abs=0.006), pytest.approx(lam, rel=0.005))
+    assert (set(group.doubtful_costs) == {method}) == told
+    assert (f"mmlu 7b: {method}: selection costs" in caplog.text) == told
+    if told:
+        assert all(f"at {budget} %" in caplog.text for budget, error in errors.items() if error > 0.05)
+
+
+@pytest.mark.parametrize("method", ["random", "bm25", "embed"])
+def test_free_selection_stays_free_where_totals_are_misread_a_little(tmp_path, caplog, method) -> None:
+    group = misread(tmp_path, method, {"50": 0.01, "100": 0.01} if method != "random" else {"50": 0.01})
+    assert group.fits[method]["shifted"].c_select == 0
+    assert group.fits[method]["shifted"].p0 == pytest.approx(SHIFTED_FITS[method][0], abs=0.02)
+    assert not caplog.records
+
+
+def test_published_selection_that_grows_with_the_budget_is_not_paid_before_training(tmp_path, caplog) -> None:
+    """Each budget pays for selection half of what it pays for training."""
+    header = ",".join(PUBLISHED_COLUMNS)
+    lines = [f"t,7b,free,{b},{b}e16,{40 + b / 20}" for b in (5, 10, 50, 100)]
+    lines += [f"t,7b,search,{b},{1.5 * b}e16,{42 + b / 20}" for b in (5, 10, 50, 100)]
+    (tmp_path / "points.csv").write_text("\n".join([header, *lines]))
+    import_points(tmp_path / "points.csv", tmp_path / "study")
+    (group,) = analyse(points_of(read_runs(tmp_path / "study")))
+    assert group.fits["search"]["shifted"].c_select == 0
+    assert "fitted as if nothing were paid before training: check the points" in caplog.text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,9 +14,10 @@ import torch
 from cads.accounting.ledger import TRAIN, Ledger
 from cads.data.streams import ShuffledStream
 from cads.data.training_batches import BatchStream
-from cads.errors import ConfigError
+from cads.errors import CheckpointError, ConfigError
 from cads.recipe import TrainConfig
 from cads.seeding import derive
+from cads.tasks.language import models as models_module
 from cads.tasks.language.config import LanguageConfig
 from cads.tasks.language.models import LanguageModels
 from cads.tasks.language.rows import TextSource
@@ -144,6 +147,183 @@ class TestSaving:
             assert torch.allclose(task.losses(loaded.eval(), batch), expected, atol=1e-5)
         if peft is not None:
             assert all(map(torch.equal, base, task.models.base.parameters()))
+
+
+def on(*targets, **options):
+    """LoRA on some layers."""
+    return {"type": "lora", "r": 4, "target_modules": list(targets), **options}
+
+
+TIED_ADAPTERS = {
+    "head": ("llama", on("lm_head")),
+    "embedding": ("llama", on("embed_tokens")),
+    "both": ("llama", on("lm_head", "embed_tokens", "q_proj")),
+    "by pattern": ("llama", {"type": "lora", "r": 4, "target_modules": ".*(lm_head|v_proj)"}),
+    "head, kept tied": ("llama", on("lm_head", ensure_weight_tying=True)),
+    "head, trained whole": ("llama", on("q_proj", modules_to_save=["lm_head"])),
+    "embedding, trained whole": ("llama", on("q_proj", modules_to_save=["embed_tokens"])),
+    "some tokens": ("llama", on("q_proj", trainable_token_indices=[3, 4, 9])),
+    "dora on the head": ("qwen2", on("lm_head", use_dora=True)),
+    "loha on the head": ("qwen2", {"type": "loha", "r": 4, "target_modules": ["lm_head"]}),
+    "head of gpt2": ("gpt2", on("lm_head")),
+    "embedding of gpt2": ("gpt2", on("wte")),
+}
+
+
+class TestTiedEmbeddings:
+    """Adapters on a layer whose weights another one shares."""
+
+    @pytest.fixture
+    def tied(self, folder, tmp_path):
+        """Makes a task whose models tie their embeddings, and a model of it with adapters that change something."""
+
+        def make(family, peft):
+            made = model_folder(tmp_path / f"{family}-tied", family)
+            config = json.loads((made / "config.json").read_text())
+            (made / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+            pool = [TextSource(path=str(folder / "sums.jsonl"))]
+            task = LanguageConfig(model=str(made), pool=pool, peft=peft).build(TrainConfig(batch_size=8))
+            sharpened(task.models.base)
+            model = task.model(0)
+            torch.manual_seed(1)
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p.add_(0.3 * torch.randn_like(p))
+            return task, model.eval()
+
+        return make
+
+    @pytest.mark.parametrize("merge", [False, True])
+    @pytest.mark.parametrize("adapters", TIED_ADAPTERS)
+    def test_what_is_written_is_what_was_trained(self, tied, tmp_path, adapters, merge):
+        from transformers import AutoModelForCausalLM
+
+        task, model = tied(*TIED_ADAPTERS[adapters])
+        batch, base = task.test.batch(np.arange(6)), [p.clone() for p in task.models.base.parameters()]
+        out = tmp_path / "out"
+        out.mkdir()
+        task.check_merge(merge)
+        task.save(model, out, merge=merge)
+        with torch.no_grad():
+            expected = task.losses(model, batch)
+            assert not torch.allclose(task.losses(task.model(0).eval(), batch), expected, atol=0.01)
+            assert torch.allclose(task.losses(task.load(out).eval(), batch), expected, atol=1e-4)
+            if merge:
+                loaded = AutoModelForCausalLM.from_pretrained(out).eval()
+                assert torch.allclose(task.losses(loaded, batch), expected, atol=1e-4)
+        assert all(map(torch.equal, base, task.models.base.parameters()))
+
+    def test_embeddings_that_no_adapter_changes_stay_tied(self, tied, tmp_path):
+        from safetensors.torch import load_file
+
+        task, model = tied("llama", LORA)
+        task.save(model, tmp_path, merge=True)
+        assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+        assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is True
+
+    def test_embeddings_that_differ_are_no_longer_called_tied(self, tied, tmp_path, caplog):
+        from safetensors.torch import load_file
+
+        task, model = tied("llama", on("lm_head"))
+        with caplog.at_level(logging.INFO):
+            task.save(model, tmp_path, merge=True)
+        assert sum("they are written untied" in r.getMessage() for r in caplog.records) == 1
+        weights = load_file(tmp_path / "model.safetensors")
+        base = task.models.base.get_input_embeddings().weight
+        assert torch.equal(weights["model.embed_tokens.weight"], base)
+        assert not torch.allclose(weights["lm_head.weight"], base, atol=0.01)
+        assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+
+    def test_a_merged_model_with_another_loss_is_refused_and_not_written(self, tied, tmp_path, monkeypatch):
+        """As PEFT alone merges it: the change of the head goes into the embedding too."""
+        task, model = tied("llama", on("lm_head"))
+        monkeypatch.setattr(models_module, "_untie", lambda model: [])
+        (tmp_path / "out").mkdir()
+        message = r"merged model has loss .* on 12 test examples, and the trained one .*not written; give merge = false"
+        with pytest.raises(CheckpointError, match=message):
+            task.save(model, tmp_path / "out", merge=True)
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_what_peft_says_is_passed_on_once(self, tied, caplog):
+        with caplog.at_level(logging.WARNING):
+            task, _ = tied("llama", on("lm_head"))
+            task.model(1)
+        assert sum("a tied layer is part of the adapter" in r.getMessage() for r in caplog.records) == 1
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            tied("llama", LORA)
+        assert not [r for r in caplog.records if "PEFT" in r.getMessage()]
+
+
+class TestMerging:
+    def test_adapters_that_are_no_change_of_weights_are_refused_before_training(self, build):
+        task = build(peft={"type": "prompt_tuning", "num_virtual_tokens": 2})
+        with pytest.raises(
+            ConfigError, match=r"merge = true: adapters of peft type = 'prompt_tuning'.*leave merge out"
+        ):
+            task.check_merge(True)
+        task.check_merge(False)
+
+    def test_adapters_that_peft_cannot_merge_are_refused_before_training(self, build, monkeypatch):
+        from peft.tuners.lora import LoraModel
+
+        def refuse(*_, **__):
+            raise ValueError("these cannot be merged")
+
+        monkeypatch.setattr(LoraModel, "merge_and_unload", refuse)
+        with pytest.raises(ConfigError, match=r"merge = true: .*these cannot be merged; give merge = false"):
+            build(peft=LORA).check_merge(True)
+
+    @pytest.mark.parametrize("peft", [LORA, {"type": "ia3", "target_modules": ["k_proj"], "feedforward_modules": []}])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_adapters_that_can_be_merged_are_not_refused(self, build, tmp_path, peft, dtype):
+        task = build(peft=peft, dtype=dtype)
+        task.check_merge(True)
+        task.save(task.model(0), tmp_path, merge=True)
+
+    def test_a_change_that_a_short_type_rounds_away_is_refused(self, build, tmp_path):
+        """Weights of 16 bits lose a change of less than a 256th of them."""
+        task = build(peft=LORA)
+        task.models.dtype = "bfloat16"
+        with pytest.raises(CheckpointError, match="or dtype = float32: bfloat16 may round the change away"):
+            task.models._check_written(np.array([2.0]), np.array([1.0]))
+
+    @pytest.mark.parametrize("found", [np.nan, np.inf])
+    def test_a_loss_that_is_no_number_is_no_equality(self, build, found):
+        with pytest.raises(CheckpointError, match="merged model has loss"):
+            build(peft=LORA).models._check_written(np.array([found]), np.array([1.0]))
+
+    def test_a_folder_holds_one_model(self, build, tmp_path):
+        """An adapter beside a merged model would be loaded onto it, and so be added twice."""
+        task = build(peft=LORA)
+        for merge in (False, True, False):
+            task.save(task.model(0), tmp_path, merge=merge)
+            assert (tmp_path / "adapter_config.json").exists() is not merge
+            assert (tmp_path / "adapter_model.safetensors").exists() is not merge
+            assert (tmp_path / "model.safetensors").exists() is merge
+            assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+
+    @pytest.mark.parametrize(
+        "peft", [None, LORA, {"type": "prompt_tuning", "num_virtual_tokens": 2}], ids=["none", "lora", "prompt"]
+    )
+    def test_a_written_model_is_loaded_as_it_was_trained(self, build, tmp_path, peft):
+        task = build(peft=peft)
+        model, batch = sharpened(task.model(3)), task.test.batch(np.arange(6))
+        task.save(model, tmp_path)
+        with torch.no_grad():
+            expected = task.losses(model, batch)
+            assert torch.allclose(task.losses(task.load(tmp_path).eval(), batch), expected, atol=1e-5)
+
+    def test_what_cannot_be_loaded_is_refused(self, build, tmp_path):
+        with pytest.raises(CheckpointError, match=r"cannot be loaded .*train it anew"):
+            build().load(tmp_path)
+        task = build(peft=LORA)
+        task.save(task.model(0), tmp_path)
+        with pytest.raises(CheckpointError, match="holds an adapter, and the task has none"):
+            build().load(tmp_path)
+        with pytest.raises(CheckpointError, match="cannot be loaded"):
+            build(peft={**LORA, "target_modules": ["q_proj", "k_proj"]}).load(tmp_path)
 
 
 def test_a_task_is_known_by_the_weights_it_begins_with(tmp_path):

@@ -84,7 +84,8 @@ class TestTheSameAsInMemory:
         ways = in_memory_and_on_disk(tmp_path, model, [TextSource(path=str(path))], **options)
         tasks, said = zip(*((build(), warnings_of(caplog)) for build in ways), strict=True)
         assert said[0] == said[1] == said[2]
-        assert bool(said[0]) == (options.get("drop", False))
+        said_of_rows = [text for text in said[0] if "not used are" not in text]
+        assert bool(said_of_rows) == (options.get("drop", False))
         for task in tasks[1:]:
             for name in ("pool", "target", "test"):
                 same(getattr(tasks[0], name), getattr(task, name))

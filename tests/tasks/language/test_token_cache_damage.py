@@ -19,7 +19,7 @@ from cads.tasks.language.config import LanguageConfig
 from cads.tasks.language.encoding import TokenEncoder
 from cads.tasks.language.formats import Renderer
 from cads.tasks.language.rows import TextSource, load_rows
-from cads.tasks.language.token_cache import ABANDONED, ARRAYS, MANIFEST, TokenCache
+from cads.tasks.language.token_cache import ABANDONED, ARRAYS, ENTRY_VERSION, MANIFEST, TokenCache
 from tests.support.tiny_llama import tokenizer
 from tests.support.token_caches import entries, warnings_of
 
@@ -98,7 +98,7 @@ DAMAGES = {
     "a link": linked,
     "all a link": linked_whole,
     "another key": edited(lambda m: m.update(key="0" * 32)),
-    "a later version": edited(lambda m: m.update(schema_version=2)),
+    "a later version": edited(lambda m: m.update(schema_version=ENTRY_VERSION + 1)),
     "more files": edited(lambda m: m["files"].update(more=m["files"]["ids"])),
     "sizes no numbers": edited(lambda m: m["files"]["ids"].update(bytes="many")),
     "other rows": edited(lambda m: m["parts"][0].update(rows=31)),

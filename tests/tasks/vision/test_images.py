@@ -125,7 +125,8 @@ def test_files_are_not_opened_before_they_are_asked_for(tmp_path):
 
 def test_other_sizes_and_modes_are_brought_to_one_format():
     rows = [(random_image(0, (6, 6)),), (random_image(1, (9, 12, 3)),), (random_image(2, (4, 20, 4)),)]
-    assert ImageFiles(rows, 0, [0, 1, 2]).batch(np.arange(3)).shape == (("images", (1, 6, 6)),)
+    assert ImageFiles(rows, 0, [0, 1, 2]).batch(np.arange(3)).shape == (("images", (3, 6, 6)),)
+    assert ImageFiles(rows[:1] * 3, 0, [0, 1, 2]).batch(np.arange(3)).shape == (("images", (1, 6, 6)),)
     assert ImageFiles(rows[1:], 0, [0, 1], size=5).batch(np.arange(2)).shape == (("images", (3, 5, 5)),)
 
 

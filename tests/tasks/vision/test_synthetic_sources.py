@@ -13,6 +13,7 @@ from cads.tasks.vision.synthetic_sources import (
     SyntheticSource,
     TransformedImages,
     blur,
+    in_numbers,
     invert,
     make_synthetic_sources,
     rotate,
@@ -242,3 +243,39 @@ def test_noise_needs_another_class():
         make_synthetic_sources(
             clean(9).relabel(torch.zeros(9, dtype=torch.int64)), [SyntheticSource("a", None, 0.5)], 1, 0
         )
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "numbers"),
+    [
+        (["0", "1", "10", "11", "2"], [2, "10"], [4, 2]),
+        (["00", "07", "10"], [7], [1]),
+        (["ant", "bee", "2"], ["bee", 2], [1, 2]),
+        (["ant", "bee"], ["bee", "ant"], [1, 0]),
+    ],
+)
+def test_names_of_classes_win_over_indices(names, classes, numbers, caplog):
+    [found] = in_numbers([SyntheticSource("a", classes=classes)], names)
+    assert found.classes == numbers
+    assert caplog.text == ""
+
+
+def test_an_index_is_taken_where_no_class_has_a_number_and_is_said(caplog):
+    [found] = in_numbers([SyntheticSource("a", classes=[1])], ["ant", "bee", "cow"])
+    assert found.classes == [1]
+    assert "['bee']" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "message"),
+    [
+        (["1", "2", "3"], [0], r"classes \[0\] are unknown: use names, '1', '2', '3'"),
+        (["ant", "bee"], [2], r"classes \[2\] are unknown.*or an index, 0\.\.1"),
+        (["ant", "bee"], ["cow"], r"classes \['cow'\] are unknown"),
+        (["ant", "bee"], [1, "bee"], "name one class twice"),
+        (["01", "1", "2"], [1, "1"], "name one class twice"),
+    ],
+)
+def test_classes_that_are_none_are_refused(names, classes, message):
+    with pytest.raises(ConfigError, match=message):
+        in_numbers([SyntheticSource("a", classes=classes)], names)

@@ -1,0 +1,71 @@
+"""Names of sources that are given none: they come from paths, and no two files have the same one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from cads.tasks.language.rows import TextSource
+
+log = logging.getLogger(__name__)
+
+
+def names_and_prefixes(sources: Sequence[TextSource]) -> list[tuple[str, str]]:
+    """The name of each source, and the prefix of the ids of its rows if they are numbered.
+
+    A name that a source was given stays; two sources of one given name are one source, whose rows are numbered apart.
+    Names that come from files and would be equal are lengthened by the folders of the files, and this is said once.
+    """
+    found = [(source.name, source.name) for source in sources]
+    taken = {source.name for source in sources}
+    renamed = []
+    for name in sorted(taken):
+        members = [i for i, source in enumerate(sources) if source.name == name]
+        derived = [i for i in members if sources[i].name == sources[i].derived_name]
+        given = [i for i in members if i not in derived]
+        if _places(sources, given) > 1:
+            for i, label in _labels(sources, given, set(), 0).items():
+                found[i] = name, f"{name}/{label}"
+        if derived and _places(sources, members) > 1:
+            for i, label in _labels(sources, derived, taken, 1).items():
+                found[i] = label, label
+                renamed.append(f"{label!r} ({sources[i].location})")
+    if renamed:
+        log.warning("files of equal names are called %s; `name` gives them others", ", ".join(renamed))
+    return found
+
+
+def _places(sources: Sequence[TextSource], members: Sequence[int]) -> int:
+    return len({_place(sources[i]) for i in members})
+
+
+def _place(source: TextSource) -> tuple[str, ...]:
+    """What tells a file or data set from all others."""
+    if source.path is not None:
+        return (str(Path(source.path).resolve()),)
+    return str(source.dataset), source.config or "", source.split
+
+
+def _candidates(source: TextSource) -> list[str]:
+    """Names from short to long."""
+    if source.path is None:
+        whole = [str(source.dataset), source.config or "default", source.split]
+        return [source.derived_name, *("/".join(whole[:n]) for n in (1, 2, 3))]
+    path = Path(os.path.abspath(source.path))
+    folders = path.parent.parts
+    names = ["/".join([*folders[len(folders) - n :], source.derived_name]) for n in range(len(folders))]
+    return [*names, str(path)]
+
+
+def _labels(sources: Sequence[TextSource], members: Sequence[int], taken: set[str], level: int) -> dict[int, str]:
+    """The shortest names from `level` on that tell the places apart and are not taken."""
+    candidates = {i: _candidates(sources[i]) for i in members}
+    last = max(map(len, candidates.values())) - 1
+    places = _places(sources, members)
+    for n in range(level, last + 1):
+        labels = {i: names[min(n, len(names) - 1)] for i, names in candidates.items()}
+        if len(set(labels.values())) == places and not taken & set(labels.values()):
+            return labels
+    return labels

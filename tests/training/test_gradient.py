@@ -1,0 +1,84 @@
+"""A step waits for its device once, and its losses are the sums that they are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from cads.accounting.ledger import TRAIN, Ledger
+from cads.runtime.processes import active_group
+from cads.training.gradient import accumulate
+from cads.training.learners import SingleLearner, StackedReplicas
+from cads.training.run_state import RunSegment
+from cads.training.trainer import Trainer
+from tests.support.fitted import fit_replicas, step_cost, streams_of, whole_pool
+
+TRANSFERS = ("cpu", "item", "tolist")
+"""Methods of tensors that wait for a device."""
+
+
+@pytest.fixture
+def transfers(monkeypatch):
+    """Counts the transfers of tensors that have come through a model: they are float."""
+    counted = []
+    for name in TRANSFERS:
+        plain = getattr(torch.Tensor, name)
+
+        def spy(x, *args, _plain=plain, _name=name, **options):
+            if x.is_floating_point():
+                counted.append(_name)
+            return _plain(x, *args, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    return counted
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_step_waits_for_its_device_once(features, transfers, accumulate, clip_norm, keep):
+    task = features(batch_size=8, accumulate=accumulate, clip_norm=clip_norm)
+    flops = 12.5 * step_cost(task)
+    del transfers[:]
+    fit = Trainer(task, Ledger()).fit(
+        task.model(0), whole_pool(task), flops, seed=0, phase=TRAIN, stage="s", segment=RunSegment(keep=keep)
+    )
+    assert len(fit.losses) == 12
+    # The state that is kept is copied to the host once more, at the end.
+    assert transfers.count("item") == transfers.count("tolist") <= 1
+    assert transfers.count("cpu") <= 12 + (40 if keep else 0)
+
+
+def test_batched_replicas_wait_once_too(features, transfers):
+    task = features(batch_size=8, replicas="batched", accumulate=2)
+    streams = streams_of(task, 3)
+    del transfers[:]
+    steps = len(fit_replicas(task, 10, streams).losses)
+    # At the end the weights are stored, four tensors.
+    assert transfers.count("cpu") <= steps + 4
+    assert "item" not in transfers
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_losses_are_summed_in_double_precision(features, pieces, replicas):
+    task = features(batch_size=12)
+    models = [task.model(k) for k in range(replicas)]
+    learner = SingleLearner(task, models[0]) if replicas == 1 else StackedReplicas(task, models)
+    batch = task.pool.batch(np.arange(12 * replicas))
+    parts = batch.split(pieces, replicas)
+    norms = torch.arange(replicas, dtype=torch.float32)
+    found, norm = accumulate(Accelerator(), learner, parts, replicas, active_group(), 7).read(norms)
+    expected, kept = np.zeros(replicas), []
+    for part in parts:
+        with torch.no_grad():
+            losses = learner(part)
+        expected += (losses.sum(dim=1) / 12).double().numpy()
+        kept += losses[0].double().tolist()
+    assert found.loss.tolist() == expected.tolist()
+    assert found.example_losses.tolist() == kept[:7]
+    assert found.positions.tolist() == list(range(7))
+    assert norm.tolist() == norms.tolist()
+    assert found.loss.dtype == norm.dtype == np.float64
