@@ -17,7 +17,6 @@ from torch.nn import functional
 from baselines.similarity.pool_losses import Order, check_order, in_order
 from cads.accounting.ledger import Ledger
 from cads.data.batch import Batch
-from cads.data.token_batches import SCORED_TOKENS
 from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.scoring.pool_scores import score_pool
@@ -67,6 +66,7 @@ class El2n(Ranker):
                 stage=scoring.name,
                 device=device_of(model),
                 tokens=scoring.tokens,
+                precision=scorer.recipe.precision,
             )
         score = in_order(errors / len(models), self.order)
         return self.ranking(task, score, seed=seed, ledger=ledger, pool=scorer.pool)
@@ -74,7 +74,7 @@ class El2n(Ranker):
     def stages(self, scorer: Task) -> tuple[TrainOnPool, ReadPool]:
         """Training and one forward pass over the pool for each model; see `cads.scoring.ranker.Ranker`."""
         _check_classes(scorer)
-        return TrainOnPool(WARM_UP, self.warm_up, self.models), ReadPool(SCORING, SCORED_TOKENS, self.models)
+        return TrainOnPool(WARM_UP, self.warm_up, self.models), ReadPool(SCORING, n_models=self.models)
 
 
 def error_norms(task: Task, model: nn.Module, batch: Batch) -> Tensor:

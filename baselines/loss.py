@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from baselines.similarity.pool_losses import Order, check_order, in_order, pool_losses
+from baselines.similarity.pool_losses import Order, check_batch_tokens, check_order, in_order, pool_losses
 from cads.accounting.ledger import Ledger
-from cads.data.token_batches import SCORED_TOKENS
-from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
@@ -31,8 +29,8 @@ class Loss(Ranker):
     """Which examples come first: those of low loss, of a loss close to the median, or of high loss."""
     passes: float = 8.0
     """Passes of theta over the target; 0 scores with the initial (or pretrained) weights."""
-    batch_tokens: int = SCORED_TOKENS
-    """Padded tokens of a batch when the pool is scored."""
+    batch_tokens: int | None = None
+    """Padded tokens of a batch when the pool is scored; null: as many as suit the device (512 on a CPU)."""
 
     method: ClassVar[str] = "loss"
 
@@ -40,8 +38,7 @@ class Loss(Ranker):
         super().__post_init__()
         check_order(self.order)
         check_passes(passes=self.passes)
-        if self.batch_tokens < 1:
-            raise ConfigError(f"batch_tokens = {self.batch_tokens}: it must be at least 1")
+        check_batch_tokens(self.batch_tokens)
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """Train theta on the target, and score the pool with it; see `cads.scoring.ranker.Ranker`."""

@@ -13,11 +13,10 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 
 from baselines.random import random_scores
-from baselines.similarity.pool_losses import Order, check_order, in_order, pool_losses, whole_texts
+from baselines.similarity.pool_losses import Order, check_batch_tokens, check_order, in_order, pool_losses, whole_texts
 from cads.accounting.ledger import Ledger
 from cads.data.ids import rank_by_score
 from cads.data.pool import Pool
-from cads.data.token_batches import SCORED_TOKENS
 from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
@@ -49,9 +48,11 @@ class Perplexity(Ranker):
     recipe: Recipe = "cads"
     """cads: loss of the answer tokens, in order of loss. paper: loss of all tokens, in shuffled thirds, as in CCDS."""
     autocast: bool = False
-    """Score in bfloat16: faster on hardware that supports it; losses are off by about 1 %."""
-    batch_tokens: int = SCORED_TOKENS
-    """Padded tokens of a batch when the pool is scored; on a CPU with autocast, twice as many are faster."""
+    """Score in bfloat16 whatever the precision of training: faster on hardware that supports it; losses are off by
+    about 1 %."""
+    batch_tokens: int | None = None
+    """Padded tokens of a batch when the pool is scored; null: as many as suit the device (512 on a CPU, where with
+    autocast twice as many are faster)."""
 
     method: ClassVar[str] = "ppl"
 
@@ -61,8 +62,7 @@ class Perplexity(Ranker):
         if self.recipe not in get_args(Recipe):
             raise ConfigError(f"recipe = {self.recipe!r}: choose from {list(get_args(Recipe))}")
         check_passes(fine_tune=self.passes)
-        if self.batch_tokens < 1:
-            raise ConfigError(f"batch_tokens = {self.batch_tokens}: it must be at least 1")
+        check_batch_tokens(self.batch_tokens)
 
     @property
     def passes(self) -> float:

@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from baselines.similarity.pool_losses import pool_losses
+from baselines.similarity.pool_losses import check_batch_tokens, pool_losses
 from cads.accounting.ledger import Ledger
-from cads.data.token_batches import SCORED_TOKENS
 from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
@@ -36,8 +35,8 @@ class Rho(Ranker):
     """Passes of the reference model u over the pool; 0 for its initial (or pretrained) weights."""
     target_passes: float = 8.0
     """Passes of the target model theta over the target."""
-    batch_tokens: int = SCORED_TOKENS
-    """Padded tokens of a batch when the pool is scored."""
+    batch_tokens: int | None = None
+    """Padded tokens of a batch when the pool is scored; null: as many as suit the device (512 on a CPU)."""
 
     method: ClassVar[str] = "rho"
 
@@ -46,8 +45,7 @@ class Rho(Ranker):
         check_passes(pool_passes=self.pool_passes, target_passes=self.target_passes)
         if not self.target_passes:
             raise ConfigError("target_passes = 0: without a holdout model there is no reducible loss; train it")
-        if self.batch_tokens < 1:
-            raise ConfigError(f"batch_tokens = {self.batch_tokens}: it must be at least 1")
+        check_batch_tokens(self.batch_tokens)
 
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """Train both models from the same initial weights, and score the pool with each.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+
+from torch import nn
 
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
@@ -99,6 +101,7 @@ def train(
     count_selection: bool | None = None,
     monitor: Monitor | None = None,
     evaluations: Sequence[str] = (),
+    save: Callable[[nn.Module], None] | None = None,
     **options: Any,
 ) -> TrainedModel:
     """Train the final model within the budget, and measure it on the test set.
@@ -112,6 +115,7 @@ def train(
         count_selection: whether the budget covers selection too; None: as a `Budget` says, or no.
         monitor: shows progress and writes TensorBoard events; None for neither.
         evaluations: further ones of the task, such as "choices".
+        save: is given the trained model before it is tested, to write it.
         options: of the selector, by name.
 
     Returns:
@@ -127,7 +131,7 @@ def train(
         selection = select(task, parsed, method=method, seed=seed, monitor=monitor, **options)
     elif options:
         raise ConfigError(f"options {sorted(options)} are those of a selector, and a selection is given: leave one out")
-    return final.train(task, selection, parsed, seed=seed, monitor=monitor, evaluations=evaluations)
+    return final.train(task, selection, parsed, seed=seed, monitor=monitor, evaluations=evaluations, save=save)
 
 
 def _selector(method: str | Selector, options: dict[str, Any]) -> Selector:

@@ -76,7 +76,7 @@ class Monitor:
         task_id, tag = None, stage_tag(stage)
         if self._bar is not None:
             task_id = self._bar.add_task(
-                f"{self._prefix}{stage_label(stage)}", total=flops, loss="", digits=".3g", unit="FLOPs"
+                f"{self._prefix}{stage_label(stage)}", total=flops, loss="", amount=f"0/{flops:.3g} FLOPs"
             )
         start = self._steps.get(stage, 0)
         n_written = 0
@@ -87,7 +87,8 @@ class Monitor:
                 return
             n_written += 1
             if self._bar is not None and task_id is not None:
-                self._bar.update(task_id, completed=spent_flops, loss=f"loss {loss:.3f}")
+                amount = f"{spent_flops:.3g}/{flops:.3g} FLOPs"
+                self._bar.update(task_id, completed=spent_flops, loss=f"loss {loss:.3f}", amount=amount)
             self.scalar(f"{tag}/training_loss", loss, start + n_written)
             self.scalar(f"{tag}/learning_rate", learning_rate, start + n_written)
 
@@ -99,8 +100,8 @@ class Monitor:
                 self._bar.remove_task(task_id)
 
     @contextmanager
-    def counting(self, stage: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Follow work on `total` examples.
+    def counting(self, stage: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        """Follow work on `total` examples; None: in one piece, shown as under way.
 
         Yields:
             a function of the number of examples that are done so far.
@@ -109,11 +110,13 @@ class Monitor:
         if bar is None:
             yield lambda done: None
             return
-        task_id = bar.add_task(
-            f"{self._prefix}{stage_label(stage)}", total=total, loss="", digits=",.0f", unit="examples"
-        )
+
+        def amount(done: int) -> str:
+            return "" if total is None else f"{done:,}/{total:,} examples"
+
+        task_id = bar.add_task(f"{self._prefix}{stage_label(stage)}", total=total, loss="", amount=amount(0))
         try:
-            yield lambda done: bar.update(task_id, completed=done)
+            yield lambda done: bar.update(task_id, completed=done, amount=amount(done))
         finally:
             bar.remove_task(task_id)
 
@@ -201,7 +204,7 @@ def _bar(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:{task.fields[digits]}}/{task.total:{task.fields[digits]}} {task.fields[unit]}"),
+        TextColumn("{task.fields[amount]}"),
         TextColumn("{task.fields[loss]}"),
         TimeRemainingColumn(),
         console=console,

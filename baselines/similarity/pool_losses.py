@@ -32,6 +32,16 @@ def check_order(order: str) -> None:
         raise ConfigError(f"order = {order!r}: choose from {list(get_args(Order))}")
 
 
+def check_batch_tokens(tokens: int | None) -> None:
+    """Refuse batches without a token; None leaves their size to the device (`cads.data.token_batches.scoring_limits`).
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"batch_tokens = {tokens}: it must be at least 1")
+
+
 def in_order(values: np.ndarray, order: Order) -> np.ndarray:
     """Scores, the higher the better, that rank `values` (shape (N,)) in `order`."""
     if order == "mid":
@@ -42,21 +52,31 @@ def in_order(values: np.ndarray, order: Order) -> np.ndarray:
 def pool_losses(task: Task, model: nn.Module, stage: ReadPool, *, ledger: Ledger, autocast: bool = False) -> np.ndarray:
     """Carry out `stage` for one model: the loss of each example that is read, nats, float64, shape (N,).
 
-    Puts `model` in evaluation mode.
+    Puts `model` in evaluation mode, and computes in the precision of the task's recipe.
 
     Args:
-        autocast: compute in bfloat16: faster on hardware that supports it, and off by about 1 % (`Passes`).
+        autocast: compute in bfloat16 instead: faster on hardware that supports it, and off by about 1 % (`Passes`).
     """
     model.eval()
     device = device_of(model)
-    passes = Passes(model, "bf16" if autocast else "no")
+    precision = "bf16" if autocast else task.recipe.precision
+    passes = Passes(model, "bf16" if precision == "bf16" else "no")
 
     def score(batch: Batch) -> Tensor:
         with passes():
             return task.losses(model, batch).float()
 
     pool, price = stage.pool_of(task), task.costs.forward
-    return score_pool(pool, score, price, ledger=ledger, stage=stage.name, device=device, tokens=stage.tokens)
+    return score_pool(
+        pool,
+        score,
+        price,
+        ledger=ledger,
+        stage=stage.name,
+        device=device,
+        tokens=stage.tokens,
+        precision=precision,
+    )
 
 
 def whole_texts(pool: Pool) -> Pool:

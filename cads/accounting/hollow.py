@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +24,7 @@ def hollow(model: nn.Module) -> nn.Module:
     """
     shells: dict[int, object] = {id(p): _shell(p) for p in model.parameters() if type(p) is nn.Parameter}
     try:
-        copied = copy.deepcopy(model, shells)
+        copied = copy.deepcopy(model, {**shells, **computed_tensors(model)})
     except NO_COPY as error:
         log.warning("costs are counted on a model with weights in memory, as it cannot be copied: %s", error)
         return model
@@ -35,3 +37,21 @@ def _shell(parameter: nn.Parameter) -> nn.Parameter:
     device = "meta" if parameter.device.type == "meta" else "cpu"
     zero = torch.zeros((), dtype=parameter.dtype, device=device)
     return nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
+
+
+def computed_tensors(model: nn.Module) -> dict[int, Tensor]:
+    """Copies, by id, of the tensors of `model` that are computed from others, such as transposed ones of tied adapters.
+
+    As the memo of `deepcopy`, which copies no such tensor by itself.
+    """
+    held = (x for module in model.modules() for x in _tensors_in(vars(module)))
+    return {id(x): x.detach().clone() for x in held if not x.is_leaf}
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _tensors_in(inner)

@@ -30,7 +30,7 @@ from cads.runtime.run_folder import RunFolder
 from cads.selection import Selection, check_folder, versions
 from cads.task import Metrics, Task
 from cads.training.evaluations import add_to_results, evaluate, missing, read_results
-from cads.training.final import TrainedModel, load_trained
+from cads.training.final import TrainedModel, load_trained, save_model
 
 PLAN_WIDTH = 112
 """Fewest columns of a printed plan; a wider terminal gives it more."""
@@ -98,7 +98,7 @@ def select(argv: list[str]) -> None:
 
 
 def train(argv: list[str]) -> None:
-    """Train the final model on a Selection within the budget, test and write it; then evaluate it further.
+    """Train the final model on a Selection within the budget, write and test it; then evaluate it further.
 
     A finished training is evaluated by what its results lack, and not trained anew.
     """
@@ -128,7 +128,13 @@ def train(argv: list[str]) -> None:
         if names:
             if trained is None:
                 console.print(f"{out} has been trained before: it is evaluated by {', '.join(names)}", soft_wrap=True)
-            model = world.locally(lambda: load_trained(task, out)) if trained is None else trained.model
+            if trained is None or values.merge:
+                # The written model, as after a restart: a merged one differs from the trained one by rounding.
+                if trained is not None:
+                    trained.model.cpu()  # makes room on the device
+                model = world.locally(lambda: load_trained(task, out))
+            else:
+                model = trained.model
             _evaluate(run, config, task, model, names, out)
         results = world.on_rank_zero(lambda: read_results(out))
     console.print(Ledger.from_json(results["ledger"]).table())
@@ -142,16 +148,20 @@ def train(argv: list[str]) -> None:
 
 
 def _train(run: RunFolder, config: CommandConfig, task: Task, selection: Selection, out: Path) -> TrainedModel:
-    """Train and test the final model, and write it: then the run has finished."""
+    """Train the final model, write it and then test it: then the run has finished."""
     world, values = world_group(), config.values
     budget = Budget.parse(values.budget, count_selection=values.count_selection)
+
+    def save(model: nn.Module) -> None:
+        world.on_rank_zero(lambda: save_model(task, model, out, merge=values.merge))
+
     with run.journal(), _monitor(values, out, "train") as monitor:
-        trained = api.train(task, budget, selection=selection, seed=values.seed, monitor=monitor)
+        trained = api.train(task, budget, selection=selection, seed=values.seed, monitor=monitor, save=save)
         monitor.hparams(
             {"method": selection.method, "budget": str(budget), "seed": values.seed},
             {**trained.metrics, "total_flops": trained.ledger.total().flops},
         )
-        world.on_rank_zero(lambda: str(trained.save(out, merge=values.merge)))
+        world.on_rank_zero(lambda: trained.save_results(out))
     world.on_rank_zero(lambda: _write_config(config, task, out))
     run.finish()
     return trained

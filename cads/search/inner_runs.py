@@ -15,6 +15,7 @@ from torch import nn
 from cads.accounting.ledger import SELECT, Ledger
 from cads.data.streams import Stream
 from cads.data.training_batches import BatchStream
+from cads.errors import NonFiniteError
 from cads.monitor import Monitor
 from cads.runtime.checkpoint import State
 from cads.runtime.journal import replay_or_run, replay_or_run_parallel
@@ -23,12 +24,16 @@ from cads.runtime.processes import active_group
 from cads.scoring.pool_scores import score_pool
 from cads.search.inner_costs import InnerLoopCosts
 from cads.task import Objective, ObjectiveValue, Task
+from cads.training.learners import SingleLearner
+from cads.training.loop import TrainingRun
 from cads.training.precision import autocast
 from cads.training.result import TrainResult, stack_results
 from cads.training.trainer import Trainer
 
 BY_EXAMPLE = "by_example"
 """Name of the objective of each example in journals."""
+MEASURED = "measured"
+"""Name of what a trial has measured, beside the state of its training, in journals."""
 
 
 @dataclass
@@ -161,18 +166,105 @@ class InnerLoop(InnerLoopCosts):
         fits: list[TrainResult | None] = []
         kept: list[nn.Module] = []
         measurements: list[ObjectiveValue | None] = []
-        size = active_group().size
+        # Processes that divide each model train one at a time.
+        sharded = self.task.recipe.sharding == "full"
+        size = 1 if sharded else active_group().size
         for start in range(0, draws.replicas, size):
             wave = draws.for_streams(*draws.streams[start : start + size])
             models += [self.task.model(seed) for _ in range(wave.replicas - len(models))]
-            new = self.trainer.fit_one_by_one(models, wave, flops, seed=seed, phase=SELECT, stage=stage)
-            measurements += self._measure(models, np.array([fit is None for fit in new]), stage)
-            kept += models[: max(0, keep - start)]
+            run_wave = self._run_sharded if sharded else self._run_wave
+            new, measured = run_wave(models, wave, flops, seed, stage)
             fits += [None if fit is None else replace(fit, models=[]) for fit in new]
+            measurements += measured
+            kept += models[: max(0, keep - start)]
             # The next models are made only when these are gone.
             models.clear()
             del new
         return stack_results(kept, fits), measurements
+
+    def _run_sharded(
+        self, models: Sequence[nn.Module], draws: BatchStream, flops: float, seed: int, stage: str
+    ) -> tuple[list[TrainResult | None], list[ObjectiveValue | None]]:
+        """Train and measure one replica, of which each process holds a part."""
+        fits = self.trainer.fit_one_by_one(models, draws, flops, seed=seed, phase=SELECT, stage=stage)
+        return fits, self._measure(models, np.array([fit is None for fit in fits]), stage)
+
+    def _run_wave(
+        self, models: Sequence[nn.Module], draws: BatchStream, flops: float, seed: int, stage: str
+    ) -> tuple[list[TrainResult | None], list[ObjectiveValue | None]]:
+        """Train and measure at most as many replicas as there are processes."""
+        runs = [
+            self.trainer.prepare(SingleLearner(self.task, model), draws.for_streams(stream), flops, seed, SELECT, stage)
+            for model, stream in zip(models, draws.streams, strict=True)
+        ]
+        fits: list[TrainResult | None] = []
+        measurements: list[ObjectiveValue | None] = []
+        for run, state in zip(runs, self._trials(runs, f"{stage}, measuring"), strict=True):
+            training, measured = _split(state)
+            measurements.append(None if measured is None else _measured(measured))
+            try:
+                fits.append(self.trainer.finish(run, training))
+            except NonFiniteError:
+                fits.append(None)
+        return fits, measurements
+
+    def _trials(self, runs: Sequence[TrainingRun], stage: str) -> list[State]:
+        """Train and measure single replicas, at most one a process.
+
+        A trial is one operation: were there two, their order in journals would depend on the number of processes.
+
+        Args:
+            stage: of measuring.
+        """
+        name, rank = "training and measuring", active_group().rank
+
+        def settle(run: TrainingRun, state: State) -> None:
+            training, measured = _split(state)
+            # The replicas train, and are measured, at the same time.
+            training.values["seconds"] /= len(runs)
+            run.train_state.learner.to(self.trainer.accelerator.device).train()
+            run.train_state.restore(training, None)
+            run.train_state.charge(self.ledger, run.phase, run.stage)
+            if measured is not None:
+                seconds = measured.number("seconds") / len(runs)
+                self.ledger.charge(SELECT, stage, self.measuring_flops, seconds=seconds)
+
+        if active_group().size == 1:
+            (run,) = runs
+
+            def compute(progress: StepReporter) -> State:
+                state = self._trial(run, progress)
+                settle(run, state)
+                return state
+
+            return [replay_or_run(name, [run.journal_key, stage], self.ledger, compute)]
+
+        def part(progress: StepReporter, statuses: list[OperationStatus]) -> State:
+            if rank >= len(runs) or statuses[rank].finished:
+                return State()
+            progress.restored = statuses[rank].state
+            return self._trial(runs[rank], progress)
+
+        def join(parts: list[State]) -> list[State | None]:
+            return [state if state.tensors else None for state in parts[: len(runs)]]
+
+        operations = [Operation(name, [run.journal_key, stage], partial(settle, run)) for run in runs]
+        return replay_or_run_parallel(operations, self.ledger, part, join)
+
+    def _trial(self, run: TrainingRun, progress: StepReporter) -> State:
+        """Train one replica and measure it unless it diverged; see `_split`."""
+        stored = progress.restored
+        if stored is not None and (stored.values["failure"] is not None or MEASURED in stored.values):
+            # It had ended and waited for the others: nothing is done or charged again.
+            return stored
+        state = self.trainer.steps(run, progress)
+        if state.values["failure"] is not None:
+            return state
+        started = time.perf_counter()
+        measured = self._objective(run.train_state.learner.trained()[0])
+        values = {**measured.values, "seconds": time.perf_counter() - started}
+        tensors = {f"{MEASURED}/{name}": x for name, x in measured.tensors.items()}
+        return State({**state.values, MEASURED: values}, {**state.tensors, **tensors})
 
     def _measure(self, models: Sequence[nn.Module], diverged: np.ndarray, stage: str) -> list[ObjectiveValue | None]:
         """The outer objective of each model; None where it diverged (bool, shape (K,))."""
@@ -271,6 +363,19 @@ class InnerLoop(InnerLoopCosts):
         start = self.task.model(seed) if model is None else model
         fit = self.trainer.fit(start, draws, flops, seed=seed, phase=SELECT, stage=stage)
         return fit.models[0]
+
+
+def _split(state: State) -> tuple[State, State | None]:
+    """The states of training and of measuring in that of a trial; None for the latter if it was not measured."""
+    prefix = f"{MEASURED}/"
+    training = State(
+        {name: value for name, value in state.values.items() if name != MEASURED},
+        {name: x for name, x in state.tensors.items() if not name.startswith(prefix)},
+    )
+    if MEASURED not in state.values:
+        return training, None
+    tensors = {name.removeprefix(prefix): x for name, x in state.tensors.items() if name.startswith(prefix)}
+    return training, State(state.values[MEASURED], tensors)
 
 
 def _measured(state: State) -> ObjectiveValue:

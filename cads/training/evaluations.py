@@ -7,6 +7,7 @@ on from there.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from cads.runtime.lockstep import StepReporter, divide
 from cads.runtime.processes import active_group
 from cads.task import Metrics, StepwiseEvaluation, Task
 
+log = logging.getLogger(__name__)
+
 RESULTS = "results.json"
 """File beside a trained model: its metrics, its evaluations with their settings, and the ledger."""
 POLL_SECONDS = 1.0
@@ -48,7 +51,7 @@ def evaluate(task: Task, model: nn.Module, name: str, *, ledger: Ledger, monitor
 
     def compute(progress: StepReporter) -> State:
         metrics: Metrics = {}
-        with ledger.timed(EVALUATE, name), monitor.counting(name, len(task.test)), stoppable(progress, State):
+        with in_one_piece(name, progress, ledger=ledger, monitor=monitor):
             flops = count_flops(lambda: metrics.update(task.evaluate(model, name)))
         ledger.charge(EVALUATE, name, flops)
         return State(dict(metrics))
@@ -93,6 +96,18 @@ def _stored(state: State) -> np.ndarray:
     if "values" not in state.tensors:
         raise CheckpointError("the stored values of an evaluation are missing: begin anew with --overwrite true")
     return np.asarray(state.tensors["values"].numpy())
+
+
+@contextmanager
+def in_one_piece(name: str, progress: StepReporter, *, ledger: Ledger, monitor: Monitor) -> Iterator[None]:
+    """Within the block an evaluation runs that has no steps: it is timed, shown as under way, and `stoppable`."""
+    group = active_group()
+    if group.size > 1 and group.first:
+        log.info(
+            "%s runs in one piece in %d processes: a signal to stop takes effect when it is done", name, group.size
+        )
+    with ledger.timed(EVALUATE, name), monitor.counting(name, None), stoppable(progress, State):
+        yield
 
 
 @contextmanager

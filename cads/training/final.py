@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from cads.runtime.processes import active_group
 from cads.seeding import derive
 from cads.selection import Selection
 from cads.task import Metrics, Task
-from cads.training.evaluations import evaluate, evaluation_record, stoppable, write_results
+from cads.training.evaluations import RESULTS, evaluate, evaluation_record, in_one_piece, write_results
 from cads.training.result import TrainResult
 from cads.training.run_state import FULL_RUN, RunSegment
 from cads.training.trainer import Trainer
@@ -65,13 +65,12 @@ class TrainedModel:
                 the trained one.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self.task.save(self.model, folder, merge=merge)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"the model cannot be written to {folder} ({error}): make room and give the same command again"
-            ) from error
+        save_model(self.task, self.model, folder, merge=merge)
+        self.save_results(folder)
+        return folder
+
+    def save_results(self, folder: Path) -> None:
+        """Write `results.json` beside the model in `folder`."""
         results = {
             "metrics": self.metrics,
             "steps": len(self.train_result.losses),
@@ -83,7 +82,21 @@ class TrainedModel:
             records = {n: evaluation_record(self.task, n, metrics) for n, metrics in self.evaluations.items()}
             results["evaluations"] = records
         write_results(folder, results)
-        return folder
+
+
+def save_model(task: Task, model: nn.Module, folder: Path, *, merge: bool = False) -> None:
+    """Write a trained model in the format of its task; the results of an earlier model there are removed.
+
+    Arguments, raises: as `TrainedModel.save`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        task.save(model, folder, merge=merge)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"the model cannot be written to {folder} ({error}): make room and give the same command again"
+        ) from error
+    (folder / RESULTS).unlink(missing_ok=True)
 
 
 def training_flops(task: Task, budget: Budget, selection: Selection) -> float:
@@ -121,6 +134,7 @@ def train(
     seed: int,
     monitor: Monitor | None = None,
     evaluations: Sequence[str] = (),
+    save: Callable[[nn.Module], None] | None = None,
 ) -> TrainedModel:
     """Train a fresh model on `selection` within `budget` and measure it on the test set.
 
@@ -128,6 +142,7 @@ def train(
 
     Args:
         evaluations: names of further evaluations of the task (`Task.evaluate`); each is charged the FLOPs it executes.
+        save: is given the trained model before it is tested; all processes call it. A resumed run calls it again.
 
     Raises:
         SelectionError: if a selected id is not in the pool. A pool with the same ids and other contents is
@@ -149,8 +164,11 @@ def train(
     trainer = Trainer(task, ledger, monitor)
     result = fit_final_model(trainer, selection, flops, seed=seed, segment=RunSegment(start=selection.warm_start))
 
+    if save is not None:
+        save(result.models[0])
+
     def test(progress: StepReporter) -> State:
-        with ledger.timed(EVALUATE, "test"), monitor.counting("test", len(task.test)), stoppable(progress, State):
+        with in_one_piece("test", progress, ledger=ledger, monitor=monitor):
             state = State(dict(task.metrics(result.models[0], task.test)))
         ledger.charge(EVALUATE, "test", task.costs.forward_pool(task.test))
         return state

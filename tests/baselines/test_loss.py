@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from baselines.el2n import El2n, error_norms
 from baselines.loss import Loss
+from baselines.perplexity import Perplexity
 from baselines.rho import Rho
 from cads.accounting.ledger import SELECT, Ledger
+from cads.data import token_batches
 from cads.errors import ConfigError
 from cads.recipe import TrainConfig
 from cads.scoring.stages import TrainOnPool, TrainOnTarget
@@ -105,6 +110,8 @@ def test_orders_are_opposite(images):
         (Loss, {"passes": float("nan")}, "passes = nan"),
         (Rho, {"target_passes": 0}, "target_passes = 0"),
         (Rho, {"pool_passes": -1}, "pool_passes = -1"),
+        (Loss, {"batch_tokens": 0}, "batch_tokens = 0"),
+        (Rho, {"batch_tokens": 0}, "batch_tokens = 0"),
         (El2n, {"models": 0}, "models = 0"),
         (El2n, {"warm_up": -1}, "warm_up = -1"),
     ],
@@ -112,3 +119,32 @@ def test_orders_are_opposite(images):
 def test_bad_options_are_named(kind, options, message):
     with pytest.raises(ConfigError, match=message):
         kind(**options)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("selector", [Loss(passes=0), Perplexity(), El2n(models=2, warm_up=0)])
+def test_plans_and_passes_follow_the_device(texts, images, monkeypatch, kind, selector):
+    """With limits so small that the batches of the two devices differ in their padding."""
+    monkeypatch.setattr(token_batches, "SCORED_TOKENS", 64)
+    monkeypatch.setattr(token_batches, "ACCELERATOR_TOKENS", 256)
+    monkeypatch.setattr(token_batches, "device_type", lambda: kind)
+    task, ledger = images() if isinstance(selector, El2n) else texts(), Ledger()
+    selector.rank(task, seed=0, ledger=ledger)
+    assert selector.rank_plan(task).total().flops == pytest.approx(ledger.total().flops, rel=1e-9)
+
+
+@pytest.mark.parametrize("selector", [Loss(passes=0), Rho(target_passes=1, pool_passes=0), El2n(models=1, warm_up=0)])
+def test_pools_are_read_in_the_precision_of_training(images, monkeypatch, selector):
+    task, seen = copy.copy(images()), set()
+    task.recipe = replace(task.recipe, precision="bf16")
+    logits = task.logits
+
+    def seen_logits(model, batch):
+        found = logits(model, batch)
+        if torch.is_inference_mode_enabled():
+            seen.add(found.dtype)
+        return found
+
+    monkeypatch.setattr(task, "logits", seen_logits)
+    selector.rank(task, seed=0, ledger=Ledger())
+    assert seen == {torch.bfloat16}

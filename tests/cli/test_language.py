@@ -468,6 +468,31 @@ class TestTrainedBeforeEvaluated:
         metrics = results_of(tmp_path / "t")["metrics"]
         assert metrics == pytest.approx({k: v for k, v in at_once["metrics"].items() if not k.startswith("choices")})
 
+    def test_a_merged_model_is_evaluated_as_after_a_restart(self, words, folder, selected, tmp_path):
+        words = [*words, "--merge", "true"]
+        run(*words, "--eval", "[choices, exact_match]")
+        at_once = results_of(tmp_path / "t")
+        run(*words[:-3], tmp_path / "later", "--merge", "true")
+        run(*words[:-3], tmp_path / "later", "--merge", "true", "--eval", "[choices, exact_match]")
+        later = results_of(tmp_path / "later")
+        assert later["metrics"] == at_once["metrics"]
+        flops = [[(e["phase"], e["stage"], e["flops"]) for e in r["ledger"]] for r in (later, at_once)]
+        assert flops[0] == flops[1]
+
+    def test_a_test_that_fails_keeps_the_written_model(self, words, at_once, tmp_path, monkeypatch):
+        def fail(task, model, pool):
+            raise RuntimeError("out of memory")
+
+        with monkeypatch.context() as full:
+            full.setattr("cads.tasks.language.task.LanguageTask.metrics", fail)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                main([*map(str, words), "--progress", "false"])
+        written = (tmp_path / "t/adapter_model.safetensors").read_bytes()
+        assert not (tmp_path / "t/results.json").exists()
+        run(*words, "--eval", "[choices, exact_match]")
+        assert (tmp_path / "t/adapter_model.safetensors").read_bytes() == written
+        assert results_of(tmp_path / "t")["metrics"] == at_once["metrics"]
+
     def test_a_merge_that_fails_keeps_the_training(self, words, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(models, "MERGE_TOLERANCE", {"float32": -1.0})
         assert main([*map(str, words), "--progress", "false", "--merge", "true"]) == 1
@@ -548,6 +573,11 @@ def test_the_bar_counts_examples_and_flops():
             (shown,) = monitor._bar.tasks
             text = " ".join(column.render(shown).plain for column in monitor._bar.columns if type(column) is TextColumn)
             assert " ".join(text.split()) == "exact_match 256/1,319 examples"
+        with monitor.counting("test", None):
+            (shown,) = monitor._bar.tasks
+            assert shown.total is None
+            text = " ".join(column.render(shown).plain for column in monitor._bar.columns if type(column) is TextColumn)
+            assert text.strip() == "test"
         with monitor.progress("theta", 2e12) as advance:
             advance(1e12, 0.5, 0.1)
             (shown,) = monitor._bar.tasks

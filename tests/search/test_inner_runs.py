@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import weakref
 from contextlib import contextmanager
 
@@ -17,8 +18,11 @@ from cads.data.streams import ShuffledStream
 from cads.data.token_batches import scoring_batches
 from cads.monitor import Monitor
 from cads.registry import build_selector
+from cads.runtime.journal import Journal
 from cads.scoring.features import ReadFeatures
 from cads.search.inner_runs import InnerLoop
+from tests.support.forked_processes import entries, killed, mortal, spread
+from tests.support.killed_runs import EVERY_STEP
 
 
 class Watched:
@@ -127,6 +131,40 @@ def test_waves_equal_all_at_once(features):
         assert runs.final_train_loss[k] == one.final_train_loss[0]
     assert [stage for _, stage in ledger.entries] == ["short runs", "short runs, measuring"]
     assert dropping(streams) == dropping(streams_of(task, 3))
+
+
+@pytest.mark.parametrize("diverges", [False, True])
+def test_trials_one_by_one_go_on_with_other_numbers_of_processes(features, tmp_path, diverges):
+    """Killed in one process, in two and in one, in training and after measuring, and ended in either."""
+    task, said = features(batch_size=4, replicas="loop", dropout=0.3), tmp_path / "said"
+    usage = task.costs.per_usage(task.pool, 4)
+    rows = task.pool.examples.rows
+    kept, rows.flags.writeable = rows[1].copy(), True
+
+    def run():
+        ledger = Ledger()
+        runs = InnerLoop(task, ledger, Monitor()).run(streams_of(task, 5), 40 * usage, seed=0, stage="short runs")
+        return [np.nan_to_num(runs.objective, nan=-1).tolist(), np.nan_to_num(runs.losses).tolist(), entries(ledger)]
+
+    def work(folder, steps=None):
+        if steps is not None:
+            mortal(steps)
+        with Journal(folder, {}, EVERY_STEP).open():
+            return run()
+
+    try:
+        if diverges:
+            rows[1] = np.nan
+        whole = json.loads(json.dumps(run()))
+        assert (-1 in whole[0]) == diverges
+        for last in (1, 2):
+            folder = tmp_path / f"journal-{last}"
+            for size, steps in ((1, 13), (2, 9), (1, 4)):
+                killed(size, lambda folder=folder, steps=steps: work(folder, steps), said)
+            assert list(folder.glob("*"))
+            assert spread(last, lambda folder=folder: work(folder), said) == [whole] * last
+    finally:
+        rows[1] = kept
 
 
 class TestPrecision:

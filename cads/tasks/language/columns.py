@@ -62,7 +62,7 @@ KNOWN = {
 }
 """Columns that are recognised as a role, the first that is present; case does not matter."""
 PREFERENCES = ("chosen", "rejected")
-SHOWN_VALUES = 3
+SHOWN_VALUES, SHOWN_LENGTH = 3, 40
 """Values of an unused column that are shown."""
 SEARCHED_ROWS = 1000
 """Rows in which they are looked for."""
@@ -234,10 +234,32 @@ def _texts(table: pa.Table, name: str, location: str) -> pa.ChunkedArray:
         if not all(value is None or isinstance(value, str | int | float) for value in values):
             raise DataError(f"column {name!r} of {location} is {column.type}: in a template it must be text or numbers")
         return pa.chunked_array([[None if value is None else str(value) for value in values]], pa.string())
-    return pc.cast(column, pa.string())
+    try:
+        return pc.cast(column, pa.string())
+    except pa.ArrowException as error:
+        raise DataError(
+            f"column {name!r} of {location} is {column.type} and no text ({error}): in a template it must be text or "
+            "numbers"
+        ) from error
 
 
 def _some_values(column: pa.ChunkedArray) -> list[str]:
     """The first values that differ, shortened."""
-    values = (f"{value!r:.40}" for value in column.slice(0, SEARCHED_ROWS).to_pylist())
-    return list(dict.fromkeys(values))[:SHOWN_VALUES]
+    shown: dict[str, None] = {}
+    for value in column.slice(0, SEARCHED_ROWS):
+        shown[_shortened(value)] = None
+        if len(shown) == SHOWN_VALUES:
+            break
+    return list(shown)
+
+
+def _shortened(value: pa.Scalar) -> str:
+    """The beginning of a value; Python has none for some, such as a date of the year 10000."""
+    try:
+        if isinstance(value, pa.ListScalar):
+            # A long list costs what its beginning does.
+            return f"{value.values[:SHOWN_LENGTH].to_pylist()!r:.{SHOWN_LENGTH}}" if value.is_valid else "None"
+        python = value.as_py()
+    except (ValueError, OverflowError):
+        return f"{value.cast(pa.string()).as_py():.{SHOWN_LENGTH}}"
+    return f"{python[:SHOWN_LENGTH] if isinstance(python, str | bytes) else python!r:.{SHOWN_LENGTH}}"

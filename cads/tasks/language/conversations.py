@@ -198,12 +198,28 @@ def check_order(roles: Sequence[str], identity: str) -> None:
 
 
 def messages_in(value: Any) -> list[Any] | None:
-    """The messages in a cell, as a list or as JSON; None if it holds something else, such as text."""
+    """The messages in a cell, as a list or as JSON; None if it holds something else, such as text.
+
+    Text may be JSON and no messages, such as extracted records: see `_is_message`.
+    """
     listed = _parsed(value)
     if not isinstance(listed, list) or not listed:
         return None
+    if isinstance(value, str):
+        return listed if all(_is_message(entry) for entry in listed) else None
     spoken = [isinstance(entry, Mapping) and bool(entry.get("role") or entry.get("from")) for entry in listed]
     return listed if all(spoken) else None
+
+
+def _is_message(entry: Any) -> bool:
+    """Whether what JSON holds is surely a message: a known role says something, or calls tools."""
+    spoken = (entry.get("role") or entry.get("from")) if isinstance(entry, Mapping) else None
+    if not isinstance(spoken, str):
+        return False
+    if spoken not in (*ROLES, *FIRST_ROLES, *REPLYING_ROLES, *TOOL_SPEAKERS) and spoken.lower() not in SPEAKERS:
+        return False
+    content = next((entry[k] for k in ("content", "value") if entry.get(k) is not None), None)
+    return isinstance(content, str | list) or (content is None and bool(entry.get("tool_calls")))
 
 
 def as_text(value: Any, name: str, identity: str) -> str:

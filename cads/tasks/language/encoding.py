@@ -24,6 +24,11 @@ SHOWN_REASONS = 3
 """Reasons for which examples cannot be used that are shown, the most frequent first."""
 SHOWN_IDS = 3
 
+NO_SEQUENCES = Sequences(
+    np.empty(0, np.int32), np.empty(0, bool), np.zeros(1, np.int64), pa.array([""], pa.large_string())[:0]
+)
+"""What a source adds of which no example can be used."""
+
 
 class Encoded(NamedTuple):
     """One example as tokens.
@@ -105,10 +110,13 @@ class TokenEncoder:
     def encode(self, rows: Rows) -> tuple[Tokens, np.ndarray]:
         """The tokens of `rows` in memory, and the positions of the rows that were encoded.
 
-        Raises: as `encode_into`.
+        Raises: as `encode_into`; a DataError too if no example is left.
         """
         collected = Collected()
         report = self.encode_into(rows, collected)
+        if not len(report):
+            reasons = f" (they have {'; '.join(report.reasons)})" if report.reasons else ""
+            raise DataError(f"nothing is left of {rows.name}, as no example can be used{reasons}: repair them")
         return self.tokens(collected.sequences()), report.positions
 
     def encode_into(self, rows: Rows, sink: Sink) -> EncodingReport:
@@ -141,6 +149,9 @@ class TokenEncoder:
                 shard = _shard([encoded[k] for k in kept], [examples[k].prompt for k in kept], self.max_length)
                 shares.add(shard)
                 sink.add(shard)
+        if shares.example is None:
+            # Other sources may fill the split.
+            sink.add(NO_SEQUENCES)
         was_cut, has_answer = np.concatenate(cut), np.concatenate(answered)
         left_out = np.flatnonzero(~has_answer)
         report = EncodingReport(
@@ -156,7 +167,16 @@ class TokenEncoder:
         return report
 
     def tokens(self, sequences: Sequences, subtasks: np.ndarray | None = None) -> Tokens:
-        """Sequences as a payload; see `Tokens`."""
+        """Sequences as a payload; see `Tokens`.
+
+        Raises:
+            DataError: if there are none, as all examples were left out.
+        """
+        if len(sequences.offsets) < 2:
+            raise DataError(
+                "nothing is left, as no example can be used (the warnings before this say of which source, and why): "
+                "repair them, give the format and columns that fit, or raise max_tokens"
+            )
         return Tokens(
             *sequences,
             subtasks=subtasks,
@@ -169,7 +189,7 @@ class TokenEncoder:
         """Warn of examples that were cut or left out, and of what is not used.
 
         Raises:
-            DataError: if examples would be left out without `drop_unanswered`, or no example is left.
+            DataError: if examples would be left out without `drop_unanswered`.
         """
         unanswered = np.setdiff1d(report.left_out, report.unusable)
         if len(unanswered):
@@ -179,16 +199,12 @@ class TokenEncoder:
             )
             if not self.drop_unanswered:
                 raise DataError(f"{description}: raise max_tokens, remove them, or set drop: true to leave them out")
-            if not len(report) and not len(report.unusable):
-                raise DataError(f"{description}: nothing is left of {rows.name}")
             log.warning("%s: they are left out", description)
         if len(report.unusable):
             description = (
                 f"{len(report.unusable)} examples of {rows.name} cannot be used, such as {_ids(rows, report.unusable)} "
                 f"(they have {'; '.join(report.reasons)})"
             )
-            if not len(report):
-                raise DataError(f"{description}: nothing is left of {rows.name}")
             log.warning("%s: they are left out", description)
         if report.cut:
             log.warning(

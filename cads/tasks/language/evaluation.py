@@ -19,8 +19,7 @@ from torch import nn
 from cads.data.batch import Batch
 from cads.data.pool import Pool
 from cads.data.token_batches import scoring_batches
-from cads.errors import ConfigError, DataError
-from cads.runtime.signals import Interrupted
+from cads.errors import CadsError, ConfigError, DataError
 from cads.scoring.pool_scores import evaluating
 from cads.task import Metrics, StepwiseEvaluation
 from cads.tasks.language.encoding import TokenEncoder
@@ -308,7 +307,7 @@ def harness(task: TextGenerator, model: nn.Module, names: str) -> Metrics:
         # The harness takes half a minute to read its own tasks, so they are read only if one of them is requested.
         manager = TaskManager(include_path=folders or None, include_defaults=len(folders) == 0 or tasks != stems)
         report: Any = lm_eval.simple_evaluate(model=wrapped, tasks=tasks, task_manager=manager, bootstrap_iters=0)
-    except Interrupted:
+    except CadsError:  # of a stop or a checkpoint, within a forward pass
         raise
     except Exception as error:  # the harness and its data sets raise many types of exception
         raise ConfigError(f"lm-evaluation-harness on {tasks}: {type(error).__name__}: {error}") from error

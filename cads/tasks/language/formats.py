@@ -69,6 +69,10 @@ class Findings:
         """Whether it has still to be looked at whether a key is written."""
         return key not in self._written and self._rows[key] < CHECKED
 
+    def is_written(self, key: str) -> bool:
+        """Whether a row was found in which `key` is written."""
+        return key in self._written
+
     def add(self, key: str, value: Any, *, written: bool) -> None:
         """A row has a value under `key`, which is written or not."""
         if written:
@@ -251,6 +255,10 @@ class Renderer:
             role, content = message["role"], message["content"].strip()
             if role in ("system", "developer", "user") and content not in text:
                 findings.remark(f"the chat template does not write the content of {role} as it is", content)
+            for key, value in message.items():
+                text_of_key = key not in ("role", "content") and isinstance(value, str)
+                if text_of_key and findings.is_written(key) and value.strip() not in text:
+                    findings.remark(f"the chat template does not write every {key} as it is", value)
             if not learned or not is_blank(content):
                 continue
             further = [key for key in message if key not in ("role", "content")]
@@ -289,7 +297,7 @@ class Renderer:
         """Where message i stands in `text`, with what ends its turn.
 
         Raises:
-            DataError: if it cannot be found.
+            UnusableError: if it cannot be found.
         """
         earlier = replace(chat, messages=chat.messages[:i])
         before = self._render(earlier, identity, add_generation_prompt=True)
@@ -302,15 +310,13 @@ class Renderer:
         answer = chat.messages[i]["content"].rpartition(THOUGHT_END)[2].strip()
         begin = _common_start(before, text)
         indent = len(text[begin:]) - len(text[begin:].lstrip())
+        # An answer without content is what the template writes of its other keys, such as calls of tools.
+        answer = answer or after[begin:].rpartition(THOUGHT_END)[2].strip()
         if answer and answer in after and begin >= len(self._render(earlier, identity).rstrip()):
             turn = answer + after.rpartition(answer)[2]
             if text.startswith(turn, begin + indent):
                 return begin, begin + indent + len(turn)
-        raise DataError(
-            f"the chat template writes the beginning of example {identity!r} differently when more follows, so that "
-            f"answer {i} cannot be found in it: mark the answers in the template with {{% generation %}}, or use "
-            "another template"
-        )
+        raise RewrittenError(identity, i)
 
     def _render(self, chat: Conversation, identity: str, **options: Any) -> str:
         from jinja2 import TemplateError
@@ -330,6 +336,19 @@ class TemplateRefusedError(UnusableError):
     def __init__(self, identity: str, error: Exception) -> None:
         DataError.__init__(self, f"the chat template refuses example {identity!r}: {error}")
         self.reason = f"a conversation that the chat template refuses: {error}"
+
+
+class RewrittenError(UnusableError):
+    """The chat template writes an answer of an example differently when more follows."""
+
+    def __init__(self, identity: str, answer: int) -> None:
+        remedy = "mark the answers in the template with {% generation %}, or use another template"
+        DataError.__init__(
+            self,
+            f"the chat template writes the beginning of example {identity!r} differently when more follows, so that "
+            f"answer {answer} cannot be found in it: {remedy}",
+        )
+        self.reason = f"an answer that the chat template writes differently when more follows: {remedy}"
 
 
 def _common_start(one: str, other: str) -> int:

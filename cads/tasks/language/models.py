@@ -8,12 +8,12 @@ import inspect
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cads.errors import CheckpointError, ConfigError, DataError
+from cads.accounting.hollow import computed_tensors
+from cads.errors import CheckpointError, ConfigError
 from cads.runtime.atomic_files import sync
+from cads.tasks.language.output_head import restrict_head
+from cads.tasks.language.tied_weights import embeddings_tied, tie_equal, untie
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +243,7 @@ class LanguageModels:
         expected = losses(model)
         with _written(folder, ADAPTER_FILES) as partial:
             merged = self._merged(model)
-            if _embeddings_tied(self.base) and not _embeddings_tied(merged):
+            if embeddings_tied(self.base) and not embeddings_tied(merged):
                 log.info(
                     "the adapters have made the embedding of %s and its output head differ: they are written untied, "
                     "each with its own weights",
@@ -300,8 +303,8 @@ class LanguageModels:
             CheckpointError: if PEFT cannot merge them.
         """
         # Merging changes the base, which other models share, so it is done on a copy.
-        adapted: Any = copy.deepcopy(model, _computed_tensors(model))
-        tied = _untie(adapted)
+        adapted: Any = copy.deepcopy(model, computed_tensors(model))
+        tied = untie(adapted)
         try:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
@@ -313,11 +316,11 @@ class LanguageModels:
             ) from error
         for text in _texts(said):
             # Tied embeddings are untied here.
-            if "tie" not in text:
+            if not re.search(r"\btied?\b|tie_word_embeddings", text):
                 log.warning("PEFT, on merging %s: %s", self._adapter_type, text)
-        _tie_equal(tied, merged)
+        tie_equal(tied, merged)
         for config in (merged.config, merged.config.get_text_config()):
-            config.tie_word_embeddings = _embeddings_tied(merged)
+            config.tie_word_embeddings = embeddings_tied(merged)
         merged.all_tied_weights_keys = merged.get_expanded_tied_weights_keys(all_submodels=True)
         return merged
 
@@ -373,7 +376,7 @@ class LanguageModels:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         head = model.get_output_embeddings()
         if head is not None:
-            head.register_forward_pre_hook(_restrict_head)
+            head.register_forward_pre_hook(restrict_head)
         return model
 
     def _adapted(self, base: nn.Module, seed: int) -> nn.Module:
@@ -456,61 +459,6 @@ def _texts(said: list[warnings.WarningMessage]) -> list[str]:
     return [text for text in dict.fromkeys(texts) if not text.startswith(CORRECTED)]
 
 
-Slot = tuple[nn.Module, str]
-"""A module, and the name of one of its own parameters."""
-
-
-def _computed_tensors(model: nn.Module) -> dict[int, Tensor]:
-    """Copies, by id, of the tensors of `model` that are computed from others, such as transposed ones of tied adapters.
-
-    As the memo of `deepcopy`, which copies no such tensor by itself.
-    """
-    held = (x for module in model.modules() for x in _tensors_in(vars(module)))
-    return {id(x): x.detach().clone() for x in held if not x.is_leaf}
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _tensors_in(inner)
-
-
-def _untie(model: nn.Module) -> list[list[Slot]]:
-    """Give each module of `model` parameters of its own; returns the places of each parameter that was shared."""
-    slots: dict[int, list[Slot]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                slots.setdefault(id(parameter), []).append((module, name))
-    shared = [places for places in slots.values() if len(places) > 1]
-    for places in shared:
-        for module, name in places[1:]:
-            x = getattr(module, name)
-            setattr(module, name, nn.Parameter(x.detach().clone(), requires_grad=x.requires_grad))
-    return shared
-
-
-def _tie_equal(shared: list[list[Slot]], model: nn.Module) -> None:
-    """Share again, within `model`, the parameters that `_untie` gave copies, if they are still equal."""
-    present = {id(module) for module in model.modules()}
-    for places in shared:
-        # A module whose weights an adapter has replaced is no longer there.
-        (first, first_name), *others = [(m, name) for m, name in places if id(m) in present] or [(model, "")]
-        for module, name in others:
-            x = getattr(first, first_name)
-            if x.device.type != "meta" and torch.equal(x, getattr(module, name)):
-                setattr(module, name, x)
-
-
-def _embeddings_tied(model: Any) -> bool:
-    """Whether the output head of `model` has the weights of its embedding."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and head.weight is embedding.weight
-
-
 @contextmanager
 def _written(folder: Path, others: tuple[str, ...]) -> Iterator[Path]:
     """Fill a temporary folder within `folder`; if the block ends without an error, its files move into `folder`.
@@ -561,67 +509,3 @@ def _loading(kind: str, name: str) -> Iterator[None]:
     finally:
         if hide_bar:
             transformers_logging.enable_progress_bar()
-
-
-class HeadPositions:
-    """The positions at which the output head computes during one call of a model.
-
-    Attributes:
-        positions: indices into the flattened positions of the call, shape (B, A).
-        shape: rows and positions of the call.
-        used: whether the hook of the head has restricted it to `positions`.
-    """
-
-    def __init__(self, positions: Tensor, shape: tuple[int, int]) -> None:
-        self.positions, self.shape, self.used = positions, shape, False
-
-
-_head_positions: ContextVar[HeadPositions | None] = ContextVar("head_positions", default=None)
-
-
-def _restrict_head(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Forward pre-hook of an output head: of the hidden states (R, T, D), those at `HeadPositions`, (B, A, D)."""
-    head_positions = _head_positions.get()
-    if head_positions is None or not args or args[0].dim() != 3 or tuple(args[0].shape[:2]) != head_positions.shape:
-        return None
-    head_positions.used = True
-    return (args[0].flatten(0, 1)[head_positions.positions], *args[1:])
-
-
-def answer_logits(model: Any, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-    """Logits of a causal language model at `positions` alone, shape (B, A, V).
-
-    The head computes nothing else. Whatever a model does to its logits after the head it still does. If the head cannot
-    be restricted, all logits are computed and the others dropped, which gives the same numbers at a higher cost.
-
-    Args:
-        positions: indices into the flattened positions of the batch, shape (B, A).
-    """
-    rows, length = inputs["input_ids"].shape
-    head_positions = HeadPositions(positions, (rows, length))
-    token = _head_positions.set(head_positions)
-    try:
-        logits: Tensor = model(**inputs).logits
-    finally:
-        _head_positions.reset(token)
-    if head_positions.used:
-        return logits
-    if logits.dim() != 3 or logits.shape[1] < length:
-        raise DataError(f"the model gives logits of shape {tuple(logits.shape)} for {rows} x {length} tokens")
-    # Prompt tuning puts virtual tokens in front.
-    return logits[:, -length:].flatten(0, 1)[positions]
-
-
-def last_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The inputs of the head of a causal language model, (B, T, D); logits are computed at one position per row."""
-    rows, length = input_ids.shape
-    token = _head_positions.set(
-        HeadPositions(torch.zeros(rows, 1, dtype=torch.int64, device=input_ids.device), (rows, length))
-    )
-    try:
-        output = model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
-    finally:
-        _head_positions.reset(token)
-    # Prompt tuning puts virtual tokens in front.
-    hidden: Tensor = output.hidden_states[-1][:, -length:]
-    return hidden

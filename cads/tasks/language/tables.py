@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import lzma
 from collections import Counter
 from collections.abc import Callable
@@ -44,7 +43,7 @@ def read_file(path: Path) -> pa.Table:
         table = READERS[suffix](path)
     except UnicodeDecodeError as error:
         raise DataError(not_utf8(path)) from error
-    except (pa.ArrowException, ValueError, OSError, EOFError, RecursionError, csv.Error, lzma.LZMAError) as error:
+    except (pa.ArrowException, ValueError, OSError, EOFError, RecursionError, lzma.LZMAError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     repeated = sorted(name for name, count in Counter(table.column_names).items() if count > 1)
     if repeated:

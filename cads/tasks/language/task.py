@@ -21,7 +21,8 @@ from cads.scoring.pool_scores import evaluating
 from cads.task import Metrics, StepwiseEvaluation, Task
 from cads.tasks.language import evaluation
 from cads.tasks.language.costs import LanguageCosts
-from cads.tasks.language.models import LanguageModels, answer_logits, last_hidden
+from cads.tasks.language.models import LanguageModels
+from cads.tasks.language.output_head import answer_logits, last_hidden
 from cads.tasks.language.settings import LanguageSettings
 from cads.tasks.language.tokens import IGNORED, pack, tokens_of
 

@@ -65,11 +65,12 @@ def read_csv(path: Path, delimiter: str) -> pa.Table:
     """A file with a header, in which values may be quoted; all columns are text.
 
     Raises:
-        ValueError: naming the line, if values and header do not fit, a name is there twice, or it is not UTF-8.
-        csv.Error: if a quote is not closed.
+        ValueError: naming the line, if values and header do not fit, a quote is not closed, a name is there twice, or
+            it is not UTF-8.
     """
     with _opened(path, newline="") as text, _long_values():
-        lines = csv.reader(text, delimiter=delimiter, strict=True)
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        lines = _quotes_closed(reader)
         header = next((row for row in lines if row), [])
         _check_header(header, delimiter)
         kind = pa.schema([(str(i), pa.string()) for i in range(len(header))])
@@ -77,7 +78,7 @@ def read_csv(path: Path, delimiter: str) -> pa.Table:
         for row in lines:
             if row and len(row) != len(header):
                 raise ValueError(
-                    f"line {lines.line_num} has {len(row)} values and the header {len(header)} names: give one value "
+                    f"line {reader.line_num} has {len(row)} values and the header {len(header)} names: give one value "
                     f"to each name, and write values that hold {delimiter!r} in quotes"
                 )
             if row:
@@ -88,6 +89,21 @@ def read_csv(path: Path, delimiter: str) -> pa.Table:
         if block:
             batches.append(_batch(block, kind))
     return pa.Table.from_batches(batches, kind).rename_columns(header)
+
+
+def _quotes_closed(reader: Any) -> Iterator[list[str]]:
+    """The rows of a `csv.reader`.
+
+    Raises:
+        ValueError: naming the line, where the quotes of a value do not fit.
+    """
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ValueError(
+            f"line {reader.line_num}: {error}: a value that begins with a double quote ends with one, and holds others "
+            "twice; write it so"
+        ) from error
 
 
 def not_utf8(path: Path) -> str:

@@ -64,8 +64,8 @@ class VisionConfig:
     path: str | None = None
     """Folder of the data, or name of a hub data set; null: where it is usually installed or downloaded."""
     target_path: str | None = None
-    """Folder of the images of the target (hub: a split, such as validation); null: val/ or validation/ beside train/
-    (folder), otherwise the target is drawn from the training images."""
+    """Folder of the images of the target (hub: a split); null: val/ or validation/ beside train/, otherwise the target
+    is drawn from the training images."""
     test_path: str | None = None
     """Folder of the test images (hub: a split); null: test/ beside train/, otherwise they are drawn."""
     drop: bool = False

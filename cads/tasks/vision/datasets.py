@@ -20,6 +20,7 @@ import torch
 from cads.data.ids import numbered
 from cads.errors import ConfigError, DataError
 from cads.runtime.signals import Interrupted
+from cads.tasks.vision.folders import TARGET
 from cads.tasks.vision.image_folder import load_image_folder
 from cads.tasks.vision.images import ImageArrays, ImageData, ImageFiles, Images, ImageTensors
 from cads.tasks.vision.left_out import LeftOut, first_error
@@ -186,7 +187,8 @@ def load_arrays(
     Args:
         root: the folder.
         size: as for `ImageArrays`.
-        target: folder of the images of the target; None: it is drawn from the training images.
+        target: folder of the images of the target; None: root/val or root/validation beside root/train, or else it is
+            drawn from the training images.
         test: folder of the test images; None: root/test, if it is there.
 
     Raises:
@@ -197,9 +199,10 @@ def load_arrays(
     train, n_classes = _array_split(root / "train" if split else root, size)
     if test is None and split and (root / "test").is_dir():
         test = root / "test"
-    unused = [f for f in (root / "val", root / "validation") if split and target is None and f.is_dir()]
-    if unused:
-        log.warning("%s is not used: the target is drawn from train/ (--task.target_path %s)", unused[0], unused[0])
+    if target is None and split:
+        tested = None if test is None else os.path.realpath(test)
+        beside = (root / name for name in TARGET if (root / name).is_dir())
+        target = next((folder for folder in beside if os.path.realpath(folder) != tested), None)
     data = ImageData(
         train,
         None if test is None else _held_out_arrays(Path(test), size, train, n_classes),
@@ -287,7 +290,7 @@ def load_hub(
         label_column: class names, class labels, or integers from 0.
         source_column: of the training split: where each image comes from; None: no sources.
         size: as for `ImageFiles`.
-        target: the split that is the target, such as "validation"; None: it is drawn from the training split.
+        target: the split that is the target; None: "val" or "validation", or else it is drawn from the training split.
         test: the split that is the test set; None: "test", if there is one.
         drop: leave out images that cannot be read. This decodes all images once.
 
@@ -312,6 +315,7 @@ def load_hub(
     if "train" not in splits:
         raise DataError(f"the data set {name!r} has the splits {sorted(splits)}: it needs one named train")
     test = "test" if test is None and "test" in splits else test
+    target = next((s for s in TARGET if s in splits and s != test), None) if target is None else target
     for setting, split in (("target_path", target), ("test_path", test)):
         if split is not None and (split not in splits or split == "train"):
             raise ConfigError(f"{setting} = {split!r}: name another split of {name!r} than train: {sorted(splits)}")

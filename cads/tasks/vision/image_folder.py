@@ -146,8 +146,9 @@ def _held_out_images(
     files = _Files(tree, tree.files, tree.ids(tree.files, root))
     left_out.add("images in no folder of a class", tree.ids(tree.astray, root))
     files = files.with_names_as_text(left_out)
-    known = np.array([c in classes for c in files.class_names], dtype=bool)
-    strangers = sorted({c for c in files.class_names if c not in classes})
+    strange = set(files.class_names) - set(classes)
+    strangers = sorted(strange)
+    known = np.array([c not in strange for c in files.class_names], dtype=bool)
     if strangers and not left_out.drop:
         named = files.only(np.flatnonzero(~known))
         verb = f"class {strangers[0]!r} is" if len(strangers) == 1 else f"classes {strangers} are"

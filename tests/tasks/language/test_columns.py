@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cads.errors import ConfigError, DataError
+from cads.tasks.language.columns import _some_values, _texts
 from cads.tasks.language.encoding import TokenEncoder
 from cads.tasks.language.formats import Renderer
 from cads.tasks.language.rows import TextSource, load_rows
@@ -175,3 +176,16 @@ class TestUnusedColumns:
         assert not caplog.records
         load_rows(source(tmp_path, rows), 0)
         assert "not used are source ('s')" in warnings_of(caplog)[0]
+
+
+def test_values_that_python_has_none_for_are_shown(tmp_path):
+    late = pa.array([253402300800, 0], pa.timestamp("s"))
+    assert _some_values(pa.chunked_array([late]))[0].startswith("10000-01-01")
+    long = pa.chunked_array([pa.array([[0.5] * 100_000, None]), pa.array([[]], pa.list_(pa.float64()))])
+    assert _some_values(long) == ["[0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5,", "None", "[]"]
+
+
+def test_bytes_in_a_template_are_refused():
+    table = pa.table({"instruction": pa.array([b"\xff"]), "output": ["a"]})
+    with pytest.raises(DataError, match=r"'instruction'.*is binary and no text"):
+        _texts(table, "instruction", "a.parquet")

@@ -93,6 +93,21 @@ class TestWays:
         assert "<|assistant|>b<|end|>" in text
         assert learned == marked == "d<|end|>"
 
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"from": "Paris", "to": "Rome"},
+            {"role": "admin", "name": "Ann"},
+            {"role": "user", "name": "Ann"},
+            {"role": "admin", "content": "x"},
+        ],
+    )
+    def test_an_answer_that_is_json_of_something_else_is_text(self, entry):
+        row = {"prompt": "extract", "response": json.dumps([entry])}
+        example = Renderer(tokenizer()).of("prompt")(row, "x")
+        (begin, end), *_ = example.answers
+        assert example.text[begin:end] == row["response"] + "<|end|>"
+
     def test_lists_need_a_chat_template(self, tmp_path):
         with pytest.raises(ConfigError, match="has no chat template, which messages need"):
             encoded(tmp_path, [WAYS["prompt and completion lists"]], None)
@@ -159,6 +174,14 @@ class TestKeys:
         assert "rows: reasoning_content is not written by the chat template and not used, such as 'r'" in said
         assert "rows: tools is not written by the chat template and not used, such as [{'name': 'f'}]" in said
 
+    def test_a_thought_that_is_written_in_the_last_turn_only_is_said(self, tmp_path, caplog):
+        turns = [user("a"), assistant("b", reasoning_content="t1"), user("c"), assistant("d", reasoning_content="t2")]
+        last = CALLING.replace("{% if m.reasoning_content %}", "{% if m.reasoning_content and loop.last %}")
+        ((text, _),) = written(tmp_path, [{"messages": turns}], last)
+        assert "t1" not in text
+        (said,) = warnings_of(caplog)
+        assert "does not write every reasoning_content as it is (1 examples, such as 't1')" in said
+
     def test_a_system_message_that_the_template_leaves_out_is_said(self, tmp_path, caplog):
         silent = TEMPLATE.replace("<|{{ m['role'] }}|>", "{% if m['role'] != 'system' %}<|{{ m['role'] }}|>").replace(
             "<|end|>\n{% endfor", "<|end|>\n{% endif %}{% endfor"
@@ -216,7 +239,7 @@ class TestUnusable:
 
     @pytest.mark.parametrize("name", REFUSED)
     def test_or_left_out_counted_and_listed(self, tmp_path, caplog, name):
-        messages, reason = REFUSED[name]
+        messages, _ = REFUSED[name]
         bad = [{"id": f"bad-{i}", "messages": messages} for i in range(4)]
         good = [{"id": f"good-{i}", "messages": TALK} for i in range(2)]
         _, tokens, kept = encoded(tmp_path, [good[0], *bad, good[1]], drop=True)
@@ -225,7 +248,7 @@ class TestUnusable:
         (said,) = warnings_of(caplog)
         assert "4 examples of rows cannot be used, such as ['bad-0', 'bad-1', 'bad-2'] (they have " in said
         assert said.endswith("they are left out")
-        with pytest.raises(DataError, match=rf"{reason}.*nothing is left of rows"):
+        with pytest.raises(DataError, match=r"nothing is left.*repair them"):
             encoded(tmp_path, bad, drop=True)
 
     def test_a_prompt_that_is_no_text_is_left_out_too(self, tmp_path, caplog):

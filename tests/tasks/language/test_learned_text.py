@@ -11,6 +11,8 @@ from cads.errors import DataError
 from cads.tasks.language.encoding import FEW_LEARNED, TokenEncoder, whole_spans
 from cads.tasks.language.formats import Renderer
 from cads.tasks.language.rows import TextSource, load_rows
+from cads.tasks.language.settings import LanguageSettings
+from cads.tasks.language.splits import Split, encode_pools
 from tests.support.tiny_llama import TEMPLATE, tokenizer, write_lines
 from tests.support.token_caches import warnings_of
 from tests.support.tokenizer_families import END, FAMILIES, fast
@@ -113,6 +115,33 @@ class TestAnswersAreLearnedWhole:
         tokens, _ = encode(tmp_path, [{"messages": talk}], tok)
         assert tok.decode(tokens.ids[tokens.loss_mask]) == "b.<|end|>#\n\n#d.<|end|>"
 
+    def test_where_a_call_without_content_is_written_differently(self):
+        template = THINKING.replace("#\n\n#", "<think>\n\n</think>\n\n").replace(
+            "{{ m.content +", "{% for c in m.tool_calls or [] %}{{ '=' + c.function.name }}{% endfor %}{{ m.content +"
+        )
+        tok = tokenizer(template + "{# 'tool' #}")
+        call = {"function": {"name": "f", "arguments": {}}}
+        talk = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "It is 20."},
+        ]
+        example = Renderer(tok).of("messages")({"messages": talk}, "x")
+        learned = [example.text[begin:end] for begin, end in example.answers]
+        assert learned == ["=f<|end|>", "<think>\n\n</think>\n\nIt is 20.<|end|>"]
+
+    def test_where_an_answer_cannot_be_found_the_row_is_left_out(self, tmp_path):
+        tok = tokenizer("{{ messages | length }}" + TEMPLATE)
+        talk = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"))]
+        other = tokenizer(
+            "{% if messages[0].content != 'a' %}{{ 9 }}{% else %}{{ messages | length }}{% endif %}" + TEMPLATE
+        )
+        with pytest.raises(DataError, match=r"beginning.*'rows.*generation %}.*drop: true"):
+            encode(tmp_path, [{"messages": talk}], tok)
+        good = [{**talk[0], "content": "c"}, talk[1]]
+        assert encode(tmp_path, [{"messages": talk}, {"messages": good}], other, drop=True)[1].tolist() == [1]
+
     def test_where_the_prompt_for_an_answer_says_more_than_the_answer(self, tmp_path):
         """As in templates that begin a thought for the model to continue."""
         tok = tokenizer(TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|>#\n{% endif %}"))
@@ -153,6 +182,25 @@ class TestEmptyTextsAreNoExamples:
         tok = fast("word_piece")
         rows = [{"prompt": "one", "response": "\ufffd\ufffd"}, {"prompt": "one", "response": "two"}]
         assert encode(tmp_path, rows, tok, drop=True)[1].tolist() == [1]
+
+
+class TestASourceOfWhichNothingIsLeft:
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_is_said_and_others_fill_the_split(self, tmp_path, caplog, cached):
+        good, bad = (
+            TextSource(path=str(write_lines(tmp_path / f"{name}.jsonl", [{"prompt": p, "response": "b"}] * 3)))
+            for name, p in (("good", "a"), ("bad", None))
+        )
+        cache = str(tmp_path / "cache") if cached else None
+        settings = LanguageSettings(model="m", pool=[bad, good], drop=True, token_cache=cache)
+        parts = [load_rows(source, 0) for source in (bad, good)]
+        (pool, _, _), _ = encode_pools(Split(parts, [parts[1]], [parts[1]], True), tokenizer(), settings, 100)
+        assert len(pool) == 3
+        assert pool.source_names == ("good",)
+        assert "3 examples of bad cannot be used" in caplog.text
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"nothing is left.*repair them"):
+                encode_pools(Split(parts[:1], parts, parts, True), tokenizer(), settings, 100)
 
 
 class TestFewLearned:

@@ -194,6 +194,12 @@ class TestTiedEmbeddings:
 
         return make
 
+    def test_costs_share_nothing_with_adapters_that_are_computed_from_others(self, tied):
+        task, model = tied("llama", on("embed_tokens", ensure_weight_tying=True))
+        trained = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+        counted = task.costs.model
+        assert not trained & {x.untyped_storage().data_ptr() for x in (*counted.parameters(), *counted.buffers())}
+
     @pytest.mark.parametrize("merge", [False, True])
     @pytest.mark.parametrize("adapters", TIED_ADAPTERS)
     def test_what_is_written_is_what_was_trained(self, tied, tmp_path, adapters, merge):
@@ -238,7 +244,7 @@ class TestTiedEmbeddings:
     def test_a_merged_model_with_another_loss_is_refused_and_not_written(self, tied, tmp_path, monkeypatch):
         """As PEFT alone merges it: the change of the head goes into the embedding too."""
         task, model = tied("llama", on("lm_head"))
-        monkeypatch.setattr(models_module, "_untie", lambda model: [])
+        monkeypatch.setattr(models_module, "untie", lambda model: [])
         (tmp_path / "out").mkdir()
         message = r"merged model has loss .* on 12 test examples, and the trained one .*not written; give merge = false"
         with pytest.raises(CheckpointError, match=message):

@@ -18,7 +18,8 @@ from cads.data.training_batches import BatchStream
 from cads.errors import ConfigError
 from cads.recipe import TrainConfig
 from cads.tasks.language.config import LanguageConfig
-from cads.tasks.language.models import LanguageModels, answer_logits
+from cads.tasks.language.models import LanguageModels
+from cads.tasks.language.output_head import answer_logits
 from cads.tasks.language.rows import TextSource
 from cads.tasks.language.tokens import IGNORED, tokens_of
 from cads.training.trainer import Trainer

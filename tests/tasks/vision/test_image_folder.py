@@ -413,24 +413,24 @@ def test_ids_of_hub_data_are_numbers_of_rows_also_if_some_are_left_out(tmp_path)
     assert sorted(ids) == [f"train-{i:05}" for i in range(20) if i != 7]
 
 
-def test_a_split_of_hub_data_may_be_the_target_and_unused_ones_are_named(tmp_path, warned):
+def test_the_validation_split_of_hub_data_is_the_target_and_unused_ones_are_named(tmp_path, warned):
     images = [Image.fromarray(picture(i)) for i in range(6)]
-    folder = hub(tmp_path / "a", images, splits=("train", "validation", "test"))
-    assert load_hub(folder).target is None
-    assert "['validation']" in warned.text
-    assert len(load_hub(folder, target="validation").target) == 6
+    folder = hub(tmp_path / "a", images, splits=("train", "validation", "test", "extra"))
+    assert len(load_hub(folder).target) == 6
+    assert "['extra']" in warned.text
+    assert load_hub(folder, test="validation").target is None
+    assert len(load_hub(folder, target="extra").target) == 6
     with pytest.raises(ConfigError, match="target_path = 'dev'"):
         load_hub(folder, target="dev")
 
 
-def test_arrays_may_have_a_target_of_their_own(tmp_path, warned):
+def test_arrays_may_have_a_target_of_their_own(tmp_path):
     for i, split in enumerate(("train", "val", "test")):
         (tmp_path / split).mkdir()
         np.save(tmp_path / split / "images.npy", picture(i, (8, 4, 4)))
         np.save(tmp_path / split / "labels.npy", np.arange(8) % 2)
-    assert load_arrays(tmp_path).target is None
-    assert "val is not used" in warned.text
-    settings = {"dataset": "arrays", "path": str(tmp_path), "target_path": str(tmp_path / "val"), "hidden": 4}
+    assert load_arrays(tmp_path, test=tmp_path / "val").target is None
+    settings = {"dataset": "arrays", "path": str(tmp_path), "hidden": 4}
     task = VisionConfig(**settings).build(RECIPE)
     assert (len(task.pool), len(task.target), len(task.test)) == (8, 8, 8)
     assert task.target.ids[0].as_py() == "target-00000"
