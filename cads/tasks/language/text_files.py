@@ -41,7 +41,18 @@ CONTAINERS = ("data", "rows", "train", "test", "validation", "examples", "instan
 
 
 def read_json(path: Path) -> pa.Table:
-    """A file with one object a line, with objects one after another, or with one list of objects; see `table_of`.
+    """The rows of a JSON file (`json_rows`) as a table; see `table_of`.
+
+    Raises:
+        ValueError: naming the line, if it is no such file, or not UTF-8.
+    """
+    return table_of(json_rows(path))
+
+
+def json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one object a line, with objects one after another, or with one list of objects.
+
+    Files with one object a line are read line by line. Numbers keep their digits (`WrittenFloat`).
 
     Raises:
         ValueError: naming the line, if it is none of these, or not UTF-8.
@@ -50,15 +61,17 @@ def read_json(path: Path) -> pa.Table:
         lines = enumerate(text, 1)
         number, first = next(((n, line) for n, line in lines if line.strip()), (1, ""))
         if _is_object(first) or not first.strip():
-            return table_of(_whole_rows(_lines(chain([(number, first)], lines))))
+            yield from _whole_rows(_lines(chain([(number, first)], lines)))
+            return
         values = list(_values("\n" * (number - 1) + first + text.read()))
     if len(values) == 1 and isinstance(values[0], list):
         if not all(isinstance(row, dict) for row in values[0]):
             raise ValueError("every entry of the list must be an object")
-        return table_of(values[0])
+        yield from values[0]
+        return
     if not all(isinstance(row, dict) for row in values):
         raise ValueError(f"it holds more than objects: {LAYOUT}")
-    return table_of(_whole_rows(iter(values)))
+    yield from _whole_rows(iter(values))
 
 
 def read_csv(path: Path, delimiter: str) -> pa.Table:
