@@ -19,16 +19,18 @@ import numpy as np
 import torch
 
 from cads.accounting.ledger import Ledger, LedgerEntry
-from cads.errors import CheckpointError, NonFiniteError
+from cads.errors import BudgetError, CheckpointError, ConfigError, DataError, SelectionError
 from cads.runtime.checkpoint import CheckpointConfig, State
 from cads.runtime.journal_record import Charges, JournalRecord, charges_since, key_of, restore
 from cads.runtime.journal_store import RecordStore
 from cads.runtime.lockstep import Lockstep, Merge, Operation, OperationStatus, Part, StepReporter, divide
-from cads.runtime.processes import ProcessError, ProcessGroup, active_group
-from cads.runtime.signals import Interrupted, Interrupts
+from cads.runtime.processes import ProcessGroup, active_group
+from cads.runtime.signals import Interrupts
 
 SHARDS_AT_ONCE = 4
 """Shards that each of several processes computes before they exchange their results."""
+REFUSALS = (ConfigError, DataError, BudgetError, SelectionError)
+"""Errors that are put right by another setting, with which a journal of this run could not be resumed."""
 
 
 def replay_or_run(
@@ -171,13 +173,15 @@ class Journal:
     def open(self) -> Iterator[Journal]:
         """Let `replay_or_run` use this journal within the block.
 
-        Finished operations are written if the block is interrupted, a loss is not finite, a disk is full, or another
-        process is lost. A refused setting writes nothing beyond what was due, so that it can be corrected.
+        Finished operations are written if the block is interrupted or fails, such as for lack of memory. A refused
+        setting writes nothing beyond what was due, so that it can be corrected.
         """
         token = _CURRENT.set(self)
         try:
             yield self
-        except (Interrupted, NonFiniteError, CheckpointError, ProcessError, OSError):
+        except REFUSALS:
+            raise
+        except Exception:
             self.store.flush()
             raise
         finally:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cads.accounting.ledger import SELECT, Ledger
-from cads.errors import CheckpointError
+from cads.errors import BudgetError, CheckpointError, ConfigError, DataError, NonFiniteError, SelectionError
 from cads.runtime import journal as journal_module
 from cads.runtime.checkpoint import CheckpointConfig, State
 from cads.runtime.journal import Journal, map_shards, replay_or_run
@@ -121,6 +121,38 @@ class TestJournal:
             self.halves(tmp_path, taken, last=2)
         (tmp_path / "journal" / "000001-finished" / "values.json").write_text("{}")
         assert self.halves(tmp_path, taken) == taken == [0, 1, 2, 3]
+
+    def fail_after_one(self, journal, log, error):
+        with journal.open():
+            self.do(log, 1)
+            raise error
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("no memory"), MemoryError(), RuntimeError("CUDA error"), ValueError("a bug"),
+            OSError(errno.ENOSPC, "full"), CheckpointError("damaged"),
+            NonFiniteError("NaN", step=0, ids=[], learning_rate=0.1),
+        ],
+        ids=lambda error: type(error).__name__,
+    )  # fmt: skip
+    def test_what_is_done_outlives_a_failure_of_what_follows(self, tmp_path, error):
+        log, never = [], CheckpointConfig(every_seconds=None)
+        with pytest.raises(type(error)):
+            self.fail_after_one(self.journal(tmp_path, never), log, error)
+        with self.journal(tmp_path, never).open():
+            self.do(log, 1)
+        assert log == [1]
+
+    @pytest.mark.parametrize("kind", [ConfigError, DataError, BudgetError, SelectionError])
+    def test_a_refused_setting_can_be_corrected(self, tmp_path, kind):
+        log, never = [], CheckpointConfig(every_seconds=None)
+        with pytest.raises(kind):
+            self.fail_after_one(self.journal(tmp_path, never, settings={"batch_size": 8}), log, kind("lower it"))
+        with self.journal(tmp_path, never, settings={"batch_size": 4}).open() as journal:
+            assert not journal.resumed
+            self.do(log, 1)
+        assert log == [1, 1]
 
     def test_old_checkpoints_that_cannot_be_removed_do_not_end_the_run(self, tmp_path, monkeypatch, caplog):
         def full(folder):
