@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -309,6 +310,33 @@ class TestEvaluations:
                 likelihood.append(sum(float(logp[t - 1, ids[0, t]]) for t in range(len(asked), ids.shape[1])))
             right += int(np.argmax(likelihood)) == row["gold"]
         assert found == {"local_choice/acc": right / 6}
+
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (OSError(errno.ENOSPC, "No space left on device", "cache.arrow"), "No space left"),
+            (torch.OutOfMemoryError("out of memory"), "out of memory"),
+            (ConnectionError("no network"), None),
+            (FileNotFoundError(errno.ENOENT, "No such file", "rows.jsonl"), None),
+        ],
+        ids=lambda x: type(x).__name__,
+    )
+    @pytest.mark.parametrize("wrapped", [False, True])
+    def test_a_full_disk_under_the_harness_is_no_setting(self, folder, tmp_path, monkeypatch, error, said, wrapped):
+        lm_eval = pytest.importorskip("lm_eval")
+
+        def evaluate(**_):
+            if wrapped and isinstance(error, OSError):
+                # As `datasets` does.
+                raise RuntimeError("an error occurred while generating the dataset") from error
+            raise error
+
+        monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+        file = tmp_path / "local_choice.yaml"
+        file.write_text("task: local_choice\n")
+        task = built(folder)
+        with pytest.raises(ConfigError if said is None else type(error), match=said or "lm-evaluation-harness on"):
+            task.evaluate(task.model(0), f"lm_eval:{file}")
 
 
 def spread(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -34,6 +35,8 @@ HARNESS_FILES = (".yaml", ".yml")
 """Ends of the names of files that define tasks of lm-evaluation-harness."""
 GENERATED_TOGETHER = 16
 """Most prompts that are continued at a time; all of them have one length."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Numbers of the errors of a disk that is full, broken or read-only."""
 
 
 class TextGenerator(Protocol):
@@ -293,6 +296,7 @@ def harness(task: TextGenerator, model: nn.Module, names: str) -> Metrics:
 
     Raises:
         ConfigError: if the harness does not know a task, or fails.
+        OSError: if a disk is full or broken.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -307,9 +311,11 @@ def harness(task: TextGenerator, model: nn.Module, names: str) -> Metrics:
         # The harness takes half a minute to read its own tasks, so they are read only if one of them is requested.
         manager = TaskManager(include_path=folders or None, include_defaults=len(folders) == 0 or tasks != stems)
         report: Any = lm_eval.simple_evaluate(model=wrapped, tasks=tasks, task_manager=manager, bootstrap_iters=0)
-    except CadsError:  # of a stop or a checkpoint, within a forward pass
+    except (CadsError, MemoryError, torch.OutOfMemoryError):  # a stop or a checkpoint, within a forward pass
         raise
     except Exception as error:  # the harness and its data sets raise many types of exception
+        if (of_disk := _disk_error(error)) is not None:
+            raise of_disk from None
         raise ConfigError(f"lm-evaluation-harness on {tasks}: {type(error).__name__}: {error}") from error
     return {
         f"{name}/{metric.split(',')[0]}": float(value)
@@ -318,6 +324,17 @@ def harness(task: TextGenerator, model: nn.Module, names: str) -> Metrics:
         # Metrics are named `name,filter`; entries without a filter are no metrics.
         if "," in metric and "stderr" not in metric and isinstance(value, int | float)
     }
+
+
+def _disk_error(error: BaseException) -> OSError | None:
+    """The error of a disk that is, or caused, this one: `datasets` raises errors of its own in its place."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # Errors of connections are OSErrors too.
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
