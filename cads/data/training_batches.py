@@ -114,13 +114,19 @@ class BatchStream:
         return subset
 
     def ids(self, batches: list[Batch]) -> list[str]:
-        """The ids of the examples in the batches of one step, as `step` returned them."""
-        positions = np.concatenate([batch.positions.numpy() for batch in batches])
-        n_pool = (self.batch_size - self._n_target) if self._n_target else len(positions)
-        ids: list[str] = self.pool.ids.take(positions[:n_pool]).to_pylist()
-        if self._target is not None:
-            ids += self._target.ids.take(positions[n_pool:]).to_pylist()
-        return ids
+        """The ids of the examples in the batches of one step, as `step` returned them and in that order."""
+        n_pool = self.from_pool
+        if self._target is None or not self._n_target:
+            pieces = [(self.pool, batch.positions) for batch in batches]
+        elif not n_pool:
+            pieces = [(self._target, batch.positions) for batch in batches]
+        elif len(batches) == 2:
+            pieces = [(p, batch.positions) for p, batch in zip((self.pool, self._target), batches, strict=True)]
+        else:
+            # Each replica has its pool examples before its target examples.
+            by_replica = batches[0].positions.unflatten(0, (self.replicas, self.batch_size))
+            pieces = [x for own in by_replica for x in ((self.pool, own[:n_pool]), (self._target, own[n_pool:]))]
+        return [i for pool, positions in pieces for i in pool.ids.take(positions.numpy()).to_pylist()]
 
     def step(self, step: int) -> list[Batch]:
         """The batches of one step, each with an equal share of all K replicas, ordered by replica.

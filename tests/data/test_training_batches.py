@@ -116,6 +116,18 @@ def test_ids_name_pool_and_target(features_task):
     assert torch.equal(pieces[0].labels[-2:], target.batch([int(i.split("-")[1]) for i in ids[-2:]]).labels)
 
 
+@given(fraction=st.floats(0, 1), batch_size=st.integers(1, 12), replicas=st.integers(1, 3))
+def test_ids_are_those_of_each_replica(features_task, fraction, batch_size, replicas):
+    """Each row of a batch is named, in the order of the rows."""
+    pool, target = features_task.pool, features_task.target
+    streams = [ShuffledStream(np.arange(200), s) for s in range(replicas)]
+    draws = BatchStream(pool, streams, batch_size, target=target, target_fraction=fraction)
+    pieces = draws.step(1)
+    of = {name: p.batch(np.array([i])) for p in (pool, target) for i, name in enumerate(p.ids.to_pylist())}
+    rows = torch.cat([piece.inputs["x"] for piece in pieces])
+    assert torch.equal(rows, torch.cat([of[name].inputs["x"] for name in draws.ids(pieces)]))
+
+
 def test_the_target_alone_needs_no_stream(features_task):
     draws = BatchStream(features_task.pool, [], 16, target=features_task.target, target_fraction=1.0)
     seen = [i for step in range(15) for i in draws.ids(draws.step(step))]
@@ -131,6 +143,11 @@ def test_pieces_of_unequal_shape_stay_apart(sentences):
     draws = BatchStream(task.pool, [ShuffledStream(short, 0)], 6, target=target, target_fraction=0.5)
     assert [p.inputs["x"].shape for p in draws.step(0)] == [(3, 3), (3, 8)]
     assert len(draws.ids(draws.step(0))) == 6
+    two = BatchStream(task.pool, [ShuffledStream(short, s) for s in (0, 1)], 6, target=target, target_fraction=0.5)
+    named = two.ids(two.step(0))
+    assert set(named[:6]) <= set(task.pool.ids.take(short).to_pylist())
+    assert set(named[6:]) <= set(target.ids.to_pylist())
+    assert len(named) == 12
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
