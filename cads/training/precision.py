@@ -34,15 +34,19 @@ def check_types(
         name: of the task, for messages.
 
     Raises:
-        ConfigError: if trained weights are float16 under "fp16", or weights or inputs are float64 on MPS.
+        ConfigError: if trained weights are float16, or weights or inputs are float64 on MPS.
     """
-    if precision == "fp16":
-        half = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
-        if half:
-            raise ConfigError(
-                f"precision = 'fp16' scales the loss, which needs trained weights in float32, and {len(half)} weights "
-                f"of {name}, such as {half[0]}, are float16: load the model in float32 (dtype: float32)"
-            )
+    half = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if half:
+        reason = (
+            "scales the loss, which needs trained weights in float32"
+            if precision == "fp16"
+            else "does not scale the loss, without which gradients in float16 become zero"
+        )
+        raise ConfigError(
+            f"precision = {precision!r} {reason}, and {len(half)} weights of {name}, such as {half[0]}, are float16: "
+            "load the model in float32 (dtype: float32)"
+        )
     if device.type == "mps":
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **inputs}
         double = [n for n, x in tensors.items() if x.dtype in (torch.float64, torch.complex128)]

@@ -37,15 +37,17 @@ def refused(model, precision, device, inputs=()):
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS])
-def test_trained_float16_weights_need_another_precision_than_fp16(device):
-    said = refused(model(torch.float16), "fp16", device)
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_trained_float16_weights_are_refused(precision, device):
+    said = refused(model(torch.float16), precision, device)
     assert said is not None
+    assert f"precision = {precision!r}" in said
     assert "0.weight" in said
     assert "dtype: float32" in said
-    assert refused(model(torch.float32), "fp16", device) is None
-    assert refused(model(torch.bfloat16), "fp16", device) is None
-    # A frozen base has no gradient that would be unscaled.
-    assert refused(model(torch.float32, frozen=torch.float16), "fp16", device) is None
+    assert refused(model(torch.float32), precision, device) is None
+    assert refused(model(torch.bfloat16), precision, device) is None
+    # A frozen base has no gradient that could become zero.
+    assert refused(model(torch.float32, frozen=torch.float16), precision, device) is None
 
 
 def test_float64_is_refused_on_mps_alone():
@@ -80,8 +82,9 @@ def test_it_is_refused_before_a_flop_is_spent(features, monkeypatch):
     assert not ledger.entries
 
 
-def test_a_language_model_in_float16_is_refused_when_its_task_is_made(build):
-    recipe = TrainConfig(batch_size=8, precision="fp16")
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_a_language_model_in_float16_is_refused_when_its_task_is_made(build, precision):
+    recipe = TrainConfig(batch_size=8, precision=precision)
     with pytest.raises(ConfigError, match=r"dtype = 'float16'.*dtype: float32"):
         build(recipe=recipe, dtype="float16")
     adapted = build(recipe=recipe, dtype="float16", peft=LORA)

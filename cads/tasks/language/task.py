@@ -74,10 +74,11 @@ class LanguageTask(Task):
             raise ConfigError(
                 f"accumulate = {recipe.accumulate}: packed batches are not cut into pieces; lower batch_size"
             )
-        if recipe.precision == "fp16" and models.dtype == "float16" and models.peft is None:
+        if models.dtype == "float16" and models.peft is None:
             raise ConfigError(
-                "dtype = 'float16' with precision = 'fp16': the loss is scaled, which needs weights in float32; "
-                "set dtype: float32, or dtype: bfloat16 and precision: no"
+                f"dtype = 'float16' with precision = {recipe.precision!r}: in float16, gradients become zero unless "
+                "the loss is scaled, and a scaled loss needs weights in float32; set dtype: float32, or dtype: "
+                "bfloat16 and precision: no"
             )
 
     @property
