@@ -77,11 +77,15 @@ class InnerLoopCosts:
         batch_size = self.task.recipe.batch_size
         return min(share * train_flops, passes * self._step(self.fitted) / batch_size * len(self.fitted))
 
-    def fidelity_schedule(self, train_flops: float, per_rung: float = 0.0) -> list[Rung]:
-        """The rungs that the rest of the ledger's limit buys, for a final training of `train_flops`."""
+    def fidelity_schedule(self, train_flops: float, per_rung: float = 0.0, reserved: float = 0.0) -> list[Rung]:
+        """The rungs that the rest of the ledger's limit buys, less `reserved` FLOPs.
+
+        Args:
+            train_flops: of the final training. per_rung: further FLOPs of each rung.
+        """
         return fidelity_schedule(
             train_flops,
-            self.ledger.left,
+            self.ledger.left - reserved,
             self.step_flops,
             self.measuring_flops,
             self.passes(train_flops),

@@ -37,13 +37,13 @@ def affordable(
     """The rungs that the rest of the ledger's limit buys, with `steps` of the policy after each rung.
 
     Args:
-        reserved: FLOPs that each rung keeps for other costs.
+        reserved: FLOPs that all rungs together leave for other costs.
     """
-    max_trials, rungs = 0, costs.fidelity_schedule(train_flops)
+    max_trials, rungs = 0, costs.fidelity_schedule(train_flops, reserved=reserved)
     # A schedule of fewer rungs can hold more trials, and learning from more trials costs more.
     while (n_trials := sum(rung.n_trials for rung in rungs)) > max_trials:
         max_trials = n_trials
-        rungs = costs.fidelity_schedule(train_flops, update_flops(space, n_trials, steps) + reserved)
+        rungs = costs.fidelity_schedule(train_flops, update_flops(space, n_trials, steps), reserved)
     return rungs
 
 

@@ -22,7 +22,7 @@ from cads.search.base import NO_SEARCH_AFFORDABLE, Search, guard_message
 from cads.search.choice import Choice
 from cads.search.constants import constants_of
 from cads.search.fidelity import Rung
-from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
+from cads.search.inner_costs import InnerLoopCosts
 from cads.search.inner_runs import InnerLoop
 from cads.search.rungs import affordable, run_rung, update_flops
 from cads.search.source_choice import source_choice, source_marginals
@@ -89,8 +89,7 @@ class CadsSources(Search):
             reserved = probing_flops(costs, positions)
         else:
             probe = None
-        rungs_costs = PlannedInnerLoop(costs.task, costs.ledger.left - reserved, held_out=self.held_out)
-        rungs = affordable(rungs_costs, space, train_flops, self.policy_steps)
+        rungs = affordable(costs, space, train_flops, self.policy_steps, reserved)
         if not rungs:
             raise NotAffordableError(NO_SEARCH_AFFORDABLE)
         for rung in rungs:
