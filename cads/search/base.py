@@ -33,8 +33,8 @@ ALLOWANCE = 2.75
 """Selection FLOPs in units of the training budget, if the budget need not cover selection."""
 NO_SEARCH_AFFORDABLE = "the allowance buys no trials: the full pool is returned"
 FEWEST_TARGET_EXAMPLES = 20
-"""Fewest examples of the target with which the guard compares a choice to the full pool. With fewer, two models that
-are as good differ by chance about as much as selection gains."""
+"""Fewest examples of the target that measure models, with which the guard compares a choice to the full pool. With
+fewer, two models that are as good differ by chance about as much as selection gains."""
 ONE_SOURCE = "the pool has one source, and nothing can be chosen among sources: the full pool is returned"
 
 
@@ -53,8 +53,9 @@ class Search(ABC):
     """The metric to minimise on the target, by name or, in Python, any function of task, model and pool; null for the
     task's own."""
     guard: bool = True
-    """Return the full pool unless the choice beat it on the target. With fewer than 20 target examples the guard cannot
-    tell: then nothing is searched, and the full pool is returned."""
+    """Return the full pool unless the choice beat it on the target. With fewer than 20 target examples (CADS-E: 40, as
+    half of them train the target model) the guard cannot tell: then nothing is searched, and the full pool is
+    returned."""
     target_fraction: float | None = None
     """Share of each batch of the final training drawn from the target, as in `joint`, at least 0 and below 1; null: 0.
     Trials see none of it."""
@@ -119,9 +120,9 @@ class Search(ABC):
         proxy, split = self.split_budget(task, budget)
         if self.whole_sources and has_one_source(task.pool):
             raise NotAffordableError(ONE_SOURCE)
-        if self.guard and len(proxy.target) < FEWEST_TARGET_EXAMPLES:
-            raise NotAffordableError(cannot_tell(len(proxy.target)))
         costs = PlannedInnerLoop(proxy, split.selection_flops, held_out=self.held_out)
+        if self.guard and len(costs.measured) < FEWEST_TARGET_EXAMPLES:
+            raise NotAffordableError(cannot_tell(len(proxy.target), len(costs.measured)))
         for stage in self.stages(costs, split.train_flops):
             costs.charge(stage)
         return costs.ledger
@@ -213,9 +214,11 @@ def guard_message(*, guard: bool, chosen: bool) -> str:
     return "the guard is off, but no choice ended with a finite objective: the full pool is returned"
 
 
-def cannot_tell(n_target: int) -> str:
-    """Why the guard does not compare a choice with the full pool on `n_target` examples of the target."""
+def cannot_tell(n_target: int, n_measured: int) -> str:
+    """Why the guard does not compare a choice with the full pool on `n_measured` of the `n_target` target examples."""
     examples = "1 example" if n_target == 1 else f"{n_target} examples"
+    if n_measured < n_target:
+        examples += f", of which {n_measured} measure models and the others train the target model"
     return (
         f"the target has {examples}, and with fewer than {FEWEST_TARGET_EXAMPLES} the guard cannot tell whether a "
         "choice beats the full pool: the full pool is returned; give more target examples, or set guard = false"

@@ -24,7 +24,7 @@ CONFIG = """
 task:
   hidden: 16
   n_pool: 80
-  n_target: 30
+  n_target: 40
   n_test: 30
   sources:
     - {name: clean}

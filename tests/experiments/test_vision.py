@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 GRID = """
 task:
-  {hidden: 16, n_pool: 80, n_target: 30, n_test: 100, sources: [{name: clean}, {name: noise 90 %, label_noise: 0.9}]}
+  {hidden: 16, n_pool: 80, n_target: 40, n_test: 100, sources: [{name: clean}, {name: noise 90 %, label_noise: 0.9}]}
 train: {batch_size: 8, learning_rate: 0.003}
 budgets: [4 epochs]
 seeds: 2

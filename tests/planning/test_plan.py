@@ -37,7 +37,7 @@ NEEDED = {"source": {"name": "clean"}}
 TEXT_ONLY = ("bm25",)
 RECIPE = TrainConfig(batch_size=8)
 SOURCES = [SyntheticSource("clean"), SyntheticSource("noisy", label_noise=0.9), SyntheticSource("small", size=20)]
-DIGITS = VisionConfig(hidden=16, n_pool=80, n_target=30, n_test=30, sources=SOURCES)
+DIGITS = VisionConfig(hidden=16, n_pool=80, n_target=40, n_test=30, sources=SOURCES)
 LLAMA = {"selector_model": str(MODELS / "llama-2-7b.json"), "pool_tokens": 98.0e6, "paper_context": 4096}
 LINE = 112
 

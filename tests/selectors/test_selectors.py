@@ -41,7 +41,7 @@ SOURCES = [SyntheticSource("clean"), SyntheticSource("noisy", label_noise=0.9)]
 @pytest.fixture(scope="module")
 def tasks(texts):
     """One of images, and one of texts with the same sources."""
-    config = VisionConfig(hidden=16, n_pool=80, n_target=30, n_test=30, sources=SOURCES)
+    config = VisionConfig(hidden=16, n_pool=80, n_target=40, n_test=30, sources=SOURCES)
     return {"images": config.build(TrainConfig(batch_size=8)), "texts": texts(batch_size=8)}
 
 
