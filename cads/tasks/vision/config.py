@@ -69,8 +69,8 @@ class VisionConfig:
     test_path: str | None = None
     """Folder of the test images (hub: a split); null: test/ beside train/, otherwise they are drawn."""
     drop: bool = False
-    """folder, hub: leave out and count images that cannot be read, and classes without images, rather than refuse
-    them; all images are decoded once when the data is loaded."""
+    """folder, hub: leave out and count images that cannot be read or, in a folder, are at another level than most, and
+    classes without images, rather than refuse them; all images are decoded once when the data is loaded."""
     download: bool = False
     """Allow torchvision to fetch data and pretrained weights that are missing."""
     image_column: str = "image"

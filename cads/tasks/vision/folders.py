@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,10 @@ TEST = ("test", "testing")
 HELD_OUT = ("val", "validation", "test")
 """Names that no class or source in a folder without train/ is likely to have."""
 
+LEVELS = (2, 3)
+"""Names in the path of an image: class/file, and source/class/file."""
 DEEPEST = 5
-"""Levels of folders that are searched; images below the third are refused. A link to a folder above it has no end."""
+"""Levels of folders that are searched; images below the third are not used. A link to a folder above it has no end."""
 NAMED = 3
 """Examples in a message."""
 
@@ -49,7 +52,7 @@ class Tree:
         root: the folder.
         files: paths of the images relative to it, as the names of their folders and their own, in ascending order.
         folders: the visible folders below it, in the same form.
-        astray: images that are in no folder of a class, if they may be left out.
+        astray: images that are in no folder of a class, such as those at another level, if they may be left out.
     """
 
     root: Path
@@ -179,7 +182,7 @@ def read_tree(root: Path, drop: bool) -> Tree:
 
     Args:
         root: the folder, which holds class/file or source/class/file.
-        drop: leave out images that are in no folder of a class, instead of refusing them.
+        drop: leave out images that are not at the level of most, instead of refusing them.
 
     Raises:
         DataError: if a folder cannot be read, there is no image, or the levels are mixed.
@@ -209,18 +212,28 @@ def read_tree(root: Path, drop: bool) -> Tree:
     if not images:
         raise DataError(f"{root} holds no image: name a folder of class/file or source/class/file")
     images.sort()
-    has_class = [not drop or len(parts) > 1 for parts in images]
-    files = [parts for parts, has in zip(images, has_class, strict=True) if has]
-    astray = [parts for parts, has in zip(images, has_class, strict=True) if not has]
-    _check_levels(root, files or images)
+    depth = _depth(root, images, drop)
+    files = [parts for parts in images if len(parts) == depth]
+    astray = [parts for parts in images if len(parts) != depth]
     return Tree(root, files, sorted(folders), astray)
 
 
-def _check_levels(root: Path, files: list[tuple[str, ...]]) -> None:
-    by_depth = {len(parts): parts for parts in files}
-    if len(by_depth) > 1 or not by_depth.keys() <= {2, 3}:
-        examples = ", ".join(os.path.join(*parts) for parts in by_depth.values())
-        raise DataError(f"{root} must hold class/file or source/class/file throughout, and has {examples}")
+def _depth(root: Path, images: list[tuple[str, ...]], drop: bool) -> int:
+    """The level of all images, or with `drop` that of most: 2 for class/file, 3 for source/class/file.
+
+    Raises:
+        DataError: if there is none.
+    """
+    numbers = Counter(map(len, images))
+    usable = [(number, depth) for depth, number in numbers.items() if depth in LEVELS]
+    if usable and (len(numbers) == 1 or drop):
+        most, depth = max(usable)
+        if [number for number, _ in usable].count(most) == 1:
+            return depth
+    first = {len(parts): os.path.join(*parts) for parts in reversed(images)}
+    levels = ", ".join(f"{numbers[depth]} such as {first[depth]}" for depth in sorted(numbers))
+    remedy = "move them" if drop or not usable else "move the others, or set drop: true to leave them out"
+    raise DataError(f"{root} must hold class/file or source/class/file throughout, and has {levels}: {remedy}")
 
 
 def some(names: Collection[str]) -> str:

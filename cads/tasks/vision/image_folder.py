@@ -37,8 +37,8 @@ def load_image_folder(
         root: its folder.
         size: as for `ImageFiles`.
         target, test: folders of the target and of the test set, of the same kind; None: those beside train/, if any.
-        drop: leave out what cannot be used: images that cannot be read, and classes and sources without images. This
-            decodes all images once.
+        drop: leave out what cannot be used: images that cannot be read or are at another level than most, and classes
+            and sources without images. This decodes all images once.
 
     Raises:
         DataError: if there is no such folder, no image, or the levels are mixed; without `drop`, if a class or source

@@ -269,6 +269,36 @@ def test_images_of_classes_that_training_lacks_and_in_no_class_are_left_out_on_r
     assert sorted(names) == ["train/preview.png", "val/cow/00.png", "val/cow/01.png"]
 
 
+@pytest.mark.parametrize("shape", ["class/file", "source/class/file"])
+@pytest.mark.parametrize("stray", ["ant/deep/x.png", "ant/a/b/x.png", "a/b/c/d/x.png", "x.png"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_image_at_another_level_is_refused_with_the_remedy_or_left_out(tmp_path, shape, stray, split):
+    for name in ("train", "val"):
+        for part in ("",) if shape == "class/file" else ("film", "phone"):
+            classes(tmp_path / name / part, 3)
+    expected = load_image_folder(tmp_path)
+    stray = stray if shape == "class/file" or stray != "ant/deep/x.png" else "film/x.png"
+    put(tmp_path / split, stray)
+    with pytest.raises(DataError, match=rf"throughout.* 1 such as {stray}.*or set drop: true"):
+        load_image_folder(tmp_path)
+    data = load_image_folder(tmp_path, drop=True)
+    assert data.left_out["images in no folder of a class"] == {"number": 1, "names": [f"{split}/{stray}"]}
+    assert data.train_ids == expected.train_ids
+    assert data.target_ids == expected.target_ids
+    assert data.classes == expected.classes
+    assert data.source_names == expected.source_names
+
+
+def test_levels_of_which_none_has_most_images_are_refused(tmp_path):
+    put(tmp_path, "ant/0.png", "bee/0.png", "film/ant/0.png", "film/bee/0.png")
+    with pytest.raises(DataError, match=r"2 such as ant/0\.png, 2 such as film/ant/0\.png: move them$"):
+        load_image_folder(tmp_path, drop=True)
+    put(tmp_path / "deep", "a/b/c/0.png")
+    for drop in (False, True):
+        with pytest.raises(DataError, match="throughout"):
+            load_image_folder(tmp_path / "deep", drop=drop)
+
+
 def test_nothing_left_is_refused(tmp_path):
     classes(tmp_path / "train", 1)
     for name in ("ant", "bee"):
