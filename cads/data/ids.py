@@ -1,4 +1,4 @@
-"""Ids of examples, and the order of examples by score: higher is better, ties are broken by id."""
+"""Ids of examples, and orders of examples: by id, and by score (higher is better, ties are broken by id)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def ascending(ids: pa.Array | pa.ChunkedArray) -> bool:
 def distinct(ids: pa.Array | pa.ChunkedArray) -> bool:
     """Whether all ids are unique. Only ids that do not ascend need a hash table, about 100 bytes an id."""
     return ascending(ids) or pc.count_distinct(ids).as_py() == len(ids)
+
+
+def id_order(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Positions in the order of the ids, int64, shape (N,). They name the same examples, however rows are ordered."""
+    return np.arange(len(ids)) if ascending(ids) else np.asarray(pc.sort_indices(ids)).astype(np.int64)
 
 
 def best_first(ids: pa.Array, score: np.ndarray) -> np.ndarray:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,13 @@ MISSING = {
 BOOLEANS = ("true", "false")
 NUMERIC = tuple("0123456789+-.")
 """First characters of numbers and dates."""
+UNKNOWN = ""
+"""Digest of a file that was changed before its contents were hashed: it is that of no data set."""
 MOST_ROWS = 2**40
 """No file has more rows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FileOrigin:
     """A file, or a data set, that examples were read from.
 
@@ -39,19 +42,43 @@ class FileOrigin:
         location: its path or name, as it was given.
         rows: number of its rows, the unused ones included.
         columns: its columns from which examples are written.
-        digest: hash of the contents of these columns, see `file_digest`.
+        hashed: the `digest`, or what computes it when it is first asked for: that reads every row.
         id_column: its column of ids; None if ids were made from row numbers.
     """
 
     location: str
     rows: int
     columns: tuple[str, ...]
-    digest: str
+    hashed: str | Callable[[], str]
     id_column: str | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the contents of the columns, see `file_digest`; `UNKNOWN` if they can no longer be read."""
+        return self.hashed if isinstance(self.hashed, str) else self.hashed()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FileOrigin) or self._labels != other._labels:
+            return False
+        # What computes equal digests is equal: then they need not be computed.
+        return self.hashed == other.hashed or self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self._labels)
+
+    @property
+    def _labels(self) -> tuple[str, int, tuple[str, ...], str | None]:
+        return self.location, self.rows, self.columns, self.id_column
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return {**vars(self), "columns": list(self.columns)}
+        return {
+            "location": self.location,
+            "rows": self.rows,
+            "columns": list(self.columns),
+            "digest": self.digest,
+            "id_column": self.id_column,
+        }
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> FileOrigin:
@@ -182,9 +209,9 @@ def _plain_text(text: str) -> Any:
     if first in ("[", "{"):
         try:
             parsed = json.loads(text)
+            return _plain(parsed) if isinstance(parsed, list | dict) else text
         except (ValueError, RecursionError):
             return text
-        return _plain(parsed) if isinstance(parsed, list | dict) else text
     if len(text) > LONGEST_SCALAR or not (text in MISSING or text.lower() in BOOLEANS or first in NUMERIC):
         return text
     if text in MISSING:

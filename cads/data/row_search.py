@@ -105,16 +105,32 @@ class DatasetReader:
         """
         if column not in self.columns:
             raise SelectionError(f"the dataset has no column {column!r}: it has {self.columns}")
-        values: list[str | None] = []
-        for shard in self.shards([column]):
-            for value in shard[column]:
-                if not (value is None or isinstance(value, str | int)) or isinstance(value, bool):
-                    raise SelectionError(
-                        f"column {column!r} holds {type(value).__name__} values, such as {value!r:.60}: name a column "
-                        "of strings or whole numbers"
-                    )
-                values.append(None if value is None else str(value))
-        return pa.array(values, pa.string())
+        parts = [_as_ids(shard[column], column) for shard in self.shards([column])]
+        return pa.concat_arrays(parts) if parts else pa.array([], pa.string())
+
+
+def _as_ids(values: Sequence[Any], column: str) -> pa.Array:
+    """Ids as strings.
+
+    Arrow converts values of one type at once. Where types are mixed, or numbers are too large for it, Python does.
+
+    Raises:
+        SelectionError: if a value is neither text nor a whole number.
+    """
+    try:
+        found = pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        found = None
+    kind = pa.null() if found is None else found.type
+    if found is not None and (pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        return found.cast(pa.string())
+    for value in values:
+        if not (value is None or isinstance(value, str | int)) or isinstance(value, bool):
+            raise SelectionError(
+                f"column {column!r} holds {type(value).__name__} values, such as {value!r:.60}: name a column of "
+                "strings or whole numbers"
+            )
+    return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
 def find_rows(

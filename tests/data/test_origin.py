@@ -67,6 +67,22 @@ def test_rows_that_no_file_can_have_are_refused(codes, rows):
         Origin((file(),), np.array(codes, dtype=np.int32), np.array(rows, dtype=np.int64))
 
 
+def test_a_digest_is_computed_once_and_only_when_it_is_needed():
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return "x"
+
+    late = file(digest=compute)
+    assert late != file("b")
+    assert joined([(late, np.array([0])), (late, np.array([1]))]).files == (late,)
+    assert not calls
+    assert late == file(digest="x") != file(digest="y")
+    assert late.to_json() == file(digest="x").to_json()
+    assert calls == [1]
+
+
 def test_a_record_comes_back_from_json_and_wrong_types_are_refused():
     record = file()
     fields = json.loads(json.dumps(record.to_json()))

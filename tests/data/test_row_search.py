@@ -1,6 +1,7 @@
 """Rows of data sets of other libraries: the same examples, whichever way the files of the pool are loaded."""
 
 import csv
+import datetime
 import json
 
 import datasets
@@ -10,7 +11,7 @@ import pytest
 from datasets import Dataset, concatenate_datasets, load_dataset
 
 from cads.data.origin import FileOrigin, file_digest, joined, row_hashes
-from cads.data.row_search import find_rows
+from cads.data.row_search import DatasetReader, find_rows
 from cads.data.weighted_rows import take_rows
 from cads.errors import SelectionError
 
@@ -158,10 +159,48 @@ def test_an_id_on_two_rows_is_refused():
     assert find_rows(Dataset.from_dict({"id": ["b", "a", "b", None]}), ids, selected, None).rows.tolist() == [1]
 
 
-@pytest.mark.parametrize("values", [[1.5, 2.0], [["a"], ["b"]], [True, False]])
+class Column:
+    """A data set of one column with values of any types, in one shard."""
+
+    column_names = ("id",)
+
+    def __init__(self, values):
+        self.values = values
+
+    def with_format(self, _):
+        return self
+
+    def select_columns(self, _):
+        return self
+
+    def iter(self, batch_size):
+        yield {"id": self.values}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1, None, 3], ["1", None, "3"]),
+        ([None, None], [None, None]),
+        ([1, "a"], ["1", "a"]),
+        ([2**70, -1], [str(2**70), "-1"]),
+        ([2**63], [str(2**63)]),
+        (["007", ""], ["007", ""]),
+        ([], []),
+    ],
+)
+def test_ids_are_as_python_writes_them(values, expected):
+    ids = DatasetReader(Column(values)).ids("id")
+    assert ids.type == pa.string()
+    assert ids.to_pylist() == expected
+
+
+@pytest.mark.parametrize(
+    "values", [[1.5, 2.0], [["a"], ["b"]], [True, False], [1, True], [b"a"], [datetime.date(2024, 1, 5)], [1, 2.5]]
+)
 def test_ids_that_are_neither_text_nor_whole_numbers_are_refused(values):
     with pytest.raises(SelectionError, match="name a column of strings or whole numbers"):
-        find_rows(Dataset.from_dict({"id": values}), pa.array(["a"]), np.array([True]), None)
+        find_rows(Column(values), pa.array(["a"]), np.array([True]), None)
 
 
 def test_what_is_no_data_set_is_refused():

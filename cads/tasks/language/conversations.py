@@ -162,13 +162,15 @@ def read_history(value: Any, identity: str, known: frozenset[str]) -> list[Messa
 def read_tools(value: Any, identity: str) -> list[Any] | None:
     """The tools of a row: a list of JSON schemas, or JSON that holds one; None if there are none.
 
+    Nulls in them stay, such as a default of null. Those that Arrow adds are gone before, see `as_rows`.
+
     Raises:
         UnusableError: naming the example, if it is no list of objects.
     """
     listed = _listed(value)
     if listed is None and value is not None and value != "":
         raise UnusableError(identity, f"tools = {value!r:.60}: give a list of JSON schemas")
-    tools = [_without_nulls(_parsed(tool)) for tool in listed or []]
+    tools = [_parsed(tool) for tool in listed or []]
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise UnusableError(identity, f"tools = {value!r:.60}: give a list of JSON schemas")
     return tools or None
@@ -278,7 +280,7 @@ def _message(entry: Any, identity: str, known: frozenset[str]) -> Message:
             f"the role {spoken!r}, which the chat template does not name: use {', '.join(ROLES)}, or a tokenizer whose "
             "chat template has that role",
         )
-    further = {k: _calls(v) if k == "tool_calls" else _without_nulls(v) for k, v in entry.items() if k not in OWN_KEYS}
+    further = {k: _calls(v) if k == "tool_calls" else v for k, v in entry.items() if k not in OWN_KEYS}
     further = {k: v for k, v in further.items() if v not in (None, "", [], {})}
     content = next((entry[k] for k in ("content", "value") if entry.get(k) is not None), None)
     may_be_absent = role == "assistant" and bool(further)
@@ -311,9 +313,9 @@ def _weight(entry: Mapping[str, Any], identity: str) -> bool:
 
 
 def _calls(value: Any) -> Any:
-    """Tool calls, their arguments as objects: what chat templates expect."""
+    """Tool calls, their arguments as objects: what chat templates expect. Nulls in them stay."""
     calls = _parsed(value)
-    return [_call(_without_nulls(c), _parsed) for c in calls] if isinstance(calls, list) else calls
+    return [_call(c, _parsed) for c in calls] if isinstance(calls, list) else calls
 
 
 def _call(call: Any, convert: Any) -> Any:
@@ -323,10 +325,3 @@ def _call(call: Any, convert: Any) -> Any:
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _call(call["function"], convert)}
     return {**call, "arguments": convert(call["arguments"])} if "arguments" in call else dict(call)
-
-
-def _without_nulls(value: Any) -> Any:
-    """A value without the keys that Arrow adds: rows of one column have the keys of all rows, empty or not."""
-    if isinstance(value, Mapping):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value

@@ -15,6 +15,7 @@ from cads.tasks.language.conversations import UnansweredError, UnusableError, is
 from cads.tasks.language.formats import UNUSED, Example, Findings, Renderer
 from cads.tasks.language.rows import Rows
 from cads.tasks.language.tokens import Collected, Sequences, Sink, Tokens
+from cads.tasks.language.written_json import as_rows
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class TokenEncoder:
         shares = _Shares()
         for ids, table in rows.shards():
             start, examples = sum(map(len, cut)), []
-            for k, (row, name) in enumerate(zip(table.to_pylist(), ids.to_pylist(), strict=True)):
+            for k, (row, name) in enumerate(zip(as_rows(table), ids.to_pylist(), strict=True)):
                 try:
                     examples.append(write(row, name))
                 except UnusableError as error:

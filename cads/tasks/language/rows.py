@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cads.data.ids import distinct, numbered
-from cads.data.origin import FileOrigin, file_digest, row_hashes
+from cads.data.ids import distinct, id_order, numbered
+from cads.data.origin import FileOrigin
 from cads.errors import ConfigError, DataError
 from cads.tasks.language.columns import (
     COLUMNS,
@@ -26,7 +26,8 @@ from cads.tasks.language.columns import (
     used_columns,
 )
 from cads.tasks.language.draws import first_of_each, say_lost
-from cads.tasks.language.tables import as_text, read_file, read_hub, read_saved, stem_of
+from cads.tasks.language.file_hashes import origin_of, stamp_of
+from cads.tasks.language.tables import as_text, guess_of, read_file, read_hub, read_saved, stem_of
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ class TextSource:
             raise ConfigError(f"columns stand for {unknown}, which is unknown: use {', '.join(COLUMNS)}")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit = {self.limit}: it must be at least 1")
+        # No field: configurations and results that are stored have none.
+        self.is_named = bool(self.name)
         self.name = self.name or self.derived_name
 
     @property
@@ -149,14 +152,17 @@ def load_rows(source: TextSource, seed: int, *, given_sources: bool = False, pre
     logged.
 
     Args:
-        seed: of the rows that `limit` draws.
+        seed: of the rows that `limit` draws, by their ids.
         given_sources: whether a column called `source` is recognised as the source of each row.
         prefix: of the ids of rows without a column of ids; None: the name of the source.
 
     Raises:
         DataError: if the source cannot be read, is empty, lacks a column, or has an id on two rows.
     """
+    stamp = None if source.path is None else stamp_of(Path(source.path))
     table = _table(source)
+    if guess := guess_of(table):
+        log.warning("%s: %s", source.location, guess)
     if not len(table):
         raise DataError(f"{source.location} is empty: it needs at least one row")
     read, present = table, table.column_names
@@ -172,25 +178,15 @@ def load_rows(source: TextSource, seed: int, *, given_sources: bool = False, pre
     content = pa.table({role: _text(table, name, source) for role, name in text_columns.items()})
     _say_unused(source, read, columns, given_sources=given_sources)
     id_column = columns.get("id") if columns.get("id") in present else None
-    origin = _origin(source, read, sorted(used_columns(text_columns.values(), present), key=present.index), id_column)
+    written_from = sorted(used_columns(text_columns.values(), present), key=present.index)
+    origin = origin_of(source.location, read.select(written_from), stamp, id_column)
     rows = Rows(content, chosen, ids, source.name, sources, subtasks, origin=origin)
     if source.limit is None or source.limit >= len(rows):
         return rows
-    order = np.random.default_rng((LIMIT, seed)).permutation(len(rows))
+    order = id_order(ids)[np.random.default_rng((LIMIT, seed)).permutation(len(rows))]
     drawn = rows.take(np.sort(first_of_each(order, source_codes([rows])[0], source.limit)))
     say_lost(labels_of([rows]), labels_of([drawn]), f"{source.limit} rows of {source.location}")
     return drawn
-
-
-def _origin(source: TextSource, table: pa.Table, columns: Sequence[str], id_column: str | None) -> FileOrigin:
-    """The record of a file, by which a Selection finds its rows again."""
-    read = table.select(list(dict.fromkeys(columns)))
-    hashes = [
-        row_hashes([shard.to_pylist() for shard in read.slice(start, ROWS_AT_ONCE).itercolumns()])
-        for start in range(0, len(read), ROWS_AT_ONCE)
-    ]
-    digest = file_digest(np.concatenate(hashes))
-    return FileOrigin(source.location, len(read), tuple(read.column_names), digest, id_column)
 
 
 def _filled(source: TextSource, table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
@@ -240,10 +236,11 @@ def source_codes(parts: Sequence[Rows]) -> tuple[np.ndarray, list[str]]:
 
 
 def labels_of(parts: Sequence[Rows]) -> set[str]:
-    """The names of all sources of the rows."""
+    """The names of all sources that have a row."""
     return {
         name
         for rows in parts
+        if len(rows)
         for name in ([rows.name] if rows.sources is None else pc.unique(rows.sources).to_pylist())
     }
 

@@ -16,14 +16,15 @@ def names_and_prefixes(sources: Sequence[TextSource]) -> list[tuple[str, str]]:
     """The name of each source, and the prefix of the ids of its rows if they are numbered.
 
     A name that a source was given stays; two sources of one given name are one source, whose rows are numbered apart.
-    Names that come from files and would be equal are lengthened by the folders of the files, and this is said once.
+    Names that come from files and would be equal are lengthened by the folders of the files, or by their suffixes where
+    these alone differ. This is said once.
     """
     found = [(source.name, source.name) for source in sources]
     taken = {source.name for source in sources}
     renamed = []
     for name in sorted(taken):
         members = [i for i, source in enumerate(sources) if source.name == name]
-        derived = [i for i in members if sources[i].name == sources[i].derived_name]
+        derived = [i for i in members if not sources[i].is_named]
         given = [i for i in members if i not in derived]
         if _places(sources, given) > 1:
             for i, label in _labels(sources, given, set(), 0).items():
@@ -48,20 +49,21 @@ def _place(source: TextSource) -> tuple[str, ...]:
     return str(source.dataset), source.config or "", source.split
 
 
-def _candidates(source: TextSource) -> list[str]:
-    """Names from short to long."""
+def _candidates(source: TextSource, depth: int) -> list[str]:
+    """Names from short to long: of a file, with 0 to depth - 1 of its folders, at first without its suffix."""
     if source.path is None:
         whole = [str(source.dataset), source.config or "default", source.split]
         return [source.derived_name, *("/".join(whole[:n]) for n in (1, 2, 3))]
     path = Path(os.path.abspath(source.path))
-    folders = path.parent.parts
-    names = ["/".join([*folders[len(folders) - n :], source.derived_name]) for n in range(len(folders))]
-    return [*names, str(path)]
+    folders = path.parent.parts[1:]
+    within = [folders[max(0, len(folders) - n) :] for n in range(depth)]
+    return ["/".join([*above, name]) for name in (source.derived_name, path.name) for above in within] + [str(path)]
 
 
 def _labels(sources: Sequence[TextSource], members: Sequence[int], taken: set[str], level: int) -> dict[int, str]:
     """The shortest names from `level` on that tell the places apart and are not taken."""
-    candidates = {i: _candidates(sources[i]) for i in members}
+    depth = max((len(Path(os.path.abspath(sources[i].path or ".")).parts) for i in members), default=1)
+    candidates = {i: _candidates(sources[i], depth) for i in members}
     last = max(map(len, candidates.values())) - 1
     places = _places(sources, members)
     for n in range(level, last + 1):

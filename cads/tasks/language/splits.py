@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cads.data.ids import id_order
 from cads.data.origin import joined
 from cads.data.pool import Pool
 from cads.errors import DataError
@@ -66,7 +67,7 @@ def divide(
 
     Args:
         sizes: n_pool, n_target, n_test; None for the defaults of `LanguageConfig`.
-        seed: of every draw.
+        seed: of every draw. Rows are drawn by their ids: files in another order of rows give the same examples.
 
     Every source keeps a row where it stays, or a warning names it.
 
@@ -252,12 +253,18 @@ def _reduce(parts: Parts, count: int, seed: int, name: str) -> Parts:
 
 
 def _order(parts: Parts, count: int, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of all parts in random order, and the source of each."""
+    """The rows of all parts in random order, and the source of each.
+
+    The order permutes the rows of each part as their ids sort them, so that it does not depend on how files do. Rows
+    that are numbered are in that order already.
+    """
     available = _count(parts)
     if count > available or available == 0:
         raise DataError(f"the {name} needs {count} rows where {available} are left: ask for fewer, or give more data")
     purpose = ("test set", "target", "pool").index(name)
-    return np.random.default_rng((SPLIT, seed, purpose)).permutation(available), source_codes(parts)[0]
+    starts = np.cumsum([0, *(len(rows) for rows in parts)])
+    by_id = np.concatenate([start + id_order(rows.ids) for start, rows in zip(starts, parts, strict=False)])
+    return by_id[np.random.default_rng((SPLIT, seed, purpose)).permutation(available)], source_codes(parts)[0]
 
 
 def _where(parts: Parts, mask: np.ndarray) -> Parts:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from cads.errors import DataError
 from cads.runtime.signals import Interrupted
-from cads.tasks.language.text_files import not_utf8, read_csv, read_json
+from cads.tasks.language.text_files import GUESS, not_utf8, read_csv, read_json, read_tsv
 from cads.tasks.language.written_json import JsonType, decoded_json, has_json
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
@@ -49,6 +49,12 @@ def read_file(path: Path) -> pa.Table:
     if repeated:
         raise DataError(f"{path} has the columns {repeated} more than once: rename or remove the others")
     return table
+
+
+def guess_of(table: pa.Table) -> str | None:
+    """How a file was read where that is a guess, see `read_tsv`; else None."""
+    said = (table.schema.metadata or {}).get(GUESS)
+    return None if said is None else said.decode()
 
 
 def stem_of(path: Path) -> str:
@@ -139,7 +145,7 @@ READERS: dict[str, Callable[[Path], pa.Table]] = {
     ".jsonl": read_json,
     ".ndjson": read_json,
     ".csv": partial(read_csv, delimiter=","),
-    ".tsv": partial(read_csv, delimiter="\t"),
+    ".tsv": read_tsv,
     **BINARY,
 }
 SUFFIXES = tuple(READERS)

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 import pyarrow as pa
 
-from cads.tasks.language.written_json import DECODER, ROWS_IN_BLOCK, table_of
+from cads.tasks.language.written_json import DECODER, ROWS_IN_BLOCK, TOO_DEEP, table_of
 
 COMPRESSED = {
     "gzip": re.compile(rb"\x1f\x8b"),
@@ -34,6 +34,8 @@ MARKS = {
 }
 """Byte order marks, and the encodings that they stand for; UTF-32 before UTF-16, which begins alike."""
 BLANKS = re.compile(r"\s*")
+GUESS = b"cads.guess"
+"""Key of the metadata of a table under which it stands how the file was read where that is a guess."""
 LAYOUT = "give one object a line, or one list of objects"
 """What a JSON file may hold."""
 CONTAINERS = ("data", "rows", "train", "test", "validation", "examples", "instances", "items", "records", "samples")
@@ -74,15 +76,46 @@ def json_rows(path: Path) -> Iterator[dict[str, Any]]:
     yield from _whole_rows(iter(values))
 
 
-def read_csv(path: Path, delimiter: str) -> pa.Table:
-    """A file with a header, in which values may be quoted; all columns are text.
+def read_tsv(path: Path) -> pa.Table:
+    """A file with a header and with tabs between values; all columns are text.
+
+    It is read as CSV is. Where the quotes do not fit, and the header has none, they are taken for text, as most tools
+    that write tabs take them; `GUESS` in the metadata of the table says so.
+
+    Raises:
+        ValueError: as `read_csv`, if it cannot be read in either way.
+    """
+    try:
+        return read_csv(path, "\t")
+    except ValueError as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        as_csv = error
+    try:
+        table = read_csv(path, "\t", csv.QUOTE_NONE)
+    except UnicodeDecodeError:
+        raise
+    except ValueError:
+        raise as_csv from None
+    if any('"' in name for name in table.column_names):
+        raise as_csv
+    return table.replace_schema_metadata(
+        {GUESS: f"its double quotes are read as text, as they do not fit quoted values ({as_csv})"}
+    )
+
+
+def read_csv(path: Path, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> pa.Table:
+    """A file with a header; all columns are text.
+
+    Args:
+        quoting: `csv.QUOTE_MINIMAL` if values may be quoted, `csv.QUOTE_NONE` if quotes are text.
 
     Raises:
         ValueError: naming the line, if values and header do not fit, a quote is not closed, a name is there twice, or
             it is not UTF-8.
     """
     with _opened(path, newline="") as text, _long_values():
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)
         lines = _quotes_closed(reader)
         header = next((row for row in lines if row), [])
         _check_header(header, delimiter)
@@ -158,7 +191,7 @@ def _binary(path: Path) -> IO[bytes]:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(DECODER.decode(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         # Of a line with a whole object, the reader of lines says what is wrong.
         return line.strip()[:1] == "{" and line.strip()[-1:] == "}"
 
@@ -171,6 +204,8 @@ def _lines(lines: Iterator[tuple[int, str]]) -> Iterator[dict[str, Any]]:
             row = DECODER.decode(line)
         except ValueError as error:
             raise ValueError(f"line {number} is no JSON ({error}): {LAYOUT}") from error
+        except RecursionError as error:
+            raise ValueError(f"line {number} {TOO_DEEP}") from error
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is no JSON object: {LAYOUT}")
         yield row
@@ -184,6 +219,9 @@ def _values(text: str) -> Iterator[Any]:
             value, end = DECODER.raw_decode(text, position)
         except ValueError as error:
             raise ValueError(f"it is no JSON ({error}): {LAYOUT}") from error
+        except RecursionError as error:
+            line = text.count("\n", 0, position) + 1
+            raise ValueError(f"what begins on line {line} {TOO_DEEP}") from error
         yield value
         position = _after_blanks(text, end)
 

@@ -33,7 +33,7 @@ from cads.tasks.language.tokens import Sequences
 
 log = logging.getLogger(__name__)
 
-ENTRY_VERSION = 2
+ENTRY_VERSION = 3
 """Version of the files and of the encoding; raise it with every change of `Renderer` or `TokenEncoder`."""
 MANIFEST = "manifest.json"
 ARRAYS = {"ids": "<i4", "learned": "|b1", "offsets": "<i8", "text": "|u1", "text_offsets": "<i8", "left_out": "<i8"}

@@ -10,6 +10,9 @@ import pyarrow as pa
 
 ROWS_IN_BLOCK = 1000
 """Rows that are Python objects at a time while columns are made of them."""
+MOST_NESTED = 200
+"""Lists and objects within each other that a value may have: all that reads it recurses, and Python allows 1000."""
+TOO_DEEP = f"is nested more than {MOST_NESTED} deep: flatten it, or write it as text"
 
 
 class JsonScalar(pa.ExtensionScalar):
@@ -77,7 +80,7 @@ def table_of(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     object has the type `JsonType`.
 
     Raises:
-        ValueError: if a value is no valid Unicode text.
+        ValueError: if a value or a key is no valid Unicode text, or a value is nested too deep.
     """
     blocks: list[dict[str, pa.Array]] = []
     sizes: list[int] = []
@@ -95,6 +98,19 @@ def table_of(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     return pa.table({name: _joined([found.get(name) for found in blocks], sizes) for name in names})
 
 
+def as_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows as Python objects.
+
+    Nulls within JSON stay as they are written. Arrow gives each struct the keys of all structs of its column, and a key
+    that it adds cannot be told from one that was written with a null: keys of structs without a value are left out.
+    """
+    columns = []
+    for column in table.itercolumns():
+        values = column.to_pylist()
+        columns.append([_without_nulls(value) for value in values] if pa.types.is_nested(column.type) else values)
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
 def has_json(kind: pa.DataType) -> bool:
     """Whether values of an Arrow type are JSON text, or hold some: the type `Json` of `datasets`."""
     if getattr(kind, "extension_name", None) == "arrow.json":
@@ -103,7 +119,10 @@ def has_json(kind: pa.DataType) -> bool:
 
 
 def decoded_json(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column for which `has_json` holds, with the lists and objects that the JSON text stands for."""
+    """A column for which `has_json` holds, with the lists and objects that the JSON text stands for.
+
+    Keys of structs without a value are left out, as in `as_rows`.
+    """
     values = (_decoded(value, column.type) for value in column.to_pylist())
     texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
     return pa.chunked_array([pa.ExtensionArray.from_storage(JsonType(), pa.array(texts, pa.string()))])
@@ -111,22 +130,38 @@ def decoded_json(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _decoded(value: Any, kind: pa.DataType) -> Any:
     if value is None or not has_json(kind):
-        return value
+        return _without_nulls(value)
     if isinstance(value, str):
         return json.loads(value)
     if isinstance(value, dict):
-        return {name: _decoded(inner, kind.field(name).type) for name, inner in value.items()}
+        return {name: _decoded(inner, kind.field(name).type) for name, inner in value.items() if inner is not None}
     return [_decoded(inner, kind.value_type) for inner in value]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _block(rows: list[Mapping[str, Any]], first: int) -> dict[str, pa.Array]:
     names = dict.fromkeys(name for row in rows for name in row)
+    for name in names:
+        if not _is_unicode(name):
+            row = next(i for i, row in enumerate(rows) if name in row)
+            raise ValueError(
+                f"the key {name!r} of row {first + row} (from 0) holds half a surrogate pair, which is no character: "
+                "repair it"
+            )
     return {name: _column([row.get(name) for row in rows], name, first) for name in names}
 
 
 def _column(values: list[Any], name: str, first: int) -> pa.Array:
     nested = any(isinstance(value, dict | list) for value in values)
     texts = [_encoded(value) if nested else _written(value) for value in values]
+    for i, (value, text) in enumerate(zip(values, texts, strict=True)):
+        if nested and text is not None and _is_deep(value, text):
+            raise ValueError(f"{name!r} of row {first + i} (from 0) {TOO_DEEP}")
     try:
         column = pa.array(texts, pa.string())
     except UnicodeEncodeError as error:
@@ -165,6 +200,18 @@ def _encoded(value: Any) -> str | None:
     if value is None:
         return None
     return json.dumps(value if isinstance(value, dict | list) else _written(value), ensure_ascii=False)
+
+
+def _is_deep(value: Any, text: str) -> bool:
+    """Whether a value, of which `text` is the JSON, is nested more than `MOST_NESTED` deep."""
+    if text.count("[") + text.count("{") <= MOST_NESTED:
+        return False
+    level, depth = [value], 0
+    while level and depth <= MOST_NESTED:
+        nested = [x for x in level if isinstance(x, dict | list)]
+        level = [inner for x in nested for inner in (x.values() if isinstance(x, dict) else x)]
+        depth += bool(nested)
+    return depth > MOST_NESTED
 
 
 def _is_unicode(text: str) -> bool:

@@ -13,6 +13,7 @@ from cads.tasks.language.encoding import TokenEncoder
 from cads.tasks.language.formats import Renderer
 from cads.tasks.language.rows import TextSource, load_rows
 from cads.tasks.language.token_cache import TokenCache
+from cads.tasks.language.written_json import as_rows
 from tests.support.tiny_llama import MARKED, TEMPLATE, tokenizer, write_lines
 from tests.support.token_caches import warnings_of
 
@@ -24,6 +25,11 @@ CALLING = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 """Writes tools, tool calls, tools' replies and chains of thought."""
+WRITING = (
+    "#{{ tools | tojson }}#{% for m in messages %}<|{{ m.role }}|>{% if m.tool_calls %}#{{ m.tool_calls | tojson }}#"
+    "{% endif %}{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""Writes tools and tool calls as JSON, between #."""
 JOINING = CALLING.replace("{{ c.function.arguments.a }}", "{{ 'x' + c.function.arguments }}")
 """Joins the arguments of a call to text, as DeepSeek's template does."""
 
@@ -51,6 +57,17 @@ def written(tmp_path, rows, template=TEMPLATE, **options):
         ids, mask = tokens.ids[begin:end], tokens.loss_mask[begin:end]
         found.append((tok.decode(ids), tok.decode(ids[mask])))
     return found
+
+
+def rendered(path, template):
+    """The text of each example of a file; the tokenizer of the tests knows few characters."""
+    rows = load_rows(TextSource(path=str(path)), 0)
+    write = Renderer(tokenizer(template)).of(rows.format)
+    return [
+        write(row, name).text
+        for ids, table in rows.shards()
+        for row, name in zip(as_rows(table), ids.to_pylist(), strict=True)
+    ]
 
 
 PLAIN = ("<|system|>s<|end|>\n<|user|>a<|end|>\n<|assistant|>b<|end|>\n", "b<|end|>")
@@ -157,6 +174,27 @@ class TestKeys:
             load_rows(TextSource(path=str(tmp_path / "a.parquet")), 0)
         )
         assert tok.decode(tokens.ids) == expected[0]
+
+    @pytest.mark.parametrize("way", ["objects", "text", "parquet of text"])
+    def test_nulls_that_are_written_in_json_reach_the_template(self, tmp_path, way):
+        calls = [{"function": {"name": "f", "arguments": {"a": None, "b": [None, {"c": None}]}}}]
+        tools = [{"name": "f", "parameters": {"a": {"default": None, "enum": ["x", None]}}}]
+        row = {"messages": [user("a"), assistant("", tool_calls=calls)], "tools": tools}
+        if way != "objects":
+            row = {name: json.dumps(value) for name, value in row.items()}
+        path = write_lines(tmp_path / "a.jsonl", [row])
+        if way == "parquet of text":
+            path = tmp_path / "a.parquet"
+            pq.write_table(pa.Table.from_pylist([row]), path)
+        (text,) = rendered(path, WRITING)
+        assert text.split("#")[1::2] == [json.dumps(tools), json.dumps(calls)]
+
+    def test_keys_that_arrow_adds_to_structs_do_not(self, tmp_path):
+        calls = [[{"function": {"name": "f", "arguments": {name: 1}}}] for name in "ab"]
+        rows = [{"messages": [user("a"), assistant("", tool_calls=c)], "tools": [{"name": "f"}]} for c in calls]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+        texts = rendered(tmp_path / "a.parquet", WRITING)
+        assert [text.split("#")[3] for text in texts] == [json.dumps(c) for c in calls]
 
     @pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}'])
     def test_templates_that_join_arguments_get_them_as_json(self, tmp_path, arguments):

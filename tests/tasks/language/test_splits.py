@@ -19,7 +19,7 @@ from cads.tasks.language.draws import first_of_each
 from cads.tasks.language.rows import TextSource, load_rows
 from cads.tasks.language.source_names import names_and_prefixes
 from cads.tasks.language.splits import divide
-from tests.support.tiny_llama import model_folder, write_lines
+from tests.support.tiny_llama import model_folder, sums, write_lines
 
 ALL = (None, None, None)
 
@@ -71,11 +71,26 @@ class TestNames:
         sources = [TextSource(path=str(tmp_path / p)) for p in paths]
         assert names_of(*sources) == ["a/x/train", "b/x/train", "b/y/train", "test"]
 
-    def test_suffixes_tell_files_of_one_folder_apart(self, tmp_path):
-        sources = [TextSource(path=str(tmp_path / n)) for n in ("train.jsonl", "train.csv")]
-        found = names_of(*sources)
-        assert len(set(found)) == 2
-        assert all(name.endswith(n) for name, n in zip(found, ("train.jsonl", "train.csv"), strict=True))
+    @pytest.mark.parametrize(
+        ("paths", "expected"),
+        [
+            (["gsm/train.jsonl", "gsm/train.csv"], ["train.jsonl", "train.csv"]),
+            (["gsm/train.jsonl.gz", "gsm/train.jsonl"], ["train.jsonl.gz", "train.jsonl"]),
+            (["gsm/train.jsonl", "flan/train.csv"], ["gsm/train", "flan/train"]),
+            (
+                ["gsm/train.jsonl", "gsm/train.csv", "x/flan/train.csv"],
+                ["gsm/train.jsonl", "gsm/train.csv", "flan/train.csv"],
+            ),
+        ],
+    )
+    def test_suffixes_tell_files_of_one_folder_apart(self, tmp_path, paths, expected):
+        assert names_of(*(TextSource(path=str(tmp_path / p)) for p in paths)) == expected
+
+    def test_a_given_name_stays_also_where_it_is_that_of_the_file(self, tmp_path):
+        paths = [str(tmp_path / f"{folder}/train.jsonl") for folder in ("gsm", "flan")]
+        assert names_of(TextSource("train", paths[0]), TextSource(path=paths[1])) == ["train", "flan/train"]
+        joined = names_and_prefixes([TextSource("train", path) for path in paths])
+        assert joined == [("train", "train/gsm/train"), ("train", "train/flan/train")]
 
     def test_names_that_differ_stay_as_they_were(self, tmp_path, caplog):
         sources = [TextSource(path=str(tmp_path / "a" / n)) for n in ("x.jsonl", "y.jsonl.gz", "z.v1.json")]
@@ -249,6 +264,14 @@ class TestEverySourceKeepsARow:
         target = np.sort(rest[np.random.default_rng((6, 3, 1)).permutation(80)[:10]])
         assert ids(split.target) == [f"{'ab'[p // 50]}-{p % 50:05d}" for p in target]
 
+    def test_also_when_it_is_a_file_of_which_nothing_is_left(self, tmp_path, caplog):
+        files = {"x": [{"prompt": "q", "response": ""}] * 9, "y": sums(30), "z": sums(40)[30:]}
+        sources = [TextSource(path=str(write_lines(tmp_path / f"{n}.jsonl", rows))) for n, rows in files.items()]
+        settings = {"model": str(model_folder(tmp_path / "m")), "n_test": 2, "n_target": 2, "drop": True}
+        task = LanguageConfig(pool=sources[:2], target=sources[2:], **settings).build(TrainConfig())
+        assert task.pool.source_names == ("y",)
+        assert "no row of 1 of 2 sources is left in the encoded pool, such as ['x']: they are gone" in caplog.text
+
     @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.data())
     def test_for_any_sources(self, codes, data):
         codes = np.array(codes)
@@ -261,6 +284,25 @@ class TestEverySourceKeepsARow:
             assert set(codes[chosen]) == set(codes)
         if set(codes[plain]) == set(codes) or len(set(codes)) > count:
             assert set(chosen) == set(plain)
+
+
+class TestOrderOfRows:
+    @given(st.randoms(use_true_random=False), st.booleans(), st.sampled_from([None, 25]))
+    def test_files_with_ids_give_the_same_examples_in_any_order_of_their_rows(
+        self, tmp_path_factory, random, has_sources, limit
+    ):
+        folder = tmp_path_factory.mktemp("files")
+        made = {n: [{"id": f"{n}{i}", "text": f"{n} {i}", "source": "st"[i % 7 == 0]} for i in range(40)] for n in "ba"}
+        found = []
+        for _ in range(2):
+            files = [str(write_lines(folder / f"{n}.jsonl", rows)) for n, rows in made.items()]
+            pool = [TextSource(path=file, limit=limit) for file in files]
+            split = divide(pool[:1] if has_sources else pool, [], [], (9, 5, 7), 1)
+            found.append([sorted(ids(part)) for part in (split.pool, split.target, split.test)])
+            for rows in made.values():
+                random.shuffle(rows)
+        assert found[0] == found[1]
+        assert [len(part) for part in found[0]] == [9, 5, 7]
 
 
 class TestTooFewRows:

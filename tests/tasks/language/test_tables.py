@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from cads.errors import DataError
 from cads.tasks.language import text_files, written_json
-from cads.tasks.language.tables import as_text, read_file, stem_of
-from cads.tasks.language.written_json import DECODER, JsonType, table_of
+from cads.tasks.language.tables import as_text, guess_of, read_file, stem_of
+from cads.tasks.language.written_json import DECODER, JsonType, as_rows, table_of
 
 
 def lines(rows):
@@ -153,6 +153,12 @@ class TestValuesAreReadAsWritten:
             {"plain": '{"y', "json": [2]},
         ]
 
+    def test_keys_without_a_value_stay_where_they_are_written_and_not_where_arrow_adds_them(self):
+        rows = [{"m": [{"a": None, "b": [None]}]}, {"m": {"c": 1}}, {"m": None}, {"m": "text"}]
+        assert as_rows(table_of(rows)) == rows
+        structs = pa.table({"m": [[{"a": 1}, {"b": [None]}], None], "n": [{"x": {"y": None}}, {"x": {"y": 2}}]})
+        assert as_rows(structs) == [{"m": [{"a": 1}, {"b": [None]}], "n": {"x": {}}}, {"m": None, "n": {"x": {"y": 2}}}]
+
     def test_a_column_of_lists_is_one_column_however_it_is_cut(self):
         table = table_of([{"x": [i]} for i in range(5)])
         assert isinstance(table.schema.field("x").type, JsonType)
@@ -206,6 +212,18 @@ class TestFormsOfFiles:
     def test_tabs(self, tmp_path):
         assert rows_of(tmp_path, "a.tsv", 'text\tid\ncafé 日本\t1\n"a ""b"", c"\t2\n') == SMALL
 
+    def test_quotes_that_do_not_fit_are_text_in_tab_separated_files_which_is_a_guess(self, tmp_path):
+        content = 'text\tid\n"Hello" she said\t1\n"open\t2\n""\t3\n'
+        path = written(tmp_path, "a.tsv", content)
+        values = [line.split("\t") for line in content.splitlines()[1:]]
+        assert read_file(path).to_pylist() == [{"text": text, "id": i} for text, i in values]
+        assert "double quotes are read as text, as they do not fit quoted values (line 2: " in guess_of(read_file(path))
+        assert guess_of(read_file(written(tmp_path, "b.tsv", 'text\tid\n"a ""b"", c"\t2\n'))) is None
+
+    def test_values_may_be_nested(self, tmp_path):
+        (row,) = rows_of(tmp_path, "a.jsonl", nested(200))
+        assert json.dumps(row) == nested(200)
+
     def test_values_with_line_breaks_and_of_any_length(self, tmp_path):
         long = "x" * 300_000
         assert rows_of(tmp_path, "a.csv", f'text,id\n"a\nb",1\n{long},2\n') == [
@@ -233,6 +251,11 @@ class TestFormsOfFiles:
         assert stem_of(tmp_path / name) == stem
 
 
+def nested(depth):
+    """An object with lists within each other, with a bracket in a text besides."""
+    return '{"a": ' + "[" * depth + '"["' + "]" * depth + "}"
+
+
 LATIN = "text\n" + "fine\n" * 3000 + "café\n"
 
 
@@ -250,7 +273,9 @@ class TestWhatCannotBeReadIsRefusedWithTheRemedy:
             ("a.csv", "a,b\n1\n", "line 2 has 1 values and the header 2"),
             ("a.csv", "a,b\n1,2,3\n", "line 2 has 3 values and the header 2"),
             ("a.csv", 'a,b\n"1,2\n', "cannot be read: line 2: unexpected end.*ends with one"),
-            ("a.tsv", 'a\tb\n"Hello" she said\tok\n', "line 2: .*holds others twice"),
+            ("a.tsv", 'a\tb\n"Hello" she said\n', "line 2: .*holds others twice"),
+            ("a.tsv", '"a"\tb\n"Hello" she said\tok\n', "line 2: .*holds others twice"),
+            ("a.tsv", b'a\tb\n"Hi" she\tok\n\xe9\tok\n', "not UTF-8: line 3"),
             ("a.csv", "a;b\n1;2\n", r"'a;b', with ';' in it: values are separated by commas"),
             ("a.csv", "a\tb\n1\t2\n", "separated by commas in a .csv, and by tabs in a .tsv"),
             ("a.tsv", "a,b\n1,2\n", "separated by commas in a .csv, and by tabs in a .tsv"),
@@ -266,7 +291,11 @@ class TestWhatCannotBeReadIsRefusedWithTheRemedy:
             ("a.json", '{"a": {"0": "x"}, "b": {"0": "y"}}', r"as pandas writes: use to_json\(orient='records'"),
             ("a.json", '{"a": ["x", "y"], "b": ["z", "w"]}', "a list for each column"),
             ("a.jsonl", '{"a": "x"}\n{"a": "\\ud800"}', "'a' of row 1 .*surrogate"),
-            ("a.jsonl", "[" * 100_000, "cannot be read"),
+            ("a.jsonl", '{"a": "x"}\n{"a": {"\\ud800": 1}}', "'a' of row 1 .*surrogate.*repair it"),
+            ("a.jsonl", '{"a": "x"}\n{"\\ud800": 1}', r"the key '\\ud800' of row 1 .*surrogate.*repair it"),
+            ("a.jsonl", "\n" + "[" * 100_000, "what begins on line 2 is nested more than 200 deep: flatten it"),
+            ("a.jsonl", '{"a": 1}\n{"a": ' + "[" * 100_000, "line 2 is nested more than 200 deep: flatten it"),
+            ("a.jsonl", '{"a": 1}\n' + nested(300), "'a' of row 1 .* is nested more than 200 deep: flatten it"),
             ("a.jsonl.gz", gzip.compress(lines(SMALL * 1000).encode(), mtime=0)[:-20], "cannot be read: .*runcated"),
             ("a.csv.xz", lzma.compress(CSV.encode() * 1000)[:-20], "cannot be read: .*ended before"),
             ("a.jsonl.zst", pa.compress(lines(SMALL * 1000).encode(), "zstd", asbytes=True)[:-20], "cannot be read"),
