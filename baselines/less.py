@@ -27,9 +27,11 @@ from baselines.gradients.per_example import last_layer
 from baselines.gradients.projection import Dimension, check_dimension, make_projection
 from baselines.gradients.warmup import Schedule, need_adam, schedule, warm_up
 from baselines.kernels.autocast import Precision
+from baselines.similarity.pool_losses import check_batch_tokens
 from baselines.similarity.queries import subtask_weights
 from cads.accounting.ledger import Ledger
 from cads.accounting.operations import normalisation_flops, similarity_flops
+from cads.data.token_batches import default_tokens
 from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.scoring.pool_scores import planned_flops
@@ -39,7 +41,7 @@ from cads.scoring.stages import Priced, Stage
 from cads.task import Task
 
 BATCH_TOKENS = 1024
-"""Padded tokens in one forward and backward pass."""
+"""Padded tokens in one forward and backward pass on a CPU."""
 
 
 @dataclass
@@ -62,8 +64,8 @@ class Less(Ranker):
     """Layers whose gradients are used: all trainable layers, or the last one."""
     precision: Precision = "no"
     """Precision of the forward and backward passes: no (float32) or bf16."""
-    batch_tokens: int = BATCH_TOKENS
-    """Padded tokens in one pass; examples without a length are batched by at most 1024."""
+    batch_tokens: int | None = None
+    """Padded tokens in one pass; null: as many as suit the device, 1024 on a CPU."""
     features: str | None = None
     """Folder that stores the features of the pool for later rankings; null: they are not stored."""
 
@@ -73,9 +75,9 @@ class Less(Ranker):
         super().__post_init__()
         if not 0 < self.warmup_share <= 1:
             raise ConfigError(f"warmup_share = {self.warmup_share}: a share of the pool, above 0 and at most 1")
-        for name in ("checkpoints", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}: it must be at least 1")
+        if self.checkpoints < 1:
+            raise ConfigError(f"checkpoints = {self.checkpoints}: it must be at least 1")
+        check_batch_tokens(self.batch_tokens)
         choices = {"recipe": get_args(Recipe), "layers": get_args(Layers), "precision": get_args(Precision)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -121,7 +123,7 @@ class Less(Ranker):
             (TARGET, unpacked(scorer.target), 1 + min(2, m)),
             (POOL, unpacked(scorer.pool), 0),
         ):
-            flops = planned_flops(batch_price, examples, tokens=self.batch_tokens)
+            flops = planned_flops(batch_price, examples, tokens=self._tokens)
             usages = k * len(examples) + check_usages
             tokens = round(usages * scorer.costs.tokens_per_example(examples))
             stages.append(Priced(name, flops * usages / len(examples), usages, tokens))
@@ -136,8 +138,12 @@ class Less(Ranker):
     def feature_config(self) -> GradientFeatureConfig:
         """The options that determine the features."""
         return GradientFeatureConfig(
-            self.recipe, self.layers, self.precision, self.dimension, self.batch_tokens, self.features
+            self.recipe, self.layers, self.precision, self.dimension, self._tokens, self.features
         )
+
+    @property
+    def _tokens(self) -> int:
+        return default_tokens(BATCH_TOKENS) if self.batch_tokens is None else self.batch_tokens
 
     def _warm_up(self, scorer: Task) -> Schedule:
         return schedule(scorer, self.warmup_share, self.checkpoints)

@@ -47,6 +47,11 @@ def scoring_limits(device: torch.device | str | None = None) -> tuple[int, int]:
     return (SCORED_TOKENS, SCORED_EXAMPLES) if kind == "cpu" else (ACCELERATOR_TOKENS, ACCELERATOR_EXAMPLES)
 
 
+def default_tokens(on_cpu: int) -> int:
+    """Padded tokens in one pass by default: `on_cpu`, or the limit of another device (`scoring_limits`)."""
+    return on_cpu if device_type() == "cpu" else scoring_limits()[0]
+
+
 def by_id(pool: Pool) -> np.ndarray:
     """Positions in the order of the ids, int64, shape (N,). This order of examples is the same for a permuted pool."""
     if ascending(pool.ids):
@@ -100,8 +105,8 @@ def scoring_batches(pool: Pool, *, tokens: int | None = None, positions: np.ndar
     see `budget_batches`. Other examples are batched in the order of their ids, within the limit of the device and
     `SCORED_VALUES`.
     """
-    default_tokens, max_examples = scoring_limits()
-    tokens = default_tokens if tokens is None else tokens
+    max_tokens, max_examples = scoring_limits()
+    tokens = max_tokens if tokens is None else tokens
     positions = np.arange(len(pool)) if positions is None else np.asarray(positions, dtype=np.int64)
     length, ids = lengths(pool), pool.ids.take(pa.array(positions))
     if length is not None:

@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from baselines import embedding, less
 from baselines.el2n import El2n, error_norms
+from baselines.embedding import Embedding
+from baselines.gradients.features import POOL
+from baselines.less import Less
 from baselines.loss import Loss
 from baselines.perplexity import Perplexity
 from baselines.rho import Rho
 from cads.accounting.ledger import SELECT, Ledger
 from cads.data import token_batches
+from cads.data.token_batches import scoring_limits
 from cads.errors import ConfigError
 from cads.recipe import TrainConfig
 from cads.scoring.stages import TrainOnPool, TrainOnTarget
@@ -122,15 +127,36 @@ def test_bad_options_are_named(kind, options, message):
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-@pytest.mark.parametrize("selector", [Loss(passes=0), Perplexity(), El2n(models=2, warm_up=0)])
+@pytest.mark.parametrize(
+    "selector",
+    [Loss(passes=0), Perplexity(), El2n(models=2, warm_up=0), Embedding(), Less(checkpoints=1, warmup_share=0.1)],
+    ids=lambda selector: selector.method,
+)
 def test_plans_and_passes_follow_the_device(texts, images, monkeypatch, kind, selector):
     """With limits so small that the batches of the two devices differ in their padding."""
     monkeypatch.setattr(token_batches, "SCORED_TOKENS", 64)
     monkeypatch.setattr(token_batches, "ACCELERATOR_TOKENS", 256)
     monkeypatch.setattr(token_batches, "device_type", lambda: kind)
-    task, ledger = images() if isinstance(selector, El2n) else texts(), Ledger()
+    monkeypatch.setattr(less, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(embedding, "ENCODED_TOKENS", 64)
+    task, ledger = images() if isinstance(selector, El2n) else texts(subtasks=1, batch_size=8), Ledger()
     selector.rank(task, seed=0, ledger=ledger)
-    assert selector.rank_plan(task).total().flops == pytest.approx(ledger.total().flops, rel=1e-9)
+    planned = selector.rank_plan(task)
+    if isinstance(selector, Less):
+        # Which examples its warm-up and its check read is not planned.
+        assert planned.entries[SELECT, POOL].flops == pytest.approx(ledger.entries[SELECT, POOL].flops, rel=1e-9)
+    else:
+        assert planned.total().flops == pytest.approx(ledger.total().flops, rel=1e-9)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("cpu", 1024), ("cuda", 4096), ("mps", 4096)])
+def test_less_and_embedding_keep_their_batches_on_a_cpu(monkeypatch, kind, expected):
+    monkeypatch.setattr(token_batches, "device_type", lambda: kind)
+    monkeypatch.setattr(token_batches, "scoring_limits", lambda: scoring_limits(kind))
+    assert token_batches.default_tokens(less.BATCH_TOKENS) == expected
+    assert token_batches.default_tokens(embedding.ENCODED_TOKENS) == expected
+    assert Less().feature_config().batch_tokens == expected
+    assert Less(batch_tokens=7).feature_config().batch_tokens == 7
 
 
 @pytest.mark.parametrize("selector", [Loss(passes=0), Rho(target_passes=1, pool_passes=0), El2n(models=1, warm_up=0)])
