@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cads.accounting.budget import Budget
     from cads.accounting.ledger import Ledger
-    from cads.api import plan, select, train
+    from cads.api import export, plan, select, train
     from cads.data.batch import Batch
     from cads.data.pool import Pool
     from cads.errors import CadsError
@@ -33,6 +33,7 @@ __all__ = [
     "Task",
     "TrainConfig",
     "__version__",
+    "export",
     "plan",
     "select",
     "train",
@@ -48,6 +49,7 @@ _HOME = {
     "Selector": "cads.selector",
     "Task": "cads.task",
     "TrainConfig": "cads.recipe",
+    "export": "cads.api",
     "plan": "cads.api",
     "select": "cads.api",
     "train": "cads.api",

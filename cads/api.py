@@ -1,9 +1,10 @@
-"""Plan, select and train, in one call each: the commands of the same names in Python."""
+"""Plan, select, train and export, in one call each: the commands of the same names in Python."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,11 +12,12 @@ from torch import nn
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
 from cads.errors import ConfigError
+from cads.exports.export import AddedColumns, Form, write_export
 from cads.monitor import Monitor
 from cads.planning.methods import plan_methods
 from cads.planning.plan import Plan
 from cads.registry import build_selector
-from cads.selection import Selection
+from cads.selection import Selection, Weights
 from cads.selector import Selector
 from cads.task import Task
 from cads.training import final
@@ -132,6 +134,55 @@ def train(
     elif options:
         raise ConfigError(f"options {sorted(options)} are those of a selector, and a selection is given: leave one out")
     return final.train(task, selection, parsed, seed=seed, monitor=monitor, evaluations=evaluations, save=save)
+
+
+def export(
+    selection: Selection | Path | str,
+    output: Path | str,
+    *,
+    to: Form = "jsonl",
+    files: Sequence[Path | str] = (),
+    weights: Weights = "column",
+    seed: int = 0,
+    weight_column: str | None = "weight",
+    source_column: str | None = "source",
+    overwrite: bool = False,
+) -> int:
+    """Write the chosen rows as they stand in the files of the pool, or a list of the chosen images of a folder.
+
+    Values are those of the files; of CSV files they are text. Rows come in the order of the files and of their rows.
+    The output appears only when it is complete.
+
+    Args:
+        selection: a Selection, or the folder that holds one.
+        output: file to write.
+        to: "jsonl" or "parquet" for rows; "files" for a list of images, one path a line, relative to the folder of the
+            pool.
+        files: those of the pool, in any order, where they have moved, or those of them whose rows are wanted; they are
+            recognised by the contents of the columns that examples are written from. None: where the pool was read
+            from. For a list of images: the folder of the pool, in which they are looked for.
+        weights: "column" adds the `weights` of the Selection as a column, whose sum over all files of the pool is 1 (to
+            a list of images: after a tab, if they are not equal). "resample" repeats rows in proportion to how often
+            training draws them, as many in all as are selected; a repeated row follows itself.
+        seed: of the draws of "resample".
+        weight_column: its name; None: no such column.
+        source_column: name of the column of sources, if the pool had any; None: no such column.
+        overwrite: replace `output` if it exists.
+
+    Returns:
+        the number of rows or lines written.
+
+    Raises:
+        SelectionError: if the pool was not read from files, they are missing or changed, a column that would be added
+            has another meaning there, or nothing of the pool is selected.
+        DataError: if a value has no form in the format.
+        ConfigError: if `output` exists, or a setting is unknown.
+    """
+    added = AddedColumns(weight_column if weights == "column" else None, source_column)
+    paths = [Path(file) for file in files]
+    return write_export(
+        selection, Path(output), to, paths, weights=weights, seed=seed, added=added, overwrite=overwrite
+    )
 
 
 def _selector(method: str | Selector, options: dict[str, Any]) -> Selector:

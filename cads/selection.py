@@ -306,14 +306,7 @@ class Selection:
             SelectionError: if rows are missing or ambiguous, if weights are not equal and `weights` is None, or if
                 nothing of the pool is selected.
         """
-        if weights is not None and weights not in get_args(Weights):
-            raise SelectionError(f"weights = {weights!r}: choose from {list(get_args(Weights))}, or None")
-        self._check_pool_part()
-        if self.unequal and weights is None:
-            raise SelectionError(
-                f"{self.method} gives examples different weights{self._shares_said()}, which the rows alone would "
-                'lose: give weights="column" for a column of weights, or weights="resample" for rows drawn by them'
-            )
+        counts = self.row_counts(weights, seed, "apply() gives")
         chosen = self.weights > 0
         found = find_rows(dataset, self.ids, chosen, self.origin, id_column)
         if found.absent:
@@ -323,11 +316,33 @@ class Selection:
                 int(chosen.sum()),
                 ", ".join(found.absent),
             )
-        self._say_rest("apply() gives")
+        if weights == "column":
+            return take_rows(dataset, found, self.weights[found.examples])
+        return take_rows(dataset, found.repeated(counts[found.examples]))
+
+    def row_counts(self, weights: Weights | None, seed: int, what: str) -> np.ndarray:
+        """How often rows have to hold each example, int64, shape (N,), and a warning of what they do not hold.
+
+        Args:
+            weights: as for `apply`: without "resample", or with equal weights, each example comes once or never.
+            seed: of the draws of "resample".
+            what: begins the warning.
+
+        Raises:
+            SelectionError: if weights are not equal and `weights` is None, or if nothing of the pool is selected.
+        """
+        if weights is not None and weights not in get_args(Weights):
+            raise SelectionError(f"weights = {weights!r}: choose from {list(get_args(Weights))}, or None")
+        self._check_pool_part()
+        if self.unequal and weights is None:
+            raise SelectionError(
+                f"{self.method} gives examples different weights{self._shares_said()}, which the rows alone would "
+                'lose: give weights="column" for a column of weights, or weights="resample" for rows drawn by them'
+            )
+        self._say_rest(what)
         if weights == "resample" and self.unequal:
-            counts = self._draw_counts(seed)[found.examples]
-            return take_rows(dataset, found.repeated(counts))
-        return take_rows(dataset, found, None if weights != "column" else self.weights[found.examples])
+            return self._draw_counts(seed)
+        return (self.weights > 0).astype(np.int64)
 
     def _draw_counts(self, seed: int) -> np.ndarray:
         """How often each example comes in as many draws as examples are selected, int64, shape (N,)."""

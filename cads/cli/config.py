@@ -7,7 +7,7 @@ parser for them reads all settings.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from cads.api import DEFAULT_METHOD
-from cads.cli.settings import CommandSettings, ReportSettings
+from cads.cli.settings import CommandSettings, ExportSettings, ReportSettings
 from cads.errors import ConfigError
 from cads.recipe import TrainConfig
 from cads.registry import SELECTORS, TASKS, build_selector, names, selector_class, task_config_class
@@ -159,6 +159,43 @@ def report_parser() -> ArgumentParser:
     parser = _parser("report", "DIR [flags]", "Fits, figures and one page of HTML from the results of a grid.")
     parser.add_argument("folder", type=str, metavar="DIR", help="folder of `cads compare`")
     parser.add_class_arguments(ReportSettings, None)
+    return parser
+
+
+def read_export(argv: list[str]) -> Namespace:
+    """The settings of `cads export`: those of `ExportSettings`, `selection` and `files`.
+
+    Raises:
+        SystemExit: with a message, if a flag or value is refused.
+    """
+    # Flags may stand between the Selection and the files, where argparse would end the list of files.
+    first_parser = argparse.ArgumentParser(prog="cads export", add_help=False, allow_abbrev=False)
+    for field in fields(ExportSettings):
+        first_parser.add_argument(f"--{field.name}")
+    first_parser.add_argument("words", nargs="*")
+    parsed, others = first_parser.parse_known_intermixed_args(argv)
+    words = parsed.words
+    flags = [f"--{name}={value}" for name, value in vars(parsed).items() if name != "words" and value is not None]
+    return export_parser().parse_args([*flags, *others, *words])
+
+
+def export_parser() -> ArgumentParser:
+    """The parser of `cads export`."""
+    description = (
+        "Write the rows that a Selection chose, as they stand in the files of its pool, with columns of weights and "
+        "sources; or a list of the images that it chose."
+    )
+    parser = _parser("export", "SELECTION --to FORM --output FILE [flags] [FILES...]", description)
+    parser.add_argument("selection", type=str, metavar="SELECTION", help="folder that `cads select` wrote")
+    parser.add_argument(
+        "files",
+        type=str,
+        nargs="*",
+        metavar="FILES",
+        help="files of the pool, if they have moved, or if only their rows are wanted; for a list of images: the "
+        "folder in which they are looked for",
+    )
+    parser.add_class_arguments(ExportSettings, None)
     return parser
 
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "plan": "cads.cli.commands",
     "select": "cads.cli.commands",
     "train": "cads.cli.commands",
+    "export": "cads.cli.export_command",
     "compare": "cads.cli.study_commands",
     "report": "cads.cli.study_commands",
 }
@@ -24,6 +25,7 @@ commands:
   plan     say what each method would cost and what is left to train with; spends nothing
   select   choose what to train on, and write a Selection
   train    train the final model on a Selection within the budget, and test it
+  export   write the rows that a Selection chose, as they stand in your files, or a list of images
   compare  run a grid of methods, budgets, seeds, model sizes and tasks
   report   figures, fits and one page of HTML from the results of a grid
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from cads.accounting.costs import AccountingName
 
@@ -74,6 +74,27 @@ class TrainSettings(CommandSettings):
     eval: list[str] | str | None = None
     """Further evaluations of the task, one or a list: choices, exact_match, lm_eval:TASKS. They come after the model is
     written, and can be added to a finished training."""
+
+
+@dataclass
+class ExportSettings:
+    """Settings of `cads export`."""
+
+    to: Literal["jsonl", "parquet", "files"]
+    """jsonl or parquet: the chosen rows; files: a list of the chosen images, relative to the folder of the pool."""
+    output: str
+    """File to write."""
+    weights: Literal["column", "resample"] = "column"
+    """column: add each example's weight in training (sum 1; to a list of images: after a tab, if not equal). resample:
+    repeat rows by it, as many in all as are selected."""
+    seed: int = 0
+    """Of the draws of resample."""
+    weight_column: str | None = "weight"
+    """Name of the column of weights; null: none."""
+    source_column: str | None = "source"
+    """Name of the column of sources, if the pool had any; null: none."""
+    overwrite: bool = False
+    """Replace the output if it exists."""
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""The rows or images that a Selection chose, written to a file."""
