@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -18,6 +18,11 @@ from cads.task import Task
 class TargetOnly:
     """Selects nothing of the pool and trains on the target only. Best, or close to it, at the smallest budgets."""
 
+    balanced: bool = False
+    """Whether batches hold the classes in even turns."""
+    stop_passes: float | None = None
+    """Passes over the target after which training ends, if the budget buys more; null: never."""
+
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
@@ -31,6 +36,9 @@ class TargetOnly:
             budget=budget,
             ledger=ledger,
             target_fraction=1.0,
+            config=asdict(self),
+            balanced=self.balanced,
+            stop_passes=self.stop_passes,
         )
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:

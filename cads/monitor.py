@@ -45,6 +45,7 @@ class Monitor:
         self._bar = _bar(console) if is_rank_zero and console is not None else None
         self._steps: dict[str, int] = {}
         self._prefix = ""
+        self._status = ""
 
     def __enter__(self) -> Monitor:
         if self._bar is not None:
@@ -88,7 +89,8 @@ class Monitor:
             n_written += 1
             if self._bar is not None and task_id is not None:
                 amount = f"{spent_flops:.3g}/{flops:.3g} FLOPs"
-                self._bar.update(task_id, completed=spent_flops, loss=f"loss {loss:.3f}", amount=amount)
+                shown = f"loss {loss:.3f}  {self._status}".rstrip()
+                self._bar.update(task_id, completed=spent_flops, loss=shown, amount=amount)
             self.scalar(f"{tag}/training_loss", loss, start + n_written)
             self.scalar(f"{tag}/learning_rate", learning_rate, start + n_written)
 
@@ -119,6 +121,10 @@ class Monitor:
             yield lambda done: bar.update(task_id, completed=done, amount=amount(done))
         finally:
             bar.remove_task(task_id)
+
+    def status(self, text: str) -> None:
+        """Say in the progress bar what the run is doing; until the next text, "" for nothing."""
+        self._status = text
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """Write one point of a curve."""

@@ -86,7 +86,11 @@ class TrainConfig:
         """The learning rate once a share `progress` (0 to 1) of the budget is spent."""
         if progress < self.warmup:
             return self.learning_rate * progress / self.warmup
-        decay_progress = (progress - self.warmup) / (1 - self.warmup)
+        return self.learning_rate * self.decay((progress - self.warmup) / (1 - self.warmup))
+
+    def decay(self, progress: float) -> float:
+        """The share of the peak learning rate once a share `progress` of the decay is over."""
+        progress = min(1.0, progress)
         if self.schedule == "cosine":
-            return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, decay_progress)))
-        return self.learning_rate * (1 - min(1.0, decay_progress)) if self.schedule == "linear" else self.learning_rate
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return 1 - progress if self.schedule == "linear" else 1.0

@@ -21,6 +21,7 @@ from torch.utils.data import Sampler
 
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
+from cads.data.balanced_stream import balanced_stream
 from cads.data.hashing import add_column
 from cads.data.ids import distinct, rank_by_score
 from cads.data.origin import FileOrigin, Origin
@@ -71,6 +72,8 @@ HEADER: dict[str, type | tuple[type, ...]] = {
     "notes": dict,
 }
 """Fields of selection.json that become fields of a Selection unchanged, and their types."""
+OPTIONAL: dict[str, type | tuple[type, ...]] = {"balanced": bool, "stop_passes": (int, float)}
+"""Those that are there only if they are set."""
 
 
 @dataclass
@@ -99,6 +102,9 @@ class Selection:
         warm_start: weights, optimizer and step from which training continues, if the selector started the run of the
             final model (`cads.search.single_run`). The FLOPs of that start are in `ledger` under "train".
         origin: the file and row that each example was read from, or None if that is not known.
+        balanced: whether batches hold the groups of the task (classes) in even turns.
+        stop_passes: passes over the selected examples and the target after which training ends, if the budget buys
+            more; None: it spends the budget.
     """
 
     ids: pa.Array
@@ -119,6 +125,8 @@ class Selection:
     versions: dict[str, str] = field(default_factory=dict)
     warm_start: State | None = None
     origin: Origin | None = None
+    balanced: bool = False
+    stop_passes: float | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -139,6 +147,10 @@ class Selection:
             raise SelectionError(f"{self.method} selected no example: lower its threshold or raise the budget")
         if self.weighted and self.target_fraction < 1 and not self._amounts.any():
             raise SelectionError(f"{self.method} gives each selected example the weight 0: nothing can be drawn")
+        if self.balanced and self.weighted:
+            raise SelectionError(f"{self.method} draws by weights: they cannot be balanced too")
+        if self.stop_passes is not None and not self.stop_passes > 0:
+            raise SelectionError(f"stop_passes = {self.stop_passes}: it must be positive")
         if self.origin is not None and len(self.origin) != n:
             raise SelectionError(f"{len(self.origin)} rows of files for {n} ids")
         self.versions = self.versions or versions()
@@ -272,13 +284,18 @@ class Selection:
             )
         return np.sort(positions.to_numpy(zero_copy_only=False).astype(np.int64))
 
-    def stream(self, pool: Pool, seed: int) -> Stream:
+    def stream(self, pool: Pool, seed: int, groups: np.ndarray | None = None) -> Stream:
         """An endless, seeded sequence of positions in `pool` to train on; the order of the pool changes no id in it.
+
+        Args:
+            groups: of the examples of `pool`, int, shape (N,), which come in even turns if the selection is `balanced`.
 
         Raises:
             SelectionError: if a selected id is not in the pool.
         """
         positions = in_id_order(pool, self.positions(pool))
+        if self.balanced:
+            return balanced_stream(positions, groups, seed)
         if not self.weighted:
             return ShuffledStream(positions, seed)
         rows = pc.index_in(pool.ids.take(pa.array(positions)), value_set=self.ids).to_numpy()
@@ -462,8 +479,10 @@ class Selection:
 
     def _header(self) -> dict[str, Any]:
         warm_start = {} if self.warm_start is None else {"start": self._start_digest}
+        optional = {name: value for name in OPTIONAL if (value := getattr(self, name))}
         return {
             **warm_start,
+            **optional,
             "schema_version": SCHEMA_VERSION,
             "method": self.method,
             "config": self.config,
@@ -509,7 +528,8 @@ class Selection:
 
     @classmethod
     def _build(cls, header: dict[str, Any], table: pa.Table, start: State | None, origin: Origin | None) -> Selection:
-        check_fields(header, HEADER)
+        optional = {name: kind for name, kind in OPTIONAL.items() if name in header}
+        check_fields(header, HEADER | optional)
         missing = [n for n in ("id", "score", "probability", "selected") if table[n].null_count]
         if missing:
             raise SelectionError(f"the columns {missing} of the scores have missing values")
@@ -529,7 +549,7 @@ class Selection:
             ledger=Ledger.from_json(header["ledger"]),
             warm_start=start,
             origin=origin,
-            **{name: header[name] for name in HEADER},
+            **{name: header[name] for name in HEADER | optional},
         )
 
 

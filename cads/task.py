@@ -131,6 +131,18 @@ class Task(ABC):
         """
         return None
 
+    def loss_groups(self, pool: Pool) -> np.ndarray | None:
+        """Groups within which losses are comparable, int, shape (N,), or None: `groups`, unless a task has finer ones.
+
+        Groups of pool and target have the same codes.
+        """
+        return self.groups(pool)
+
+    @property
+    def guess_loss(self) -> float | None:
+        """The loss of a guess (nats), which is that of a wrong label; None if the answers of examples are no labels."""
+        return None
+
     def subtasks(self, pool: Pool) -> np.ndarray | None:
         """The subtask of each example of the target, int, shape (N,), or None if there is only one.
 

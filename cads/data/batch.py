@@ -23,6 +23,8 @@ class Batch:
         positions: the index of each example in its pool, shape (B,), int64.
         tokens: token positions that the model computes on, padding included (images: one per example).
         answer_tokens: token positions that the training loss is computed on (images: one per example).
+        log_odds: of weighing each example by `sigmoid(log_odds - loss)` in a training step, shape (B,), infinite for
+            the weight 1; None if all examples count alike.
     """
 
     inputs: dict[str, Tensor]
@@ -30,6 +32,7 @@ class Batch:
     positions: Tensor
     tokens: int
     answer_tokens: int
+    log_odds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -43,7 +46,8 @@ class Batch:
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with `function` applied to inputs and labels (to move, cast or pin them)."""
         inputs = {name: function(x) for name, x in self.inputs.items()}
-        return replace(self, inputs=inputs, labels=function(self.labels))
+        log_odds = None if self.log_odds is None else function(self.log_odds)
+        return replace(self, inputs=inputs, labels=function(self.labels), log_odds=log_odds)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; a copy from pinned memory does not block."""
@@ -70,6 +74,7 @@ class Batch:
                 positions=self.positions[members],
                 tokens=round(self.tokens * len(members) / len(self)),
                 answer_tokens=round(self.answer_tokens * len(members) / len(self)),
+                log_odds=None if self.log_odds is None else self.log_odds[members],
             )
             for members in micro_batches
         ]

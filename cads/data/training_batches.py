@@ -65,6 +65,7 @@ class BatchStream:
         batch_size: B, examples a step and replica.
         target: the pool of target examples, needed if `target_fraction` > 0.
         target_fraction: share of each batch drawn from the target (joint training), 0 to 1.
+        target_stream: positions of the target; None for one epoch after another, shuffled.
         seed: of the order in which target examples are drawn.
 
     Raises:
@@ -79,6 +80,7 @@ class BatchStream:
         *,
         target: Pool | None = None,
         target_fraction: float = 0.0,
+        target_stream: Stream | None = None,
         seed: int = 0,
     ) -> None:
         if not 0 <= target_fraction <= 1:
@@ -93,7 +95,7 @@ class BatchStream:
         self._seed = seed
         self._pool_batches = [self._batched(pool, s, batch_size - self._n_target) for s in self.streams]
         if self._n_target and target is not None:
-            stream = ShuffledStream(np.arange(len(target)), seed)
+            stream = ShuffledStream(np.arange(len(target)), seed) if target_stream is None else target_stream
             self._target_batches = self._batched(target, stream, self._n_target)
 
     @property
@@ -142,9 +144,7 @@ class BatchStream:
         if self._n_target and self._target is not None:
             positions = [self._target_batches(step)]
             batches.append(self._target.batch(np.concatenate(positions * self.replicas)))
-        if len(batches) == 2 and batches[0].shape == batches[1].shape and "row" not in batches[0].inputs:
-            return [_interleave(batches, self.replicas)]
-        return batches
+        return joined(batches, self.replicas)
 
     def _batched(self, pool: Pool, stream: Stream, count: int) -> Callable[[int], np.ndarray]:
         """A function from a step to the positions of its batch (int64, shape (count,))."""
@@ -154,13 +154,22 @@ class BatchStream:
         return lambda step: stream.take(step * count, count)
 
 
+def joined(batches: list[Batch], replicas: int) -> list[Batch]:
+    """Two batches as one, if their shapes are equal and they are not packed into shared rows; others unchanged."""
+    if len(batches) == 2 and batches[0].shape == batches[1].shape and "row" not in batches[0].inputs:
+        return [_interleave(batches, replicas)]
+    return batches
+
+
 def _interleave(batches: list[Batch], replicas: int) -> Batch:
     """Concatenate batches so that the examples of each replica are contiguous."""
 
     def join(tensors: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([x.unflatten(0, (replicas, -1)) for x in tensors], dim=1).flatten(0, 1)
 
+    log_odds = [b.log_odds for b in batches if b.log_odds is not None]
     return Batch(
+        log_odds=join(log_odds) if log_odds else None,
         inputs={name: join([b.inputs[name] for b in batches]) for name in batches[0].inputs},
         labels=join([b.labels for b in batches]),
         positions=join([b.positions for b in batches]),

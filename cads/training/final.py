@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import nn
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import EVALUATE, SELECT, TRAIN, Ledger
 from cads.accounting.throughput import matmul_flops_per_second
+from cads.data.balanced_stream import balanced_stream
 from cads.data.streams import Stream
+from cads.data.token_batches import by_id
 from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError, CheckpointError
 from cads.monitor import Monitor
@@ -26,7 +29,7 @@ from cads.selection import Selection
 from cads.task import Metrics, Task
 from cads.training.evaluations import RESULTS, evaluate, evaluation_record, in_one_piece, write_results
 from cads.training.result import TrainResult
-from cads.training.run_state import FULL_RUN, RunSegment
+from cads.training.run_state import FINISHED, FULL_RUN, RunSegment
 from cads.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -162,6 +165,8 @@ def train(
     ledger = Ledger()
     ledger.merge(selection.ledger)
     trainer = Trainer(task, ledger, monitor)
+    if selection.warm_start is not None and selection.warm_start.values.get(FINISHED):
+        flops = selection.warm_start.number("total")
     result = fit_final_model(trainer, selection, flops, seed=seed, segment=RunSegment(start=selection.warm_start))
 
     if save is not None:
@@ -180,7 +185,7 @@ def train(
         further[name] = evaluate(task, result.models[0], name, ledger=ledger, monitor=monitor)
         metrics |= further[name]
     peak = matmul_flops_per_second(str(trainer.accelerator.device), task.recipe.precision) * active_group().size
-    utilisation = result.flops_per_second / peak
+    utilisation = result.flops_per_second / peak if result.seconds else 0.0
     monitor.scalar("trainer/mfu", utilisation, len(result.losses))
     monitor.ledger(ledger)
     for name, value in metrics.items():
@@ -194,14 +199,20 @@ def fit_final_model(
     """Train the final model on `selection` for at most `flops`, which are charged to "train"; see `Trainer.fit`."""
     task = trainer.task
     streams: list[Stream] = []
+    target_stream: Stream | None = None
     if selection.target_fraction < 1:
-        streams.append(selection.stream(task.pool, derive(seed, "order")))
+        groups = task.groups(task.pool) if selection.balanced else None
+        streams.append(selection.stream(task.pool, derive(seed, "order"), groups))
+    if selection.balanced:
+        target_stream = balanced_stream(by_id(task.target), task.groups(task.target), derive(seed, "target order"))
+    flops = min(flops, stop_flops(task, selection))
     draws = BatchStream(
         task.pool,
         streams,
         task.recipe.batch_size,
         target=task.target,
         target_fraction=selection.target_fraction,
+        target_stream=target_stream,
         seed=derive(seed, "target order"),
     )
     # A stored state lacks the frozen weights: a resumed run needs those of the seed that it began with.
@@ -210,6 +221,17 @@ def fit_final_model(
     return trainer.fit(
         model, draws, flops, seed=derive(seed, "training"), phase=TRAIN, stage="final model", segment=segment
     )
+
+
+def stop_flops(task: Task, selection: Selection) -> float:
+    """FLOPs after which training ends, whatever the budget; infinite without `stop_passes`."""
+    if selection.stop_passes is None:
+        return math.inf
+    batch_size = task.recipe.batch_size
+    kept = task.costs.per_usage(task.pool, batch_size) * int(selection.selected.sum())
+    if selection.target_fraction:
+        kept += task.costs.per_usage(task.target, batch_size) * len(task.target)
+    return selection.stop_passes * kept
 
 
 def load_trained(task: Task, folder: Path) -> nn.Module:

@@ -108,9 +108,12 @@ def accumulate(
     Args:
         learner: gives losses of shape (K, B). pieces: micro-batches of one step; each has examples of all K replicas.
         group: the processes that train this model together.
-        n_kept: number of examples of the first replica whose losses are returned.
+        n_kept: number of examples of the first replica whose losses are returned; all, if examples have `log_odds`.
     """
-    divisor = sum(len(piece) for piece in pieces) / replicas
+    n = sum(len(piece) for piece in pieces)
+    divisor = n / replicas
+    weighed = pieces[0].log_odds is not None
+    weight_sums: list[Tensor] = []
     divided = group.size > 1 and not mixes_examples(learner)
     if group.size > 1 and not divided:
         divisor *= group.size
@@ -119,9 +122,15 @@ def accumulate(
     for piece in pieces:
         start, share = _share(piece, group) if divided else (0, piece)
         if share is not None:
-            losses = learner(share.to(accelerator.device))
+            share = share.to(accelerator.device)
+            losses = learner(share)
             means = losses.sum(dim=1) / divisor
-            accelerator.backward(means.sum())
+            weights = example_weights(losses, share.log_odds)
+            if weights is None:
+                accelerator.backward(means.sum())
+            else:
+                weight_sums.append(weights.sum())
+                accelerator.backward((losses * weights).sum() / divisor)
             step_losses.add(means, losses, offset + start)
         elif learner.is_collective:
             accelerator.backward(0.0 * learner(piece.split(len(piece))[0].to(accelerator.device)).sum())
@@ -129,8 +138,28 @@ def accumulate(
     if group.size > 1:
         own, _ = step_losses.read(torch.zeros(0, device=accelerator.device))
         example_losses = own.example_losses if divided else own.example_losses / group.size
-        step_losses.settle(Accumulated(*_sum_over_processes(learner, own.loss, example_losses, group), positions))
+        summed = Accumulated(*_sum_over_processes(learner, own.loss, example_losses, group), positions)
+        step_losses.settle(summed)
+    if weighed:
+        # The gradient is that of the weighted mean, sum_i w_i l_i / sum_i w_i.
+        if group.size == 1:
+            total = torch.stack(weight_sums).sum()
+        else:
+            log_odds = torch.cat([piece.log_odds for piece in pieces if piece.log_odds is not None])
+            weights = example_weights(torch.from_numpy(summed.example_losses), log_odds)
+            assert weights is not None
+            total = weights.sum().to(accelerator.device)
+        gradients = [p.grad for p in learner.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, n / total.clamp(min=1.0))
     return step_losses
+
+
+def example_weights(losses: Tensor, log_odds: Tensor | None) -> Tensor | None:
+    """w_i = sigmoid(log_odds_i - l_i), without a gradient; of the shape of `losses`. None without log odds.
+
+    This is one mirror-descent step of the Bernoulli probability of each example; see `cads.policies.label_odds`.
+    """
+    return None if log_odds is None else torch.sigmoid(log_odds - losses.detach())
 
 
 def _share(piece: Batch, world: ProcessGroup) -> tuple[int, Batch | None]:

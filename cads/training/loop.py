@@ -30,6 +30,7 @@ from cads.training.gradient import StepLosses, accumulate, mixes_examples
 from cads.training.learners import Learner, SingleLearner
 from cads.training.precision import check_types
 from cads.training.result import TrainResult
+from cads.training.rider import Rider, follow
 from cads.training.run_state import EXAMPLE_LOSSES, FULL_RUN, RunSegment, TrainState
 
 MOST_SKIPPED = 20
@@ -83,7 +84,9 @@ class TrainingLoop:
         if not math.isfinite(flops):
             raise BudgetError(f"{phase}/{stage_label(stage)}: a run needs a finite budget, not {flops} FLOPs")
         train_state = TrainState(learner, draws.replicas, self.accelerator.scaler)
-        if segment.keep:
+        if isinstance(draws, Rider):
+            train_state.rider = draws
+        elif segment.keep:
             train_state.example_losses = np.full(len(draws.pool), np.nan)
         journal_key = [
             phase,
@@ -92,7 +95,7 @@ class TrainingLoop:
             seed,
             type(learner).__name__,
             self.task.recipe.result_fields(),
-            fingerprint(draws),
+            draws.fingerprint() if isinstance(draws, Rider) else fingerprint(draws),
         ]
         return TrainingRun(
             train_state, draws, flops, seed, phase, stage, [*journal_key, *segment.journal_key()], segment
@@ -109,13 +112,13 @@ class TrainingLoop:
             train_state.learner.to(self.accelerator.device).train()
             train_state.restore(state, None)
             with self.monitor.progress(run.stage, run.flops) as advance:
-                _replay_progress(train_state, self.task.recipe, run.horizon, advance)
+                _replay_progress(run, self.task.recipe, advance)
         if train_state.failure is not None:
             raise NonFiniteError(**train_state.failure)
         losses, spent = np.stack(train_state.losses), np.array(train_state.spent)
         end = state.detached() if segment.keep else None
         if end is not None:
-            del end.tensors[EXAMPLE_LOSSES]
+            end.tensors.pop(EXAMPLE_LOSSES, None)
             # The ledger has the seconds; without them the same seed gives the same bytes.
             end.values["seconds"] = 0.0
         outcome = (train_state.diverged, train_state.seconds, train_state.skipped)
@@ -160,7 +163,7 @@ class TrainingLoop:
         seconds_before, start_time = train_state.seconds, time.perf_counter()
         try:
             with self.monitor.progress(run.stage, run.flops) as advance, torch.random.fork_rng():
-                _replay_progress(train_state, recipe, run.horizon, advance)
+                _replay_progress(run, recipe, advance)
                 for pieces in self._load(run):
                     cost = self._cost(pieces) / train_state.replicas + self.task.costs.optimizer_step
                     if train_state.total + cost > run.flops:
@@ -208,7 +211,7 @@ class TrainingLoop:
         train_state, recipe = run.train_state, self.task.recipe
         check_answers(run.draws, pieces, train_state.steps)
         self._seed(derive(run.seed, train_state.steps, *dropout_key))
-        rate = recipe.rate((train_state.total + cost / 2) / run.horizon)
+        rate = run.rate(recipe, train_state.total + cost / 2)
         _set_rate(optimizer, rate)
         train_state.charge_step(cost, pieces)
         train_state.remember_buffers()
@@ -217,7 +220,9 @@ class TrainingLoop:
             train_state.scaler.unscale_(torch_optimizer)
         # The one point of a step at which the host waits for the device.
         accumulated, norm = step_losses.read(train_state.learner.clip(recipe.clip_norm))
-        if run.segment.keep:
+        if train_state.rider is not None:
+            train_state.rider.observe(accumulated.example_losses)
+        elif run.segment.keep:
             train_state.record_example_losses(accumulated.positions, accumulated.example_losses)
         if self._apply_nonfinite_policy(run, pieces, accumulated.loss, norm, rate):
             optimizer.step()
@@ -282,6 +287,8 @@ class TrainingLoop:
 
     def _load(self, run: TrainingRun) -> Iterator[list[Batch]]:
         pin = self.accelerator.device.type == "cuda"
+        if isinstance(run.draws, Rider):
+            return follow(run.draws, run.train_state.steps, pin=pin)
         return load_steps(run.draws, run.train_state.steps, self.task.recipe.workers, pin=pin)
 
     def _cost(self, pieces: list[Batch]) -> float:
@@ -291,7 +298,8 @@ class TrainingLoop:
         """Accumulate the gradient of the mean loss of each replica."""
         replicas = run.train_state.replicas
         micro_batches = [m for piece in pieces for m in piece.split(self.task.recipe.accumulate, replicas)]
-        n_kept = run.draws.from_pool if run.segment.keep else 0
+        draws = run.draws
+        n_kept = draws.batch_size if isinstance(draws, Rider) else draws.from_pool if run.segment.keep else 0
         return accumulate(self.accelerator, learner, micro_batches, replicas, active_group(), n_kept)
 
 
@@ -317,12 +325,21 @@ class TrainingRun:
         """FLOPs over which the learning rate is scheduled."""
         return self.flops if self.segment.horizon is None else self.segment.horizon
 
+    def rate(self, recipe: TrainConfig, spent: float) -> float:
+        """The learning rate once `spent` FLOPs are spent, earlier segments included."""
+        start, planned = self.segment.start, self.segment.planned
+        if planned is None or start is None:
+            return recipe.rate(spent / self.horizon)
+        before = start.number("total")
+        return recipe.rate(before / planned) * recipe.decay((spent - before) / (self.horizon - before))
 
-def _replay_progress(train_state: TrainState, recipe: TrainConfig, flops: float, advance: Advance) -> None:
-    """Show the steps that are already in `train_state`, taken by another process or before."""
+
+def _replay_progress(run: TrainingRun, recipe: TrainConfig, advance: Advance) -> None:
+    """Show the steps that are already in the state of a run, taken by another process or before."""
+    train_state = run.train_state
     for step, spent in enumerate(train_state.spent):
         middle = (spent + (train_state.spent[step - 1] if step else 0.0)) / 2
-        advance(spent, train_state.mean_loss(step), recipe.rate(middle / flops))
+        advance(spent, train_state.mean_loss(step), run.rate(recipe, middle))
 
 
 def _optimizer(recipe: TrainConfig, learner: Learner, *, scaled: bool) -> torch.optim.Optimizer:

@@ -17,9 +17,12 @@ from cads.data.batch import Batch
 from cads.errors import CheckpointError
 from cads.runtime.checkpoint import State
 from cads.training.learners import Learner
+from cads.training.rider import Rider
 
-WEIGHTS, OPTIMIZER = "weights/", "optimizer/"
+WEIGHTS, OPTIMIZER, RIDER = "weights/", "optimizer/", "rider/"
 EXAMPLE_LOSSES = "example_losses"
+FINISHED = "finished"
+"""Flag of a state at the end of a run, from which nothing is trained further."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,21 @@ class RunSegment:
         start: the state at the end of the segment before; None for the first.
         horizon: FLOPs of the whole run, over which the learning rate is scheduled; None if this segment is the last.
         keep: whether its `TrainResult` holds the state to resume from, and the loss of each example.
+        planned: the horizon of the segments before, if this one ends the run earlier than they expected: the rate falls
+            from where they left it to 0. None: the same.
     """
 
     start: State | None = None
     horizon: float | None = None
     keep: bool = False
+    planned: float | None = None
 
     def journal_key(self) -> list[Any]:
         """What this segment adds to the key of an operation; empty for a run in one segment."""
         if self == FULL_RUN:
             return []
-        return [None if self.start is None else self.start.digest, self.horizon, self.keep]
+        key = [None if self.start is None else self.start.digest, self.horizon, self.keep]
+        return key if self.planned is None else [*key, self.planned]
 
 
 FULL_RUN = RunSegment()
@@ -66,6 +73,7 @@ class TrainState:
         example_losses: the latest loss of each pool example in its own training step, nats, shape (N,), NaN before
             the first; None if they are not kept.
         failure: why it stopped early, or None.
+        rider: draws its batches and learns from its losses, or None.
         is_current: whether this object already follows the run; if not, its state is still to be restored, from a
             journal or another process.
     """
@@ -84,6 +92,7 @@ class TrainState:
     failure: dict[str, Any] | None = None
     is_current: bool = False
     example_losses: np.ndarray | None = None
+    rider: Rider | None = None
     _charged_before: tuple[float, np.ndarray] = field(default_factory=lambda: (0.0, np.zeros(3, dtype=np.int64)))
     _buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -178,6 +187,8 @@ class TrainState:
         tensors["spent"] = torch.tensor(self.spent, dtype=torch.float64)
         if self.example_losses is not None:
             tensors[EXAMPLE_LOSSES] = torch.from_numpy(self.example_losses)
+        if self.rider is not None:
+            tensors |= {RIDER + name: x for name, x in self.rider.state().items()}
         return State(values, tensors)
 
     def resume_from(self, start: State, optimizer: torch.optim.Optimizer | None) -> None:
@@ -233,6 +244,9 @@ class TrainState:
         self.failure = _checked(values["failure"])
         if self.example_losses is not None and EXAMPLE_LOSSES in tensors:
             self.example_losses = tensors[EXAMPLE_LOSSES].numpy().reshape(self.example_losses.shape).copy()
+        riding = {n.removeprefix(RIDER): x for n, x in tensors.items() if n.startswith(RIDER)}
+        if self.rider is not None and riding:
+            self.rider.restore(riding)
         if len(self.losses) != len(self.spent) or not (self.losses or self.failure):
             raise ValueError(f"{len(self.losses)} losses for {len(self.spent)} steps")
 

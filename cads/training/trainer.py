@@ -44,6 +44,7 @@ class Trainer(TrainingLoop):
         """Train `model` in place on `draws` for at most `flops`, and at most the FLOPs that the ledger has left.
 
         Args:
+            draws: the batches; a `cads.training.rider.Rider` decides on them while the run goes on.
             flops: spent by the whole run at its end, including earlier segments, which are not charged again.
             segment: of the run. A later segment continues with the step, the weights and the optimizer of the one
                 before it, so that two segments with the same draws equal one run.

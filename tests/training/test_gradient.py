@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -87,3 +89,22 @@ def test_losses_are_summed_in_double_precision(features, pieces, replicas):
     assert found.positions.tolist() == list(range(7))
     assert norm.tolist() == norms.tolist()
     assert found.loss.dtype == norm.dtype == np.float64
+
+
+@pytest.mark.parametrize("n_pieces", [1, 3])
+def test_weighed_examples_give_the_gradient_of_the_weighted_mean(features, n_pieces):
+    """sum_i w_i l_i / sum_i w_i with w_i = sigmoid(log_odds_i - l_i) held fixed, by autograd."""
+    task = features(batch_size=8)
+    log_odds = torch.tensor([np.inf, 2.0, 0.0, -1.0, 5.0, np.inf, 1.0, 0.5])
+    batch = replace(task.pool.batch(np.arange(8)), log_odds=log_odds)
+    model, reference = task.model(0), task.model(0)
+    losses = task.losses(reference, batch)
+    weights = torch.sigmoid(log_odds - losses.detach())
+    assert weights[0] == weights[5] == 1
+    ((weights * losses).sum() / weights.sum()).backward()
+    accelerator, pieces = Accelerator(), batch.split(n_pieces)
+    step_losses = accumulate(accelerator, SingleLearner(task, model), pieces, 1, active_group(), 8)
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    found, _ = step_losses.read(torch.zeros(1))
+    np.testing.assert_allclose(found.example_losses, losses.detach().numpy(), rtol=1e-5)

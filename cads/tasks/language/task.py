@@ -191,6 +191,11 @@ class LanguageTask(Task):
         texts: list[str] = tokens_of(pool).texts.to_pylist()
         return texts
 
+    def loss_groups(self, pool: Pool) -> np.ndarray:
+        """Buckets of the number of answer tokens, whose edges are the quartiles of the target's."""
+        edges = np.unique(np.quantile(tokens_of(self.target).answers, (0.25, 0.5, 0.75)))
+        return np.searchsorted(edges, tokens_of(pool).answers)
+
     def subtasks(self, pool: Pool) -> np.ndarray | None:
         """Codes of the subtask column, or None without one."""
         return tokens_of(pool).subtasks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,11 @@ class VisionTask(Task):
     def groups(self, pool: Pool) -> np.ndarray | None:
         """The labels."""
         return images.labels.numpy() if isinstance(images := pool.examples, Images) else None
+
+    @property
+    def guess_loss(self) -> float:
+        """That of equal probabilities of all classes."""
+        return math.log(len(self.classes))
 
     def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Scores of the classes, shape (B, n_classes)."""

@@ -1,0 +1,279 @@
+"""The rider of a run: it draws each batch by the present probabilities, and moves them by the losses of the batch."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cads.data.batch import Batch
+from cads.data.pool import Pool
+from cads.data.streams import Stream
+from cads.data.token_batches import lengths
+from cads.data.training_batches import WINDOW, joined
+from cads.policies.label_odds import LabelOdds
+from cads.policies.tilt import tilted
+from cads.selectors.online.course import Course, Point
+from cads.selectors.online.schedule import OnlineConstants, target_share
+from cads.selectors.online.signal import SourceExcess
+from cads.selectors.online.strata import Strata
+from cads.training.rider import Rider
+
+MEMORY = 128 / 0.02
+"""Rows over which running means of losses and weights reach back: a decay of 0.98 for 128 rows."""
+KNOWS = 0.4
+"""Mean probability of the target's labels from which a model can judge the labels of others. Below it, weights by
+likelihood cost 0.2 to 1.3 points in small models at one pass."""
+DRAWN_TOGETHER = 256
+"""Rows that are drawn together, with the probabilities of that moment: drawing costs more than a small model's step."""
+TARGET_MEMORY = 64
+"""Rows of the target over which that mean reaches back."""
+NUMBERS = ("rows", "windows", "target_rows", "target_owed", "known")
+"""Counters that are part of the state."""
+
+
+class OnlineRider(Rider):
+    """Draws target and pool by the present probabilities, and moves these by the losses of each step.
+
+    Args:
+        pool, target: whose examples are drawn.
+        strata: sources and groups of the pool.
+        target_stream: positions of the target. target_start: how many of them an earlier phase has taken.
+        excess: the signal so far.
+        odds: of the labels, or None if all examples of a source count alike.
+        by_source: whether sources get weights of their own.
+        batch_size: examples in a step.
+        constants: of the run.
+        course: of the probabilities; it is added to.
+        seed: of the order of draws.
+
+    Attributes:
+        weights: the latest weight of each pool example in a step, float32, shape (N,); NaN before the first.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        target: Pool,
+        strata: Strata,
+        *,
+        target_stream: Stream,
+        target_start: int,
+        excess: SourceExcess,
+        odds: LabelOdds | None,
+        by_source: bool,
+        batch_size: int,
+        constants: OnlineConstants,
+        course: Course,
+        seed: int,
+    ) -> None:
+        super().__init__(pool, batch_size)
+        self.excess, self.odds, self.course = excess, odds, course
+        self.weights = np.full(len(pool), np.nan, dtype=np.float32)
+        self._targets, self._strata, self._target_stream = target, strata, target_stream
+        self._by_source, self._constants, self._seed = by_source, constants, seed
+        self._cells = strata.cells(pool, seed)
+        self._masses = self._cells.mass.reshape(strata.n_sources, strata.n_groups)
+        self._learning_rows = constants.learning_passes * len(pool)
+        pool_lengths, target_lengths = lengths(pool), lengths(target)
+        self._lengths: tuple[np.ndarray, np.ndarray] | None = None
+        self._window = -(-DRAWN_TOGETHER // batch_size)
+        if pool_lengths is not None and target_lengths is not None:
+            self._lengths = pool_lengths, target_lengths
+            self._window = max(1, min(WINDOW, len(pool) // batch_size))
+        self._source_weights = self._new_source_weights()
+        self._numbers = dict.fromkeys(NUMBERS, 0.0) | {"target_rows": float(target_start)}
+        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self._drawn: tuple[np.ndarray, np.ndarray] = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+
+    @property
+    def source_weights(self) -> np.ndarray:
+        """v of each source, the largest 1, shape (S,)."""
+        return self._source_weights
+
+    def _new_source_weights(self) -> np.ndarray:
+        """The tilt of each source by its signal, times the square of its share of right labels."""
+        if not self._by_source:
+            return np.ones(self._strata.n_sources)
+        constants = self._constants
+        v = tilted(self.excess.mean, constants.sharpness, 0.0, constants.most_excess)
+        if self.odds is not None:
+            right = 1 - self.odds.wrong
+            v = v * (right / right.max()) ** 2
+        return np.asarray(np.maximum(v / v.max(), constants.floor))
+
+    @property
+    def n_effective(self) -> float:
+        """What the pool is worth in examples: its different contents, weighed, less the wrong labels of the best
+        source."""
+        right = 1.0 if self.odds is None else float(1 - self.odds.wrong.min())
+        return right * float(self.source_weights @ self._masses.sum(axis=1))
+
+    @property
+    def target_share(self) -> float:
+        """The share of the target in a batch."""
+        return target_share(len(self._targets), self.n_effective, self._constants.most_target)
+
+    def cell_shares(self) -> np.ndarray:
+        """The share of each cell in what is drawn from the pool, shape (S, G); groups keep theirs."""
+        weighed = self._masses * self.source_weights[:, None]
+        totals = weighed.sum(axis=0)
+        return weighed * np.divide(self._strata.group_shares, totals, out=np.zeros_like(totals), where=totals > 0)
+
+    def probabilities(self) -> np.ndarray:
+        """The probability of each example: how often it is drawn times its latest weight, the largest 1, shape (N,).
+
+        An example that was never weighed has the mean weight of its source.
+        """
+        strata = self._strata
+        per_content = np.divide(
+            self.cell_shares(), self._masses, out=np.zeros_like(self._masses), where=self._masses > 0
+        )
+        drawn = per_content[strata.sources, strata.groups] / self._cells.copies
+        prior = np.ones(strata.n_sources) if self.odds is None else 1 - self.odds.wrong
+        weights = np.where(np.isnan(self.weights), prior[strata.sources], self.weights)
+        return np.asarray(drawn * weights / (drawn * weights).max())
+
+    def step(self, step: int) -> list[Batch]:
+        """See `Rider`: rows of the pool come before those of the target."""
+        if not self._pending:
+            self._draw_window()
+        self._drawn = pool_rows, target_rows = self._pending.pop(0)
+        batches = []
+        if len(pool_rows):
+            batches.append(self._weighed(self.pool.batch(pool_rows), self._strata.sources[pool_rows]))
+        if len(target_rows):
+            batches.append(self._weighed(self._targets.batch(target_rows), None))
+        return joined(batches, 1)
+
+    def observe(self, losses: np.ndarray) -> None:
+        """See `Rider`."""
+        pool_rows, _ = self._drawn
+        pool_losses, target_losses = losses[: len(pool_rows)], losses[len(pool_rows) :]
+        judges = self._judges
+        target_losses = target_losses[np.isfinite(target_losses)]
+        if len(target_losses):
+            known = self._numbers["known"]
+            kept = np.exp(-len(target_losses) / TARGET_MEMORY) if known else 0.0
+            self._numbers["known"] = float(kept * known + (1 - kept) * np.exp(-target_losses).mean())
+        finite = np.isfinite(pool_losses)
+        if self._numbers["rows"] < self._learning_rows:
+            self._learn(pool_rows[finite], pool_losses[finite], judges)
+        self._numbers["rows"] += len(pool_rows)
+        self.course.step(lambda: self._point(pool_losses[finite]))
+
+    def ids(self, batches: list[Batch]) -> list[str]:
+        """See `Rider`."""
+        pool_rows, target_rows = self._drawn
+        ids: list[str] = self.pool.ids.take(pool_rows).to_pylist() + self._targets.ids.take(target_rows).to_pylist()
+        return ids
+
+    def fingerprint(self) -> str:
+        """See `Rider`."""
+        values = [self.batch_size, self._seed, self.odds is None, self._by_source, self._numbers["target_rows"]]
+        digest = hashlib.sha256(f"{values} {self._constants}".encode())
+        first = self._target_stream.take(0, self.batch_size)
+        for x in (self._masses, self._strata.group_shares, self.excess.state(), first):
+            digest.update(np.ascontiguousarray(x).tobytes())
+        return digest.hexdigest()
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Rider`."""
+        arrays = {f"cells/{name}": x for name, x in self._cells.state().items()}
+        arrays |= {
+            "numbers": np.array([self._numbers[name] for name in NUMBERS]),
+            "excess": self.excess.state(),
+            "weights": self.weights,
+            "course": self.course.state(),
+            "pending": np.array([len(x) for pair in self._pending for x in pair], dtype=np.int64),
+            "pending rows": np.concatenate([np.empty(0, dtype=np.int64), *(x for p in self._pending for x in p)]),
+        }
+        if self.odds is not None:
+            arrays["wrong"] = self.odds.wrong
+        return {name: torch.from_numpy(np.array(x)) for name, x in arrays.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """See `Rider`."""
+        arrays = {name: x.numpy() for name, x in state.items()}
+        self._numbers = dict(zip(NUMBERS, arrays["numbers"].tolist(), strict=True))
+        self._cells.restore({n.removeprefix("cells/"): x for n, x in arrays.items() if n.startswith("cells/")})
+        self.excess.restore(arrays["excess"])
+        self.weights = arrays["weights"].copy()
+        self.course.restore(arrays["course"])
+        if self.odds is not None:
+            self.odds.wrong = arrays["wrong"].copy()
+        self._source_weights = self._new_source_weights()
+        ends = np.cumsum(arrays["pending"])
+        pieces = np.split(arrays["pending rows"], ends[:-1]) if len(ends) else []
+        self._pending = list(zip(pieces[::2], pieces[1::2], strict=True))
+
+    @property
+    def _judges(self) -> bool:
+        """Whether the model knows enough of the target to judge the labels of the pool."""
+        return self.odds is not None and self._numbers["known"] >= KNOWS
+
+    def _learn(self, rows: np.ndarray, losses: np.ndarray, judges: bool) -> None:
+        sources = self._strata.sources[rows]
+        if self._by_source and not self._constants.drop:
+            self.excess.add(losses, sources, self._strata.groups[rows], 1 / self.source_weights[sources])
+        if self.odds is not None and judges:
+            weights = self.odds.weights(sources, losses)
+            self.weights[rows] = weights
+            self.odds.update(sources, weights)
+        self._source_weights = self._new_source_weights()
+
+    def _weighed(self, batch: Batch, sources: np.ndarray | None) -> Batch:
+        """The batch with the log odds of its examples; those of the target (None) have the weight 1."""
+        if self.odds is None:
+            return batch
+        if sources is None or not self._judges:
+            return replace(batch, log_odds=torch.full((len(batch),), torch.inf))
+        return replace(batch, log_odds=torch.from_numpy(self.odds.log_odds(sources)).float())
+
+    def _draw_window(self) -> None:
+        """Draw the next batches, as many as are sorted by length together, or as are drawn together."""
+        count, size = self._window, self._window * self.batch_size
+        # What the share of the target leaves over goes to later windows.
+        owed = self._numbers["target_owed"] + self.target_share * size
+        n_target = min(size, max(0, round(owed)))
+        self._numbers["target_owed"] = owed - n_target
+        pool_rows = np.empty(0, dtype=np.int64)
+        if n_target < size:
+            pool_rows = self._cells.take(self.cell_shares().ravel(), size - n_target)
+        target_rows = self._target_stream.take(int(self._numbers["target_rows"]), n_target)
+        self._numbers["target_rows"] += n_target
+        n_pool = (len(pool_rows) + np.arange(count)) // count
+        # Dealt in turn, so that each batch gets its part of every cell; of the pool the last batches get one more.
+        pools, targets = (
+            [pool_rows[k::count] for k in reversed(range(count))],
+            [target_rows[k::count] for k in range(count)],
+        )
+        order = np.arange(count)
+        if self._lengths is not None:
+            pool_rows, target_rows = (
+                rows[np.argsort(x[rows], kind="stable")]
+                for rows, x in zip((pool_rows, target_rows), self._lengths, strict=True)
+            )
+            pools = np.split(pool_rows, np.cumsum(n_pool)[:-1])
+            targets = np.split(target_rows, np.cumsum(self.batch_size - n_pool)[:-1])
+            order = np.random.default_rng((self._seed, int(self._numbers["windows"]))).permutation(count)
+        self._pending = [(pools[k], targets[k]) for k in order]
+        self._numbers["windows"] += 1
+
+    def _point(self, losses: np.ndarray) -> Point:
+        """The present state of the outer loop, for its course; `losses` are those of the last pool examples."""
+        shares = self.cell_shares()
+        wrong = np.zeros(self._strata.n_sources) if self.odds is None else self.odds.wrong
+        return Point(
+            source_shares=shares.sum(axis=1) / shares.sum(),
+            signal=self.excess.mean,
+            stderr=self.excess.stderr,
+            wrong=wrong,
+            target_share=self.target_share,
+            n_effective=self.n_effective,
+            training_loss=float(losses.mean()) if len(losses) else np.nan,
+            reachable_loss=self.excess.reachable(self._strata.group_shares),
+        )

@@ -1,0 +1,116 @@
+"""The course of a run: the target first, then target and pool together, in shares that follow from their sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cads.recipe import TrainConfig
+
+
+@dataclass(frozen=True)
+class OnlineConstants:
+    """The constants of a run.
+
+    Attributes:
+        first_passes: effective passes over the target before the pool is trained on; an effective pass is one at the
+            peak learning rate.
+        most_first: largest share of the budget for them.
+        least_known: effective passes without which the model cannot judge the pool: then all sources weigh the same.
+        least_first: passes over the target that they may take, whatever their share.
+        probes: most examples of each source whose losses are measured after the first phase.
+        most_probing: largest share of the budget for measuring them.
+        sharpness: kappa of the tilt of source weights. most_excess: largest difference of the signal that counts.
+        floor: smallest weight of a source, relative to the largest.
+        most_target: largest share of the target in a batch after the first phase.
+        learning_passes: passes over the pool after which probabilities no longer move.
+        stop_passes: passes over what is kept of target and pool after which the run ends; None: never.
+        drop: whether the signal is the fall of the loss over the first phase, and not the loss at its end.
+    """
+
+    first_passes: float
+    most_first: float
+    least_known: float
+    least_first: float
+    probes: int
+    most_probing: float
+    sharpness: float
+    most_excess: float
+    floor: float
+    most_target: float
+    learning_passes: float
+    stop_passes: float | None
+    drop: bool
+
+
+FROM_SCRATCH = OnlineConstants(
+    first_passes=4,
+    most_first=0.75,
+    least_known=1.5,
+    least_first=0,
+    probes=8,
+    most_probing=0.03,
+    sharpness=4,
+    most_excess=np.inf,
+    floor=0.02,
+    most_target=0.6,
+    learning_passes=8,
+    stop_passes=None,
+    drop=False,
+)
+"""For models whose weights begin at random."""
+PRETRAINED = OnlineConstants(
+    first_passes=3,
+    most_first=0.5,
+    least_known=1.5,
+    least_first=3,
+    probes=16,
+    most_probing=0.03,
+    sharpness=2,
+    most_excess=3,
+    floor=0.02,
+    most_target=0.6,
+    learning_passes=8,
+    stop_passes=8,
+    drop=True,
+)
+"""For pretrained models. What is easy for them from the start teaches nothing: what counts is by how much training on
+the target makes an example easier. They memorise what is repeated."""
+
+
+@dataclass(frozen=True)
+class FirstPhase:
+    """The first phase: its FLOPs, and whether the model knows enough of the target then to judge the pool."""
+
+    flops: float
+    judges: bool
+
+
+def first_phase(
+    constants: OnlineConstants, recipe: TrainConfig, *, n_target: int, usage_flops: float, total: float
+) -> FirstPhase:
+    """How long the target alone is trained on: until `sum_t n_t lr_t / lr_peak` is `first_passes` times its size.
+
+    Steps at a low rate, such as those of the warm-up, count for as little as they teach.
+
+    Args:
+        n_target: examples of the target. usage_flops: of training on one of them. total: FLOPs of the run.
+    """
+    step = recipe.batch_size * usage_flops
+    most = max(constants.most_first * total, constants.least_first * n_target * usage_flops)
+    steps = int(min(most, total) / step)
+    if not steps:
+        return FirstPhase(0.0, judges=False)
+    middles = (np.arange(steps) + 0.5) * step / total
+    rates = np.array([recipe.rate(progress) for progress in middles]) / recipe.learning_rate
+    taught = np.cumsum(rates) * recipe.batch_size
+    needed = constants.first_passes * n_target
+    if taught[-1] < needed:
+        return FirstPhase(min(most, total), judges=bool(taught[-1] >= constants.least_known * n_target))
+    return FirstPhase((int(np.searchsorted(taught, needed)) + 1.5) * step, judges=True)
+
+
+def target_share(n_target: int, n_pool: float, most: float) -> float:
+    """The share of the target in a batch, where it is one more source: n_T / (n_T + N_eff), at most `most`."""
+    return min(most, n_target / (n_target + n_pool))

@@ -1,0 +1,61 @@
+"""The pool as strata: sources, which get weights, and groups, whose shares are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cads.data.balanced_stream import balanced_shares
+from cads.data.cell_draws import CellDraws
+from cads.data.pool import Pool
+from cads.data.token_batches import by_id
+from cads.task import Task
+
+
+@dataclass(frozen=True)
+class Strata:
+    """The source and the group of each pool example.
+
+    Attributes:
+        sources: code of the source, int, shape (N,); all 0 without sources.
+        groups: code of the group within which losses are compared, int, shape (N,); all 0 without groups.
+        n_sources, n_groups: S and G.
+        group_shares: share of each group in what is drawn from the pool, shape (G,): as in the target, see
+            `balanced_shares`. A group that the target lacks counts as if it had one example.
+    """
+
+    sources: np.ndarray
+    groups: np.ndarray
+    n_sources: int
+    n_groups: int
+    group_shares: np.ndarray
+
+    @classmethod
+    def of(cls, task: Task) -> Strata:
+        """The strata of a task."""
+        pool, n_target = task.pool, len(task.target)
+        sources = np.zeros(len(pool), dtype=np.int32) if pool.sources is None else pool.sources
+        groups, target_groups = (_groups(task, part) for part in (pool, task.target))
+        n_groups = 1 + int(max(groups.max(), target_groups.max()))
+        shares = balanced_shares(np.bincount(target_groups, minlength=n_groups))
+        own = np.bincount(groups, minlength=n_groups)
+        shares = np.where(own > 0, np.where(shares > 0, shares, 1 / n_target), 0.0)
+        if not shares.any():
+            shares = own.astype(np.float64)
+        return cls(sources, groups, source_count(pool), n_groups, shares / shares.sum())
+
+    def cells(self, pool: Pool, seed: int) -> CellDraws:
+        """Draws from each source and group; cell s G + g is that of source s and group g."""
+        codes = self.sources.astype(np.int64) * self.n_groups + self.groups
+        return CellDraws(codes, self.n_sources * self.n_groups, by_id(pool), pool.content_codes, seed)
+
+
+def source_count(pool: Pool) -> int:
+    """Number of sources; 1 without any."""
+    return 1 if pool.sources is None else len(pool.source_names)
+
+
+def _groups(task: Task, pool: Pool) -> np.ndarray:
+    groups = task.loss_groups(pool)
+    return np.zeros(len(pool), dtype=np.int64) if groups is None else np.asarray(groups, dtype=np.int64)
