@@ -34,14 +34,14 @@ from cads.errors import CadsError, DataError, SelectionError
 from cads.runtime.atomic_files import whole_folder
 from cads.runtime.checkpoint import State
 from cads.runtime.safe_read import check_fields, read_header, read_scores
-from cads.warm_start import START_FILES, read_start, write_start
+from cads.trained_run import TRAINED_FILES, read_trained, write_trained
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 ORIGIN_FILE = "rows.parquet"
-FILES = ("selection.json", "scores.parquet", "timings.json", ORIGIN_FILE, *START_FILES)
-"""The files of a saved Selection; `rows.parquet` only if it has an `origin`, the last two only with a `warm_start`."""
+FILES = ("selection.json", "scores.parquet", "timings.json", ORIGIN_FILE, *TRAINED_FILES)
+"""The files of a saved Selection; `rows.parquet` only if it has an `origin`, the last two only if it is `trained`."""
 SAMPLER_BLOCK = 2**16
 """Positions that a sampler converts to Python integers at a time."""
 EQUAL_DIGITS = 12
@@ -99,8 +99,8 @@ class Selection:
         pool_hash: content hash of that pool.
         notes: remarks of the selector, such as the decision of the guard.
         versions: versions of Python and of the libraries that results depend on.
-        warm_start: weights, optimizer and step from which training continues, if the selector started the run of the
-            final model (`cads.search.single_run`). The FLOPs of that start are in `ledger` under "train".
+        trained: the end of the run in which the selector trained the final model, or None. The FLOPs of that run are in
+            `ledger` under "train".
         origin: the file and row that each example was read from, or None if that is not known.
         balanced: whether batches hold the groups of the task (classes) in even turns.
         stop_passes: passes over the selected examples and the target after which training ends, if the budget buys
@@ -123,7 +123,7 @@ class Selection:
     config: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    warm_start: State | None = None
+    trained: State | None = None
     origin: Origin | None = None
     balanced: bool = False
     stop_passes: float | None = None
@@ -202,8 +202,8 @@ class Selection:
         return digest.hexdigest()
 
     @cached_property
-    def _start_digest(self) -> str | None:
-        return None if self.warm_start is None else self.warm_start.digest
+    def _trained_digest(self) -> str | None:
+        return None if self.trained is None else self.trained.digest
 
     @property
     def _amounts(self) -> np.ndarray:
@@ -383,10 +383,10 @@ class Selection:
 
     def _say_rest(self, what: str) -> None:
         """Warn of what training does besides drawing from the pool by `weights`."""
-        if self.warm_start is not None:
+        if self.trained is not None:
             log.warning(
-                "%s the examples with which the run continues that %s began. Its first part, on the full pool, is in "
-                "this Selection's warm_start, with which only `cads train` and cads.train go on",
+                "%s examples and their weights at the end of the run in which %s trained the final model. Neither that "
+                "model nor the course of the weights is among them: `cads train` and cads.train give the model",
                 what,
                 self.method,
             )
@@ -436,7 +436,7 @@ class Selection:
         return self.shares
 
     def save(self, folder: Path | str) -> Path:
-        """Write `selection.json`, `scores.parquet`, `timings.json` and the `warm_start`, if any, to a new folder.
+        """Write `selection.json`, `scores.parquet`, `timings.json` and the `trained` run, if any, to a new folder.
 
         The folder is written atomically. Two runs with the same seed write the same bytes, except for the times.
 
@@ -454,8 +454,8 @@ class Selection:
             if self.origin is not None:
                 rows = pa.table({"file": self.origin.file, "row": self.origin.row}, schema=_schema(ORIGIN_COLUMNS))
                 pq.write_table(rows, partial / ORIGIN_FILE)
-            if self.warm_start is not None:
-                write_start(self.warm_start, partial)
+            if self.trained is not None:
+                write_trained(self.trained, partial)
         return folder
 
     def table(self) -> pa.Table:
@@ -478,10 +478,10 @@ class Selection:
         return {} if self.origin is None else {"files": [file.to_json() for file in self.origin.files]}
 
     def _header(self) -> dict[str, Any]:
-        warm_start = {} if self.warm_start is None else {"start": self._start_digest}
+        trained = {} if self.trained is None else {"trained": self._trained_digest}
         optional = {name: value for name in OPTIONAL if (value := getattr(self, name))}
         return {
-            **warm_start,
+            **trained,
             **optional,
             "schema_version": SCHEMA_VERSION,
             "method": self.method,
@@ -514,20 +514,25 @@ class Selection:
             folder = folder / "selection"
         scores_file = folder / "scores.parquet"
         header = read_header(folder / "selection.json", scores_file, SCHEMA_VERSION, "selection")
+        if "start" in header:
+            raise SelectionError(
+                f"{folder} holds the first part of a run, which this version of cads cannot finish: select again, for "
+                "example with --method cads"
+            )
         try:
             table = read_scores(scores_file, COLUMNS)
-            digest = header.pop("start", None)
-            start = None if digest is None else read_start(folder, digest)
+            digest = header.pop("trained", None)
+            trained = None if digest is None else read_trained(folder, digest)
             origin = _read_origin(folder, header)
         except (OSError, ValueError, RecursionError, pa.ArrowException, CadsError) as error:
             raise SelectionError(f"{folder} cannot be read: {error}") from error
         try:
-            return cls._build(header, table, start, origin)
+            return cls._build(header, table, trained, origin)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, CadsError) as error:
             raise SelectionError(f"{folder} is corrupt: {type(error).__name__}: {error}") from error
 
     @classmethod
-    def _build(cls, header: dict[str, Any], table: pa.Table, start: State | None, origin: Origin | None) -> Selection:
+    def _build(cls, header: dict[str, Any], table: pa.Table, trained: State | None, origin: Origin | None) -> Selection:
         optional = {name: kind for name, kind in OPTIONAL.items() if name in header}
         check_fields(header, HEADER | optional)
         missing = [n for n in ("id", "score", "probability", "selected") if table[n].null_count]
@@ -547,7 +552,7 @@ class Selection:
             sources=None if sources.null_count else sources,
             budget=Budget(**header["budget"]),
             ledger=Ledger.from_json(header["ledger"]),
-            warm_start=start,
+            trained=trained,
             origin=origin,
             **{name: header[name] for name in HEADER | optional},
         )

@@ -67,7 +67,7 @@ def _direct(label: str, **options: object) -> Contender:
 
 
 VARIANTS = (
-    Variant("estimator", "corrected (CADS-S)", BASE),
+    Variant("estimator", "regression (CADS-S)", BASE),
     Variant("estimator", "plain penalty", PENALTY),
     Variant("estimator", "direct, runs of C/8", DIRECT),
     Variant("baseline of direct", "leave-one-out", DIRECT),
@@ -105,7 +105,7 @@ NOTE = (
     "there whole selectors are compared, which differ in their search, guard and cost too. The direct estimator may "
     "spend what CADS-S may, on runs of C/8; the mean is no line among its baselines, since it gives (K - 1)/K times "
     "the gradient with leave-one-out, and Adam does not see a factor. The plain penalty has no allowance: it spends "
-    "what its rounds and runs take. A held alpha is the weight of R and of l* in the control variate where the budget "
+    "what its rounds and runs take. A held alpha is the weight of R and of l* in the regression where the budget "
     "buys R, and 0 elsewhere; the regression on the sources remains in all lines."
 )
 COLUMNS = (

@@ -114,9 +114,9 @@ def value_of(
     """Calibrated test loss and accuracy of models trained on `selection`, with the truth's seeds to measure on.
 
     Subsets of sources are looked up in the truth; all other selections are trained. Where selection has trained the
-    model already (a warm start), that run is continued once, with the seed of the selection.
+    model already, that model is measured.
     """
-    if selection.warm_start is not None:
+    if selection.trained is not None:
         metrics = train(task, selection, budget, seed=selection.seed).metrics
         return np.array([metrics["calibrated_loss"]]), np.array([metrics["accuracy"]])
     flops = training_flops(task, budget, selection)

@@ -397,7 +397,7 @@ class TestApplyWeights:
             "sampler": lambda s: s.sampler(task.pool),
             "mixture": lambda s: s.mixture(),
         }
-        begun = chosen(task.pool, target_fraction=0.3, weighted=True, warm_start=State({"step": 1}))
+        begun = chosen(task.pool, target_fraction=0.3, weighted=True, trained=State({"step": 1}))
         for name, use in uses.items():
             caplog.clear()
             use(chosen(task.pool))
@@ -405,7 +405,7 @@ class TestApplyWeights:
             use(begun)
             assert f"{name}() gives examples of the pool alone" in caplog.text
             assert "30 % of each batch" in caplog.text
-            assert "first part, on the full pool, is in this Selection's warm_start" in caplog.text
+            assert "Neither that model nor the course of the weights is among them" in caplog.text
 
 
 class TestOrigin:

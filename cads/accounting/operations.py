@@ -78,7 +78,7 @@ def regression_flops(n_rows: float, n_columns: float) -> float:
 
 
 def source_policy_flops(n_sources: int, n_features: int, n_drawn: int, n_runs: float, steps: int) -> float:
-    """CADS-S: a policy over S sources, updated by `steps` corrected gradients after a rung of trials.
+    """CADS-S: a policy over S sources, updated by `steps` of the gradient after a rung of trials.
 
     This is an approximation, and the lengths of searches depend on it. It counts a regression on P columns, whose
     prediction is computed again in each step. `cads.estimators.control_variate` costs more: it has 2P columns (phi, and
@@ -87,8 +87,8 @@ def source_policy_flops(n_sources: int, n_features: int, n_drawn: int, n_runs: f
 
     Args:
         n_sources: S.
-        n_features: P, the number of features of the control variate.
-        n_drawn: draws on which the control variate is evaluated for its own gradient.
+        n_features: P, the number of features of the regression.
+        n_drawn: draws on which the regression is evaluated for its own gradient.
         n_runs: number of trials so far.
         steps: number of policy updates.
     """

@@ -139,7 +139,7 @@ def train(argv: list[str]) -> None:
         results = world.on_rank_zero(lambda: read_results(out))
     console.print(Ledger.from_json(results["ledger"]).table())
     console.print(_metrics_table(results["metrics"]))
-    if trained is not None:
+    if trained is not None and trained.utilisation:
         console.print(
             f"Model FLOP utilisation: {trained.utilisation:.1%} of this machine's matrix products "
             f"({trained.train_result.flops_per_second:.3g} FLOP/s)"

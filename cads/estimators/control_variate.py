@@ -1,4 +1,9 @@
-"""The control variate h(m) of the corrected estimator: the penalty, and a ridge regression on its residuals."""
+"""The regression h(m) of the objective on trials: the penalty, and a ridge regression on what it leaves.
+
+h can be the control variate of `cads.estimators.score_function.corrected`. That estimator is unbiased only if h was
+fitted to other draws than those it corrects, and these are independent draws from the policy. CADS-S fits h to the
+draws it has, which are chosen: it follows the gradient of h (`cads.selectors.cads_s.policy_gradient`).
+"""
 
 from __future__ import annotations
 
@@ -119,7 +124,7 @@ def fit_control(
     to unit variance and ridge (c1^2 + c2^2) added in that scale. The shrinkage is like ridge / K, so that few
     triples give small weights. Triples with a number that is not finite are dropped; an input without
     variation has weight 0. `cads.estimators.score_function.corrected` stays unbiased only with weights from triples
-    other than the draws it is given.
+    other than the draws it is given, which must be independent draws from the policy.
 
     Args:
         values: F, shape (K,).

@@ -1,4 +1,4 @@
-"""D-optimal designs: the draws to try first, from which a regression learns most."""
+"""D-optimal designs: the draws to try first, from which a regression learns most. They are no sample of the policy."""
 
 from __future__ import annotations
 

@@ -91,10 +91,11 @@ def corrected(
 ) -> Floats:
     """Direct estimate with a control variate: 1/K sum_k (F_k - h_k - b_k) score_k + grad_s E[h].
 
-    Unbiased for grad_s E[F] with baseline "loo" or "none", for any h fixed independently of these draws (with
-    "mean", the first term alone shrinks by (K - 1)/K). Its variance is that of `direct` on F - h, so it falls
-    as h = c1 R - c2 l* follows F: the penalty of CADS (arXiv 2510.16806) as a control variate of the true
-    bilevel objective.
+    Unbiased for grad_s E[F] with baseline "loo" or "none" if the draws are independent draws from the policy, for any
+    h fixed independently of them, such as one fitted to other draws (with "mean", the first term alone shrinks by
+    (K - 1)/K). Draws that are chosen, or an h that is fitted to these draws, make it biased. Its variance is that of
+    `direct` on F - h, so it falls as h = c1 R - c2 l* follows F: the penalty of CADS (arXiv 2510.16806) as a control
+    variate of the true bilevel objective.
 
     Args:
         values: F, shape (K,).

@@ -19,7 +19,7 @@ from cads.search.space import SearchSpace
 from cads.seeding import derive
 
 ENUMERATED = 10
-"""Most sources for which the gradient of E[h], the expected control variate, is exact; above, it is sampled."""
+"""Most sources for which the gradient of E[h], the expected regression, is exact; above, it is sampled."""
 SAMPLED = 2048
 """Draws of the policy for that gradient, and for the candidates of the next rung."""
 

@@ -75,7 +75,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class UpdatePolicy:
-    """Fit the control variate, or compute probabilities, for `flops`."""
+    """Fit the regression on the trials, or compute probabilities, for `flops`."""
 
     flops: float
 

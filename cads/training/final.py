@@ -29,7 +29,6 @@ from cads.selection import Selection
 from cads.task import Metrics, Task
 from cads.training.evaluations import RESULTS, evaluate, evaluation_record, in_one_piece, write_results
 from cads.training.result import TrainResult
-from cads.training.run_state import FINISHED, FULL_RUN, RunSegment
 from cads.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,8 @@ class TrainedModel:
         metrics: on the test set.
         ledger: selection, training and evaluation.
         train_result: losses and FLOPs of the training.
-        utilisation: FLOP/s of the training, divided by those of matrix products on the devices of all processes.
+        utilisation: FLOP/s of the training, divided by those of matrix products on the devices of all processes; 0 if
+            the time of the training is not known.
         task: that was trained; it writes the model.
         evaluations: the metrics of each further evaluation, by its name; they are among `metrics` too.
     """
@@ -105,22 +105,13 @@ def save_model(task: Task, model: nn.Module, folder: Path, *, merge: bool = Fals
 def training_flops(task: Task, budget: Budget, selection: Selection) -> float:
     """FLOPs that remain for training: the budget, less the cost of selection if the budget must cover it.
 
-    If selection has begun the run (`selection.warm_start`), the budget is that of the whole run: it covers selection
-    and the steps that are done.
-
     Raises:
         BudgetError: if nothing remains.
     """
     total = budget.flops(task)
-    if not budget.count_selection and selection.warm_start is None:
+    if not budget.count_selection:
         return total
     remaining = total - selection.ledger.total(SELECT).flops
-    if selection.warm_start is not None and selection.warm_start.number("total") > max(0.0, remaining):
-        raise BudgetError(
-            f"the run that {selection.method} has begun has spent {total - remaining:.4g} FLOPs on selection and "
-            f"{selection.warm_start.number('total'):.4g} on training, more than the budget of {total:.4g}: give the "
-            "budget that the selection was made for"
-        )
     if remaining <= 0:
         raise BudgetError(
             f"selection spent {total - remaining:.4g} of {total:.4g} FLOPs: nothing is left to train with; "
@@ -141,7 +132,7 @@ def train(
 ) -> TrainedModel:
     """Train a fresh model on `selection` within `budget` and measure it on the test set.
 
-    If selection has begun the run (`selection.warm_start`), it is resumed, and the budget is that of the whole run.
+    If the selector has trained the final model (`selection.trained`), that model is measured, and nothing is trained.
 
     Args:
         evaluations: names of further evaluations of the task (`Task.evaluate`); each is charged the FLOPs it executes.
@@ -155,7 +146,6 @@ def train(
     monitor = monitor or Monitor()
     for name in evaluations:
         task.check_evaluation(name)
-    flops = training_flops(task, budget, selection)
     if selection.pool_hash != task.pool.content_hash:
         log.warning(
             "the contents or the order of the %s are not those that the selection was made from: make sure that "
@@ -165,9 +155,13 @@ def train(
     ledger = Ledger()
     ledger.merge(selection.ledger)
     trainer = Trainer(task, ledger, monitor)
-    if selection.warm_start is not None and selection.warm_start.values.get(FINISHED):
-        flops = selection.warm_start.number("total")
-    result = fit_final_model(trainer, selection, flops, seed=seed, segment=RunSegment(start=selection.warm_start))
+    if selection.trained is None:
+        result = fit_final_model(trainer, selection, training_flops(task, budget, selection), seed=seed)
+    else:
+        _say_finished(task, selection, budget, seed)
+        # The stored state lacks the frozen weights: they are those of the seed of the run.
+        model = task.model(derive(selection.seed, "final model"))
+        result = trainer.restore(model, selection.trained, selection.ledger.total(TRAIN).seconds)
 
     if save is not None:
         save(result.models[0])
@@ -185,7 +179,7 @@ def train(
         further[name] = evaluate(task, result.models[0], name, ledger=ledger, monitor=monitor)
         metrics |= further[name]
     peak = matmul_flops_per_second(str(trainer.accelerator.device), task.recipe.precision) * active_group().size
-    utilisation = result.flops_per_second / peak if result.seconds else 0.0
+    utilisation = result.flops_per_second / peak
     monitor.scalar("trainer/mfu", utilisation, len(result.losses))
     monitor.ledger(ledger)
     for name, value in metrics.items():
@@ -193,9 +187,16 @@ def train(
     return TrainedModel(result.models[0], metrics, ledger, result, utilisation, task, further)
 
 
-def fit_final_model(
-    trainer: Trainer, selection: Selection, flops: float, *, seed: int, segment: RunSegment = FULL_RUN
-) -> TrainResult:
+def _say_finished(task: Task, selection: Selection, budget: Budget, seed: int) -> None:
+    """Warn of a budget or a seed that is not that of the finished run of `selection`."""
+    said = "%s has no effect: %s trained the final model while it selected, with %s; select again for another model"
+    if budget.flops(task) != selection.budget.flops(task):
+        log.warning(said, f"a budget of {budget}", selection.method, selection.budget)
+    if seed != selection.seed:
+        log.warning(said, f"the seed {seed}", selection.method, f"the seed {selection.seed}")
+
+
+def fit_final_model(trainer: Trainer, selection: Selection, flops: float, *, seed: int) -> TrainResult:
     """Train the final model on `selection` for at most `flops`, which are charged to "train"; see `Trainer.fit`."""
     task = trainer.task
     streams: list[Stream] = []
@@ -215,12 +216,8 @@ def fit_final_model(
         target_stream=target_stream,
         seed=derive(seed, "target order"),
     )
-    # A stored state lacks the frozen weights: a resumed run needs those of the seed that it began with.
-    model_seed = seed if segment.start is None else selection.seed
-    model = task.model(derive(model_seed, "final model"))
-    return trainer.fit(
-        model, draws, flops, seed=derive(seed, "training"), phase=TRAIN, stage="final model", segment=segment
-    )
+    model = task.model(derive(seed, "final model"))
+    return trainer.fit(model, draws, flops, seed=derive(seed, "training"), phase=TRAIN, stage="final model")
 
 
 def stop_flops(task: Task, selection: Selection) -> float:

@@ -20,7 +20,7 @@ class TrainResult:
         losses: the mean loss of each step's batch, nats, shape (steps, K); NaN where the batch was skipped.
         flops: what one replica has spent after each step, shape (steps,).
         diverged: replicas that met a non-finite loss, bool, shape (K,); their weights are meaningless.
-        seconds: wall-clock time.
+        seconds: wall-clock time; 0 if it is not known.
         skipped: batches that were left out since their loss or gradient was not finite.
         before: FLOPs that one replica spent in earlier segments of the run; `flops` and `losses` include them.
         state: to resume from, on the CPU; None unless the segment keeps it.
@@ -40,7 +40,9 @@ class TrainResult:
 
     @property
     def flops_per_second(self) -> float:
-        """FLOP/s achieved by all replicas together."""
+        """FLOP/s achieved by all replicas together; 0 if the time is not known."""
+        if not self.seconds:
+            return 0.0
         return float(self.flops[-1] - self.before) * len(self.diverged) / self.seconds
 
     @property

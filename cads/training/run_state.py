@@ -21,8 +21,6 @@ from cads.training.rider import Rider
 
 WEIGHTS, OPTIMIZER, RIDER = "weights/", "optimizer/", "rider/"
 EXAMPLE_LOSSES = "example_losses"
-FINISHED = "finished"
-"""Flag of a state at the end of a run, from which nothing is trained further."""
 
 
 @dataclass(frozen=True)

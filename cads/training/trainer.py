@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import nn
 
 from cads.data.training_batches import BatchStream
 from cads.errors import NonFiniteError
+from cads.runtime.checkpoint import State
 from cads.runtime.journal import replay_or_run
 from cads.runtime.processes import active_group
 from cads.training.learners import SingleLearner, StackedReplicas, can_stack
 from cads.training.loop import TrainingLoop, TrainingRun
 from cads.training.replica_parallel import train_one_per_rank, train_stacked_chunks
 from cads.training.result import TrainResult, stack_results
-from cads.training.run_state import FULL_RUN, RunSegment
+from cads.training.run_state import FULL_RUN, RunSegment, TrainState
 
 
 class Trainer(TrainingLoop):
@@ -58,6 +60,25 @@ class Trainer(TrainingLoop):
         """
         learner = SingleLearner(self.task, model)
         return self._run(self.prepare(learner, draws, flops, seed, phase, stage, segment))
+
+    def restore(self, model: nn.Module, end: State, seconds: float) -> TrainResult:
+        """Put the weights at the end of a finished run into `model`; nothing is trained or charged.
+
+        Args:
+            end: of the run of one model with the same frozen weights.
+            seconds: that the run took, if known; otherwise 0.
+
+        Raises:
+            CheckpointError: if it is the state of another model.
+            NonFiniteError: if that run met a loss or gradient that is NaN or infinite.
+        """
+        train_state = TrainState(SingleLearner(self.task, model), 1, self.accelerator.scaler)
+        train_state.learner.to(self.accelerator.device).train()
+        train_state.restore(end.detached(), None)
+        if train_state.failure is not None:
+            raise NonFiniteError(**train_state.failure)
+        losses, spent = np.stack(train_state.losses), np.array(train_state.spent)
+        return TrainResult([model], losses, spent, train_state.diverged, seconds, train_state.skipped)
 
     def fit_replicas(
         self, models: Sequence[nn.Module], draws: BatchStream, flops: float, *, seed: int, phase: str, stage: str

@@ -319,7 +319,7 @@ BAD_FILES = {
     "options are text": ("method: full\noptions: x", "options = 'x': it must map names to values"),
     "selectors are a list": ("selectors: [1]", "selectors = [1]: it must map names to values"),
     "selector is a number": ("selectors: {cads-s: 5}", "options 5 of method 'cads-s' must map names to values"),
-    "unknown selector": ("selectors: {cads: {}}", "method 'cads' is unknown"),
+    "unknown selector": ("selectors: {cads-x: {}}", "method 'cads-x' is unknown"),
     "method is a list": ("method: [full]", "method = ['full']: it must be a name"),
     "kind is a number": ("kind: 5", "kind of task = 5: it must be a name"),
     "seed is no integer": ("method: full\nseed: 1.5", "seed"),

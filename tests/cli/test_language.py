@@ -769,7 +769,7 @@ def draws_by_weight(folder):
     selection = Selection.load(folder)
     n = len(selection.ids)
     replace(
-        selection, probability=np.arange(1, n + 1) / n, selected=np.ones(n, dtype=bool), weighted=True, warm_start=None
+        selection, probability=np.arange(1, n + 1) / n, selected=np.ones(n, dtype=bool), weighted=True, trained=None
     ).save(folder)
 
 

@@ -1,4 +1,4 @@
-"""The control variate with the penalty held at a weight."""
+"""The regression on trials with the penalty held at a weight."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""l* and the control variate: what they are fitted to comes back, and what says nothing weighs nothing."""
+"""l* and the regression on trials: what they are fitted to comes back, and what says nothing weighs nothing."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_one_run_says_the_same_of_all():
     np.testing.assert_allclose(ReachableLossModel(MASKS[-1:], np.array([0.7]), SIZES)(MASKS), 0.7)
 
 
-# The control variate.
+# The regression on trials.
 
 
 CUBE = np.array(list(itertools.product([0.0, 1.0], repeat=5)))

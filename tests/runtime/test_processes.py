@@ -65,14 +65,14 @@ def test_selectors_choose_what_one_process_chooses(features, tmp_path, size, met
     same(spread(size, work, tmp_path), work())
 
 
-def test_one_run_rides_on_divided_training(features, tmp_path):
+def test_cads_rides_on_divided_training(features, tmp_path):
     """The losses by which it selects are those of the training steps, wherever they were taken."""
     task, budget = features(batch_size=6, n=80, learning_rate=0.01), Budget.parse("30 epochs")
 
     def work():
-        selector = build_selector("cads-e-one-run")
+        selector = build_selector("cads")
         selection = selector.select(task, budget, seed=0, ledger=Ledger(), monitor=Monitor())
-        assert selection.warm_start is not None
+        assert selection.trained is not None
         return chosen(selection)
 
     same(spread(2, work, tmp_path), work())

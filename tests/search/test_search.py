@@ -393,7 +393,7 @@ def test_the_gain_is_that_of_the_choice_whatever_became_of_others(features, monk
         delta_objective[0] = 0.0
         if len(candidates) > 2:
             delta_objective[-1] = np.nan
-        return delta_objective
+        return delta_objective, np.zeros(len(candidates))
 
     monkeypatch.setattr(cads_e, "compare", compare)
     task = features(batch_size=8)

@@ -73,6 +73,12 @@ def read_whole(noisy):
     return choose(without_sources(noisy), BUDGET, **READING)
 
 
+def measured(objective, stderr=0.0):
+    """Trials with these objectives, and these standard errors of their differences."""
+    n = len(objective)
+    return InnerRuns(np.array(objective), *(np.empty(0) for _ in range(3)), models=[], stderr=np.full(n, stderr))
+
+
 class TestSearch:
     def test_it_separates_clean_from_noisy_among_unseen_examples(self, noisy, tmp_path):
         """Learned on a sample, applied to the rest: ranks at least 85 % of pairs rightly."""
@@ -207,27 +213,36 @@ class TestSearch:
     def test_exploring_is_planned_and_charged(self, noisy):
         """Where there is room for many runs, about half of the first rung explores, and all of it is planned."""
         task, budget = noisy, Budget(8, "epochs")
-        selector = CadsAmortised(allowance=4)
+        selector = CadsAmortised(allowance=4, guard=False)
         planned = selector.plan(task, budget)
         inner = InnerLoop(task, Ledger(limit=planned.limit), Monitor(), held_out=True)
         parts = divide_allowance(inner, budget.flops(task), selector.kinds, None)
         rungs = affordable(inner, parts, budget.flops(task))
         assert not exploring(rungs, len(rungs) - 1)
         assert rungs[0].n_trials >= EXPLORING
-        selection, ledger = choose(task, budget, allowance=4)
+        selection, ledger = choose(task, budget, allowance=4, guard=False)
         assert planned.total().flops == pytest.approx(ledger.total().flops, rel=0.01)
         assert planned.total().usages == pytest.approx(ledger.total().usages, rel=0.01)
         assert planned.entries[SELECT, "policy"].flops == pytest.approx(ledger.entries[SELECT, "policy"].flops)
         assert selection.notes["origin"] in ("candidate", "draw", "corrected gradient")
 
+    @pytest.mark.parametrize(("stderr", "kept"), [(0.0, False), (0.3, False), (0.6, True)])
+    def test_the_guard_asks_for_more_than_the_target_can_tell_by_chance(self, noisy, monkeypatch, stderr, kept):
+        def compare(inner, parts, sample, policies, *_):
+            return measured([5.0 if policy is None else 4.0 for policy in policies], stderr)
+
+        monkeypatch.setattr("cads.selectors.cads_amortised.selector.compare", compare)
+        chosen, _ = choose(noisy, Budget(16, "epochs"))
+        assert chosen.selected.all() == kept
+
     def test_what_wins_short_runs_and_loses_longer_ones_is_not_returned(self, noisy, monkeypatch):
         seen = []
 
-        def compare(inner, parts, sample, policies, rung, seed, rung_index):
+        def compare(inner, parts, sample, policies, rung, *_):
             seen.append((rung.fidelity, len(policies)))
             # Against the full pool, 5.0: each policy is better in the short runs, and worse in the long one.
             others = 4.0 if rung.fidelity < FIDELITIES[2] else 5.1
-            return np.array([5.0 if policy is None else others for policy in policies])
+            return measured([5.0 if policy is None else others for policy in policies])
 
         monkeypatch.setattr("cads.selectors.cads_amortised.selector.compare", compare)
         budget = Budget(16, "epochs")
@@ -281,7 +296,7 @@ class TestSearch:
         rung, parts = Rung(0.25, 1e6, 0.6, 4), AmortisedBudget(1.0, 0.0, 10, n, False, 0.0, 3)
         seen = []
 
-        def run(streams, flops, *, seed, stage):
+        def run(streams, flops, *, seed, stage, reference, keep):
             seen.append([np.sort(s.take(0, s.period)).tolist() for s in streams])
             return InnerRuns(
                 np.zeros(len(streams)), *(np.empty(0) for _ in range(3)), models=[], stderr=np.zeros(len(streams))
@@ -324,12 +339,14 @@ def test_the_step_leads_downhill(noisy, monkeypatch):
     proposals = candidates(sample, WITHOUT_U)
     parts = AmortisedBudget(1.0, 0.0, n, n, True, 0.0, 2)
 
-    def compare(inner, parts, sample, policies, rung, seed, rung_index):
-        return np.array([5.0 - p.weights[1] for p in policies])
+    def compare(inner, parts, sample, policies, *_):
+        return measured([5.0 - p.weights[1] for p in policies], 0.1)
 
     monkeypatch.setattr("cads.selectors.cads_amortised.selector.compare", compare)
     inner = InnerLoop(noisy, Ledger(), Monitor())
-    made, values = explore(inner, parts, sample, proposals, np.full(len(proposals), -0.1), 5.0, 8, None, 0)
+    gains = np.full(len(proposals), -0.1)
+    made, values, errors = explore(inner, parts, sample, proposals, gains, measured([5.0]), 8, None, 0)
+    np.testing.assert_array_equal(errors, np.full(len(made), 0.1))
     assert [p.origin for p in made] == ["draw"] * 8 + ["corrected gradient"]
     assert len(values) == len(made)
     assert made[-1].policy.weights[1] > proposals[0].policy.weights[1]

@@ -90,7 +90,9 @@ def test_theta_goes_on_with_what_it_keeps_of_each_class(features, monkeypatch):
 
 @pytest.mark.parametrize("guard", [True, False])
 def test_what_the_full_pool_beats_is_returned_on_request_alone(features, monkeypatch, guard):
-    monkeypatch.setattr(cads_e, "compare", lambda inner, field, *_: np.arange(len(field), dtype=float))
+    monkeypatch.setattr(
+        cads_e, "compare", lambda inner, field, *_: (np.arange(len(field), dtype=float), np.zeros(len(field)))
+    )
     task = features(batch_size=8)
     chosen = CadsExamples(guard=guard).select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
     assert chosen.selected.all() == guard
@@ -101,7 +103,9 @@ def test_what_the_full_pool_beats_is_returned_on_request_alone(features, monkeyp
 
 def test_a_policy_that_selects_nothing_is_the_full_pool(features, monkeypatch):
     """Every group has one example, so that none is better than the others of its own."""
-    monkeypatch.setattr(cads_e, "compare", lambda inner, field, *_: -np.arange(len(field), dtype=float))
+    monkeypatch.setattr(
+        cads_e, "compare", lambda inner, field, *_: (-np.arange(len(field), dtype=float), np.zeros(len(field)))
+    )
     task = features(batch_size=8)
     monkeypatch.setattr(type(task), "groups", lambda self, pool: np.arange(len(pool)))
     chosen = CadsExamples().select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
@@ -151,7 +155,7 @@ class TestPretrained:
         monkeypatch.setattr(
             cads_e,
             "compare",
-            lambda _, field, *__: np.array([c.kept != 0.33 for c in field]) - 1.0,
+            lambda _, field, *__: (np.array([c.kept != 0.33 for c in field]) - 1.0, np.zeros(len(field))),
         )
         chosen = CadsExamples().select(task, Budget(3, "epochs", count_selection=True), seed=0, ledger=Ledger())
         assert chosen.notes["kept"] == 0.33

@@ -15,13 +15,13 @@ from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT
 from cads.search.constants import PRETRAINED
 from cads.search.inner_costs import PlannedInnerLoop
-from cads.search.single_run import PRETRAINED_STEPS
 from cads.selectors.cads_e.schedule import (
     FIDELITIES,
     KEEP_FRACTIONS,
     LEAST_RUNS,
     LEAST_STEPS,
     MAX_THETA_SHARE,
+    PRETRAINED_STEPS,
     THETA_SHARE,
     FineTuned,
     FromScratch,

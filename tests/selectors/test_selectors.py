@@ -28,8 +28,8 @@ FREE = ("full", "joint", "random", "source", "target-only")
 """They look at nothing, so they must cost nothing."""
 READERS = ("bm25", "embedding", "ppl")
 """They read the pool, and by default train nothing."""
-RIDERS = ("cads-e-one-run", "cads-s-one-run")
-"""They begin the run of the final model, so they charge for training too; what they read follows from the budget."""
+RIDERS = ("cads",)
+"""They train the final model, so they charge for training too; what they read follows from the budget."""
 TEXT_ONLY = ("bm25",)
 """They have nothing to read in images."""
 TEXT_TOO = ("embedding", "less", "loss", "ppl")

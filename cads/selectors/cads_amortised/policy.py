@@ -183,8 +183,8 @@ def corrected_slope(
 
     The score function of the Gaussian is `(v - centre) / sigma^2` (parameter-exploring policy gradients, Sehnke et
     al. 2010): a mask of single examples tells next to nothing about w, while a draw of w moves all of them. With
-    h = c1 R - c2 l* as control variate it is `cads.estimators.score_function.corrected`. In mirrored draws any constant
-    cancels.
+    h = c1 R - c2 l* as control variate it is `cads.estimators.score_function.corrected`: unbiased, as draws come from
+    this Gaussian and h is fitted to others. In mirrored draws any constant cancels.
 
     Args:
         draws: shape (K, P + 1), from `mirrored`. values: F of each, shape (K,). control: h of each, shape (K,).

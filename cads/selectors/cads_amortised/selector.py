@@ -29,8 +29,9 @@ from cads.scoring.pool_scores import score_pool
 from cads.search.base import NO_SEARCH_AFFORDABLE, Search, check_reference, guard_message
 from cads.search.choice import Choice
 from cads.search.fidelity import Rung
+from cads.search.guard import beats_full_pool
 from cads.search.inner_costs import InnerLoopCosts
-from cads.search.inner_runs import InnerLoop
+from cads.search.inner_runs import InnerLoop, InnerRuns
 from cads.search.stages import FitTarget, ScorePool, Stages, Trials, UpdatePolicy, reference_trial
 from cads.seeding import derive
 from cads.selectors.cads_amortised.allowance import (
@@ -44,7 +45,7 @@ from cads.selectors.cads_amortised.allowance import (
 from cads.selectors.cads_amortised.policy import AmortisedPolicy, corrected_slope, mirrored
 from cads.selectors.cads_amortised.sample import Penalty, Proposal, Sample, candidates, learn_from, visit_order
 from cads.selectors.cads_e.candidates import entropy, most_probable
-from cads.task import Task
+from cads.task import ObjectiveValue, Task
 
 SIGMA = 0.75
 """Standard deviation of the parameters in exploration, in logits per standardised feature."""
@@ -164,22 +165,28 @@ def run_rungs(
     Returns:
         the best proposal, or None if it does not beat the full pool; and its improvement of the outer objective.
     """
-    candidates, delta_objective, best = proposals, np.zeros(len(proposals)), None
+    candidates, delta_objective, best, n_compared = proposals, np.zeros(len(proposals)), None, 0
     for rung_index, rung in enumerate(rungs if proposals else []):
         tried = exploring(rungs, rung_index)
         candidates = candidates[: rung.n_trials - 1 - tried - (tried > 0)]
-        objective = compare(inner, parts, sample, [None, *(p.policy for p in candidates)], rung, seed, rung_index)
-        check_reference(float(objective[0]), rung.stage)
-        delta_objective = objective[1:] - objective[0]
+        runs = compare(inner, parts, sample, [None, *(p.policy for p in candidates)], rung, seed, rung_index)
+        check_reference(float(runs.objective[0]), rung.stage)
+        delta_objective, stderr = runs.objective[1:] - runs.objective[0], runs.stderr[1:]
+        n_compared = n_compared or len(candidates)
         if tried and np.isfinite(delta_objective).any():
-            explored, values = explore(
-                inner, parts, sample, candidates, delta_objective, float(objective[0]), tried, rung, seed
+            explored, values, errors = explore(
+                inner, parts, sample, candidates, delta_objective, runs, tried, rung, seed
             )
             candidates, delta_objective = [*candidates, *explored], np.append(delta_objective, values)
+            stderr = np.append(stderr, errors)
+            n_compared += len(explored)
         order = np.argsort(np.nan_to_num(delta_objective, nan=np.inf), kind="stable")
-        candidates, delta_objective = [candidates[i] for i in order], delta_objective[order]
-        best = candidates[0] if delta_objective[0] < 0 or (np.isfinite(delta_objective[0]) and not guard) else None
-        watch(inner, sample, best, objective, delta_objective, rung_index)
+        candidates, delta_objective, stderr = [candidates[i] for i in order], delta_objective[order], stderr[order]
+        passes = (
+            beats_full_pool(delta_objective[0], stderr[0], n_compared) if guard else np.isfinite(delta_objective[0])
+        )
+        best = candidates[0] if passes else None
+        watch(inner, sample, best, runs.objective, delta_objective, rung_index)
     return best, 0.0 if best is None else -float(delta_objective[0])
 
 
@@ -191,8 +198,9 @@ def compare(
     rung: Rung,
     seed: int,
     rung_index: int,
-) -> np.ndarray:
-    """The outer objective of each policy (None: the full pool) after a trial, shape (K,).
+    reference: ObjectiveValue | None = None,
+) -> InnerRuns:
+    """A trial of each policy (None: the full pool); `reference` as in `InnerLoop.run`.
 
     A trial is a scaled-down final training. From the rung's share of the pool, a policy gets the part that would be
     read, and the part that would be added at random. So it sees its examples as often as the final training.
@@ -218,7 +226,7 @@ def compare(
                 [*kept_parts, visited_positions[count:][: max(0, min_examples - sum(map(len, kept_parts)))]]
             )
         streams.append(ShuffledStream(positions if len(positions) else visited_positions, order_seed))
-    return inner.run(streams, rung.flops, seed=order_seed, stage=rung.stage).objective
+    return inner.run(streams, rung.flops, seed=order_seed, stage=rung.stage, reference=reference, keep=0)
 
 
 def explore(
@@ -227,30 +235,36 @@ def explore(
     sample: Sample,
     candidates: Sequence[Proposal],
     delta_objective: np.ndarray,
-    reference: float,
+    reference_runs: InnerRuns,
     tried: int,
     rung: Rung,
     seed: int,
-) -> tuple[list[Proposal], Floats]:
+) -> tuple[list[Proposal], Floats, Floats]:
     """Draw policies around the best candidate, step along the corrected gradient in v = (w, b), and try all of them.
 
     The control variate is the penalty, c1 R - c2 l*, with c1 and c2 from the candidates, which are other draws.
 
+    Args:
+        reference_runs: the trials of the rung so far, that of the full pool first.
+
     Returns:
-        the policies that were drawn, and the one to which the step leads; their `delta_objective`.
+        the policies that were drawn, and the one to which the step leads; their `delta_objective`, and its standard
+        errors.
     """
+    full_pool, reference = float(reference_runs.objective[0]), reference_runs.reference
     origin = candidates[int(np.nanargmin(delta_objective))]
     centre = origin.policy.parameters
     sigma = SIGMA * np.append(~sample.grouped, True).astype(np.float64)
     draws = mirrored(centre, sigma, tried // 2, np.random.default_rng(derive(seed, "explore")))
     policies = [origin.policy.at(v) for v in draws]
-    values = compare(inner, parts, sample, policies, rung, seed, 0) - reference
+    runs = compare(inner, parts, sample, policies, rung, seed, 0, reference)
+    values, errors = runs.objective - full_pool, runs.stderr
     inner.learn(parts.exploring_flops(tried))
     proposals = [Proposal(p, origin.reach_weight, origin.kept, "draw") for p in policies]
     # A mirrored pair is used as a whole or not at all: half of it would not cancel constants.
     is_finite = np.isfinite(values).reshape(-1, 2).all(axis=1).repeat(2)
     if not is_finite.any():
-        return proposals, values
+        return proposals, values, errors
     penalty = Penalty.fitted(sample, [p.policy for p in candidates], delta_objective)
     control_values = [penalty.value(policies[k]) for k in np.flatnonzero(is_finite)]
     control_draws = mirrored(centre, sigma, CONTROL_DRAWS, np.random.default_rng(derive(seed, "control")))
@@ -259,8 +273,9 @@ def explore(
     if length := float(np.linalg.norm(gradient)):
         moved = centre - STEP * float(np.linalg.norm(sigma)) * gradient / length
         proposals.append(Proposal(origin.policy.at(moved), origin.reach_weight, origin.kept, "corrected gradient"))
-        values = np.append(values, compare(inner, parts, sample, [proposals[-1].policy], rung, seed, 0) - reference)
-    return proposals, values
+        runs = compare(inner, parts, sample, [proposals[-1].policy], rung, seed, 0, reference)
+        values, errors = np.append(values, runs.objective - full_pool), np.append(errors, runs.stderr)
+    return proposals, values, errors
 
 
 def apply_policy(

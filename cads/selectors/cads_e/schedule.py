@@ -10,7 +10,6 @@ from cads.accounting.operations import candidates_flops
 from cads.search.constants import PRETRAINED
 from cads.search.fidelity import Rung
 from cads.search.inner_costs import InnerLoopCosts
-from cads.search.single_run import PRETRAINED_SHARE, PRETRAINED_STEPS
 
 THETA_SHARE, THETA_PASSES = 0.2, 20
 """theta, the target model, is trained on the target for this share of C, but for at most so many passes."""
@@ -41,6 +40,9 @@ KEEP_FRACTIONS = (0.6, 0.8, 0.9, 0.7, 0.5)
 """Shares of the pool that the candidates of such a theta keep, in the order in which they are tried."""
 LEAST_STEPS, LEAST_RUNS = 40, 3
 """Fewest steps of a trial, and fewest trials, the one on the full pool among them."""
+PRETRAINED_SHARE, PRETRAINED_STEPS = 0.1, 16
+"""For pretrained models: theta's largest share of the allowance and of C, and its fewest steps. Fewer steps do not tell
+examples apart, and more than twice as many add nothing (`experiments/results`). u is trained for as many FLOPs."""
 PRETRAINED_KEEP_FRACTIONS = (0.2, 0.33, 0.5, 0.67, 0.83)
 """Shares of the pool that candidates of pretrained models keep."""
 TARGET_PASSES, MAX_PASSES = 3.0, 8.0

@@ -18,6 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from cads.accounting.operations import candidates_flops
+from cads.data.pool import Pool
 from cads.data.streams import ShuffledStream
 from cads.data.subsample import subsample
 from cads.data.token_batches import by_id, in_id_order
@@ -26,10 +27,10 @@ from cads.monitor import Monitor
 from cads.search.base import NO_SEARCH_AFFORDABLE, Search, check_reference, guard_message
 from cads.search.choice import Choice
 from cads.search.fidelity import Rung
+from cads.search.guard import beats_full_pool
 from cads.search.inner_costs import InnerLoopCosts
 from cads.search.inner_runs import InnerLoop, InnerRuns
 from cads.search.rungs import run_streams
-from cads.search.single_run import watch_sources
 from cads.search.stages import FitTarget, ScorePool, Stages, Trials, UpdatePolicy, reference_trial
 from cads.seeding import derive
 from cads.selectors.cads_e.candidates import Candidate, Signals, entropy, most_probable
@@ -43,7 +44,8 @@ class CadsExamples(Search):
     The target model is fitted to one half of the target, the reference model to the pool. Each candidate policy is one
     step along the penalty's gradient from the uniform policy, the same in each class. It has its own length, and its
     own weight on the losses of the reference model. Trials on rungs of growing fidelity find the best candidate on the
-    other half of the target. Every rung holds a trial on the full pool.
+    other half of the target. Every rung holds a trial on the full pool. The best candidate must beat that by two paired
+    standard errors, and by more where it is the best of several.
 
     With a larger allowance, the target model is trained for longer, at last on the target and on what it keeps itself.
     Then no reference model is needed, and a few long trials decide. For pretrained models, few steps of both models are
@@ -100,16 +102,20 @@ class CadsExamples(Search):
                 signals, from_u=inner.losses(reference_run.models.pop(), np.arange(len(task.pool)), stage="l*")
             )
         full_pool = signals.everything
-        candidates = [full_pool, *signals.candidates]
+        candidates, n_compared = [full_pool, *signals.candidates], 0
         for rung_index, rung in enumerate(rungs):
             candidates = candidates[: rung.n_trials]
-            delta_objective = compare(
+            delta_objective, stderr = compare(
                 inner, candidates, rung, seed, rung_index, reference_run if rung_index == 0 else None
             )
             order = [0, *(1 + np.argsort(np.nan_to_num(delta_objective[1:], nan=np.inf), kind="stable"))]
-            candidates, delta_objective = [candidates[i] for i in order], delta_objective[order]
+            candidates, delta_objective, stderr = [candidates[i] for i in order], delta_objective[order], stderr[order]
+            # Later rungs try the best of the first one again: the number that it was chosen from stays.
+            n_compared = n_compared or len(candidates) - 1
             is_better = len(candidates) > 1 and (
-                delta_objective[1] < 0 or (np.isfinite(delta_objective[1]) and not self.guard)
+                beats_full_pool(delta_objective[1], stderr[1], n_compared)
+                if self.guard
+                else bool(np.isfinite(delta_objective[1]))
             )
             best, improvement = (candidates[1], -float(delta_objective[1])) if is_better else (full_pool, 0.0)
             inner.learn(best.flops)
@@ -168,15 +174,17 @@ def compare(
     seed: int,
     rung_index: int,
     reference_run: InnerRuns | None = None,
-) -> np.ndarray:
-    """The objective of each candidate less that of the first (the full pool), after a trial; shape (K,).
+) -> tuple[np.ndarray, np.ndarray]:
+    """The objective of each candidate less that of the first (the full pool), after a trial, and its standard error.
+
+    Both have shape (K,).
 
     Args:
         reference_run: the trial on the full pool, if it has been run before.
     """
     runs = run_candidates(inner, candidates, rung, seed, rung_index, reference_run)
     inner.monitor.scalar("outer/objective", float(np.nanmin(runs.objective)), rung_index)
-    return np.asarray(runs.objective - runs.objective[0])
+    return runs.objective - runs.objective[0], runs.stderr
 
 
 def run_candidates(
@@ -207,3 +215,10 @@ def watch_penalty(monitor: Monitor, signals: Signals, probability: np.ndarray, s
         reach = float(np.average(signals.from_u, weights=probability))
         monitor.scalar("outer/loss_within_reach", reach, step)
         monitor.scalar("outer/gap", risk - reach, step)
+
+
+def watch_sources(monitor: Monitor, pool: Pool, probability: np.ndarray, step: int) -> None:
+    """Record the mean probability (shape (N,)) in each source, if there are sources."""
+    if pool.sources is not None:
+        means = np.bincount(pool.sources, weights=probability) / pool.source_sizes
+        monitor.probabilities(pool.source_names, means, step)

@@ -1,7 +1,8 @@
 """CADS-S: which sources to train on. A policy over masks (or mixtures) of sources, learned from trials.
 
-The outer gradient is the corrected estimator: the score-function estimator of the true bilevel objective,
-with the penalty of CADS (arXiv 2510.16806), and a regression on the trials so far, as its control variate.
+The policy moves along the gradient of h, a regression of the true bilevel objective on the trials so far that begins
+with the penalty of CADS (arXiv 2510.16806). What h leaves of the latest trials corrects it. This is no unbiased policy
+gradient: the trials are chosen to find good draws, and h is fitted to them (`cads.selectors.cads_s.policy_gradient`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cads.search.source_choice import source_choice, source_marginals
 from cads.search.space import MixtureSpace, SearchSpace, SubsetSpace
 from cads.search.stages import FitTarget, ScorePool, Stages, Trials, UpdatePolicy
 from cads.seeding import derive
-from cads.selectors.cads_s.policy_gradient import ascend_policy
+from cads.selectors.cads_s.policy_gradient import RegressionGradient, ascend_policy
 from cads.selectors.cads_s.proposals import initial_design, promote, sample_candidates
 from cads.selectors.cads_s.target_risk import (
     excess_target_loss,
@@ -44,11 +45,11 @@ from cads.task import Task
 
 @dataclass
 class CadsSources(Search):
-    """CADS-S, corrected estimator: a policy over sources, learned from trials on rungs of growing fidelity.
+    """CADS-S: a policy over sources, learned from trials on rungs of growing fidelity.
 
-    Each rung trains on a few draws of the policy, and on the full pool, with a share of each source. It measures the
-    outer objective relative to the full pool, refits the control variate, and moves the policy along the corrected
-    gradient. The best draw of the last rung is returned, if it beats the full pool.
+    Each rung trains on a few subsets or mixtures, and on the full pool, with a share of each source. It measures the
+    outer objective relative to the full pool, refits a regression on penalty and sources, and moves the policy along
+    the gradient of that. The best draw of the last rung is returned, if it beats the full pool.
     """
 
     policy: Literal["bernoulli", "mixture"] = "bernoulli"
@@ -57,7 +58,7 @@ class CadsSources(Search):
     """The training loss within reach: fitted over masks to what the trials reached, or to that extrapolated to the
     budget."""
     alpha: float | None = None
-    """Weight of the penalty in the control variate: of the target model's loss, and of the training loss within reach.
+    """Weight of the penalty in the regression: of the target model's loss, and of the training loss within reach.
     It is 0 where the budget buys no target model. null: the two weights are fitted to the trials."""
     policy_steps: int = 60
     """Steps of the policy after each rung; 0: it stays where it starts."""
@@ -109,7 +110,7 @@ class CadsSources(Search):
         return SubsetSpace(task.pool) if self.policy == "bernoulli" else MixtureSpace(task.pool)
 
     def run_search(self, inner: InnerLoop, train_flops: float, seed: int) -> Choice:
-        """Carry out the stages: draws, trials, control variate and policy, rung by rung; see `Search`."""
+        """Carry out the stages: draws, trials, regression and policy, rung by rung; see `Search`."""
         space = self._space(inner.task)
         policy, history = space.policy(), TrialHistory.empty(len(space.sizes))
         theta: nn.Module | None = None
@@ -142,9 +143,8 @@ class CadsSources(Search):
                     control = self._control(space, history, risk, rung)
                 case UpdatePolicy(flops) if control is not None:
                     delta_objective = runs.objective - runs.objective[0]
-                    policy = ascend_policy(
-                        space, policy, control, draws, delta_objective, rung.fidelity, self.policy_steps, seed
-                    )
+                    gradient = RegressionGradient(space, policy, control, draws, delta_objective, rung.fidelity, seed)
+                    policy = ascend_policy(policy, gradient, self.policy_steps)
                     inner.learn(flops)
                     self._watch(inner, space, policy, control, history, rung_index)
                     rung_index += 1

@@ -38,7 +38,7 @@ from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import Strata, source_count
 from cads.task import Task
 from cads.training.result import TrainResult
-from cads.training.run_state import FINISHED, OPTIMIZER, RIDER, RunSegment
+from cads.training.run_state import OPTIMIZER, RIDER, RunSegment
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Cads:
         """Train the final model, and learn what to train on; see `cads.selector.Selector`.
 
         Returns:
-            a Selection with the probabilities at the end of the run, and the run in `warm_start`.
+            a Selection with the probabilities at the end of the run, and the run in `trained`.
         """
         self._check(task)
         check_step(task, budget.flops(task))
@@ -147,7 +147,7 @@ class _OnlineRun:
         """What was trained on, and the finished run."""
         pool, rider = self._task.pool, self._rider
         assert fit.state is not None
-        fields = {**fields, "warm_start": finished(fit.state)}
+        fields = {**fields, "trained": finished(fit.state)}
         if rider is None:
             none = np.zeros(len(pool), dtype=bool)
             notes = {"course": "the budget bought the target alone"}
@@ -241,7 +241,7 @@ class _OnlineRun:
 def finished(state: State) -> State:
     """The end of a run, from which nothing is trained further: its weights, without the state of the optimizer."""
     tensors = {name: x for name, x in state.tensors.items() if not name.startswith((OPTIMIZER, RIDER))}
-    return State({**state.values, FINISHED: True}, tensors)
+    return State(state.values, tensors)
 
 
 def constants_of(task: Task) -> OnlineConstants:

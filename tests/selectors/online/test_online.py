@@ -111,7 +111,7 @@ class TestTheRun:
         """Training on the Selection trains no step more: it gives the weights of the run."""
         selection, _ = choose(task)
         model = train(task, selection, Budget(EPOCHS, "epochs"), seed=0).model
-        for name, x in selection.warm_start.tensors.items():
+        for name, x in selection.trained.tensors.items():
             if name.startswith("weights/"):
                 assert torch.equal(x, model.state_dict()[name.removeprefix("weights/model.")])
 
@@ -165,7 +165,7 @@ class TestTheRun:
         for accumulate in (1, 3):
             task = labelled(features(batch_size=9, n=90, learning_rate=0.02, accumulate=accumulate))
             selection, _ = choose(task, 8)
-            losses.append(selection.warm_start.tensors["losses"].numpy())
+            losses.append(selection.trained.tensors["losses"].numpy())
         np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
     def test_saved_and_read_it_trains_to_the_same(self, task, tmp_path):

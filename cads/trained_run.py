@@ -1,4 +1,4 @@
-"""The state of a training run that selection started, stored beside the scores as JSON and safetensors."""
+"""The end of the run in which a selector trained the final model, stored beside the scores as JSON and safetensors."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from safetensors.torch import save_file
 from cads.errors import CheckpointError, SelectionError
 from cads.runtime.checkpoint import State, StoredTensors, load_json
 
-VALUES, TENSORS = "start.json", "start.safetensors"
-START_FILES = (VALUES, TENSORS)
+VALUES, TENSORS = "trained.json", "trained.safetensors"
+TRAINED_FILES = (VALUES, TENSORS)
 """The files of a stored state."""
 
 
-def write_start(start: State, folder: Path) -> None:
-    """Write `start` to an existing folder; the same state gives the same bytes.
+def write_trained(trained: State, folder: Path) -> None:
+    """Write `trained` to an existing folder; the same state gives the same bytes.
 
     Raises:
         SelectionError: if the state cannot be written, for example to a full disk.
     """
-    state = start.detached()
+    state = trained.detached()
     try:
         save_file(state.tensors, folder / TENSORS)
     except SafetensorError as error:
-        raise SelectionError(f"the start of the run cannot be written to {folder}: {error}") from error
+        raise SelectionError(f"the trained run cannot be written to {folder}: {error}") from error
     (folder / VALUES).write_text(json.dumps(state.values, indent=2, sort_keys=True) + "\n")
 
 
-def read_start(folder: Path, digest: str) -> State:
-    """Read the state that `write_start` wrote. Sizes are checked before contents are read; no code is executed.
+def read_trained(folder: Path, digest: str) -> State:
+    """Read the state that `write_trained` wrote. Sizes are checked before contents are read; no code is executed.
 
     Args:
         folder: of the Selection.
@@ -46,9 +46,9 @@ def read_start(folder: Path, digest: str) -> State:
             raise CheckpointError(f"{VALUES} holds {type(values).__name__}, not names and values")
         state = State(values, StoredTensors(folder / TENSORS).load())
     except (OSError, ValueError, RecursionError, SafetensorError, MemoryError, CheckpointError) as error:
-        raise SelectionError(f"the start of the run in {folder} cannot be read: {error}") from error
+        raise SelectionError(f"the trained run in {folder} cannot be read: {error}") from error
     if state.digest != digest:
         raise SelectionError(
-            f"the start of the run in {folder} is not the one that the selection was saved with: its hash differs"
+            f"the trained run in {folder} is not the one that the selection was saved with: its hash differs"
         )
     return state
