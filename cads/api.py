@@ -23,7 +23,7 @@ from cads.task import Task
 from cads.training import final
 from cads.training.final import TrainedModel
 
-DEFAULT_METHOD = "cads-s"
+DEFAULT_METHOD = "cads"
 
 
 def plan(

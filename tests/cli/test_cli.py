@@ -118,7 +118,7 @@ class TestRuns:
         status, printed, _ = cads("select", "--print_config")
         assert status == 0
         whole = yaml.safe_load(printed)
-        for section, kind in (("task", VisionConfig), ("train", TrainConfig), ("options", selector_class("cads-s"))):
+        for section, kind in (("task", VisionConfig), ("train", TrainConfig), ("options", selector_class("cads"))):
             assert set(whole[section]) == {f.name for f in fields(kind)}
 
     @pytest.mark.parametrize(
@@ -147,11 +147,11 @@ class TestRuns:
         assert Selection.load(tmp_path / "b").target_fraction == 0.5
 
     def test_options_without_a_method_are_those_of_the_default(self, cads, config, tmp_path):
-        Path(config).write_text(CONFIG.replace("method: random", "options: {allowance: 0.5, guard: false}"))
+        Path(config).write_text(CONFIG.replace("method: random", "options: {granularity: source}"))
         assert cads("select", config, "--out", tmp_path / "run")[0] == 0
         written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-        assert written["method"] == "cads-s"
-        assert (written["options"]["allowance"], written["options"]["guard"]) == (0.5, False)
+        assert written["method"] == "cads"
+        assert written["options"]["granularity"] == "source"
 
     def test_sources_as_a_flag(self, cads, config, tmp_path):
         flags = ("--task.sources", "[{name: one, size: 20}, {name: two, transform: invert}]", "--method", "full")
@@ -219,7 +219,7 @@ class TestHelp:
 
     def test_the_docstrings_are_what_is_shown(self, cads):
         shown = " ".join(cads("select", "--help")[1].split())
-        for text in ("Examples a step.", "mlp: hidden units.", "Return the full pool unless the choice beat it"):
+        for text in ("Examples a step.", "mlp: hidden units.", "What has a probability of its own"):
             assert text in shown
 
     def test_commands_are_listed(self, cads):

@@ -118,7 +118,8 @@ class CadsExamples(Search):
                 else bool(np.isfinite(delta_objective[1]))
             )
             best, improvement = (candidates[1], -float(delta_objective[1])) if is_better else (full_pool, 0.0)
-            inner.learn(best.flops)
+            # As planned: the probabilities of the best candidate were computed, whether or not it is kept.
+            inner.learn(candidates[min(1, len(candidates) - 1)].flops)
             probability = best.probability()
             watch_penalty(monitor, signals, probability, rung_index)
             watch_sources(monitor, task.pool, probability, rung_index)

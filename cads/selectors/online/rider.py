@@ -31,6 +31,8 @@ DRAWN_TOGETHER = 256
 """Rows that are drawn together, with the probabilities of that moment: drawing costs more than a small model's step."""
 TARGET_MEMORY = 64
 """Rows of the target over which that mean reaches back."""
+ALIKE = 0.5
+"""Sources of at least this weight, the largest being 1, are like the target."""
 NUMBERS = ("rows", "windows", "target_rows", "target_owed", "known")
 """Counters that are part of the state."""
 
@@ -45,6 +47,7 @@ class OnlineRider(Rider):
         excess: the signal so far.
         odds: of the labels, or None if all examples of a source count alike.
         by_source: whether sources get weights of their own.
+        on_target: whether the target is trained on; if not, a model of it has told sources apart, for good.
         batch_size: examples in a step.
         constants: of the run.
         course: of the probabilities; it is added to.
@@ -65,6 +68,7 @@ class OnlineRider(Rider):
         excess: SourceExcess,
         odds: LabelOdds | None,
         by_source: bool,
+        on_target: bool,
         batch_size: int,
         constants: OnlineConstants,
         course: Course,
@@ -74,7 +78,8 @@ class OnlineRider(Rider):
         self.excess, self.odds, self.course = excess, odds, course
         self.weights = np.full(len(pool), np.nan, dtype=np.float32)
         self._targets, self._strata, self._target_stream = target, strata, target_stream
-        self._by_source, self._constants, self._seed = by_source, constants, seed
+        self._by_source, self._on_target = by_source, on_target
+        self._constants, self._seed = constants, seed
         self._cells = strata.cells(pool, seed)
         self._masses = self._cells.mass.reshape(strata.n_sources, strata.n_groups)
         self._learning_rows = constants.learning_passes * len(pool)
@@ -115,6 +120,8 @@ class OnlineRider(Rider):
     @property
     def target_share(self) -> float:
         """The share of the target in a batch."""
+        if not self._on_target:
+            return 0.0
         return target_share(len(self._targets), self.n_effective, self._constants.most_target)
 
     def cell_shares(self) -> np.ndarray:
@@ -153,13 +160,14 @@ class OnlineRider(Rider):
         """See `Rider`."""
         pool_rows, _ = self._drawn
         pool_losses, target_losses = losses[: len(pool_rows)], losses[len(pool_rows) :]
-        judges = self._judges
-        target_losses = target_losses[np.isfinite(target_losses)]
-        if len(target_losses):
+        judges, finite = self._judges, np.isfinite(pool_losses)
+        # Without the target in its batches, a model shows what it knows on the sources that are like it.
+        alike = self._source_weights[self._strata.sources[pool_rows]] >= ALIKE
+        shown = target_losses[np.isfinite(target_losses)] if self._on_target else pool_losses[finite & alike]
+        if len(shown):
             known = self._numbers["known"]
-            kept = np.exp(-len(target_losses) / TARGET_MEMORY) if known else 0.0
-            self._numbers["known"] = float(kept * known + (1 - kept) * np.exp(-target_losses).mean())
-        finite = np.isfinite(pool_losses)
+            kept = np.exp(-len(shown) / TARGET_MEMORY) if known else 0.0
+            self._numbers["known"] = float(kept * known + (1 - kept) * np.exp(-shown).mean())
         if self._numbers["rows"] < self._learning_rows:
             self._learn(pool_rows[finite], pool_losses[finite], judges)
         self._numbers["rows"] += len(pool_rows)
@@ -173,8 +181,9 @@ class OnlineRider(Rider):
 
     def fingerprint(self) -> str:
         """See `Rider`."""
-        values = [self.batch_size, self._seed, self.odds is None, self._by_source, self._numbers["target_rows"]]
-        digest = hashlib.sha256(f"{values} {self._constants}".encode())
+        values = [self.batch_size, self._seed, self.odds is None, self._by_source, self._on_target]
+        start = int(self._numbers["target_rows"])
+        digest = hashlib.sha256(f"{values} {start} {self._constants}".encode())
         first = self._target_stream.take(0, self.batch_size)
         for x in (self._masses, self._strata.group_shares, self.excess.state(), first):
             digest.update(np.ascontiguousarray(x).tobytes())
@@ -217,7 +226,7 @@ class OnlineRider(Rider):
 
     def _learn(self, rows: np.ndarray, losses: np.ndarray, judges: bool) -> None:
         sources = self._strata.sources[rows]
-        if self._by_source and not self._constants.drop:
+        if self._by_source and self._on_target and not self._constants.drop:
             self.excess.add(losses, sources, self._strata.groups[rows], 1 / self.source_weights[sources])
         if self.odds is not None and judges:
             weights = self.odds.weights(sources, losses)

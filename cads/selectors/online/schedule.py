@@ -19,6 +19,7 @@ class OnlineConstants:
         most_first: largest share of the budget for them.
         least_known: effective passes without which the model cannot judge the pool: then all sources weigh the same.
         least_first: passes over the target that they may take, whatever their share.
+        most_steering: largest share of the budget for a model of the target that steers and is not the final one.
         probes: most examples of each source whose losses are measured after the first phase.
         most_probing: largest share of the budget for measuring them.
         sharpness: kappa of the tilt of source weights. most_excess: largest difference of the signal that counts.
@@ -33,6 +34,7 @@ class OnlineConstants:
     most_first: float
     least_known: float
     least_first: float
+    most_steering: float
     probes: int
     most_probing: float
     sharpness: float
@@ -49,6 +51,7 @@ FROM_SCRATCH = OnlineConstants(
     most_first=0.75,
     least_known=1.5,
     least_first=0,
+    most_steering=0.04,
     probes=8,
     most_probing=0.03,
     sharpness=4,
@@ -65,6 +68,7 @@ PRETRAINED = OnlineConstants(
     most_first=0.5,
     least_known=1.5,
     least_first=3,
+    most_steering=0.04,
     probes=16,
     most_probing=0.03,
     sharpness=2,

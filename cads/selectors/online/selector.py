@@ -10,7 +10,7 @@ trained twice: one run, one budget, which covers everything.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -26,9 +26,10 @@ from cads.monitor import Monitor
 from cads.policies.label_odds import LabelOdds
 from cads.runtime.checkpoint import State
 from cads.scoring.pool_scores import reading_flops
-from cads.search.inner_costs import PlannedInnerLoop
+from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
 from cads.search.inner_runs import InnerLoop
-from cads.search.stages import ScorePool
+from cads.search.source_order import in_name_order
+from cads.search.stages import FitTarget, ScorePool
 from cads.seeding import derive
 from cads.selection import Selection
 from cads.selectors.online.course import Course
@@ -58,6 +59,9 @@ class Cads:
     granularity: Granularity = "example"
     """What has a probability of its own: each `source`, each `group` that is free (such as classes), or each `example`
     beside its source."""
+    train_on_target: bool = True
+    """Train on the target too. If not, the target steers alone, as published: a model of it, for 4 % of the budget at
+    most, tells sources apart, and the final model sees the pool only."""
 
     method: ClassVar[str] = "cads"
 
@@ -65,17 +69,27 @@ class Cads:
         if self.granularity not in get_args(Granularity):
             raise ConfigError(f"granularity = {self.granularity!r}: choose from {list(get_args(Granularity))}")
 
+    def constants(self, task: Task) -> OnlineConstants:
+        """The constants of a run on a task."""
+        return PRETRAINED if task.pretrained else FROM_SCRATCH
+
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge to "select": the probes. All else is the training itself."""
         self._check(task)
         costs = PlannedInnerLoop(task, budget.flops(task))
         total = costs.ledger.left
         check_step(task, total)
-        constants = constants_of(task)
-        if _first_phase(task, constants, total).judges:
-            per_source = probes_per_source(task, constants, total)
-            for stage in _probe_stages(constants) if per_source else ():
-                costs.charge(ScorePool(per_source * source_count(task.pool), stage))
+        constants = self.constants(task)
+        per_source = probes_per_source(task, constants, total)
+        if self.train_on_target:
+            judges = _first_phase(task, constants, total).judges
+        else:
+            theta = steering_flops(costs, constants, total)
+            judges = bool(theta and per_source)
+            if judges:
+                costs.charge(FitTarget(theta))
+        for stage in _probe_stages(constants) if judges and per_source else ():
+            costs.charge(ScorePool(per_source * source_count(task.pool), stage))
         return costs.ledger
 
     def select(
@@ -89,13 +103,13 @@ class Cads:
         self._check(task)
         check_step(task, budget.flops(task))
         run_ledger = Ledger(limit=budget.flops(task))
-        run = _OnlineRun(self, InnerLoop(task, run_ledger, monitor or Monitor()), seed)
+        run = _OnlineRun(self, InnerLoop(in_name_order(task), run_ledger, monitor or Monitor()), seed)
         try:
             fit = run.train()
         finally:
             ledger.merge(run_ledger)
         fields = {"method": self.method, "seed": seed, "budget": budget, "ledger": ledger, "config": asdict(self)}
-        return run.selection(fit, fields)
+        return replace(run.selection(fit, fields), pool_hash=task.pool.content_hash)
 
     def _check(self, task: Task) -> None:
         """Refuse a pool without sources if sources are what is chosen.
@@ -115,7 +129,7 @@ class _OnlineRun:
     def __init__(self, selector: Cads, inner: InnerLoop, seed: int) -> None:
         self._selector, self._inner, self._seed = selector, inner, seed
         self._task = task = inner.task
-        self._constants = constants_of(task)
+        self._constants = selector.constants(task)
         self._total = inner.ledger.left
         self._target_stream = balanced_stream(
             by_id(task.target), task.groups(task.target), derive(seed, "target order")
@@ -125,22 +139,30 @@ class _OnlineRun:
     def train(self) -> TrainResult:
         """The whole run."""
         task, inner, constants = self._task, self._inner, self._constants
+        on_target = self._selector.train_on_target
         first = _first_phase(task, constants, self._total)
-        probes = self._probes(first)
+        theta = 0.0 if on_target else steering_flops(inner, constants, self._total)
+        probes = self._probes(judges=first.judges if on_target else theta > 0)
         before = np.zeros(len(probes))
         if constants.drop and len(probes):
             before = inner.losses(task.model(self._model_seed), probes, stage=FIRST_PROBE)
-        probing = reading_flops(task.costs.forward, task.pool, probes) if len(probes) else 0.0
-        horizon = inner.ledger.left - probing
-        fit = self._train_on_target(first, horizon)
-        if fit is not None and float(fit.flops[-1]) + self._step_flops > horizon:
-            return fit
+        fit, steering = None, None
+        if on_target:
+            probing = reading_flops(task.costs.forward, task.pool, probes) if len(probes) else 0.0
+            horizon = inner.ledger.left - probing
+            fit = self._train_on_target(first, horizon)
+            if fit is not None and float(fit.flops[-1]) + self._step_flops > horizon:
+                return fit
+        elif len(probes):
+            steering = inner.fit_target(theta, seed=derive(self._seed, "theta"), stage="theta")
         strata = Strata.of(task)
         excess = SourceExcess(strata.n_sources, strata.n_groups, MEMORY)
         if len(probes):
-            model = task.model(self._model_seed) if fit is None else fit.models[0]
+            model = steering or (task.model(self._model_seed) if fit is None else fit.models[0])
             signal = inner.losses(model, probes, stage=PROBE) - before
             excess.add(signal, strata.sources[probes], strata.groups[probes], np.ones(len(probes)))
+        if not on_target:
+            horizon = inner.ledger.left
         return self._train_on_both(strata, excess, fit, horizon, by_source=bool(len(probes)))
 
     def selection(self, fit: TrainResult, fields: dict[str, Any]) -> Selection:
@@ -177,10 +199,10 @@ class _OnlineRun:
         batch_size = self._task.recipe.batch_size
         return batch_size * self._task.costs.per_usage(self._task.target, batch_size)
 
-    def _probes(self, first: FirstPhase) -> np.ndarray:
-        """Positions whose losses tell sources apart after the first phase; empty if there is nothing to tell."""
+    def _probes(self, *, judges: bool) -> np.ndarray:
+        """Positions whose losses tell sources apart; empty if there is nothing to tell, or no model that can."""
         # A model that does not know the target yet cannot tell sources apart, and asking it costs 0.5 points.
-        per_source = probes_per_source(self._task, self._constants, self._total) if first.judges else 0
+        per_source = probes_per_source(self._task, self._constants, self._total) if judges else 0
         if not per_source:
             return np.empty(0, dtype=np.int64)
         return np.concatenate(draw_by_source(self._task.pool, per_source, derive(self._seed, "probe")))
@@ -220,6 +242,7 @@ class _OnlineRun:
             excess=excess,
             odds=None if guess is None else LabelOdds(strata.n_sources, guess, MEMORY),
             by_source=by_source,
+            on_target=self._selector.train_on_target,
             batch_size=batch_size,
             constants=self._constants,
             course=Course(self._inner.monitor, task.pool.source_names, sizes, n_steps, steps),
@@ -227,7 +250,7 @@ class _OnlineRun:
         )
         end = horizon
         if self._constants.stop_passes is not None:
-            kept = len(task.target) + self._rider.n_effective
+            kept = self._rider.n_effective + (len(task.target) if self._selector.train_on_target else 0)
             end = min(horizon, spent + self._constants.stop_passes * kept * usage)
         planned = horizon if end < horizon else None
         start = None if fit is None else fit.state
@@ -244,9 +267,10 @@ def finished(state: State) -> State:
     return State(state.values, tensors)
 
 
-def constants_of(task: Task) -> OnlineConstants:
-    """The constants of a task."""
-    return PRETRAINED if task.pretrained else FROM_SCRATCH
+def steering_flops(costs: InnerLoopCosts, constants: OnlineConstants, total: float) -> float:
+    """For a model of the target that steers: as many passes as the first phase would take; 0 if that buys no step."""
+    flops = costs.target_flops(constants.most_steering, constants.first_passes, total)
+    return flops if flops >= costs.target_step_flops else 0.0
 
 
 def probes_per_source(task: Task, constants: OnlineConstants, total: float) -> int:

@@ -16,7 +16,7 @@ from cads.errors import BudgetError, ConfigError, DataError
 from cads.registry import build_selector
 from cads.selection import Selection
 from cads.selectors.online.course import Course
-from cads.selectors.online.selector import constants_of
+from cads.selectors.online.selector import Cads
 from cads.training.final import train
 from tests.conftest import Rows
 from tests.support.killed_runs import resumed
@@ -65,14 +65,15 @@ class TestOneBudget:
         counted=st.booleans(),
         pretrained=st.booleans(),
         hidden=st.booleans(),
+        on_target=st.booleans(),
     )
-    def test_it_covers_everything(self, features, epochs, granularity, counted, pretrained, hidden):
+    def test_it_covers_everything(self, features, epochs, granularity, counted, pretrained, hidden, on_target):
         task = labelled(features(batch_size=8, n=80), pretrained)
         if hidden:
             task.pool = Pool(task.pool.ids, task.pool.examples)
             granularity = "example"
         budget = Budget(epochs, "epochs", count_selection=counted)
-        ledger, selector = Ledger(), build_selector("cads", {"granularity": granularity})
+        ledger, selector = Ledger(), build_selector("cads", {"granularity": granularity, "train_on_target": on_target})
         selection = selector.select(task, budget, seed=0, ledger=ledger)
         total = budget.flops(task)
         spent = ledger.total(SELECT).flops + ledger.total(TRAIN).flops
@@ -203,6 +204,22 @@ class TestWhatIsLearned:
         )
         assert choose(task, 6)[0].shares["source 0"] < 0.1
 
+    def test_the_target_may_steer_alone(self, features):
+        """As published: no example of the target is trained on, and yet sources with more noise get less."""
+        task = labelled(features(batch_size=8, n=800, learning_rate=0.02))
+        drawn = []
+        batch = task.target.batch
+        task.target = copy.copy(task.target)
+        task.target.batch = lambda positions: drawn.append(len(positions)) or batch(positions)
+        selection, ledger = choose(task, 8, train_on_target=False)
+        assert selection.target_fraction == 0
+        steering = ledger.entries[SELECT, "theta"]
+        assert sum(drawn) <= steering.usages + 8 + 60
+        assert ledger.total(SELECT).flops <= 0.08 * ledger.total().flops
+        shares = list(selection.shares.values())
+        assert shares == sorted(shares, reverse=True)
+        assert shares[0] > 2 * shares[-1]
+
     def test_probabilities_move_while_it_trains(self, task):
         course = choose(task)[0].notes["course"]
         assert len(course["step"]) > 3
@@ -222,7 +239,7 @@ class TestWhatIsLearned:
         _, ledger = choose(task, 100)
         usages = ledger.total(TRAIN).usages
         assert usages <= 8 * (80 + 60) + 8 * 60
-        assert constants_of(task).stop_passes == 8
+        assert Cads().constants(task).stop_passes == 8
 
 
 class Recorder:

@@ -1,0 +1,81 @@
+"""The comparison of `cads` with what is free: it is run small, goes on where it was, and reports what it measured."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.online import main, methods, world_named
+from experiments.online_report import ABLATIONS, FREE, HIDDEN, ONLINE, SHOWN, Cells
+
+WORLD = """
+task:
+  dataset: digits
+  hidden: 16
+  sources:
+    - {name: clean, size: 100}
+    - {name: noisy, size: 100, label_noise: 0.8}
+train: {batch_size: 16, learning_rate: 0.005}
+"""
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("online")
+    (folder / "two.yaml").write_text(WORLD)
+    arguments = ["--out", str(folder), "--worlds", str(folder / "two.yaml"), "--targets", "60", "--seeds", "0", "1"]
+    main([*arguments, "--passes", "4"])
+    return folder, arguments
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
+
+
+def test_every_method_is_there_at_equal_total_cost(out):
+    folder, _ = out
+    found = rows(folder)
+    names = {m.name for m in methods(["clean", "noisy"])}
+    assert {row["key"][4] for row in found} == names
+    assert set(SHOWN) | set(ABLATIONS) <= names
+    for row in found:
+        if "error" not in row:
+            assert row["select"] + row["train"] <= row["budget"] * (1 + 1e-9)
+
+
+def test_it_goes_on_where_it_was(out):
+    folder, arguments = out
+    before = (folder / "cells.jsonl").read_text()
+    main([*arguments, "--passes", "4"])
+    assert (folder / "cells.jsonl").read_text() == before
+    main([*arguments, "--passes", "1", "4", "--methods", "full"])
+    added = rows(folder)[len(before.splitlines()) :]
+    assert {(row["key"][2], row["key"][4]) for row in added} == {(1.0, "full"), (1.0, "full, balanced")}
+
+
+def test_the_report_says_what_was_measured(out):
+    folder, arguments = out
+    main([*arguments, "--results", str(folder / "online.md")])
+    text = (folder / "online.md").read_text()
+    cells = Cells.read(folder / "cells.jsonl")
+    place = ("two", 60, 4.0)
+    assert cells.complete() == [place]
+    best = cells.best(place)
+    assert np.mean(list(cells.accuracy[place][best].values())) == max(
+        np.mean(list(values.values()))
+        for m, values in cells.accuracy[place].items()
+        if not m.startswith(("cads", "joint by"))
+    )
+    mean, _ = cells.difference(place, ONLINE, best)
+    assert f"| **{ONLINE}** | {mean:+.2f} |" in text
+    assert f"| {HIDDEN} |" in text
+    assert all(f"| {name} |" in text for name in FREE)
+    assert (folder / "online.png").stat().st_size > 1000
+
+
+def test_the_world_of_compare_vision_is_that_of_its_config():
+    world = world_named("compare-vision")
+    assert [source.size for source in world.task.sources] == [5500] * 5
+    assert world.train.batch_size == 128
