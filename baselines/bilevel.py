@@ -4,6 +4,9 @@
 
 theta_C(m) is the model trained on mask m for the training budget C, and s are the policy's probabilities. CADS is
 measured against this search: it assumes and approximates nothing, but spends K C in each outer step.
+
+The recipe of PBCS is that of its authors' code (github.com/x-zho14/Probabilistic-Bilevel-Coreset-Selection): the
+gradient is clipped, Adam's rate falls along a cosine, and the largest expected size falls to the one that is wanted.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from baselines.search.adam import Adam
 from baselines.search.source_search import RungSearch, kept, train_draws
 from cads.errors import ConfigError
 from cads.estimators.score_function import Baseline, direct
+from cads.policies.annealing import annealed_size, cosine
 from cads.policies.base import Policy
 from cads.policies.bernoulli import BernoulliPolicy
 from cads.policies.simplex import project_capped_simplex
@@ -31,8 +35,14 @@ from cads.seeding import derive
 
 RATE = 5e-2
 """Adam's learning rate for s, from the PBCS recipe."""
+CLIP_NORM = 3.0
+"""Largest norm of a gradient, from the PBCS recipe."""
+START = 0.5
+"""Each probability at the start."""
 SCORE_FLOPS = 6
 """FLOPs per entry of a mask: 4 for its score, 2 to weight and sum it."""
+CLIP_FLOPS = 3
+"""FLOPs per source: square, sum, scale."""
 OVERSAMPLING = 64
 """Masks drawn for each one needed, since empty masks are dropped."""
 
@@ -46,7 +56,7 @@ class Bilevel(RungSearch):
     share: float = 1.0
     """Share of C for which each mask is trained."""
     cap: float | None = None
-    """Largest expected number of sources, sum(s); null for no limit."""
+    """Largest expected number of sources, sum(s), at the end; it falls from half of them. Null for no limit."""
     baseline: Baseline = "loo"
     """Subtracted from each value: the mean of the other values ("loo"), of all values ("mean"), or nothing ("none")."""
 
@@ -76,15 +86,16 @@ class Bilevel(RungSearch):
         return [Rung(self.share, flops, 1.0, self.draws)] * steps
 
     def learning(self, space: SearchSpace, runs: int) -> float:
-        """FLOPs of a score-function gradient and a step of Adam."""
-        return float(len(space.sizes) * (SCORE_FLOPS * self.draws + ADAM_FLOPS))
+        """FLOPs of a score-function gradient, its clipping and a step of Adam."""
+        return float(len(space.sizes) * (SCORE_FLOPS * self.draws + CLIP_FLOPS + ADAM_FLOPS))
 
     def choose(self, inner: InnerLoop, space: SearchSpace, train_flops: float, seed: int) -> tuple[np.ndarray, Policy]:
         """Take outer steps from s = 1/2, then keep the sources with s > 1/2, and at least the likeliest source."""
         n = len(space.sizes)
-        initial = project_capped_simplex(np.full(n, 0.5), n if self.cap is None else self.cap)
-        policy, adam = BernoulliPolicy(initial, cap=self.cap), Adam(n)
-        for step, rung in enumerate(self.rungs(inner, space, train_flops)):
+        policy, adam = BernoulliPolicy(np.full(n, START)), Adam(n)
+        rungs = self.rungs(inner, space, train_flops)
+        for step, rung in enumerate(rungs):
+            progress = step / len(rungs)
             rng = np.random.default_rng(derive(seed, "masks", step))
             masks = nonempty(policy.sample(OVERSAMPLING * self.draws, rng))[: self.draws]
             # If s is so low that almost all masks are empty, masks of the likeliest source alone fill the gap.
@@ -93,8 +104,23 @@ class Bilevel(RungSearch):
             runs = train_draws(inner, space, masks.astype(np.float64), rung, derive(seed, "outer", step), rung.stage)
             values, finite = runs.objective, np.isfinite(runs.objective)
             values = np.where(finite, values, values[finite].max())
-            policy.step(adam(direct(values, policy.score(masks), self.baseline)), RATE)
+            gradient = clipped(direct(values, policy.score(masks), self.baseline))
+            policy.cap = self._cap_at(progress, n)
+            policy.step(adam(gradient), RATE * cosine(progress))
             inner.learn(self.learning(space, self.draws))
             inner.monitor.scalar("outer/objective", float(np.mean(values)), step)
             inner.monitor.probabilities(space.pool.source_names, policy.probabilities, step)
+        if self.cap is not None:
+            # With few outer steps the last of them comes before the end of the annealing.
+            policy = BernoulliPolicy(project_capped_simplex(policy.probabilities, self.cap), cap=self.cap)
         return kept(policy.probabilities), policy
+
+    def _cap_at(self, progress: float, n: int) -> float | None:
+        """The largest expected size at a share `progress` of the outer steps; None: no limit."""
+        return None if self.cap is None else annealed_size(max(self.cap, START * n), self.cap, progress)
+
+
+def clipped(gradient: np.ndarray) -> np.ndarray:
+    """The gradient with a norm of at most `CLIP_NORM`."""
+    norm = float(np.linalg.norm(gradient))
+    return gradient * (CLIP_NORM / norm) if norm > CLIP_NORM else gradient

@@ -2,8 +2,9 @@
 
     min_{w, theta} max_u  L_val(theta) + alpha ( L_tr(theta; p) - L_tr(u; p) ),   p = softmax(w)
 
-This is ScaleBiO (Pan et al., ACL 2025, arXiv 2406.19976); l* is the training loss within reach of the budget. The
-reference model u is trained on draws from p. The target model theta is trained on the target and on draws from p in
+This is ScaleBiO (Pan et al., ACL 2025, arXiv 2406.19976); l* is the training loss within reach of the budget. Each
+model trains once, with one warm-up, one optimizer and one decay, while the weights move after each round. The reference
+model u is trained on draws from p. The target model theta is trained on the target and on draws from p in
 the proportion 1 : alpha. The weights follow `d/dw_s = alpha p_s ( g_s - sum_j p_j g_j )`, where
 g_s = l_s(theta) - l_s(u) and l_s is the mean loss in source s.
 """
@@ -16,11 +17,11 @@ from typing import ClassVar
 
 import numpy as np
 from scipy.special import softmax
-from torch import nn
 
 from baselines.search.adam import FLOPS as ADAM_FLOPS
 from baselines.search.adam import Adam
 from baselines.search.source_search import SourceSearch
+from cads.accounting.ledger import ROUNDING
 from cads.data.streams import WeightedStream
 from cads.data.token_batches import by_id
 from cads.errors import ConfigError, NotAffordableError
@@ -33,6 +34,7 @@ from cads.search.inner_runs import InnerLoop
 from cads.search.space import SIGMA, MixtureSpace, SearchSpace
 from cads.search.stages import FitTarget, ScorePool, Stages, UpdatePolicy
 from cads.seeding import derive
+from cads.training.result import TrainResult
 
 RATE = 0.2
 """Adam's learning rate for w: over the default rounds a source can gain or lose a factor of exp(4) on another."""
@@ -78,27 +80,30 @@ class LivePenalty(SourceSearch):
         max_flops = self._model_flops(inner, space, train_flops)
         assert space.pool.sources is not None
         logits, adam, visited = np.log(space.full), Adam(len(space.sizes)), by_id(space.pool)
-        u: nn.Module | None = None
-        theta: nn.Module | None = None
+        fits: dict[str, TrainResult] = {}
+        # A round has whole steps: the learning rate is at its end with the last of them.
+        horizon = self.rounds * int(max_flops / inner.step_flops * ROUNDING) * inner.step_flops
         for round_index in range(self.rounds):
             p = softmax(logits)
             weights = space.weights(p[None])[0][space.pool.sources[visited]]
-            models = []
             probes = _probes(space, derive(seed, "probes", round_index))
             flops = min(
                 max_flops, self._remaining_model_flops(inner, space, train_flops, self.rounds - round_index, probes)
             )
-            for name, model, target_fraction in (("u", u, 0.0), ("theta", theta, 1 / (1 + self.alpha))):
-                fit_seed = derive(seed, name, round_index)
-                stream = WeightedStream(weights, fit_seed, visited)
-                models.append(
-                    inner.fit_target(
-                        flops, seed=fit_seed, stage=name, model=model, stream=stream, target_fraction=target_fraction
-                    )
+            for name, target_fraction in (("u", 0.0), ("theta", 1 / (1 + self.alpha))):
+                order = derive(seed, name)
+                fits[name] = inner.fit_on(
+                    flops,
+                    horizon=horizon,
+                    before=fits.get(name),
+                    seed=order,
+                    stage=name,
+                    stream=WeightedStream(weights, order, visited),
+                    target_fraction=target_fraction,
                 )
-            u, theta = models
             source_codes = space.pool.sources[probes]
-            gaps = inner.losses(theta, probes, stage="losses of theta") - inner.losses(u, probes, stage="losses of u")
+            losses = {name: inner.losses(fits[name].models[0], probes, stage=f"losses of {name}") for name in fits}
+            gaps = losses["theta"] - losses["u"]
             gap = np.bincount(source_codes, weights=gaps) / np.bincount(source_codes)
             logits = logits - RATE * adam(weight_gradient(logits, gap, self.alpha))
             inner.learn(self._weight_update_flops(space))

@@ -21,16 +21,18 @@ FLOOR = 1e-6
 """Smallest loss (nats) whose logarithm is taken."""
 
 
-def extrapolate(flops: np.ndarray, losses: np.ndarray, budget: float) -> np.ndarray:
+def extrapolate(flops: np.ndarray, losses: np.ndarray, budget: float, skipped: float = SKIPPED) -> np.ndarray:
     """l*_C, the training loss within reach of budget C, from trials: `log l = a + b log c`, by least squares.
 
     Each curve is continued to C along its line, which never rises: a loss that rises is noise. The line is fitted to
-    the steps with a finite loss after the first `SKIPPED` of the curve.
+    the steps with a finite loss after the first `skipped` of the curve. The learning rate should be that of a run of C:
+    where it falls to 0 at the end of the trial the loss falls with it, and the line would continue that.
 
     Args:
         flops: compute after each step, shape (T,).
         losses: batch losses, nats, shape (T, K).
         budget: C, in FLOPs.
+        skipped: share of the curve that is left out, such as its warm-up.
 
     Returns:
         nats, shape (K,). NaN where the trial diverged: fewer than two losses to fit are finite, or none of the last.
@@ -40,7 +42,7 @@ def extrapolate(flops: np.ndarray, losses: np.ndarray, budget: float) -> np.ndar
     """
     if len(flops) < 2:
         raise ConfigError(f"a curve of {len(flops)} steps cannot be extrapolated: it needs at least two")
-    start = min(int(SKIPPED * len(flops)), len(flops) - 2)
+    start = min(int(skipped * len(flops)), len(flops) - 2)
     x, y = np.log(flops[start:]), np.log(np.maximum(losses[start:], FLOOR))
     finite = np.isfinite(y)
     y[~finite] = np.nan

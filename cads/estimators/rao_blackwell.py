@@ -86,6 +86,28 @@ def rao_blackwell_leading(values: ArrayLike, s: ArrayLike, weights: ArrayLike | 
     return a * (losses - (a * inclusion) @ losses / total) / total
 
 
+def rao_blackwell_draws(values: ArrayLike, total: float) -> Floats:
+    """`rao_blackwell_leading` at each of B examples that were drawn in proportion to s: shape (B,), nats.
+
+    It is (l_k - mean_{j != k} l_j) / sum(s), which needs the losses of the draws alone. The other draws have the mean
+    R = sum(s l) / sum(s): given that draw k is example i, the expectation is the leading order at i, without bias.
+
+    Args:
+        values: l, the loss of each draw, shape (B,), nats.
+        total: sum(s), the expected size.
+
+    Raises:
+        ConfigError: if a number is not finite, there are fewer than 2 draws, or the expected size is not above 0.
+    """
+    losses = finite_array("values", values, 1)
+    if losses.size < 2:
+        raise ConfigError("the mean over the other draws needs at least 2 draws, got 1")
+    if not (np.isfinite(total) and total > 0):
+        raise ConfigError(f"the expected size must be finite and above 0, got {total}")
+    # l_k - mean_{j != k} l_j = B/(B - 1) (l_k - mean l).
+    return (losses - losses.mean()) * (losses.size / (losses.size - 1)) / total
+
+
 def _mean_and_gradient(
     values: ArrayLike, s: ArrayLike, weights: ArrayLike | None, empty: float
 ) -> tuple[float, Floats]:

@@ -52,6 +52,25 @@ def project(point: Floats, k: float) -> Floats:
     return np.clip(point, 0.0, 1.0, out=point)
 
 
+def project_to_sum(s: ArrayLike, k: float) -> Floats:
+    """Euclidean projection onto {0 <= x <= 1, sum x = k}: x = clip(s - tau, 0, 1).
+
+    Args:
+        s: shape (N,), finite.
+        k: the sum, from 0 to N.
+
+    Raises:
+        ConfigError: as `project_capped_simplex`, or if k exceeds N.
+    """
+    point = finite_array("s", s)
+    check_cap(k)
+    if k > point.size:
+        raise ConfigError(f"{point.size} probabilities cannot sum to {k}")
+    # The sum is fixed, so adding a constant does not change the projection. With the smallest entry at 1 the entries
+    # would be clipped to a sum of N: sum <= k binds, and the projection onto it is that onto sum = k.
+    return project(point - point.min() + 1.0, k)
+
+
 def _threshold(s: Floats, k: float) -> float:
     """Root of sum clip(s - tau, 0, 1) = k in tau, 0 < k < N: piecewise linear and non-increasing in tau.
 

@@ -28,6 +28,7 @@ from cads.training.learners import SingleLearner
 from cads.training.loop import TrainingRun
 from cads.training.precision import autocast
 from cads.training.result import TrainResult, stack_results
+from cads.training.run_state import RunSegment
 from cads.training.trainer import Trainer
 
 BY_EXAMPLE = "by_example"
@@ -112,6 +113,7 @@ class InnerLoop(InnerLoopCosts):
         stage: str,
         reference: ObjectiveValue | None = None,
         keep: int | None = None,
+        horizon: float | None = None,
     ) -> InnerRuns:
         """Train one replica per stream for `flops` each, all from the same initial weights, and measure them.
 
@@ -122,17 +124,18 @@ class InnerLoop(InnerLoopCosts):
             reference: the objective from which `stderr` takes the difference; None for that of the first run.
             keep: number of the first models that the result holds. None: the model of a single run, and none of
                 several, of which only the measurements are compared.
+            horizon: FLOPs over which the learning rate is scheduled, if it shall not fall to its end with these runs.
         """
-        count = len(streams)
+        count, segment = len(streams), RunSegment(horizon=horizon)
         keep = int(count == 1) if keep is None else keep
         self.n_trials += count
         draws = BatchStream(self.task.pool, streams, self.task.recipe.batch_size)
         models = [self.task.model(seed)]
         if self.trainer.batches(models[0], count):
-            fit, measurements = self._run_batched(models, draws, flops, seed, stage)
+            fit, measurements = self._run_batched(models, draws, flops, seed, stage, segment)
             fit.models = fit.models[:keep]
         else:
-            fit, measurements = self._run_one_by_one(models, draws, flops, seed, stage, keep)
+            fit, measurements = self._run_one_by_one(models, draws, flops, seed, stage, keep, segment)
         found = [m for m in measurements if m is not None]
         objective, standard_errors = np.full(count, np.nan), np.zeros(count)
         for k, measurement in enumerate(measurements):
@@ -144,15 +147,22 @@ class InnerLoop(InnerLoopCosts):
         )
 
     def _run_batched(
-        self, models: list[nn.Module], draws: BatchStream, flops: float, seed: int, stage: str
+        self, models: list[nn.Module], draws: BatchStream, flops: float, seed: int, stage: str, segment: RunSegment
     ) -> tuple[TrainResult, list[ObjectiveValue | None]]:
         """Train all replicas, of which `models` has the first, as one model; see `_run_one_by_one`."""
         models += [self.task.model(seed) for _ in draws.streams[1:]]
-        fit = self.trainer.fit_replicas(models, draws, flops, seed=seed, phase=SELECT, stage=stage)
+        fit = self.trainer.fit_replicas(models, draws, flops, seed=seed, phase=SELECT, stage=stage, segment=segment)
         return fit, self._measure(fit.models, fit.diverged, stage)
 
     def _run_one_by_one(
-        self, models: list[nn.Module], draws: BatchStream, flops: float, seed: int, stage: str, keep: int
+        self,
+        models: list[nn.Module],
+        draws: BatchStream,
+        flops: float,
+        seed: int,
+        stage: str,
+        keep: int,
+        segment: RunSegment,
     ) -> tuple[TrainResult, list[ObjectiveValue | None]]:
         """Train and measure as many replicas at a time as there are processes; only these are in memory.
 
@@ -173,7 +183,7 @@ class InnerLoop(InnerLoopCosts):
             wave = draws.for_streams(*draws.streams[start : start + size])
             models += [self.task.model(seed) for _ in range(wave.replicas - len(models))]
             run_wave = self._run_sharded if sharded else self._run_wave
-            new, measured = run_wave(models, wave, flops, seed, stage)
+            new, measured = run_wave(models, wave, flops, seed, stage, segment)
             fits += [None if fit is None else replace(fit, models=[]) for fit in new]
             measurements += measured
             kept += models[: max(0, keep - start)]
@@ -183,18 +193,32 @@ class InnerLoop(InnerLoopCosts):
         return stack_results(kept, fits), measurements
 
     def _run_sharded(
-        self, models: Sequence[nn.Module], draws: BatchStream, flops: float, seed: int, stage: str
+        self,
+        models: Sequence[nn.Module],
+        draws: BatchStream,
+        flops: float,
+        seed: int,
+        stage: str,
+        segment: RunSegment,
     ) -> tuple[list[TrainResult | None], list[ObjectiveValue | None]]:
         """Train and measure one replica, of which each process holds a part."""
-        fits = self.trainer.fit_one_by_one(models, draws, flops, seed=seed, phase=SELECT, stage=stage)
+        fits = self.trainer.fit_one_by_one(models, draws, flops, seed=seed, phase=SELECT, stage=stage, segment=segment)
         return fits, self._measure(models, np.array([fit is None for fit in fits]), stage)
 
     def _run_wave(
-        self, models: Sequence[nn.Module], draws: BatchStream, flops: float, seed: int, stage: str
+        self,
+        models: Sequence[nn.Module],
+        draws: BatchStream,
+        flops: float,
+        seed: int,
+        stage: str,
+        segment: RunSegment,
     ) -> tuple[list[TrainResult | None], list[ObjectiveValue | None]]:
         """Train and measure at most as many replicas as there are processes."""
         runs = [
-            self.trainer.prepare(SingleLearner(self.task, model), draws.for_streams(stream), flops, seed, SELECT, stage)
+            self.trainer.prepare(
+                SingleLearner(self.task, model), draws.for_streams(stream), flops, seed, SELECT, stage, segment
+            )
             for model, stream in zip(models, draws.streams, strict=True)
         ]
         fits: list[TrainResult | None] = []
@@ -363,6 +387,38 @@ class InnerLoop(InnerLoopCosts):
         start = self.task.model(seed) if model is None else model
         fit = self.trainer.fit(start, draws, flops, seed=seed, phase=SELECT, stage=stage)
         return fit.models[0]
+
+    def fit_on(
+        self,
+        flops: float,
+        *,
+        horizon: float,
+        before: TrainResult | None,
+        seed: int,
+        stage: str,
+        stream: Stream,
+        target_fraction: float,
+    ) -> TrainResult:
+        """Go on with a run for `flops` on other draws: its step, optimizer and learning rate stay as they were.
+
+        Args:
+            horizon: FLOPs of the whole run, over which the learning rate is scheduled.
+            before: what the run has done so far; None to begin it.
+            seed: of the run: of its weights, and of the order of the target. The same in all calls.
+            stream, target_fraction: as for `fit_target`.
+        """
+        draws = BatchStream(
+            self.task.pool,
+            [stream],
+            self.task.recipe.batch_size,
+            target=self.fitted,
+            target_fraction=target_fraction,
+            seed=seed,
+        )
+        model = self.task.model(seed) if before is None else before.models[0]
+        spent, start = (0.0, None) if before is None else (float(before.flops[-1]), before.state)
+        segment = RunSegment(start=start, horizon=horizon, keep=True)
+        return self.trainer.fit(model, draws, spent + flops, seed=seed, phase=SELECT, stage=stage, segment=segment)
 
 
 def _split(state: State) -> tuple[State, State | None]:

@@ -55,6 +55,7 @@ def run_rung(
     seed: int,
     rung_index: int,
     reference_run: InnerRuns | None = None,
+    horizon: float | None = None,
 ) -> InnerRuns:
     """Train each draw on the rung's share of the pool; see `run_streams`.
 
@@ -63,11 +64,18 @@ def run_rung(
     pool = inner.task.pool
     positions = in_id_order(pool, subsample(pool, rung.data_fraction, derive(seed, "subsample")))
     order = derive(seed, "rung", rung_index)
-    return run_streams(inner, [space.stream(draw, positions, order) for draw in draws], rung, order, reference_run)
+    return run_streams(
+        inner, [space.stream(draw, positions, order) for draw in draws], rung, order, reference_run, horizon
+    )
 
 
 def run_streams(
-    inner: InnerLoop, streams: Sequence[Stream], rung: Rung, order: int, reference_run: InnerRuns | None = None
+    inner: InnerLoop,
+    streams: Sequence[Stream],
+    rung: Rung,
+    order: int,
+    reference_run: InnerRuns | None = None,
+    horizon: float | None = None,
 ) -> InnerRuns:
     """Train one model on each stream, all from the same weights and with the same dropout.
 
@@ -75,6 +83,7 @@ def run_streams(
         streams: the first is that of the full pool.
         order: seed of weights and dropout.
         reference_run: the trial on the first stream, if it has been run before.
+        horizon: see `InnerLoop.run`.
 
     Raises:
         DataError: if the trial on the full pool, to which all others are compared, has no finite objective.
@@ -83,7 +92,7 @@ def run_streams(
         streams = streams[1:]
     objective = None if reference_run is None else reference_run.reference
     keep = None if reference_run is None else 0
-    runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage, reference=objective, keep=keep)
+    runs = inner.run(streams, rung.flops, seed=order, stage=rung.stage, reference=objective, keep=keep, horizon=horizon)
     if reference_run is not None:
         runs = reference_run.followed_by(runs)
     check_reference(float(runs.objective[0]), rung.stage)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,8 @@ MOST_SKIPPED = 20
 """Batches in a row that a run or its scaler skips before the run fails: then the fault is not in single batches."""
 
 
+Walk = Generator[torch.optim.Optimizer, None, State]
+"""A training run that waits after each step; see `TrainingLoop.walk`."""
 PATCHED_STEPS = ("_optimizer_original_step_method", "_optimizer_patched_step_method")
 """Attributes in which accelerate's wrapper of an optimizer keeps the methods that it exchanges."""
 
@@ -139,13 +143,37 @@ class TrainingLoop:
 
         Raises: as `fit`.
         """
+        return self.sharding(run, lambda: self._steps(run, progress))()
+
+    def sharding(self, run: TrainingRun, train: Callable[[], State]) -> Callable[[], State]:
+        """`train`, which takes steps of `run`; while it does, the model is sharded, if the recipe asks for it."""
         if not self._shards:
-            return self._steps(run, progress)
+            return train
         from cads.training.fsdp import divided
 
-        return divided(self.task, run.train_state, self.accelerator.device, lambda: self._steps(run, progress))
+        return lambda: divided(self.task, run.train_state, self.accelerator.device, train)
 
     def _steps(self, run: TrainingRun, progress: StepReporter) -> State:
+        walk = self.walk(run, progress.restored)
+        with closing(walk):
+            try:
+                while True:
+                    progress.step(partial(run.train_state.state, next(walk), everywhere=False))
+            except StopIteration as end:
+                state: State = end.value
+                return state
+
+    def walk(self, run: TrainingRun, restored: State | None) -> Walk:
+        """Train from `restored`, if any, a step at a time, until the next one would exceed the budget.
+
+        Yields:
+            after each step: the optimizer. While it waits, another run may take a step.
+
+        Returns:
+            the state at the end.
+
+        Raises: as `fit`.
+        """
         train_state, recipe = run.train_state, self.task.recipe
         train_state.is_current = True
         torch_optimizer = _optimizer(recipe, train_state.learner, scaled=train_state.scaler is not None)
@@ -158,9 +186,9 @@ class TrainingLoop:
         train_state.learner.train()
         if run.segment.start is not None:
             train_state.resume_from(run.segment.start, torch_optimizer)
-        if progress.restored is not None:
-            train_state.restore(progress.restored, torch_optimizer)
-        seconds_before, start_time = train_state.seconds, time.perf_counter()
+        if restored is not None:
+            train_state.restore(restored, torch_optimizer)
+        clock = time.perf_counter()
         try:
             with self.monitor.progress(run.stage, run.flops) as advance, torch.random.fork_rng():
                 _replay_progress(run, recipe, advance)
@@ -172,14 +200,15 @@ class TrainingLoop:
                     if train_state.failure is not None:
                         break
                     advance(train_state.total, train_state.mean_loss(-1), rate)
-                    train_state.seconds = seconds_before + time.perf_counter() - start_time
-                    progress.step(lambda: train_state.state(torch_optimizer, everywhere=False))
+                    train_state.seconds += time.perf_counter() - clock
+                    yield torch_optimizer
+                    clock = time.perf_counter()
+                train_state.seconds += time.perf_counter() - clock
         finally:
             # accelerate keeps references to all that it has prepared.
             self.accelerator._models.clear()
             self.accelerator._optimizers.clear()
             _unwrap(train_state.learner, torch_optimizer, wrapped)
-            train_state.seconds = seconds_before + time.perf_counter() - start_time
         if not train_state.steps and train_state.failure is None:
             raise BudgetError(
                 f"{run.phase}/{stage_label(run.stage)}: {run.flops:.4g} FLOPs do not buy one step of "

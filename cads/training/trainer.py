@@ -81,25 +81,44 @@ class Trainer(TrainingLoop):
         return TrainResult([model], losses, spent, train_state.diverged, seconds, train_state.skipped)
 
     def fit_replicas(
-        self, models: Sequence[nn.Module], draws: BatchStream, flops: float, *, seed: int, phase: str, stage: str
+        self,
+        models: Sequence[nn.Module],
+        draws: BatchStream,
+        flops: float,
+        *,
+        seed: int,
+        phase: str,
+        stage: str,
+        segment: RunSegment = FULL_RUN,
     ) -> TrainResult:
         """Train K models, each on its own stream of `draws`, each for at most `flops`.
 
         Dense models train as one batched model (`torch.func`). Other models train one after another, as do all models
         if the loss is scaled. Both ways give the same losses to 1e-5. A replica that diverges is marked, and does not
         affect the others.
+
+        Args:
+            segment: the first one of each run, which sets the horizon of its learning rate.
         """
         flops = min(flops, self.ledger.left / len(models))
         if self.batches(models[0], len(models)):
-            run = self.prepare(StackedReplicas(self.task, models), draws, flops, seed, phase, stage)
+            run = self.prepare(StackedReplicas(self.task, models), draws, flops, seed, phase, stage, segment)
             return train_stacked_chunks(self, models, run) if self._distributed else self._run(run)
-        fits = self.fit_one_by_one(models, draws, flops, seed=seed, phase=phase, stage=stage)
+        fits = self.fit_one_by_one(models, draws, flops, seed=seed, phase=phase, stage=stage, segment=segment)
         return stack_results(list(models), fits)
 
     def fit_one_by_one(
-        self, models: Sequence[nn.Module], draws: BatchStream, flops: float, *, seed: int, phase: str, stage: str
+        self,
+        models: Sequence[nn.Module],
+        draws: BatchStream,
+        flops: float,
+        *,
+        seed: int,
+        phase: str,
+        stage: str,
+        segment: RunSegment = FULL_RUN,
     ) -> list[TrainResult | None]:
-        """Train K models for at most `flops` each, one after another, or one on each process.
+        """Train K models for at most `flops` each, one after another, or one on each process; see `fit_replicas`.
 
         Returns:
             the result of each; None where it met a loss that is not finite.
@@ -107,14 +126,14 @@ class Trainer(TrainingLoop):
         replica_draws = [draws.for_streams(stream) for stream in draws.streams]
         if self._distributed:
             runs = [
-                self.prepare(SingleLearner(self.task, model), draws_of_one, flops, seed, phase, stage)
+                self.prepare(SingleLearner(self.task, model), draws_of_one, flops, seed, phase, stage, segment)
                 for model, draws_of_one in zip(models, replica_draws, strict=True)
             ]
             return train_one_per_rank(self, runs)
         fits: list[TrainResult | None] = []
         for model, draws_of_one in zip(models, replica_draws, strict=True):
             try:
-                fits.append(self.fit(model, draws_of_one, flops, seed=seed, phase=phase, stage=stage))
+                fits.append(self.fit(model, draws_of_one, flops, seed=seed, phase=phase, stage=stage, segment=segment))
             except NonFiniteError:
                 fits.append(None)
         return fits

@@ -41,7 +41,7 @@ UNCHANGED = (
     *("warm-up", "fine-tuning", "scores", "embeddings", "similarities", "clusters", "index and scores", "projections"),
     *("gradients", "target gradients", "pool gradients"),
     *("holdout model", "holdout losses", "pool model", "pool losses"),
-    *("timed", "replicas", "truth"),
+    *("timed", "replicas", "truth", "probe", "probe of the initial model"),
 )
 CALLS = {
     **dict.fromkeys(("charge", "timed", "FitTarget", "ScorePool", "Trials", "check_reference"), 1),

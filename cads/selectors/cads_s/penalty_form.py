@@ -3,34 +3,35 @@
     min_s min_theta  E_m [ L_val(theta) + alpha ( L_tr(theta; m) - l*_C(m) ) ]
 
 theta, the target model, takes ordinary training steps on the target and on draws from the policy, in the proportion
-1 : alpha. The policy moves along `alpha E[ (R(m) - l*_C(m)) grad log p(m; s) ]`. R is the loss of theta on the mask m,
-and l*_C the training loss within reach of the budget C. No objective of a trained model is measured, so that a
-misleading penalty goes unnoticed: `cads-s` is the selector to use.
+1 : alpha. It trains once, with one warm-up, one optimizer and one decay, while the policy moves after each round along
+`alpha E[ (R(m) - l*_C(m)) grad log p(m; s) ]`. R is the loss of theta on the mask m, and l*_C the training loss within
+reach of the budget C. No objective of a trained model is measured, so that a misleading penalty goes unnoticed:
+`cads-s` is the selector to use. `docs/published.md` says what of this the abstract states.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
-from torch import nn
 
 from cads.accounting.budget import Budget, check_step
-from cads.accounting.ledger import Ledger, PlannedLedger
+from cads.accounting.ledger import ROUNDING, Ledger, PlannedLedger
 from cads.accounting.operations import source_policy_flops
 from cads.data.streams import WeightedStream
 from cads.data.token_batches import by_id
 from cads.errors import ConfigError, NotAffordableError
 from cads.estimators.design import distinct
-from cads.estimators.loss_curves import extrapolate
+from cads.estimators.loss_curves import SKIPPED, extrapolate
 from cads.estimators.reachable_loss import ReachableLossModel, mean_over_sources
 from cads.estimators.score_function import penalty
 from cads.monitor import Monitor
-from cads.policies.bernoulli import BernoulliPolicy
+from cads.policies.base import Policy
+from cads.policies.mixture import MixturePolicy
 from cads.search.allowance import BudgetSplit
 from cads.search.base import ONE_SOURCE, has_one_source
 from cads.search.choice import Choice
@@ -38,25 +39,32 @@ from cads.search.fidelity import Rung
 from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
 from cads.search.inner_runs import InnerLoop
 from cads.search.rungs import run_rung
-from cads.search.source_choice import nonempty, source_choice
+from cads.search.source_choice import nonempty, source_choice, source_marginals
 from cads.search.source_order import in_name_order
-from cads.search.space import SubsetSpace
+from cads.search.space import MixtureSpace, SearchSpace, SubsetSpace
 from cads.search.stages import FitTarget, ScorePool, Stages, Trials, UpdatePolicy
 from cads.seeding import derive
 from cads.selection import Selection
 from cads.selectors.cads_s.target_risk import mean_losses, probe_positions, probing_flops
 from cads.task import Task
+from cads.training.result import TrainResult
 
 log = logging.getLogger(__name__)
 
 SHORT = 1 / 8
-"""Share of C, and of each source, of the trials from which l* is fitted or extrapolated."""
+"""Share of C of the trials from which l* is fitted or extrapolated; where it is fitted, of each source too."""
+LATEST_WARMUP = 0.5
+"""Largest share of a curve that the extrapolation leaves out since the learning rate still rises there."""
 THETA_SHARE = 0.5
 """theta is trained for this share of C in all rounds together."""
+SMALLEST_WEIGHT = 1e-9
+"""Of an example in the draws of theta, so that some example always has a weight."""
 POLICY_STEPS, POLICY_STEP = 20, 0.05
 """Steps of the policy in each round, and their length in the largest probability."""
 
 Reach = Literal["fitted", "extrapolated", "exact"]
+PolicyName = Literal["bernoulli", "mixture"]
+SPACES: dict[str, type[SearchSpace]] = {"bernoulli": SubsetSpace, "mixture": MixtureSpace}
 NOTHING = "the budget does not cover the trials of the penalty: the full pool is returned"
 
 
@@ -66,9 +74,14 @@ class PenalizedSources:
 
     alpha: float = 0.1
     """Weight of the penalty."""
-    reach: Reach = "fitted"
-    """The training loss within reach: what trials reach, that extrapolated to the budget, or what runs for all of it
-    reach."""
+    first_alpha: float | None = None
+    """Its weight in the first round, from which it grows or falls to alpha by the same factor in each; null: alpha."""
+    policy: PolicyName = "bernoulli"
+    """Subsets of the sources ("bernoulli"), or their ratios, by truncated Gaussians ("mixture")."""
+    reach: Reach = "extrapolated"
+    """The training loss within reach: the curves of trials, whose learning rate is that of a run of the whole budget,
+    continued to it ("extrapolated"); what trials on a part of data and budget reach ("fitted"); or what runs of the
+    whole budget reach ("exact")."""
     masks: int = 8
     """Masks that are tried for the training loss within reach, which is then fitted over all masks."""
     rounds: int = 5
@@ -81,11 +94,15 @@ class PenalizedSources:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigError(f"alpha = {self.alpha}: it must be positive and finite")
+        if self.first_alpha is not None and not (math.isfinite(self.first_alpha) and self.first_alpha > 0):
+            raise ConfigError(f"first_alpha = {self.first_alpha}: it must be positive and finite, or null")
         for name, minimum in (("masks", 1), ("rounds", 1), ("draws", 2)):
             if getattr(self, name) < minimum:
                 raise ConfigError(f"{name} = {getattr(self, name)}: it must be at least {minimum}")
         if self.reach not in get_args(Reach):
             raise ConfigError(f"reach = {self.reach!r}: choose from {list(get_args(Reach))}")
+        if self.policy not in get_args(PolicyName):
+            raise ConfigError(f"policy = {self.policy!r}: choose from {list(get_args(PolicyName))}")
 
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
@@ -103,13 +120,16 @@ class PenalizedSources:
 
     def _search(self, task: Task, split: BudgetSplit, seed: int, ledger: Ledger, monitor: Monitor) -> Choice:
         selection_ledger = Ledger(limit=split.selection_flops)
-        inner, space = InnerLoop(task, selection_ledger, monitor), SubsetSpace(task.pool)
+        inner, space = InnerLoop(task, selection_ledger, monitor), SPACES[self.policy](task.pool)
         try:
             policy = self._alternate(inner, space, split.train_flops, seed)
         finally:
             ledger.merge(selection_ledger)
-        mask = policy.probabilities > 0.5
-        mask[np.argmax(policy.probabilities)] = True
+        marginals = source_marginals(policy)
+        if isinstance(policy, MixturePolicy):
+            return source_choice(space, marginals, policy, {})
+        mask = marginals > 0.5
+        mask[np.argmax(marginals)] = True
         return source_choice(space, mask.astype(np.float64), policy, {})
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
@@ -125,8 +145,9 @@ class PenalizedSources:
 
     def stages(self, costs: InnerLoopCosts, train_flops: float) -> Stages:
         """Trials for l*, then the target model, R and the policy in turn; see `cads.search.stages`."""
-        space = SubsetSpace(costs.task.pool)
-        yield Trials(Rung(self._share, self._share * train_flops, self._share, min(self.masks, space.count)))
+        space = SPACES[self.policy](costs.task.pool)
+        data = self._share if self.reach == "fitted" else 1.0
+        yield Trials(Rung(self._share, self._share * train_flops, data, self._n_trials(space)))
         positions = probe_positions(space)
         for _ in range(self.rounds):
             yield FitTarget(THETA_SHARE * train_flops / self.rounds)
@@ -144,16 +165,18 @@ class PenalizedSources:
         """
         total = budget.flops(task)
         check_step(task, total)
-        batch_size, from_target = task.recipe.batch_size, round(task.recipe.batch_size / (1 + self.alpha))
-        if not 0 < from_target < batch_size:
+        batch_size = task.recipe.batch_size
+        for name, alpha in (("alpha", self.alpha), ("first_alpha", self.alpha_of(0))):
+            if 0 < (from_target := round(batch_size / (1 + alpha))) < batch_size:
+                continue
             raise ConfigError(
-                f"alpha = {self.alpha}: of a batch of {batch_size} the target model would take {from_target} examples "
-                "from the target, and it needs some from the pool too: choose an alpha nearer to 1, or raise batch_size"
+                f"{name} = {alpha}: of a batch of {batch_size} the target model would take {from_target} examples "
+                "from the target, and it needs some from the pool too: choose one nearer to 1, or raise batch_size"
             )
-        costs, space = InnerLoopCosts(task, Ledger()), SubsetSpace(in_name_order(task).pool)
+        costs, space = InnerLoopCosts(task, Ledger()), SPACES[self.policy](in_name_order(task).pool)
         if has_one_source(task.pool):
             raise NotAffordableError(ONE_SOURCE)
-        n_trials = min(self.masks, space.count)
+        n_trials = self._n_trials(space)
         share = n_trials * self._share + THETA_SHARE
         round_flops = probing_flops(costs, probe_positions(space)) + self._update_flops(space)
         fixed = n_trials * costs.measuring_flops + self.rounds * round_flops
@@ -168,87 +191,129 @@ class PenalizedSources:
     def _share(self) -> float:
         return 1.0 if self.reach == "exact" else SHORT
 
-    def _update_flops(self, space: SubsetSpace) -> float:
+    def alpha_of(self, round_index: int) -> float:
+        """The weight of the penalty in a round: geometric from `first_alpha` in the first to `alpha` in the last."""
+        if self.first_alpha is None or self.rounds == 1:
+            return self.alpha
+        return float(self.first_alpha * (self.alpha / self.first_alpha) ** (round_index / (self.rounds - 1)))
+
+    def _n_trials(self, space: SearchSpace) -> int:
+        return self.masks if space.count is None else min(self.masks, space.count)
+
+    def _update_flops(self, space: SearchSpace) -> float:
         return source_policy_flops(len(space.sizes), space.n_features, self.draws, self.masks, POLICY_STEPS)
 
-    def _alternate(self, inner: InnerLoop, space: SubsetSpace, train_flops: float, seed: int) -> BernoulliPolicy:
+    def _alternate(self, inner: InnerLoop, space: SearchSpace, train_flops: float, seed: int) -> Policy:
         """Fit l* to trials. Then train the target model and move the policy along the penalty, `rounds` times."""
-        task, visited = inner.task, by_id(inner.task.pool)
-        policy = BernoulliPolicy(np.full(len(space.sizes), 0.5))
+        policy, order = space.policy(), derive(seed, "theta")
         reach: ReachableLossModel | None = None
-        theta: nn.Module | None = None
+        theta: TrainResult | None = None
         round_index = 0
         for stage in self.stages(inner, train_flops):
             match stage:
                 case Trials(rung):
                     reach = self._reach(inner, space, rung, train_flops, seed)
                 case FitTarget(flops, name):
-                    order = derive(seed, "theta", round_index)
-                    weights = np.maximum(policy.probabilities, 1e-9)[task.pool.sources]
-                    theta = inner.fit_target(
+                    # A round has whole steps: the learning rate is at its end with the last of them.
+                    steps = max(1, int(flops / inner.step_flops * ROUNDING))
+                    theta = inner.fit_on(
                         flops,
+                        horizon=self.rounds * steps * inner.step_flops,
+                        before=theta,
                         seed=order,
                         stage=name,
-                        model=theta,
-                        stream=WeightedStream(weights[visited], order, visited),
-                        target_fraction=1 / (1 + self.alpha),
+                        stream=policy_stream(space, policy, order),
+                        target_fraction=1 / (1 + self.alpha_of(round_index)),
                     )
                 case ScorePool(positions=positions) if theta is not None:
-                    risks = mean_losses(inner, positions, theta)
+                    risks = mean_losses(inner, positions, theta.models[0])
                 case UpdatePolicy(flops) if reach is not None:
                     seeds = [derive(seed, "policy", round_index, step) for step in range(POLICY_STEPS)]
-                    self._descend(policy, reach, risks, space, seeds)
+                    self._descend(policy, reach, risks, space, seeds, self.alpha_of(round_index))
                     inner.learn(flops)
                     self._watch(inner.monitor, space, policy, risks, reach, round_index)
                     round_index += 1
         return policy
 
     def _reach(
-        self, inner: InnerLoop, space: SubsetSpace, rung: Rung, train_flops: float, seed: int
+        self, inner: InnerLoop, space: SearchSpace, rung: Rung, train_flops: float, seed: int
     ) -> ReachableLossModel:
-        """l* as a function of masks, fitted to trials on some masks."""
+        """l* as a function of draws, fitted to trials on some of them."""
         rng = np.random.default_rng(derive(seed, "masks"))
         sampled = nonempty(space.policy().sample(64 * rung.n_trials, rng)).astype(np.float64)
-        masks = distinct([space.full, *sampled])[: rung.n_trials]
-        runs = run_rung(inner, space, masks, rung, seed, 0)
+        draws = distinct([space.full, *sampled])[: rung.n_trials]
+        # The learning rate of a trial whose curve is continued is that of a run of C, which falls later.
+        horizon = train_flops if self.reach == "extrapolated" else None
+        runs = run_rung(inner, space, draws, rung, seed, 0, horizon=horizon)
         train_loss = runs.final_train_loss
         if self.reach == "extrapolated":
-            train_loss = extrapolate(runs.flops, runs.losses, train_flops)
-        return ReachableLossModel(masks, train_loss, space.sizes)
+            warm_up = min(LATEST_WARMUP, inner.task.recipe.warmup / self._share)
+            train_loss = extrapolate(runs.flops, runs.losses, train_flops, max(SKIPPED, warm_up))
+        return ReachableLossModel(space.weights(draws), train_loss, space.sizes)
 
     def _descend(
         self,
-        policy: BernoulliPolicy,
+        policy: Policy,
         reach: ReachableLossModel,
         risks: np.ndarray,
-        space: SubsetSpace,
+        space: SearchSpace,
         seeds: Sequence[int],
+        alpha: float,
     ) -> None:
         """Steps of the policy along the penalty's gradient, one per seed; `risks` holds R of each source, nats."""
         for seed in seeds:
-            masks = policy.sample(self.draws, np.random.default_rng(seed))
-            masks = masks[masks.any(axis=1)]
-            if len(masks) < 2:
+            draws = nonempty(policy.sample(self.draws, np.random.default_rng(seed)))
+            if len(draws) < 2:
                 break
-            gradient = penalty(
-                mean_over_sources(masks, space.sizes, risks), reach(masks), policy.score(masks), self.alpha
-            )
+            gradient = penalty_gradient(policy, space, draws, risks, reach, alpha)
             if largest := float(np.abs(gradient).max()):
                 policy.step(gradient / largest, POLICY_STEP)
 
     def _watch(
         self,
         monitor: Monitor,
-        space: SubsetSpace,
-        policy: BernoulliPolicy,
+        space: SearchSpace,
+        policy: Policy,
         risks: np.ndarray,
         reach: ReachableLossModel,
         round_index: int,
     ) -> None:
-        marginals = policy.probabilities[None]
-        risk, reachable_loss = float(mean_over_sources(marginals, space.sizes, risks)[0]), float(reach(marginals)[0])
+        marginals = source_marginals(policy)
+        weights = space.weights(marginals[None])
+        risk, reachable_loss = float(mean_over_sources(weights, space.sizes, risks)[0]), float(reach(weights)[0])
         monitor.scalar("outer/target_model_loss", risk, round_index)
         monitor.scalar("outer/loss_within_reach", reachable_loss, round_index)
         monitor.scalar("outer/gap", risk - reachable_loss, round_index)
         monitor.scalar("outer/entropy", policy.entropy(), round_index)
-        monitor.probabilities(space.pool.source_names, policy.probabilities, round_index)
+        monitor.probabilities(space.pool.source_names, marginals, round_index)
+
+
+def policy_stream(space: SearchSpace, policy: Policy, seed: int) -> WeightedStream:
+    """Draws from the pool, each example by the probability of its source, or by the ratio of its source."""
+    assert space.pool.sources is not None
+    visited = by_id(space.pool)
+    weights = np.maximum(space.weights(source_marginals(policy)[None])[0], SMALLEST_WEIGHT)
+    return WeightedStream(weights[space.pool.sources[visited]], seed, visited)
+
+
+def penalty_gradient(
+    policy: Policy,
+    space: SearchSpace,
+    draws: np.ndarray,
+    risks: np.ndarray,
+    reach: Callable[[np.ndarray], np.ndarray],
+    alpha: float,
+) -> np.ndarray:
+    """The score-function gradient of `alpha E[R(m) - l*(m)]` from draws that each hold a source.
+
+    It is unbiased for the policy under the condition that a draw holds a source: with the mean of the other draws
+    subtracted, the mean of the score under that condition does not count.
+
+    Args:
+        draws: of the policy, shape (K, S). risks: R of each source, nats, shape (S,). reach: l* of weights.
+
+    Returns:
+        shape (S,), nats.
+    """
+    weights = space.weights(draws)
+    return penalty(mean_over_sources(weights, space.sizes, risks), reach(weights), policy.score(draws), alpha)
