@@ -52,11 +52,21 @@ class Course:
     Args:
         monitor: shows the points. names: of the sources; empty without sources.
         sizes: number of examples of each source, shape (S,).
+        group_shares: share of each group (class) in what is drawn from the pool, shape (G,).
         n_steps: expected number of steps. start: number of the first.
     """
 
-    def __init__(self, monitor: Monitor, names: Sequence[str], sizes: np.ndarray, n_steps: int, start: int) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        names: Sequence[str],
+        sizes: np.ndarray,
+        group_shares: np.ndarray,
+        n_steps: int,
+        start: int,
+    ) -> None:
         self._monitor, self._names, self._sizes = monitor, tuple(names), sizes
+        self._group_shares = group_shares
         self._every = max(1, n_steps // CURVE_POINTS)
         self._step = self._start = start
         self._rows: list[np.ndarray] = []
@@ -128,6 +138,8 @@ class Course:
         monitor.scalar("outer/l*", point.reachable_loss, step)
         monitor.scalar("outer/gap", point.training_loss - point.reachable_loss, step)
         monitor.scalar("outer/entropy", float(entr(shares).sum()), step)
+        for group, share in enumerate(self._group_shares.tolist()):
+            monitor.scalar(f"share_of_group/{group}", share, step)
         if self._names:
             monitor.probabilities(self._names, shares, step)
             for name, signal, stderr, wrong in zip(self._names, point.signal, point.stderr, point.wrong, strict=True):

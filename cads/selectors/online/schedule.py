@@ -16,9 +16,7 @@ class OnlineConstants:
     Attributes:
         first_passes: effective passes over the target before the pool is trained on; an effective pass is one at the
             peak learning rate.
-        most_first: largest share of the budget for them.
-        least_known: effective passes without which the model cannot judge the pool: then all sources weigh the same.
-        least_first: passes over the target that they may take, whatever their share.
+        most_first: largest share of the budget for them. If they take more, the target alone is trained on.
         most_steering: largest share of the budget for a model of the target that steers and is not the final one.
         probes: most examples of each source whose losses are measured after the first phase.
         most_probing: largest share of the budget for measuring them.
@@ -32,8 +30,6 @@ class OnlineConstants:
 
     first_passes: float
     most_first: float
-    least_known: float
-    least_first: float
     most_steering: float
     probes: int
     most_probing: float
@@ -49,8 +45,6 @@ class OnlineConstants:
 FROM_SCRATCH = OnlineConstants(
     first_passes=4,
     most_first=0.75,
-    least_known=1.5,
-    least_first=0,
     most_steering=0.04,
     probes=8,
     most_probing=0.03,
@@ -65,9 +59,7 @@ FROM_SCRATCH = OnlineConstants(
 """For models whose weights begin at random."""
 PRETRAINED = OnlineConstants(
     first_passes=3,
-    most_first=0.5,
-    least_known=1.5,
-    least_first=3,
+    most_first=0.75,
     most_steering=0.04,
     probes=16,
     most_probing=0.03,
@@ -83,36 +75,27 @@ PRETRAINED = OnlineConstants(
 the target makes an example easier. They memorise what is repeated."""
 
 
-@dataclass(frozen=True)
-class FirstPhase:
-    """The first phase: its FLOPs, and whether the model knows enough of the target then to judge the pool."""
-
-    flops: float
-    judges: bool
-
-
 def first_phase(
     constants: OnlineConstants, recipe: TrainConfig, *, n_target: int, usage_flops: float, total: float
-) -> FirstPhase:
-    """How long the target alone is trained on: until `sum_t n_t lr_t / lr_peak` is `first_passes` times its size.
+) -> float:
+    """FLOPs for the target alone: until `sum_t n_t lr_t / lr_peak` is `first_passes` times its size.
 
-    Steps at a low rate, such as those of the warm-up, count for as little as they teach.
+    Steps at a low rate, such as those of the warm-up, count for as little as they teach. If that takes more than
+    `most_first` of the budget, it is all of it: the target is not learned well enough yet for anything else to pay.
 
     Args:
         n_target: examples of the target. usage_flops: of training on one of them. total: FLOPs of the run.
     """
+    if not constants.first_passes:
+        return 0.0
     step = recipe.batch_size * usage_flops
-    most = max(constants.most_first * total, constants.least_first * n_target * usage_flops)
-    steps = int(min(most, total) / step)
-    if not steps:
-        return FirstPhase(0.0, judges=False)
+    steps = int(constants.most_first * total / step)
     middles = (np.arange(steps) + 0.5) * step / total
     rates = np.array([recipe.rate(progress) for progress in middles]) / recipe.learning_rate
-    taught = np.cumsum(rates) * recipe.batch_size
-    needed = constants.first_passes * n_target
-    if taught[-1] < needed:
-        return FirstPhase(min(most, total), judges=bool(taught[-1] >= constants.least_known * n_target))
-    return FirstPhase((int(np.searchsorted(taught, needed)) + 1.5) * step, judges=True)
+    taught, needed = np.cumsum(rates) * recipe.batch_size, constants.first_passes * n_target
+    if not steps or taught[-1] < needed:
+        return total
+    return (int(np.searchsorted(taught, needed)) + 1.5) * step
 
 
 def target_share(n_target: int, n_pool: float, most: float) -> float:

@@ -34,7 +34,7 @@ from cads.seeding import derive
 from cads.selection import Selection
 from cads.selectors.online.course import Course
 from cads.selectors.online.rider import MEMORY, OnlineRider
-from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, FirstPhase, OnlineConstants, first_phase
+from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, OnlineConstants, first_phase
 from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import Strata, source_count
 from cads.task import Task
@@ -82,7 +82,7 @@ class Cads:
         constants = self.constants(task)
         per_source = probes_per_source(task, constants, total)
         if self.train_on_target:
-            judges = _first_phase(task, constants, total).judges
+            judges = _first_phase(task, constants, total) < total
         else:
             theta = steering_flops(costs, constants, total)
             judges = bool(theta and per_source)
@@ -142,7 +142,8 @@ class _OnlineRun:
         on_target = self._selector.train_on_target
         first = _first_phase(task, constants, self._total)
         theta = 0.0 if on_target else steering_flops(inner, constants, self._total)
-        probes = self._probes(judges=first.judges if on_target else theta > 0)
+        # A model that does not know the target yet cannot tell sources apart.
+        probes = self._probes(judges=first < self._total if on_target else theta > 0)
         before = np.zeros(len(probes))
         if constants.drop and len(probes):
             before = inner.losses(task.model(self._model_seed), probes, stage=FIRST_PROBE)
@@ -201,18 +202,17 @@ class _OnlineRun:
 
     def _probes(self, *, judges: bool) -> np.ndarray:
         """Positions whose losses tell sources apart; empty if there is nothing to tell, or no model that can."""
-        # A model that does not know the target yet cannot tell sources apart, and asking it costs 0.5 points.
         per_source = probes_per_source(self._task, self._constants, self._total) if judges else 0
         if not per_source:
             return np.empty(0, dtype=np.int64)
         return np.concatenate(draw_by_source(self._task.pool, per_source, derive(self._seed, "probe")))
 
-    def _train_on_target(self, first: FirstPhase, horizon: float) -> TrainResult | None:
-        """The first phase; None if it buys no step. If little more than it is affordable, it takes everything."""
-        if first.flops < self._step_flops:
+    def _train_on_target(self, first: float, horizon: float) -> TrainResult | None:
+        """The first phase of `first` FLOPs; None without one. If little more is affordable, it takes everything."""
+        if not first:
             return None
         self._inner.monitor.status(f"target first: {len(self._task.target):,} examples")
-        flops = horizon if first.flops + self._step_flops > horizon else first.flops
+        flops = horizon if first + self._step_flops > horizon else first
         draws = BatchStream(
             self._task.pool,
             [],
@@ -245,7 +245,7 @@ class _OnlineRun:
             on_target=self._selector.train_on_target,
             batch_size=batch_size,
             constants=self._constants,
-            course=Course(self._inner.monitor, task.pool.source_names, sizes, n_steps, steps),
+            course=Course(self._inner.monitor, task.pool.source_names, sizes, strata.group_shares, n_steps, steps),
             seed=derive(self._seed, "batches"),
         )
         end = horizon
@@ -287,6 +287,6 @@ def _probe_stages(constants: OnlineConstants) -> tuple[str, ...]:
     return (FIRST_PROBE, PROBE) if constants.drop else (PROBE,)
 
 
-def _first_phase(task: Task, constants: OnlineConstants, total: float) -> FirstPhase:
+def _first_phase(task: Task, constants: OnlineConstants, total: float) -> float:
     usage = task.costs.per_usage(task.target, task.recipe.batch_size)
     return first_phase(constants, task.recipe, n_target=len(task.target), usage_flops=usage, total=total)

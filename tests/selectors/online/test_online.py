@@ -228,9 +228,10 @@ class TestWhatIsLearned:
         json.dumps(course)
 
     def test_a_budget_for_the_target_alone(self, features):
-        """A pretrained model that sees its target less than three times trains on nothing else."""
-        task = labelled(features(batch_size=8, n=80), pretrained=True)
-        selection, _ = choose(task, 1)
+        """A target that three quarters of the budget do not teach is all that is trained on."""
+        task = labelled(features(batch_size=8, n=80))
+        selection, ledger = choose(task, 2)
+        assert not ledger.total(SELECT).flops
         assert selection.target_fraction == 1
         assert not selection.selected.any()
 
@@ -275,6 +276,7 @@ class TestWhatIsSeen:
         for s in range(4):
             kinds = ("policy_probability", "signal", "signal_stderr", "wrong_labels")
             assert {f"{kind}/source {s}" for kind in kinds} <= tags
+        assert {f"share_of_group/{g}" for g in range(3)} <= tags
         shares = np.array([[e.value for e in events.Scalars(f"policy_probability/source {s}")] for s in range(4)])
         np.testing.assert_allclose(shares.sum(axis=0), 1, rtol=1e-5)
         steps = [e.step for e in events.Scalars("outer/gap")]
@@ -285,7 +287,7 @@ class TestWhatIsSeen:
         from cads.selectors.online.course import Point
 
         recorder = Recorder()
-        course = Course(recorder, ["clean", "noisy", "junk"], np.array([10, 10, 20]), 10, 0)
+        course = Course(recorder, ["clean", "noisy", "junk"], np.array([10, 10, 20]), np.ones(1), 10, 0)
         zeros = np.zeros(3)
         point = Point(np.array([0.7, 0.28, 0.02]), zeros, zeros, zeros, 0.25, 17.0, 2.0, 1.5)
         course.step(lambda: point)
