@@ -44,8 +44,6 @@ COMPARE_VISION = "compare-vision"
 """The world of `experiments/configs/compare-vision.yaml`: a CNN, 27,500 images."""
 LARGER = 5
 """How many times larger its target is than those of the other worlds."""
-TUNED_ON = ("complementary", "domains")
-"""Worlds on which constants were chosen; the others were looked at, and no constant was chosen on them."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "cells.jsonl"
     if options.results is not None:
-        write_report(path, options.results, tuned_on=TUNED_ON)
+        write_report(path, options.results)
         return
     done = {tuple(json.loads(line)["key"]) for line in path.read_text().splitlines()} if path.exists() else set()
     tasks: dict[tuple[str, int, int], Task] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 
 import torch
 
@@ -28,7 +29,7 @@ def fit_in_turn(trainer: TrainingLoop, runs: Sequence[TrainingRun], n_steps: int
     """
 
     def compute(progress: StepReporter) -> State:
-        train: Callable[[], State] = lambda: _take_turns(trainer, runs, n_steps, progress)  # noqa: E731
+        train: Callable[[], State] = partial(_take_turns, trainer, runs, n_steps, progress)
         for run in runs:
             train = trainer.sharding(run, train)
         try:

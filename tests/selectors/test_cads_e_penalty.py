@@ -231,7 +231,10 @@ class TestRun:
 
     def test_texts_that_were_killed_go_on(self, texts, tmp_path):
         task = texts(batch_size=8, n=160)
-        work = lambda: choose(task, 6)[0]  # noqa: E731
+
+        def work():
+            return choose(task, 6)[0]
+
         assert resumed(tmp_path, work, kills=(20, 31)).content_hash == work().content_hash
 
     @pytest.mark.parametrize("name", ESTIMATORS)

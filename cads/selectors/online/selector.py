@@ -43,7 +43,7 @@ from cads.training.run_state import OPTIMIZER, RIDER, RunSegment
 
 log = logging.getLogger(__name__)
 
-Granularity = Literal["source", "group", "example"]
+Granularity = Literal["source", "example"]
 PROBE, FIRST_PROBE = "probe", "probe of the initial model"
 STAGE = "final model"
 
@@ -57,8 +57,7 @@ class Cads:
     """
 
     granularity: Granularity = "example"
-    """What has a probability of its own: each `source`, each `group` that is free (such as classes), or each `example`
-    beside its source."""
+    """What has a probability of its own: each `source`, or each `example` beside its source."""
     train_on_target: bool = True
     """Train on the target too. If not, the target steers alone, as published: a model of it, for 4 % of the budget at
     most, tells sources apart, and the final model sees the pool only."""
@@ -118,9 +117,7 @@ class Cads:
             DataError: with the remedy.
         """
         if self.granularity == "source" and task.pool.sources is None:
-            raise DataError(
-                f"the {task.pool.name} has no sources: name a source column, or set granularity to group or example"
-            )
+            raise DataError(f"the {task.pool.name} has no sources: name a source column, or set granularity to example")
 
 
 class _OnlineRun:
