@@ -41,10 +41,11 @@ SHOWN = (ONLINE, HIDDEN, *FREE, "random half, balanced", BY_SIZE, "cut 60%", "cu
 """Methods of the first table, in its order."""
 
 CHOSEN = (
-    "Nothing here is held out. The sharpness of the tilt was chosen on complementary and domains, the shares of "
-    "classes on noise and complementary, the length of the first phase on complementary, domains and many. That the "
-    "target alone is trained on where three quarters of the budget do not teach it was decided when all six worlds had been "
-    "seen."
+    "Nothing here is held out. The sharpness of the tilt was chosen on complementary and domains, "
+    "the shares of classes on noise and complementary, "
+    "the length of the first phase on complementary, domains and many. "
+    "That the target alone is trained on where three quarters of the budget do not teach it "
+    "was decided when all six worlds had been seen."
 )
 """On which worlds the constants of `cads` were chosen."""
 
