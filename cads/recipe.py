@@ -42,7 +42,8 @@ class TrainConfig:
     """What happens if a loss or gradient is NaN or infinite. "stop" ends the run before the update. "skip" leaves out
     the update, but charges and counts the batch; replicas then train one by one."""
     workers: int = 0
-    """Worker processes that load data; 0 loads in the training process."""
+    """Worker processes that load data, or threads where the batches follow from the course of the training (`cads`);
+    0 loads in the training process."""
     replicas: Literal["auto", "batched", "loop"] = "auto"
     """How the inner runs of a selector train: as one batched model, or one by one. "auto" batches dense models and
     trains others, and all models in fp16, one by one."""

@@ -34,7 +34,7 @@ from tests.support.noisy_digits import noisy_digits
 
 pytest.register_assert_rewrite("tests.support.forked_processes", "tests.support.killed_runs")
 torch.set_num_threads(1)
-settings.register_profile("same examples every time", derandomize=True)
+settings.register_profile("same examples every time", derandomize=True, deadline=None)
 settings.load_profile("same examples every time")
 
 N_FEATURES, N_CLASSES, N_WORDS, N_TOKENS = 6, 3, 12, 60

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from cads.errors import DataError
@@ -15,7 +17,7 @@ class CellDraws:
     examples in an order that is drawn anew for each of its epochs. Of examples with equal contents in one cell one
     comes in each epoch, in turn.
 
-    Memory: 8 bytes an example (4 if there are no copies and positions are in order).
+    Memory: 8 bytes an example, and 12 more for each one that has a copy.
 
     Args:
         cells: the cell of each example, int in 0..n_cells-1, shape (N,).
@@ -41,8 +43,8 @@ class CellDraws:
         self._members: np.ndarray = by_cell.astype(np.int32 if len(cells) < 2**31 else np.int64)
         sizes = np.bincount(cells, minlength=n_cells)
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
-        self._turns = None if copies is None else _turns(copies, order)
-        counted = None if self._turns is None else 1.0 / self._turns[1]
+        self._copied = Copied.of(np.arange(0) if copies is None else copies, order)
+        counted = 1.0 / self.copies if len(self._copied.positions) else None
         self.mass: np.ndarray = np.bincount(cells, weights=counted, minlength=n_cells).astype(np.float64)
         self._line = self._members.copy()
         self._epochs = np.full(n_cells, -1, dtype=np.int64)
@@ -52,9 +54,11 @@ class CellDraws:
         self._owed = np.random.default_rng((seed, 0)).random(n_cells) - 0.5
 
     @property
-    def copies(self) -> np.ndarray | int:
-        """How many examples have the contents of each, shape (N,), or 1 for all."""
-        return 1 if self._turns is None else self._turns[1]
+    def copies(self) -> np.ndarray:
+        """How many examples have the contents of each, itself included, int32, shape (N,)."""
+        numbers = np.ones(len(self._members), dtype=np.int32)
+        numbers[self._copied.positions] = self._copied.numbers
+        return numbers
 
     def take(self, shares: np.ndarray, count: int) -> np.ndarray:
         """`count` positions, from the cells in proportion to `shares` (shape (n_cells,), >= 0), int64, shape (count,).
@@ -117,25 +121,45 @@ class CellDraws:
         """Lay out the examples of an epoch of a cell."""
         start, end = self._starts[cell], self._starts[cell + 1]
         members = self._members[start:end]
-        if self._turns is not None:
-            ranks, copies = self._turns
-            members = members[(epoch + ranks[members]) % copies[members] == 0]
+        if len(self._copied.positions):
+            members = members[self._copied.has_turn(members, epoch)]
         shuffled = np.random.default_rng((self._seed, 1, cell, epoch)).permutation(members)
         self._line[start : start + len(shuffled)] = shuffled
         self._epochs[cell], self._next[cell], self._ends[cell] = epoch, start, start + len(shuffled)
 
 
-def _turns(copies: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """The rank of each example among its copies, and their number, int32, shape (N,) each; None if there are none."""
-    counts = np.bincount(copies)
-    if counts.max() == 1:
-        return None
-    sorted_rows = order[np.argsort(copies[order], kind="stable")]
-    sizes = counts[copies[sorted_rows]]
-    first = np.concatenate([[True], np.diff(copies[sorted_rows]) != 0])
-    ranks = np.empty(len(copies), dtype=np.int32)
-    starts = np.maximum.accumulate(np.where(first, np.arange(len(copies)), 0))
-    ranks[sorted_rows] = np.arange(len(copies)) - starts
-    numbers = np.empty(len(copies), dtype=np.int32)
-    numbers[sorted_rows] = sizes
-    return ranks, numbers
+@dataclass(frozen=True)
+class Copied:
+    """The examples that have copies.
+
+    Attributes:
+        positions: of these examples, ascending, int32 (int64 in pools of 2**31 examples), shape (M,).
+        ranks: of each among its copies, int32, shape (M,). numbers: of its copies, itself included, int32, shape (M,).
+    """
+
+    positions: np.ndarray
+    ranks: np.ndarray
+    numbers: np.ndarray
+
+    @classmethod
+    def of(cls, codes: np.ndarray, order: np.ndarray) -> Copied:
+        """Those of examples whose contents have `codes` (int64, shape (N,)), ranked in `order` (shape (N,))."""
+        counts = np.bincount(codes)
+        in_order = order[counts[codes[order]] > 1] if len(codes) else order[:0]
+        by_code = in_order[np.argsort(codes[in_order], kind="stable")]
+        first = np.diff(codes[by_code], prepend=-1) != 0
+        starts = np.maximum.accumulate(np.where(first, np.arange(len(by_code)), 0))
+        ranks = np.arange(len(by_code)) - starts
+        ascending = np.argsort(by_code)
+        positions = by_code[ascending]
+        return cls(
+            positions.astype(np.int32 if len(codes) < 2**31 else np.int64),
+            ranks[ascending].astype(np.int32),
+            counts[codes[positions]].astype(np.int32),
+        )
+
+    def has_turn(self, members: np.ndarray, epoch: int) -> np.ndarray:
+        """Which of `members` (positions, shape (m,)) come in an epoch: one of each set of copies; bool, shape (m,)."""
+        at = np.minimum(np.searchsorted(self.positions, members), len(self.positions) - 1)
+        copied = self.positions[at] == members
+        return ~copied | ((epoch + self.ranks[at]) % self.numbers[at] == 0)

@@ -166,8 +166,12 @@ class Pool:
 
     @cached_property
     def content_codes(self) -> np.ndarray:
-        """A code for the content of each example, int64, shape (N,): equal inputs have equal codes."""
-        return self.digests.dictionary_encode().indices.to_numpy().astype(np.int64)
+        """A code for the content of each example, int32, shape (N,): equal inputs have equal codes."""
+        return self.code_contents()
+
+    def code_contents(self) -> np.ndarray:
+        """`content_codes`, which the pool does not keep."""
+        return np.asarray(self.digests.dictionary_encode().indices)
 
     @cached_property
     def content_hash(self) -> str:

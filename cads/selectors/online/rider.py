@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +36,8 @@ TARGET_MEMORY = 64
 """Rows of the target over which that mean reaches back."""
 ALIKE = 0.5
 """Sources of at least this weight, the largest being 1, are like the target."""
+Rows = tuple[np.ndarray, np.ndarray]
+"""Positions in the pool and in the target that one step trains on."""
 NUMBERS = ("rows", "windows", "target_rows", "target_owed", "known")
 """Counters that are part of the state."""
 
@@ -49,12 +54,14 @@ class OnlineRider(Rider):
         by_source: whether sources get weights of their own.
         on_target: whether the target is trained on; if not, a model of it has told sources apart, for good.
         batch_size: examples in a step.
+        workers: threads that load the batches of a window ahead; 0 loads each when it is needed. Bits do not depend
+            on it.
         constants: of the run.
         course: of the probabilities; it is added to.
         seed: of the order of draws.
 
     Attributes:
-        weights: the latest weight of each pool example in a step, float32, shape (N,); NaN before the first.
+        weights: the latest weight of each pool example in a step, float16, shape (N,); NaN before the first.
     """
 
     def __init__(
@@ -70,13 +77,14 @@ class OnlineRider(Rider):
         by_source: bool,
         on_target: bool,
         batch_size: int,
+        workers: int,
         constants: OnlineConstants,
         course: Course,
         seed: int,
     ) -> None:
         super().__init__(pool, batch_size)
         self.excess, self.odds, self.course = excess, odds, course
-        self.weights = np.full(len(pool), np.nan, dtype=np.float32)
+        self.weights = np.full(len(pool), np.nan, dtype=np.float16)
         self._targets, self._strata, self._target_stream = target, strata, target_stream
         self._by_source, self._on_target = by_source, on_target
         self._constants, self._seed = constants, seed
@@ -91,8 +99,10 @@ class OnlineRider(Rider):
             self._window = max(1, min(WINDOW, len(pool) // batch_size))
         self._source_weights = self._new_source_weights()
         self._numbers = dict.fromkeys(NUMBERS, 0.0) | {"target_rows": float(target_start)}
-        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
-        self._drawn: tuple[np.ndarray, np.ndarray] = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+        self._pending: list[Rows] = []
+        self._in_order: Any = ThreadPoolExecutor(workers).map if workers else map
+        self._loaded: Iterator[list[Batch | None]] = iter(())
+        self._drawn: Rows = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
     @property
     def source_weights(self) -> np.ndarray:
@@ -148,13 +158,9 @@ class OnlineRider(Rider):
         """See `Rider`: rows of the pool come before those of the target."""
         if not self._pending:
             self._draw_window()
-        self._drawn = pool_rows, target_rows = self._pending.pop(0)
-        batches = []
-        if len(pool_rows):
-            batches.append(self._weighed(self.pool.batch(pool_rows), self._strata.sources[pool_rows]))
-        if len(target_rows):
-            batches.append(self._weighed(self._targets.batch(target_rows), None))
-        return joined(batches, 1)
+        self._drawn = pool_rows, _ = self._pending.pop(0)
+        pairs = zip(next(self._loaded), (self._strata.sources[pool_rows], None), strict=True)
+        return joined([self._weighed(batch, sources) for batch, sources in pairs if batch is not None], 1)
 
     def observe(self, losses: np.ndarray) -> None:
         """See `Rider`."""
@@ -217,7 +223,7 @@ class OnlineRider(Rider):
         self._source_weights = self._new_source_weights()
         ends = np.cumsum(arrays["pending"])
         pieces = np.split(arrays["pending rows"], ends[:-1]) if len(ends) else []
-        self._pending = list(zip(pieces[::2], pieces[1::2], strict=True))
+        self._begin_window(list(zip(pieces[::2], pieces[1::2], strict=True)))
 
     @property
     def _judges(self) -> bool:
@@ -269,8 +275,17 @@ class OnlineRider(Rider):
             pools = np.split(pool_rows, np.cumsum(n_pool)[:-1])
             targets = np.split(target_rows, np.cumsum(self.batch_size - n_pool)[:-1])
             order = np.random.default_rng((self._seed, int(self._numbers["windows"]))).permutation(count)
-        self._pending = [(pools[k], targets[k]) for k in order]
+        self._begin_window([(pools[k], targets[k]) for k in order])
         self._numbers["windows"] += 1
+
+    def _begin_window(self, pending: list[Rows]) -> None:
+        self._pending = pending
+        self._loaded = iter(self._in_order(self._load, list(pending)))
+
+    def _load(self, rows: Rows) -> list[Batch | None]:
+        """The batch of the pool and that of the target; None where there are no rows."""
+        pools = (self.pool, self._targets)
+        return [pool.batch(positions) if len(positions) else None for pool, positions in zip(pools, rows, strict=True)]
 
     def _point(self, losses: np.ndarray) -> Point:
         """The present state of the outer loop, for its course; `losses` are those of the last pool examples."""

@@ -241,6 +241,7 @@ class _OnlineRun:
             by_source=by_source,
             on_target=self._selector.train_on_target,
             batch_size=batch_size,
+            workers=task.recipe.workers,
             constants=self._constants,
             course=Course(self._inner.monitor, task.pool.source_names, sizes, strata.group_shares, n_steps, steps),
             seed=derive(self._seed, "batches"),

@@ -18,8 +18,9 @@ class Strata:
     """The source and the group of each pool example.
 
     Attributes:
-        sources: code of the source, int, shape (N,); all 0 without sources.
-        groups: code of the group within which losses are compared, int, shape (N,); all 0 without groups.
+        sources: code of the source, int, shape (N,); all 0, and no memory, without sources.
+        groups: code of the group within which losses are compared, shape (N,), of the smallest unsigned type that
+            holds it; all 0 without groups.
         n_sources, n_groups: S and G.
         group_shares: share of each group in what is drawn from the pool, shape (G,): as in the target, see
             `balanced_shares`. A group that the target lacks counts as if it had one example.
@@ -35,7 +36,7 @@ class Strata:
     def of(cls, task: Task) -> Strata:
         """The strata of a task."""
         pool, n_target = task.pool, len(task.target)
-        sources = np.zeros(len(pool), dtype=np.int32) if pool.sources is None else pool.sources
+        sources = np.broadcast_to(np.int32(0), len(pool)) if pool.sources is None else pool.sources
         groups, target_groups = (_groups(task, part) for part in (pool, task.target))
         n_groups = 1 + int(max(groups.max(), target_groups.max()))
         shares = balanced_shares(np.bincount(target_groups, minlength=n_groups))
@@ -48,7 +49,7 @@ class Strata:
     def cells(self, pool: Pool, seed: int) -> CellDraws:
         """Draws from each source and group; cell s G + g is that of source s and group g."""
         codes = self.sources.astype(np.int64) * self.n_groups + self.groups
-        return CellDraws(codes, self.n_sources * self.n_groups, by_id(pool), pool.content_codes, seed)
+        return CellDraws(codes, self.n_sources * self.n_groups, by_id(pool), pool.code_contents(), seed)
 
 
 def source_count(pool: Pool) -> int:
@@ -58,4 +59,6 @@ def source_count(pool: Pool) -> int:
 
 def _groups(task: Task, pool: Pool) -> np.ndarray:
     groups = task.loss_groups(pool)
-    return np.zeros(len(pool), dtype=np.int64) if groups is None else np.asarray(groups, dtype=np.int64)
+    if groups is None:
+        return np.broadcast_to(np.uint8(0), len(pool))
+    return groups.astype(np.min_scalar_type(int(groups.max())))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -12,11 +13,18 @@ from hypothesis import strategies as st
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, TRAIN, Ledger
 from cads.data.pool import Pool
+from cads.data.streams import ShuffledStream
 from cads.errors import BudgetError, ConfigError, DataError
+from cads.monitor import Monitor
+from cads.policies.label_odds import LabelOdds
 from cads.registry import build_selector
 from cads.selection import Selection
 from cads.selectors.online.course import Course
+from cads.selectors.online.rider import OnlineRider
+from cads.selectors.online.schedule import FROM_SCRATCH
 from cads.selectors.online.selector import Cads
+from cads.selectors.online.signal import SourceExcess
+from cads.selectors.online.strata import Strata
 from cads.training.final import train
 from tests.conftest import Rows
 from tests.support.killed_runs import resumed
@@ -172,12 +180,72 @@ class TestTheRun:
             losses.append(selection.trained.tensors["losses"].numpy())
         np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
+    def test_threads_that_load_change_nothing(self, features):
+        loading, hashes = set(), []
+        for workers in (0, 3):
+            task = labelled(features(batch_size=8, n=240, workers=workers))
+            read = task.pool.examples.batch
+
+            def noting(positions, read=read):
+                loading.add(threading.current_thread() is threading.main_thread())
+                return read(positions)
+
+            task.pool.examples.batch = noting
+            hashes.append(choose(task, 6)[0].content_hash)
+        assert hashes[0] == hashes[1]
+        assert loading == {True, False}
+
     def test_saved_and_read_it_trains_to_the_same(self, task, tmp_path):
         selection, _ = choose(task)
         loaded = Selection.load(selection.save(tmp_path / "s"))
         assert loaded.content_hash == selection.content_hash
         budget = Budget(EPOCHS, "epochs")
         assert_same_weights(*(train(task, s, budget, seed=0).model for s in (selection, loaded)))
+
+
+def held(value, pools, seen):
+    """Bytes of the arrays that `value` holds, without those of `pools`."""
+    if id(value) in seen or any(value is pool for pool in pools):
+        return 0
+    seen.add(id(value))
+    if isinstance(value, np.ndarray):
+        owner = value if value.base is None or not isinstance(value.base, np.ndarray) else value.base
+        return 0 if any(owner is pool.sources for pool in pools) else owner.nbytes
+    if isinstance(value, dict):
+        return sum(held(x, pools, seen) for x in value.values())
+    if isinstance(value, list | tuple):
+        return sum(held(x, pools, seen) for x in value)
+    return held(vars(value), pools, seen) if hasattr(value, "__dict__") else 0
+
+
+@pytest.mark.parametrize("sources", [True, False])
+def test_a_rider_holds_twelve_bytes_an_example_at_most(features, sources):
+    """Of a pool without copies, beside what the pool holds itself."""
+    task, n = labelled(features(batch_size=8)), 100_000
+    rng = np.random.default_rng(0)
+    rows, labels = rng.normal(size=(n, 6)).astype(np.float32), rng.integers(0, 3, n)
+    given = (rng.integers(0, 2, n).astype(np.int32), ["a", "b"]) if sources else ()
+    task.pool = Pool([f"{i:06d}" for i in range(n)], Rows(rows, labels, np.full(n, 6)), *given)
+    strata = Strata.of(task)
+    rider = OnlineRider(
+        task.pool,
+        task.target,
+        strata,
+        target_stream=ShuffledStream(np.arange(len(task.target)), 0),
+        target_start=0,
+        excess=SourceExcess(strata.n_sources, strata.n_groups, 100),
+        odds=LabelOdds(strata.n_sources, 1.0, 100),
+        by_source=True,
+        on_target=True,
+        batch_size=8,
+        workers=0,
+        constants=FROM_SCRATCH,
+        course=Course(Monitor(), task.pool.source_names, np.ones(strata.n_sources), strata.group_shares, 10, 0),
+        seed=0,
+    )
+    for step in range(100):
+        rider.observe(np.ones(sum(len(batch) for batch in rider.step(step))))
+    assert n * 5 < held(rider, (task.pool, task.target), set()) <= n * 12 + 100_000
 
 
 class TestWhatIsLearned:
