@@ -57,6 +57,18 @@ class Batch:
         """The batch in page-locked memory (called by `torch.utils.data.DataLoader`)."""
         return self.map(Tensor.pin_memory)
 
+    def take(self, index: Tensor) -> Batch:
+        """The examples at `index` (int64, shape (b,)) of a batch whose examples have equally many tokens."""
+        return self._rows(lambda x: x[index], len(index))
+
+    def part(self, start: int, end: int) -> Batch:
+        """The examples from `start` to before `end`, without a copy; tokens as for `take`."""
+        return self._rows(lambda x: x[start:end], end - start)
+
+    def _rows(self, function: Callable[[Tensor], Tensor], count: int) -> Batch:
+        tokens, answers = (round(n * count / len(self)) for n in (self.tokens, self.answer_tokens))
+        return replace(self.map(function), positions=function(self.positions), tokens=tokens, answer_tokens=answers)
+
     def split(self, parts: int, replicas: int = 1) -> list[Batch]:
         """At most `parts` micro-batches of nearly equal length, for gradient accumulation.
 
@@ -67,14 +79,4 @@ class Batch:
         rows = torch.arange(len(self)).view(replicas, -1)
         columns = np.array_split(np.arange(rows.shape[1]), parts)
         micro_batches = [rows[:, c].flatten() for c in columns if len(c)]
-        return [
-            Batch(
-                inputs={name: x[members] for name, x in self.inputs.items()},
-                labels=self.labels[members],
-                positions=self.positions[members],
-                tokens=round(self.tokens * len(members) / len(self)),
-                answer_tokens=round(self.answer_tokens * len(members) / len(self)),
-                log_odds=None if self.log_odds is None else self.log_odds[members],
-            )
-            for members in micro_batches
-        ]
+        return [self.take(members) for members in micro_batches]

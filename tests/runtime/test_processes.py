@@ -65,7 +65,8 @@ def test_selectors_choose_what_one_process_chooses(features, tmp_path, size, met
     same(spread(size, work, tmp_path), work())
 
 
-def test_cads_rides_on_divided_training(features, tmp_path):
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_cads_rides_on_divided_training(features, tmp_path, size):
     """The losses by which it selects are those of the training steps, wherever they were taken."""
     task, budget = features(batch_size=6, n=80, learning_rate=0.01), Budget.parse("30 epochs")
 
@@ -75,7 +76,7 @@ def test_cads_rides_on_divided_training(features, tmp_path):
         assert selection.trained is not None
         return chosen(selection)
 
-    same(spread(2, work, tmp_path), work())
+    same(spread(size, work, tmp_path), work())
 
 
 class TestTraining:

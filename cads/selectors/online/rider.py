@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +13,8 @@ from cads.data.batch import Batch
 from cads.data.pool import Pool
 from cads.data.streams import Stream
 from cads.data.token_batches import lengths
-from cads.data.training_batches import WINDOW, joined
+from cads.data.training_batches import WINDOW
+from cads.data.window_loader import Rows, WindowLoader
 from cads.policies.label_odds import LabelOdds
 from cads.policies.tilt import tilted
 from cads.selectors.online.course import Course, Point
@@ -36,8 +34,6 @@ TARGET_MEMORY = 64
 """Rows of the target over which that mean reaches back."""
 ALIKE = 0.5
 """Sources of at least this weight, the largest being 1, are like the target."""
-Rows = tuple[np.ndarray, np.ndarray]
-"""Positions in the pool and in the target that one step trains on."""
 NUMBERS = ("rows", "windows", "target_rows", "target_owed", "known")
 """Counters that are part of the state."""
 
@@ -100,8 +96,7 @@ class OnlineRider(Rider):
         self._source_weights = self._new_source_weights()
         self._numbers = dict.fromkeys(NUMBERS, 0.0) | {"target_rows": float(target_start)}
         self._pending: list[Rows] = []
-        self._in_order: Any = ThreadPoolExecutor(workers).map if workers else map
-        self._loaded: Iterator[list[Batch | None]] = iter(())
+        self._loader = WindowLoader(pool, target, workers=workers)
         self._drawn: Rows = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
     @property
@@ -158,18 +153,19 @@ class OnlineRider(Rider):
         """See `Rider`: rows of the pool come before those of the target."""
         if not self._pending:
             self._draw_window()
-        self._drawn = pool_rows, _ = self._pending.pop(0)
-        pairs = zip(next(self._loaded), (self._strata.sources[pool_rows], None), strict=True)
-        return joined([self._weighed(batch, sources) for batch, sources in pairs if batch is not None], 1)
+        self._drawn = self._pending.pop(0)
+        return self._weighed(next(self._loader))
 
     def observe(self, losses: np.ndarray) -> None:
         """See `Rider`."""
         pool_rows, _ = self._drawn
         pool_losses, target_losses = losses[: len(pool_rows)], losses[len(pool_rows) :]
         judges, finite = self._judges, np.isfinite(pool_losses)
-        # Without the target in its batches, a model shows what it knows on the sources that are like it.
-        alike = self._source_weights[self._strata.sources[pool_rows]] >= ALIKE
-        shown = target_losses[np.isfinite(target_losses)] if self._on_target else pool_losses[finite & alike]
+        if self._on_target:
+            shown = target_losses[np.isfinite(target_losses)]
+        else:
+            # Without the target in its batches, a model shows what it knows on the sources that are like it.
+            shown = pool_losses[finite & (self._source_weights[self._strata.sources[pool_rows]] >= ALIKE)]
         if len(shown):
             known = self._numbers["known"]
             kept = np.exp(-len(shown) / TARGET_MEMORY) if known else 0.0
@@ -223,7 +219,8 @@ class OnlineRider(Rider):
         self._source_weights = self._new_source_weights()
         ends = np.cumsum(arrays["pending"])
         pieces = np.split(arrays["pending rows"], ends[:-1]) if len(ends) else []
-        self._begin_window(list(zip(pieces[::2], pieces[1::2], strict=True)))
+        self._pending = list(zip(pieces[::2], pieces[1::2], strict=True))
+        self._loader.begin(self._pending)
 
     @property
     def _judges(self) -> bool:
@@ -240,13 +237,16 @@ class OnlineRider(Rider):
             self.odds.update(sources, weights)
         self._source_weights = self._new_source_weights()
 
-    def _weighed(self, batch: Batch, sources: np.ndarray | None) -> Batch:
-        """The batch with the log odds of its examples; those of the target (None) have the weight 1."""
+    def _weighed(self, batches: list[Batch]) -> list[Batch]:
+        """The batches with the log odds of their examples; those of the target have the weight 1."""
         if self.odds is None:
-            return batch
-        if sources is None or not self._judges:
-            return replace(batch, log_odds=torch.full((len(batch),), torch.inf))
-        return replace(batch, log_odds=torch.from_numpy(self.odds.log_odds(sources)).float())
+            return batches
+        pool_rows, target_rows = self._drawn
+        log_odds = np.full(len(pool_rows) + len(target_rows), np.inf, dtype=np.float32)
+        if self._judges:
+            log_odds[: len(pool_rows)] = self.odds.log_odds(self._strata.sources[pool_rows])
+        parts = torch.from_numpy(log_odds).split([len(batch) for batch in batches])
+        return [replace(batch, log_odds=part) for batch, part in zip(batches, parts, strict=True)]
 
     def _draw_window(self) -> None:
         """Draw the next batches, as many as are sorted by length together, or as are drawn together."""
@@ -275,17 +275,9 @@ class OnlineRider(Rider):
             pools = np.split(pool_rows, np.cumsum(n_pool)[:-1])
             targets = np.split(target_rows, np.cumsum(self.batch_size - n_pool)[:-1])
             order = np.random.default_rng((self._seed, int(self._numbers["windows"]))).permutation(count)
-        self._begin_window([(pools[k], targets[k]) for k in order])
+        self._pending = [(pools[k], targets[k]) for k in order]
+        self._loader.begin(self._pending)
         self._numbers["windows"] += 1
-
-    def _begin_window(self, pending: list[Rows]) -> None:
-        self._pending = pending
-        self._loaded = iter(self._in_order(self._load, list(pending)))
-
-    def _load(self, rows: Rows) -> list[Batch | None]:
-        """The batch of the pool and that of the target; None where there are no rows."""
-        pools = (self.pool, self._targets)
-        return [pool.batch(positions) if len(positions) else None for pool, positions in zip(pools, rows, strict=True)]
 
     def _point(self, losses: np.ndarray) -> Point:
         """The present state of the outer loop, for its course; `losses` are those of the last pool examples."""
