@@ -27,7 +27,8 @@ from cads.errors import SelectionError
 from cads.recipe import TrainConfig
 from cads.runtime.checkpoint import State
 from cads.runtime.safe_read import JSON_LIMIT
-from cads.selection import COLUMNS, Selection
+from cads.selection import Selection
+from cads.selection_files import COLUMNS
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.synthetic_sources import SyntheticSource
 from cads.training.final import train

@@ -27,7 +27,9 @@ from cads.planning.methods import plan_methods
 from cads.runtime.atomic_files import whole_file
 from cads.runtime.processes import world_group
 from cads.runtime.run_folder import RunFolder
-from cads.selection import Selection, check_folder, versions
+from cads.runtime.versions import versions
+from cads.selection import Selection
+from cads.selection_files import check_folder
 from cads.task import Metrics, Task
 from cads.training.evaluations import add_to_results, evaluate, missing, read_results
 from cads.training.final import TrainedModel, load_trained, save_model

@@ -23,7 +23,8 @@ from cads.runtime.processes import active_group
 from cads.scoring.ranking import FILES, Ranking
 from cads.scoring.reference_models import proxy_of
 from cads.scoring.stages import Stage
-from cads.selection import Selection, check_folder
+from cads.selection import Selection
+from cads.selection_files import check_folder
 from cads.task import Task
 
 CUT_OPTIONS = ("fraction", "epochs")

@@ -19,7 +19,7 @@ from cads.errors import CadsError, DataError, SelectionError
 from cads.runtime.atomic_files import whole_folder
 from cads.runtime.safe_read import check_fields, read_header, read_scores
 from cads.scoring.score_files import COLUMNS
-from cads.selection import check_folder
+from cads.selection_files import check_folder
 
 SCHEMA_VERSION = 1
 FILES = ("ranking.json", "scores.parquet")

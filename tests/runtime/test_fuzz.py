@@ -27,7 +27,8 @@ from cads.runtime.journal import Journal, map_shards, replay_or_run
 from cads.runtime.journal_store import FINISHED
 from cads.runtime.run_folder import RunFolder
 from cads.scoring.ranking import Ranking
-from cads.selection import COLUMNS, Selection
+from cads.selection import Selection
+from cads.selection_files import COLUMNS
 from tests.support.killed_runs import trained
 
 FUZZED = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
