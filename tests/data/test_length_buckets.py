@@ -20,7 +20,7 @@ from cads.data.streams import ShuffledStream, WeightedStream
 from cads.data.training_batches import WINDOW, BatchStream
 from cads.tasks.language.encoding import TokenEncoder
 from cads.tasks.language.formats import Renderer
-from cads.tasks.language.models import load_tokenizer
+from cads.tasks.language.loading import load_tokenizer
 from cads.tasks.language.rows import TextSource, load_rows
 from cads.tasks.language.tokens import Tokens, tokens_of
 from experiments.pretraining import Shape, write_blank

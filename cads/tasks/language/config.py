@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cads.errors import ConfigError
-from cads.tasks.language.models import LanguageModels, embedding_rows, load_tokenizer
+from cads.tasks.language.loading import load_tokenizer
+from cads.tasks.language.models import LanguageModels, embedding_rows
 from cads.tasks.language.settings import LanguageSettings
 from cads.tasks.language.splits import Split, divide, encode_pools
 from cads.tasks.language.task import LanguageTask
