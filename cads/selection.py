@@ -289,17 +289,17 @@ class Selection:
         """
         counts = self.row_counts(weights, seed, "apply() gives")
         chosen = self.weights > 0
-        found = find_rows(dataset, self.ids, chosen, self.origin, id_column)
-        if found.absent:
+        matches = find_rows(dataset, self.ids, chosen, self.origin, id_column)
+        if matches.absent:
             log.warning(
                 "the data holds %d of %d selected examples: it does not hold %s",
-                len(found.rows),
+                len(matches.rows),
                 int(chosen.sum()),
-                ", ".join(found.absent),
+                ", ".join(matches.absent),
             )
         if weights == "column":
-            return take_rows(dataset, found, self.weights[found.examples])
-        return take_rows(dataset, found.repeated(counts[found.examples]))
+            return take_rows(dataset, matches, self.weights[matches.examples])
+        return take_rows(dataset, matches.repeated(counts[matches.examples]))
 
     def row_counts(self, weights: Weights | None, seed: int, what: str) -> np.ndarray:
         """How often rows have to hold each example, int64, shape (N,), and a warning of what they do not hold.

@@ -148,7 +148,7 @@ def random_masks(space: SearchSpace, count: int, seed: int, *, full_first: bool)
     return distinct([space.full, *masks] if full_first else list(masks))[:count]
 
 
-def kept(probabilities: np.ndarray) -> np.ndarray:
+def threshold(probabilities: np.ndarray) -> np.ndarray:
     """The mask of the sources with a probability above 1/2, and at least the likeliest: 0 or 1, shape (S,)."""
     mask = probabilities > 0.5
     mask[np.argmax(probabilities)] = True

@@ -178,9 +178,9 @@ def _evaluate(
         for name in names:
             ledger, settings = Ledger(), task.evaluation_settings(name)
             with run.journal_of(f"evaluation {name}", {"evaluation": settings}):
-                found = evaluate(task, model, name, ledger=ledger, monitor=monitor)
-                world.on_rank_zero(lambda: add_to_results(task, out, name, found, ledger))  # noqa: B023
-            for metric, value in found.items():
+                metrics = evaluate(task, model, name, ledger=ledger, monitor=monitor)
+                world.on_rank_zero(lambda: add_to_results(task, out, name, metrics, ledger))  # noqa: B023
+            for metric, value in metrics.items():
                 monitor.scalar(f"test/{metric}", value, 0)
     world.on_rank_zero(lambda: _write_config(config, task, out))
 

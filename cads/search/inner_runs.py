@@ -136,12 +136,12 @@ class InnerLoop(InnerLoopCosts):
             fit.models = fit.models[:keep]
         else:
             fit, measurements = self._run_one_by_one(models, draws, flops, seed, stage, keep, segment)
-        found = [m for m in measurements if m is not None]
+        converged = [m for m in measurements if m is not None]
         objective, standard_errors = np.full(count, np.nan), np.zeros(count)
         for k, measurement in enumerate(measurements):
             if measurement is not None:
                 objective[k] = measurement.value
-                standard_errors[k] = paired_error(measurement, reference or found[0])
+                standard_errors[k] = paired_error(measurement, reference or converged[0])
         return InnerRuns(
             objective, fit.losses, fit.flops, fit.training_loss, fit.models, standard_errors, measurements[0]
         )
@@ -174,7 +174,7 @@ class InnerLoop(InnerLoopCosts):
         """
         flops = min(flops, self.ledger.left / draws.replicas)
         fits: list[TrainResult | None] = []
-        kept: list[nn.Module] = []
+        kept_models: list[nn.Module] = []
         measurements: list[ObjectiveValue | None] = []
         # Processes that divide each model train one at a time.
         sharded = self.task.recipe.sharding == "full"
@@ -186,11 +186,11 @@ class InnerLoop(InnerLoopCosts):
             new, measured = run_wave(models, wave, flops, seed, stage, segment)
             fits += [None if fit is None else replace(fit, models=[]) for fit in new]
             measurements += measured
-            kept += models[: max(0, keep - start)]
+            kept_models += models[: max(0, keep - start)]
             # The next models are made only when these are gone.
             models.clear()
             del new
-        return stack_results(kept, fits), measurements
+        return stack_results(kept_models, fits), measurements
 
     def _run_sharded(
         self,
@@ -294,8 +294,8 @@ class InnerLoop(InnerLoopCosts):
         """The outer objective of each model; None where it diverged (bool, shape (K,))."""
         converged = np.flatnonzero(~diverged).tolist()
         values = self.evaluate_all([models[k] for k in converged], f"{stage}, measuring")
-        found = dict(zip(converged, values, strict=True))
-        return [found.get(k) for k in range(len(models))]
+        by_model = dict(zip(converged, values, strict=True))
+        return [by_model.get(k) for k in range(len(models))]
 
     def evaluate_all(self, models: Sequence[nn.Module], stage: str) -> list[ObjectiveValue]:
         """The outer objective of each model on the target. Several processes measure one model each at a time."""

@@ -65,11 +65,11 @@ def _values(evaluation: StepwiseEvaluation, name: str, ledger: Ledger, monitor: 
     sizes, world = evaluation.sizes, active_group()
 
     def step(number: int) -> np.ndarray:
-        found: list[np.ndarray] = []
+        results: list[np.ndarray] = []
         with ledger.timed(EVALUATE, name):
-            flops = count_flops(lambda: found.append(evaluation.step(number)))
+            flops = count_flops(lambda: results.append(evaluation.step(number)))
         ledger.charge(EVALUATE, name, flops)
-        return found[0]
+        return results[0]
 
     def compute(progress: StepReporter) -> State:
         done, values = 0, np.empty(0)
@@ -156,8 +156,8 @@ def add_to_results(task: Task, folder: Path, name: str, metrics: Metrics, ledger
     earlier = evaluations.get(name, {}).get("metrics", {})
     results["metrics"] = {k: v for k, v in results["metrics"].items() if k not in earlier} | metrics
     evaluations[name] = evaluation_record(task, name, metrics)
-    kept = [entry for entry in results["ledger"] if (entry.get("phase"), entry.get("stage")) != (EVALUATE, name)]
-    results["ledger"] = kept + ledger.to_json()
+    others = [entry for entry in results["ledger"] if (entry.get("phase"), entry.get("stage")) != (EVALUATE, name)]
+    results["ledger"] = others + ledger.to_json()
     write_results(folder, results)
 
 

@@ -225,10 +225,10 @@ def stop_flops(task: Task, selection: Selection) -> float:
     if selection.stop_passes is None:
         return math.inf
     batch_size = task.recipe.batch_size
-    kept = task.costs.per_usage(task.pool, batch_size) * int(selection.selected.sum())
+    pass_flops = task.costs.per_usage(task.pool, batch_size) * int(selection.selected.sum())
     if selection.target_fraction:
-        kept += task.costs.per_usage(task.target, batch_size) * len(task.target)
-    return selection.stop_passes * kept
+        pass_flops += task.costs.per_usage(task.target, batch_size) * len(task.target)
+    return selection.stop_passes * pass_flops
 
 
 def load_trained(task: Task, folder: Path) -> nn.Module:

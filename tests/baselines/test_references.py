@@ -14,7 +14,7 @@ from baselines.mixture_regression import MixtureRegression, sample_mixtures
 from baselines.search import ridge as ridge_module
 from baselines.search.adam import Adam
 from baselines.search.ridge import MOST_PAIRED, Ridge, n_columns, predict, with_pairs
-from baselines.search.source_search import kept
+from baselines.search.source_search import threshold
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
 from cads.errors import ConfigError, DataError
@@ -183,8 +183,8 @@ class TestRidge:
 
 
 def test_the_likeliest_sources_are_kept():
-    assert kept(np.array([0.6, 0.5, 0.4])).tolist() == [1, 0, 0]
-    assert kept(np.array([0.2, 0.4, 0.3])).tolist() == [0, 1, 0]
+    assert threshold(np.array([0.6, 0.5, 0.4])).tolist() == [1, 0, 0]
+    assert threshold(np.array([0.2, 0.4, 0.3])).tolist() == [0, 1, 0]
 
 
 class TestHalving:

@@ -163,11 +163,11 @@ class OnlineRider(Rider):
         judges, finite = self._judges, np.isfinite(pool_losses)
         # Without the target in its batches, a model shows what it knows on the sources that are like it.
         alike = self._source_weights[self._strata.sources[pool_rows]] >= ALIKE
-        shown = target_losses[np.isfinite(target_losses)] if self._on_target else pool_losses[finite & alike]
-        if len(shown):
+        known_losses = target_losses[np.isfinite(target_losses)] if self._on_target else pool_losses[finite & alike]
+        if len(known_losses):
             known = self._numbers["known"]
-            kept = np.exp(-len(shown) / TARGET_MEMORY) if known else 0.0
-            self._numbers["known"] = float(kept * known + (1 - kept) * np.exp(-shown).mean())
+            decay = np.exp(-len(known_losses) / TARGET_MEMORY) if known else 0.0
+            self._numbers["known"] = float(decay * known + (1 - decay) * np.exp(-known_losses).mean())
         if self._numbers["rows"] < self._learning_rows:
             self._learn(pool_rows[finite], pool_losses[finite], judges)
         self._numbers["rows"] += len(pool_rows)

@@ -247,8 +247,8 @@ class _OnlineRun:
         )
         end = horizon
         if self._constants.stop_passes is not None:
-            kept = self._rider.n_effective + (len(task.target) if self._selector.train_on_target else 0)
-            end = min(horizon, spent + self._constants.stop_passes * kept * usage)
+            n_distinct = self._rider.n_effective + (len(task.target) if self._selector.train_on_target else 0)
+            end = min(horizon, spent + self._constants.stop_passes * n_distinct * usage)
         planned = horizon if end < horizon else None
         start = None if fit is None else fit.state
         return self._fit(self._rider, end, RunSegment(start=start, horizon=end, keep=True, planned=planned))

@@ -102,7 +102,7 @@ def in_percent(metric: str) -> bool:
     return metric in SHARES
 
 
-def shown(value: float, metric: str) -> str:
+def score_text(value: float, metric: str) -> str:
     """A score as text."""
     return f"{100 * value:.2f}" if in_percent(metric) else f"{value:.4g}"
 
@@ -245,11 +245,11 @@ def differs_significantly(a: MethodPoint, b: MethodPoint) -> bool | None:
 
     The scores of a pair are of the same data, because seeds draw the data too. None if fewer than two seeds are shared.
     """
-    left, right = dict(zip(a.seeds, a.scores, strict=True)), dict(zip(b.seeds, b.scores, strict=True))
-    seeds = sorted(set(left) & set(right))
+    first, second = dict(zip(a.seeds, a.scores, strict=True)), dict(zip(b.seeds, b.scores, strict=True))
+    seeds = sorted(set(first) & set(second))
     if len(seeds) < 2:
         return None
-    difference = np.array([left[s] - right[s] for s in seeds])
+    difference = np.array([first[s] - second[s] for s in seeds])
     return bool(abs(difference.mean()) > half_width(difference))
 
 
@@ -298,9 +298,9 @@ def complete(rivals: Sequence[MethodPoint]) -> list[MethodPoint]:
 def _sentence(limit: BudgetLevel, best: MethodPoint, level: Sequence[str], incomplete: Sequence[str]) -> str:
     """The verdict in words; `incomplete`: methods with fewer seeds, which were not compared."""
     unit = " %" if in_percent(best.metric) else ""
-    score = shown(best.mean, best.metric)
+    score = score_text(best.mean, best.metric)
     if not math.isnan(best.half_width):
-        score += f" ± {shown(best.half_width, best.metric)}"
+        score += f" ± {score_text(best.half_width, best.metric)}"
     as_given = "" if limit.budget.endswith("FLOPs") else f" ({limit.budget})"
     # A run that paid for selection on top of its budget fits only into a larger budget than its own.
     smaller = f" of {best.budget}" if best.budget_flops < limit.on(best.seeds) / SLACK else ""

@@ -446,7 +446,7 @@ def stacked(
     parts = sorted(present, key=positions.__getitem__)
     columns = 1 if max(map(len, parts)) > LONGEST_LABEL else 2
     with _panel(len(parts), columns, height=0.28 * len(rows) + 1.0) as (figure, axes):
-        left = np.zeros(len(rows))
+        offsets = np.zeros(len(rows))
         for part in parts:
             i = positions[part]
             widths = np.array([row.get(part, 0.0) for row in rows.values()])
@@ -454,13 +454,13 @@ def stacked(
             axes.barh(
                 range(len(rows)),
                 widths,
-                left=left,
+                left=offsets,
                 height=0.7,
                 color=SERIES[i % len(SERIES)],
                 hatch=hatch,
                 label=_short(part, LONGEST_STAGE),
             )
-            left += widths
+            offsets += widths
         axes.set_yticks(range(len(rows)), [_short(r) for r in rows])
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")

@@ -145,9 +145,9 @@ class TokenEncoder:
             encoded = self._tokenize(examples, chat=chat)
             cut.append(np.array([len(e.tokens) > self.max_length for e in encoded]))
             answered.append(np.array([e.first < min(len(e.tokens), self.max_length) for e in encoded]))
-            kept = np.flatnonzero(answered[-1]).tolist()
-            if kept:
-                shard = _shard([encoded[k] for k in kept], [examples[k].prompt for k in kept], self.max_length)
+            usable = np.flatnonzero(answered[-1]).tolist()
+            if usable:
+                shard = _shard([encoded[k] for k in usable], [examples[k].prompt for k in usable], self.max_length)
                 shares.add(shard)
                 sink.add(shard)
         if shares.example is None:

@@ -79,9 +79,9 @@ class Findings:
             self._written.add(key)
             return
         self._rows[key] += 1
-        shown, values = f"{value!r:.60}", self._values.setdefault(key, [])
-        if len(values) < SHOWN and shown not in values:
-            values.append(shown)
+        text, values = f"{value!r:.60}", self._values.setdefault(key, [])
+        if len(values) < SHOWN and text not in values:
+            values.append(text)
 
     def remark(self, text: str, example: Any) -> None:
         """Something is true of a row, of which `example` is shown."""

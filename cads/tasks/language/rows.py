@@ -286,8 +286,8 @@ def repeated_ids(ids: pa.Array | pa.ChunkedArray) -> list[str]:
     if distinct(ids):
         return []
     counts = pc.value_counts(ids)
-    found: list[str] = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
-    return found
+    repeated: list[str] = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
+    return repeated
 
 
 def _text(table: pa.Table, column: str, source: TextSource) -> pa.ChunkedArray:

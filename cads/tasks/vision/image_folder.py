@@ -133,8 +133,8 @@ def _training_images(train: _Files, size: int | None, left_out: LeftOut) -> tupl
     present = sorted(set(train.class_names))
     left_out.add(f"classes without readable images in {root}", sorted(set(classes) - set(present)))
     if train.tree.depth == 3:
-        sources, left = ({parts[0] for parts in files.files} for files in (everything, train))
-        left_out.add(f"sources without readable images in {root}", sorted(sources - left))
+        sources, remaining = ({parts[0] for parts in files.files} for files in (everything, train))
+        left_out.add(f"sources without readable images in {root}", sorted(sources - remaining))
     codes = {name: code for code, name in enumerate(present)}
     return train, payload.relabel(torch.tensor([codes[name] for name in train.class_names]))
 
@@ -170,17 +170,17 @@ def _held_out_images(
     return pa.array(files.ids, pa.string()), images
 
 
-def _given(path: str | Path | None, found: Path | None, name: str, others: dict[str, Path]) -> Path | None:
+def _given(path: str | Path | None, default: Path | None, name: str, others: dict[str, Path]) -> Path | None:
     """The folder of the target or the test set, which must not hold or be that of another split."""
-    folder = found if path is None else Path(path)
-    if path is not None and found is not None and not os.path.samefile(found, _existing(Path(path), name)):
-        log.warning("%s is not used: the %s is %s", found, name, path)
+    folder = default if path is None else Path(path)
+    if path is not None and default is not None and not os.path.samefile(default, _existing(Path(path), name)):
+        log.warning("%s is not used: the %s is %s", default, name, path)
     if folder is None:
         return None
     here = os.path.realpath(_existing(folder, name))
     for other_name, other in others.items():
-        there = os.path.realpath(other)
-        if Path(here).is_relative_to(there) or Path(there).is_relative_to(here):
+        other_folder = os.path.realpath(other)
+        if Path(here).is_relative_to(other_folder) or Path(other_folder).is_relative_to(here):
             raise DataError(
                 f"the {name} in {folder} and the {other_name} images in {other} share files: give folders of which "
                 "none holds the other"
