@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
-from cads.data.ids import distinct
+from cads.data.ids import all_distinct
 from cads.data.origin import FileOrigin, Origin
 from cads.errors import CadsError, DataError, SelectionError
 from cads.runtime.atomic_files import whole_folder
@@ -82,7 +82,7 @@ class StoredSelection:
         missing = [n for n in ("id", "score", "probability", "selected") if table[n].null_count]
         if missing:
             raise SelectionError(f"the columns {missing} of the scores have missing values")
-        if not distinct(table["id"]):
+        if not all_distinct(table["id"]):
             raise SelectionError("ids of the scores are not unique")
         counts = {"pool": len(table), "selected": pc.sum(table["selected"]).as_py() or 0}
         if header["counts"] != counts:

@@ -21,7 +21,7 @@ from rich.console import Console
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
 from cads.cli.commands import summary
-from cads.data.origin import FileOrigin, file_digest, joined, row_hashes
+from cads.data.origin import FileOrigin, file_digest, join_origins, row_hashes
 from cads.data.pool import Pool
 from cads.errors import SelectionError
 from cads.recipe import TrainConfig
@@ -418,7 +418,7 @@ class TestOrigin:
         records = [
             FileOrigin(f"{k}.jsonl", len(f), ("text",), file_digest(row_hashes([f]))) for k, f in enumerate(files)
         ]
-        origin = joined([(record, np.arange(0, len(f), 2)) for record, f in zip(records, files, strict=True)])
+        origin = join_origins([(record, np.arange(0, len(f), 2)) for record, f in zip(records, files, strict=True)])
         return Pool(task.pool.ids, task.pool.examples, task.pool.sources, task.pool.source_names, origin=origin)
 
     def test_it_comes_back_and_finds_the_rows_of_each_file_without_ids(self, pool, tmp_path):

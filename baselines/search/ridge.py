@@ -56,7 +56,7 @@ class Ridge:
 
 
 def with_pairs(x: np.ndarray) -> np.ndarray:
-    """The columns and their pairwise products: (K, S) -> (K, `n_columns(S)`).
+    """The columns and their pairwise products: (K, S) -> (K, `n_paired_columns(S)`).
 
     Only the columns if there are more than `MOST_PAIRED`.
     """
@@ -66,7 +66,7 @@ def with_pairs(x: np.ndarray) -> np.ndarray:
     return np.hstack([x, x[:, i] * x[:, j]])
 
 
-def n_columns(n_sources: int) -> int:
+def n_paired_columns(n_sources: int) -> int:
     """How many columns `with_pairs` gives."""
     return n_sources if n_sources > MOST_PAIRED else n_sources * (n_sources + 1) // 2
 
@@ -79,5 +79,5 @@ def predict(ridge: Ridge, x: np.ndarray, features: Callable[[np.ndarray], np.nda
 
 def pairs_flops(n_sources: int, runs: int, predicted: int) -> float:
     """FLOPs to fit `Ridge` on pairs to `runs` rows, and to predict `predicted` other rows."""
-    columns = float(n_columns(n_sources))
+    columns = float(n_paired_columns(n_sources))
     return regression_flops(runs, columns) + 3 * predicted * columns

@@ -135,7 +135,7 @@ class Origin:
         return Origin(self.files, self.file[positions], self.row[positions])
 
 
-def joined(parts: Sequence[tuple[FileOrigin | None, np.ndarray]]) -> Origin | None:
+def join_origins(parts: Sequence[tuple[FileOrigin | None, np.ndarray]]) -> Origin | None:
     """The origin of examples of several files, one after another; None if one file is unknown.
 
     Args:

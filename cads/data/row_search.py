@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cads.data.ids import distinct
+from cads.data.ids import all_distinct
 from cads.data.origin import Origin, file_digest, row_hashes
 from cads.errors import SelectionError
 
@@ -267,7 +267,7 @@ def _by_id(reader: DatasetReader, ids: pa.Array, selected: np.ndarray, origin: O
 def _check_once(row_ids: pa.Array, selected_ids: pa.Array, column: str) -> None:
     """Refuse selected ids that stand on two rows."""
     hits = row_ids.filter(pc.is_in(row_ids, value_set=selected_ids))
-    if not distinct(hits):
+    if not all_distinct(hits):
         counts = pc.value_counts(hits)
         twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
         raise SelectionError(

@@ -72,7 +72,7 @@ def _columns(draws: np.ndarray) -> np.ndarray:
     return np.hstack([np.ones((len(x), 1)), x, PAIR_SCALE * pairs(x)])
 
 
-def distinct(rows: Sequence[np.ndarray]) -> np.ndarray:
+def distinct_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
     """The rows without repetitions, in order of first appearance, shape (M, S)."""
     seen: dict[bytes, np.ndarray] = {}
     for row in rows:

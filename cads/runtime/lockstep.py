@@ -121,7 +121,7 @@ class Lockstep(StepReporter):
         return bool(at_work)
 
 
-def divide(ledger: Ledger, shards: Sequence[int], compute: Callable[[int], np.ndarray]) -> list[np.ndarray]:
+def map_in_turn(ledger: Ledger, shards: Sequence[int], compute: Callable[[int], np.ndarray]) -> list[np.ndarray]:
     """`compute` of each shard, in order; the processes take the shards in turn.
 
     Args:

@@ -22,7 +22,7 @@ from cads.monitor import Monitor
 from cads.runtime.processes import active_group
 from cads.scoring.ranking import FILES, Ranking
 from cads.scoring.reference_models import proxy_of
-from cads.scoring.stages import Stage
+from cads.scoring.stages import RankingStage
 from cads.selection import Selection
 from cads.selection_files import check_folder
 from cads.task import Task
@@ -59,7 +59,7 @@ class Ranker(ABC):
         """Carry out the stages: score every example of `task.pool`, charging `ledger`; independent of the budget."""
 
     @abstractmethod
-    def stages(self, scorer: Task) -> Sequence[Stage]:
+    def stages(self, scorer: Task) -> Sequence[RankingStage]:
         """What `rank` does with the models and examples of `scorer`, in order; see `cads.scoring.stages`.
 
         Raises:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cads.accounting.ledger import Ledger
-from cads.data.ids import distinct
+from cads.data.ids import all_distinct
 from cads.data.pool import Pool
 from cads.errors import CadsError, DataError, SelectionError
 from cads.runtime.atomic_files import whole_folder
@@ -112,7 +112,7 @@ class Ranking:
             check_fields(header, HEADER)
             if table["id"].null_count or table["score"].null_count:
                 raise SelectionError("missing ids or scores")
-            if not distinct(table["id"]):
+            if not all_distinct(table["id"]):
                 raise SelectionError("ids that are not unique")
             return cls(
                 ids=table["id"].combine_chunks(),

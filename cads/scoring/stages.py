@@ -24,7 +24,7 @@ from cads.task import Task
 from cads.training.trainer import Trainer
 
 
-class Stage(Protocol):
+class RankingStage(Protocol):
     """One stage of a ranking."""
 
     def charge(self, task: Task, ledger: PlannedLedger) -> None:
@@ -45,7 +45,7 @@ class TrainOnTarget:
     passes: float
 
     def charge(self, task: Task, ledger: PlannedLedger) -> None:
-        """To the step; see `Stage`."""
+        """To the step; see `RankingStage`."""
         _charge_training(task, task.target, self.passes, ledger, name=self.name)
 
     def run(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> nn.Module:
@@ -73,7 +73,7 @@ class TrainOnPool:
     n_models: int = 1
 
     def charge(self, task: Task, ledger: PlannedLedger) -> None:
-        """To the step; see `Stage`."""
+        """To the step; see `RankingStage`."""
         _charge_training(task, task.pool, self.passes, ledger, name=self.name, n_models=self.n_models)
 
     def run(
@@ -118,7 +118,7 @@ class ReadPool:
     pool: Pool | None = None
 
     def charge(self, task: Task, ledger: PlannedLedger) -> None:
-        """Padding included; see `Stage`."""
+        """Padding included; see `RankingStage`."""
         flops = planned_flops(task.costs.forward, self.pool_of(task), tokens=self.tokens)
         ledger.charge(SELECT, self.name, self.n_models * flops)
         ledger.scored.append(task)
@@ -144,7 +144,7 @@ class Priced:
     tokens: int = 0
 
     def charge(self, task: Task, ledger: Ledger) -> None:
-        """The price, to a plan or for what is done; see `Stage`."""
+        """The price, to a plan or for what is done; see `RankingStage`."""
         ledger.charge(SELECT, self.name, self.flops, usages=self.usages, tokens=self.tokens)
 
 

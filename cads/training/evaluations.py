@@ -27,7 +27,7 @@ from cads.monitor import Monitor
 from cads.runtime.atomic_files import whole_file
 from cads.runtime.checkpoint import State, load_json
 from cads.runtime.journal import replay_or_run
-from cads.runtime.lockstep import StepReporter, divide
+from cads.runtime.lockstep import StepReporter, map_in_turn
 from cads.runtime.processes import active_group
 from cads.task import Metrics, StepwiseEvaluation, Task
 
@@ -83,7 +83,7 @@ def _values(evaluation: StepwiseEvaluation, name: str, ledger: Ledger, monitor: 
             advance(sum(sizes[:done]))
             while done < len(sizes):
                 numbers = range(done, min(done + world.size, len(sizes)))
-                values = np.concatenate([values, *divide(ledger, numbers, step)])
+                values = np.concatenate([values, *map_in_turn(ledger, numbers, step)])
                 done = numbers.stop
                 advance(sum(sizes[:done]))
                 progress.step(state)

@@ -102,7 +102,7 @@ def save_model(task: Task, model: nn.Module, folder: Path, *, merge: bool = Fals
     (folder / RESULTS).unlink(missing_ok=True)
 
 
-def training_flops(task: Task, budget: Budget, selection: Selection) -> float:
+def final_training_flops(task: Task, budget: Budget, selection: Selection) -> float:
     """FLOPs that remain for training: the budget, less the cost of selection if the budget must cover it.
 
     Raises:
@@ -156,7 +156,7 @@ def train(
     ledger.merge(selection.ledger)
     trainer = Trainer(task, ledger, monitor)
     if selection.trained is None:
-        result = fit_final_model(trainer, selection, training_flops(task, budget, selection), seed=seed)
+        result = fit_final_model(trainer, selection, final_training_flops(task, budget, selection), seed=seed)
     else:
         _say_finished(task, selection, budget, seed)
         # The stored state lacks the frozen weights: they are those of the seed of the run.

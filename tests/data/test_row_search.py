@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, concatenate_datasets, load_dataset
 
-from cads.data.origin import FileOrigin, file_digest, joined, row_hashes
+from cads.data.origin import FileOrigin, file_digest, join_origins, row_hashes
 from cads.data.row_search import DatasetReader, find_rows
 from cads.data.weighted_rows import take_rows
 from cads.errors import SelectionError
@@ -53,7 +53,7 @@ class Pool:
     def __init__(self, id_column=None):
         rng = np.random.default_rng(0)
         parts = {name: np.sort(rng.permutation(n)[: n * 4 // 5]) for name, n in SIZES.items()}
-        self.origin = joined([(record(n, rows_of(n, SIZES[n]), id_column), rows) for n, rows in parts.items()])
+        self.origin = join_origins([(record(n, rows_of(n, SIZES[n]), id_column), rows) for n, rows in parts.items()])
         self.ids = pa.array([f"{name}-{i}" for name, rows in parts.items() for i in rows])
         self.selected = rng.random(len(self.ids)) < 1 / 3
 
@@ -107,7 +107,7 @@ def test_other_rows_are_refused_without_ids(folder, change):
 def test_files_of_equal_contents_are_refused_unless_all_are_there():
     rows = rows_of("a", 10)
     one, two = record("one", rows), record("two", rows)
-    origin = joined([(one, np.arange(10)), (two, np.arange(10))])
+    origin = join_origins([(one, np.arange(10)), (two, np.arange(10))])
     ids = pa.array([f"x{i}" for i in range(20)])
     selected = np.arange(20) < 3
     with pytest.raises(SelectionError, match=r"one\.jsonl and two\.jsonl have the same contents"):

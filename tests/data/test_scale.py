@@ -16,7 +16,7 @@ from baselines.random import random_scores
 from cads import seeding
 from cads.data import hashing, permutation, streams
 from cads.data.hashing import add_column, add_pairs, digests, row_digests
-from cads.data.ids import ascending, best_first, distinct, rank_by_score
+from cads.data.ids import all_distinct, ascending, best_first, rank_by_score
 from cads.data.permutation import feistel_permutation
 from cads.data.pool import Pool
 from cads.data.streams import ShuffledStream
@@ -190,8 +190,8 @@ class TestStreams:
         expected = []
         for source in range(sources):
             members = np.flatnonzero(codes == source)
-            distinct = np.unique(place[members])
-            expected += members[place[members] <= distinct[max(1, round(fidelity * len(distinct))) - 1]].tolist()
+            ranks = np.unique(place[members])
+            expected += members[place[members] <= ranks[max(1, round(fidelity * len(ranks))) - 1]].tolist()
         assert subsample(pool, fidelity, seed).tolist() == sorted(expected)
 
 
@@ -220,4 +220,4 @@ class TestOrder:
     def test_ids_are_distinct_or_not_whatever_their_order(self, ids, cut):
         for listed in (ids, sorted(ids, key=str.encode)):
             column = pa.chunked_array([pa.array(listed[:cut], pa.string()), pa.array(listed[cut:], pa.string())])
-            assert distinct(column) == (len(set(ids)) == len(ids))
+            assert all_distinct(column) == (len(set(ids)) == len(ids))

@@ -14,7 +14,7 @@ from cads.errors import CadsError, ConfigError, DataError
 from cads.runtime import processes
 from cads.runtime.checkpoint import State
 from cads.runtime.journal import map_shards
-from cads.runtime.lockstep import divide
+from cads.runtime.lockstep import map_in_turn
 from cads.runtime.processes import RemoteError, world_group
 from tests.support.forked_processes import _alone, _free_port, ended, entries, spread
 
@@ -43,7 +43,7 @@ class TestShards:
                 return np.zeros(1)
 
             try:
-                divide(Ledger(), range(5), shard)
+                map_in_turn(Ledger(), range(5), shard)
             except CadsError as found:
                 return [type(found).__name__, str(found)]
 

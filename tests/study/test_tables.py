@@ -20,7 +20,6 @@ from cads.errors import ConfigError, DataError
 from cads.study.analysis.fits import analyse, fixed_selection, to_json
 from cads.study.analysis.points import (
     MethodPoint,
-    affordable,
     answers,
     best_of,
     budgets_of,
@@ -29,6 +28,7 @@ from cads.study.analysis.points import (
     place_name,
     points_of,
     regrets,
+    within_budget,
 )
 from cads.study.published_points import PUBLISHED_COLUMNS, import_points, parameters_of
 from cads.study.report.text_tables import markdown_table
@@ -306,8 +306,8 @@ class TestPoints:
         points += [point("dear", b, selection=1.5, training=b) for b in (1, 2, 4)]
         one, two, four = budgets_of(points)
         assert [limit.flops for limit in (one, two, four)] == [1, 2, 4]
-        assert {(p.method, p.budget_flops) for p in affordable(points, four)} == {("free", 4), ("dear", 2)}
-        assert {(p.method, p.budget_flops) for p in affordable(points, two)} == {("free", 2)}
+        assert {(p.method, p.budget_flops) for p in within_budget(points, four)} == {("free", 4), ("dear", 2)}
+        assert {(p.method, p.budget_flops) for p in within_budget(points, two)} == {("free", 2)}
 
     def test_budgets_that_differ_by_seed_are_held_against_runs_of_the_same_seeds(self):
         """One percent apart, as where seeds draw examples of other lengths: each method spends all it may."""
@@ -327,7 +327,7 @@ class TestPoints:
                 ("2 epochs", pytest.approx(2.02), "b"),
             ]
             assert all("of 1 epochs" not in a.sentence for a in found)
-            assert all({p.budget for p in affordable(points, x)} == {x.budget} for x in budgets_of(points))
+            assert all({p.budget for p in within_budget(points, x)} == {x.budget} for x in budgets_of(points))
             assert {m: len(rows) for m, rows in regrets(points).items()} == {"a": 2, "b": 2}
 
     def test_a_method_with_fewer_seeds_is_not_held_against_the_others(self):

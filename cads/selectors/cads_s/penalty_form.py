@@ -25,7 +25,7 @@ from cads.accounting.operations import source_policy_flops
 from cads.data.streams import WeightedStream
 from cads.data.token_batches import by_id
 from cads.errors import ConfigError, NotAffordableError
-from cads.estimators.design import distinct
+from cads.estimators.design import distinct_rows
 from cads.estimators.loss_curves import SKIPPED, extrapolate
 from cads.estimators.reachable_loss import ReachableLossModel, mean_over_sources
 from cads.estimators.score_function import penalty
@@ -241,7 +241,7 @@ class PenalizedSources:
         """l* as a function of draws, fitted to trials on some of them."""
         rng = np.random.default_rng(derive(seed, "masks"))
         sampled = nonempty(space.policy().sample(64 * rung.n_trials, rng)).astype(np.float64)
-        draws = distinct([space.full, *sampled])[: rung.n_trials]
+        draws = distinct_rows([space.full, *sampled])[: rung.n_trials]
         # The learning rate of a trial whose curve is continued is that of a run of C, which falls later.
         horizon = train_flops if self.reach == "extrapolated" else None
         runs = run_rung(inner, space, draws, rung, seed, 0, horizon=horizon)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cads.estimators.control_variate import ControlVariate
-from cads.estimators.design import d_optimal, distinct, spaced
+from cads.estimators.design import d_optimal, distinct_rows, spaced
 from cads.policies.base import Policy
 from cads.search.rungs import SAMPLED
 from cads.search.source_choice import nonempty
@@ -35,7 +35,7 @@ def initial_design(
         nested = nested[:-1]
     is_small = count <= len(space.sizes)
     nested = spaced(nested, count if is_small else max(1, count // 2))
-    candidates = distinct([*nested, *sampled])
+    candidates = distinct_rows([*nested, *sampled])
     return candidates[d_optimal(candidates, count, taken=len(nested))]
 
 
@@ -47,9 +47,9 @@ def promote(
     They are the best draw of the latest rung, and the candidates, sampled or tried before, with the best predicted
     objective. The neighbours of the best candidate come before the rest.
     """
-    candidates = distinct([*sampled, *trials.draws])
+    candidates = distinct_rows([*sampled, *trials.draws])
     ranked = candidates[np.argsort(trials.value(candidates, control), kind="stable")]
     tried = {row.tobytes() for row in trials.draws}
     neighbours = [row for row in space.neighbours(ranked[0], control) if row.tobytes() not in tried]
     draws, delta_objective = trials.latest
-    return distinct([space.full, draws[np.argmin(delta_objective)], ranked[0], *neighbours, *ranked[1:]])[:count]
+    return distinct_rows([space.full, draws[np.argmin(delta_objective)], ranked[0], *neighbours, *ranked[1:]])[:count]

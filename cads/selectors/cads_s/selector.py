@@ -25,7 +25,7 @@ from cads.search.constants import constants_of
 from cads.search.fidelity import Rung
 from cads.search.inner_costs import InnerLoopCosts
 from cads.search.inner_runs import InnerLoop
-from cads.search.rungs import affordable, run_rung, update_flops
+from cads.search.rungs import affordable_rungs, run_rung, update_flops
 from cads.search.source_choice import source_choice, source_marginals
 from cads.search.space import MixtureSpace, SearchSpace, SubsetSpace
 from cads.search.stages import FitTarget, ScorePool, Stages, Trials, UpdatePolicy
@@ -90,7 +90,7 @@ class CadsSources(Search):
             reserved = probing_flops(costs, positions)
         else:
             probe = None
-        rungs = affordable(costs, space, train_flops, self.policy_steps, reserved)
+        rungs = affordable_rungs(costs, space, train_flops, self.policy_steps, reserved)
         if not rungs:
             raise NotAffordableError(NO_SEARCH_AFFORDABLE)
         for rung in rungs:

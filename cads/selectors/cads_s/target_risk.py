@@ -12,7 +12,7 @@ from cads.scoring.pool_scores import reading_flops
 from cads.search.constants import FROM_SCRATCH, constants_of
 from cads.search.inner_costs import InnerLoopCosts
 from cads.search.inner_runs import InnerLoop
-from cads.search.rungs import affordable
+from cads.search.rungs import affordable_rungs
 from cads.search.space import SearchSpace
 from cads.seeding import derive
 
@@ -58,7 +58,7 @@ def theta_flops(
     if flops + _all_probing_flops(costs, positions) > max_flops:
         if constants.subtracts_reference:
             max_flops = max(max_flops, min_theta_flops(costs, space))
-        rungs = affordable(costs, space, train_flops, policy_steps, reserved=max_flops)
+        rungs = affordable_rungs(costs, space, train_flops, policy_steps, reserved=max_flops)
         if not rungs or rungs[0].n_trials > constants.guided_trials * len(space.sizes):
             return 0.0, positions
         min_flops = constants.theta_min_steps * costs.target_step_flops

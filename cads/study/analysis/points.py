@@ -215,7 +215,7 @@ def budgets_of(points: Sequence[MethodPoint]) -> list[BudgetLevel]:
     return [levels[flops] for flops in sorted(levels)]
 
 
-def affordable(points: Iterable[MethodPoint], limit: BudgetLevel) -> list[MethodPoint]:
+def within_budget(points: Iterable[MethodPoint], limit: BudgetLevel) -> list[MethodPoint]:
     """The most expensive point of each method whose total is within the budget: the cost-aware utility of CCDS."""
     best: dict[str, MethodPoint] = {}
     for p in points:
@@ -275,7 +275,7 @@ def answers(points: Sequence[MethodPoint]) -> list[BudgetVerdict]:
     """For each budget of a group, the best method at that total cost."""
     verdicts = []
     for limit in budgets_of(points):
-        rivals = affordable(points, limit)
+        rivals = within_budget(points, limit)
         if not rivals:
             continue
         ranked = complete(rivals)
@@ -319,7 +319,7 @@ def regrets(points: Sequence[MethodPoint]) -> dict[str, list[tuple[float, float]
     """
     result: dict[str, list[tuple[float, float]]] = {}
     for limit in budgets_of(points):
-        rivals = affordable(points, limit)
+        rivals = within_budget(points, limit)
         if not rivals:
             continue
         ranked = complete(rivals)

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from cads.accounting.ledger import EVALUATE, TRAIN
 from cads.accounting.stage_labels import stage_label
 from cads.study.analysis.frontier import expected_jaccard, jaccard
-from cads.study.tables import DONE, read_file, read_rows
+from cads.study.tables import DONE, read_rows, read_table_file
 
 MOST_BUDGETS = 3
 """Budgets at which selections and ledgers are shown: the smallest, one in the middle, the largest."""
@@ -183,4 +183,4 @@ def _visible(row: Row) -> dict[str, Any]:
 
 def _selection(folder: Path, key: str) -> Any:
     """The rows of `selections` of one cell."""
-    return read_file(folder / "tables" / "selections" / f"{key}.parquet", "selections")
+    return read_table_file(folder / "tables" / "selections" / f"{key}.parquet", "selections")

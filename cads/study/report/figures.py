@@ -304,7 +304,7 @@ def frontier(group: GroupFits, styles: Mapping[str, MethodStyle], name: str, *, 
     return CaptionedFigure(name, title, caption + _order_note(parts) + max(notes, key=len), figure)
 
 
-def break_even(group: GroupFits, styles: Mapping[str, MethodStyle], prefix: str) -> list[CaptionedFigure]:
+def break_even_figures(group: GroupFits, styles: Mapping[str, MethodStyle], prefix: str) -> list[CaptionedFigure]:
     """CCDS figure 4: the scores if T tasks share the selection, one figure for each method with a fixed selection."""
     result: list[CaptionedFigure] = []
     grid = np.geomspace(*group.span, CURVE_POINTS)
@@ -337,7 +337,9 @@ def break_even(group: GroupFits, styles: Mapping[str, MethodStyle], prefix: str)
     return result
 
 
-def overlap(names: Sequence[str], matrix: np.ndarray, expected: np.ndarray, title: str, name: str) -> CaptionedFigure:
+def overlap_figure(
+    names: Sequence[str], matrix: np.ndarray, expected: np.ndarray, title: str, name: str
+) -> CaptionedFigure:
     """CCDS figure 6: Jaccard overlap of selections, and of random ones of the same sizes, both of shape (M, M)."""
     cells = np.tril(matrix) + np.triu(expected, k=1)
     # Limited, because a matrix of full width would leave a blank area below.

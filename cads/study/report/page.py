@@ -142,7 +142,7 @@ def _group_figures(group: GroupFits, styles: Mapping[str, MethodStyle], name: Na
     drawings.append(figures.frontier(group, styles, name("frontier"), fitted=False))
     if group.fits:
         drawings.append(figures.frontier(group, styles, name("fits"), fitted=True))
-    drawings += figures.break_even(group, styles, name("break-even"))
+    drawings += figures.break_even_figures(group, styles, name("break-even"))
     return [*drawings, figures.scores(group, styles, name("training-only"), training_only=True)]
 
 
@@ -181,7 +181,9 @@ def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: N
                 courses.append(figures.probabilities(course, f"{method}: {label}", name("probabilities")))
         if selections and (result := evidence.overlap(folder, place, methods)):
             overlaps.append(
-                figures.overlap(result.methods, result.matrix, result.expected, f"Overlap: {label}", name("overlap"))
+                figures.overlap_figure(
+                    result.methods, result.matrix, result.expected, f"Overlap: {label}", name("overlap")
+                )
             )
     return [
         Section("Ledger", "Where the compute went.", spent),

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cads.data.ids import id_order
-from cads.data.origin import joined
+from cads.data.origin import join_origins
 from cads.data.pool import Pool
 from cads.errors import DataError
 from cads.tasks.language.draws import first_of_each, say_lost
@@ -53,7 +53,7 @@ class Split:
         return replace(self, pool=_among(self.pool, pool.ids), target=_among(self.target, target.ids))
 
 
-def divide(
+def split_rows(
     pool: Sequence[TextSource],
     target: Sequence[TextSource],
     test: Sequence[TextSource],
@@ -169,7 +169,7 @@ def _pool(
     ids = pa.concat_arrays([rows.ids for rows in encoded])
     tokens = encoder.tokens(sequences, _subtasks(encoded, name))
     say_lost(labels_of(parts), labels_of(encoded), f"encoded {name}")
-    origin = joined([(rows.origin, rows.file_rows) for rows in encoded])
+    origin = join_origins([(rows.origin, rows.file_rows) for rows in encoded])
     if not with_sources or not (named or encoded[0].sources is not None):
         return Pool(ids, tokens, name=name, origin=origin), counts
     # An entry with a source column has several sources; any other entry is one source.

@@ -10,7 +10,7 @@ from torch import nn
 
 from baselines.gradients.adam_direction import AdamDirection
 from baselines.gradients.features import GradientFeatures
-from baselines.gradients.warmup import Checkpoint, planned_flops, schedule, warm_up
+from baselines.gradients.warmup import Checkpoint, schedule, warm_up, warmup_flops
 from baselines.less import Less
 from cads.accounting.ledger import SELECT, Ledger
 from cads.errors import BudgetError, CheckpointError
@@ -98,7 +98,7 @@ def test_the_warm_up_is_planned_in_batches_of_similar_length(texts, share):
     task, ledger = texts(n=400, batch_size=8), Ledger()
     plan = schedule(task, share, 4)
     warm_up(task, plan, seed=0, ledger=ledger)
-    assert planned_flops(task, plan) == pytest.approx(ledger.total().flops, rel=0.15)
+    assert warmup_flops(task, plan) == pytest.approx(ledger.total().flops, rel=0.15)
 
 
 class TestAWarmUpThatIsKilled:

@@ -283,7 +283,8 @@ def test_overlaps_are_those_of_the_ids(made):
     assert found.matrix[i, j] == found.matrix[j, i] == jaccard(ids["random"], ids["cads-s"])
     assert found.expected[i, j] == pytest.approx(1 / 3), "of halves of the pool"
     assert found.expected[i, found.methods.index("full")] == pytest.approx(1 / 2)
-    drawn = figures.overlap(found.methods, found.matrix, found.expected, "title", "name").figure.axes[0].images[0]
+    drawing = figures.overlap_figure(found.methods, found.matrix, found.expected, "title", "name")
+    drawn = drawing.figure.axes[0].images[0]
     assert drawn.get_array()[max(i, j), min(i, j)] == found.matrix[i, j]
     assert drawn.get_array()[min(i, j), max(i, j)] == found.expected[i, j]
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from cads.errors import DataError
 from cads.tasks.language import text_files, written_json
-from cads.tasks.language.tables import as_text, guess_of, read_file, stem_of
+from cads.tasks.language.tables import guess_of, read_file, stem_of, text_column
 from cads.tasks.language.written_json import DECODER, JsonType, as_rows, table_of
 
 
@@ -140,15 +140,15 @@ class TestValuesAreReadAsWritten:
         ],
     )
     def test_columns_with_types_become_text(self, column, expected):
-        assert as_text(pa.chunked_array([column])).to_pylist() == expected
+        assert text_column(pa.chunked_array([column])).to_pylist() == expected
 
     def test_json_of_datasets_is_decoded_at_any_depth(self):
         texts = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": 1}', "[2]"]))
         listed = pa.ListArray.from_arrays(pa.array([0, 2], pa.int32()), texts)
         objects = pa.StructArray.from_arrays([pa.array(["x", '{"y']), texts], ["plain", "json"])
-        assert as_text(pa.chunked_array([texts])).to_pylist() == [{"a": 1}, [2]]
-        assert as_text(pa.chunked_array([listed])).to_pylist() == [[{"a": 1}, [2]]]
-        assert as_text(pa.chunked_array([objects])).to_pylist() == [
+        assert text_column(pa.chunked_array([texts])).to_pylist() == [{"a": 1}, [2]]
+        assert text_column(pa.chunked_array([listed])).to_pylist() == [[{"a": 1}, [2]]]
+        assert text_column(pa.chunked_array([objects])).to_pylist() == [
             {"plain": "x", "json": {"a": 1}},
             {"plain": '{"y', "json": [2]},
         ]
