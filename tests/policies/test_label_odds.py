@@ -75,4 +75,4 @@ class TestTilt:
 
     def test_bounds(self):
         assert tilted(np.array([0.0, 9.0]), 2.0, 0.02).tolist() == [1.0, 0.02]
-        assert tilted(np.array([0.0, 9.0]), 2.0, 0.0, most=3)[1] == pytest.approx(np.exp(-6))
+        assert tilted(np.array([0.0, 9.0]), 2.0, 0.0, max_difference=3)[1] == pytest.approx(np.exp(-6))
