@@ -35,7 +35,7 @@ from cads.training.result import TrainResult
 from cads.training.rider import Rider, follow
 from cads.training.run_state import EXAMPLE_LOSSES, FULL_RUN, RunSegment, TrainState
 
-MOST_SKIPPED = 20
+MAX_SKIPPED = 20
 """Batches in a row that a run or its scaler skips before the run fails: then the fault is not in single batches."""
 
 
@@ -263,8 +263,8 @@ class TrainingLoop:
     ) -> bool:
         """Record a step by its losses and gradient norms (shape (K,)); returns whether to update the weights."""
         train_state = run.train_state
-        # A scaler expects gradients to overflow: it skips the step and lowers its scale, up to `MOST_SKIPPED` times.
-        overflow_allowed = train_state.scaler is not None and train_state.overflows < MOST_SKIPPED
+        # A scaler expects gradients to overflow: it skips the step and lowers its scale, up to `MAX_SKIPPED` times.
+        overflow_allowed = train_state.scaler is not None and train_state.overflows < MAX_SKIPPED
         non_finite = ~(np.isfinite(loss) & (np.isfinite(norm) | overflow_allowed))
         rejected = non_finite.any() and isinstance(train_state.learner, SingleLearner)
         if not rejected:
@@ -272,7 +272,7 @@ class TrainingLoop:
             train_state.record_step(loss)
         else:
             train_state.put_buffers_back()
-            if not self._skips or train_state.skipped_in_a_row >= MOST_SKIPPED:
+            if not self._skips or train_state.skipped_in_a_row >= MAX_SKIPPED:
                 train_state.fail(run.draws.ids(pieces), float(loss[0]), float(norm[0]), rate)
             else:
                 train_state.skipped += 1

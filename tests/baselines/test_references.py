@@ -13,7 +13,7 @@ from baselines.live_penalty import weight_gradient
 from baselines.mixture_regression import MixtureRegression, sample_mixtures
 from baselines.search import ridge as ridge_module
 from baselines.search.adam import Adam
-from baselines.search.ridge import MOST_PAIRED, Ridge, n_paired_columns, predict, with_pairs
+from baselines.search.ridge import MAX_PAIRED, Ridge, n_paired_columns, predict, with_pairs
 from baselines.search.source_search import threshold
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
@@ -164,9 +164,9 @@ class TestRidge:
         assert with_pairs(np.array([[2.0, 3.0, 5.0]])).tolist() == [[2, 3, 5, 6, 10, 15]]
 
     def test_of_many_columns_there_are_no_pairs(self):
-        assert with_pairs(np.ones((2, MOST_PAIRED))).shape == (2, n_paired_columns(MOST_PAIRED))
-        assert with_pairs(np.ones((2, MOST_PAIRED + 1))).shape == (2, n_paired_columns(MOST_PAIRED + 1))
-        assert n_paired_columns(MOST_PAIRED + 1) == MOST_PAIRED + 1
+        assert with_pairs(np.ones((2, MAX_PAIRED))).shape == (2, n_paired_columns(MAX_PAIRED))
+        assert with_pairs(np.ones((2, MAX_PAIRED + 1))).shape == (2, n_paired_columns(MAX_PAIRED + 1))
+        assert n_paired_columns(MAX_PAIRED + 1) == MAX_PAIRED + 1
 
     def test_predictions_come_in_blocks_of_bounded_size(self, monkeypatch):
         rng, seen = np.random.default_rng(0), []

@@ -20,7 +20,9 @@ def reach(draws):
 
 def held(values, alpha, features):
     ones = np.ones(len(CUBE))
-    return ControlVariate(CUBE, values, ones, ones, features=features, risk=risk, reach=reach, alpha=alpha)
+    return ControlVariate(
+        CUBE, values, ones, ones, features=features, target_loss=risk, reachable_loss=reach, alpha=alpha
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 3.0])

@@ -249,7 +249,7 @@ def reach(draws):
 def control(draws, values, weights=None, fidelity=None):
     weights = np.ones(len(draws)) if weights is None else weights
     fidelity = np.ones(len(draws)) if fidelity is None else fidelity
-    return ControlVariate(draws, values, weights, fidelity, features=features, risk=risk, reach=reach)
+    return ControlVariate(draws, values, weights, fidelity, features=features, target_loss=risk, reachable_loss=reach)
 
 
 @pytest.mark.parametrize(

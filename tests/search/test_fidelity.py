@@ -1,4 +1,4 @@
-"""The ladder of short runs: within its allowance, and never lower for more of it."""
+"""The fidelity schedule: within its allowance, and its lowest fidelity never falls as the allowance grows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POSITIVE = st.floats(1e-2, 1e4)
     passes=st.floats(1e-2, 1e3),
     pretrained=st.booleans(),
 )
-def test_the_ladder_stays_within_its_allowance(steps, allowance, step, measuring, passes, pretrained):
+def test_the_schedule_stays_within_its_allowance(steps, allowance, step, measuring, passes, pretrained):
     training, per_run = steps * step, measuring * step
     constants = PRETRAINED if pretrained else FROM_SCRATCH
     rungs = fidelity_schedule(training, allowance * step, step, per_run, passes, constants=constants)
@@ -48,7 +48,7 @@ def test_the_ladder_stays_within_its_allowance(steps, allowance, step, measuring
 
 
 @given(steps=st.floats(1, 1e5), allowance=POSITIVE, measuring=st.floats(0, 100), factor=st.floats(1, 10))
-def test_more_allowance_never_buys_a_lower_ladder(steps, allowance, measuring, factor):
+def test_more_allowance_never_buys_a_lower_fidelity(steps, allowance, measuring, factor):
     less, more = (fidelity_schedule(steps, a, 1.0, measuring, 5.0) for a in (allowance, factor * allowance))
     assert len(more) >= len(less)
     spent = [sum(r.n_trials * (r.flops + measuring) for r in rungs) for rungs in (less, more)]
@@ -56,6 +56,6 @@ def test_more_allowance_never_buys_a_lower_ladder(steps, allowance, measuring, f
         assert spent[1] >= spent[0]
 
 
-def test_no_allowance_no_ladder():
+def test_no_allowance_no_trials():
     assert fidelity_schedule(1e6, 0.0, 1.0, 1.0, 5.0) == []
     assert fidelity_schedule(1e6, 79.0, 1.0, 1.0, 5.0) == []

@@ -19,7 +19,7 @@ from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError, ConfigError, DataError, NonFiniteError
 from cads.recipe import TrainConfig
 from cads.seeding import derive
-from cads.training.loop import MOST_SKIPPED
+from cads.training.loop import MAX_SKIPPED
 from cads.training.trainer import Trainer
 from tests.support.fitted import (
     Course,
@@ -329,11 +329,11 @@ def test_gradients_that_overflow_at_every_scale_end_the_run(features):
     task = sloped(features(batch_size=8))
     trainer, _ = scaling(task)
     model = task.model(0)
-    with pytest.raises(NonFiniteError, match=f"after {MOST_SKIPPED} batches skipped in a row") as caught:
+    with pytest.raises(NonFiniteError, match=f"after {MAX_SKIPPED} batches skipped in a row") as caught:
         trainer.fit(model, whole_pool(task), 60 * step_cost(task), seed=0, phase=TRAIN, stage="s")
-    assert caught.value.step == MOST_SKIPPED
+    assert caught.value.step == MAX_SKIPPED
     assert identical(model, task.model(0))
-    assert trainer.ledger.total().flops == pytest.approx((MOST_SKIPPED + 1) * step_cost(task))
+    assert trainer.ledger.total().flops == pytest.approx((MAX_SKIPPED + 1) * step_cost(task))
 
 
 @pytest.mark.parametrize("way", ["stop", "skip"])
@@ -342,7 +342,7 @@ def test_a_scaler_has_seen_the_step_that_failed(features, way):
     trainer, scaler = scaling(task, 2.0**40)
     with pytest.raises(NonFiniteError):
         trainer.fit(task.model(0), whole_pool(task), 60 * step_cost(task), seed=0, phase=TRAIN, stage="s")
-    assert scaler.get_scale() == 2.0 ** (40 - (1 if way == "stop" else MOST_SKIPPED + 1))
+    assert scaler.get_scale() == 2.0 ** (40 - (1 if way == "stop" else MAX_SKIPPED + 1))
     task.pool.examples.rows[:] = 1.0
     after = trainer.fit(task.model(0), whole_pool(task), 6 * step_cost(task), seed=0, phase=TRAIN, stage="s")
     assert (len(after.losses), after.skipped) == (6, 0)

@@ -48,7 +48,7 @@ ALLOWANCE = 2.0
 PASSES = 4.0
 """Passes over what is kept that the final training makes, unless `fraction` says otherwise: up to four are nearly as
 good as fresh data (Muennighoff et al., 2023, arXiv 2305.16264)."""
-MOST_KEPT = 0.5
+MAX_KEPT = 0.5
 """Largest share of the pool that is kept, unless `fraction` says otherwise."""
 MIN_STEPS = 40
 """Fewest steps of both models: with fewer they know nothing that tells examples apart."""
@@ -227,7 +227,7 @@ class PenalizedExamples:
         if self.fraction is not None:
             return max(1, round(self.fraction * n))
         usages = train_flops / task.costs.per_usage(task.pool, task.recipe.batch_size)
-        return max(1, round(min(MOST_KEPT * n, usages / PASSES)))
+        return max(1, round(min(MAX_KEPT * n, usages / PASSES)))
 
 
 def _source_means(pool: Pool, probability: np.ndarray) -> dict[str, float]:

@@ -19,18 +19,18 @@ def sample_candidates(space: SearchSpace, policy: Policy, seed: int) -> np.ndarr
 
 
 def initial_design(
-    space: SearchSpace, sampled: np.ndarray, risk: np.ndarray, count: int, *, single: bool
+    space: SearchSpace, sampled: np.ndarray, target_losses: np.ndarray, count: int, *, single: bool
 ) -> np.ndarray:
     """The draws of the first rung, the full pool first, shape (K, S), K <= `count`.
 
-    The first draws leave out the sources of largest risk (shape (S,)), one after another. The rest are the most
-    informative of the sampled candidates: a D-optimal design.
+    The first draws leave out the sources of largest R (target_losses, shape (S,)), one after another. The rest are the
+    most informative of the sampled candidates: a D-optimal design.
 
     Args:
-        single: whether the source of least risk is tried alone even if not all nested subsets can be tried. Models
-            that memorise one source do better with two.
+        single: whether the source of least R is tried alone even if not all nested subsets can be tried. Models that
+            memorise one source do better with two.
     """
-    nested = space.nested(np.argsort(risk, kind="stable")) if risk.any() else space.full[None]
+    nested = space.nested(np.argsort(target_losses, kind="stable")) if target_losses.any() else space.full[None]
     if not single and 2 < count < len(nested):
         nested = nested[:-1]
     is_small = count <= len(space.sizes)

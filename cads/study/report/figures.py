@@ -30,11 +30,11 @@ WIDTH, AXES_HEIGHT, LEGEND_ROW = 4.5, 2.9, 0.21
 """Inches. In a figure that is shown 350 pixels wide, text of `TEXT` points is then about as many pixels high."""
 TEXT = 10.5
 LONGEST_LABEL, LONGEST_STAGE = 22, 50
-MOST_LINES = 8
+MAX_LINES = 8
 """Methods in one panel. More methods are divided among several panels, so that their lines stay distinct."""
 ANCHORS = ("full", "cads-s", "cads-e")
 """Names of methods that are in every panel, for comparison."""
-MOST_NUMBERED = 12
+MAX_NUMBERED = 12
 """Methods of the largest matrix with numbers in it. In a larger one they would overlap."""
 MATRIX_TEXT = 6.5
 """Size of the labels of a matrix without numbers, in points: as high as its rows."""
@@ -199,9 +199,9 @@ def _by_method(points: Sequence[MethodPoint]) -> dict[str, list[MethodPoint]]:
 
 
 def _divided(points: Sequence[MethodPoint]) -> list[list[str]]:
-    """The methods of each panel: one panel up to `MOST_LINES` methods, else the best first, with `ANCHORS` in each."""
+    """The methods of each panel: one panel up to `MAX_LINES` methods, else the best first, with `ANCHORS` in each."""
     lines = _by_method(points)
-    if len(lines) <= MOST_LINES:
+    if len(lines) <= MAX_LINES:
         return [list(lines)]
     sign = 1 if points[0].maximised else -1
     best: dict[str, float] = {}
@@ -210,7 +210,7 @@ def _divided(points: Sequence[MethodPoint]) -> list[list[str]]:
     mean_gaps = {method: np.mean([sign * p.mean - best[p.budget] for p in line]) for method, line in lines.items()}
     anchors = [method for method in lines if method in ANCHORS]
     others = sorted((method for method in lines if method not in anchors), key=lambda m: (-mean_gaps[m], m))
-    n_panels = math.ceil(len(others) / (MOST_LINES - len(anchors)))
+    n_panels = math.ceil(len(others) / (MAX_LINES - len(anchors)))
     return [[*anchors, *part] for part in np.array_split(np.array(others), n_panels)]
 
 
@@ -348,7 +348,7 @@ def overlap_figure(
         axes.grid(visible=False)
         shades = axes.imshow(cells, vmin=0, vmax=1, cmap="cividis")
         labels = [_short(n) for n in names]
-        large = len(names) > MOST_NUMBERED
+        large = len(names) > MAX_NUMBERED
         size_of_text = MATRIX_TEXT if large else TEXT - 1
         axes.set_xticks(range(len(names)), labels, rotation=90 if large else 60, ha="right", fontsize=size_of_text)
         for label in axes.get_xticklabels():

@@ -10,9 +10,9 @@ import pyarrow as pa
 
 ROWS_IN_BLOCK = 1000
 """Rows that are Python objects at a time while columns are made of them."""
-MOST_NESTED = 200
+MAX_NESTED = 200
 """Lists and objects within each other that a value may have: all that reads it recurses, and Python allows 1000."""
-TOO_DEEP = f"is nested more than {MOST_NESTED} deep: flatten it, or write it as text"
+TOO_DEEP = f"is nested more than {MAX_NESTED} deep: flatten it, or write it as text"
 
 
 class JsonScalar(pa.ExtensionScalar):
@@ -203,15 +203,15 @@ def _encoded(value: Any) -> str | None:
 
 
 def _is_deep(value: Any, text: str) -> bool:
-    """Whether a value, of which `text` is the JSON, is nested more than `MOST_NESTED` deep."""
-    if text.count("[") + text.count("{") <= MOST_NESTED:
+    """Whether a value, of which `text` is the JSON, is nested more than `MAX_NESTED` deep."""
+    if text.count("[") + text.count("{") <= MAX_NESTED:
         return False
     level, depth = [value], 0
-    while level and depth <= MOST_NESTED:
+    while level and depth <= MAX_NESTED:
         nested = [x for x in level if isinstance(x, dict | list)]
         level = [inner for x in nested for inner in (x.values() if isinstance(x, dict) else x)]
         depth += bool(nested)
-    return depth > MOST_NESTED
+    return depth > MAX_NESTED
 
 
 def _is_unicode(text: str) -> bool:

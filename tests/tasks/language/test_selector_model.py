@@ -114,7 +114,7 @@ class TestProxy:
         assert any("embed_tokens" in name for name in trained(selector_model=small, selector_peft={}))
 
     def test_fields_that_are_not_set_leave_results_what_they_were(self, folder):
-        """Keys of finished cells follow from `decisive`: a field that was added later changes none of them."""
+        """Keys of finished cells follow from `result_fields`: a field that was added later changes none of them."""
         pool = [TextSource(path=str(folder / "sums.jsonl"))]
         config = LanguageConfig(model=str(folder / "llama"), pool=pool, selector_model=str(folder / "small"))
         assert {"selector_model", "pad_token", "peft"} <= set(config.result_fields())
