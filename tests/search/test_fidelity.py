@@ -1,4 +1,4 @@
-"""The fidelity schedule: within its allowance, and its lowest fidelity never falls as the allowance grows."""
+"""The fidelity schedule: within its allowance, and its highest fidelity never falls as the allowance grows."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from cads.data.token_batches import lengths
 from cads.data.training_batches import WINDOW, joined
 from cads.policies.label_odds import LabelOdds
 from cads.policies.tilt import tilted
-from cads.selectors.online.course import Course, Point
+from cads.selectors.online.history import HistoryPoint, PolicyHistory
 from cads.selectors.online.schedule import OnlineConstants, target_share
 from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import Strata
@@ -50,7 +50,7 @@ class OnlineRider(Rider):
         on_target: whether the target is trained on; if not, a model of it has told sources apart, for good.
         batch_size: examples in a step.
         constants: of the run.
-        course: of the probabilities; it is added to.
+        history: of the probabilities; it is added to.
         seed: of the order of draws.
 
     Attributes:
@@ -71,11 +71,11 @@ class OnlineRider(Rider):
         on_target: bool,
         batch_size: int,
         constants: OnlineConstants,
-        course: Course,
+        history: PolicyHistory,
         seed: int,
     ) -> None:
         super().__init__(pool, batch_size)
-        self.excess, self.odds, self.course = excess, odds, course
+        self.excess, self.odds, self.history = excess, odds, history
         self.weights = np.full(len(pool), np.nan, dtype=np.float32)
         self._targets, self._strata, self._target_stream = target, strata, target_stream
         self._by_source, self._on_target = by_source, on_target
@@ -171,7 +171,7 @@ class OnlineRider(Rider):
         if self._numbers["rows"] < self._learning_rows:
             self._learn(pool_rows[finite], pool_losses[finite], judges)
         self._numbers["rows"] += len(pool_rows)
-        self.course.step(lambda: self._point(pool_losses[finite]))
+        self.history.step(lambda: self._point(pool_losses[finite]))
 
     def ids(self, batches: list[Batch]) -> list[str]:
         """See `Rider`."""
@@ -196,7 +196,7 @@ class OnlineRider(Rider):
             "numbers": np.array([self._numbers[name] for name in NUMBERS]),
             "excess": self.excess.state(),
             "weights": self.weights,
-            "course": self.course.state(),
+            "course": self.history.state(),
             "pending": np.array([len(x) for pair in self._pending for x in pair], dtype=np.int64),
             "pending rows": np.concatenate([np.empty(0, dtype=np.int64), *(x for p in self._pending for x in p)]),
         }
@@ -211,7 +211,7 @@ class OnlineRider(Rider):
         self._cells.restore({n.removeprefix("cells/"): x for n, x in arrays.items() if n.startswith("cells/")})
         self.excess.restore(arrays["excess"])
         self.weights = arrays["weights"].copy()
-        self.course.restore(arrays["course"])
+        self.history.restore(arrays["course"])
         if self.odds is not None:
             self.odds.wrong = arrays["wrong"].copy()
         self._source_weights = self._new_source_weights()
@@ -272,11 +272,11 @@ class OnlineRider(Rider):
         self._pending = [(pools[k], targets[k]) for k in order]
         self._numbers["windows"] += 1
 
-    def _point(self, losses: np.ndarray) -> Point:
-        """The present state of the outer loop, for its course; `losses` are those of the last pool examples."""
+    def _point(self, losses: np.ndarray) -> HistoryPoint:
+        """The present state of the outer loop, for its history; `losses` are those of the last pool examples."""
         shares = self.cell_shares()
         wrong = np.zeros(self._strata.n_sources) if self.odds is None else self.odds.wrong
-        return Point(
+        return HistoryPoint(
             source_shares=shares.sum(axis=1) / shares.sum(),
             signal=self.excess.mean,
             stderr=self.excess.stderr,

@@ -1,4 +1,4 @@
-"""The course of a run: the target first, then target and pool together, in shares that follow from their sizes."""
+"""The phases of a run: the target first, then target and pool together, in shares that follow from their sizes."""
 
 from __future__ import annotations
 

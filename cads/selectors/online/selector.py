@@ -32,7 +32,7 @@ from cads.search.source_order import in_name_order
 from cads.search.stages import FitTarget, ScorePool
 from cads.seeding import derive
 from cads.selection import Selection
-from cads.selectors.online.course import Course
+from cads.selectors.online.history import PolicyHistory
 from cads.selectors.online.rider import MEMORY, OnlineRider
 from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, OnlineConstants, first_phase
 from cads.selectors.online.signal import SourceExcess
@@ -173,7 +173,7 @@ class _OnlineRun:
             notes = {"course": "the budget bought the target alone"}
             return Selection.from_pool(pool, selected=none, target_fraction=1.0, notes=notes, **fields)
         probability = rider.probabilities()
-        rider.course.finish(pool, probability, self._task.describe)
+        rider.history.finish(pool, probability, self._task.describe)
         shares = rider.source_weights.tolist() if pool.sources is not None else []
         return Selection.from_pool(
             pool,
@@ -183,7 +183,7 @@ class _OnlineRun:
             weighted=True,
             source_probability=dict(zip(pool.source_names, shares, strict=False)),
             target_fraction=min(rider.target_share, self._constants.most_target),
-            notes={"course": rider.course.to_json()},
+            notes={"course": rider.history.to_json()},
             **fields,
         )
 
@@ -230,6 +230,8 @@ class _OnlineRun:
         guess = None if self._selector.granularity == "source" else task.guess_loss
         sizes = np.bincount(strata.sources, minlength=strata.n_sources)
         n_steps = int((horizon - spent) / usage / batch_size)
+        names, monitor = task.pool.source_names, self._inner.monitor
+        history = PolicyHistory(monitor, names, sizes, strata.group_shares, n_steps, steps)
         self._rider = OnlineRider(
             task.pool,
             task.target,
@@ -242,7 +244,7 @@ class _OnlineRun:
             on_target=self._selector.train_on_target,
             batch_size=batch_size,
             constants=self._constants,
-            course=Course(self._inner.monitor, task.pool.source_names, sizes, strata.group_shares, n_steps, steps),
+            history=history,
             seed=derive(self._seed, "batches"),
         )
         end = horizon
