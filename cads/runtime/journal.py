@@ -204,7 +204,7 @@ class Journal:
         if stored is not None:
             self._check(index, name, progress.key, stored)
             restore(ledger, stored.charges)
-            progress.restored = stored.state
+            progress.resume_from(stored.state)
         self.inside = True
         try:
             with self.interrupts.held():

@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -108,7 +108,7 @@ class Ranker(ABC):
             ranking = self.rank(task, seed=seed, ledger=ranking_ledger, monitor=monitor)
         finally:
             ledger.merge(ranking_ledger)
-        ranking.provenance_hash = provenance_hash
+        ranking = replace(ranking, provenance_hash=provenance_hash)
         world.on_rank_zero(lambda: str(ranking.save(folder)))
         return ranking
 

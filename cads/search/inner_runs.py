@@ -133,7 +133,7 @@ class InnerLoop(InnerLoopCosts):
         models = [self.task.model(seed)]
         if self.trainer.batches(models[0], count):
             fit, measurements = self._run_batched(models, draws, flops, seed, stage, segment)
-            fit.models = fit.models[:keep]
+            fit = replace(fit, models=fit.models[:keep])
         else:
             fit, measurements = self._run_one_by_one(models, draws, flops, seed, stage, keep, segment)
         converged = [m for m in measurements if m is not None]
@@ -266,7 +266,7 @@ class InnerLoop(InnerLoopCosts):
         def part(progress: StepReporter, statuses: list[OperationStatus]) -> State:
             if rank >= len(runs) or statuses[rank].finished:
                 return State()
-            progress.restored = statuses[rank].state
+            progress.resume_from(statuses[rank].state)
             return self._trial(runs[rank], progress)
 
         def join(parts: list[State]) -> list[State | None]:

@@ -87,11 +87,15 @@ class TrainingLoop:
         flops = min(flops, before + self.ledger.left / draws.replicas)
         if not math.isfinite(flops):
             raise BudgetError(f"{phase}/{stage_label(stage)}: a run needs a finite budget, not {flops} FLOPs")
-        train_state = TrainState(learner, draws.replicas, self.accelerator.scaler)
-        if isinstance(draws, Rider):
-            train_state.rider = draws
-        elif segment.keep:
-            train_state.example_losses = np.full(len(draws.pool), np.nan)
+        rider = draws if isinstance(draws, Rider) else None
+        keeps_losses = segment.keep and rider is None
+        train_state = TrainState(
+            learner,
+            draws.replicas,
+            self.accelerator.scaler,
+            example_losses=np.full(len(draws.pool), np.nan) if keeps_losses else None,
+            rider=rider,
+        )
         journal_key = [
             phase,
             stage,
@@ -175,7 +179,7 @@ class TrainingLoop:
         Raises: as `fit`.
         """
         train_state, recipe = run.train_state, self.task.recipe
-        train_state.is_current = True
+        train_state.mark_current()
         torch_optimizer = _optimizer(recipe, train_state.learner, scaled=train_state.scaler is not None)
         prepared, wrapped = self._prepare(train_state.learner, torch_optimizer)
         world = active_group()
@@ -280,7 +284,7 @@ class TrainingLoop:
                 tag = f"{stage_tag(run.stage)}/skipped_batches"
                 self.monitor.scalar(tag, train_state.skipped, train_state.steps)
         if train_state.scaler is not None:
-            train_state.overflows = 0 if np.isfinite(norm).all() else train_state.overflows + 1
+            train_state.count_overflow(np.isfinite(norm).all())
             if rejected:
                 train_state.scaler.update()
         return not rejected
