@@ -47,7 +47,7 @@ TITLES = {
 NOTES = {
     "policy": "The best of nine times; memory as numpy allocates it, beyond the parameters.",
     "pool": "Files that are mapped count in the peak as far as they have been read, and can be dropped at any time.",
-    "cads-e": "Scores, trials and comparison on the target included; see the ledger's FLOPs.",
+    "cads-e": "Scores, short runs and comparison on the target included; see the ledger's FLOPs.",
     "texts": "Words follow Zipf's law (exponent 1.1, 200,000 words). The encoder of the embedding is a layer of 64 "
     "random features of words hashed to 512 places, since a sentence encoder (MiniLM) would take hours on this "
     "machine: what is measured is everything around it.",

@@ -27,7 +27,7 @@ from cads.training.precision import autocast
 
 SOURCE, GROUP, LENGTH = "source: ", "group: ", "log length"
 LOSS, ENTROPY, MARGIN = "loss", "entropy", "margin"
-MAX_LEVELS = 256
+MOST_LEVELS = 256
 """Largest number of sources, or of groups, that get a column each: with more, the features would not be cheap."""
 
 Kind = Literal["loss", "confidence", "source", "length"]
@@ -50,7 +50,7 @@ class FreeFeatures:
         self.names = free_names(pool, kinds)
         groups = [] if self._groups is None else np.unique(self._groups).tolist()
         self._group_of_name = {f"{GROUP}{group}": group for group in groups}
-        if len(groups) <= MAX_LEVELS:
+        if len(groups) <= MOST_LEVELS:
             self.names += self._group_of_name
 
     def values(self, names: Sequence[str], positions: np.ndarray) -> Floats:
@@ -140,7 +140,7 @@ class ReadFeatures:
 def free_names(pool: Pool, kinds: Sequence[Kind] = KINDS) -> list[str]:
     """The names of the columns that cost nothing and can differ between examples of one group."""
     names = []
-    if "source" in kinds and pool.sources is not None and 1 < len(pool.source_names) <= MAX_LEVELS:
+    if "source" in kinds and pool.sources is not None and 1 < len(pool.source_names) <= MOST_LEVELS:
         names += [SOURCE + name for name in pool.source_names]
     if "length" in kinds and callable(getattr(pool.examples, "lengths", None)):
         names.append(LENGTH)

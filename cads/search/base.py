@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 ALLOWANCE = 2.75
 """Selection FLOPs in units of the training budget, if the budget need not cover selection."""
 NO_SEARCH_AFFORDABLE = "the allowance buys no trials: the full pool is returned"
-MIN_TARGET_EXAMPLES = 20
+FEWEST_TARGET_EXAMPLES = 20
 """Fewest examples of the target that measure models, with which the guard compares a choice to the full pool. With
 fewer, two models that are as good differ by chance about as much as selection gains."""
 ONE_SOURCE = "the pool has one source, and nothing can be chosen among sources: the full pool is returned"
@@ -121,7 +121,7 @@ class Search(ABC):
         if self.whole_sources and has_one_source(task.pool):
             raise NotAffordableError(ONE_SOURCE)
         costs = PlannedInnerLoop(proxy, split.selection_flops, held_out=self.held_out)
-        if self.guard and len(costs.measured) < MIN_TARGET_EXAMPLES:
+        if self.guard and len(costs.measured) < FEWEST_TARGET_EXAMPLES:
             raise NotAffordableError(cannot_tell(len(proxy.target), len(costs.measured)))
         for stage in self.stages(costs, split.train_flops):
             costs.charge(stage)
@@ -220,6 +220,6 @@ def cannot_tell(n_target: int, n_measured: int) -> str:
     if n_measured < n_target:
         examples += f", of which {n_measured} measure models and the others train the target model"
     return (
-        f"the target has {examples}, and with fewer than {MIN_TARGET_EXAMPLES} the guard cannot tell whether a "
+        f"the target has {examples}, and with fewer than {FEWEST_TARGET_EXAMPLES} the guard cannot tell whether a "
         "choice beats the full pool: the full pool is returned; give more target examples, or set guard = false"
     )
