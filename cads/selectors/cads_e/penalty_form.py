@@ -54,7 +54,7 @@ MIN_STEPS = 40
 """Fewest steps of both models: with fewer they know nothing that tells examples apart."""
 CURVE_POINTS = 200
 """Largest number of points of a curve."""
-NOTHING = "the allowance does not buy enough steps of the two models of the penalty: the full pool is returned"
+NO_STEPS_AFFORDABLE = "the allowance does not buy enough steps of the two models of the penalty: the full pool is returned"
 
 EstimatorName = Literal["rao-blackwell", "k-draw"]
 
@@ -144,7 +144,7 @@ class PenalizedExamples:
         per_step = sum(self._step_flops(task)) + self._estimator().flops(len(task.pool))
         n_steps = int(split.selection_flops / per_step * ROUNDING)
         if n_steps < MIN_STEPS:
-            raise NotAffordableError(NOTHING)
+            raise NotAffordableError(NO_STEPS_AFFORDABLE)
         return split, n_steps
 
     def _search(

@@ -65,7 +65,7 @@ POLICY_STEPS, POLICY_STEP = 20, 0.05
 Reach = Literal["fitted", "extrapolated", "exact"]
 PolicyName = Literal["bernoulli", "mixture"]
 SPACES: dict[str, type[SearchSpace]] = {"bernoulli": SubsetSpace, "mixture": MixtureSpace}
-NOTHING = "the budget does not cover the trials of the penalty: the full pool is returned"
+NO_TRIALS_AFFORDABLE = "the budget does not cover the trials of the penalty: the full pool is returned"
 
 
 @dataclass
@@ -184,7 +184,7 @@ class PenalizedSources:
         # Extrapolating a curve takes two points of it.
         min_steps = 2 if self.reach == "extrapolated" else 1
         if min(self._share / min_steps, THETA_SHARE / self.rounds) * train_flops < costs.step_flops:
-            raise NotAffordableError(NOTHING)
+            raise NotAffordableError(NO_TRIALS_AFFORDABLE)
         return BudgetSplit(train_flops, (share * train_flops + fixed) * (1 + 1e-9))
 
     @property
