@@ -54,7 +54,9 @@ MIN_STEPS = 40
 """Fewest steps of both models: with fewer they know nothing that tells examples apart."""
 CURVE_POINTS = 200
 """Largest number of points of a curve."""
-NO_STEPS_AFFORDABLE = "the allowance does not buy enough steps of the two models of the penalty: the full pool is returned"
+NO_STEPS_AFFORDABLE = (
+    "the allowance does not buy enough steps of the two models of the penalty: the full pool is returned"
+)
 
 EstimatorName = Literal["rao-blackwell", "k-draw"]
 
