@@ -253,12 +253,12 @@ class TestMixtureRegression:
         def truth(x):
             return -x[..., 0] * x[..., 1]
 
-        found = {
+        result = {
             r: truth(MixtureRegression(regression=r).best_predicted(mixtures, truth(mixtures), candidates))
             for r in ("linear", "pairs")
         }
-        assert found["pairs"] == pytest.approx(truth(candidates).min(), abs=0.01)
-        assert found["linear"] > found["pairs"] + 0.02
+        assert result["pairs"] == pytest.approx(truth(candidates).min(), abs=0.01)
+        assert result["linear"] > result["pairs"] + 0.02
 
     def test_mixtures_are_mixtures_around_the_proportions(self):
         proportions = np.array([0.7, 0.2, 0.1])

@@ -22,9 +22,9 @@ def stream(counts, shares=None, seed=0):
 )
 def test_every_stretch_holds_each_group_in_its_share(counts, start, length):
     drawn, groups = stream(counts)
-    found = np.bincount(groups[drawn.take(start, length) - 100], minlength=len(counts))
+    result = np.bincount(groups[drawn.take(start, length) - 100], minlength=len(counts))
     # A cycle begins anew at another phase of each group.
-    assert np.abs(found - length / len(counts)).max() <= 3
+    assert np.abs(result - length / len(counts)).max() <= 3
 
 
 @given(shares=st.lists(st.floats(0.05, 1), min_size=2, max_size=5), cut=st.integers(1, 2999))

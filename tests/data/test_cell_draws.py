@@ -22,14 +22,14 @@ def draws(cells, copies=None, seed=0, n_cells=None):
 def test_what_is_drawn_never_differs_from_the_shares_by_much(shares, counts):
     cells = np.repeat(np.arange(len(shares)), 7)
     source = draws(cells)
-    expected, found = np.zeros(len(shares)), np.zeros(len(shares))
+    expected, actual = np.zeros(len(shares)), np.zeros(len(shares))
     for count in counts:
         taken = source.take(np.array(shares), count)
         assert len(taken) == count
         expected += count * np.array(shares) / sum(shares)
-        found += np.bincount(cells[taken], minlength=len(shares))
-    assert np.abs(found - expected).max() < 2.5
-    assert not found[np.array(shares) == 0].any()
+        actual += np.bincount(cells[taken], minlength=len(shares))
+    assert np.abs(actual - expected).max() < 2.5
+    assert not actual[np.array(shares) == 0].any()
 
 
 def test_shares_may_change_at_every_draw():
@@ -77,11 +77,11 @@ def test_restored_it_goes_on_as_it_would_have(at, copies, seed):
     shares = rng.random((40, 4)) + 0.01
     whole, first = make(), make()
     expected = [whole.take(row, 9).tolist() for row in shares]
-    found = [first.take(row, 9).tolist() for row in shares[:at]]
+    actual = [first.take(row, 9).tolist() for row in shares[:at]]
     second = make()
     second.restore(first.state())
-    found += [second.take(row, 9).tolist() for row in shares[at:]]
-    assert found == expected
+    actual += [second.take(row, 9).tolist() for row in shares[at:]]
+    assert actual == expected
 
 
 def test_the_order_of_the_files_changes_nothing():

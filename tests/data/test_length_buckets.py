@@ -116,19 +116,19 @@ def encoded(folder, rows, longest):
     write_blank(folder / "blank", Shape(32, 1, 32), [some], 1000)
     tokens = load_tokenizer(str(folder / "blank"), trust_remote_code=False)
     kept = load_rows(TextSource(path=str(file)), 0)
-    found, _ = TokenEncoder(tokens, Renderer(tokens), longest).encode(kept)
-    return Pool(kept.ids, found)
+    result, _ = TokenEncoder(tokens, Renderer(tokens), longest).encode(kept)
+    return Pool(kept.ids, result)
 
 
 def docstrings():
     """What the functions of a library are called and do: every installation has them."""
-    found = {}
+    result = {}
     for module in (np, np.linalg, np.random, np.fft, np.ma, torch, torch.linalg, nn.functional, torch.special):
         for name in dir(module):
             text = inspect.getdoc(getattr(module, name))
             if callable(getattr(module, name)) and text:
-                found[text] = f"What does {module.__name__}.{name} do?"
-    return [(name, text) for text, name in found.items() if text.strip()][::3]
+                result[text] = f"What does {module.__name__}.{name} do?"
+    return [(name, text) for text, name in result.items() if text.strip()][::3]
 
 
 def gsm8k():

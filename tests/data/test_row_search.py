@@ -70,13 +70,13 @@ def test_files_without_ids_give_the_selected_rows_each_alone_or_all_in_any_order
     files = [str(folder / f"{name}.{kind}") for name in names]
     reader = {"jsonl": "json", "csv": "csv"}[kind]
     dataset = load_dataset(reader, data_files=files, split="train", streaming=streaming)
-    found = find_rows(dataset, pool.ids, pool.selected, pool.origin)
-    rows = list(take_rows(dataset, found, found.examples.astype(float)))
+    result = find_rows(dataset, pool.ids, pool.selected, pool.origin)
+    rows = list(take_rows(dataset, result, result.examples.astype(float)))
     assert sorted(row["prompt"] for row in rows) == pool.prompts(*names)
     for row in rows:
         example = int(row["weight"])
         assert row["prompt"] == f"{'ab'[pool.origin.file[example]]}: {pool.origin.row[example]}?"
-    assert found.absent == tuple(f"{name}.jsonl" for name in "ab" if name not in names)
+    assert result.absent == tuple(f"{name}.jsonl" for name in "ab" if name not in names)
 
 
 def test_workers_of_a_loader_share_the_rows_of_a_stream_and_none_comes_twice(folder):
@@ -125,11 +125,11 @@ def test_shuffled_or_changed_rows_are_found_by_their_ids(streaming, caplog):
     rows = [{**row, "prompt": row["prompt"].upper()} for row in with_ids("a", rows_of("a", SIZES["a"]))]
     dataset = Dataset.from_list(rows).shuffle(seed=1)
     dataset = dataset.to_iterable_dataset() if streaming else dataset
-    found = find_rows(dataset, pool.ids, pool.selected, pool.origin)
-    chosen = list(take_rows(dataset, found))
+    result = find_rows(dataset, pool.ids, pool.selected, pool.origin)
+    chosen = list(take_rows(dataset, result))
     assert sorted(row["prompt"].lower() for row in chosen) == pool.prompts("a")
-    assert [row["id"] for row in chosen] == pool.ids.take(pa.array(found.examples)).to_pylist()
-    assert found.absent == ("b.jsonl",)
+    assert [row["id"] for row in chosen] == pool.ids.take(pa.array(result.examples)).to_pylist()
+    assert result.absent == ("b.jsonl",)
     assert "found by their ids, whatever their contents" in caplog.text
 
 
@@ -238,6 +238,6 @@ def test_a_stream_that_changes_after_it_was_read_is_refused():
     from cads.data.weighted_rows import _chosen_rows
 
     stream = Stream()
-    found = find_rows(stream, pa.array([str(i) for i in range(5)]), np.arange(5) < 2, None)
+    result = find_rows(stream, pa.array([str(i) for i in range(5)]), np.arange(5) < 2, None)
     with pytest.raises(SelectionError, match="not what it was before"):
-        list(_chosen_rows(stream, found, None))
+        list(_chosen_rows(stream, result, None))

@@ -41,8 +41,8 @@ class TestFingerprint:
     @settings(deadline=None)
     @given(st.lists(st.binary(min_size=5, max_size=5), min_size=1, max_size=40))
     def test_equal_rows_and_no_others_have_equal_digests(self, rows):
-        found = row_digests(np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 5)).to_pylist()
-        assert [found.index(x) for x in found] == [rows.index(x) for x in rows]
+        result = row_digests(np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 5)).to_pylist()
+        assert [result.index(x) for x in result] == [rows.index(x) for x in rows]
 
     def test_zeros_at_the_end_are_not_padding(self):
         assert row_digests(np.zeros((1, 3), np.uint8)) != row_digests(np.zeros((1, 4), np.uint8))
@@ -80,9 +80,9 @@ class TestFingerprint:
     def test_digests_are_those_of_each_content(self, contents, rows):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(hashing, "ROWS", rows)
-            found = digests(np.frombuffer(x, np.uint8) for x in contents)
-        assert found.type == pa.large_binary()
-        assert found.to_pylist() == [hashlib.blake2b(x, digest_size=16).digest() for x in contents]
+            result = digests(np.frombuffer(x, np.uint8) for x in contents)
+        assert result.type == pa.large_binary()
+        assert result.to_pylist() == [hashlib.blake2b(x, digest_size=16).digest() for x in contents]
 
 
 class TestSeeds:
@@ -95,8 +95,8 @@ class TestSeeds:
     def test_many_at_once_are_those_of_each(self, names, seed, block):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(seeding, "BLOCK", block)
-            found = derive_each(seed, pa.array(names, pa.string()))
-        assert found.tolist() == [derive(seed, name) for name in names]
+            result = derive_each(seed, pa.array(names, pa.string()))
+        assert result.tolist() == [derive(seed, name) for name in names]
 
     @pytest.mark.parametrize("own", [[0], [7], [3, 9]])
     def test_words_that_are_zero_count_as_numpy_counts_them(self, own, monkeypatch):
@@ -134,11 +134,11 @@ class TestStreams:
 
     @pytest.mark.parametrize("n", [streams.SHUFFLED + 7, 10**9])
     def test_the_cipher_scatters_neighbours_evenly(self, n):
-        found = []
+        result = []
         for seed in range(16):
             keys = np.random.default_rng(seed).integers(2**64, size=permutation.ROUNDS, dtype=np.uint64)
-            found.append(feistel_permutation(np.arange(4096) + seed * 5000, n, keys))
-        bins = np.stack(found) * 16 // n
+            result.append(feistel_permutation(np.arange(4096) + seed * 5000, n, keys))
+        bins = np.stack(result) * 16 // n
         assert chisquare(np.bincount(bins.ravel())).pvalue > 1e-3
         neighbours = np.bincount((16 * bins[:, :-1] + bins[:, 1:]).ravel(), minlength=256)
         assert chisquare(neighbours).pvalue > 1e-3

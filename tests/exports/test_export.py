@@ -93,11 +93,11 @@ def chosen(pool, **fields):
 def places(selection):
     """File and row of each chosen example, in order, with its source and weight."""
     names = selection.sources.cast(pa.string()).to_pylist()
-    found = [
+    result = [
         (int(selection.origin.file[i]), int(selection.origin.row[i]), names[i], float(selection.weights[i]))
         for i in np.flatnonzero(selection.selected)
     ]
-    return sorted(found)
+    return sorted(result)
 
 
 def lines(path):
@@ -415,10 +415,10 @@ class TestCommand:
     def test_what_is_wrong_is_said(self, run, tmp_path, capsys, monkeypatch, words, status, message):
         monkeypatch.chdir(tmp_path)
         try:
-            found = main(["export", str(run), *words.split()])
+            result = main(["export", str(run), *words.split()])
         except SystemExit as exit_:
-            found = exit_.code
-        assert found == status
+            result = exit_.code
+        assert result == status
         errors = " ".join(capsys.readouterr().err.split())
         assert message in errors
         assert "Traceback" not in errors

@@ -20,8 +20,8 @@ def odds(wrong):
 @given(wrong=st.floats(0.01, 0.99), loss=st.floats(0, 12))
 def test_it_is_the_posterior(wrong, loss):
     right = (1 - wrong) * np.exp(-loss)
-    found = odds([wrong]).weights(np.array([0]), np.array([loss]))
-    assert found[0] == pytest.approx(right / (right + wrong / 10))
+    result = odds([wrong]).weights(np.array([0]), np.array([loss]))
+    assert result[0] == pytest.approx(right / (right + wrong / 10))
 
 
 @given(wrong=st.floats(0.05, 0.95), loss=st.floats(0, 8))

@@ -30,8 +30,8 @@ def score(task, model, pool=None, **options):
     ledger = Ledger()
     model.eval()
     losses = partial(task.losses, model)
-    found = score_pool(pool or task.pool, losses, task.costs.forward, ledger=ledger, stage="scores", **options)
-    return found, ledger
+    result = score_pool(pool or task.pool, losses, task.costs.forward, ledger=ledger, stage="scores", **options)
+    return result, ledger
 
 
 @settings(max_examples=60, deadline=None)

@@ -34,9 +34,9 @@ class TestBest:
         edges = [0, *sorted(min(c, len(score)) for c in cuts), len(score)]
         for a, b in pairwise(edges):
             best.add(ids[a:b], score[a:b])
-        found, values = best.result()
+        result, values = best.result()
         order = best_first(ids, score)[:k]
-        assert found.to_pylist() == ids.take(pa.array(order)).to_pylist()
+        assert result.to_pylist() == ids.take(pa.array(order)).to_pylist()
         assert (values == score[order]).all()
 
     @settings(deadline=None)
@@ -134,7 +134,7 @@ class TestScoreFiles:
         stream_scores(
             task.pool, lambda b: task.losses(model, b), task.costs.forward, path, ledger=parts, shard=33, **how
         )
-        (ids, found), *_ = read_groups([path])
+        (ids, actual), *_ = read_groups([path])
         assert ids.equals(task.pool.ids)
-        assert found == pytest.approx(expected, rel=1e-6)
+        assert actual == pytest.approx(expected, rel=1e-6)
         assert parts.total().flops == whole.total().flops

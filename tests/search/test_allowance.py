@@ -60,12 +60,12 @@ def test_selection_for_a_pretrained_model_gets_the_least_it_needs_or_its_share(f
     least = total / times
     assert selection_share(task, total, least) == selection_share(task, total)
     task.pretrained = True
-    share, found = selection_share(task, total), selection_share(task, total, least)
+    share, result = selection_share(task, total), selection_share(task, total, least)
     if 4 / 3 < times < 3:
-        assert found > share
-        assert least <= found * total / (1 + found) <= least * (1 + 1e-6)
+        assert result > share
+        assert least <= result * total / (1 + result) <= least * (1 + 1e-6)
     else:
-        assert found == share
+        assert result == share
 
 
 def test_budgets_that_cannot_be_divided_are_refused(features):

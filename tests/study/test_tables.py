@@ -166,11 +166,11 @@ class TestImport:
         lines = ["t,7b,free,100,1e18,50", "t,7b,dear,50,0.8e18,49", "t,7b,free,50,0.5e18,48"]
         assert import_points(self.write(tmp_path, lines), tmp_path / "o") == 3
         assert import_points(tmp_path / "points.csv", tmp_path / "o") == 3, "importing twice changes nothing"
-        found = {(r["method"], r["budget"]): r for r in read_runs(tmp_path / "o")}
-        assert len(found) == 3
-        assert found["dear", "50 %"]["selection_flops"] == pytest.approx(0.3e18)
-        assert found["free", "50 %"]["selection_flops"] == 0
-        assert {r["n_parameters"] for r in found.values()} == {7e9}
+        result = {(r["method"], r["budget"]): r for r in read_runs(tmp_path / "o")}
+        assert len(result) == 3
+        assert result["dear", "50 %"]["selection_flops"] == pytest.approx(0.3e18)
+        assert result["free", "50 %"]["selection_flops"] == 0
+        assert {r["n_parameters"] for r in result.values()} == {7e9}
 
     def test_a_corrected_point_takes_the_place_of_the_first(self, tmp_path):
         lines = ["t,7b,free,100,1e18,50", "t,7b,free,50,0.5e18,48"]
@@ -321,12 +321,12 @@ class TestPoints:
         for order in itertools.permutations((0, 1, 2)):
             points = [of("a", 0.5, order), of("late", 0.6, order[1:]), of("b", 0.3, order)]
             points += [of("a", 0.7, order, 2.0), of("late", 0.5, order[1:], 2.0), of("b", 0.9, order, 2.0)]
-            found = answers(points)
-            assert [(a.budget, a.flops, a.best.method) for a in found] == [
+            result = answers(points)
+            assert [(a.budget, a.flops, a.best.method) for a in result] == [
                 ("1 epochs", pytest.approx(1.01), "a"),
                 ("2 epochs", pytest.approx(2.02), "b"),
             ]
-            assert all("of 1 epochs" not in a.sentence for a in found)
+            assert all("of 1 epochs" not in a.sentence for a in result)
             assert all({p.budget for p in within_budget(points, x)} == {x.budget} for x in budgets_of(points))
             assert {m: len(rows) for m, rows in regrets(points).items()} == {"a": 2, "b": 2}
 

@@ -106,10 +106,10 @@ def weights(model):
     return np.concatenate([x.detach().numpy().ravel() for x in model.state_dict().values()]).tolist()
 
 
-def same(found, one, tolerance=TOLERANCE):
+def same(actual, one, tolerance=TOLERANCE):
     """All processes have found the same bits; those are the ones of a single process within the tolerance."""
-    assert all(x == found[0] for x in found)
-    _close(found[0], one, tolerance)
+    assert all(x == actual[0] for x in actual)
+    _close(actual[0], one, tolerance)
 
 
 def _close(x, y, tolerance):

@@ -14,8 +14,8 @@ def rank(task, seed=0, **options):
 def gradient(task, model, pool, i):
     """The gradient of one example by autograd, one vector, float64."""
     loss = task.losses(model, pool.batch([i])).sum()
-    found = torch.autograd.grad(loss, list(model.parameters()))
-    return torch.cat([g.flatten() for g in found]).double().numpy()
+    result = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.cat([g.flatten() for g in result]).double().numpy()
 
 
 def direction(g, m, v, t, recipe):

@@ -114,9 +114,9 @@ class TestFailures:
         with pytest.raises(ConfigError, match="non_finite = 'ignore'"):
             TrainConfig(non_finite="ignore")
 
-    @pytest.mark.parametrize("way", ["batched", "loop"])
-    def test_a_diverged_replica_is_never_averaged_in(self, features, tmp_path, way):
-        task = features(batch_size=8, replicas=way)
+    @pytest.mark.parametrize("mode", ["batched", "loop"])
+    def test_a_diverged_replica_is_never_averaged_in(self, features, tmp_path, mode):
+        task = features(batch_size=8, replicas=mode)
         task.pool.examples.rows[:20] = np.inf
         streams = [
             ShuffledStream(np.arange(20, 200), 0),

@@ -48,10 +48,10 @@ def reference(task, model, batch):
     rows = []
     for i in range(len(batch)):
         loss = task.losses(model, rows_of(batch, i, i + 1)).sum()
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        result = torch.autograd.grad(loss, parameters, allow_unused=True)
         rows.append(
             torch.cat(
-                [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
+                [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, result, strict=True)]
             )
         )
     return torch.stack(rows)
@@ -59,28 +59,28 @@ def reference(task, model, batch):
 
 def collected(gradients, batch):
     """All that is handed out, shape (B, entries), and how many pieces that took."""
-    found = {name: torch.full((len(batch), size), float("nan")) for name, size in gradients.sizes.items()}
+    result = {name: torch.full((len(batch), size), float("nan")) for name, size in gradients.sizes.items()}
     pieces = 0
 
     def receive(name, start, g):
         nonlocal pieces
         pieces += 1
-        rows = found[name][start : start + len(g)]
+        rows = result[name][start : start + len(g)]
         assert rows.isnan().all(), f"{name} was handed out twice"
         rows.copy_(g)
         g.zero_()  # It is the receiver's to change.
 
     gradients.each(batch, receive)
-    return torch.cat(list(found.values()), dim=1), pieces
+    return torch.cat(list(result.values()), dim=1), pieces
 
 
 def check(task, model, batch, tolerance=1e-4):
     model.eval()
     gradients = PerExample(task, model)
     gradients.check(batch)
-    found, _ = collected(gradients, batch)
+    actual, _ = collected(gradients, batch)
     exact = reference(task, model, batch)
-    error = (found - exact).norm(dim=1) / exact.norm(dim=1)
+    error = (actual - exact).norm(dim=1) / exact.norm(dim=1)
     assert float(error.max()) < tolerance
     return gradients
 
@@ -324,9 +324,9 @@ def test_only_named_parameters_are_handed_out():
     names = last_layer(model)
     assert names == ["2.weight"]
     gradients = PerExample(Stub(), model, names)
-    found, _ = collected(gradients, batch_of(FLOATS))
+    actual, _ = collected(gradients, batch_of(FLOATS))
     whole = reference(Stub(), model, batch_of(FLOATS))
-    torch.testing.assert_close(found, whole[:, -15:], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(actual, whole[:, -15:], rtol=1e-5, atol=1e-7)
     with pytest.raises(ConfigError, match="no trainable parameter"):
         last_layer(nn.ReLU())
 
@@ -335,9 +335,9 @@ def test_the_last_layer_may_share_its_weights_with_the_first():
     model = seeded(Tied)
     names = last_layer(model)
     assert names == ["table.weight"]
-    found, _ = collected(PerExample(Stub(), model, names), batch_of(WORDS))
+    actual, _ = collected(PerExample(Stub(), model, names), batch_of(WORDS))
     whole = reference(Stub(), model, batch_of(WORDS))
-    torch.testing.assert_close(found, whole[:, : VOCABULARY * 6], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(actual, whole[:, : VOCABULARY * 6], rtol=1e-5, atol=1e-7)
 
 
 def test_batches_are_cut_where_shared_parameters_would_fill_the_memory(monkeypatch):
@@ -370,6 +370,6 @@ def test_bf16_is_close():
     model = seeded(lambda: with_lora(llama())).eval()
     batch = batch_of(WORDS)
     exact, _ = collected(PerExample(Tokens(), model), batch)
-    found, _ = collected(PerExample(Tokens(), model, precision="bf16"), batch)
-    assert found.dtype == torch.float32
-    assert float(nn.functional.cosine_similarity(exact, found).min()) > 0.999
+    result, _ = collected(PerExample(Tokens(), model, precision="bf16"), batch)
+    assert result.dtype == torch.float32
+    assert float(nn.functional.cosine_similarity(exact, result).min()) > 0.999

@@ -62,10 +62,10 @@ def test_inner_products_are_unbiased_with_the_variance_of_the_lemma():
             rows = {n: x * (torch.arange(x.shape[1]) < 3) for n, x in rows.items()}
         x, y = torch.cat(list(rows.values()), dim=1).double()
         bound = float((x @ x) * (y @ y) + (x @ y) ** 2) / D
-        found = np.array([float(torch.prod(project(Sketch(SIZES, D, s), rows), dim=0).sum()) for s in range(draws)])
-        assert abs(found.mean() - float(x @ y)) < 5 * np.sqrt(bound / draws), name
+        result = np.array([float(torch.prod(project(Sketch(SIZES, D, s), rows), dim=0).sum()) for s in range(draws)])
+        assert abs(result.mean() - float(x @ y)) < 5 * np.sqrt(bound / draws), name
         # 1.23: five standard deviations of the variance of 1,000 draws.
-        assert found.var() < 1.23 * bound, name
+        assert result.var() < 1.23 * bound, name
 
 
 def test_equal_over_batch_sizes_orders_and_calls():

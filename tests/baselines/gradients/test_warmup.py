@@ -24,27 +24,29 @@ class TestWarmUp:
         plan = schedule(task, 0.5, 4)
         assert (plan.examples, plan.steps) == (30, 4)
         ledger = Ledger()
-        found = warm_up(task, plan, seed=0, ledger=ledger)
-        assert [c.steps for c in found] == [4, 8, 12, 16]
+        actual = warm_up(task, plan, seed=0, ledger=ledger)
+        assert [c.steps for c in actual] == [4, 8, 12, 16]
         names = set(dict(task.model(0).named_parameters()))
-        for c in found:
+        for c in actual:
             assert set(c.parameters) == set(c.first) == set(c.second) == names
             assert all(c.first[n].shape == c.second[n].shape == p.shape for n, p in c.parameters.items())
         step = 8 * task.costs.per_usage(task.pool, 8)
         assert ledger.total(SELECT).flops == pytest.approx(16 * step)
         expected = [task.recipe.rate((s + 0.5) / 16) for s in range(16)]
-        assert [c.rate for c in found] == pytest.approx(np.reshape(expected, (4, 4)).mean(axis=1), rel=1e-6)
+        assert [c.rate for c in actual] == pytest.approx(np.reshape(expected, (4, 4)).mean(axis=1), rel=1e-6)
 
     def test_the_moments_are_those_of_adam(self, task):
         """The last checkpoint's from the gradients of a loop of one step a time."""
-        found = warm_up(task, replace(schedule(task, 0.2, 1), steps=1), seed=3, ledger=Ledger())[0]
+        result = warm_up(task, replace(schedule(task, 0.2, 1), steps=1), seed=3, ledger=Ledger())[0]
         model = task.model(3)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        for name, p in found.parameters.items():
+        for name, p in result.parameters.items():
             # After one step m = (1 - b1) g and v = (1 - b2) g^2.
-            assert torch.allclose(found.first[name].square() / 0.01, found.second[name] / 0.001, rtol=1e-4, atol=1e-12)
-            moved = found.first[name].abs() > 1e-7
-            assert (torch.sign(before[name] - p)[moved] == torch.sign(found.first[name])[moved]).float().mean() > 0.95
+            assert torch.allclose(
+                result.first[name].square() / 0.01, result.second[name] / 0.001, rtol=1e-4, atol=1e-12
+            )
+            moved = result.first[name].abs() > 1e-7
+            assert (torch.sign(before[name] - p)[moved] == torch.sign(result.first[name])[moved]).float().mean() > 0.95
 
     def test_a_small_pool_still_has_steps(self, features):
         task = features(n=5, batch_size=8, sources=0)
@@ -63,9 +65,9 @@ def checkpoint_of(task, **changes):
 class TestCheckpoint:
     def test_without_moments_it_is_refused(self, task):
         bare = checkpoint_of(task, first={}, second={})
-        found = GradientFeatures(Less().feature_config(), task, task.model(0), 0, Ledger())
+        result = GradientFeatures(Less().feature_config(), task, task.model(0), 0, Ledger())
         with pytest.raises(CheckpointError, match=r"no moments of Adam for 4 of 4 parameters, such as .*0.bias"):
-            found.load(bare)
+            result.load(bare)
         GradientFeatures(Less(recipe="sgd").feature_config(), task, task.model(0), 0, Ledger()).load(bare)
 
     def test_half_of_the_moments_is_refused(self, task):
@@ -106,8 +108,8 @@ class TestAWarmUpThatIsKilled:
 
     def work(self, task):
         ledger = Ledger()
-        found = warm_up(task, schedule(task, 0.5, 3), seed=0, ledger=ledger)
-        return [c.content_hash for c in found], [c.rate for c in found], ledger.to_json(seconds=False)
+        result = warm_up(task, schedule(task, 0.5, 3), seed=0, ledger=ledger)
+        return [c.content_hash for c in result], [c.rate for c in result], ledger.to_json(seconds=False)
 
     @pytest.mark.parametrize("every", [1, 3])
     @pytest.mark.parametrize("kills", [(1,), (6, 3), (0, 2, 4)])
@@ -129,10 +131,10 @@ class TestAWarmUpThatIsKilled:
         task = features(hidden=8, n=60, batch_size=8)
         build = task._build
         task._build = lambda: nn.Sequential(nn.BatchNorm1d(6), build().requires_grad_(False), nn.Linear(3, 3))
-        found = warm_up(task, schedule(task, 0.5, 2), seed=0, ledger=Ledger())
-        assert {n.split(".")[0] for n in found[0].parameters} == {"0", "2"}
-        assert set(found[0].buffers) == {"0.running_mean", "0.running_var", "0.num_batches_tracked"}
-        assert not torch.equal(found[0].buffers["0.running_mean"], found[1].buffers["0.running_mean"])
+        result = warm_up(task, schedule(task, 0.5, 2), seed=0, ledger=Ledger())
+        assert {n.split(".")[0] for n in result[0].parameters} == {"0", "2"}
+        assert set(result[0].buffers) == {"0.running_mean", "0.running_var", "0.num_batches_tracked"}
+        assert not torch.equal(result[0].buffers["0.running_mean"], result[1].buffers["0.running_mean"])
         assert resumed(tmp_path, lambda: self.work(task)) == self.work(task)
 
 

@@ -52,11 +52,11 @@ def encoded(tmp_path, rows, template=TEMPLATE, *, drop=False, **options):
 def written(tmp_path, rows, template=TEMPLATE, **options):
     """The whole text of each example, and what is learned of it."""
     tok, tokens, _ = encoded(tmp_path, rows, template, **options)
-    found = []
+    result = []
     for begin, end in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True):
         ids, mask = tokens.ids[begin:end], tokens.loss_mask[begin:end]
-        found.append((tok.decode(ids), tok.decode(ids[mask])))
-    return found
+        result.append((tok.decode(ids), tok.decode(ids[mask])))
+    return result
 
 
 def rendered(path, template):

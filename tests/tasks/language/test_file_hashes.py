@@ -44,9 +44,9 @@ def test_a_file_is_hashed_when_its_digest_is_asked_for(tmp_path, monkeypatch, ki
     hashed = []
 
     def counting(columns):
-        found = row_hashes(columns)
-        hashed.append(len(found))
-        return found
+        result = row_hashes(columns)
+        hashed.append(len(result))
+        return result
 
     monkeypatch.setattr(file_hashes, "row_hashes", counting)
     origin = load_rows(TextSource(path=str(file_of(tmp_path, kind)), limit=limit), 0).origin

@@ -73,10 +73,10 @@ class TestAnswers:
 
     def test_a_template_that_marks_answers_gives_the_same(self, tmp_path):
         rows = [{"messages": TALK}, *({"messages": c["messages"]} for c in conversations(4))]
-        found, _ = encode(tmp_path, rows)
+        result, _ = encode(tmp_path, rows)
         said, _ = encode(tmp_path, rows, tok=tokenizer(MARKED))
-        assert np.array_equal(found.ids, said.ids)
-        assert np.array_equal(found.loss_mask, said.loss_mask)
+        assert np.array_equal(result.ids, said.ids)
+        assert np.array_equal(result.loss_mask, said.loss_mask)
 
     def test_prompt_and_response_without_a_template(self, tmp_path):
         tok = tokenizer(None)
@@ -179,11 +179,11 @@ class TestFiles:
         Dataset.from_list([*rows[::-1], *rows]).select(range(9, 18)).save_to_disk(str(tmp_path / "a"))
         read = [load_rows(TextSource(path=str(p)), 0) for p in sorted(tmp_path.iterdir())]
         assert len(read) == 5
-        for found in read:
-            assert found.format == "prompt"
-            assert found.ids.to_pylist() == [r["id"] for r in rows]
-            assert found.table["prompt"].to_pylist() == [r["prompt"] for r in rows]
-            assert found.table["response"].to_pylist() == [r["response"] for r in rows]
+        for result in read:
+            assert result.format == "prompt"
+            assert result.ids.to_pylist() == [r["id"] for r in rows]
+            assert result.table["prompt"].to_pylist() == [r["prompt"] for r in rows]
+            assert result.table["response"].to_pylist() == [r["response"] for r in rows]
 
     def test_a_line_longer_than_a_block(self, tmp_path):
         write_lines(tmp_path / "a.jsonl", [{"text": "x"}, {"text": "y" * 3_000_000}])

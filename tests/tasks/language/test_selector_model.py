@@ -107,9 +107,9 @@ class TestProxy:
             return [name for name, p in model.named_parameters() if p.requires_grad]
 
         small, gpt2 = str(folder / "small"), str(folder / "gpt2")
-        found = trained(selector_model=gpt2, selector_peft={"type": "lora", "r": 2, "target_modules": ["c_attn"]})
-        assert found
-        assert all("c_attn.lora" in name for name in found)
+        result = trained(selector_model=gpt2, selector_peft={"type": "lora", "r": 2, "target_modules": ["c_attn"]})
+        assert result
+        assert all("c_attn.lora" in name for name in result)
         assert all("lora" in name for name in trained(selector_model=small))
         assert any("embed_tokens" in name for name in trained(selector_model=small, selector_peft={}))
 

@@ -50,8 +50,8 @@ class TestNames:
         split = split_rows(pool, [], [], (None, 5, 5), 0)
         assert sorted(names(split.pool)) == ["flan/train", "gsm/train"]
         assert {i.rsplit("-", 1)[0] for i in ids(split.pool)} == {"flan/train", "gsm/train"}
-        found = ids(split.pool) + ids(split.target) + ids(split.test)
-        assert len(set(found)) == len(found) == 50
+        result = ids(split.pool) + ids(split.target) + ids(split.test)
+        assert len(set(result)) == len(result) == 50
         said = [r.message for r in caplog.records if "of equal names" in r.message]
         assert len(said) == 1
         assert "'gsm/train'" in said[0]
@@ -100,9 +100,9 @@ class TestNames:
     def test_given_names_stay_and_join_their_files(self, tmp_path):
         web = [TextSource("web", str(tmp_path / n)) for n in ("s1.jsonl", "s2.jsonl")]
         other = TextSource(path=str(tmp_path / "web.jsonl"))
-        found = names_and_prefixes([*web, other])
-        assert found[:2] == [("web", "web/s1"), ("web", "web/s2")]
-        assert found[2][0] not in ("web", "s1", "s2")
+        result = names_and_prefixes([*web, other])
+        assert result[:2] == [("web", "web/s1"), ("web", "web/s2")]
+        assert result[2][0] not in ("web", "s1", "s2")
 
     def test_rows_of_joined_files_are_numbered_apart(self, tmp_path):
         files = [texts(tmp_path, f"{n}.jsonl", 9) for n in ("s1", "s2")]
@@ -124,8 +124,8 @@ class TestNames:
     )
     def test_no_two_files_have_one_name(self, paths):
         sources = [TextSource(path=f"/{a}/{b}/{c}.{suffix}") for a, b, c, suffix in paths]
-        found = names_and_prefixes(sources)
-        assert len({name for name, _ in found}) == len({prefix for _, prefix in found}) == len(paths)
+        result = names_and_prefixes(sources)
+        assert len({name for name, _ in result}) == len({prefix for _, prefix in result}) == len(paths)
 
 
 class TestIds:
@@ -173,10 +173,10 @@ class TestIds:
                 path.write_text("id,source,text\n" + "".join(",".join(r.values()) + "\n" for r in rows))
             case "parquet":
                 pq.write_table(pa.Table.from_pylist(rows), path)
-        found = load_rows(TextSource(path=str(path)), 0, given_sources=True)
-        assert found.ids.to_pylist() == made
-        assert found.sources.to_pylist() == [i[:4] for i in made]
-        assert found.table["text"].to_pylist() == [r["text"] for r in rows]
+        result = load_rows(TextSource(path=str(path)), 0, given_sources=True)
+        assert result.ids.to_pylist() == made
+        assert result.sources.to_pylist() == [i[:4] for i in made]
+        assert result.table["text"].to_pylist() == [r["text"] for r in rows]
 
     def test_large_numbers_stay_apart(self, tmp_path):
         path = tmp_path / "a.jsonl"
@@ -204,8 +204,8 @@ class TestSourceColumns:
     )
     def test_one_that_no_one_named_is_used_only_where_every_row_has_a_source(self, tmp_path, caplog, value):
         source = texts(tmp_path, "a.jsonl", 9, source=value)
-        found = load_rows(source, 0, given_sources=True)
-        assert found.sources is None
+        result = load_rows(source, 0, given_sources=True)
+        assert result.sources is None
         assert "'source' of" in caplog.text
         assert "it is not used" in caplog.text
         caplog.clear()
@@ -293,16 +293,16 @@ class TestOrderOfRows:
     ):
         folder = tmp_path_factory.mktemp("files")
         made = {n: [{"id": f"{n}{i}", "text": f"{n} {i}", "source": "st"[i % 7 == 0]} for i in range(40)] for n in "ba"}
-        found = []
+        result = []
         for _ in range(2):
             files = [str(write_lines(folder / f"{n}.jsonl", rows)) for n, rows in made.items()]
             pool = [TextSource(path=file, limit=limit) for file in files]
             split = split_rows(pool[:1] if has_sources else pool, [], [], (9, 5, 7), 1)
-            found.append([sorted(ids(part)) for part in (split.pool, split.target, split.test)])
+            result.append([sorted(ids(part)) for part in (split.pool, split.target, split.test)])
             for rows in made.values():
                 random.shuffle(rows)
-        assert found[0] == found[1]
-        assert [len(part) for part in found[0]] == [9, 5, 7]
+        assert result[0] == result[1]
+        assert [len(part) for part in result[0]] == [9, 5, 7]
 
 
 class TestTooFewRows:

@@ -69,9 +69,9 @@ class TestAllRowsDecideTheColumns:
     def test_for_any_rows(self, rows, size):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(written_json, "ROWS_IN_BLOCK", size)
-            found = table_of(rows).to_pylist()
+            result = table_of(rows).to_pylist()
         names = {name for row in rows for name in row}
-        assert found == ([dict.fromkeys(names) | row for row in rows] if names else [])
+        assert result == ([dict.fromkeys(names) | row for row in rows] if names else [])
 
 
 AS_WRITTEN = [
@@ -116,9 +116,9 @@ class TestValuesAreReadAsWritten:
 
     def test_a_mixed_column_leaves_the_file_readable(self, tmp_path):
         rows = [{"text": "a", "other": x} for x in (1, "b", None, True, [1], {"c": 2}, 1.25)]
-        found = rows_of(tmp_path, "a.jsonl", lines(rows))
-        assert [row["other"] for row in found] == ["1", "b", None, "true", [1], {"c": 2}, "1.25"]
-        assert [row["text"] for row in found] == ["a"] * len(rows)
+        result = rows_of(tmp_path, "a.jsonl", lines(rows))
+        assert [row["other"] for row in result] == ["1", "b", None, "true", [1], {"c": 2}, "1.25"]
+        assert [row["text"] for row in result] == ["a"] * len(rows)
 
     def test_missing_numbers_of_pandas_are_missing(self, tmp_path):
         assert rows_of(tmp_path, "a.jsonl", '{"text": "a", "input": NaN}') == [{"text": "a", "input": None}]

@@ -121,13 +121,13 @@ class TestDamage:
         cache = tmp_path / "cache"
         (entry,) = entries(cache)
         DAMAGES[name](cache / entry)
-        found = fetch()
+        actual = fetch()
         (said,) = warnings_of(caplog)
         assert "made anew" in said
         assert entry in said
         assert entries(cache) == [entry]
         assert not (cache / entry).is_symlink()
-        for tokens in (found, fetch()):
+        for tokens in (actual, fetch()):
             assert all(np.array_equal(x, y) for x, y in zip(before, tokens[:3], strict=True))
         assert warnings_of(caplog) == []
 
@@ -188,9 +188,9 @@ def counted(call, log, started):
 
     TokenEncoder._tokenize = tokenize
     started.wait()
-    found = call()
+    result = call()
     with open(log, "a") as file:
-        file.write(f"got {int(found.ids.sum())}\n")
+        file.write(f"got {int(result.ids.sum())}\n")
 
 
 class TestProcesses:

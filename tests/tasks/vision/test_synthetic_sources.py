@@ -255,14 +255,14 @@ def test_noise_needs_another_class():
     ],
 )
 def test_names_of_classes_win_over_indices(names, classes, numbers, caplog):
-    [found] = in_numbers([SyntheticSource("a", classes=classes)], names)
-    assert found.classes == numbers
+    [result] = in_numbers([SyntheticSource("a", classes=classes)], names)
+    assert result.classes == numbers
     assert caplog.text == ""
 
 
 def test_an_index_is_taken_where_no_class_has_a_number_and_is_said(caplog):
-    [found] = in_numbers([SyntheticSource("a", classes=[1])], ["ant", "bee", "cow"])
-    assert found.classes == [1]
+    [result] = in_numbers([SyntheticSource("a", classes=[1])], ["ant", "bee", "cow"])
+    assert result.classes == [1]
     assert "['bee']" in caplog.text
 
 

@@ -202,13 +202,13 @@ def test_moments_of_some_images_do_not_depend_on_the_order_of_the_file(monkeypat
     monkeypatch.setattr("cads.tasks.vision.task.MOMENTS_FROM", 100)
     pixels = torch.arange(400, dtype=torch.float64).mul(255 / 400).to(torch.uint8)[:, None, None, None]
     images = ImageTensors(pixels.expand(400, 1, 4, 4).clone(), torch.zeros(400, dtype=torch.int64))
-    found = []
+    result = []
     for order in (np.arange(400), np.arange(400)[::-1].copy(), np.random.default_rng(0).permutation(400)):
         task = tiny_task(pool=Pool([f"i{k}" for k in order], images.take(order)))
-        found.append((task.mean, task.std))
-    assert found[0] == found[1] == found[2]
-    assert found[0][0] == pytest.approx([float(pixels.double().mean())], abs=5 * 255 / math.sqrt(12 * 100))
-    assert found[0] != channel_moments(images)
+        result.append((task.mean, task.std))
+    assert result[0] == result[1] == result[2]
+    assert result[0][0] == pytest.approx([float(pixels.double().mean())], abs=5 * 255 / math.sqrt(12 * 100))
+    assert result[0] != channel_moments(images)
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "squeezenet1_1"])
