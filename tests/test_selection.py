@@ -48,7 +48,7 @@ def chosen(pool, **more):
     rng = np.random.default_rng(0)
     ledger = Ledger()
     ledger.charge(SELECT, "made up", 123.0, usages=4, tokens=4, seconds=0.25)
-    about = {
+    fields = {
         "selected": np.arange(len(pool)) % 3 == 0,
         "score": rng.normal(size=len(pool)).round(1),
         "probability": rng.uniform(0.1, 1.0, len(pool)),
@@ -60,7 +60,7 @@ def chosen(pool, **more):
         "notes": {"guard": "none"},
         "source_probability": {"clean": 0.75, "noisy": 0.25},
     }
-    return Selection.from_pool(pool, **{**about, **more})
+    return Selection.from_pool(pool, **{**fields, **more})
 
 
 def permuted(pool, seed=1):
@@ -162,26 +162,26 @@ class TestIds:
     def test_weighted_stream_draws_by_the_probability_of_the_id(self, task):
         selection = chosen(task.pool, weighted=True)
         expected = dict(zip(selection.ids.to_pylist(), selection.probability * selection.selected, strict=True))
-        whole = sum(expected.values())
+        total = sum(expected.values())
         for pool in (task.pool, permuted(task.pool)):
             counts = np.bincount(selection.stream(pool, seed=7).take(0, 200_000), minlength=len(pool))
             for identity, count in zip(pool.ids.to_pylist(), counts, strict=True):
-                share = expected[identity] / whole
+                share = expected[identity] / total
                 assert abs(count / 200_000 - share) <= 5 * np.sqrt(share / 200_000)
 
     def test_apply_to_a_dataset_in_another_order(self, task):
         selection = chosen(task.pool)
         ids = [*permuted(task.pool).ids.to_pylist(), "one more"]
         dataset = datasets.Dataset.from_dict({"id": ids, "payload": [f"of {i}" for i in ids]})
-        kept = selection.apply(dataset)
+        applied = selection.apply(dataset)
         wanted = set(selection.ids.filter(pa.array(selection.selected)).to_pylist())
-        assert kept["id"] == [i for i in ids if i in wanted]
-        assert kept["payload"] == [f"of {i}" for i in kept["id"]]
+        assert applied["id"] == [i for i in ids if i in wanted]
+        assert applied["payload"] == [f"of {i}" for i in applied["id"]]
 
     def test_apply_reads_numbers_as_ids(self, task):
         pool = Pool([str(i) for i in range(80)], task.pool.examples)
-        kept = chosen(pool).apply(datasets.Dataset.from_dict({"key": list(range(80))}), id_column="key")
-        assert kept["key"] == list(range(0, 80, 3))
+        applied = chosen(pool).apply(datasets.Dataset.from_dict({"key": list(range(80))}), id_column="key")
+        assert applied["key"] == list(range(0, 80, 3))
 
     def test_apply_says_what_is_missing(self, task):
         selection = chosen(task.pool)
@@ -320,12 +320,12 @@ class TestWeights:
             source_probability={"clean": 0.1, "noisy": 0.961},
             target_fraction=0.3,
         )
-        shown = printed(summary(selection))
+        table = printed(summary(selection))
         share = 0.25 * noisy.sum() / probability.sum()
-        assert "share of training" in shown
-        assert "policy probability" in shown
-        assert re.search(rf"noisy .* {share:.1%} .* 0\.961", shown)
-        assert "30% of each batch from the target" in shown
+        assert "share of training" in table
+        assert "policy probability" in table
+        assert re.search(rf"noisy .* {share:.1%} .* 0\.961", table)
+        assert "30% of each batch from the target" in table
         without_policy = chosen(task.pool, source_probability={}, probability=np.arange(80) % 3 == 0)
         assert "policy" not in printed(summary(without_policy))
         assert re.search(r"\(all\) .* 100\.0%", printed(summary(chosen(Pool(task.pool.ids, task.pool.examples)))))
@@ -428,18 +428,18 @@ class TestOrigin:
         assert (after.origin.row == before.origin.row).all()
         texts = [f"text {i}" for i in range(160)]
         for begin, end in ((0, 160), (0, 60), (60, 160)):
-            kept = after.apply(datasets.Dataset.from_dict({"text": texts[begin:end]}))["text"]
-            assert kept == [f"text {i}" for i in range(begin, end) if i % 2 == 0 and (i // 2) % 3 == 0]
+            applied = after.apply(datasets.Dataset.from_dict({"text": texts[begin:end]}))["text"]
+            assert applied == [f"text {i}" for i in range(begin, end) if i % 2 == 0 and (i // 2) % 3 == 0]
 
     def test_resampled_files_together_are_the_resampled_whole(self, pool):
         selection = chosen(pool, weighted=True)
         texts = [f"text {i}" for i in range(160)]
-        whole, *parts = (
+        together, *parts = (
             selection.apply(datasets.Dataset.from_dict({"text": part}), weights="resample", seed=3)["text"]
             for part in (texts, texts[:60], texts[60:])
         )
-        assert [*parts[0], *parts[1]] == list(whole)
-        assert len(whole) == 27
+        assert [*parts[0], *parts[1]] == list(together)
+        assert len(together) == 27
 
     def test_the_hash_of_a_selection_does_not_depend_on_where_its_files_are(self, pool):
         moved = replace(pool.origin, files=tuple(replace(f, location=f"/x/{f.location}") for f in pool.origin.files))

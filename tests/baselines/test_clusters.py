@@ -25,8 +25,8 @@ def test_centres_are_those_of_well_separated_groups():
     centres = cluster_centres(vectors, 4, seed=3)
     result = nearest_centre(torch.from_numpy(vectors), torch.from_numpy(centres)).numpy()
     assert len(set(zip(corner, result, strict=True))) == len(centres) == 4
-    for own in np.unique(corner):
-        assert np.abs(centres - vectors[corner == own].mean(axis=0)).sum(axis=1).min() < 1e-9
+    for group in np.unique(corner):
+        assert np.abs(centres - vectors[corner == group].mean(axis=0)).sum(axis=1).min() < 1e-9
 
 
 def test_the_nearest_centre_is_that_of_a_plain_loop():

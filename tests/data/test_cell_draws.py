@@ -46,9 +46,9 @@ def test_each_example_of_a_cell_comes_once_an_epoch(seed, count):
     source = draws(cells, seed=seed)
     taken = np.concatenate([source.take(np.array([0.5, 0.5]), count) for _ in range(40)])
     for cell, size in ((0, 5), (1, 11)):
-        own = taken[cells[taken] == cell]
-        for epoch in range(len(own) // size):
-            assert len(set(own[epoch * size : (epoch + 1) * size].tolist())) == size
+        members = taken[cells[taken] == cell]
+        for epoch in range(len(members) // size):
+            assert len(set(members[epoch * size : (epoch + 1) * size].tolist())) == size
 
 
 def test_copies_share_a_turn():
@@ -75,8 +75,8 @@ def test_restored_it_goes_on_as_it_would_have(at, copies, seed):
         return draws(cells, codes, seed, n_cells=4)
 
     shares = rng.random((40, 4)) + 0.01
-    whole, first = make(), make()
-    expected = [whole.take(row, 9).tolist() for row in shares]
+    uninterrupted, first = make(), make()
+    expected = [uninterrupted.take(row, 9).tolist() for row in shares]
     actual = [first.take(row, 9).tolist() for row in shares[:at]]
     second = make()
     second.restore(first.state())

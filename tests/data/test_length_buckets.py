@@ -115,9 +115,9 @@ def encoded(folder, rows, longest):
     file, some = write_lines(folder / "rows.jsonl", lines), write_lines(folder / "some.jsonl", lines[::10])
     write_blank(folder / "blank", Shape(32, 1, 32), [some], 1000)
     tokens = load_tokenizer(str(folder / "blank"), trust_remote_code=False)
-    kept = load_rows(TextSource(path=str(file)), 0)
-    result, _ = TokenEncoder(tokens, Renderer(tokens), longest).encode(kept)
-    return Pool(kept.ids, result)
+    loaded = load_rows(TextSource(path=str(file)), 0)
+    result, _ = TokenEncoder(tokens, Renderer(tokens), longest).encode(loaded)
+    return Pool(loaded.ids, result)
 
 
 def docstrings():

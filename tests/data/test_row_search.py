@@ -36,15 +36,15 @@ def record(name, rows, id_column=None):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("files")
+    path = tmp_path_factory.mktemp("files")
     for name, n in SIZES.items():
         rows = rows_of(name, n)
-        (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        with (made / f"{name}.csv").open("w", newline="") as file:
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with (path / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-    return made
+    return path
 
 
 class Pool:
@@ -59,7 +59,7 @@ class Pool:
 
     def prompts(self, *names):
         chosen = zip(self.origin.file, self.origin.row, self.selected, strict=True)
-        return sorted(f"{'ab'[f]}: {r}?" for f, r, kept in chosen if kept and "ab"[f] in names)
+        return sorted(f"{'ab'[f]}: {r}?" for f, r, is_selected in chosen if is_selected and "ab"[f] in names)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

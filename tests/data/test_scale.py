@@ -51,21 +51,21 @@ class TestFingerprint:
     @given(st.lists(st.text(max_size=3), min_size=1, max_size=30), st.integers(0, 29), st.integers(1, 9))
     def test_a_column_is_hashed_whatever_its_chunks_and_type(self, texts, cut, rows):
         def digest(column):
-            made = hashlib.sha256()
-            add_column(made, column)
-            return made.hexdigest()
+            digest_so_far = hashlib.sha256()
+            add_column(digest_so_far, column)
+            return digest_so_far.hexdigest()
 
-        whole = pa.array(texts, pa.string())
+        array = pa.array(texts, pa.string())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(hashing, "ROWS", rows)
             # The rows that are read at once are part of the format, so all of these are read with the same number.
             same = {
                 digest(x)
                 for x in (
-                    whole,
-                    pa.chunked_array([whole[:cut], whole[cut:]]),
+                    array,
+                    pa.chunked_array([array[:cut], array[cut:]]),
                     pa.array(["x", *texts], pa.large_string())[1:],
-                    whole.dictionary_encode(),
+                    array.dictionary_encode(),
                 )
             }
         assert len(same) == 1
@@ -101,10 +101,10 @@ class TestSeeds:
     @pytest.mark.parametrize("own", [[0], [7], [3, 9]])
     def test_words_that_are_zero_count_as_numpy_counts_them(self, own, monkeypatch):
         numbers = np.array([0, 5, 2**32, 2**32 - 1, 2**40 + 1], np.uint64)
-        whole = sum(word << 32 * i for i, word in enumerate(own))
+        seed = sum(word << 32 * i for i, word in enumerate(own))
         monkeypatch.setattr(seeding, "_hashed", lambda name: int(name).to_bytes(8, "little"))
-        expected = [int(np.random.SeedSequence([whole, int(x)]).generate_state(1, np.uint64)[0] >> 1) for x in numbers]
-        assert derive_each(whole, pa.array(list(map(str, numbers)))).tolist() == expected
+        expected = [int(np.random.SeedSequence([seed, int(x)]).generate_state(1, np.uint64)[0] >> 1) for x in numbers]
+        assert derive_each(seed, pa.array(list(map(str, numbers)))).tolist() == expected
 
     @pytest.mark.parametrize("seed", [-1, 2**64])
     def test_a_seed_that_is_none_is_refused(self, seed):
@@ -151,14 +151,14 @@ class TestStreams:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(streams, "SHUFFLED", 4)
             positions = np.random.default_rng(seed).permutation(3 * n)[:n]
-            whole = ShuffledStream(positions, seed).take(0, 2 * n)
+            at_once = ShuffledStream(positions, seed).take(0, 2 * n)
             stream = ShuffledStream(positions, seed)
             cut = np.concatenate([stream.take(i, min(count, 2 * n - i)) for i in range(0, 2 * n, count)])
-        assert np.array_equal(whole, cut)
-        for epoch in (whole[:n], whole[n:]):
+        assert np.array_equal(at_once, cut)
+        for epoch in (at_once[:n], at_once[n:]):
             assert np.array_equal(np.sort(epoch), np.sort(positions))
         if n > 20:
-            assert not np.array_equal(whole[:n], whole[n:])
+            assert not np.array_equal(at_once[:n], at_once[n:])
 
     def test_a_batch_of_a_large_pool_takes_no_memory_of_its_size(self):
         stream = ShuffledStream(np.arange(2 * streams.SHUFFLED), 0)

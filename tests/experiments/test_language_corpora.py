@@ -96,9 +96,9 @@ class TestData:
             for r in rows(written, name)
             if "Continue" in r["prompt"]
         ]
-        left = {str(i) for i in range(60)} - set(used)
+        unused = {str(i) for i in range(60)} - set(used)
         assert len(used) == SPARE * 24
-        assert {i for i in map(str, range(60)) if f"Article {i} part" in text} == left
+        assert {i for i in map(str, range(60)) if f"Article {i} part" in text} == unused
 
     def test_every_file_has_the_rows_that_were_asked_for(self, written):
         counts = {name: len(rows(written, name)) for name in ("target", "test", "choices", "news", "mixed-up")}

@@ -12,9 +12,9 @@ from cads.policies.tilt import tilted
 
 
 def odds(wrong):
-    made = LabelOdds(len(wrong), np.log(10), 1000)
-    made.wrong = np.array(wrong)
-    return made
+    label_odds = LabelOdds(len(wrong), np.log(10), 1000)
+    label_odds.wrong = np.array(wrong)
+    return label_odds
 
 
 @given(wrong=st.floats(0.01, 0.99), loss=st.floats(0, 12))

@@ -196,26 +196,26 @@ class TestIdentity:
 
 class TestFullDisk:
     def full(self, monkeypatch, after=0):
-        left = [after]
+        remaining = [after]
         plain = checkpoint_module.save_file
 
         def save(*given):
-            if not left[0]:
+            if not remaining[0]:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            left[0] -= 1
+            remaining[0] -= 1
             plain(*given)
 
         monkeypatch.setattr(checkpoint_module, "save_file", save)
-        return left
+        return remaining
 
     def test_the_run_goes_on_and_what_was_there_stays_whole(self, stored, tmp_path, monkeypatch, caplog):
-        left = self.full(monkeypatch)
+        remaining = self.full(monkeypatch)
         for _ in range(3):
             assert stored.write("kind", state(4)) is None
         assert caplog.text.count("no checkpoint could be written (ENOSPC No space left on device)") == 1
         assert values(stored) == [3, 2, 1]
         assert sorted(os.listdir(tmp_path / "c")) == ["000001-kind", "000002-kind", "000003-kind"]
-        left[0] = 1
+        remaining[0] = 1
         assert stored.write("kind", state(4)) is not None
         assert values(stored) == [4, 3, 2, 1]
 

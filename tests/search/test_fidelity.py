@@ -31,18 +31,18 @@ def test_the_schedule_stays_within_its_allowance(steps, allowance, step, measuri
     assert all(r.flops == pytest.approx(r.fidelity * training) for r in rungs)
     assert all(r.flops >= min(training, constants.min_steps * step) * (1 - 1e-9) for r in rungs)
     assert all(0 < r.fidelity * constants.data_factor <= r.data_fraction <= 1 for r in rungs)
-    kept = min(passes, math.sqrt(passes * constants.max_kept_passes)) / constants.data_factor
+    kept_passes = min(passes, math.sqrt(passes * constants.max_kept_passes)) / constants.data_factor
     visits = [passes * rung.fidelity / rung.data_fraction for rung in rungs]
     for rung, seen in zip(rungs[:-1], visits, strict=False):
-        assert rung.data_fraction == 1 or seen == pytest.approx(kept)
+        assert rung.data_fraction == 1 or seen == pytest.approx(kept_passes)
     if rungs and pretrained:
         assert passes > PRETRAINED.full_data_max_passes or all(rung.data_fraction == 1 for rung in rungs)
-        assert rungs[-1].data_fraction == 1 or visits[-1] == pytest.approx(kept)
+        assert rungs[-1].data_fraction == 1 or visits[-1] == pytest.approx(kept_passes)
     elif rungs and rungs[-1].data_fraction < 1:
-        assert min(1.0, kept) * (1 - 1e-9) <= visits[-1] <= kept * (1 + 1e-9)
-        assert rungs[-1].data_fraction <= max(math.sqrt(rungs[-1].fidelity), passes * rungs[-1].fidelity / kept) * (
-            1 + 1e-9
-        )
+        assert min(1.0, kept_passes) * (1 - 1e-9) <= visits[-1] <= kept_passes * (1 + 1e-9)
+        assert rungs[-1].data_fraction <= max(
+            math.sqrt(rungs[-1].fidelity), passes * rungs[-1].fidelity / kept_passes
+        ) * (1 + 1e-9)
     fidelities = [r.fidelity for r in rungs]
     assert fidelities == sorted(set(fidelities))
 

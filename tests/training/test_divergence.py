@@ -74,8 +74,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(features, value, accu
     assert error.step == first_bad == len(train_state.points)
     assert error.ids == draws.ids(draws.step(first_bad))
     assert error.learning_rate == pytest.approx(task.recipe.rate((first_bad + 0.5) / 30))
-    for shown in (f"step {first_bad}", error.ids[0], f"{error.learning_rate:.3g}"):
-        assert shown in str(error)
+    for detail in (f"step {first_bad}", error.ids[0], f"{error.learning_rate:.3g}"):
+        assert detail in str(error)
     assert ledger.total().flops == pytest.approx((first_bad + 1) * step_cost(task)), "a failed run was not free"
 
     stopped_before = features(batch_size=8, accumulate=accumulate)

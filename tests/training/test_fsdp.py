@@ -75,10 +75,10 @@ def told(task, **options):
     """What a run leaves behind, as JSON."""
     ledger = Ledger()
     fit = fitted(task, ledger=ledger, **options)
-    kept = {name: x.double().flatten().tolist() for name, x in fit.state.tensors.items()} if fit.state else {}
+    tensors = {name: x.double().flatten().tolist() for name, x in fit.state.tensors.items()} if fit.state else {}
     each = np.nan_to_num(fit.example_losses, nan=-1.0).tolist() if fit.example_losses is not None else []
     losses = fit.losses[:, 0].tolist()
-    return {"weights": weights(fit.models[0]), "losses": losses, "each": each, "ledger": entries(ledger), **kept}
+    return {"weights": weights(fit.models[0]), "losses": losses, "each": each, "ledger": entries(ledger), **tensors}
 
 
 class Choosing(nn.Module):
@@ -214,14 +214,14 @@ class TestMemory:
             return [*result, _held(model.parameters())]
 
         before = list(task.model(0).parameters())
-        trained, whole = _held(p for p in before if p.requires_grad), _held(before)
+        trained, all_values = _held(p for p in before if p.requires_grad), _held(before)
         first, second = spread(2, work, tmp_path)
         for i in (0, 1):
             assert first[i] + second[i] == trained
             assert max(first[i], second[i]) < 0.52 * trained
         # The model that was given is empty meanwhile, but for what is frozen.
-        assert first[2] == second[2] == whole - trained
-        assert first[3] == second[3] == whole
+        assert first[2] == second[2] == all_values - trained
+        assert first[3] == second[3] == all_values
 
 
 def _held(tensors):
@@ -263,9 +263,9 @@ class TestGoingOn:
                 return told(task, steps=8)
 
         told(task, steps=8)  # so that costs are known
-        whole = spread(2, lambda: work("whole"), tmp_path / "said")
+        uninterrupted = spread(2, lambda: work("whole"), tmp_path / "said")
         killed(2, lambda: work("journal", 4), tmp_path / "said")
-        assert spread(2, lambda: work("journal"), tmp_path / "said") == whole
+        assert spread(2, lambda: work("journal"), tmp_path / "said") == uninterrupted
 
     def test_from_the_end_of_an_earlier_part(self, llama, tmp_path):
         task = llama()

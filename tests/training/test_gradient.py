@@ -78,14 +78,14 @@ def test_losses_are_summed_in_double_precision(features, pieces, replicas):
     parts = batch.split(pieces, replicas)
     norms = torch.arange(replicas, dtype=torch.float32)
     actual, norm = accumulate(Accelerator(), learner, parts, replicas, active_group(), 7).read(norms)
-    expected, kept = np.zeros(replicas), []
+    expected, losses_seen = np.zeros(replicas), []
     for part in parts:
         with torch.no_grad():
             losses = learner(part)
         expected += (losses.sum(dim=1) / 12).double().numpy()
-        kept += losses[0].double().tolist()
+        losses_seen += losses[0].double().tolist()
     assert actual.loss.tolist() == expected.tolist()
-    assert actual.example_losses.tolist() == kept[:7]
+    assert actual.example_losses.tolist() == losses_seen[:7]
     assert actual.positions.tolist() == list(range(7))
     assert norm.tolist() == norms.tolist()
     assert actual.loss.dtype == norm.dtype == np.float64

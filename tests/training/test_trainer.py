@@ -408,9 +408,9 @@ def test_a_trainer_keeps_no_model_that_it_has_trained(features, mode):
         trainer.fit_replicas(models, draws, 3 * step_cost(task), seed=0, phase=SELECT, stage="s")
         return [weakref.ref(m) for m in models]
 
-    left = run()
+    remaining = run()
     gc.collect()
-    assert [r() for r in left] == [None, None]
+    assert [r() for r in remaining] == [None, None]
 
 
 def test_a_batch_without_answers_is_refused_by_id_before_it_costs(sentences, monkeypatch):

@@ -73,10 +73,10 @@ def rank_part(task, positions):
 def test_batches_and_shards_change_nothing(features, monkeypatch):
 
     task = features(n=50, batch_size=8)
-    whole = rank(task).scores_of(task.pool)
+    all_layers = rank(task).scores_of(task.pool)
     monkeypatch.setattr("cads.data.token_batches.SCORED_EXAMPLES", 7)
     monkeypatch.setattr(baselines.gradients.features, "SHARD_EXAMPLES", 10)
-    np.testing.assert_allclose(rank(task).scores_of(task.pool), whole, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(rank(task).scores_of(task.pool), all_layers, rtol=1e-5, atol=1e-7)
 
 
 def test_sentences_of_several_lengths_and_an_embedding(sentences):
@@ -208,8 +208,8 @@ class TestWhatTheLastLayerCosts:
         executed = count_flops(lambda: gradients.each(batch, lambda *_: None))
         assert gradients.batched
         assert less.feature_config().price(task)(batch) == executed
-        own = task.costs.forward(batch) + 2 * sum(gradients.sizes.values()) * batch.tokens
-        assert (executed > own) == deep
+        example_flops = task.costs.forward(batch) + 2 * sum(gradients.sizes.values()) * batch.tokens
+        assert (executed > example_flops) == deep
         assert task.costs.forward(batch) < executed < task.costs.usage(batch)
         accounted = dict(task.costs.model.named_parameters())
         assert [p.requires_grad for p in accounted.values()] == [p.requires_grad for p in model.parameters()]

@@ -198,16 +198,16 @@ def test_batch_size_order_and_chunks_change_nothing(name, monkeypatch):
     build, x = BATCHED[name]
     gradients = PerExample(Stub(), seeded(build))
     batch = batch_of(x)
-    whole, _ = collected(gradients, batch)
+    at_once, _ = collected(gradients, batch)
     order = torch.tensor([3, 0, 4, 1, 2])
     shuffled, _ = collected(gradients, Batch({"x": x[order]}, batch.labels[order], order, B, B))
-    torch.testing.assert_close(shuffled, whole[order], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(shuffled, at_once[order], rtol=1e-5, atol=1e-7)
     pieces = torch.cat([collected(gradients, rows_of(batch, i, i + 2))[0] for i in range(0, B, 2)])
-    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(pieces, at_once, rtol=1e-5, atol=1e-7)
     parameters = len(gradients.sizes)
     monkeypatch.setattr(per_example, "CHUNK_VALUES", 1)
     chunked, count = collected(gradients, batch)
-    torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(chunked, at_once, rtol=1e-5, atol=1e-7)
     # A shared parameter is added up for the whole batch before it is handed out.
     assert count == (1 + 2 if name == "tied" else B * parameters)
 
@@ -325,8 +325,8 @@ def test_only_named_parameters_are_handed_out():
     assert names == ["2.weight"]
     gradients = PerExample(Stub(), model, names)
     actual, _ = collected(gradients, batch_of(FLOATS))
-    whole = reference(Stub(), model, batch_of(FLOATS))
-    torch.testing.assert_close(actual, whole[:, -15:], rtol=1e-5, atol=1e-7)
+    all_gradients = reference(Stub(), model, batch_of(FLOATS))
+    torch.testing.assert_close(actual, all_gradients[:, -15:], rtol=1e-5, atol=1e-7)
     with pytest.raises(ConfigError, match="no trainable parameter"):
         last_layer(nn.ReLU())
 
@@ -336,20 +336,20 @@ def test_the_last_layer_may_share_its_weights_with_the_first():
     names = last_layer(model)
     assert names == ["table.weight"]
     actual, _ = collected(PerExample(Stub(), model, names), batch_of(WORDS))
-    whole = reference(Stub(), model, batch_of(WORDS))
-    torch.testing.assert_close(actual, whole[:, : VOCABULARY * 6], rtol=1e-5, atol=1e-7)
+    all_gradients = reference(Stub(), model, batch_of(WORDS))
+    torch.testing.assert_close(actual, all_gradients[:, : VOCABULARY * 6], rtol=1e-5, atol=1e-7)
 
 
 def test_batches_are_cut_where_shared_parameters_would_fill_the_memory(monkeypatch):
     model, batch = seeded(Tied), batch_of(WORDS)
-    whole, pieces = collected(PerExample(Stub(), model), batch)
+    at_once, pieces = collected(PerExample(Stub(), model), batch)
     table = VOCABULARY * 6
     monkeypatch.setattr(per_example, "SHARED_VALUES", 2 * table + 1)
     held = []
     new_zeros = torch.Tensor.new_zeros
     monkeypatch.setattr(torch.Tensor, "new_zeros", lambda x, *shape: held.append(shape) or new_zeros(x, *shape))
     cut, more = collected(PerExample(Stub(), model), batch)
-    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(cut, at_once, rtol=1e-5, atol=1e-7)
     assert (pieces, more) == (3, 9)
     assert max(rows for rows, entries in held if entries == table) == 2
 

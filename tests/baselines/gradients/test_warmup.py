@@ -121,9 +121,9 @@ class TestAWarmUpThatIsKilled:
         """Killed after the sixth step: the second process takes the other six, with moments and rates of the whole."""
         plain, calls = task.training_losses, []
         task.training_losses = lambda *given: calls.append(1) or plain(*given)
-        whole = self.work(task)
+        uninterrupted = self.work(task)
         assert len(calls) == 12
-        assert resumed(tmp_path, lambda: self.work(task), kills=(5,)) == whole
+        assert resumed(tmp_path, lambda: self.work(task), kills=(5,)) == uninterrupted
         assert len(calls) == 12 + 6
 
     def test_an_adapter_and_running_means(self, features, tmp_path):
@@ -140,8 +140,8 @@ class TestAWarmUpThatIsKilled:
 
 def test_a_warm_up_that_is_too_dear_is_refused(task):
     plan = schedule(task, 0.5, 3)
-    whole = Ledger()
-    warm_up(task, plan, seed=0, ledger=whole)
-    short = Ledger(limit=0.6 * whole.total().flops)
+    uninterrupted = Ledger()
+    warm_up(task, plan, seed=0, ledger=uninterrupted)
+    short = Ledger(limit=0.6 * uninterrupted.total().flops)
     with pytest.raises(BudgetError, match=r"epoch 2 of 3 ends after 7 of 8 steps.*lower warmup_share or checkpoints"):
         warm_up(task, plan, seed=0, ledger=short)

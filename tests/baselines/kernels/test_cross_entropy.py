@@ -111,9 +111,9 @@ def test_small_tables_and_those_without_gradients_are_left():
         assert not in_place(losses(hidden[:few], weight, labels[:few]))
         with torch.no_grad():
             logits = functional.linear(hidden, weight)
-            kept = logits.clone()
+            copy_before = logits.clone()
             functional.cross_entropy(logits, labels, reduction="none")
-    assert torch.equal(logits, kept)
+    assert torch.equal(logits, copy_before)
 
 
 def test_labels_out_of_range_are_refused():

@@ -35,13 +35,13 @@ from tests.support.performance_curves import curves
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(0, 8)), min_size=1, max_size=25))
 def test_frontier_points_are_non_dominated_and_cover_the_rest(points) -> None:
     costs, scores = zip(*points, strict=True)
-    kept = [points[i] for i in non_dominated(costs, scores)]
-    for cost, score in kept:
+    frontier = [points[i] for i in non_dominated(costs, scores)]
+    for cost, score in frontier:
         assert not any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points)
     for cost, score in points:
-        assert any(c <= cost and s >= score for c, s in kept)
-    assert len(set(kept)) == len(kept)
-    assert [c for c, _ in kept] == sorted(c for c, _ in kept)
+        assert any(c <= cost and s >= score for c, s in frontier)
+    assert len(set(frontier)) == len(frontier)
+    assert [c for c, _ in frontier] == sorted(c for c, _ in frontier)
 
 
 @given(st.floats(0.1, 5), st.floats(10, 60), st.lists(st.integers(1, 90), min_size=2, unique=True))

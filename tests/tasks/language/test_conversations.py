@@ -280,8 +280,8 @@ class TestUnusable:
         messages, _ = REFUSED[name]
         bad = [{"id": f"bad-{i}", "messages": messages} for i in range(4)]
         good = [{"id": f"good-{i}", "messages": TALK} for i in range(2)]
-        _, tokens, kept = encoded(tmp_path, [good[0], *bad, good[1]], drop=True)
-        assert kept.tolist() == [0, 5]
+        _, tokens, positions = encoded(tmp_path, [good[0], *bad, good[1]], drop=True)
+        assert positions.tolist() == [0, 5]
         assert len(tokens) == 2
         (said,) = warnings_of(caplog)
         assert "4 examples of rows cannot be used, such as ['bad-0', 'bad-1', 'bad-2'] (they have " in said

@@ -52,8 +52,8 @@ class TestPieces:
             patch.setattr(tokens_module, "TOKENS_AT_ONCE", tokens)
             assert result.answers.tolist() == [int(m[1:].sum()) for m in learned]
             assert result.last_answers == last
-            whole = hashlib.blake2b(np.packbits(result.loss_mask).tobytes(), digest_size=16)
-            assert result.label_digest() == whole.digest()
+            mask_hash = hashlib.blake2b(np.packbits(result.loss_mask).tobytes(), digest_size=16)
+            assert result.label_digest() == mask_hash.digest()
             taken = result.take(order)
             parts = [result.take(np.array([i])) for i in order]
         assert taken.ids.tolist() == [i for part in parts for i in part.ids.tolist()]

@@ -48,9 +48,9 @@ class TestProxy:
         with pytest.raises(ConfigError, match="selector_pad_token = 'zzz' is no token"):
             pad(selector_pad_token="zzz")
         larger = model_folder(tmp_path / "larger")
-        own = tokenizer(pad=None)
-        own.add_tokens(["<own>"])
-        own.save_pretrained(larger)
+        tok = tokenizer(pad=None)
+        tok.add_tokens(["<own>"])
+        tok.save_pretrained(larger)
         pool = [TextSource(path=str(folder / "sums.jsonl"))]
         config = LanguageConfig(model=str(larger), pool=pool, pad_token="<own>", selector_model=str(unpadded))
         with pytest.raises(ConfigError, match="set selector_pad_token"):
@@ -60,9 +60,9 @@ class TestProxy:
         """The trained model's tokenizer needs four tokens for each a, the selector's for each b."""
         for name, letter in (("model", "a"), ("proxy", "b")):
             model_folder(tmp_path / name)
-            own = tokenizer()
-            own.backend_tokenizer.normalizer = normalizers.Replace(letter, letter * 4)
-            own.save_pretrained(tmp_path / name)
+            tok = tokenizer()
+            tok.backend_tokenizer.normalizer = normalizers.Replace(letter, letter * 4)
+            tok.save_pretrained(tmp_path / name)
         kinds = ("x", "a", "b", "ab")
         rows = [
             {"id": f"{k}-{i}", "prompt": f"{i} " + k * (18 // len(k)), "response": "so"}

@@ -28,8 +28,8 @@ def texts(folder, name, n, **fields):
     """A file of n rows, as a source; `fields` maps further keys to functions of the row's number."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = [{"text": f"{name} {i}", **{key: value(i) for key, value in fields.items()}} for i in range(n)]
-    return TextSource(path=str(write_lines(path, made)))
+    rows = [{"text": f"{name} {i}", **{key: value(i) for key, value in fields.items()}} for i in range(n)]
+    return TextSource(path=str(write_lines(path, rows)))
 
 
 def ids(parts):

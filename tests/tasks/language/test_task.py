@@ -293,10 +293,10 @@ class TestMeasures:
     @DATA
     def test_texts_ask_and_never_answer(self, build, data):
         task = build(data=data)
-        texts, shown = task.texts(task.pool), task.describe(task.pool, np.arange(len(task.pool)))
-        for text, whole in zip(texts, shown, strict=True):
+        texts, described = task.texts(task.pool), task.describe(task.pool, np.arange(len(task.pool)))
+        for text, description in zip(texts, described, strict=True):
             assert text.startswith("what is ")
-            assert text in whole
+            assert text in description
             assert "." not in text
 
 
