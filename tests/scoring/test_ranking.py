@@ -32,9 +32,9 @@ def test_one_ranking_is_cut_for_every_budget(texts, kind):
     assert ledger.total().flops == spent
     costs = task.costs.usages(task.pool) + task.costs.optimizer_step / task.recipe.batch_size
     for share, selection in zip(SHARES, chosen, strict=True):
-        stored = costs[selection.selected].sum()
-        assert stored <= share * costs.sum() * (1 + 1e-9) or selection.selected.sum() == 1
-        assert stored >= share * costs.sum() - costs.max()
+        chosen_cost = costs[selection.selected].sum()
+        assert chosen_cost <= share * costs.sum() * (1 + 1e-9) or selection.selected.sum() == 1
+        assert chosen_cost >= share * costs.sum() - costs.max()
         assert selection.ledger.total().flops == spent
         assert selection.score[selection.selected].min() >= selection.score[~selection.selected].max(initial=-np.inf)
     for smaller, larger in pairwise(chosen):
