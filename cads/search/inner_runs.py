@@ -242,7 +242,7 @@ class InnerLoop(InnerLoopCosts):
         """
         name, rank = "training and measuring", active_group().rank
 
-        def settle(run: TrainingRun, state: State) -> None:
+        def commit(run: TrainingRun, state: State) -> None:
             training, measured = _split(state)
             # The replicas train, and are measured, at the same time.
             training.values["seconds"] /= len(runs)
@@ -258,7 +258,7 @@ class InnerLoop(InnerLoopCosts):
 
             def compute(progress: StepReporter) -> State:
                 state = self._trial(run, progress)
-                settle(run, state)
+                commit(run, state)
                 return state
 
             return [replay_or_run(name, [run.journal_key, stage], self.ledger, compute)]
@@ -272,7 +272,7 @@ class InnerLoop(InnerLoopCosts):
         def join(parts: list[State]) -> list[State | None]:
             return [state if state.tensors else None for state in parts[: len(runs)]]
 
-        operations = [Operation(name, [run.journal_key, stage], partial(settle, run)) for run in runs]
+        operations = [Operation(name, [run.journal_key, stage], partial(commit, run)) for run in runs]
         return replay_or_run_parallel(operations, self.ledger, part, join)
 
     def _trial(self, run: TrainingRun, progress: StepReporter) -> State:
@@ -329,12 +329,12 @@ class InnerLoop(InnerLoopCosts):
         def join(states_by_rank: list[State]) -> list[State | None]:
             return [state if state.values else None for state in states_by_rank[: len(models)]]
 
-        def settle(state: State) -> None:
+        def commit(state: State) -> None:
             self.ledger.charge(SELECT, stage, self.measuring_flops)
             # The models are measured at the same time, so that each takes its part of the seconds.
             self.ledger.charge(SELECT, stage, 0.0, seconds=state.values.pop("seconds") / len(models))
 
-        operations = [Operation("measuring", [stage], settle) for _ in models]
+        operations = [Operation("measuring", [stage], commit) for _ in models]
         states = replay_or_run_parallel(operations, self.ledger, measure_on_rank, join)
         return [_measured(state) for state in states]
 

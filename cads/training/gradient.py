@@ -70,7 +70,7 @@ class StepLosses:
             example_losses[offset : offset + len(losses)] = losses
         return Accumulated(loss, example_losses, self._positions), norm
 
-    def settle(self, accumulated: Accumulated) -> None:
+    def replace_by(self, accumulated: Accumulated) -> None:
         """Replace the losses by sums over processes, which are on the host already."""
         self._summed = accumulated
 
@@ -139,7 +139,7 @@ def accumulate(
         local, _ = step_losses.read(torch.zeros(0, device=accelerator.device))
         example_losses = local.example_losses if divided else local.example_losses / group.size
         summed = Accumulated(*_sum_over_processes(learner, local.loss, example_losses, group), positions)
-        step_losses.settle(summed)
+        step_losses.replace_by(summed)
     if weighed:
         # The gradient is that of the weighted mean, sum_i w_i l_i / sum_i w_i.
         if group.size == 1:
