@@ -170,8 +170,8 @@ def read_results(folder: Path) -> dict[str, Any]:
     try:
         results = load_json(folder / RESULTS)
         kinds = {"metrics": dict, "ledger": list, "evaluations": dict}
-        filled = {"evaluations": {}, **results} if isinstance(results, dict) else {}
-        if not all(isinstance(filled.get(name), kind) for name, kind in kinds.items()):
+        with_evaluations = {"evaluations": {}, **results} if isinstance(results, dict) else {}
+        if not all(isinstance(with_evaluations.get(name), kind) for name, kind in kinds.items()):
             raise CheckpointError(f"{RESULTS} lacks metrics, ledger or evaluations")
     except (CheckpointError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(

@@ -254,9 +254,9 @@ class TrainState:
         self.failure = _checked(values["failure"])
         if self.example_losses is not None and EXAMPLE_LOSSES in tensors:
             self.example_losses = tensors[EXAMPLE_LOSSES].numpy().reshape(self.example_losses.shape).copy()
-        riding = {n.removeprefix(RIDER): x for n, x in tensors.items() if n.startswith(RIDER)}
-        if self.rider is not None and riding:
-            self.rider.restore(riding)
+        rider_tensors = {n.removeprefix(RIDER): x for n, x in tensors.items() if n.startswith(RIDER)}
+        if self.rider is not None and rider_tensors:
+            self.rider.restore(rider_tensors)
         if len(self.losses) != len(self.spent) or not (self.losses or self.failure):
             raise ValueError(f"{len(self.losses)} losses for {len(self.spent)} steps")
 

@@ -81,17 +81,18 @@ def min_theta_flops(costs: InnerLoopCosts, space: SearchSpace) -> float:
 
 
 def excess_target_loss(
-    inner: InnerLoop, risk: np.ndarray, positions: Sequence[np.ndarray], reference_model: nn.Module
+    inner: InnerLoop, target_losses: np.ndarray, positions: Sequence[np.ndarray], reference_model: nn.Module
 ) -> np.ndarray:
-    """The risk of each source less the loss of the reference model there, centred over sources; shape (S,).
+    """R of each source less the loss of the reference model there, centred over sources; shape (S,).
 
     A pretrained model finds some sources easier than others, whatever their value for training. From any data it
     learns how long answers are and how they end. The reference model's loss holds both effects and removes them, as
     the penalty subtracts the loss within reach.
 
     Args:
-        risk: of the target model, nats, shape (S,). positions: of the examples of each source that it was measured on.
+        target_losses: R, of the target model, nats, shape (S,).
+        positions: of the examples of each source that R was measured on.
         reference_model: trained on the pool.
     """
     reference_loss = mean_losses(inner, positions, reference_model)
-    return np.asarray(risk - (reference_loss - reference_loss.mean()))
+    return np.asarray(target_losses - (reference_loss - reference_loss.mean()))

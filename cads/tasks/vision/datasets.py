@@ -201,8 +201,8 @@ def load_arrays(
         test = root / "test"
     if target is None and split:
         tested = None if test is None else os.path.realpath(test)
-        beside = (root / name for name in TARGET if (root / name).is_dir())
-        target = next((folder for folder in beside if os.path.realpath(folder) != tested), None)
+        siblings = (root / name for name in TARGET if (root / name).is_dir())
+        target = next((folder for folder in siblings if os.path.realpath(folder) != tested), None)
     data = ImageData(
         train,
         None if test is None else _held_out_arrays(Path(test), size, train, n_classes),

@@ -125,8 +125,8 @@ def name_unused_neighbours(root: Path, given: Sequence[Path]) -> None:
     if here.name.casefold() not in TRAIN:
         return
     used = [os.path.realpath(path) for path in given]
-    beside = [name for name in (*TARGET, *TEST) if (here.parent / name).is_dir()]
-    unused = [name for name in beside if os.path.realpath(here.parent / name) not in used]
+    siblings = [name for name in (*TARGET, *TEST) if (here.parent / name).is_dir()]
+    unused = [name for name in siblings if os.path.realpath(here.parent / name) not in used]
     if unused:
         log.warning("%s beside %s are not used: to use them, name %s as the path", unused, root, here.parent)
 

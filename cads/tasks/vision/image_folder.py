@@ -84,7 +84,7 @@ class _Files:
     def class_names(self) -> list[str]:
         return [parts[-2] for parts in self.files]
 
-    def only(self, keep: np.ndarray) -> _Files:
+    def subset(self, keep: np.ndarray) -> _Files:
         """The files at the positions `keep`."""
         return replace(self, files=[self.files[i] for i in keep], ids=[self.ids[i] for i in keep])
 
@@ -93,7 +93,7 @@ class _Files:
         is_text = np.array([_is_text(name) for name in self.ids], dtype=bool)
         wrong = [ascii(self.ids[i]) for i in np.flatnonzero(~is_text)]
         left_out.add("images whose names are not UTF-8", wrong)
-        return self.only(np.flatnonzero(is_text))
+        return self.subset(np.flatnonzero(is_text))
 
     def images(self, classes: Sequence[str], size: int | None, shape: tuple[int, int, int] | None) -> ImageFiles:
         codes = {name: code for code, name in enumerate(classes)}
@@ -107,7 +107,7 @@ class _Files:
         images, errors = images.read()
         left_out.add("images that cannot be read", [self.ids[i] for i in errors], first_error(errors))
         keep = np.delete(np.arange(len(self.ids)), list(errors))
-        return self.only(keep), images.take(keep)
+        return self.subset(keep), images.take(keep)
 
 
 def _is_text(name: str) -> bool:
@@ -150,16 +150,16 @@ def _held_out_images(
     strangers = sorted(strange)
     known = np.array([c not in strange for c in files.class_names], dtype=bool)
     if strangers and not left_out.drop:
-        named = files.only(np.flatnonzero(~known))
+        named = files.subset(np.flatnonzero(~known))
         verb = f"class {strangers[0]!r} is" if len(strangers) == 1 else f"classes {strangers} are"
         raise DataError(
             f"{len(named.ids)} images of the {name}, such as {named.ids[0]}: the {verb} not among the training images: "
             "give training images of them, remove these, or set drop: true to leave them out"
         )
     left_out.add(
-        f"images of the {name} in classes that the training images lack", files.only(np.flatnonzero(~known)).ids
+        f"images of the {name} in classes that the training images lack", files.subset(np.flatnonzero(~known)).ids
     )
-    files = files.only(np.flatnonzero(known))
+    files = files.subset(np.flatnonzero(known))
     if files.files:
         files, images = files.readable(files.images(classes, None, shape), left_out)
     if not files.files:
