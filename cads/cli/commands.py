@@ -268,8 +268,8 @@ def _monitor(values: Namespace, out: Path, command: str) -> Monitor:
 
 def _write_config(config: CommandConfig, task: Task, out: Path) -> None:
     """Write the whole configuration, which replays the run, and `data.json`, if the task counts data left out."""
-    if counts := getattr(task, "counts", None):
-        whole_file(out / "data.json", json.dumps(counts, indent=2) + "\n")
+    if task.counts:
+        whole_file(out / "data.json", json.dumps(task.counts, indent=2) + "\n")
     replayed = config.values.clone()
     replayed.overwrite = False
     whole_file(out / "config.yaml", config.dump(replayed))

@@ -300,7 +300,7 @@ def example_rows(key: str, selection: Selection, task: Task) -> list[dict[str, A
     batch = task.pool.batch(positions)
     images = batch.inputs.get("images")
     texts = task.describe(task.pool, positions)
-    names: tuple[str, ...] = getattr(task, "classes", ())
+    names = task.classes
     labels = [names[i] if names else None for i in batch.labels.tolist()] if batch.labels.ndim == 1 else None
     return [
         {
