@@ -34,9 +34,11 @@ def nothing(masks):
     return np.zeros(len(masks))
 
 
-def fitted(draws, values, features, risk=nothing, reach=nothing):
+def fitted(draws, values, features, target_loss=nothing, reachable_loss=nothing):
     fidelity = np.full(len(draws), FIDELITY)
-    return ControlVariate(draws, values, fidelity, fidelity, features=features, target_loss=risk, reachable_loss=reach)
+    return ControlVariate(
+        draws, values, fidelity, fidelity, features=features, target_loss=target_loss, reachable_loss=reachable_loss
+    )
 
 
 def relative_bias(found, exact):
