@@ -19,7 +19,7 @@ import numpy as np
 
 from baselines.search.adam import FLOPS as ADAM_FLOPS
 from baselines.search.adam import Adam
-from baselines.search.source_search import RungSearch, kept, train_draws
+from baselines.search.source_search import RungSearch, threshold, train_draws
 from cads.errors import ConfigError
 from cads.estimators.score_function import Baseline, direct
 from cads.policies.annealing import annealed_size, cosine
@@ -113,7 +113,7 @@ class Bilevel(RungSearch):
         if self.cap is not None:
             # With few outer steps the last of them comes before the end of the annealing.
             policy = BernoulliPolicy(project_capped_simplex(policy.probabilities, self.cap), cap=self.cap)
-        return kept(policy.probabilities), policy
+        return threshold(policy.probabilities), policy
 
     def _cap_at(self, progress: float, n: int) -> float | None:
         """The largest expected size at a share `progress` of the outer steps; None: no limit."""

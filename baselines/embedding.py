@@ -30,7 +30,7 @@ from cads.scoring.pool_scores import check_finite
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
 from cads.scoring.reference_models import check_passes
-from cads.scoring.stages import Priced, Stage, TrainOnPool
+from cads.scoring.stages import Priced, RankingStage, TrainOnPool
 from cads.seeding import derive
 from cads.task import Task
 from cads.training.trainer import Trainer
@@ -116,7 +116,7 @@ class Embedding(Ranker):
         self._cached = None
         return self.ranking(task, score, seed=seed, ledger=ledger, pool=pool)
 
-    def stages(self, scorer: Task) -> Sequence[Stage]:
+    def stages(self, scorer: Task) -> Sequence[RankingStage]:
         """Padding included; see `cads.scoring.ranker.Ranker`."""
         encoder = self._encoder_for(scorer)
         pools, clustering = [scorer.target, scorer.pool], []

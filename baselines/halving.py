@@ -16,7 +16,7 @@ import numpy as np
 
 from baselines.search.ridge import Ridge, pairs_flops, predict, with_pairs
 from baselines.search.source_search import RungSearch, best_of_runs, fidelity, random_masks, train_draws
-from cads.estimators.design import distinct
+from cads.estimators.design import distinct_rows
 from cads.estimators.enumeration import enumerate_masks
 from cads.policies.base import Policy
 from cads.policies.bernoulli import BernoulliPolicy
@@ -76,7 +76,7 @@ class Halving(RungSearch):
                 masks = random_masks(space, rung.n_trials, derive(seed, "masks"), full_first=True)
             else:
                 ranked = candidates[np.argsort(predicted, kind="stable")]
-                masks = distinct([space.full, *ranked])[: rung.n_trials]
+                masks = distinct_rows([space.full, *ranked])[: rung.n_trials]
             runs = train_draws(inner, space, masks, rung, derive(seed, "rung", rung_index), rung.stage)
             check_reference(float(runs.objective[0]), rung.stage)
             rung_delta = runs.objective - runs.objective[0]

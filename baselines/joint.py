@@ -13,7 +13,7 @@ from cads.selection import Selection
 from cads.selector import full_pool_selection, zero_cost_plan
 from cads.task import Task
 
-MOST_TARGET = 0.6
+MAX_TARGET = 0.6
 """Largest share of the target "by size", as that of `cads`."""
 
 
@@ -40,7 +40,7 @@ class Joint:
         check_step(task, budget.flops(task))
         full_pool = full_pool_selection(task, budget, method="joint", seed=seed, ledger=ledger, notes={})
         n_target, n_pool = len(task.target), len(task.pool)
-        by_size = min(MOST_TARGET, n_target / (n_target + n_pool))
+        by_size = min(MAX_TARGET, n_target / (n_target + n_pool))
         return replace(
             full_pool,
             target_fraction=by_size if isinstance(self.target_fraction, str) else self.target_fraction,

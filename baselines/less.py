@@ -37,7 +37,7 @@ from cads.monitor import Monitor
 from cads.scoring.pool_scores import planned_flops
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
-from cads.scoring.stages import Priced, Stage
+from cads.scoring.stages import Priced, RankingStage
 from cads.task import Task
 
 BATCH_TOKENS = 1024
@@ -108,7 +108,7 @@ class Less(Ranker):
         notes = {"checkpoint_weights": weights.tolist(), "subtasks": len(queries)}
         return self.ranking(task, scores.max(axis=1), seed=seed, ledger=ledger, pool=scorer.pool, **notes)
 
-    def stages(self, scorer: Task) -> Sequence[Stage]:
+    def stages(self, scorer: Task) -> Sequence[RankingStage]:
         """Gradients and similarities of all checkpoints, priced as if the target had one subtask.
 
         `rank` charges for them batch by batch. See `cads.scoring.ranker.Ranker`.
@@ -117,7 +117,7 @@ class Less(Ranker):
         n_entries, projection = sum(sizes.values()), make_projection(sizes, self.dimension, 0)
         directions = AdamDirection(self.recipe, {}, {}, 0)
         n, m, k = len(scorer.pool), len(scorer.target), self.checkpoints
-        stages: list[Stage] = [self._warm_up(scorer)]
+        stages: list[RankingStage] = [self._warm_up(scorer)]
         batch_price = self.feature_config().price(scorer)
         for name, examples, check_usages in (
             (TARGET, unpacked(scorer.target), 1 + min(2, m)),

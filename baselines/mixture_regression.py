@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from baselines.search.ridge import Ridge, n_columns, predict, with_pairs
+from baselines.search.ridge import Ridge, n_paired_columns, predict, with_pairs
 from baselines.search.source_search import RungSearch, fidelity, train_draws
 from cads.accounting.operations import regression_flops
 from cads.errors import ConfigError
@@ -59,7 +59,7 @@ class MixtureRegression(RungSearch):
     def learning(self, space: SearchSpace, runs: int) -> float:
         """FLOPs of the regression and of its predictions for all candidates."""
         n = len(space.sizes)
-        columns = float(n if self.regression == "linear" else n_columns(n))
+        columns = float(n if self.regression == "linear" else n_paired_columns(n))
         return regression_flops(runs, columns) + 3 * CANDIDATES * columns
 
     def choose(self, inner: InnerLoop, space: SearchSpace, train_flops: float, seed: int) -> tuple[np.ndarray, Policy]:

@@ -13,7 +13,7 @@ from cads.data.pool import Pool
 from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
-from cads.scoring.stages import Stage
+from cads.scoring.stages import RankingStage
 from cads.seeding import derive_each
 from cads.task import Task
 
@@ -33,7 +33,7 @@ class Random(Ranker):
         """A uniform number for each id; see `cads.scoring.ranker.Ranker`."""
         return self.ranking(task, random_scores(task.pool, seed), seed=seed, ledger=ledger)
 
-    def stages(self, scorer: Task) -> Sequence[Stage]:
+    def stages(self, scorer: Task) -> Sequence[RankingStage]:
         """None: nothing is spent; see `cads.scoring.ranker.Ranker`."""
         return ()
 

@@ -89,8 +89,8 @@ class Monitor:
             n_written += 1
             if self._bar is not None and task_id is not None:
                 amount = f"{spent_flops:.3g}/{flops:.3g} FLOPs"
-                shown = f"loss {loss:.3f}  {self._status}".rstrip()
-                self._bar.update(task_id, completed=spent_flops, loss=shown, amount=amount)
+                text = f"loss {loss:.3f}  {self._status}".rstrip()
+                self._bar.update(task_id, completed=spent_flops, loss=text, amount=amount)
             self.scalar(f"{tag}/training_loss", loss, start + n_written)
             self.scalar(f"{tag}/learning_rate", learning_rate, start + n_written)
 

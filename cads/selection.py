@@ -5,75 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from torch.utils.data import Sampler
 
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
 from cads.data.balanced_stream import balanced_stream
 from cads.data.hashing import add_column
-from cads.data.ids import distinct, rank_by_score
-from cads.data.origin import FileOrigin, Origin
+from cads.data.ids import rank_by_score
+from cads.data.origin import Origin
 from cads.data.pool import Pool
 from cads.data.row_search import find_rows
+from cads.data.sampler import StreamSampler
 from cads.data.streams import ShuffledStream, Stream, WeightedStream
 from cads.data.token_batches import in_id_order
 from cads.data.weighted_rows import take_rows
-from cads.errors import CadsError, DataError, SelectionError
-from cads.runtime.atomic_files import whole_folder
+from cads.errors import CadsError, SelectionError
 from cads.runtime.checkpoint import State
-from cads.runtime.safe_read import check_fields, read_header, read_scores
-from cads.trained_run import TRAINED_FILES, read_trained, write_trained
+from cads.runtime.versions import versions
+from cads.selection_files import COLUMNS, OPTIONAL, SCHEMA_VERSION, read_selection, selection_folder, write_selection
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
-ORIGIN_FILE = "rows.parquet"
-FILES = ("selection.json", "scores.parquet", "timings.json", ORIGIN_FILE, *TRAINED_FILES)
-"""The files of a saved Selection; `rows.parquet` only if it has an `origin`, the last two only if it is `trained`."""
-SAMPLER_BLOCK = 2**16
-"""Positions that a sampler converts to Python integers at a time."""
 EQUAL_DIGITS = 12
 """Digits in which weights must differ to count as unequal: quotients of shares and sizes differ in their last bits."""
 Weights = Literal["column", "resample"]
 """What `apply` does about unequal weights: write them into a column, or draw rows by them."""
-LIBRARIES = ("cads-select", "torch", "numpy", "accelerate")
-COLUMNS = {
-    "id": pa.string(),
-    "source": pa.string(),
-    "score": pa.float64(),
-    "probability": pa.float64(),
-    "rank": pa.int64(),
-    "selected": pa.bool_(),
-}
-ORIGIN_COLUMNS = {"file": pa.int32(), "row": pa.int64()}
-"""Columns of `rows.parquet`: the file of each example, as an index into `files` of the header, and its row there."""
-
-HEADER: dict[str, type | tuple[type, ...]] = {
-    "method": str,
-    "config": dict,
-    "seed": int,
-    "versions": dict,
-    "pool_hash": str,
-    "source_probability": dict,
-    "target_fraction": (int, float),
-    "weighted": bool,
-    "notes": dict,
-}
-"""Fields of selection.json that become fields of a Selection unchanged, and their types."""
-OPTIONAL: dict[str, type | tuple[type, ...]] = {"balanced": bool, "stop_passes": (int, float)}
-"""Those that are there only if they are set."""
 
 
 @dataclass
@@ -325,17 +289,17 @@ class Selection:
         """
         counts = self.row_counts(weights, seed, "apply() gives")
         chosen = self.weights > 0
-        found = find_rows(dataset, self.ids, chosen, self.origin, id_column)
-        if found.absent:
+        matches = find_rows(dataset, self.ids, chosen, self.origin, id_column)
+        if matches.absent:
             log.warning(
                 "the data holds %d of %d selected examples: it does not hold %s",
-                len(found.rows),
+                len(matches.rows),
                 int(chosen.sum()),
-                ", ".join(found.absent),
+                ", ".join(matches.absent),
             )
         if weights == "column":
-            return take_rows(dataset, found, self.weights[found.examples])
-        return take_rows(dataset, found.repeated(counts[found.examples]))
+            return take_rows(dataset, matches, self.weights[matches.examples])
+        return take_rows(dataset, matches.repeated(counts[matches.examples]))
 
     def row_counts(self, weights: Weights | None, seed: int, what: str) -> np.ndarray:
         """How often rows have to hold each example, int64, shape (N,), and a warning of what they do not hold.
@@ -398,7 +362,7 @@ class Selection:
                 100 * self.target_fraction,
             )
 
-    def sampler(self, pool: Pool, seed: int = 0) -> SelectionSampler:
+    def sampler(self, pool: Pool, seed: int = 0) -> StreamSampler:
         """A `torch.utils.data.Sampler` over positions of `pool`, which must contain the selected ids.
 
         Raises:
@@ -406,7 +370,7 @@ class Selection:
         """
         self._check_pool_part()
         self._say_rest("sampler() gives")
-        return SelectionSampler(self.stream(pool, seed), int(self.selected.sum()))
+        return StreamSampler(self.stream(pool, seed), int(self.selected.sum()))
 
     def source_counts(self) -> list[tuple[str, int, int, float]]:
         """For each source (or the full pool): name, number of examples, number selected, mean `probability`.
@@ -443,20 +407,9 @@ class Selection:
         Raises:
             SelectionError: if the folder exists and holds other files (`check_folder`).
         """
-        folder = Path(folder)
-        check_folder(folder)
-        with whole_folder(folder) as partial:
-            # Ids are unique: Parquet would build a dictionary of them and discard it.
-            pq.write_table(self.table(), partial / "scores.parquet", use_dictionary=["source"])
-            header = self._header() | self._files()
-            (partial / "selection.json").write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
-            self.ledger.save(partial / "timings.json")
-            if self.origin is not None:
-                rows = pa.table({"file": self.origin.file, "row": self.origin.row}, schema=_schema(ORIGIN_COLUMNS))
-                pq.write_table(rows, partial / ORIGIN_FILE)
-            if self.trained is not None:
-                write_trained(self.trained, partial)
-        return folder
+        return write_selection(
+            folder, self._header(), self.table(), ledger=self.ledger, trained=self.trained, origin=self.origin
+        )
 
     def table(self) -> pa.Table:
         """One row an example: id, source, score, probability, rank, selected."""
@@ -470,12 +423,8 @@ class Selection:
                 "rank": self.rank,
                 "selected": self.selected,
             },
-            schema=_schema(COLUMNS),
+            schema=pa.schema(list(COLUMNS.items())),
         )
-
-    def _files(self) -> dict[str, Any]:
-        """The files of `origin`, for the header. They are no part of `content_hash`: training does not read them."""
-        return {} if self.origin is None else {"files": [file.to_json() for file in self.origin.files]}
 
     def _header(self) -> dict[str, Any]:
         trained = {} if self.trained is None else {"trained": self._trained_digest}
@@ -509,53 +458,12 @@ class Selection:
         Raises:
             SelectionError: if it is missing, corrupt, of another version, or its files do not match.
         """
-        folder = Path(folder)
-        if (folder / "selection" / "selection.json").exists():
-            folder = folder / "selection"
-        scores_file = folder / "scores.parquet"
-        header = read_header(folder / "selection.json", scores_file, SCHEMA_VERSION, "selection")
-        if "start" in header:
-            raise SelectionError(
-                f"{folder} holds the first part of a run, which this version of cads cannot finish: select again, for "
-                "example with --method cads"
-            )
+        folder = selection_folder(folder)
+        stored = read_selection(folder)
         try:
-            table = read_scores(scores_file, COLUMNS)
-            digest = header.pop("trained", None)
-            trained = None if digest is None else read_trained(folder, digest)
-            origin = _read_origin(folder, header)
-        except (OSError, ValueError, RecursionError, pa.ArrowException, CadsError) as error:
-            raise SelectionError(f"{folder} cannot be read: {error}") from error
-        try:
-            return cls._build(header, table, trained, origin)
+            return cls(**stored.fields())
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, CadsError) as error:
             raise SelectionError(f"{folder} is corrupt: {type(error).__name__}: {error}") from error
-
-    @classmethod
-    def _build(cls, header: dict[str, Any], table: pa.Table, trained: State | None, origin: Origin | None) -> Selection:
-        optional = {name: kind for name, kind in OPTIONAL.items() if name in header}
-        check_fields(header, HEADER | optional)
-        missing = [n for n in ("id", "score", "probability", "selected") if table[n].null_count]
-        if missing:
-            raise SelectionError(f"the columns {missing} of the scores have missing values")
-        if not distinct(table["id"]):
-            raise SelectionError("ids of the scores are not unique")
-        counts = {"pool": len(table), "selected": pc.sum(table["selected"]).as_py() or 0}
-        if header["counts"] != counts:
-            raise SelectionError(f"the scores have counts {counts} where the header says {header['counts']}")
-        sources = table["source"].combine_chunks()
-        return cls(
-            ids=table["id"].combine_chunks(),
-            score=table["score"].to_numpy(),
-            probability=table["probability"].to_numpy(),
-            selected=table["selected"].to_numpy().astype(bool),
-            sources=None if sources.null_count else sources,
-            budget=Budget(**header["budget"]),
-            ledger=Ledger.from_json(header["ledger"]),
-            trained=trained,
-            origin=origin,
-            **{name: header[name] for name in HEADER | optional},
-        )
 
 
 def _qualified_name(value: Any) -> Any:
@@ -571,80 +479,3 @@ def _dictionary(names: pa.Array | Sequence[str] | None) -> pa.DictionaryArray | 
         return None
     column = names if isinstance(names, pa.Array) else pa.array(names, pa.string())
     return column if isinstance(column, pa.DictionaryArray) else column.dictionary_encode()
-
-
-def _schema(columns: Mapping[str, pa.DataType]) -> pa.Schema:
-    return pa.schema(list(columns.items()))
-
-
-def _read_origin(folder: Path, header: Mapping[str, Any]) -> Origin | None:
-    """The origin in a folder, if its header names files.
-
-    Raises:
-        DataError: if it is damaged. OSError, ValueError, pyarrow.ArrowException: if it cannot be read.
-    """
-    if "files" not in header:
-        return None
-    table = read_scores(folder / ORIGIN_FILE, ORIGIN_COLUMNS)
-    if any(table[name].null_count for name in ORIGIN_COLUMNS):
-        raise DataError(f"{ORIGIN_FILE} has missing values")
-    try:
-        files = tuple(FileOrigin.from_json(fields) for fields in header["files"])
-    except (KeyError, TypeError) as error:
-        raise DataError(f"the files of the header are damaged: {type(error).__name__}: {error}") from error
-    return Origin(files, table["file"].to_numpy(), table["row"].to_numpy())
-
-
-def check_folder(folder: Path | str, files: Sequence[str] = FILES) -> None:
-    """Refuse to save to a folder that holds anything other than an earlier Selection.
-
-    Args:
-        folder: to save to.
-        files: the names of the files of an earlier Selection.
-
-    Raises:
-        SelectionError: if `folder` is a file, or holds other files.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise SelectionError(f"{folder} is no folder: choose another name")
-    foreign = sorted(f.name for f in folder.iterdir() if f.name not in files)
-    if foreign:
-        raise SelectionError(f"{folder} exists and holds {foreign[:3]}: choose another folder")
-
-
-class SelectionSampler(Sampler[int]):
-    """One epoch of positions in a pool: as many as examples are selected.
-
-    Call `set_epoch` before each epoch, as with `DistributedSampler`.
-    """
-
-    def __init__(self, stream: Stream, count: int) -> None:
-        self._stream = stream
-        self._count = count
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[int]:
-        positions = self._stream.take(self._epoch * self._count, self._count)
-        for start in range(0, len(positions), SAMPLER_BLOCK):
-            yield from positions[start : start + SAMPLER_BLOCK].tolist()
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries on which results depend."""
-    installed = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            installed[name] = version(name)
-        except PackageNotFoundError:
-            installed[name] = "not installed"
-    return installed

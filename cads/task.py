@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,6 +90,8 @@ class Task(ABC):
         mergeable: whether the models have adapters that can be merged into the base weights.
         proxy: a task with the same data and a smaller proxy model, which selectors use in place of the final model;
             None if they use the final model.
+        classes: the names of the classes that labels number; () without classes.
+        counts: what was left out of the data, by the reason, as JSON values; written to `data.json`.
     """
 
     name: str = "task"
@@ -100,6 +103,8 @@ class Task(ABC):
     accounting: str = "measured"
     mergeable: bool = False
     proxy: Task | None = None
+    classes: tuple[str, ...] = ()
+    counts: Mapping[str, Any] = MappingProxyType({})
     pool: Pool
     target: Pool
     test: Pool

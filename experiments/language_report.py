@@ -72,8 +72,8 @@ def differences(points: Sequence[MethodPoint]) -> str:
 
 def _difference(a: MethodPoint, b: MethodPoint) -> str:
     """Mean difference of two points over the seeds both have, and the half-width of its interval, as two cells."""
-    left, right = dict(zip(a.seeds, a.scores, strict=True)), dict(zip(b.seeds, b.scores, strict=True))
-    pairs = np.array([left[s] - right[s] for s in sorted(set(left) & set(right))])
+    first, second = dict(zip(a.seeds, a.scores, strict=True)), dict(zip(b.seeds, b.scores, strict=True))
+    pairs = np.array([first[s] - second[s] for s in sorted(set(first) & set(second))])
     if not len(pairs):
         return "- | -"
     width = half_width(pairs)

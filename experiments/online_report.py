@@ -80,16 +80,16 @@ class Cells:
     def complete(self) -> list[Place]:
         """Places at which `cads` and all free references have as many seeds as any."""
         places = []
-        for place, found in self.accuracy.items():
-            seeds = len(found.get(ONLINE, {}))
-            if seeds > 1 and all(len(found.get(m, {})) >= seeds for m in FREE):
+        for place, by_method in self.accuracy.items():
+            seeds = len(by_method.get(ONLINE, {}))
+            if seeds > 1 and all(len(by_method.get(m, {})) >= seeds for m in FREE):
                 places.append(place)
         return sorted(places, key=lambda p: (p[2], -p[1], p[0]))
 
     def best(self, place: Place) -> str:
         """The reference of the highest mean accuracy: known only afterwards."""
-        found = self.accuracy[place]
-        references = [m for m in found if not m.startswith("cads") and m != BY_SIZE]
+        by_method = self.accuracy[place]
+        references = [m for m in by_method if not m.startswith("cads") and m != BY_SIZE]
         return max(references, key=lambda m: self._mean(place, m))
 
     def difference(self, place: Place, method: str, other: str) -> tuple[float, float]:
@@ -204,8 +204,8 @@ def draw(cells: Cells, places: Sequence[Place], path: Path) -> None:
             if row >= len(sizes):
                 ax.set_axis_off()
                 continue
-            own = [p for p in places if p[:2] == (world, sizes[row])]
-            _panel(ax, cells, own)
+            row_places = [p for p in places if p[:2] == (world, sizes[row])]
+            _panel(ax, cells, row_places)
             ax.set_title(f"{world}, {sizes[row]} targets", fontsize=9)
     axes[0][0].legend(fontsize=7, loc="lower right")
     figure.supxlabel("budget, passes over the pool; it covers everything", fontsize=9)

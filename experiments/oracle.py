@@ -32,7 +32,7 @@ from cads.registry import build_selector
 from cads.selection import Selection
 from cads.selector import Selector
 from cads.task import Task
-from cads.training.final import train, training_flops
+from cads.training.final import final_training_flops, train
 from experiments.bound import bound
 from experiments.oracle_report import Cell, Reference, draw, markdown, tables
 from experiments.truth import ENUMERATED, MEASURED_ON, TRUTH_VERSION, Truth, truth, worth, write_whole
@@ -119,7 +119,7 @@ def value_of(
     if selection.trained is not None:
         metrics = train(task, selection, budget, seed=selection.seed).metrics
         return np.array([metrics["calibrated_loss"]]), np.array([metrics["accuracy"]])
-    flops = training_flops(task, budget, selection)
+    flops = final_training_flops(task, budget, selection)
     weights = np.array(chosen_of(selection, task))
     mask = weights == 1
     as_in_truth = not selection.weighted and selection.target_fraction == 0 and flops == ground_truth.flops

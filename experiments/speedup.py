@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 
 from baselines.bilevel import Bilevel
-from baselines.search.source_search import SourceSearch, kept
+from baselines.search.source_search import SourceSearch, threshold
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
 from cads.errors import CadsError, ConfigError
@@ -174,7 +174,7 @@ def _selection_of(
     task: Task, probabilities: np.ndarray, budget: Budget, selector: SourceSearch, seed: int
 ) -> Selection:
     """The selection of a course that ends with these probabilities of the sources."""
-    choice = source_choice(SubsetSpace(task.pool), kept(probabilities), BernoulliPolicy(probabilities), {})
+    choice = source_choice(SubsetSpace(task.pool), threshold(probabilities), BernoulliPolicy(probabilities), {})
     return choice.selection(
         task.pool, method=selector.method, seed=seed, budget=budget, ledger=Ledger(), config=asdict(selector)
     )

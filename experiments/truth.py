@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from cads.data.token_batches import in_id_order
 from cads.data.training_batches import BatchStream
 from cads.errors import ConfigError
 from cads.estimators.enumeration import enumerate_masks
+from cads.runtime.atomic_files import whole_file
 from cads.seeding import derive
 from cads.selection import Selection
 from cads.task import Task
@@ -216,6 +216,4 @@ def content_key(task: Task, flops: float, extra_fields: Any) -> str:
 def write_whole(file: Path, record: Any) -> None:
     """Write JSON to a file, completely or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(record))
-    os.replace(partial, file)
+    whole_file(file, json.dumps(record))

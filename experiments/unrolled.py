@@ -25,7 +25,7 @@ from torch.func import functional_call, grad, grad_and_value
 
 from baselines.search.adam import FLOPS as ADAM_FLOPS
 from baselines.search.adam import Adam
-from baselines.search.source_search import SourceSearch, kept
+from baselines.search.source_search import SourceSearch, threshold
 from cads.accounting.ledger import SELECT
 from cads.accounting.measured import count_flops
 from cads.accounting.transformer import trainable_size
@@ -211,7 +211,7 @@ class Unrolled(SourceSearch):
             inner.learn(self.learning(space))
             inner.monitor.scalar("outer/objective", value, step)
             inner.monitor.probabilities(space.pool.source_names, expit(logits), step)
-        return kept(expit(logits)), BernoulliPolicy(expit(logits))
+        return threshold(expit(logits)), BernoulliPolicy(expit(logits))
 
 
 def outer_gradient(sgd: WeightedSgd, logits: np.ndarray, schedule: Schedule, seed: int) -> tuple[np.ndarray, float]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import subprocess
 import sys
 import typing
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from cads.cli.main import main
 from cads.errors import BudgetError, ConfigError
 from cads.selection import Selection
 from cads.tasks.vision.config import VisionConfig
+from tests.support.paths import ROOT
 
 FUNCTIONS = ("plan", "select", "train", "export")
 WITHOUT_BUDGET = ("export",)
@@ -46,6 +49,18 @@ def test_the_public_names_are_these():
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", cads.__version__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         cads.nothing  # noqa: B018
+
+
+def test_no_two_public_classes_share_a_name():
+    files = [file for package in ("cads", "baselines") for file in (ROOT / package).rglob("*.py")]
+    names = [
+        node.name
+        for file in files
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert len(names) > 200
+    assert [name for name, count in Counter(names).items() if count > 1] == []
 
 
 def test_a_star_import_gives_them():

@@ -20,13 +20,13 @@ class TestSelections:
         return Selection(ids, score, score, score > 0.3, "m", 0, Budget(1.0), Ledger(), "h", sources=sources)
 
     def test_sources_are_codes_and_come_back(self, tmp_path):
-        made = self.made(["x", "y", "x"])
-        assert pa.types.is_dictionary(made.sources.type)
-        loaded = Selection.load(made.save(tmp_path / "s"))
+        selection = self.made(["x", "y", "x"])
+        assert pa.types.is_dictionary(selection.sources.type)
+        loaded = Selection.load(selection.save(tmp_path / "s"))
         assert loaded.sources.to_pylist() == ["x", "y", "x"]
-        assert loaded.content_hash == made.content_hash
+        assert loaded.content_hash == selection.content_hash
         assert loaded.source_counts() == [("x", 2, 1, pytest.approx(0.3)), ("y", 1, 1, 0.9)]
-        assert self.made(["x", "y", "y"]).content_hash != made.content_hash
+        assert self.made(["x", "y", "y"]).content_hash != selection.content_hash
 
     def test_sources_of_another_length_are_refused(self):
         with pytest.raises(SelectionError, match="2 sources for 3"):

@@ -157,9 +157,9 @@ class TestTheFinalModel:
     def test_another_budget_or_seed_is_said(self, task, selection, caplog, budget, seed, said):
         outcome = train(task, selection, budget, seed=seed)
         assert_same_weights(outcome.model, train(task, selection, BUDGET, seed=0).model)
-        found = [r.getMessage() for r in caplog.records if "has no effect" in r.getMessage()]
-        assert len(found) == (said is not None)
-        assert said is None or re.search(said, found[0])
+        result = [r.getMessage() for r in caplog.records if "has no effect" in r.getMessage()]
+        assert len(result) == (said is not None)
+        assert said is None or re.search(said, result[0])
 
 
 class TestRefused:

@@ -30,7 +30,7 @@ from cads.data.token_batches import scoring_batches
 from cads.errors import DataError
 from cads.runtime.checkpoint import State
 from cads.runtime.journal import map_shards, replay_or_run
-from cads.runtime.lockstep import StepReporter, divide
+from cads.runtime.lockstep import StepReporter, map_in_turn
 from cads.scoring.pool_scores import BatchPrice
 from cads.seeding import derive
 from cads.task import Task
@@ -160,7 +160,7 @@ class GradientFeatures:
             return np.asarray(mean.cpu().numpy())
 
         for i in range(0, len(batches), TARGET_BATCHES):
-            for mean in divide(self._ledger, range(i, min(i + TARGET_BATCHES, len(batches))), batch_mean):
+            for mean in map_in_turn(self._ledger, range(i, min(i + TARGET_BATCHES, len(batches))), batch_mean):
                 centres += torch.from_numpy(mean).to(self._device)
         return centres
 

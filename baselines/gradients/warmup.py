@@ -111,7 +111,7 @@ class Schedule:
         """With the padding of random parts of the pool; see `cads.scoring.stages.Stage`."""
         usages = self.epochs * self.steps * task.recipe.batch_size
         tokens = round(usages * task.costs.tokens_per_example(task.pool))
-        ledger.charge(SELECT, STAGE, planned_flops(task, self), usages=usages, tokens=tokens)
+        ledger.charge(SELECT, STAGE, warmup_flops(task, self), usages=usages, tokens=tokens)
         ledger.trained.append((task, 1))
 
 
@@ -122,7 +122,7 @@ def schedule(task: Task, share: float, epochs: int) -> Schedule:
     return Schedule(examples, max(1, round(examples / batch_size)), epochs)
 
 
-def planned_flops(task: Task, plan: Schedule) -> float:
+def warmup_flops(task: Task, plan: Schedule) -> float:
     """FLOPs of the warm-up, if its batches are padded like those of random parts of the pool on average."""
     pool, batch_size, steps = task.pool, task.recipe.batch_size, plan.epochs * plan.steps
     if lengths(pool) is None:

@@ -13,7 +13,7 @@ from cads.accounting.operations import regression_flops
 
 STRENGTHS = np.logspace(-6, 2, 17)
 """Strengths of shrinkage that are tried, relative to the number of rows."""
-MOST_PAIRED = 128
+MAX_PAIRED = 128
 """Sources above which a regression is linear: a few dozen trials cannot determine more than 8,256 columns."""
 BLOCK_VALUES = 2**24
 """Feature values that are in memory at once during prediction: 128 MB."""
@@ -56,19 +56,19 @@ class Ridge:
 
 
 def with_pairs(x: np.ndarray) -> np.ndarray:
-    """The columns and their pairwise products: (K, S) -> (K, `n_columns(S)`).
+    """The columns and their pairwise products: (K, S) -> (K, `n_paired_columns(S)`).
 
-    Only the columns if there are more than `MOST_PAIRED`.
+    Only the columns if there are more than `MAX_PAIRED`.
     """
-    if x.shape[1] > MOST_PAIRED:
+    if x.shape[1] > MAX_PAIRED:
         return x
     i, j = np.triu_indices(x.shape[1], k=1)
     return np.hstack([x, x[:, i] * x[:, j]])
 
 
-def n_columns(n_sources: int) -> int:
+def n_paired_columns(n_sources: int) -> int:
     """How many columns `with_pairs` gives."""
-    return n_sources if n_sources > MOST_PAIRED else n_sources * (n_sources + 1) // 2
+    return n_sources if n_sources > MAX_PAIRED else n_sources * (n_sources + 1) // 2
 
 
 def predict(ridge: Ridge, x: np.ndarray, features: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -79,5 +79,5 @@ def predict(ridge: Ridge, x: np.ndarray, features: Callable[[np.ndarray], np.nda
 
 def pairs_flops(n_sources: int, runs: int, predicted: int) -> float:
     """FLOPs to fit `Ridge` on pairs to `runs` rows, and to predict `predicted` other rows."""
-    columns = float(n_columns(n_sources))
+    columns = float(n_paired_columns(n_sources))
     return regression_flops(runs, columns) + 3 * predicted * columns

@@ -12,7 +12,7 @@ from cads.accounting.stage_labels import stage_label
 from cads.data.subsample import subsample
 from cads.data.token_batches import in_id_order
 from cads.errors import DataError, NotAffordableError
-from cads.estimators.design import distinct
+from cads.estimators.design import distinct_rows
 from cads.policies.base import Policy
 from cads.search.base import NO_SEARCH_AFFORDABLE, Search, check_reference, guard_message
 from cads.search.choice import Choice
@@ -145,10 +145,10 @@ def train_draws(
 def random_masks(space: SearchSpace, count: int, seed: int, *, full_first: bool) -> np.ndarray:
     """Distinct, non-empty masks that hold each source with probability 1/2; float, shape (K, S), K <= count."""
     masks = nonempty(space.policy().sample(OVERSAMPLING * count, np.random.default_rng(seed))).astype(np.float64)
-    return distinct([space.full, *masks] if full_first else list(masks))[:count]
+    return distinct_rows([space.full, *masks] if full_first else list(masks))[:count]
 
 
-def kept(probabilities: np.ndarray) -> np.ndarray:
+def threshold(probabilities: np.ndarray) -> np.ndarray:
     """The mask of the sources with a probability above 1/2, and at least the likeliest: 0 or 1, shape (S,)."""
     mask = probabilities > 0.5
     mask[np.argmax(probabilities)] = True

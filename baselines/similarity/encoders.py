@@ -34,7 +34,7 @@ COUNTED_LENGTHS = (8, 16, 32)
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedBatch:
     """Vectors of some examples of a pool.
 
     Attributes:
@@ -72,7 +72,7 @@ class Encoder(ABC):
         """All positions of `pool`, grouped into the batches that are encoded together."""
 
     @abstractmethod
-    def encode(self, pool: Pool, positions: np.ndarray) -> Encoded:
+    def encode(self, pool: Pool, positions: np.ndarray) -> EncodedBatch:
         """The vectors of one batch, without gradients."""
 
     @abstractmethod
@@ -109,14 +109,14 @@ class FeatureEncoder(Encoder):
         """By token budget; see `Encoder`."""
         return scoring_batches(pool, tokens=self._tokens)
 
-    def encode(self, pool: Pool, positions: np.ndarray) -> Encoded:
+    def encode(self, pool: Pool, positions: np.ndarray) -> EncodedBatch:
         """Features in evaluation mode; see `Encoder`."""
         assert self.model is not None
         batch = pool.batch(positions)
         flops = self._price(batch)
         with torch.inference_mode():
             vectors = self._task.features(self.model.eval(), batch.to(device_of(self.model)))
-        return Encoded(vectors, flops, batch.tokens)
+        return EncodedBatch(vectors, flops, batch.tokens)
 
     def flops(self, pool: Pool) -> float:
         """Counted once per shape; see `Encoder`."""
@@ -152,14 +152,14 @@ class SentenceEncoder(Encoder):
         """By token budget; see `Encoder`."""
         return self._batching(pool).batches
 
-    def encode(self, pool: Pool, positions: np.ndarray) -> Encoded:
+    def encode(self, pool: Pool, positions: np.ndarray) -> EncodedBatch:
         """Sentence embeddings; see `Encoder`."""
         batching = self._batching(pool)
         inputs = self._tokenize(self._texts(pool, positions))
         with torch.inference_mode():
             vectors = self._vectors(inputs)
         width = batching.width(positions)
-        return Encoded(vectors, self._text_flops(width) * len(positions), width * len(positions))
+        return EncodedBatch(vectors, self._text_flops(width) * len(positions), width * len(positions))
 
     def flops(self, pool: Pool) -> float:
         """From the length to which each batch is padded; see `Encoder`."""

@@ -30,8 +30,8 @@ TRIALS = re.compile(r"short runs, C/(\d+(?:\.\d+)?(?:e\+?\d+)?)")
 def stage_label(stage: str) -> str:
     """What readers see of a stage."""
     name = stage.removesuffix(MEASURING)
-    if found := TRIALS.fullmatch(name):
-        divisor = float(found[1])
+    if match := TRIALS.fullmatch(name):
+        divisor = float(match[1])
         share = "all" if divisor == 1 else f"1/{divisor:.10g}"
         label = f"trials, {share} of the budget"
     else:

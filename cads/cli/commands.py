@@ -27,7 +27,9 @@ from cads.planning.methods import plan_methods
 from cads.runtime.atomic_files import whole_file
 from cads.runtime.processes import world_group
 from cads.runtime.run_folder import RunFolder
-from cads.selection import Selection, check_folder, versions
+from cads.runtime.versions import versions
+from cads.selection import Selection
+from cads.selection_files import check_folder
 from cads.task import Metrics, Task
 from cads.training.evaluations import add_to_results, evaluate, missing, read_results
 from cads.training.final import TrainedModel, load_trained, save_model
@@ -176,9 +178,9 @@ def _evaluate(
         for name in names:
             ledger, settings = Ledger(), task.evaluation_settings(name)
             with run.journal_of(f"evaluation {name}", {"evaluation": settings}):
-                found = evaluate(task, model, name, ledger=ledger, monitor=monitor)
-                world.on_rank_zero(lambda: add_to_results(task, out, name, found, ledger))  # noqa: B023
-            for metric, value in found.items():
+                metrics = evaluate(task, model, name, ledger=ledger, monitor=monitor)
+                world.on_rank_zero(lambda: add_to_results(task, out, name, metrics, ledger))  # noqa: B023
+            for metric, value in metrics.items():
                 monitor.scalar(f"test/{metric}", value, 0)
     world.on_rank_zero(lambda: _write_config(config, task, out))
 
@@ -266,8 +268,8 @@ def _monitor(values: Namespace, out: Path, command: str) -> Monitor:
 
 def _write_config(config: CommandConfig, task: Task, out: Path) -> None:
     """Write the whole configuration, which replays the run, and `data.json`, if the task counts data left out."""
-    if counts := getattr(task, "counts", None):
-        whole_file(out / "data.json", json.dumps(counts, indent=2) + "\n")
+    if task.counts:
+        whole_file(out / "data.json", json.dumps(task.counts, indent=2) + "\n")
     replayed = config.values.clone()
     replayed.overwrite = False
     whole_file(out / "config.yaml", config.dump(replayed))

@@ -21,7 +21,7 @@ from cads.study.runner import Study
 from cads.study.shard import GridShard
 from cads.study.tables import FAILED, read_runs
 
-MOST_NAMED = 10
+MAX_NAMED = 10
 """Most failed cells that are listed at the end."""
 
 
@@ -81,8 +81,8 @@ def run_grid(grid: Grid, out: Path, shard: GridShard, console: Console, *, dry: 
         ]
     )
     if failed:
-        listing = "\n".join(failed[:MOST_NAMED])
-        remainder = f"\n  and {len(failed) - MOST_NAMED} more" if len(failed) > MOST_NAMED else ""
+        listing = "\n".join(failed[:MAX_NAMED])
+        remainder = f"\n  and {len(failed) - MAX_NAMED} more" if len(failed) > MAX_NAMED else ""
         raise CadsError(
             f"{len(failed)} of {len(shard_keys)} cells failed; the same command runs them again:\n{listing}{remainder}"
         )

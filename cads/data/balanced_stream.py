@@ -69,10 +69,10 @@ def apportioned(shares: np.ndarray, total: int) -> np.ndarray:
     Every positive share gets at least one.
     """
     exact = np.asarray(shares, dtype=np.float64) / np.sum(shares) * total
-    whole = np.floor(exact).astype(np.int64)
-    rest = max(0, total - int(whole.sum()))
-    whole[np.argsort(-(exact - whole), kind="stable")[:rest]] += 1
-    return np.maximum(whole, np.asarray(shares) > 0)
+    counts = np.floor(exact).astype(np.int64)
+    rest = max(0, total - int(counts.sum()))
+    counts[np.argsort(-(exact - counts), kind="stable")[:rest]] += 1
+    return np.maximum(counts, np.asarray(shares) > 0)
 
 
 def balanced_shares(counts: np.ndarray) -> np.ndarray:
@@ -84,12 +84,12 @@ def balanced_shares(counts: np.ndarray) -> np.ndarray:
     the sample lacks gets no share.
     """
     present = counts > 0
-    found = counts[present].astype(np.float64)
-    mean = found.mean()
-    chi2 = float(((found - mean) ** 2).sum() / mean)
-    equal = 1.0 if chi2 <= len(found) - 1 else (len(found) - 1) / chi2
+    sizes = counts[present].astype(np.float64)
+    mean = sizes.mean()
+    chi2 = float(((sizes - mean) ** 2).sum() / mean)
+    equal = 1.0 if chi2 <= len(sizes) - 1 else (len(sizes) - 1) / chi2
     shares = np.zeros(len(counts))
-    shares[present] = equal / len(found) + (1 - equal) * found / found.sum()
+    shares[present] = equal / len(sizes) + (1 - equal) * sizes / sizes.sum()
     return shares
 
 
@@ -101,5 +101,5 @@ def balanced_stream(positions: np.ndarray, groups: np.ndarray | None, seed: int)
     """
     if groups is None:
         return ShuffledStream(positions, seed)
-    own = np.asarray(groups)[positions].astype(np.int64)
-    return BalancedStream(positions, own, balanced_shares(np.bincount(own)), seed)
+    selected_groups = np.asarray(groups)[positions].astype(np.int64)
+    return BalancedStream(positions, selected_groups, balanced_shares(np.bincount(selected_groups)), seed)

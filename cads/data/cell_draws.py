@@ -73,16 +73,16 @@ class CellDraws:
         self._owed += shares * (count / total)
         # A cell whose share fell to 0 is owed nothing any more.
         self._owed[shares == 0] = 0.0
-        whole = np.maximum(np.floor(self._owed), 0.0).astype(np.int64)
+        drawn = np.maximum(np.floor(self._owed), 0.0).astype(np.int64)
         positive = np.flatnonzero(shares > 0)
-        while (rest := count - int(whole.sum())) > 0:
-            most_owed = np.argsort(whole[positive] - self._owed[positive], kind="stable")
-            whole[positive[most_owed[:rest]]] += 1
-        while (rest := int(whole.sum()) - count) > 0:
-            least_owed = np.argsort(np.where(whole > 0, self._owed - whole, np.inf), kind="stable")
-            whole[least_owed[: min(rest, np.count_nonzero(whole))]] -= 1
-        self._owed -= whole
-        return self._next_of(whole)
+        while (rest := count - int(drawn.sum())) > 0:
+            most_owed = np.argsort(drawn[positive] - self._owed[positive], kind="stable")
+            drawn[positive[most_owed[:rest]]] += 1
+        while (rest := int(drawn.sum()) - count) > 0:
+            least_owed = np.argsort(np.where(drawn > 0, self._owed - drawn, np.inf), kind="stable")
+            drawn[least_owed[: min(rest, np.count_nonzero(drawn))]] -= 1
+        self._owed -= drawn
+        return self._next_of(drawn)
 
     def state(self) -> dict[str, np.ndarray]:
         """All that later draws depend on."""

@@ -21,7 +21,7 @@ def ascending(ids: pa.Array | pa.ChunkedArray) -> bool:
     return len(ids) < 2 or bool(pc.all(pc.less(ids[:-1], ids[1:])).as_py())
 
 
-def distinct(ids: pa.Array | pa.ChunkedArray) -> bool:
+def all_distinct(ids: pa.Array | pa.ChunkedArray) -> bool:
     """Whether all ids are unique. Only ids that do not ascend need a hash table, about 100 bytes an id."""
     return ascending(ids) or pc.count_distinct(ids).as_py() == len(ids)
 

@@ -30,7 +30,7 @@ NUMERIC = tuple("0123456789+-.")
 """First characters of numbers and dates."""
 UNKNOWN = ""
 """Digest of a file that was changed before its contents were hashed: it is that of no data set."""
-MOST_ROWS = 2**40
+MAX_ROWS = 2**40
 """No file has more rows."""
 
 
@@ -91,7 +91,7 @@ class FileOrigin:
         texts = [fields["location"], fields["digest"], *columns, *([] if id_column is None else [id_column])]
         if not isinstance(columns, list) or not all(isinstance(x, str) for x in texts):
             raise DataError(f"the file {fields['location']!r:.60} has fields that are no text")
-        if type(rows) is not int or not 0 <= rows < MOST_ROWS:
+        if type(rows) is not int or not 0 <= rows < MAX_ROWS:
             raise DataError(f"the file {fields['location']!r:.60} has {rows!r:.60} rows")
         return cls(fields["location"], rows, tuple(columns), fields["digest"], id_column)
 
@@ -135,7 +135,7 @@ class Origin:
         return Origin(self.files, self.file[positions], self.row[positions])
 
 
-def joined(parts: Sequence[tuple[FileOrigin | None, np.ndarray]]) -> Origin | None:
+def join_origins(parts: Sequence[tuple[FileOrigin | None, np.ndarray]]) -> Origin | None:
     """The origin of examples of several files, one after another; None if one file is unknown.
 
     Args:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from cads.data.batch import Batch
 from cads.data.hashing import add_pairs
-from cads.data.ids import distinct
+from cads.data.ids import all_distinct
 from cads.data.origin import Origin
 from cads.errors import DataError
 
@@ -103,7 +103,7 @@ class Pool:
             raise DataError(f"the {self.name} has {len(self.ids)} ids for {len(self.origin)} rows of its files")
         if self.ids.null_count:
             raise DataError(f"the {self.name} has {self.ids.null_count} missing ids: every example needs one")
-        if not distinct(self.ids):
+        if not all_distinct(self.ids):
             counts = pc.value_counts(self.ids)
             duplicates = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
             raise DataError(

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cads.data.ids import distinct
+from cads.data.ids import all_distinct
 from cads.data.origin import Origin, file_digest, row_hashes
 from cads.errors import SelectionError
 
@@ -118,12 +118,12 @@ def _as_ids(values: Sequence[Any], column: str) -> pa.Array:
         SelectionError: if a value is neither text nor a whole number.
     """
     try:
-        found = pa.array(values)
+        array = pa.array(values)
     except (pa.ArrowException, OverflowError):
-        found = None
-    kind = pa.null() if found is None else found.type
-    if found is not None and (pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
-        return found.cast(pa.string())
+        array = None
+    kind = pa.null() if array is None else array.type
+    if array is not None and (pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        return array.cast(pa.string())
     for value in values:
         if not (value is None or isinstance(value, str | int)) or isinstance(value, bool):
             raise SelectionError(
@@ -151,9 +151,9 @@ def find_rows(
     reader = DatasetReader(dataset)
     if origin is None or id_column is not None:
         return _by_id(reader, ids, selected, origin, id_column or DEFAULT_ID)
-    found = _by_contents(reader, selected, origin)
-    if found is not None:
-        return found
+    matches = _by_contents(reader, selected, origin)
+    if matches is not None:
+        return matches
     columns = dict.fromkeys(file.id_column for file in origin.files if file.id_column is not None)
     present = [column for column in columns if column in reader.columns]
     if not present:
@@ -239,12 +239,12 @@ def _by_row(
 
 def _by_id(reader: DatasetReader, ids: pa.Array, selected: np.ndarray, origin: Origin | None, column: str) -> FoundRows:
     """The rows of selected examples, by their ids."""
-    found = reader.ids(column)
+    row_ids = reader.ids(column)
     examples = np.flatnonzero(selected)
     selected_ids = ids.take(pa.array(examples))
-    rows = pc.index_in(selected_ids, value_set=found.drop_null())
+    rows = pc.index_in(selected_ids, value_set=row_ids.drop_null())
     missing = np.asarray(pc.is_null(rows))
-    absent = _absent_files(found, ids, examples, missing, origin)
+    absent = _absent_files(row_ids, ids, examples, missing, origin)
     if origin is not None:
         missing = missing & ~np.isin(origin.file[examples], absent)
     if missing.any():
@@ -255,19 +255,19 @@ def _by_id(reader: DatasetReader, ids: pa.Array, selected: np.ndarray, origin: O
         )
     present = ~np.asarray(pc.is_null(rows))
     # Null ids were left out of the search: count rows with them again.
-    places = np.flatnonzero(np.asarray(pc.is_valid(found)))
+    places = np.flatnonzero(np.asarray(pc.is_valid(row_ids)))
     indices = rows.filter(pa.array(present)).to_numpy(zero_copy_only=False).astype(np.int64)
-    _check_once(found, selected_ids, column)
+    _check_once(row_ids, selected_ids, column)
     order = np.argsort(places[indices])
     names = () if origin is None else tuple(origin.files[i].location for i in absent)
     keys = row_hashes([selected_ids.filter(pa.array(present)).take(pa.array(order)).to_pylist()])
     return FoundRows(examples[present][order], places[indices][order], (column,), keys, names)
 
 
-def _check_once(found: pa.Array, selected_ids: pa.Array, column: str) -> None:
+def _check_once(row_ids: pa.Array, selected_ids: pa.Array, column: str) -> None:
     """Refuse selected ids that stand on two rows."""
-    hits = found.filter(pc.is_in(found, value_set=selected_ids))
-    if not distinct(hits):
+    hits = row_ids.filter(pc.is_in(row_ids, value_set=selected_ids))
+    if not all_distinct(hits):
         counts = pc.value_counts(hits)
         twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
         raise SelectionError(
@@ -277,12 +277,12 @@ def _check_once(found: pa.Array, selected_ids: pa.Array, column: str) -> None:
 
 
 def _absent_files(
-    found: pa.Array, ids: pa.Array, examples: np.ndarray, missing: np.ndarray, origin: Origin | None
+    row_ids: pa.Array, ids: pa.Array, examples: np.ndarray, missing: np.ndarray, origin: Origin | None
 ) -> list[int]:
     """The files of which the data set has no id, if it has those of another one; rows without ids rule that out."""
-    if origin is None or not missing.any() or found.null_count:
+    if origin is None or not missing.any() or row_ids.null_count:
         return []
-    known = np.asarray(pc.is_in(ids, value_set=found))
+    known = np.asarray(pc.is_in(ids, value_set=row_ids))
     if not known.any():
         return []
     counts = np.bincount(origin.file[known], minlength=len(origin.files))
@@ -291,5 +291,5 @@ def _absent_files(
 
 
 def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:SHOWN])
-    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
+    first_names = ", ".join(names[:SHOWN])
+    return first_names if len(names) <= SHOWN else f"{first_names} and {len(names) - SHOWN} more"

@@ -127,7 +127,7 @@ class BatchStream:
         else:
             # Each replica has its pool examples before its target examples.
             by_replica = batches[0].positions.unflatten(0, (self.replicas, self.batch_size))
-            pieces = [x for own in by_replica for x in ((self.pool, own[:n_pool]), (self._target, own[n_pool:]))]
+            pieces = [x for row in by_replica for x in ((self.pool, row[:n_pool]), (self._target, row[n_pool:]))]
         return [i for pool, positions in pieces for i in pool.ids.take(positions.numpy()).to_pylist()]
 
     def step(self, step: int) -> list[Batch]:

@@ -41,8 +41,8 @@ class ControlVariate:
         weights: weight of each value in the regression, shape (K,), > 0.
         fidelity: share of the budget that each trial had, shape (K,).
         features: phi, maps draws (M, S) to (M, P).
-        risk: R, maps draws to nats (M,).
-        reach: l*, maps draws to nats (M,).
+        target_loss: R, maps draws to nats (M,).
+        reachable_loss: l*, maps draws to nats (M,).
         alpha: fixed value of c1 = c2; None to fit them.
 
     Attributes:
@@ -60,15 +60,15 @@ class ControlVariate:
         fidelity: np.ndarray,
         *,
         features: Function,
-        risk: Function,
-        reach: Function,
+        target_loss: Function,
+        reachable_loss: Function,
         alpha: float | None = None,
     ) -> None:
         finite = np.isfinite(values)
         draws, values, weights = draws[finite], values[finite], weights[finite]
-        self._features, self.risk, self.reach = features, risk, reach
+        self._features, self.target_loss, self.reachable_loss = features, target_loss, reachable_loss
         fixed = None if alpha is None else (alpha, alpha)
-        self.c1, self.c2 = fixed or fit_control(values, risk(draws), reach(draws))
+        self.c1, self.c2 = fixed or fit_control(values, target_loss(draws), reachable_loss(draws))
         x, y = self._inputs(draws, fidelity[finite]), values - self._penalty(draws)
         total_weight = weights.sum()
         self._x_mean, self._y_mean = weights @ x / total_weight, float(weights @ y / total_weight)
@@ -93,7 +93,7 @@ class ControlVariate:
 
     def _penalty(self, draws: np.ndarray) -> np.ndarray:
         """c1 R - c2 l* of each row of draws (M, S), shape (M,)."""
-        return self.c1 * self.risk(draws) - self.c2 * self.reach(draws)
+        return self.c1 * self.target_loss(draws) - self.c2 * self.reachable_loss(draws)
 
 
 def _ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
@@ -140,10 +140,10 @@ def fit_control(
     """
     if not (np.isfinite(ridge) and ridge >= 0):
         raise ConfigError(f"ridge must be finite and >= 0, got {ridge}")
-    f, r, reach = (np.asarray(column, dtype=np.float64) for column in (values, training_losses, reachable))
-    if f.ndim != 1 or f.shape != r.shape or f.shape != reach.shape:
-        raise ConfigError(f"triples need three equal lengths, got {f.shape}, {r.shape}, {reach.shape}")
-    triples = np.column_stack([f, r, -reach])
+    f, r, reachable_loss = (np.asarray(column, dtype=np.float64) for column in (values, training_losses, reachable))
+    if f.ndim != 1 or f.shape != r.shape or f.shape != reachable_loss.shape:
+        raise ConfigError(f"triples need three equal lengths, got {f.shape}, {r.shape}, {reachable_loss.shape}")
+    triples = np.column_stack([f, r, -reachable_loss])
     triples = triples[np.isfinite(triples).all(axis=1)]
     if len(triples) < 2:
         return 0.0, 0.0

@@ -8,7 +8,7 @@ import numpy as np
 
 PAIR_SCALE = 0.5
 """Pairs of sources are expected to matter half as much as single sources."""
-MOST_COLUMNS = 256
+MAX_COLUMNS = 256
 """Above this number designs and regressions leave pairs out, since pairs grow with the square of the sources."""
 PRIOR = 0.1
 """Prior precision of each coefficient: the ridge that is added to the information matrix."""
@@ -52,7 +52,7 @@ def n_columns(n_sources: int) -> int:
     The last one is the intercept of a design, and the log of the effective size in a regression.
     """
     full = 1 + n_sources + n_sources * (n_sources - 1) // 2
-    return full if full <= MOST_COLUMNS else 1 + n_sources
+    return full if full <= MAX_COLUMNS else 1 + n_sources
 
 
 def pairs(x: np.ndarray) -> np.ndarray:
@@ -72,7 +72,7 @@ def _columns(draws: np.ndarray) -> np.ndarray:
     return np.hstack([np.ones((len(x), 1)), x, PAIR_SCALE * pairs(x)])
 
 
-def distinct(rows: Sequence[np.ndarray]) -> np.ndarray:
+def distinct_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
     """The rows without repetitions, in order of first appearance, shape (M, S)."""
     seen: dict[bytes, np.ndarray] = {}
     for row in rows:

@@ -109,12 +109,12 @@ def _with_column(block: RowBlock, name: str, values: Sequence[Any], what: str, p
     Raises:
         SelectionError: if it says something else.
     """
-    own = block.values(name)
-    for value, new in zip(own, values, strict=True):
+    stored = block.values(name)
+    for value, new in zip(stored, values, strict=True):
         if value is not None and str(value) != str(new):
             raise SelectionError(
                 f"{path} has a column {name!r} of its own, with {value!r:.60} where the {what} of the example is "
                 f"{new!r:.60}: name the added column otherwise, such as --{what}_column cads_{what}, or leave it out "
                 f"by --{what}_column null"
             )
-    return block if None not in own else block.with_column(name, values)
+    return block if None not in stored else block.with_column(name, values)

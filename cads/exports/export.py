@@ -50,8 +50,8 @@ def write_export(
     if to == "files":
         return _write_list(selection, counts, output, paths, weighted=weights == "column" and selection.unequal)
     recorded = () if selection.origin is None else selection.origin.files
-    own = [*paths, *(Path(file.location) for file in recorded)]
-    if output.exists() and any(path.exists() and os.path.samefile(output, path) for path in own):
+    pool_files = [*paths, *(Path(file.location) for file in recorded)]
+    if output.exists() and any(path.exists() and os.path.samefile(output, path) for path in pool_files):
         raise ConfigError(f"output = {output} is a file of the pool itself: name another")
     rows = chosen_rows(selection, counts, paths, added)
     output.parent.mkdir(parents=True, exist_ok=True)

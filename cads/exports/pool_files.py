@@ -42,7 +42,7 @@ def recorded_files(origin: Origin, wanted: Collection[int]) -> list[PoolFile]:
     Raises:
         SelectionError: if one is not there, or has been changed.
     """
-    found = []
+    matches = []
     for i in sorted(wanted):
         file, path = origin.files[i], Path(origin.files[i].location)
         if not path.exists():
@@ -51,8 +51,8 @@ def recorded_files(origin: Origin, wanted: Collection[int]) -> list[PoolFile]:
             raise SelectionError(
                 f"{path} is not what the pool was read from, it was changed since: give the file as it was (FILES)"
             )
-        found.append(PoolFile(i, path))
-    return found
+        matches.append(PoolFile(i, path))
+    return matches
 
 
 def given_files(origin: Origin, wanted: Collection[int], paths: Sequence[Path]) -> list[PoolFile]:
@@ -66,12 +66,12 @@ def given_files(origin: Origin, wanted: Collection[int], paths: Sequence[Path]) 
     Raises:
         SelectionError: if one is none of the pool's files, or a copy of one that is not given.
     """
-    found: dict[int, Path] = {}
+    matches: dict[int, Path] = {}
     for path in {path.resolve(): path for path in paths}.values():
         if not path.exists():
             raise SelectionError(f"{path} does not exist: give the files that the pool was read from")
         contents = _contents(path, origin.files)
-        equal = [i for i, file in enumerate(origin.files) if i not in found and _holds(contents, file)]
+        equal = [i for i, file in enumerate(origin.files) if i not in matches and _holds(contents, file)]
         if not equal:
             raise SelectionError(
                 f"{path} is none of the files that the pool was read from ({_few(f.location for f in origin.files)}), "
@@ -79,16 +79,16 @@ def given_files(origin: Origin, wanted: Collection[int], paths: Sequence[Path]) 
             )
         best = max(equal, key=lambda i: (_common_end(path, Path(origin.files[i].location)), -i))
         # A file that the pool was read from twice has two records.
-        found |= {i: path for i in equal if origin.files[i].location == origin.files[best].location}
-    _check_copies(found, origin)
-    if absent := sorted(set(wanted) - set(found)):
+        matches |= {i: path for i in equal if origin.files[i].location == origin.files[best].location}
+    _check_copies(matches, origin)
+    if absent := sorted(set(wanted) - set(matches)):
         log.warning(
             "%d of %d files with selected examples are not given: %s",
             len(absent),
             len(wanted),
             _few(origin.files[i].location for i in absent),
         )
-    return [PoolFile(i, found[i]) for i in sorted(set(wanted) & set(found))]
+    return [PoolFile(i, matches[i]) for i in sorted(set(wanted) & set(matches))]
 
 
 def _contents(path: Path, files: Iterable[FileOrigin]) -> dict[tuple[str, ...], tuple[int, str]]:
@@ -97,8 +97,8 @@ def _contents(path: Path, files: Iterable[FileOrigin]) -> dict[tuple[str, ...], 
     for block in read_blocks(path):
         for columns, hashes in parts.items():
             hashes.append(row_hashes([block.values(name) for name in columns]))
-    whole = {columns: np.concatenate([np.empty(0, np.uint64), *hashes]) for columns, hashes in parts.items()}
-    return {columns: (len(hashes), file_digest(hashes)) for columns, hashes in whole.items()}
+    file_hashes = {columns: np.concatenate([np.empty(0, np.uint64), *hashes]) for columns, hashes in parts.items()}
+    return {columns: (len(hashes), file_digest(hashes)) for columns, hashes in file_hashes.items()}
 
 
 def _holds(contents: dict[tuple[str, ...], tuple[int, str]], file: FileOrigin) -> bool:
@@ -124,9 +124,9 @@ def _common_end(one: Path, other: Path) -> int:
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one.parts), len(other.parts)))
 
 
-def _check_copies(found: Collection[int], origin: Origin) -> None:
-    for i in found:
-        for j in set(range(len(origin.files))) - set(found):
+def _check_copies(given: Collection[int], origin: Origin) -> None:
+    for i in given:
+        for j in set(range(len(origin.files))) - set(given):
             one, other = origin.files[i], origin.files[j]
             if (one.columns, one.digest) == (other.columns, other.digest):
                 raise SelectionError(
@@ -137,5 +137,5 @@ def _check_copies(found: Collection[int], origin: Origin) -> None:
 
 def _few(names: Iterable[str]) -> str:
     every = list(names)
-    shown = ", ".join(every[:SHOWN])
-    return shown if len(every) <= SHOWN else f"{shown} and {len(every) - SHOWN} more"
+    first_names = ", ".join(every[:SHOWN])
+    return first_names if len(every) <= SHOWN else f"{first_names} and {len(every) - SHOWN} more"

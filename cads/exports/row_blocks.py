@@ -71,8 +71,8 @@ class ObjectBlock:
 
     def values(self, column: str) -> list[Any]:
         """As `RowBlock`; numbers with a point are text, with all their digits."""
-        found = (row.get(column) for row in self.rows)
-        return [value.text if isinstance(value, WrittenFloat) else value for value in found]
+        values = (row.get(column) for row in self.rows)
+        return [value.text if isinstance(value, WrittenFloat) else value for value in values]
 
     def take(self, positions: np.ndarray) -> ObjectBlock:
         """As `RowBlock`."""
@@ -110,8 +110,8 @@ class ArrowBlock:
         """As `RowBlock`."""
         if column not in self.rows.column_names:
             return [None] * len(self.rows)
-        found: list[Any] = self.rows[column].to_pylist()
-        return found
+        values: list[Any] = self.rows[column].to_pylist()
+        return values
 
     def take(self, positions: np.ndarray) -> ArrowBlock:
         """As `RowBlock`."""

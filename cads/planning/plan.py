@@ -217,15 +217,15 @@ def make_plan(
 def _plan_method(name: str, method: Plannable, task: Task, budget: Budget, total: float, rate: float) -> MethodPlan:
     """The plan of one method; `total`: FLOPs of the budget, `rate`: FLOP/s."""
     ledger = method.plan(task, budget)
-    selection = ledger.total(SELECT).flops
-    training, note = total, ledger.note
+    selection_flops = ledger.total(SELECT).flops
+    train_flops, note = total, ledger.note
     if budget.count_selection:
-        training = max(0.0, total - selection)
+        train_flops = max(0.0, total - selection_flops)
         step = task.costs.per_usage(task.pool, task.recipe.batch_size) * task.recipe.batch_size
-        if training < step:
-            note = f"it does not fit: selection costs {selection:.4g} FLOPs, and the budget is {total:.4g}"
+        if train_flops < step:
+            note = f"it does not fit: selection costs {selection_flops:.4g} FLOPs, and the budget is {total:.4g}"
     n, usage = len(task.pool), task.costs.per_usage(task.pool, task.recipe.batch_size)
-    usages = training / usage
+    usages = train_flops / usage
     memory = {"training": training_memory(task).total}
     peaks = [training_memory(t, models).total for t, models in ledger.trained]
     peaks += [forward_memory(t).total for t in ledger.scored]
@@ -237,14 +237,14 @@ def _plan_method(name: str, method: Plannable, task: Task, budget: Budget, total
     return MethodPlan(
         method=name,
         stages={stage: entry.flops for (_, stage), entry in ledger.entries.items()},
-        selection=selection,
-        training=training,
-        share=selection / total,
+        selection=selection_flops,
+        training=train_flops,
+        share=selection_flops / total,
         usages=usages,
         examples=min(float(n), usages),
         tokens=usages * task.costs.tokens_per_example(task.pool),
         epochs=usages / n,
-        seconds=(selection + training) / rate,
+        seconds=(selection_flops + train_flops) / rate,
         memory=memory,
         size_ratio=ratio,
         needed_ratio=None if ratio is None or not isinstance(method, CcdsCost) else method.needed_ratio,

@@ -51,5 +51,5 @@ class LabelOdds:
         """Move rho of each source towards the mean of 1 - w of its rows, by exp(-rows / memory)."""
         rows = np.bincount(sources, minlength=len(self.wrong))
         means = np.bincount(sources, weights=1 - weights, minlength=len(self.wrong)) / np.maximum(rows, 1)
-        kept = np.exp(-rows / self._memory)
-        self.wrong = np.clip(kept * self.wrong + (1 - kept) * means, *RANGE)
+        decay = np.exp(-rows / self._memory)
+        self.wrong = np.clip(decay * self.wrong + (1 - decay) * means, *RANGE)

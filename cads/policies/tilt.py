@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 
-def tilted(excess: np.ndarray, sharpness: float, floor: float, most: float = np.inf) -> np.ndarray:
+def tilted(excess: np.ndarray, sharpness: float, floor: float, max_difference: float = np.inf) -> np.ndarray:
     """`exp(-sharpness (excess - min))`, at least `floor`; the largest is 1. Shape (S,).
 
     Args:
-        excess: zbar, shape (S,). most: largest difference from the smallest that counts.
+        excess: zbar, shape (S,). max_difference: largest difference from the smallest that counts.
     """
-    return np.maximum(np.exp(-sharpness * np.minimum(excess - excess.min(), most)), floor)
+    return np.maximum(np.exp(-sharpness * np.minimum(excess - excess.min(), max_difference)), floor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,38 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def files_into(folder: Path, name: str, *, replaced: Sequence[str] = ()) -> Iterator[Path]:
+    """Fill a temporary folder within `folder`; if the block ends without an error, its files move into `folder`.
+
+    Other files of `folder` stay. Each file appears whole; all files together do not appear at once.
+
+    Args:
+        name: what the files are; the temporary folder is called `.NAME.` and some letters.
+        replaced: patterns of files that are removed before the new ones move in.
+
+    Yields:
+        the temporary folder; it is removed if the block fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder))
+    try:
+        yield partial
+        for path in sorted(partial.iterdir()):
+            if path.is_file():
+                path.chmod(0o644)
+                sync(path)
+        for stale in [path for pattern in replaced for path in folder.glob(pattern)]:
+            stale.unlink()
+        for path in sorted(partial.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(folder / path.name, ignore_errors=True)
+            os.replace(path, folder / path.name)
+        sync(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

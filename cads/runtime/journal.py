@@ -23,7 +23,7 @@ from cads.errors import BudgetError, CheckpointError, ConfigError, DataError, Se
 from cads.runtime.checkpoint import CheckpointConfig, State
 from cads.runtime.journal_record import Charges, JournalRecord, charges_since, key_of, restore
 from cads.runtime.journal_store import RecordStore
-from cads.runtime.lockstep import Lockstep, Merge, Operation, OperationStatus, Part, StepReporter, divide
+from cads.runtime.lockstep import Lockstep, Merge, Operation, OperationStatus, Part, StepReporter, map_in_turn
 from cads.runtime.processes import ProcessGroup, active_group
 from cads.runtime.signals import Interrupts
 
@@ -100,7 +100,7 @@ def map_shards(
             results.append(_results(progress.restored))
         while done < count:
             shards = range(done, min(done + shards_per_step, count))
-            results += divide(ledger, shards, shard)
+            results += map_in_turn(ledger, shards, shard)
             done = shards.stop
             progress.step(state)
         return state()
@@ -204,7 +204,7 @@ class Journal:
         if stored is not None:
             self._check(index, name, progress.key, stored)
             restore(ledger, stored.charges)
-            progress.restored = stored.state
+            progress.resume_from(stored.state)
         self.inside = True
         try:
             with self.interrupts.held():

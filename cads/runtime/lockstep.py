@@ -24,6 +24,10 @@ class StepReporter:
 
     restored: State | None = None
 
+    def resume_from(self, state: State | None) -> None:
+        """The work resumes from `state`; None: it begins anew."""
+        self.restored = state
+
     def step(self, state: Callable[[], State]) -> None:
         """One step is done. `state` returns all that is needed to resume; it is called only if a checkpoint is written.
 
@@ -121,7 +125,7 @@ class Lockstep(StepReporter):
         return bool(at_work)
 
 
-def divide(ledger: Ledger, shards: Sequence[int], compute: Callable[[int], np.ndarray]) -> list[np.ndarray]:
+def map_in_turn(ledger: Ledger, shards: Sequence[int], compute: Callable[[int], np.ndarray]) -> list[np.ndarray]:
     """`compute` of each shard, in order; the processes take the shards in turn.
 
     Args:

@@ -161,9 +161,9 @@ class RunFolder:
                 has done under another identity is discarded.
         """
         folder = self._parts / hashlib.sha256(part.encode()).hexdigest()[:16]
-        whole = {**self._identity, "form": self._form, "part": part, **identity}
-        self._world.on_rank_zero(lambda: _discard_others(part, folder, whole))
-        with resumable_journal(part, folder, whole, self._config, self._interrupts) as journal:
+        part_identity = {**self._identity, "form": self._form, "part": part, **identity}
+        self._world.on_rank_zero(lambda: _discard_others(part, folder, part_identity))
+        with resumable_journal(part, folder, part_identity, self._config, self._interrupts) as journal:
             yield journal
         self._world.on_rank_zero(lambda: self._clear(folder))
 

@@ -22,7 +22,7 @@ CODECS = ("UNCOMPRESSED", "SNAPPY")
 """Compressions that are read: what they unpack to is bounded by the size of the file."""
 TEXT = (pa.string(), pa.binary())
 """Types that are read as a dictionary: a file can store one value once for any number of rows."""
-LARGEST_EXPANSION = 64
+MAX_EXPANSION = 64
 """Most bytes in memory for one byte of a file, by its footer; SNAPPY makes at most 21 of one."""
 
 
@@ -141,7 +141,7 @@ def _check_footer(path: Path, file: pq.ParquetFile, columns: Mapping[str, pa.Dat
     if footer.num_rows > sum(group.num_rows for group in groups):
         raise DataError(f"{path} promises {footer.num_rows} rows, more than it has: its footer is damaged")
     unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
-    if unpacked > LARGEST_EXPANSION * path.stat().st_size:
+    if unpacked > MAX_EXPANSION * path.stat().st_size:
         raise DataError(f"{path} unpacks to {unpacked} bytes from {path.stat().st_size}: its footer is damaged")
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,8 +22,9 @@ from cads.monitor import Monitor
 from cads.runtime.processes import active_group
 from cads.scoring.ranking import FILES, Ranking
 from cads.scoring.reference_models import proxy_of
-from cads.scoring.stages import Stage
-from cads.selection import Selection, check_folder
+from cads.scoring.stages import RankingStage
+from cads.selection import Selection
+from cads.selection_files import check_folder
 from cads.task import Task
 
 CUT_OPTIONS = ("fraction", "epochs")
@@ -58,7 +59,7 @@ class Ranker(ABC):
         """Carry out the stages: score every example of `task.pool`, charging `ledger`; independent of the budget."""
 
     @abstractmethod
-    def stages(self, scorer: Task) -> Sequence[Stage]:
+    def stages(self, scorer: Task) -> Sequence[RankingStage]:
         """What `rank` does with the models and examples of `scorer`, in order; see `cads.scoring.stages`.
 
         Raises:
@@ -107,7 +108,7 @@ class Ranker(ABC):
             ranking = self.rank(task, seed=seed, ledger=ranking_ledger, monitor=monitor)
         finally:
             ledger.merge(ranking_ledger)
-        ranking.provenance_hash = provenance_hash
+        ranking = replace(ranking, provenance_hash=provenance_hash)
         world.on_rank_zero(lambda: str(ranking.save(folder)))
         return ranking
 

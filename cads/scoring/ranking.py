@@ -13,13 +13,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cads.accounting.ledger import Ledger
-from cads.data.ids import distinct
+from cads.data.ids import all_distinct
 from cads.data.pool import Pool
 from cads.errors import CadsError, DataError, SelectionError
 from cads.runtime.atomic_files import whole_folder
 from cads.runtime.safe_read import check_fields, read_header, read_scores
 from cads.scoring.score_files import COLUMNS
-from cads.selection import check_folder
+from cads.selection_files import check_folder
 
 SCHEMA_VERSION = 1
 FILES = ("ranking.json", "scores.parquet")
@@ -112,7 +112,7 @@ class Ranking:
             check_fields(header, HEADER)
             if table["id"].null_count or table["score"].null_count:
                 raise SelectionError("missing ids or scores")
-            if not distinct(table["id"]):
+            if not all_distinct(table["id"]):
                 raise SelectionError("ids that are not unique")
             return cls(
                 ids=table["id"].combine_chunks(),

@@ -24,7 +24,7 @@ from cads.task import Task
 from cads.training.trainer import Trainer
 
 
-class Stage(Protocol):
+class RankingStage(Protocol):
     """One stage of a ranking."""
 
     def charge(self, task: Task, ledger: PlannedLedger) -> None:
@@ -45,13 +45,13 @@ class TrainOnTarget:
     passes: float
 
     def charge(self, task: Task, ledger: PlannedLedger) -> None:
-        """To the step; see `Stage`."""
+        """To the step; see `RankingStage`."""
         _charge_training(task, task.target, self.passes, ledger, name=self.name)
 
     def run(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> nn.Module:
         """The trained model."""
         if not self.passes:
-            return _placed(task, task.model(seed))
+            return _on_training_device(task, task.model(seed))
         batches = BatchStream(task.pool, [], task.recipe.batch_size, target=task.target, target_fraction=1.0, seed=seed)
         flops = _flops(task, task.target, self.passes)
         trainer = Trainer(task, ledger, monitor)
@@ -73,7 +73,7 @@ class TrainOnPool:
     n_models: int = 1
 
     def charge(self, task: Task, ledger: PlannedLedger) -> None:
-        """To the step; see `Stage`."""
+        """To the step; see `RankingStage`."""
         _charge_training(task, task.pool, self.passes, ledger, name=self.name, n_models=self.n_models)
 
     def run(
@@ -85,7 +85,7 @@ class TrainOnPool:
             DataError: if a model diverges.
         """
         if not self.passes:
-            return [_placed(task, task.model(seed)) for seed in seeds]
+            return [_on_training_device(task, task.model(seed)) for seed in seeds]
         # The order is drawn over the sorted ids, so that a permuted pool gives the same models.
         streams = [ShuffledStream(by_id(task.pool), derive(seed, "order")) for seed in seeds]
         batches = BatchStream(task.pool, streams, task.recipe.batch_size)
@@ -118,7 +118,7 @@ class ReadPool:
     pool: Pool | None = None
 
     def charge(self, task: Task, ledger: PlannedLedger) -> None:
-        """Padding included; see `Stage`."""
+        """Padding included; see `RankingStage`."""
         flops = planned_flops(task.costs.forward, self.pool_of(task), tokens=self.tokens)
         ledger.charge(SELECT, self.name, self.n_models * flops)
         ledger.scored.append(task)
@@ -144,7 +144,7 @@ class Priced:
     tokens: int = 0
 
     def charge(self, task: Task, ledger: Ledger) -> None:
-        """The price, to a plan or for what is done; see `Stage`."""
+        """The price, to a plan or for what is done; see `RankingStage`."""
         ledger.charge(SELECT, self.name, self.flops, usages=self.usages, tokens=self.tokens)
 
 
@@ -161,7 +161,7 @@ def _charge_training(
     ledger.trained.append((task, n_models))
 
 
-def _placed(task: Task, model: nn.Module) -> nn.Module:
+def _on_training_device(task: Task, model: nn.Module) -> nn.Module:
     """`model` on the device where the task trains."""
     return model.to(Trainer(task, Ledger()).accelerator.device)
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cads.accounting.ledger import ROUNDING
-from cads.data.ids import best_first, distinct
+from cads.data.ids import all_distinct, best_first
 from cads.errors import ConfigError, DataError
 from cads.scoring.score_files import read_groups
 
@@ -75,7 +75,7 @@ class TopK:
         self._cut()
         best = self._kept.slice(0, max(1, self._n_fit))
         ids = best["id"].combine_chunks()
-        if not distinct(ids):
+        if not all_distinct(ids):
             counts = pc.value_counts(ids)
             repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
             raise DataError(f"{len(repeated)} ids are scored more than once, such as {repeated[:3].to_pylist()}")

@@ -44,9 +44,9 @@ def split_budget(
         allowance = min(selection_share(task, total, min_flops), default) if budget.count_selection else default
     if not (math.isfinite(allowance) and allowance >= 0):
         raise ConfigError(f"allowance = {allowance}: it must be finite and >= 0, in units of the training FLOPs")
-    training = total / (1 + allowance) if budget.count_selection else total
-    check_step(task, training)
-    return BudgetSplit(training, allowance * training)
+    train_flops = total / (1 + allowance) if budget.count_selection else total
+    check_step(task, train_flops)
+    return BudgetSplit(train_flops, allowance * train_flops)
 
 
 def selection_share(task: Task, total: float, min_flops: float = 0.0) -> float:

@@ -133,15 +133,15 @@ class InnerLoop(InnerLoopCosts):
         models = [self.task.model(seed)]
         if self.trainer.batches(models[0], count):
             fit, measurements = self._run_batched(models, draws, flops, seed, stage, segment)
-            fit.models = fit.models[:keep]
+            fit = replace(fit, models=fit.models[:keep])
         else:
             fit, measurements = self._run_one_by_one(models, draws, flops, seed, stage, keep, segment)
-        found = [m for m in measurements if m is not None]
+        converged = [m for m in measurements if m is not None]
         objective, standard_errors = np.full(count, np.nan), np.zeros(count)
         for k, measurement in enumerate(measurements):
             if measurement is not None:
                 objective[k] = measurement.value
-                standard_errors[k] = paired_error(measurement, reference or found[0])
+                standard_errors[k] = paired_error(measurement, reference or converged[0])
         return InnerRuns(
             objective, fit.losses, fit.flops, fit.training_loss, fit.models, standard_errors, measurements[0]
         )
@@ -174,7 +174,7 @@ class InnerLoop(InnerLoopCosts):
         """
         flops = min(flops, self.ledger.left / draws.replicas)
         fits: list[TrainResult | None] = []
-        kept: list[nn.Module] = []
+        kept_models: list[nn.Module] = []
         measurements: list[ObjectiveValue | None] = []
         # Processes that divide each model train one at a time.
         sharded = self.task.recipe.sharding == "full"
@@ -186,11 +186,11 @@ class InnerLoop(InnerLoopCosts):
             new, measured = run_wave(models, wave, flops, seed, stage, segment)
             fits += [None if fit is None else replace(fit, models=[]) for fit in new]
             measurements += measured
-            kept += models[: max(0, keep - start)]
+            kept_models += models[: max(0, keep - start)]
             # The next models are made only when these are gone.
             models.clear()
             del new
-        return stack_results(kept, fits), measurements
+        return stack_results(kept_models, fits), measurements
 
     def _run_sharded(
         self,
@@ -242,7 +242,7 @@ class InnerLoop(InnerLoopCosts):
         """
         name, rank = "training and measuring", active_group().rank
 
-        def settle(run: TrainingRun, state: State) -> None:
+        def commit(run: TrainingRun, state: State) -> None:
             training, measured = _split(state)
             # The replicas train, and are measured, at the same time.
             training.values["seconds"] /= len(runs)
@@ -258,7 +258,7 @@ class InnerLoop(InnerLoopCosts):
 
             def compute(progress: StepReporter) -> State:
                 state = self._trial(run, progress)
-                settle(run, state)
+                commit(run, state)
                 return state
 
             return [replay_or_run(name, [run.journal_key, stage], self.ledger, compute)]
@@ -266,13 +266,13 @@ class InnerLoop(InnerLoopCosts):
         def part(progress: StepReporter, statuses: list[OperationStatus]) -> State:
             if rank >= len(runs) or statuses[rank].finished:
                 return State()
-            progress.restored = statuses[rank].state
+            progress.resume_from(statuses[rank].state)
             return self._trial(runs[rank], progress)
 
         def join(parts: list[State]) -> list[State | None]:
             return [state if state.tensors else None for state in parts[: len(runs)]]
 
-        operations = [Operation(name, [run.journal_key, stage], partial(settle, run)) for run in runs]
+        operations = [Operation(name, [run.journal_key, stage], partial(commit, run)) for run in runs]
         return replay_or_run_parallel(operations, self.ledger, part, join)
 
     def _trial(self, run: TrainingRun, progress: StepReporter) -> State:
@@ -294,8 +294,8 @@ class InnerLoop(InnerLoopCosts):
         """The outer objective of each model; None where it diverged (bool, shape (K,))."""
         converged = np.flatnonzero(~diverged).tolist()
         values = self.evaluate_all([models[k] for k in converged], f"{stage}, measuring")
-        found = dict(zip(converged, values, strict=True))
-        return [found.get(k) for k in range(len(models))]
+        by_model = dict(zip(converged, values, strict=True))
+        return [by_model.get(k) for k in range(len(models))]
 
     def evaluate_all(self, models: Sequence[nn.Module], stage: str) -> list[ObjectiveValue]:
         """The outer objective of each model on the target. Several processes measure one model each at a time."""
@@ -329,12 +329,12 @@ class InnerLoop(InnerLoopCosts):
         def join(states_by_rank: list[State]) -> list[State | None]:
             return [state if state.values else None for state in states_by_rank[: len(models)]]
 
-        def settle(state: State) -> None:
+        def commit(state: State) -> None:
             self.ledger.charge(SELECT, stage, self.measuring_flops)
             # The models are measured at the same time, so that each takes its part of the seconds.
             self.ledger.charge(SELECT, stage, 0.0, seconds=state.values.pop("seconds") / len(models))
 
-        operations = [Operation("measuring", [stage], settle) for _ in models]
+        operations = [Operation("measuring", [stage], commit) for _ in models]
         states = replay_or_run_parallel(operations, self.ledger, measure_on_rank, join)
         return [_measured(state) for state in states]
 

@@ -31,7 +31,7 @@ def update_flops(space: SearchSpace, runs: int, steps: int) -> float:
     return designed + source_policy_flops(len(space.sizes), space.n_features, drawn, runs, steps)
 
 
-def affordable(
+def affordable_rungs(
     costs: InnerLoopCosts, space: SearchSpace, train_flops: float, steps: int, reserved: float = 0.0
 ) -> list[Rung]:
     """The rungs that the rest of the ledger's limit buys, with `steps` of the policy after each rung.

@@ -86,8 +86,8 @@ def plan_cell(task: Task, cell: Cell, key: str, ranking: str) -> CellPlan:
     """The cost of a cell, whether its method applies, and whether it fits the budget. Nothing is trained."""
     selector = build_selector(cell.entry.method, cell.entry.options)
 
-    def plan(status: str, note: str, selection: float = 0.0, training: float = 0.0) -> CellPlan:
-        return CellPlan(cell, key, ranking, status, note, selection, training)
+    def plan(status: str, note: str, selection_flops: float = 0.0, train_flops: float = 0.0) -> CellPlan:
+        return CellPlan(cell, key, ranking, status, note, selection_flops, train_flops)
 
     try:
         total = cell.budget.flops(task)
@@ -300,7 +300,7 @@ def example_rows(key: str, selection: Selection, task: Task) -> list[dict[str, A
     batch = task.pool.batch(positions)
     images = batch.inputs.get("images")
     texts = task.describe(task.pool, positions)
-    names: tuple[str, ...] = getattr(task, "classes", ())
+    names = task.classes
     labels = [names[i] if names else None for i in batch.labels.tolist()] if batch.labels.ndim == 1 else None
     return [
         {

@@ -46,14 +46,14 @@ def dry_run(plans: Sequence[CellPlan], done: Collection[str], console: Console) 
     for text, number in notes.items():
         console.print(f"[{number}] {text}", markup=False, highlight=False, soft_wrap=True)
     todo = [p for p in plans if p.key not in done]
-    selection, training = price(todo)
+    selection_flops, train_flops = price(todo)
     recipe = plans[0].cell.setting.train
     rate = matmul_flops_per_second("cuda" if torch.cuda.is_available() else "cpu", recipe.precision)
-    total = selection + training
+    total = selection_flops + train_flops
     finished = f", {len(done)} finished" if done else ""
     console.print(
-        f"{sum(not p.status for p in todo)} of {len(plans)} cells to run{finished}: {selection:.4g} FLOPs of selection "
-        f"(each ranking made once) and {training:.4g} of training, {total:.4g} in all; at least "
+        f"{sum(not p.status for p in todo)} of {len(plans)} cells to run{finished}: {selection_flops:.4g} FLOPs of "
+        f"selection (each ranking made once) and {train_flops:.4g} of training, {total:.4g} in all; at least "
         f"{duration(total / rate)} at {rate:.3g} FLOP/s (matrix products of this machine)",
         highlight=False,
         soft_wrap=True,

@@ -23,7 +23,7 @@ from cads.runtime.lock import LockedError, RunLock
 from cads.runtime.processes import active_group
 from cads.runtime.run_folder import resumable_journal
 from cads.runtime.signals import Interrupts
-from cads.selection import versions
+from cads.runtime.versions import versions
 
 log = logging.getLogger(__name__)
 

@@ -83,10 +83,10 @@ def _read_points(path: Path) -> list[dict[str, Any]]:
 
 def _published_row(point: Mapping[str, Any], full_flops: float, name: str) -> dict[str, Any]:
     """The row of `runs` of a point; `full_flops`: cost of training on the whole pool."""
-    training = point["budget_pct"] / 100 * full_flops
-    selection = point["total_flops"] - training
-    if selection < FREE_BELOW * full_flops:
-        training, selection = point["total_flops"], 0.0
+    train_flops = point["budget_pct"] / 100 * full_flops
+    selection_flops = point["total_flops"] - train_flops
+    if selection_flops < FREE_BELOW * full_flops:
+        train_flops, selection_flops = point["total_flops"], 0.0
     return run_row(
         IMPORTED,
         cell=f"imported {name}",
@@ -104,15 +104,15 @@ def _published_row(point: Mapping[str, Any], full_flops: float, name: str) -> di
         metric="score",
         score=point["score"],
         metrics={"score": point["score"]},
-        selection_flops=selection,
-        selection_flops_spent=selection,
-        training_flops=training,
+        selection_flops=selection_flops,
+        selection_flops_spent=selection_flops,
+        training_flops=train_flops,
         total_flops=point["total_flops"],
         full_flops=full_flops,
         accounting="as published",
         ledger=[
-            {"phase": "select", "stage": "as published", "flops": selection},
-            {"phase": "train", "stage": "final model", "flops": training},
+            {"phase": "select", "stage": "as published", "flops": selection_flops},
+            {"phase": "train", "stage": "final model", "flops": train_flops},
         ],
         source_probability={},
         probability_course=[],

@@ -22,7 +22,7 @@ from cads.scoring.ranker import CUT_OPTIONS, Ranker
 from cads.scoring.ranking import Ranking
 from cads.study.grid import Setting, content_key, readable
 from cads.study.journals import Journals
-from cads.study.tables import read_file, write_rows
+from cads.study.tables import read_table_file, write_rows
 from cads.task import Task
 
 WAIT_SECONDS = 0.5
@@ -102,7 +102,7 @@ class Rankings:
 
 def _read(path: Path) -> tuple[Ranking, float]:
     """A stored ranking, and the seconds that it took."""
-    table = read_file(path, "rankings")
+    table = read_table_file(path, "rankings")
     try:
         header: dict[str, Any] = json.loads((table.schema.metadata or {})[b"cads_header"])
         ranking = Ranking(

@@ -36,7 +36,7 @@ from cads.study.journals import Journals
 from cads.study.progress import GridProgress
 from cads.study.ranking_store import Rankings
 from cads.study.shard import GridShard
-from cads.study.tables import DONE, FAILED, GRID_FILE, NOT_APPLICABLE, OVER_BUDGET, read_file, write_rows
+from cads.study.tables import DONE, FAILED, GRID_FILE, NOT_APPLICABLE, OVER_BUDGET, read_table_file, write_rows
 from cads.task import Task
 
 log = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ class Study:
         path = self.folder / "tables" / "runs" / f"{plan.key}.parquet"
         if plan.status or not path.exists():
             return None
-        row: dict[str, Any] = read_file(path, "runs").to_pylist()[0]
+        row: dict[str, Any] = read_table_file(path, "runs").to_pylist()[0]
         return row if row["status"] == DONE else None
 
     def _attempt(self, plan: CellPlan, journals: Journals, progress: GridProgress) -> bool:

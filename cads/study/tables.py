@@ -123,7 +123,7 @@ def write_rows(
     return path
 
 
-def read_file(path: Path, table: str) -> pa.Table:
+def read_table_file(path: Path, table: str) -> pa.Table:
     """One file of a table, with its metadata. Its size is checked against memory before it is read.
 
     Raises:
@@ -168,7 +168,7 @@ def read_rows(folder: Path, table: str, keys: Iterable[str] | None = None) -> li
     """
     stems = None if keys is None else set(keys)
     files = sorted((folder / "tables" / table).glob("*.parquet"))
-    tables = [read_file(f, table) for f in files if stems is None or f.stem in stems]
+    tables = [read_table_file(f, table) for f in files if stems is None or f.stem in stems]
     return [row for part in tables for row in part.to_pylist()]
 
 
@@ -197,7 +197,7 @@ def _refuse_twice(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if repeated is None:
         return
     files = sorted((folder / "tables" / "runs").glob("*.parquet"))
-    names = [f.name for f in files if repeated in read_file(f, "runs")["cell"].to_pylist()]
+    names = [f.name for f in files if repeated in read_table_file(f, "runs")["cell"].to_pylist()]
     raise DataError(f"{repeated!r} is in {folder / 'tables' / 'runs'} more than once, in {names}: keep one")
 
 

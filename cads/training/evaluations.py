@@ -27,7 +27,7 @@ from cads.monitor import Monitor
 from cads.runtime.atomic_files import whole_file
 from cads.runtime.checkpoint import State, load_json
 from cads.runtime.journal import replay_or_run
-from cads.runtime.lockstep import StepReporter, divide
+from cads.runtime.lockstep import StepReporter, map_in_turn
 from cads.runtime.processes import active_group
 from cads.task import Metrics, StepwiseEvaluation, Task
 
@@ -65,11 +65,11 @@ def _values(evaluation: StepwiseEvaluation, name: str, ledger: Ledger, monitor: 
     sizes, world = evaluation.sizes, active_group()
 
     def step(number: int) -> np.ndarray:
-        found: list[np.ndarray] = []
+        results: list[np.ndarray] = []
         with ledger.timed(EVALUATE, name):
-            flops = count_flops(lambda: found.append(evaluation.step(number)))
+            flops = count_flops(lambda: results.append(evaluation.step(number)))
         ledger.charge(EVALUATE, name, flops)
-        return found[0]
+        return results[0]
 
     def compute(progress: StepReporter) -> State:
         done, values = 0, np.empty(0)
@@ -83,7 +83,7 @@ def _values(evaluation: StepwiseEvaluation, name: str, ledger: Ledger, monitor: 
             advance(sum(sizes[:done]))
             while done < len(sizes):
                 numbers = range(done, min(done + world.size, len(sizes)))
-                values = np.concatenate([values, *divide(ledger, numbers, step)])
+                values = np.concatenate([values, *map_in_turn(ledger, numbers, step)])
                 done = numbers.stop
                 advance(sum(sizes[:done]))
                 progress.step(state)
@@ -156,8 +156,8 @@ def add_to_results(task: Task, folder: Path, name: str, metrics: Metrics, ledger
     earlier = evaluations.get(name, {}).get("metrics", {})
     results["metrics"] = {k: v for k, v in results["metrics"].items() if k not in earlier} | metrics
     evaluations[name] = evaluation_record(task, name, metrics)
-    kept = [entry for entry in results["ledger"] if (entry.get("phase"), entry.get("stage")) != (EVALUATE, name)]
-    results["ledger"] = kept + ledger.to_json()
+    others = [entry for entry in results["ledger"] if (entry.get("phase"), entry.get("stage")) != (EVALUATE, name)]
+    results["ledger"] = others + ledger.to_json()
     write_results(folder, results)
 
 
@@ -170,8 +170,8 @@ def read_results(folder: Path) -> dict[str, Any]:
     try:
         results = load_json(folder / RESULTS)
         kinds = {"metrics": dict, "ledger": list, "evaluations": dict}
-        filled = {"evaluations": {}, **results} if isinstance(results, dict) else {}
-        if not all(isinstance(filled.get(name), kind) for name, kind in kinds.items()):
+        with_evaluations = {"evaluations": {}, **results} if isinstance(results, dict) else {}
+        if not all(isinstance(with_evaluations.get(name), kind) for name, kind in kinds.items()):
             raise CheckpointError(f"{RESULTS} lacks metrics, ledger or evaluations")
     except (CheckpointError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(

@@ -102,7 +102,7 @@ def save_model(task: Task, model: nn.Module, folder: Path, *, merge: bool = Fals
     (folder / RESULTS).unlink(missing_ok=True)
 
 
-def training_flops(task: Task, budget: Budget, selection: Selection) -> float:
+def final_training_flops(task: Task, budget: Budget, selection: Selection) -> float:
     """FLOPs that remain for training: the budget, less the cost of selection if the budget must cover it.
 
     Raises:
@@ -156,7 +156,7 @@ def train(
     ledger.merge(selection.ledger)
     trainer = Trainer(task, ledger, monitor)
     if selection.trained is None:
-        result = fit_final_model(trainer, selection, training_flops(task, budget, selection), seed=seed)
+        result = fit_final_model(trainer, selection, final_training_flops(task, budget, selection), seed=seed)
     else:
         _say_finished(task, selection, budget, seed)
         # The stored state lacks the frozen weights: they are those of the seed of the run.
@@ -225,10 +225,10 @@ def stop_flops(task: Task, selection: Selection) -> float:
     if selection.stop_passes is None:
         return math.inf
     batch_size = task.recipe.batch_size
-    kept = task.costs.per_usage(task.pool, batch_size) * int(selection.selected.sum())
+    pass_flops = task.costs.per_usage(task.pool, batch_size) * int(selection.selected.sum())
     if selection.target_fraction:
-        kept += task.costs.per_usage(task.target, batch_size) * len(task.target)
-    return selection.stop_passes * kept
+        pass_flops += task.costs.per_usage(task.target, batch_size) * len(task.target)
+    return selection.stop_passes * pass_flops
 
 
 def load_trained(task: Task, folder: Path) -> nn.Module:

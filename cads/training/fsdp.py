@@ -183,14 +183,15 @@ def divided(task: Task, train_state: TrainState, device: torch.device, train: Ca
     single = train_state.learner
     (model,) = single.trained()
     with _peer_errors():
-        train_state.learner = sharded = FsdpLearner(task, model, device)
+        sharded = FsdpLearner(task, model, device)
+        train_state.use(sharded)
         try:
             state = train()
         except BudgetError:
             sharded.trained()
             raise
         sharded.trained()
-    train_state.learner = single
+    train_state.use(single)
     del sharded
     # Layers with FSDP's hooks refer to each other: without a collection now, their memory would stay allocated.
     gc.collect()

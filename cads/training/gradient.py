@@ -62,15 +62,15 @@ class StepLosses:
         """The losses, and `norms` (shape (K,)) as an array: one transfer for all of them."""
         if self._summed is not None:
             return self._summed, _transferred([norms])[0]
-        *found, norm = _transferred([*self._means, *(losses for _, losses in self._kept), norms])
+        *values, norm = _transferred([*self._means, *(losses for _, losses in self._kept), norms])
         loss, example_losses = np.zeros(self._replicas), np.zeros(self._n_kept)
-        for means in found[: len(self._means)]:
+        for means in values[: len(self._means)]:
             loss += means
-        for (offset, _), losses in zip(self._kept, found[len(self._means) :], strict=True):
+        for (offset, _), losses in zip(self._kept, values[len(self._means) :], strict=True):
             example_losses[offset : offset + len(losses)] = losses
         return Accumulated(loss, example_losses, self._positions), norm
 
-    def settle(self, accumulated: Accumulated) -> None:
+    def replace_by(self, accumulated: Accumulated) -> None:
         """Replace the losses by sums over processes, which are on the host already."""
         self._summed = accumulated
 
@@ -136,10 +136,10 @@ def accumulate(
             accelerator.backward(0.0 * learner(piece.split(len(piece))[0].to(accelerator.device)).sum())
         offset += len(piece) // replicas
     if group.size > 1:
-        own, _ = step_losses.read(torch.zeros(0, device=accelerator.device))
-        example_losses = own.example_losses if divided else own.example_losses / group.size
-        summed = Accumulated(*_sum_over_processes(learner, own.loss, example_losses, group), positions)
-        step_losses.settle(summed)
+        local, _ = step_losses.read(torch.zeros(0, device=accelerator.device))
+        example_losses = local.example_losses if divided else local.example_losses / group.size
+        summed = Accumulated(*_sum_over_processes(learner, local.loss, example_losses, group), positions)
+        step_losses.replace_by(summed)
     if weighed:
         # The gradient is that of the weighted mean, sum_i w_i l_i / sum_i w_i.
         if group.size == 1:

@@ -48,10 +48,10 @@ def _take_turns(trainer: TrainingLoop, runs: Sequence[TrainingRun], n_steps: int
     restored: list[State | None] = [None] * len(runs)
     done = 0
     if progress.restored is not None:
-        found = _apart(progress.restored, len(runs))
-        restored, done = [*found], len(found[0].tensors["losses"])
+        states = _apart(progress.restored, len(runs))
+        restored, done = [*states], len(states[0].tensors["losses"])
         if done >= n_steps:
-            for run, state in zip(runs, found, strict=True):
+            for run, state in zip(runs, states, strict=True):
                 run.train_state.restore(state, None)
             return _together([run.train_state.state(None) for run in runs])
     ends: dict[int, State] = {}

@@ -35,7 +35,7 @@ from cads.training.result import TrainResult
 from cads.training.rider import Rider, follow
 from cads.training.run_state import EXAMPLE_LOSSES, FULL_RUN, RunSegment, TrainState
 
-MOST_SKIPPED = 20
+MAX_SKIPPED = 20
 """Batches in a row that a run or its scaler skips before the run fails: then the fault is not in single batches."""
 
 
@@ -87,11 +87,15 @@ class TrainingLoop:
         flops = min(flops, before + self.ledger.left / draws.replicas)
         if not math.isfinite(flops):
             raise BudgetError(f"{phase}/{stage_label(stage)}: a run needs a finite budget, not {flops} FLOPs")
-        train_state = TrainState(learner, draws.replicas, self.accelerator.scaler)
-        if isinstance(draws, Rider):
-            train_state.rider = draws
-        elif segment.keep:
-            train_state.example_losses = np.full(len(draws.pool), np.nan)
+        rider = draws if isinstance(draws, Rider) else None
+        keeps_losses = segment.keep and rider is None
+        train_state = TrainState(
+            learner,
+            draws.replicas,
+            self.accelerator.scaler,
+            example_losses=np.full(len(draws.pool), np.nan) if keeps_losses else None,
+            rider=rider,
+        )
         journal_key = [
             phase,
             stage,
@@ -175,7 +179,7 @@ class TrainingLoop:
         Raises: as `fit`.
         """
         train_state, recipe = run.train_state, self.task.recipe
-        train_state.is_current = True
+        train_state.mark_current()
         torch_optimizer = _optimizer(recipe, train_state.learner, scaled=train_state.scaler is not None)
         prepared, wrapped = self._prepare(train_state.learner, torch_optimizer)
         world = active_group()
@@ -263,8 +267,8 @@ class TrainingLoop:
     ) -> bool:
         """Record a step by its losses and gradient norms (shape (K,)); returns whether to update the weights."""
         train_state = run.train_state
-        # A scaler expects gradients to overflow: it skips the step and lowers its scale, up to `MOST_SKIPPED` times.
-        overflow_allowed = train_state.scaler is not None and train_state.overflows < MOST_SKIPPED
+        # A scaler expects gradients to overflow: it skips the step and lowers its scale, up to `MAX_SKIPPED` times.
+        overflow_allowed = train_state.scaler is not None and train_state.overflows < MAX_SKIPPED
         non_finite = ~(np.isfinite(loss) & (np.isfinite(norm) | overflow_allowed))
         rejected = non_finite.any() and isinstance(train_state.learner, SingleLearner)
         if not rejected:
@@ -272,7 +276,7 @@ class TrainingLoop:
             train_state.record_step(loss)
         else:
             train_state.put_buffers_back()
-            if not self._skips or train_state.skipped_in_a_row >= MOST_SKIPPED:
+            if not self._skips or train_state.skipped_in_a_row >= MAX_SKIPPED:
                 train_state.fail(run.draws.ids(pieces), float(loss[0]), float(norm[0]), rate)
             else:
                 train_state.skipped += 1
@@ -280,7 +284,7 @@ class TrainingLoop:
                 tag = f"{stage_tag(run.stage)}/skipped_batches"
                 self.monitor.scalar(tag, train_state.skipped, train_state.steps)
         if train_state.scaler is not None:
-            train_state.overflows = 0 if np.isfinite(norm).all() else train_state.overflows + 1
+            train_state.count_overflow(np.isfinite(norm).all())
             if rejected:
                 train_state.scaler.update()
         return not rejected

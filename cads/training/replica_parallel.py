@@ -46,7 +46,7 @@ def train_stacked_chunks(trainer: TrainingLoop, models: Sequence[nn.Module], run
         learner = StackedReplicas(trainer.task, [models[k] for k in rows])
         train_state = TrainState(learner, len(rows), trainer.accelerator.scaler)
         stored = statuses[0].state
-        progress.restored = None if stored is None else _rows_of(stored, rows, count)
+        progress.resume_from(None if stored is None else _rows_of(stored, rows, count))
         draws = run.draws.for_streams(*(run.draws.streams[k] for k in rows))
         return trainer.steps(replace(run, train_state=train_state, draws=draws), progress)
 
@@ -56,7 +56,7 @@ def train_stacked_chunks(trainer: TrainingLoop, models: Sequence[nn.Module], run
     def commit(state: State) -> None:
         _commit(trainer, run, state)
         # The first process has already shown the progress of its chunk.
-        run.train_state.is_current = True
+        run.train_state.mark_current()
 
     (state,) = replay_or_run_parallel([Operation("training", run.journal_key, commit)], trainer.ledger, part, join)
     return trainer.finish(run, state)
@@ -84,7 +84,7 @@ def _train_wave(trainer: TrainingLoop, runs: Sequence[TrainingRun]) -> list[Trai
         if stored is not None and stored.values["failure"] is not None:
             # The run had failed and waited for the others: its failed step is not taken and charged again.
             return stored
-        progress.restored = stored
+        progress.resume_from(stored)
         return trainer.steps(runs[rank], progress)
 
     def join(parts: list[State]) -> list[State | None]:

@@ -53,8 +53,8 @@ class TrainResult:
         """
         last = last_steps(self.losses)
         finite = np.isfinite(last)
-        reached = np.where(finite, last, 0.0).sum(axis=0) / np.maximum(1, finite.sum(axis=0))
-        return np.where(self.diverged | ~finite.any(axis=0), np.nan, reached)
+        mean_losses = np.where(finite, last, 0.0).sum(axis=0) / np.maximum(1, finite.sum(axis=0))
+        return np.where(self.diverged | ~finite.any(axis=0), np.nan, mean_losses)
 
 
 def stack_results(models: list[nn.Module], fits: list[TrainResult | None]) -> TrainResult:

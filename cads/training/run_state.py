@@ -112,6 +112,18 @@ class TrainState:
         """Mean over the replicas that have not diverged, nats; NaN if all have."""
         return math.nan if self.diverged.all() else float(self.losses[step][~self.diverged].mean())
 
+    def use(self, learner: Learner) -> None:
+        """Train `learner` from now on, which holds the same weights in another form."""
+        self.learner = learner
+
+    def mark_current(self) -> None:
+        """This object follows the run from now on: no state needs to be restored into it."""
+        self.is_current = True
+
+    def count_overflow(self, finite: bool) -> None:
+        """Count a step whose gradients overflowed, or begin to count anew after a `finite` one."""
+        self.overflows = 0 if finite else self.overflows + 1
+
     def charge_step(self, cost: float, pieces: Sequence[Batch]) -> None:
         """Count a step on `pieces`, which costs `cost` FLOPs a replica."""
         self.total += cost
@@ -242,9 +254,9 @@ class TrainState:
         self.failure = _checked(values["failure"])
         if self.example_losses is not None and EXAMPLE_LOSSES in tensors:
             self.example_losses = tensors[EXAMPLE_LOSSES].numpy().reshape(self.example_losses.shape).copy()
-        riding = {n.removeprefix(RIDER): x for n, x in tensors.items() if n.startswith(RIDER)}
-        if self.rider is not None and riding:
-            self.rider.restore(riding)
+        rider_tensors = {n.removeprefix(RIDER): x for n, x in tensors.items() if n.startswith(RIDER)}
+        if self.rider is not None and rider_tensors:
+            self.rider.restore(rider_tensors)
         if len(self.losses) != len(self.spent) or not (self.losses or self.failure):
             raise ValueError(f"{len(self.losses)} losses for {len(self.spent)} steps")
 

@@ -117,10 +117,10 @@ def test_epochs_of_unequal_examples_buy_about_that_many_usages(sentences):
 def test_no_charge_goes_beyond_the_limit(limit, charges):
     ledger = Ledger(limit)
     for phase, flops in charges:
-        before, left = ledger.total(), ledger.left
-        if flops <= left:
+        before, remaining = ledger.total(), ledger.left
+        if flops <= remaining:
             ledger.charge(phase, "s", flops, usages=1)
-        elif flops > left * (1 + 1e-6):
+        elif flops > remaining * (1 + 1e-6):
             with pytest.raises(BudgetError):
                 ledger.charge(phase, "s", flops, usages=1)
             assert ledger.total() == before
@@ -199,8 +199,8 @@ def test_the_table_shows_every_stage_and_the_total(entries):
     text = console.export_text()
     assert "total" in text
     for phase, stage, flops, usages in entries:
-        for shown in (phase, stage, f"{flops:.4g}", f"{usages:,}"):
-            assert shown in text
+        for detail in (phase, stage, f"{flops:.4g}", f"{usages:,}"):
+            assert detail in text
     if entries:
         assert "25.0%" in text
 

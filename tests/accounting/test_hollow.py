@@ -107,16 +107,16 @@ def test_meta_models_stay_there():
 
 
 def test_the_model_that_was_made_for_costs_is_gone(features):
-    task, made = copy.copy(features()), []
+    task, models = copy.copy(features()), []
     model = task.model
 
     def watched(seed):
-        made.append(weakref.ref(built := model(seed)))
+        models.append(weakref.ref(built := model(seed)))
         return built
 
     task.model = watched
     costs = Costs(task)
     assert costs.usage(task.pool.batch(np.arange(2))) > 0
     gc.collect()
-    assert len(made) == 1
-    assert made[0]() is None
+    assert len(models) == 1
+    assert models[0]() is None

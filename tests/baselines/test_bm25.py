@@ -125,12 +125,12 @@ def test_gsm8k_questions_agree_and_are_150_times_faster():
 
 def test_chunks_and_order_change_nothing():
     documents = random_texts(1, 50, 12)
-    whole, parts = Okapi([pa.array(documents)]), Okapi([pa.array(documents[:7]), pa.array(documents[7:])])
+    at_once, parts = Okapi([pa.array(documents)]), Okapi([pa.array(documents[:7]), pa.array(documents[7:])])
     order = np.random.default_rng(0).permutation(50)
     mixed = Okapi([pa.array([documents[i] for i in order])])
-    query = np.asarray(whole.count(pa.array([["w1", "w4"]])).mean(axis=0))
-    assert (whole.scores(query) == parts.scores(query)).all()
-    assert (whole.scores(query)[order] == mixed.scores(query)).all()
+    query = np.asarray(at_once.count(pa.array([["w1", "w4"]])).mean(axis=0))
+    assert (at_once.scores(query) == parts.scores(query)).all()
+    assert (at_once.scores(query)[order] == mixed.scores(query)).all()
 
 
 @pytest.mark.parametrize(
@@ -242,11 +242,11 @@ def test_queries_without_a_known_word_are_said_once(texts, caplog, count, messag
 
 
 def test_the_index_is_made_once_and_not_kept(texts, monkeypatch):
-    made = []
-    monkeypatch.setattr(bm25, "Okapi", lambda *args, **options: made.append(1) or Okapi(*args, **options))
+    indexes = []
+    monkeypatch.setattr(bm25, "Okapi", lambda *args, **options: indexes.append(1) or Okapi(*args, **options))
     selector = Bm25()
     selector.select(texts(), Budget(1, "epochs", count_selection=True), seed=0, ledger=Ledger())
-    assert len(made) == 1
+    assert len(indexes) == 1
     assert selector._cached is None
 
 

@@ -23,10 +23,10 @@ def blobs(n=40, groups=4, width=3, spread=0.01):
 def test_centres_are_those_of_well_separated_groups():
     vectors, corner = blobs()
     centres = cluster_centres(vectors, 4, seed=3)
-    found = nearest_centre(torch.from_numpy(vectors), torch.from_numpy(centres)).numpy()
-    assert len(set(zip(corner, found, strict=True))) == len(centres) == 4
-    for own in np.unique(corner):
-        assert np.abs(centres - vectors[corner == own].mean(axis=0)).sum(axis=1).min() < 1e-9
+    result = nearest_centre(torch.from_numpy(vectors), torch.from_numpy(centres)).numpy()
+    assert len(set(zip(corner, result, strict=True))) == len(centres) == 4
+    for group in np.unique(corner):
+        assert np.abs(centres - vectors[corner == group].mean(axis=0)).sum(axis=1).min() < 1e-9
 
 
 def test_the_nearest_centre_is_that_of_a_plain_loop():

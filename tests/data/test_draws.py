@@ -74,8 +74,8 @@ def test_draws_are_nested_and_as_many_as_asked():
 def test_an_example_that_is_added_moves_no_other():
     pool = pool_in(ORDERS[0])
     smaller = Pool(pool.ids[:-1], Nothing(np.arange(299)))
-    kept = [i for i in ids_of(pool, draw_order(pool, 0)) if i != "row-299"]
-    assert kept == ids_of(smaller, draw_order(smaller, 0))
+    others = [i for i in ids_of(pool, draw_order(pool, 0)) if i != "row-299"]
+    assert others == ids_of(smaller, draw_order(smaller, 0))
 
 
 def test_every_part_of_a_file_is_drawn_alike():

@@ -20,7 +20,7 @@ from cads.data.streams import ShuffledStream, WeightedStream
 from cads.data.training_batches import WINDOW, BatchStream
 from cads.tasks.language.encoding import TokenEncoder
 from cads.tasks.language.formats import Renderer
-from cads.tasks.language.models import load_tokenizer
+from cads.tasks.language.loading import load_tokenizer
 from cads.tasks.language.rows import TextSource, load_rows
 from cads.tasks.language.tokens import Tokens, tokens_of
 from experiments.pretraining import Shape, write_blank
@@ -115,20 +115,20 @@ def encoded(folder, rows, longest):
     file, some = write_lines(folder / "rows.jsonl", lines), write_lines(folder / "some.jsonl", lines[::10])
     write_blank(folder / "blank", Shape(32, 1, 32), [some], 1000)
     tokens = load_tokenizer(str(folder / "blank"), trust_remote_code=False)
-    kept = load_rows(TextSource(path=str(file)), 0)
-    found, _ = TokenEncoder(tokens, Renderer(tokens), longest).encode(kept)
-    return Pool(kept.ids, found)
+    loaded = load_rows(TextSource(path=str(file)), 0)
+    result, _ = TokenEncoder(tokens, Renderer(tokens), longest).encode(loaded)
+    return Pool(loaded.ids, result)
 
 
 def docstrings():
     """What the functions of a library are called and do: every installation has them."""
-    found = {}
+    result = {}
     for module in (np, np.linalg, np.random, np.fft, np.ma, torch, torch.linalg, nn.functional, torch.special):
         for name in dir(module):
             text = inspect.getdoc(getattr(module, name))
             if callable(getattr(module, name)) and text:
-                found[text] = f"What does {module.__name__}.{name} do?"
-    return [(name, text) for text, name in found.items() if text.strip()][::3]
+                result[text] = f"What does {module.__name__}.{name} do?"
+    return [(name, text) for text, name in result.items() if text.strip()][::3]
 
 
 def gsm8k():

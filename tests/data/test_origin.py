@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from cads.data.origin import FileOrigin, Origin, file_digest, joined, row_hashes
+from cads.data.origin import FileOrigin, Origin, file_digest, join_origins, row_hashes
 from cads.errors import DataError
 
 
@@ -44,17 +44,17 @@ def test_the_digest_of_a_file_depends_on_the_order_of_its_rows():
 
 def test_files_are_joined_in_order_and_a_file_of_two_parts_is_one():
     a, b = file("a"), file("b")
-    origin = joined([(a, np.array([0, 4])), (b, np.array([3])), (a, np.array([2]))])
+    origin = join_origins([(a, np.array([0, 4])), (b, np.array([3])), (a, np.array([2]))])
     assert origin.files == (a, b)
     assert origin.file.tolist() == [0, 0, 1, 0]
     assert origin.row.tolist() == [0, 4, 3, 2]
     assert origin.take(np.array([2, 0])).row.tolist() == [3, 0]
-    assert joined([(a, np.array([0])), (None, np.array([1]))]) is None
+    assert join_origins([(a, np.array([0])), (None, np.array([1]))]) is None
 
 
 def test_a_file_that_is_read_twice_for_the_same_rows_is_its_own_copy():
     a = file("a")
-    origin = joined([(a, np.array([0, 1])), (a, np.array([1, 2]))])
+    origin = join_origins([(a, np.array([0, 1])), (a, np.array([1, 2]))])
     assert origin.files == (a, a)
     assert origin.file.tolist() == [0, 0, 1, 1]
 
@@ -76,7 +76,7 @@ def test_a_digest_is_computed_once_and_only_when_it_is_needed():
 
     late = file(digest=compute)
     assert late != file("b")
-    assert joined([(late, np.array([0])), (late, np.array([1]))]).files == (late,)
+    assert join_origins([(late, np.array([0])), (late, np.array([1]))]).files == (late,)
     assert not calls
     assert late == file(digest="x") != file(digest="y")
     assert late.to_json() == file(digest="x").to_json()

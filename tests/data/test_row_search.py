@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, concatenate_datasets, load_dataset
 
-from cads.data.origin import FileOrigin, file_digest, joined, row_hashes
+from cads.data.origin import FileOrigin, file_digest, join_origins, row_hashes
 from cads.data.row_search import DatasetReader, find_rows
 from cads.data.weighted_rows import take_rows
 from cads.errors import SelectionError
@@ -36,15 +36,15 @@ def record(name, rows, id_column=None):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("files")
+    path = tmp_path_factory.mktemp("files")
     for name, n in SIZES.items():
         rows = rows_of(name, n)
-        (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        with (made / f"{name}.csv").open("w", newline="") as file:
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with (path / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-    return made
+    return path
 
 
 class Pool:
@@ -53,13 +53,13 @@ class Pool:
     def __init__(self, id_column=None):
         rng = np.random.default_rng(0)
         parts = {name: np.sort(rng.permutation(n)[: n * 4 // 5]) for name, n in SIZES.items()}
-        self.origin = joined([(record(n, rows_of(n, SIZES[n]), id_column), rows) for n, rows in parts.items()])
+        self.origin = join_origins([(record(n, rows_of(n, SIZES[n]), id_column), rows) for n, rows in parts.items()])
         self.ids = pa.array([f"{name}-{i}" for name, rows in parts.items() for i in rows])
         self.selected = rng.random(len(self.ids)) < 1 / 3
 
     def prompts(self, *names):
         chosen = zip(self.origin.file, self.origin.row, self.selected, strict=True)
-        return sorted(f"{'ab'[f]}: {r}?" for f, r, kept in chosen if kept and "ab"[f] in names)
+        return sorted(f"{'ab'[f]}: {r}?" for f, r, is_selected in chosen if is_selected and "ab"[f] in names)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -70,13 +70,13 @@ def test_files_without_ids_give_the_selected_rows_each_alone_or_all_in_any_order
     files = [str(folder / f"{name}.{kind}") for name in names]
     reader = {"jsonl": "json", "csv": "csv"}[kind]
     dataset = load_dataset(reader, data_files=files, split="train", streaming=streaming)
-    found = find_rows(dataset, pool.ids, pool.selected, pool.origin)
-    rows = list(take_rows(dataset, found, found.examples.astype(float)))
+    result = find_rows(dataset, pool.ids, pool.selected, pool.origin)
+    rows = list(take_rows(dataset, result, result.examples.astype(float)))
     assert sorted(row["prompt"] for row in rows) == pool.prompts(*names)
     for row in rows:
         example = int(row["weight"])
         assert row["prompt"] == f"{'ab'[pool.origin.file[example]]}: {pool.origin.row[example]}?"
-    assert found.absent == tuple(f"{name}.jsonl" for name in "ab" if name not in names)
+    assert result.absent == tuple(f"{name}.jsonl" for name in "ab" if name not in names)
 
 
 def test_workers_of_a_loader_share_the_rows_of_a_stream_and_none_comes_twice(folder):
@@ -107,7 +107,7 @@ def test_other_rows_are_refused_without_ids(folder, change):
 def test_files_of_equal_contents_are_refused_unless_all_are_there():
     rows = rows_of("a", 10)
     one, two = record("one", rows), record("two", rows)
-    origin = joined([(one, np.arange(10)), (two, np.arange(10))])
+    origin = join_origins([(one, np.arange(10)), (two, np.arange(10))])
     ids = pa.array([f"x{i}" for i in range(20)])
     selected = np.arange(20) < 3
     with pytest.raises(SelectionError, match=r"one\.jsonl and two\.jsonl have the same contents"):
@@ -125,11 +125,11 @@ def test_shuffled_or_changed_rows_are_found_by_their_ids(streaming, caplog):
     rows = [{**row, "prompt": row["prompt"].upper()} for row in with_ids("a", rows_of("a", SIZES["a"]))]
     dataset = Dataset.from_list(rows).shuffle(seed=1)
     dataset = dataset.to_iterable_dataset() if streaming else dataset
-    found = find_rows(dataset, pool.ids, pool.selected, pool.origin)
-    chosen = list(take_rows(dataset, found))
+    result = find_rows(dataset, pool.ids, pool.selected, pool.origin)
+    chosen = list(take_rows(dataset, result))
     assert sorted(row["prompt"].lower() for row in chosen) == pool.prompts("a")
-    assert [row["id"] for row in chosen] == pool.ids.take(pa.array(found.examples)).to_pylist()
-    assert found.absent == ("b.jsonl",)
+    assert [row["id"] for row in chosen] == pool.ids.take(pa.array(result.examples)).to_pylist()
+    assert result.absent == ("b.jsonl",)
     assert "found by their ids, whatever their contents" in caplog.text
 
 
@@ -238,6 +238,6 @@ def test_a_stream_that_changes_after_it_was_read_is_refused():
     from cads.data.weighted_rows import _chosen_rows
 
     stream = Stream()
-    found = find_rows(stream, pa.array([str(i) for i in range(5)]), np.arange(5) < 2, None)
+    result = find_rows(stream, pa.array([str(i) for i in range(5)]), np.arange(5) < 2, None)
     with pytest.raises(SelectionError, match="not what it was before"):
-        list(_chosen_rows(stream, found, None))
+        list(_chosen_rows(stream, result, None))

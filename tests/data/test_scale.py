@@ -16,7 +16,7 @@ from baselines.random import random_scores
 from cads import seeding
 from cads.data import hashing, permutation, streams
 from cads.data.hashing import add_column, add_pairs, digests, row_digests
-from cads.data.ids import ascending, best_first, distinct, rank_by_score
+from cads.data.ids import all_distinct, ascending, best_first, rank_by_score
 from cads.data.permutation import feistel_permutation
 from cads.data.pool import Pool
 from cads.data.streams import ShuffledStream
@@ -41,8 +41,8 @@ class TestFingerprint:
     @settings(deadline=None)
     @given(st.lists(st.binary(min_size=5, max_size=5), min_size=1, max_size=40))
     def test_equal_rows_and_no_others_have_equal_digests(self, rows):
-        found = row_digests(np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 5)).to_pylist()
-        assert [found.index(x) for x in found] == [rows.index(x) for x in rows]
+        result = row_digests(np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 5)).to_pylist()
+        assert [result.index(x) for x in result] == [rows.index(x) for x in rows]
 
     def test_zeros_at_the_end_are_not_padding(self):
         assert row_digests(np.zeros((1, 3), np.uint8)) != row_digests(np.zeros((1, 4), np.uint8))
@@ -51,21 +51,21 @@ class TestFingerprint:
     @given(st.lists(st.text(max_size=3), min_size=1, max_size=30), st.integers(0, 29), st.integers(1, 9))
     def test_a_column_is_hashed_whatever_its_chunks_and_type(self, texts, cut, rows):
         def digest(column):
-            made = hashlib.sha256()
-            add_column(made, column)
-            return made.hexdigest()
+            digest_so_far = hashlib.sha256()
+            add_column(digest_so_far, column)
+            return digest_so_far.hexdigest()
 
-        whole = pa.array(texts, pa.string())
+        array = pa.array(texts, pa.string())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(hashing, "ROWS", rows)
             # The rows that are read at once are part of the format, so all of these are read with the same number.
             same = {
                 digest(x)
                 for x in (
-                    whole,
-                    pa.chunked_array([whole[:cut], whole[cut:]]),
+                    array,
+                    pa.chunked_array([array[:cut], array[cut:]]),
                     pa.array(["x", *texts], pa.large_string())[1:],
-                    whole.dictionary_encode(),
+                    array.dictionary_encode(),
                 )
             }
         assert len(same) == 1
@@ -80,9 +80,9 @@ class TestFingerprint:
     def test_digests_are_those_of_each_content(self, contents, rows):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(hashing, "ROWS", rows)
-            found = digests(np.frombuffer(x, np.uint8) for x in contents)
-        assert found.type == pa.large_binary()
-        assert found.to_pylist() == [hashlib.blake2b(x, digest_size=16).digest() for x in contents]
+            result = digests(np.frombuffer(x, np.uint8) for x in contents)
+        assert result.type == pa.large_binary()
+        assert result.to_pylist() == [hashlib.blake2b(x, digest_size=16).digest() for x in contents]
 
 
 class TestSeeds:
@@ -95,16 +95,16 @@ class TestSeeds:
     def test_many_at_once_are_those_of_each(self, names, seed, block):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(seeding, "BLOCK", block)
-            found = derive_each(seed, pa.array(names, pa.string()))
-        assert found.tolist() == [derive(seed, name) for name in names]
+            result = derive_each(seed, pa.array(names, pa.string()))
+        assert result.tolist() == [derive(seed, name) for name in names]
 
     @pytest.mark.parametrize("own", [[0], [7], [3, 9]])
     def test_words_that_are_zero_count_as_numpy_counts_them(self, own, monkeypatch):
         numbers = np.array([0, 5, 2**32, 2**32 - 1, 2**40 + 1], np.uint64)
-        whole = sum(word << 32 * i for i, word in enumerate(own))
+        seed = sum(word << 32 * i for i, word in enumerate(own))
         monkeypatch.setattr(seeding, "_hashed", lambda name: int(name).to_bytes(8, "little"))
-        expected = [int(np.random.SeedSequence([whole, int(x)]).generate_state(1, np.uint64)[0] >> 1) for x in numbers]
-        assert derive_each(whole, pa.array(list(map(str, numbers)))).tolist() == expected
+        expected = [int(np.random.SeedSequence([seed, int(x)]).generate_state(1, np.uint64)[0] >> 1) for x in numbers]
+        assert derive_each(seed, pa.array(list(map(str, numbers)))).tolist() == expected
 
     @pytest.mark.parametrize("seed", [-1, 2**64])
     def test_a_seed_that_is_none_is_refused(self, seed):
@@ -134,11 +134,11 @@ class TestStreams:
 
     @pytest.mark.parametrize("n", [streams.SHUFFLED + 7, 10**9])
     def test_the_cipher_scatters_neighbours_evenly(self, n):
-        found = []
+        result = []
         for seed in range(16):
             keys = np.random.default_rng(seed).integers(2**64, size=permutation.ROUNDS, dtype=np.uint64)
-            found.append(feistel_permutation(np.arange(4096) + seed * 5000, n, keys))
-        bins = np.stack(found) * 16 // n
+            result.append(feistel_permutation(np.arange(4096) + seed * 5000, n, keys))
+        bins = np.stack(result) * 16 // n
         assert chisquare(np.bincount(bins.ravel())).pvalue > 1e-3
         neighbours = np.bincount((16 * bins[:, :-1] + bins[:, 1:]).ravel(), minlength=256)
         assert chisquare(neighbours).pvalue > 1e-3
@@ -151,14 +151,14 @@ class TestStreams:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(streams, "SHUFFLED", 4)
             positions = np.random.default_rng(seed).permutation(3 * n)[:n]
-            whole = ShuffledStream(positions, seed).take(0, 2 * n)
+            at_once = ShuffledStream(positions, seed).take(0, 2 * n)
             stream = ShuffledStream(positions, seed)
             cut = np.concatenate([stream.take(i, min(count, 2 * n - i)) for i in range(0, 2 * n, count)])
-        assert np.array_equal(whole, cut)
-        for epoch in (whole[:n], whole[n:]):
+        assert np.array_equal(at_once, cut)
+        for epoch in (at_once[:n], at_once[n:]):
             assert np.array_equal(np.sort(epoch), np.sort(positions))
         if n > 20:
-            assert not np.array_equal(whole[:n], whole[n:])
+            assert not np.array_equal(at_once[:n], at_once[n:])
 
     def test_a_batch_of_a_large_pool_takes_no_memory_of_its_size(self):
         stream = ShuffledStream(np.arange(2 * streams.SHUFFLED), 0)
@@ -190,8 +190,8 @@ class TestStreams:
         expected = []
         for source in range(sources):
             members = np.flatnonzero(codes == source)
-            distinct = np.unique(place[members])
-            expected += members[place[members] <= distinct[max(1, round(fidelity * len(distinct))) - 1]].tolist()
+            ranks = np.unique(place[members])
+            expected += members[place[members] <= ranks[max(1, round(fidelity * len(ranks))) - 1]].tolist()
         assert subsample(pool, fidelity, seed).tolist() == sorted(expected)
 
 
@@ -220,4 +220,4 @@ class TestOrder:
     def test_ids_are_distinct_or_not_whatever_their_order(self, ids, cut):
         for listed in (ids, sorted(ids, key=str.encode)):
             column = pa.chunked_array([pa.array(listed[:cut], pa.string()), pa.array(listed[cut:], pa.string())])
-            assert distinct(column) == (len(set(ids)) == len(ids))
+            assert all_distinct(column) == (len(set(ids)) == len(ids))

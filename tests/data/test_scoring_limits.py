@@ -65,12 +65,14 @@ def test_what_is_planned_is_charged_on_every_device(request, monkeypatch, kind, 
 
 
 def test_results_do_not_depend_on_how_much_is_scored_at_once(texts, monkeypatch):
-    task, found = texts(), []
+    task, scores = texts(), []
     model = task.model(0).eval()
     for kind in ("cpu", "cuda"):
         on(monkeypatch, kind)
-        found.append(score_pool(task.pool, partial(task.losses, model), task.costs.forward, ledger=Ledger(), stage="s"))
-    np.testing.assert_allclose(*found, rtol=1e-5)
+        scores.append(
+            score_pool(task.pool, partial(task.losses, model), task.costs.forward, ledger=Ledger(), stage="s")
+        )
+    np.testing.assert_allclose(*scores, rtol=1e-5)
 
 
 def test_a_pass_that_began_on_another_device_is_refused(texts, monkeypatch, tmp_path):

@@ -59,9 +59,9 @@ def test_copies_stay_together_and_contents_are_counted(copies, fidelity, seed):
     chosen = subsample(pool, fidelity, seed)
     for source in range(2):
         here = contents[pool.sources == source]
-        kept = contents[chosen[pool.sources[chosen] == source]]
-        assert len(kept) == np.isin(here, kept).sum()
-        assert len(set(kept)) == max(1, round(fidelity * len(set(here))))
+        subsampled = contents[chosen[pool.sources[chosen] == source]]
+        assert len(subsampled) == np.isin(here, subsampled).sum()
+        assert len(set(subsampled)) == max(1, round(fidelity * len(set(here))))
 
 
 def test_samples_depend_on_the_seed_alone():

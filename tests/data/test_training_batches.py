@@ -26,8 +26,8 @@ def test_every_epoch_visits_each_selected_example_once(seed, n, epoch, chunk):
 
 @given(seed=SEEDS, n=st.integers(1, 25), start=st.integers(0, 80), count=st.integers(1, 60))
 def test_epochs_are_one_sequence_however_it_is_cut(seed, n, start, count):
-    whole = ShuffledStream(np.arange(n), seed).take(0, 140)
-    assert np.array_equal(ShuffledStream(np.arange(n), seed).take(start, count), whole[start : start + count])
+    at_once = ShuffledStream(np.arange(n), seed).take(0, 140)
+    assert np.array_equal(ShuffledStream(np.arange(n), seed).take(start, count), at_once[start : start + count])
 
 
 def test_epochs_differ_in_order_and_by_seed():
@@ -92,19 +92,19 @@ def test_the_share_of_the_target_is_exact(features_task, fraction, batch_size, r
     pieces = draws.step(2)
     assert sum(len(p) for p in pieces) == replicas * batch_size
     assert len(pieces) == 1
-    own = batch_size - from_target
+    from_pool = batch_size - from_target
     rows = pieces[0].inputs["x"].view(replicas, batch_size, -1)
     labels = pieces[0].labels.view(replicas, batch_size)
     expected_target = target.batch(
         ShuffledStream(np.arange(60), 3).take(2 * from_target, from_target) if from_target else [0]
     )
     for k, stream in enumerate(streams):
-        if own:
-            expected = pool.batch(stream.take(2 * own, own))
-            assert torch.equal(rows[k, :own], expected.inputs["x"])
-            assert torch.equal(labels[k, :own], expected.labels)
+        if from_pool:
+            expected = pool.batch(stream.take(2 * from_pool, from_pool))
+            assert torch.equal(rows[k, :from_pool], expected.inputs["x"])
+            assert torch.equal(labels[k, :from_pool], expected.labels)
         if from_target:
-            assert torch.equal(rows[k, own:], expected_target.inputs["x"])
+            assert torch.equal(rows[k, from_pool:], expected_target.inputs["x"])
 
 
 def test_ids_name_pool_and_target(features_task):

@@ -20,19 +20,21 @@ def reach(draws):
 
 def held(values, alpha, features):
     ones = np.ones(len(CUBE))
-    return ControlVariate(CUBE, values, ones, ones, features=features, risk=risk, reach=reach, alpha=alpha)
+    return ControlVariate(
+        CUBE, values, ones, ones, features=features, target_loss=risk, reachable_loss=reach, alpha=alpha
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 3.0])
 def test_a_held_penalty_is_followed_whatever_was_measured(alpha):
-    made = held(-5 * risk(CUBE), alpha, lambda draws: np.zeros((len(draws), 1)))
-    assert (made.c1, made.c2) == (alpha, alpha)
-    differences = made(CUBE) - made(CUBE[:1])
+    control = held(-5 * risk(CUBE), alpha, lambda draws: np.zeros((len(draws), 1)))
+    assert (control.c1, control.c2) == (alpha, alpha)
+    differences = control(CUBE) - control(CUBE[:1])
     gaps = risk(CUBE) - reach(CUBE)
     np.testing.assert_allclose(differences, alpha * (gaps - gaps[0]), atol=1e-12)
 
 
 def test_the_regression_takes_what_a_held_penalty_leaves():
     values = CUBE @ np.array([1.0, -2.0, 0.5, 3.0])
-    made = held(values, 0.7, lambda draws: draws)
-    np.testing.assert_allclose(made(CUBE), values, atol=0.05)
+    control = held(values, 0.7, lambda draws: draws)
+    np.testing.assert_allclose(control(CUBE), values, atol=0.05)

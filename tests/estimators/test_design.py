@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cads.estimators.design import MOST_COLUMNS, PRIOR, _columns, d_optimal, n_columns, spaced
+from cads.estimators.design import MAX_COLUMNS, PRIOR, _columns, d_optimal, n_columns, spaced
 from cads.estimators.enumeration import enumerate_masks
 
 
@@ -45,7 +45,7 @@ def test_it_leaves_less_uncertain_than_draws_at_random():
 def test_many_sources_are_compared_one_by_one():
     n = 40
     draws = np.random.default_rng(0).random((300, n)) < 0.5
-    assert n_columns(n) == 1 + n <= MOST_COLUMNS < 1 + n + n * (n - 1) // 2
+    assert n_columns(n) == 1 + n <= MAX_COLUMNS < 1 + n + n * (n - 1) // 2
     taken = d_optimal(draws.astype(float), n + 1)
     x, _ = information(draws.astype(float))
     assert x.shape == (300, n + 1)

@@ -70,9 +70,9 @@ def test_a_curve_that_diverged_does_not_disturb_the_others():
     flops, losses = np.arange(1.0, 21), np.random.default_rng(0).uniform(1, 2, (20, 3))
     spoilt = losses.copy()
     spoilt[10:, 1] = np.nan
-    found, expected = extrapolate(flops, spoilt, 40.0), extrapolate(flops, losses, 40.0)
-    assert np.isnan(found).tolist() == [False, True, False]
-    np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2]])
+    actual, expected = extrapolate(flops, spoilt, 40.0), extrapolate(flops, losses, 40.0)
+    assert np.isnan(actual).tolist() == [False, True, False]
+    np.testing.assert_array_equal(actual[[0, 2]], expected[[0, 2]])
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -89,9 +89,9 @@ def test_batches_that_were_skipped_are_left_out_of_their_curve_alone(scale):
 def test_two_finite_steps_are_the_least():
     flops, losses = np.arange(1.0, 6), np.full((5, 2), np.nan)
     losses[3:, 0], losses[4:, 1] = 1.0, 1.0
-    found = extrapolate(flops, losses, 10.0)
-    assert found[0] == pytest.approx(1.0)
-    assert np.isnan(found[1])
+    result = extrapolate(flops, losses, 10.0)
+    assert result[0] == pytest.approx(1.0)
+    assert np.isnan(result[1])
 
 
 def test_a_loss_of_zero_is_reached_and_one_step_is_no_curve():
@@ -112,9 +112,9 @@ def test_the_effective_size_of_a_mask_is_its_count(sizes):
 @given(SEEDS, st.floats(1e-3, 1e3))
 def test_the_effective_size_is_at_most_the_count_and_free_of_scale(seed, scale):
     weights = np.random.default_rng(seed).uniform(0, 1, (5, 4)) + 1e-6
-    found = effective_size(weights, SIZES)
-    assert (found <= SIZES.sum() * (1 + 1e-12)).all()
-    np.testing.assert_allclose(effective_size(scale * weights, SIZES), found)
+    result = effective_size(weights, SIZES)
+    assert (result <= SIZES.sum() * (1 + 1e-12)).all()
+    np.testing.assert_allclose(effective_size(scale * weights, SIZES), result)
 
 
 @given(SEEDS)
@@ -249,7 +249,7 @@ def reach(draws):
 def control(draws, values, weights=None, fidelity=None):
     weights = np.ones(len(draws)) if weights is None else weights
     fidelity = np.ones(len(draws)) if fidelity is None else fidelity
-    return ControlVariate(draws, values, weights, fidelity, features=features, risk=risk, reach=reach)
+    return ControlVariate(draws, values, weights, fidelity, features=features, target_loss=risk, reachable_loss=reach)
 
 
 @pytest.mark.parametrize(

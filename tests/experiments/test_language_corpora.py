@@ -46,8 +46,8 @@ class TestCorpora:
             "long": "   " + "word " * 40 + ".",
         }
         dictionary(tmp_path, "foldoc", entries)
-        found = read_corpus("foldoc", 30, {}, tmp_path).pairs
-        assert found == [
+        result = read_corpus("foldoc", 30, {}, tmp_path).pairs
+        assert result == [
             Pair("Define foo.", "A sample name for absolutely anything."),
             Pair("Define dated.", "A thing of the distant past."),
         ]
@@ -55,8 +55,8 @@ class TestCorpora:
     def test_copies_are_left_out_whatever_their_case(self, tmp_path):
         pairs = [("What is it?", "One"), ("what is IT", "Two"), ("And that?", "one."), ("That?", "Three")]
         file = write_lines(tmp_path / "own.jsonl", [{"question": q, "answer": a} for q, a in pairs])
-        found = read_corpus("own", 30, {"own": file}).pairs
-        assert [p.response for p in found] == ["One", "Three"]
+        result = read_corpus("own", 30, {"own": file}).pairs
+        assert [p.response for p in result] == ["One", "Three"]
 
     def test_topics_of_the_chats_are_corpora_of_their_own(self, tmp_path, monkeypatch):
         monkeypatch.setattr(corpora, "_package", lambda corpus, name: tmp_path)
@@ -96,9 +96,9 @@ class TestData:
             for r in rows(written, name)
             if "Continue" in r["prompt"]
         ]
-        left = {str(i) for i in range(60)} - set(used)
+        unused = {str(i) for i in range(60)} - set(used)
         assert len(used) == SPARE * 24
-        assert {i for i in map(str, range(60)) if f"Article {i} part" in text} == left
+        assert {i for i in map(str, range(60)) if f"Article {i} part" in text} == unused
 
     def test_every_file_has_the_rows_that_were_asked_for(self, written):
         counts = {name: len(rows(written, name)) for name in ("target", "test", "choices", "news", "mixed-up")}
@@ -107,10 +107,10 @@ class TestData:
     def test_shuffled_answers_are_all_there_and_none_in_its_place(self):
         pairs = [Pair(f"q{i}", f"a{i}") for i in range(30)]
         for seed in range(20):
-            found = spoilt(pairs, "shuffle", seed)
-            assert sorted(p.response for p in found) == sorted(p.response for p in pairs)
-            assert sorted(p.prompt for p in found) == sorted(p.prompt for p in pairs)
-            assert not set(found) & set(pairs)
+            result = spoilt(pairs, "shuffle", seed)
+            assert sorted(p.response for p in result) == sorted(p.response for p in pairs)
+            assert sorted(p.prompt for p in result) == sorted(p.prompt for p in pairs)
+            assert not set(result) & set(pairs)
 
     def test_empty_answers_say_nothing(self, written):
         assert {r["response"] for r in rows(written, "empty")} <= set(PHRASES)
@@ -118,13 +118,13 @@ class TestData:
     def test_one_of_four_choices_is_right_and_its_place_tells_nothing(self):
         pairs = [Pair(f"q{i}", f"{'a' * (i % 7)}{i}") for i in range(400)]
         kinds = [[f"{kind}{'a' * (i % 7)}{i}" for i in range(50)] for kind in "xyz"]
-        found = multiple_choice(pairs, kinds, 0)
-        for pair, row in zip(pairs, found, strict=True):
+        result = multiple_choice(pairs, kinds, 0)
+        for pair, row in zip(pairs, result, strict=True):
             assert len(set(row["choices"])) == 4
             assert Counter(c[0] for c in row["choices"] if c[0] in "xyz") == {"x": 1, "y": 1}
             assert max(abs(len(c) - len(pair.response)) for c in row["choices"]) <= 4
             assert row["choices"][row["answer"]] == pair.response
-        places = Counter(row["answer"] for row in found)
+        places = Counter(row["answer"] for row in result)
         assert all(70 < places[i] < 130 for i in range(4))
 
     def test_same_seed_same_bytes_and_another_seed_other_rows(self, world, written, tmp_path):

@@ -36,11 +36,11 @@ def rows(folder):
 
 def test_every_method_is_there_at_equal_total_cost(out):
     folder, _ = out
-    found = rows(folder)
+    result = rows(folder)
     names = {m.name for m in methods(["clean", "noisy"])}
-    assert {row["key"][4] for row in found} == names
+    assert {row["key"][4] for row in result} == names
     assert set(SHOWN) | set(ABLATIONS) <= names
-    for row in found:
+    for row in result:
         if "error" not in row:
             assert row["select"] + row["train"] <= row["budget"] * (1 + 1e-9)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from cads.study.analysis.points import points_of, shown
+from cads.study.analysis.points import points_of, score_text
 from cads.study.grid import read_grid, settings
 from cads.study.report.page import write_report
 from cads.study.tables import read_runs
@@ -53,7 +53,7 @@ def test_the_table_has_the_command_and_the_numbers(ran):
     ]
     assert [row[1] for row in rows] == ["full", "only clean"]
     for row, point in zip(rows, points_of(read_runs(ran / "run")), strict=True):
-        assert f"{shown(point.mean, 'accuracy')} ± {shown(point.half_width, 'accuracy')}" in row[4]
+        assert f"{score_text(point.mean, 'accuracy')} ± {score_text(point.half_width, 'accuracy')}" in row[4]
         assert row[5] == ("100%" if point.method == "full" else "50%")
     assert any(row[4].startswith("*") for row in rows)
 

@@ -93,11 +93,11 @@ def chosen(pool, **fields):
 def places(selection):
     """File and row of each chosen example, in order, with its source and weight."""
     names = selection.sources.cast(pa.string()).to_pylist()
-    found = [
+    result = [
         (int(selection.origin.file[i]), int(selection.origin.row[i]), names[i], float(selection.weights[i]))
         for i in np.flatnonzero(selection.selected)
     ]
-    return sorted(found)
+    return sorted(result)
 
 
 def lines(path):
@@ -174,8 +174,10 @@ def test_all_forms_of_the_same_rows_give_the_same_export(model, folder):
         cads.export(selection, folder / "other", files=[folder / name, others.location], overwrite=True)
         got, wanted = ([exact(line) for line in lines(folder / file)] for file in ("other", "lines"))
         if name in ("saved", "plain.parquet"):
-            kept = ("prompt", "response", "weight", "source")
-            wanted = [{k: v for k, v in row.items() if k in kept} if row["source"] == "s0" else row for row in wanted]
+            columns = ("prompt", "response", "weight", "source")
+            wanted = [
+                {k: v for k, v in row.items() if k in columns} if row["source"] == "s0" else row for row in wanted
+            ]
         assert got == wanted, name
 
 
@@ -330,11 +332,11 @@ def images(tmp_path):
     rng = np.random.default_rng(0)
     for source in ("x", "y"):
         for name in ("cat", "dog"):
-            made = tmp_path / "images" / "train" / source / name
-            made.mkdir(parents=True)
+            image_path = tmp_path / "images" / "train" / source / name
+            image_path.mkdir(parents=True)
             for i in range(12):
                 pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(made / f"{i} é.png")
+                Image.fromarray(pixels).save(image_path / f"{i} é.png")
     return tmp_path / "images"
 
 
@@ -415,10 +417,10 @@ class TestCommand:
     def test_what_is_wrong_is_said(self, run, tmp_path, capsys, monkeypatch, words, status, message):
         monkeypatch.chdir(tmp_path)
         try:
-            found = main(["export", str(run), *words.split()])
+            result = main(["export", str(run), *words.split()])
         except SystemExit as exit_:
-            found = exit_.code
-        assert found == status
+            result = exit_.code
+        assert result == status
         errors = " ".join(capsys.readouterr().err.split())
         assert message in errors
         assert "Traceback" not in errors
@@ -441,6 +443,6 @@ class TestCommand:
         with pytest.raises(SystemExit) as exit_:
             main(["export", "--help"])
         assert exit_.value.code == 0
-        shown = " ".join(capsys.readouterr().out.split())
+        help_text = " ".join(capsys.readouterr().out.split())
         for text in ("SELECTION", "FILES", "--to", "Replace the output", "Of the draws of resample"):
-            assert text in shown
+            assert text in help_text

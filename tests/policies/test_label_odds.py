@@ -12,16 +12,16 @@ from cads.policies.tilt import tilted
 
 
 def odds(wrong):
-    made = LabelOdds(len(wrong), np.log(10), 1000)
-    made.wrong = np.array(wrong)
-    return made
+    label_odds = LabelOdds(len(wrong), np.log(10), 1000)
+    label_odds.wrong = np.array(wrong)
+    return label_odds
 
 
 @given(wrong=st.floats(0.01, 0.99), loss=st.floats(0, 12))
 def test_it_is_the_posterior(wrong, loss):
     right = (1 - wrong) * np.exp(-loss)
-    found = odds([wrong]).weights(np.array([0]), np.array([loss]))
-    assert found[0] == pytest.approx(right / (right + wrong / 10))
+    result = odds([wrong]).weights(np.array([0]), np.array([loss]))
+    assert result[0] == pytest.approx(right / (right + wrong / 10))
 
 
 @given(wrong=st.floats(0.05, 0.95), loss=st.floats(0, 8))
@@ -75,4 +75,4 @@ class TestTilt:
 
     def test_bounds(self):
         assert tilted(np.array([0.0, 9.0]), 2.0, 0.02).tolist() == [1.0, 0.02]
-        assert tilted(np.array([0.0, 9.0]), 2.0, 0.0, most=3)[1] == pytest.approx(np.exp(-6))
+        assert tilted(np.array([0.0, 9.0]), 2.0, 0.0, max_difference=3)[1] == pytest.approx(np.exp(-6))

@@ -54,7 +54,7 @@ def test_projection_is_the_nearest_feasible_point(seed: int) -> None:
     def distance(x: np.ndarray) -> float:
         return float(((x - s) ** 2).sum())
 
-    found = minimize(
+    result = minimize(
         distance,
         np.full(6, k / 6),
         bounds=[(0.0, 1.0)] * 6,
@@ -62,7 +62,7 @@ def test_projection_is_the_nearest_feasible_point(seed: int) -> None:
         method="SLSQP",
         tol=1e-14,
     )
-    np.testing.assert_allclose(project_capped_simplex(s, k), found.x, atol=1e-6)
+    np.testing.assert_allclose(project_capped_simplex(s, k), result.x, atol=1e-6)
 
 
 @LAW

@@ -17,11 +17,11 @@ class TestPolicy:
     def test_blocks_change_nothing_but_the_order_of_sums(self, monkeypatch, block):
         rng = np.random.default_rng(0)
         s = np.concatenate([[0.0, 1.0], project_capped_simplex(rng.random(58), 20.0)])
-        whole = BernoulliPolicy(s, cap=25.0)
-        masks = whole.sample(3, np.random.default_rng(1))
+        at_once = BernoulliPolicy(s, cap=25.0)
+        masks = at_once.sample(3, np.random.default_rng(1))
         gradient = rng.normal(size=60)
-        log_prob, score, entropy = whole.log_prob(masks), whole.score(masks), whole.entropy()
-        whole.step(gradient, 0.3)
+        log_prob, score, entropy = at_once.log_prob(masks), at_once.score(masks), at_once.entropy()
+        at_once.step(gradient, 0.3)
         monkeypatch.setattr(simplex, "BLOCK", block)
         parts = BernoulliPolicy(s, cap=25.0)
         assert (parts.sample(3, np.random.default_rng(1)) == masks).all()
@@ -29,7 +29,7 @@ class TestPolicy:
         assert parts.log_prob(masks) == pytest.approx(log_prob, rel=1e-12)
         assert parts.entropy() == pytest.approx(entropy, rel=1e-12)
         parts.step(gradient, 0.3)
-        assert parts.probabilities == pytest.approx(whole.probabilities, abs=1e-12)
+        assert parts.probabilities == pytest.approx(at_once.probabilities, abs=1e-12)
 
     def test_an_update_takes_less_than_40_bytes_an_example(self):
         n, rng = 400_000, np.random.default_rng(0)

@@ -31,13 +31,13 @@ def test_the_projection_is_feasible_and_a_shift_that_is_clipped(point, share):
 
 def test_the_projection_is_the_nearest_point():
     point, k = np.array([0.9, -0.5, 0.4, 1.7, 0.1]), 2.0
-    found = minimize(
+    result = minimize(
         lambda x: ((x - point) ** 2).sum(),
         np.full(5, 0.4),
         bounds=[(0, 1)] * 5,
         constraints={"type": "eq", "fun": lambda x: x.sum() - k},
     )
-    np.testing.assert_allclose(project_to_sum(point, k), found.x, atol=1e-6)
+    np.testing.assert_allclose(project_to_sum(point, k), result.x, atol=1e-6)
 
 
 def test_more_than_there_are_is_refused():

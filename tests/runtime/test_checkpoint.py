@@ -39,12 +39,12 @@ def stored(tmp_path):
 
 
 def values(stored, kind="kind"):
-    return [found["value"] for _, found, _ in stored.read(kind)]
+    return [result["value"] for _, result, _ in stored.read(kind)]
 
 
 def test_what_is_written_is_read(stored):
-    for (_, found, tensors), value in zip(stored.read("kind"), (3, 2, 1), strict=True):
-        assert found == {"value": value}
+    for (_, result, tensors), value in zip(stored.read("kind"), (3, 2, 1), strict=True):
+        assert result == {"value": value}
         for name, x in tensors.load().items():
             assert torch.equal(x, state(value).tensors[name])
             assert x.dtype == state(value).tensors[name].dtype
@@ -196,26 +196,26 @@ class TestIdentity:
 
 class TestFullDisk:
     def full(self, monkeypatch, after=0):
-        left = [after]
+        remaining = [after]
         plain = checkpoint_module.save_file
 
         def save(*given):
-            if not left[0]:
+            if not remaining[0]:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            left[0] -= 1
+            remaining[0] -= 1
             plain(*given)
 
         monkeypatch.setattr(checkpoint_module, "save_file", save)
-        return left
+        return remaining
 
     def test_the_run_goes_on_and_what_was_there_stays_whole(self, stored, tmp_path, monkeypatch, caplog):
-        left = self.full(monkeypatch)
+        remaining = self.full(monkeypatch)
         for _ in range(3):
             assert stored.write("kind", state(4)) is None
         assert caplog.text.count("no checkpoint could be written (ENOSPC No space left on device)") == 1
         assert values(stored) == [3, 2, 1]
         assert sorted(os.listdir(tmp_path / "c")) == ["000001-kind", "000002-kind", "000003-kind"]
-        left[0] = 1
+        remaining[0] = 1
         assert stored.write("kind", state(4)) is not None
         assert values(stored) == [4, 3, 2, 1]
 
@@ -294,8 +294,8 @@ def record(value):
 
 
 def held(store, index):
-    found, finished = store.take(index)
-    return None if found is None else (found.values["value"], found.state().tensors["x"].tolist(), finished)
+    result, finished = store.take(index)
+    return None if result is None else (result.values["value"], result.state().tensors["x"].tolist(), finished)
 
 
 def test_what_several_processes_had_under_way_outlives_those_that_go_on_with_less(tmp_path):
@@ -352,5 +352,5 @@ def test_the_limit_is_a_share_of_the_machine():
 def test_a_safetensors_file_of_no_tensors(tmp_path):
     save_file({}, tmp_path / "x")
     Checkpoints(tmp_path / "c", {}).write("kind", State({"a": 1}, {}))
-    ((_, found, tensors),) = Checkpoints(tmp_path / "c", {}).read("kind")
-    assert (found, tensors.load()) == ({"a": 1}, {})
+    ((_, result, tensors),) = Checkpoints(tmp_path / "c", {}).read("kind")
+    assert (result, tensors.load()) == ({"a": 1}, {})

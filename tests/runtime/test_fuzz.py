@@ -27,7 +27,8 @@ from cads.runtime.journal import Journal, map_shards, replay_or_run
 from cads.runtime.journal_store import FINISHED
 from cads.runtime.run_folder import RunFolder
 from cads.scoring.ranking import Ranking
-from cads.selection import COLUMNS, Selection
+from cads.selection import Selection
+from cads.selection_files import COLUMNS
 from tests.support.killed_runs import trained
 
 FUZZED = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -94,7 +95,7 @@ def selection(tmp_path_factory):
     """A small Selection on disk."""
     n, ledger = 20, Ledger()
     ledger.charge(SELECT, "short runs", 123.0, usages=3)
-    made = Selection(
+    original = Selection(
         ids=pa.array([f"e{i}" for i in range(n)]),
         score=np.linspace(0, 1, n),
         probability=np.linspace(0, 1, n),
@@ -107,29 +108,29 @@ def selection(tmp_path_factory):
         sources=["a", "b"] * 10,
         notes={"guard": "none", "list": [1, {"x": None}]},
     )
-    return made.save(tmp_path_factory.mktemp("fuzz") / "selection")
+    return original.save(tmp_path_factory.mktemp("fuzz") / "selection")
 
 
 @pytest.fixture(scope="module")
 def ranking(tmp_path_factory):
     ids, ledger = pa.array([f"e{i}" for i in range(9)]), Ledger()
-    made = Ranking(ids, np.arange(9.0), "ppl", 0, ledger, "abc")
-    return made.save(tmp_path_factory.mktemp("fuzz") / "ranking")
+    original = Ranking(ids, np.arange(9.0), "ppl", 0, ledger, "abc")
+    return original.save(tmp_path_factory.mktemp("fuzz") / "ranking")
 
 
 @pytest.fixture
 def damaged():
     """A copy of a folder with one file changed, for each example anew."""
-    made = []
+    folders = []
 
     def copy(folder, file, content):
-        made.append(Path(tempfile.mkdtemp()) / "copy")
-        shutil.copytree(folder, made[-1])
-        (made[-1] / file).write_bytes(content)
-        return made[-1]
+        folders.append(Path(tempfile.mkdtemp()) / "copy")
+        shutil.copytree(folder, folders[-1])
+        (folders[-1] / file).write_bytes(content)
+        return folders[-1]
 
     yield copy
-    for folder in made:
+    for folder in folders:
         shutil.rmtree(folder.parent)
 
 

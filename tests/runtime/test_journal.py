@@ -95,9 +95,9 @@ class TestJournal:
         for last in (2, 4, None):
             ledger = Ledger()
             with contextlib.suppress(RuntimeError), self.journal(tmp_path).open():
-                found = map_shards("scores", [], ledger, 6, shard(ledger, last))
+                actual = map_shards("scores", [], ledger, 6, shard(ledger, last))
         assert done == [0, 1, 2, 3, 4, 5]
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(actual, expected)
         assert ledger.total().flops == plain.total().flops
         assert ledger.total().tokens == plain.total().tokens == 15
 

@@ -14,7 +14,7 @@ from cads.errors import CadsError, ConfigError, DataError
 from cads.runtime import processes
 from cads.runtime.checkpoint import State
 from cads.runtime.journal import map_shards
-from cads.runtime.lockstep import divide
+from cads.runtime.lockstep import map_in_turn
 from cads.runtime.processes import RemoteError, world_group
 from tests.support.forked_processes import _alone, _free_port, ended, entries, spread
 
@@ -30,8 +30,8 @@ class TestShards:
                 ledger.charge(SELECT, "scoring", 0.1 * 3**i, tokens=i)
                 return np.arange(i + 1) * 1.5
 
-            found = map_shards("scoring", ["x"], ledger, count, shard)
-            return [found.tolist(), entries(ledger)]
+            result = map_shards("scoring", ["x"], ledger, count, shard)
+            return [result.tolist(), entries(ledger)]
 
         assert spread(2, work, tmp_path) == [work()] * 2
 
@@ -43,7 +43,7 @@ class TestShards:
                 return np.zeros(1)
 
             try:
-                divide(Ledger(), range(5), shard)
+                map_in_turn(Ledger(), range(5), shard)
             except CadsError as found:
                 return [type(found).__name__, str(found)]
 
@@ -103,9 +103,9 @@ class TestExchange:
         assert said.startswith("ProcessError: this process does not find the 1 others within 1 s (RANK=1, WORLD_SIZE=2")
 
     def test_processes_that_are_not_given_the_same_are_refused(self, tmp_path):
-        found = spread(2, lambda: world_group().check_identical("the data", world_group().rank), tmp_path)
-        assert [f[0] for f in found] == ["ProcessError"] * 2
-        assert "the data differs between processes" in found[0][1]
+        result = spread(2, lambda: world_group().check_identical("the data", world_group().rank), tmp_path)
+        assert [f[0] for f in result] == ["ProcessError"] * 2
+        assert "the data differs between processes" in result[0][1]
 
     @pytest.mark.parametrize("text", ["soon", "-1", "nan", "0"])
     def test_a_time_out_that_is_none_is_refused(self, monkeypatch, text):

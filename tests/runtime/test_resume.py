@@ -28,7 +28,7 @@ from cads.search.inner_runs import InnerLoop
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.synthetic_sources import SyntheticSource
 from cads.training.final import train
-from cads.training.loop import MOST_SKIPPED
+from cads.training.loop import MAX_SKIPPED
 from cads.training.trainer import Trainer
 from experiments import chaos
 from tests.support.killed_runs import EVERY_STEP, IDENTITY, killed, resumed, same_fit, step_flops, trained
@@ -68,7 +68,7 @@ class TestTraining:
                 trained(task, steps=60, scaler=2.0**10)
             return caught.value
 
-        assert resumed(tmp_path, work).step == work().step == MOST_SKIPPED
+        assert resumed(tmp_path, work).step == work().step == MAX_SKIPPED
 
     @pytest.mark.parametrize("every", [1, 2, 5, 100])
     def test_whatever_the_interval(self, features, tmp_path, every):

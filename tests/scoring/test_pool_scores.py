@@ -30,8 +30,8 @@ def score(task, model, pool=None, **options):
     ledger = Ledger()
     model.eval()
     losses = partial(task.losses, model)
-    found = score_pool(pool or task.pool, losses, task.costs.forward, ledger=ledger, stage="scores", **options)
-    return found, ledger
+    result = score_pool(pool or task.pool, losses, task.costs.forward, ledger=ledger, stage="scores", **options)
+    return result, ledger
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,9 +93,9 @@ def test_a_permutation_changes_not_a_bit(texts):
 
 
 def test_some_positions_alone(texts):
-    task, where = texts(), np.array([7, 3, 61])
-    assert score(task, task.model(0), positions=where)[0] == pytest.approx(
-        score(task, task.model(0))[0][where], rel=1e-5
+    task, positions = texts(), np.array([7, 3, 61])
+    assert score(task, task.model(0), positions=positions)[0] == pytest.approx(
+        score(task, task.model(0))[0][positions], rel=1e-5
     )
 
 
@@ -115,9 +115,9 @@ def test_what_is_executed_is_charged_and_planned(request, kind, tokens):
 
 def test_a_plan_of_many_batches_looks_at_some(texts, monkeypatch):
     task = texts(n=2000)
-    whole = planned_flops(task.costs.forward, task.pool, tokens=64)
+    at_once = planned_flops(task.costs.forward, task.pool, tokens=64)
     monkeypatch.setattr(pool_scores, "PLANNED_BATCHES", 60)
-    assert planned_flops(task.costs.forward, task.pool, tokens=64) == pytest.approx(whole, rel=0.02)
+    assert planned_flops(task.costs.forward, task.pool, tokens=64) == pytest.approx(at_once, rel=0.02)
 
 
 def test_features_are_counted_without_the_head(texts):

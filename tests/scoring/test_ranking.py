@@ -32,9 +32,9 @@ def test_one_ranking_is_cut_for_every_budget(texts, kind):
     assert ledger.total().flops == spent
     costs = task.costs.usages(task.pool) + task.costs.optimizer_step / task.recipe.batch_size
     for share, selection in zip(SHARES, chosen, strict=True):
-        kept = costs[selection.selected].sum()
-        assert kept <= share * costs.sum() * (1 + 1e-9) or selection.selected.sum() == 1
-        assert kept >= share * costs.sum() - costs.max()
+        chosen_cost = costs[selection.selected].sum()
+        assert chosen_cost <= share * costs.sum() * (1 + 1e-9) or selection.selected.sum() == 1
+        assert chosen_cost >= share * costs.sum() - costs.max()
         assert selection.ledger.total().flops == spent
         assert selection.score[selection.selected].min() >= selection.score[~selection.selected].max(initial=-np.inf)
     for smaller, larger in pairwise(chosen):
@@ -47,8 +47,8 @@ def test_ties_break_by_id(texts):
     ranking = Ranking(task.pool.ids, np.zeros(len(task.pool)), "flat", 0, Ledger(), "")
     chosen = Random(fraction=0.3).select_top(ranking, task, Budget(1, "epochs"))
     ids = sorted(task.pool.ids.to_pylist())
-    kept = set(task.pool.ids.filter(pa.array(chosen.selected)).to_pylist())
-    assert kept == set(ids[: len(kept)])
+    chosen_ids = set(task.pool.ids.filter(pa.array(chosen.selected)).to_pylist())
+    assert chosen_ids == set(ids[: len(chosen_ids)])
 
 
 def test_it_is_read_back_as_it_was(texts, tmp_path):
@@ -78,16 +78,16 @@ class TestRankOnce:
         task = texts()
         Bm25(fraction=0.1).rank_once(task, tmp_path / "r", seed=0, ledger=Ledger())
         ranker = Bm25(fraction=0.5, epochs=2)
-        kept = ranker.rank_once(task, tmp_path / "r", seed=0, ledger=Ledger())
-        config = ranker.select_top(kept, task, Budget(1, "epochs")).config
+        stored = ranker.rank_once(task, tmp_path / "r", seed=0, ledger=Ledger())
+        config = ranker.select_top(stored, task, Budget(1, "epochs")).config
         assert (config["fraction"], config["epochs"], config["k1"]) == (0.5, 2, ranker.k1)
 
     def test_other_subtasks_of_the_same_target_are_ranked_anew(self, texts, tmp_path):
         three, one = texts(subtasks=3), texts(subtasks=1)
         assert three.target.content_hash == one.target.content_hash
         Bm25().rank_once(three, tmp_path / "r", seed=0, ledger=Ledger())
-        kept = Bm25().rank_once(one, tmp_path / "r", seed=0, ledger=Ledger())
-        assert (kept.score == Bm25().rank(one, seed=0, ledger=Ledger()).score).all()
+        stored = Bm25().rank_once(one, tmp_path / "r", seed=0, ledger=Ledger())
+        assert (stored.score == Bm25().rank(one, seed=0, ledger=Ledger()).score).all()
 
     def test_anything_else_is_ranked_anew(self, texts, tmp_path):
         task = texts()
@@ -104,13 +104,13 @@ class TestRankOnce:
             (Bm25(), task, 0),
             (Random(), task, 0),
         ]
-        made = set()
+        hashes = set()
         for selector, ranked, seed in cases:
             ranking = selector.rank_once(ranked, tmp_path / "r", seed=seed, ledger=Ledger())
-            made.add(ranking.provenance_hash)
+            hashes.add(ranking.provenance_hash)
             assert ranking.method == selector.method
             assert len(ranking.ids) == len(ranked.pool)
-        assert len(made) == len(cases)
+        assert len(hashes) == len(cases)
 
     def test_foreign_folders_are_left_alone(self, texts, tmp_path):
         (tmp_path / "thesis.tex").write_text("years of work")

@@ -34,9 +34,9 @@ class TestBest:
         edges = [0, *sorted(min(c, len(score)) for c in cuts), len(score)]
         for a, b in pairwise(edges):
             best.add(ids[a:b], score[a:b])
-        found, values = best.result()
+        result, values = best.result()
         order = best_first(ids, score)[:k]
-        assert found.to_pylist() == ids.take(pa.array(order)).to_pylist()
+        assert result.to_pylist() == ids.take(pa.array(order)).to_pylist()
         assert (values == score[order]).all()
 
     @settings(deadline=None)
@@ -47,13 +47,13 @@ class TestBest:
         best = TopK(most)
         for a in range(0, len(score), shard):
             best.add(ids[a : a + shard], score[a : a + shard], cost[a : a + shard])
-        kept, spent = [], 0.0
+        chosen, spent = [], 0.0
         for i in best_first(ids, score).tolist():
             spent += cost[i]
-            if spent > most and kept:
+            if spent > most and chosen:
                 break
-            kept.append(ids[i].as_py())
-        assert best.result()[0].to_pylist() == kept
+            chosen.append(ids[i].as_py())
+        assert best.result()[0].to_pylist() == chosen
 
     def test_memory_is_that_of_what_is_kept_and_of_a_shard(self):
         best, rng = TopK(50), np.random.default_rng(0)
@@ -126,15 +126,15 @@ class TestScoreFiles:
                 list(read_groups([path]))
 
     def test_shards_are_scored_as_the_pool_is(self, features, tmp_path):
-        task, whole, parts = features(), Ledger(), Ledger()
+        task, at_once, parts = features(), Ledger(), Ledger()
         model = task.model(0).eval()
         how = {"stage": "scores"}
-        expected = score_pool(task.pool, lambda b: task.losses(model, b), task.costs.forward, ledger=whole, **how)
+        expected = score_pool(task.pool, lambda b: task.losses(model, b), task.costs.forward, ledger=at_once, **how)
         path = tmp_path / "s.parquet"
         stream_scores(
             task.pool, lambda b: task.losses(model, b), task.costs.forward, path, ledger=parts, shard=33, **how
         )
-        (ids, found), *_ = read_groups([path])
+        (ids, actual), *_ = read_groups([path])
         assert ids.equals(task.pool.ids)
-        assert found == pytest.approx(expected, rel=1e-6)
-        assert parts.total().flops == whole.total().flops
+        assert actual == pytest.approx(expected, rel=1e-6)
+        assert parts.total().flops == at_once.total().flops

@@ -57,15 +57,15 @@ def test_selection_may_spend_more_of_a_budget_whose_passes_repeat_the_pool(featu
 def test_selection_for_a_pretrained_model_gets_the_least_it_needs_or_its_share(features, times):
     task = copy.copy(features(batch_size=16))
     total = Budget(3, "epochs").flops(task)
-    least = total / times
-    assert selection_share(task, total, least) == selection_share(task, total)
+    min_flops = total / times
+    assert selection_share(task, total, min_flops) == selection_share(task, total)
     task.pretrained = True
-    share, found = selection_share(task, total), selection_share(task, total, least)
+    share, result = selection_share(task, total), selection_share(task, total, min_flops)
     if 4 / 3 < times < 3:
-        assert found > share
-        assert least <= found * total / (1 + found) <= least * (1 + 1e-6)
+        assert result > share
+        assert min_flops <= result * total / (1 + result) <= min_flops * (1 + 1e-6)
     else:
-        assert found == share
+        assert result == share
 
 
 def test_budgets_that_cannot_be_divided_are_refused(features):

@@ -33,7 +33,7 @@ from cads.search.constants import PRETRAINED
 from cads.search.fidelity import Rung
 from cads.search.inner_costs import PlannedInnerLoop
 from cads.search.inner_runs import InnerLoop, InnerRuns, paired_error
-from cads.search.rungs import affordable, run_rung
+from cads.search.rungs import affordable_rungs, run_rung
 from cads.search.source_choice import source_choice
 from cads.search.space import MixtureSpace, SubsetSpace
 from cads.selection import Selection
@@ -554,9 +554,9 @@ def test_what_is_reserved_is_paid_once_however_many_rungs_there_are(features, sh
     task = features(batch_size=8)
     training = Budget(epochs, "epochs").flops(task)
     space, limit = SubsetSpace(task.pool), 2.75 * training
-    rungs = affordable(PlannedInnerLoop(task, limit), space, training, 10, reserved=share * limit)
+    rungs = affordable_rungs(PlannedInnerLoop(task, limit), space, training, 10, reserved=share * limit)
     rest = PlannedInnerLoop(task, max(0.0, 1 - share) * limit)
-    assert rungs == affordable(rest, space, training, 10)
+    assert rungs == affordable_rungs(rest, space, training, 10)
     assert sum(r.n_trials * (r.flops + rest.measuring_flops) for r in rungs) <= rest.ledger.left
     if share <= 0.1 and epochs == 16:
         assert len(rungs) > 1

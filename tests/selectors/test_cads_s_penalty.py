@@ -92,9 +92,9 @@ class TestGradient:
             weights = space.weights(draws(means))
             return float((mean_over_sources(weights, SIZES, risks) - reach(weights)).mean())
 
-        found = penalty_gradient(MixturePolicy(means, sigma), space, draws(means), risks, reach, alpha)
+        result = penalty_gradient(MixturePolicy(means, sigma), space, draws(means), risks, reach, alpha)
         slopes = [alpha * (value(means + e) - value(means - e)) / 2e-3 for e in 1e-3 * np.eye(3)]
-        np.testing.assert_allclose(found, slopes, atol=0.02)
+        np.testing.assert_allclose(result, slopes, atol=0.02)
         assert np.abs(slopes).max() > 0.2
 
 

@@ -34,9 +34,11 @@ def nothing(masks):
     return np.zeros(len(masks))
 
 
-def fitted(draws, values, features, risk=nothing, reach=nothing):
+def fitted(draws, values, features, target_loss=nothing, reachable_loss=nothing):
     fidelity = np.full(len(draws), FIDELITY)
-    return ControlVariate(draws, values, fidelity, fidelity, features=features, risk=risk, reach=reach)
+    return ControlVariate(
+        draws, values, fidelity, fidelity, features=features, target_loss=target_loss, reachable_loss=reachable_loss
+    )
 
 
 def relative_bias(found, exact):
@@ -104,8 +106,8 @@ def as_used(world, n, count, seed=0):
         draws,
         values,
         space.features,
-        risk=lambda m: mean_over_sources(space.weights(m), space.sizes, theta_losses),
-        reach=lambda m: reach(space.weights(m)),
+        target_loss=lambda m: mean_over_sources(space.weights(m), space.sizes, theta_losses),
+        reachable_loss=lambda m: reach(space.weights(m)),
     )
     masks = enumerate_masks(n)
     exact = objective(masks)

@@ -20,7 +20,6 @@ from cads.errors import ConfigError, DataError
 from cads.study.analysis.fits import analyse, fixed_selection, to_json
 from cads.study.analysis.points import (
     MethodPoint,
-    affordable,
     answers,
     best_of,
     budgets_of,
@@ -29,6 +28,7 @@ from cads.study.analysis.points import (
     place_name,
     points_of,
     regrets,
+    within_budget,
 )
 from cads.study.published_points import PUBLISHED_COLUMNS, import_points, parameters_of
 from cads.study.report.text_tables import markdown_table
@@ -166,11 +166,11 @@ class TestImport:
         lines = ["t,7b,free,100,1e18,50", "t,7b,dear,50,0.8e18,49", "t,7b,free,50,0.5e18,48"]
         assert import_points(self.write(tmp_path, lines), tmp_path / "o") == 3
         assert import_points(tmp_path / "points.csv", tmp_path / "o") == 3, "importing twice changes nothing"
-        found = {(r["method"], r["budget"]): r for r in read_runs(tmp_path / "o")}
-        assert len(found) == 3
-        assert found["dear", "50 %"]["selection_flops"] == pytest.approx(0.3e18)
-        assert found["free", "50 %"]["selection_flops"] == 0
-        assert {r["n_parameters"] for r in found.values()} == {7e9}
+        result = {(r["method"], r["budget"]): r for r in read_runs(tmp_path / "o")}
+        assert len(result) == 3
+        assert result["dear", "50 %"]["selection_flops"] == pytest.approx(0.3e18)
+        assert result["free", "50 %"]["selection_flops"] == 0
+        assert {r["n_parameters"] for r in result.values()} == {7e9}
 
     def test_a_corrected_point_takes_the_place_of_the_first(self, tmp_path):
         lines = ["t,7b,free,100,1e18,50", "t,7b,free,50,0.5e18,48"]
@@ -214,9 +214,9 @@ def test_fits_of_the_published_points(tmp_path, path):
         pytest.skip(f"published points not found at {path}")
     assert main(["compare", "--import", str(path), "--out", str(tmp_path)]) == 0
     points = [p for p in points_of(read_runs(tmp_path)) if p.group == ("mmlu", "7b")]
-    made = to_json(analyse(points), {"mmlu": "7b"})
-    json.dumps(made, allow_nan=False)
-    (group,) = made["groups"]
+    result = to_json(analyse(points), {"mmlu": "7b"})
+    json.dumps(result, allow_nan=False)
+    (group,) = result["groups"]
     assert set(group["fits"]) == set(GOLDEN)
     for method, (p0, lam) in GOLDEN.items():
         fit = group["fits"][method]["shifted"]
@@ -231,7 +231,7 @@ def test_fits_of_the_published_points(tmp_path, path):
     ]
     assert set(group["size_ratios"]) == {"ppl", "less"}
     assert {b["method"] for b in group["break_even"]} == {"ppl", "less"}
-    for simulated in made["simulation"]:
+    for simulated in result["simulation"]:
         assert simulated["crossovers"]["bm25/ppl"] == pytest.approx([2.0e18])
         assert simulated["crossovers"]["ppl/gradient"] == pytest.approx([7.8e18], rel=0.005)
 
@@ -262,14 +262,14 @@ def point(
 
 class TestPoints:
     def test_means_over_seeds_of_finished_runs(self):
-        about = {"task": "t", "model": "", "budget": "1", "budget_flops": 1.0, "method": "m", "selector": "m"}
-        about |= {"maximised": None}
+        columns = {"task": "t", "model": "", "budget": "1", "budget_flops": 1.0, "method": "m", "selector": "m"}
+        columns |= {"maximised": None}
         flops = {"selection_flops": 1.0, "selection_flops_spent": 2.0, "training_flops": 3.0, "full_flops": 1.0}
         sizes = {"n_selected": 1, "n_pool": 2, "metrics": '{"accuracy": 0.5, "loss": 2.0}'}
-        rows = [row(f"c{s}", **about, **flops, **sizes) | {"seed": s, "score": v} for s, v in enumerate((0.2, 0.4))]
-        failed = row("c3", **about) | {"status": FAILED, "score": None}
-        (made,) = points_of([*rows, failed])
-        assert (made.mean, made.total, made.selected, made.seeds) == (pytest.approx(0.3), 4.0, 0.5, (0, 1))
+        rows = [row(f"c{s}", **columns, **flops, **sizes) | {"seed": s, "score": v} for s, v in enumerate((0.2, 0.4))]
+        failed = row("c3", **columns) | {"status": FAILED, "score": None}
+        (result,) = points_of([*rows, failed])
+        assert (result.mean, result.total, result.selected, result.seeds) == (pytest.approx(0.3), 4.0, 0.5, (0, 1))
         (other,) = points_of(rows, "loss")
         assert (other.mean, other.metric) == (2.0, "loss")
         with pytest.raises(ConfigError, match=r"'f1' was not measured: choose from \['accuracy', 'loss'\]"):
@@ -277,9 +277,9 @@ class TestPoints:
 
     @pytest.mark.parametrize("values", [[0.5, 0.7], [0.81, 0.85, 0.8], list(np.linspace(0.2, 0.9, 10))])
     def test_intervals_are_those_of_scipy(self, values):
-        made = point(scores=values)
+        result = point(scores=values)
         low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
-        assert (made.mean, made.half_width) == pytest.approx(((low + high) / 2, (high - low) / 2))
+        assert (result.mean, result.half_width) == pytest.approx(((low + high) / 2, (high - low) / 2))
 
     def test_a_size_is_named_once(self):
         assert place_name("language/5M", "5M") == "language/5M"
@@ -306,28 +306,28 @@ class TestPoints:
         points += [point("dear", b, selection=1.5, training=b) for b in (1, 2, 4)]
         one, two, four = budgets_of(points)
         assert [limit.flops for limit in (one, two, four)] == [1, 2, 4]
-        assert {(p.method, p.budget_flops) for p in affordable(points, four)} == {("free", 4), ("dear", 2)}
-        assert {(p.method, p.budget_flops) for p in affordable(points, two)} == {("free", 2)}
+        assert {(p.method, p.budget_flops) for p in within_budget(points, four)} == {("free", 4), ("dear", 2)}
+        assert {(p.method, p.budget_flops) for p in within_budget(points, two)} == {("free", 2)}
 
     def test_budgets_that_differ_by_seed_are_held_against_runs_of_the_same_seeds(self):
         """One percent apart, as where seeds draw examples of other lengths: each method spends all it may."""
         flops = {0: 1.00, 1: 1.01, 2: 1.02}
 
         def of(method, score, seeds, scale=1.0):
-            own = tuple(scale * flops[s] for s in seeds)
+            costs = tuple(scale * flops[s] for s in seeds)
             scores = [score + 0.01 * s for s in seeds]
-            return point(method, scale, scores, budgets=own, seeds=seeds, training=float(np.mean(own)))
+            return point(method, scale, scores, budgets=costs, seeds=seeds, training=float(np.mean(costs)))
 
         for order in itertools.permutations((0, 1, 2)):
             points = [of("a", 0.5, order), of("late", 0.6, order[1:]), of("b", 0.3, order)]
             points += [of("a", 0.7, order, 2.0), of("late", 0.5, order[1:], 2.0), of("b", 0.9, order, 2.0)]
-            found = answers(points)
-            assert [(a.budget, a.flops, a.best.method) for a in found] == [
+            result = answers(points)
+            assert [(a.budget, a.flops, a.best.method) for a in result] == [
                 ("1 epochs", pytest.approx(1.01), "a"),
                 ("2 epochs", pytest.approx(2.02), "b"),
             ]
-            assert all("of 1 epochs" not in a.sentence for a in found)
-            assert all({p.budget for p in affordable(points, x)} == {x.budget} for x in budgets_of(points))
+            assert all("of 1 epochs" not in a.sentence for a in result)
+            assert all({p.budget for p in within_budget(points, x)} == {x.budget} for x in budgets_of(points))
             assert {m: len(rows) for m, rows in regrets(points).items()} == {"a": 2, "b": 2}
 
     def test_a_method_with_fewer_seeds_is_not_held_against_the_others(self):
@@ -341,30 +341,30 @@ class TestPoints:
         assert "| 90.00 (1 of 3 seeds) |" in table
 
     def test_runs_scored_by_different_metrics_are_not_mixed(self):
-        about = {"task": "t", "model": "", "budget": "1", "budget_flops": 1.0, "selector": "m", "maximised": None}
+        columns = {"task": "t", "model": "", "budget": "1", "budget_flops": 1.0, "selector": "m", "maximised": None}
         flops = {"selection_flops": 0.0, "selection_flops_spent": 0.0, "training_flops": 3.0, "full_flops": 1.0}
-        about |= flops | {"n_selected": 1, "n_pool": 2, "metrics": '{"accuracy": 0.5, "loss": 2.0}'}
+        columns |= flops | {"n_selected": 1, "n_pool": 2, "metrics": '{"accuracy": 0.5, "loss": 2.0}'}
         for methods in (("a", "a"), ("a", "b")):
-            rows = [row(m, **about) | {"method": m, "seed": i} for i, m in enumerate(methods)]
+            rows = [row(m, **columns) | {"method": m, "seed": i} for i, m in enumerate(methods)]
             rows[1] |= {"metric": "loss", "score": 2.0}
             with pytest.raises(ConfigError, match="give --metric"):
                 points_of(rows)
             assert {p.metric for p in points_of(rows, "loss")} == {"loss"}
         with pytest.raises(DataError, match="a has accuracy nan"):
-            points_of([row("a", **about) | {"method": "a", "score": math.nan}])
+            points_of([row("a", **columns) | {"method": "a", "score": math.nan}])
 
     def test_a_budget_given_in_two_ways_is_one(self):
         points = [point("a", 1.0), dataclasses.replace(point("b", 1.0), budget="1e0 FLOPs")]
         assert [limit.budget for limit in budgets_of(points)] == ["1 epochs"]
 
     def test_the_direction_is_what_the_run_says(self):
-        about = {"task": "t", "model": "", "budget": "1", "budget_flops": 1.0, "selector": "m"}
-        about |= {"metric": "utility_loss"}
+        columns = {"task": "t", "model": "", "budget": "1", "budget_flops": 1.0, "selector": "m"}
+        columns |= {"metric": "utility_loss"}
         flops = {"selection_flops": 1.0, "selection_flops_spent": 2.0, "training_flops": 3.0, "full_flops": 1.0}
         sizes = {"n_selected": 1, "n_pool": 2, "metrics": '{"utility_loss": 0.5, "bits_per_byte": 2.0}'}
         for said, best in ((True, "b"), (False, "a"), (None, "a")):
             rows = [
-                row(m, **about, **flops, **sizes) | {"method": m, "score": v, "maximised": said}
+                row(m, **columns, **flops, **sizes) | {"method": m, "score": v, "maximised": said}
                 for m, v in (("a", 0.2), ("b", 0.4))
             ]
             assert best_of(points_of(rows)).method == best
@@ -432,13 +432,13 @@ class TestPoints:
         points += [point("wavers", b, (0.95 + 0.04 * (-1) ** i,)) for i, b in enumerate((0.5, 1.0, 2.0, 8.0))]
         (group,) = analyse(points)
         assert ([c.method for c in group.curves], group.unused) == (["learns"], ["wavers"])
-        made = to_json([group], {})["groups"][0]
-        assert (made["unused"], made["crossovers"]) == (["wavers"], [])
-        assert "(measured there: wavers, which no curve describes)" in made["advice"][0]
+        result = to_json([group], {})["groups"][0]
+        assert (result["unused"], result["crossovers"]) == (["wavers"], [])
+        assert "(measured there: wavers, which no curve describes)" in result["advice"][0]
 
     def test_too_few_budgets_are_said_and_not_fitted(self):
-        made = to_json(analyse([point("a", 1), point("a", 2, (0.6,))]), {})
-        (group,) = made["groups"]
+        result = to_json(analyse([point("a", 1), point("a", 2, (0.6,))]), {})
+        (group,) = result["groups"]
         assert group["fits"] == {}
         assert "2 budgets" in group["not_fitted"]["a"]
 

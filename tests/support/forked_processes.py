@@ -69,14 +69,14 @@ def _leave(file, said):
 def ended(pids, seconds=PATIENCE):
     """Wait until all have ended; those that hang are killed, and the test fails."""
     until = time.monotonic() + seconds
-    left = set(pids)
-    while left and time.monotonic() < until:
-        left -= {pid for pid in left if os.waitpid(pid, os.WNOHANG)[0]}
+    remaining = set(pids)
+    while remaining and time.monotonic() < until:
+        remaining -= {pid for pid in remaining if os.waitpid(pid, os.WNOHANG)[0]}
         time.sleep(0.01)
-    for pid in left:
+    for pid in remaining:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    assert not left, f"{len(left)} processes hang"
+    assert not remaining, f"{len(remaining)} processes hang"
 
 
 def spread(size, work, folder, seconds=PATIENCE):
@@ -106,10 +106,10 @@ def weights(model):
     return np.concatenate([x.detach().numpy().ravel() for x in model.state_dict().values()]).tolist()
 
 
-def same(found, one, tolerance=TOLERANCE):
+def same(actual, one, tolerance=TOLERANCE):
     """All processes have found the same bits; those are the ones of a single process within the tolerance."""
-    assert all(x == found[0] for x in found)
-    _close(found[0], one, tolerance)
+    assert all(x == actual[0] for x in actual)
+    _close(actual[0], one, tolerance)
 
 
 def _close(x, y, tolerance):
@@ -142,10 +142,10 @@ def after_steps(do):
 
 def mortal(steps):
     """End this process by -9 before its next step after so many."""
-    left = iter(range(steps))
+    remaining = iter(range(steps))
 
     def die(kind):
-        if next(left, None) is None:
+        if next(remaining, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     before_steps(die)

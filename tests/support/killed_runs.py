@@ -26,12 +26,12 @@ def killed(work, steps: int) -> bool:
     if child == 0:
         status = 1
         try:
-            left = iter(range(steps))
+            remaining = iter(range(steps))
             step = journal_module._Underway.step
 
             def mortal(self, state):
                 step(self, state)
-                if next(left, None) is None:
+                if next(remaining, None) is None:
                     os.kill(os.getpid(), signal.SIGKILL)
 
             journal_module._Underway.step = mortal

@@ -32,13 +32,13 @@ def language_task(folder, family="llama", data="sums", recipe=None, **options):
 
 def plainly(model, batch):
     """The loss of each example as transformers computes it, alone and without padding, in nats."""
-    found = []
+    result = []
     for ids, present, labels in zip(
         batch.inputs["input_ids"], batch.inputs["attention_mask"], batch.labels, strict=True
     ):
         n = int(present.sum())
-        found.append(model(input_ids=ids[None, :n], labels=labels[None, :n]).loss)
-    return torch.stack(found)
+        result.append(model(input_ids=ids[None, :n], labels=labels[None, :n]).loss)
+    return torch.stack(result)
 
 
 def sharpened(model, seed=0):

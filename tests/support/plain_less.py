@@ -14,8 +14,8 @@ def rank(task, seed=0, **options):
 def gradient(task, model, pool, i):
     """The gradient of one example by autograd, one vector, float64."""
     loss = task.losses(model, pool.batch([i])).sum()
-    found = torch.autograd.grad(loss, list(model.parameters()))
-    return torch.cat([g.flatten() for g in found]).double().numpy()
+    result = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.cat([g.flatten() for g in result]).double().numpy()
 
 
 def direction(g, m, v, t, recipe):
@@ -31,7 +31,7 @@ def direction(g, m, v, t, recipe):
 def plain_less(task, checkpoints, recipe, subtasks):
     """LESS as the formula has it: a loop over checkpoints, pool and target."""
     total = np.zeros((len(task.target), len(task.pool)))
-    whole = sum(c.rate for c in checkpoints)
+    total_rate = sum(c.rate for c in checkpoints)
     for c in checkpoints:
         model = task.model(0).eval()
         model.load_state_dict(c.parameters)
@@ -41,5 +41,5 @@ def plain_less(task, checkpoints, recipe, subtasks):
         t = [gradient(task, model, task.target, i) for i in range(len(task.target))]
         g = [direction(gradient(task, model, task.pool, i), m, v, c.steps, recipe) for i in range(len(task.pool))]
         t, g = (np.stack([x / np.linalg.norm(x) for x in rows]) for rows in (t, g))
-        total += c.rate / whole * t @ g.T
+        total += c.rate / total_rate * t @ g.T
     return np.max([total[subtasks == k].mean(axis=0) for k in np.unique(subtasks)], axis=0)

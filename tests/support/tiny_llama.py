@@ -30,15 +30,15 @@ def tokenizer(template: str | None = TEMPLATE, *, pad: str | None = "<pad>") -> 
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
-    made = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=inner,
         eos_token="</s>",
         unk_token="<unk>",
         pad_token=pad,
         extra_special_tokens=SPECIAL[3:],
     )
-    made.chat_template = template
-    return made
+    fast.chat_template = template
+    return fast
 
 
 def config(family: str = "llama", hidden: int = 16) -> PreTrainedConfig:

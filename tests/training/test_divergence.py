@@ -23,10 +23,10 @@ from tests.support.fitted import (
 )
 
 
-@pytest.mark.parametrize("way", ["batched", "loop"])
+@pytest.mark.parametrize("mode", ["batched", "loop"])
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_a_replica_that_diverges_is_marked_and_disturbs_nobody(features, way, value):
-    task = poisoned(features(batch_size=8, replicas=way), value)
+def test_a_replica_that_diverges_is_marked_and_disturbs_nobody(features, mode, value):
+    task = poisoned(features(batch_size=8, replicas=mode), value)
     bad = ShuffledStream(np.arange(40), 0)
     good = [ShuffledStream(np.arange(20 + k, 200), k) for k in range(3)]
     ledger = Ledger()
@@ -42,10 +42,10 @@ def test_a_replica_that_diverges_is_marked_and_disturbs_nobody(features, way, va
     assert ledger.total().flops > 60 * step_cost(task), "what the lost replica spent counts too"
 
 
-@pytest.mark.parametrize("way", ["batched", "loop"])
+@pytest.mark.parametrize("mode", ["batched", "loop"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_all_replicas_may_diverge(features, way, count):
-    task = poisoned(features(batch_size=8, replicas=way), rows=slice(None))
+def test_all_replicas_may_diverge(features, mode, count):
+    task = poisoned(features(batch_size=8, replicas=mode), rows=slice(None))
     done = fit_replicas(task, 5, [ShuffledStream(np.arange(200), k) for k in range(count)])
     assert done.diverged.all()
     assert not np.isfinite(done.training_loss).any()
@@ -74,8 +74,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(features, value, accu
     assert error.step == first_bad == len(train_state.points)
     assert error.ids == draws.ids(draws.step(first_bad))
     assert error.learning_rate == pytest.approx(task.recipe.rate((first_bad + 0.5) / 30))
-    for shown in (f"step {first_bad}", error.ids[0], f"{error.learning_rate:.3g}"):
-        assert shown in str(error)
+    for detail in (f"step {first_bad}", error.ids[0], f"{error.learning_rate:.3g}"):
+        assert detail in str(error)
     assert ledger.total().flops == pytest.approx((first_bad + 1) * step_cost(task)), "a failed run was not free"
 
     stopped_before = features(batch_size=8, accumulate=accumulate)

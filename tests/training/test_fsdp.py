@@ -75,10 +75,10 @@ def told(task, **options):
     """What a run leaves behind, as JSON."""
     ledger = Ledger()
     fit = fitted(task, ledger=ledger, **options)
-    kept = {name: x.double().flatten().tolist() for name, x in fit.state.tensors.items()} if fit.state else {}
+    tensors = {name: x.double().flatten().tolist() for name, x in fit.state.tensors.items()} if fit.state else {}
     each = np.nan_to_num(fit.example_losses, nan=-1.0).tolist() if fit.example_losses is not None else []
     losses = fit.losses[:, 0].tolist()
-    return {"weights": weights(fit.models[0]), "losses": losses, "each": each, "ledger": entries(ledger), **kept}
+    return {"weights": weights(fit.models[0]), "losses": losses, "each": each, "ledger": entries(ledger), **tensors}
 
 
 class Choosing(nn.Module):
@@ -112,9 +112,9 @@ class TestTraining:
         def work():
             return [told(task) for task in tasks]
 
-        one, found = work(), spread(2, work, tmp_path)
+        one, result = work(), spread(2, work, tmp_path)
         for i in range(len(tasks)):
-            same([f[i] for f in found], one[i], TOLERANCE)
+            same([f[i] for f in result], one[i], TOLERANCE)
             assert one[i]["losses"][0] != one[i]["losses"][-1]
 
     def test_in_bf16_it_is_near(self, llama, tmp_path):
@@ -130,8 +130,8 @@ class TestTraining:
             fit = fitted(task, steps=20)
             return {"weights": weights(fit.models[0]), "unused": fit.models[0].unused.tolist()}
 
-        one, found = work(), spread(2, work, tmp_path)
-        same(found, one, TOLERANCE)
+        one, result = work(), spread(2, work, tmp_path)
+        same(result, one, TOLERANCE)
         assert one["unused"] == [1.0, 1.0]
 
     def test_what_batch_normalisation_mixes_is_not_divided(self, features, tmp_path):
@@ -154,10 +154,10 @@ class TestTraining:
             return [fit.skipped, np.isfinite(weights(fit.models[0])).all().item(), entries(ledger)]
 
         try:
-            one, found = work(), spread(2, work, tmp_path)
+            one, result = work(), spread(2, work, tmp_path)
         finally:
             task.pool.examples.rows[7] = 0.0
-        assert found == [one] * 2
+        assert result == [one] * 2
         assert one[:2] != [0, True]
 
     def test_inner_runs_train_in_turn(self, sentences, tmp_path):
@@ -198,30 +198,30 @@ class TestMemory:
         task = llama(options)
 
         def work():
-            found = []
+            result = []
 
             def look(self, optimizer, state=TrainState.state, **keywords):
                 if optimizer is not None:
                     parameters = [p for p in self.learner.parameters() if p.requires_grad]
                     moments = [optimizer.state[p]["exp_avg"] for p in parameters]
-                    found.extend([_held(parameters), _held(moments), _held(model.parameters())])
+                    result.extend([_held(parameters), _held(moments), _held(model.parameters())])
                 return state(self, optimizer, **keywords)
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(TrainState, "state", look)
                 model = task.model(0)
                 fitted(task, steps=3, model=model)
-            return [*found, _held(model.parameters())]
+            return [*result, _held(model.parameters())]
 
         before = list(task.model(0).parameters())
-        trained, whole = _held(p for p in before if p.requires_grad), _held(before)
+        trained, all_values = _held(p for p in before if p.requires_grad), _held(before)
         first, second = spread(2, work, tmp_path)
         for i in (0, 1):
             assert first[i] + second[i] == trained
             assert max(first[i], second[i]) < 0.52 * trained
         # The model that was given is empty meanwhile, but for what is frozen.
-        assert first[2] == second[2] == whole - trained
-        assert first[3] == second[3] == whole
+        assert first[2] == second[2] == all_values - trained
+        assert first[3] == second[3] == all_values
 
 
 def _held(tensors):
@@ -263,9 +263,9 @@ class TestGoingOn:
                 return told(task, steps=8)
 
         told(task, steps=8)  # so that costs are known
-        whole = spread(2, lambda: work("whole"), tmp_path / "said")
+        uninterrupted = spread(2, lambda: work("whole"), tmp_path / "said")
         killed(2, lambda: work("journal", 4), tmp_path / "said")
-        assert spread(2, lambda: work("journal"), tmp_path / "said") == whole
+        assert spread(2, lambda: work("journal"), tmp_path / "said") == uninterrupted
 
     def test_from_the_end_of_an_earlier_part(self, llama, tmp_path):
         task = llama()
@@ -310,13 +310,13 @@ class TestRefusals:
                 model = Choosing()
                 change(model)
                 before = weights(model)
-                with pytest.raises(ConfigError) as found:
+                with pytest.raises(ConfigError) as result:
                     fitted(task, model=model)
-                said.append(str(found.value))
+                said.append(str(result.value))
                 assert weights(model) == before
-            with pytest.raises(ConfigError) as found:
+            with pytest.raises(ConfigError) as result:
                 check_backend(torch.device("cuda"))
-            return [*said, str(found.value)]
+            return [*said, str(result.value)]
 
         first, second = spread(2, work, tmp_path)
         assert first == second

@@ -77,18 +77,18 @@ def test_losses_are_summed_in_double_precision(features, pieces, replicas):
     batch = task.pool.batch(np.arange(12 * replicas))
     parts = batch.split(pieces, replicas)
     norms = torch.arange(replicas, dtype=torch.float32)
-    found, norm = accumulate(Accelerator(), learner, parts, replicas, active_group(), 7).read(norms)
-    expected, kept = np.zeros(replicas), []
+    actual, norm = accumulate(Accelerator(), learner, parts, replicas, active_group(), 7).read(norms)
+    expected, losses_seen = np.zeros(replicas), []
     for part in parts:
         with torch.no_grad():
             losses = learner(part)
         expected += (losses.sum(dim=1) / 12).double().numpy()
-        kept += losses[0].double().tolist()
-    assert found.loss.tolist() == expected.tolist()
-    assert found.example_losses.tolist() == kept[:7]
-    assert found.positions.tolist() == list(range(7))
+        losses_seen += losses[0].double().tolist()
+    assert actual.loss.tolist() == expected.tolist()
+    assert actual.example_losses.tolist() == losses_seen[:7]
+    assert actual.positions.tolist() == list(range(7))
     assert norm.tolist() == norms.tolist()
-    assert found.loss.dtype == norm.dtype == np.float64
+    assert actual.loss.dtype == norm.dtype == np.float64
 
 
 @pytest.mark.parametrize("n_pieces", [1, 3])
@@ -106,5 +106,5 @@ def test_weighed_examples_give_the_gradient_of_the_weighted_mean(features, n_pie
     step_losses = accumulate(accelerator, SingleLearner(task, model), pieces, 1, active_group(), 8)
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
-    found, _ = step_losses.read(torch.zeros(1))
-    np.testing.assert_allclose(found.example_losses, losses.detach().numpy(), rtol=1e-5)
+    actual, _ = step_losses.read(torch.zeros(1))
+    np.testing.assert_allclose(actual.example_losses, losses.detach().numpy(), rtol=1e-5)

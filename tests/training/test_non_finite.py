@@ -15,7 +15,7 @@ from cads.recipe import TrainConfig
 from cads.runtime.journal import Journal
 from cads.runtime.journal_store import FINISHED
 from cads.search.inner_runs import InnerLoop
-from cads.training.loop import MOST_SKIPPED
+from cads.training.loop import MAX_SKIPPED
 from cads.training.trainer import Trainer
 from tests.support.killed_runs import EVERY_STEP, IDENTITY, resumed, same_fit, step_flops, trained
 
@@ -100,9 +100,9 @@ class TestFailures:
     def test_nothing_but_bad_batches_is_given_up(self, features):
         task = features(batch_size=8, sources=0, non_finite="skip")
         task.pool.examples.rows[:] = np.nan
-        with pytest.raises(NonFiniteError, match=f"after {MOST_SKIPPED} batches skipped in a row") as caught:
+        with pytest.raises(NonFiniteError, match=f"after {MAX_SKIPPED} batches skipped in a row") as caught:
             self.work(task)
-        assert caught.value.step == MOST_SKIPPED
+        assert caught.value.step == MAX_SKIPPED
 
     def test_skipping_with_loss_scaling(self, features, tmp_path):
         task = self.poisoned(features, non_finite="skip")
@@ -114,9 +114,9 @@ class TestFailures:
         with pytest.raises(ConfigError, match="non_finite = 'ignore'"):
             TrainConfig(non_finite="ignore")
 
-    @pytest.mark.parametrize("way", ["batched", "loop"])
-    def test_a_diverged_replica_is_never_averaged_in(self, features, tmp_path, way):
-        task = features(batch_size=8, replicas=way)
+    @pytest.mark.parametrize("mode", ["batched", "loop"])
+    def test_a_diverged_replica_is_never_averaged_in(self, features, tmp_path, mode):
+        task = features(batch_size=8, replicas=mode)
         task.pool.examples.rows[:20] = np.inf
         streams = [
             ShuffledStream(np.arange(20, 200), 0),

@@ -22,10 +22,10 @@ CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
 def model(dtype, *, frozen=None):
-    made = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(dtype)
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(dtype)
     if frozen is not None:
-        made[0].to(frozen).requires_grad_(False)
-    return made
+        network[0].to(frozen).requires_grad_(False)
+    return network
 
 
 def refused(model, precision, device, inputs=()):
@@ -53,19 +53,19 @@ def test_trained_float16_weights_are_refused(precision, device):
 def test_float64_is_refused_on_mps_alone():
     buffered = model(torch.float32)
     buffered.register_buffer("scale", torch.ones(2, dtype=torch.float64))
-    for made, inputs, name in (
+    for network, inputs, name in (
         (model(torch.float64), {}, "0.weight"),
         (model(torch.float32, frozen=torch.float64), {}, "0.weight"),
         (buffered, {}, "scale"),
         (model(torch.float32), {"x": torch.ones(1, 3, dtype=torch.float64)}, "x"),
     ):
-        said = refused(made, "no", MPS, inputs)
+        said = refused(network, "no", MPS, inputs)
         assert said is not None
         assert name in said
         assert "float32" in said
         assert "ACCELERATE_USE_CPU" in said
         for device in (CPU, CUDA):
-            assert refused(made, "no", device, inputs) is None
+            assert refused(network, "no", device, inputs) is None
     assert refused(model(torch.float32), "no", MPS, {"x": torch.ones(1, 3)}) is None
 
 

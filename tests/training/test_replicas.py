@@ -21,9 +21,9 @@ from tests.support.fitted import assert_close, fit, fit_replicas, step_cost, str
 @pytest.mark.parametrize(("dropout", "accumulate"), [(0.0, 1), (0.0, 3), (0.3, 3)])
 def test_batched_and_looped_replicas_agree(features, count, optimizer, dropout, accumulate):
     fits, ledgers = [], []
-    for way in ("batched", "loop"):
+    for mode in ("batched", "loop"):
         recipe = {"batch_size": 16, "optimizer": optimizer, "learning_rate": 0.01, "clip_norm": 0.3}
-        task = features(dropout=dropout, replicas=way, accumulate=accumulate, **recipe)
+        task = features(dropout=dropout, replicas=mode, accumulate=accumulate, **recipe)
         ledgers.append(Ledger())
         fits.append(fit_replicas(task, 30, streams_of(task, count), ledger=ledgers[-1]))
     batched, looped = fits
@@ -43,8 +43,8 @@ def test_images_train_batched_as_they_do_one_by_one(images):
 
 def test_joint_replicas_agree(features):
     losses = []
-    for way in ("batched", "loop"):
-        task = features(batch_size=12, replicas=way, accumulate=2)
+    for mode in ("batched", "loop"):
+        task = features(batch_size=12, replicas=mode, accumulate=2)
         draws = BatchStream(task.pool, streams_of(task, 3), 12, target=task.target, target_fraction=0.25, seed=5)
         trainer, models = Trainer(task, Ledger()), [task.model(k) for k in range(3)]
         flops = 20 * step_cost(task)
@@ -91,8 +91,8 @@ def test_only_dense_models_without_state_are_stacked(features, images, sentences
 
 def test_convolutions_train_one_by_one_and_agree_when_batched(images):
     losses = []
-    for way in ("auto", "batched"):
-        task = images(model="cnn", replicas=way, batch_size=8)
+    for mode in ("auto", "batched"):
+        task = images(model="cnn", replicas=mode, batch_size=8)
         losses.append(fit_replicas(task, 6, streams_of(task, 2)).losses)
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
 
@@ -110,8 +110,8 @@ class Scaled(nn.Module):
 
 def test_a_parameter_of_one_number_is_batched_and_clipped(features):
     fits = []
-    for way in ("batched", "loop"):
-        task = features(batch_size=8, replicas=way, clip_norm=0.1)
+    for mode in ("batched", "loop"):
+        task = features(batch_size=8, replicas=mode, clip_norm=0.1)
         build = task._build
         task._build = lambda build=build: nn.Sequential(Scaled(), build())
         fits.append(fit_replicas(task, 8, streams_of(task, 3)))

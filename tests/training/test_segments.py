@@ -37,13 +37,13 @@ class TestARunInParts:
             return trainer.fit(task.model(0), draws, flops, seed=1, phase=TRAIN, stage="model", segment=segment)
 
         ledgers = Ledger(), Ledger()
-        whole = run(steps * step, RunSegment(), ledgers[0])
+        uninterrupted = run(steps * step, RunSegment(), ledgers[0])
         first = run(at * step, RunSegment(horizon=steps * step, keep=True), ledgers[1])
         assert len(first.losses) == at
         last = run(steps * step, RunSegment(start=first.state), ledgers[1])
-        np.testing.assert_array_equal(last.losses, whole.losses)
-        np.testing.assert_array_equal(last.flops, whole.flops)
-        assert_same_weights(last.models[0], whole.models[0])
+        np.testing.assert_array_equal(last.losses, uninterrupted.losses)
+        np.testing.assert_array_equal(last.flops, uninterrupted.flops)
+        assert_same_weights(last.models[0], uninterrupted.models[0])
         assert ledgers[0].to_json(seconds=False) == ledgers[1].to_json(seconds=False)
         assert last.flops_per_second * last.seconds == pytest.approx((steps - at) * step)
 
@@ -81,13 +81,13 @@ class TestARunInParts:
     def test_the_latest_loss_is_kept(self, features):
         task = features(batch_size=200, learning_rate=0.1)
         draws = BatchStream(task.pool, [ShuffledStream(np.arange(200), 3)], 200)
-        kept = []
+        latest = []
         for steps in (1, 2):
             model = task.model(0)
             flops = (steps + 0.5) * step_flops(task)
             fit = Trainer(task, Ledger()).fit(
                 model, draws, flops, seed=1, phase=TRAIN, stage="m", segment=RunSegment(horizon=1e9, keep=True)
             )
-            kept.append(fit.example_losses)
-        assert kept[1].mean() == pytest.approx(fit.losses[1, 0], rel=1e-5)
-        assert kept[0].mean() == pytest.approx(fit.losses[0, 0], rel=1e-5)
+            latest.append(fit.example_losses)
+        assert latest[1].mean() == pytest.approx(fit.losses[1, 0], rel=1e-5)
+        assert latest[0].mean() == pytest.approx(fit.losses[0, 0], rel=1e-5)

@@ -19,7 +19,7 @@ from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError, ConfigError, DataError, NonFiniteError
 from cads.recipe import TrainConfig
 from cads.seeding import derive
-from cads.training.loop import MOST_SKIPPED
+from cads.training.loop import MAX_SKIPPED
 from cads.training.trainer import Trainer
 from tests.support.fitted import (
     Course,
@@ -86,11 +86,11 @@ def test_the_budget_is_never_exceeded_and_used_up(features, batch_size, budget, 
 @given(
     count=st.integers(1, 4),
     budget=st.floats(min_value=0, exclude_min=True, max_value=8),
-    way=st.sampled_from(["batched", "loop"]),
+    mode=st.sampled_from(["batched", "loop"]),
     limited=st.booleans(),
 )
-def test_replicas_never_exceed_the_budget(features, count, budget, way, limited):
-    task = features(n=40, sources=0, batch_size=4, replicas=way)
+def test_replicas_never_exceed_the_budget(features, count, budget, mode, limited):
+    task = features(n=40, sources=0, batch_size=4, replicas=mode)
     step = step_cost(task)
     ledger = Ledger(limit=count * budget * step) if limited else Ledger()
     draws = BatchStream(task.pool, [ShuffledStream(np.arange(40), k) for k in range(count)], 4)
@@ -234,8 +234,8 @@ def test_workers_change_nothing(features, joint):
 
 
 def test_frozen_parameters_stay(features):
-    for way in ("batched", "loop"):
-        task = features(batch_size=8, replicas=way)
+    for mode in ("batched", "loop"):
+        task = features(batch_size=8, replicas=mode)
         models = [task.model(0) for _ in range(2)]
         for model in models:
             model[0].requires_grad_(False)
@@ -274,8 +274,8 @@ def test_bf16_is_close_to_float32_and_fits_of_both_live_together(features):
 
 def test_bf16_replicas_follow_bf16_runs(features):
     both = []
-    for way in ("batched", "loop"):
-        task = features(batch_size=16, precision="bf16", replicas=way)
+    for mode in ("batched", "loop"):
+        task = features(batch_size=16, precision="bf16", replicas=mode)
         both.append(fit_replicas(task, 10, streams_of(task, 3)).losses)
     assert np.abs(both[0] - both[1]).max() < 0.05
 
@@ -329,20 +329,20 @@ def test_gradients_that_overflow_at_every_scale_end_the_run(features):
     task = sloped(features(batch_size=8))
     trainer, _ = scaling(task)
     model = task.model(0)
-    with pytest.raises(NonFiniteError, match=f"after {MOST_SKIPPED} batches skipped in a row") as caught:
+    with pytest.raises(NonFiniteError, match=f"after {MAX_SKIPPED} batches skipped in a row") as caught:
         trainer.fit(model, whole_pool(task), 60 * step_cost(task), seed=0, phase=TRAIN, stage="s")
-    assert caught.value.step == MOST_SKIPPED
+    assert caught.value.step == MAX_SKIPPED
     assert identical(model, task.model(0))
-    assert trainer.ledger.total().flops == pytest.approx((MOST_SKIPPED + 1) * step_cost(task))
+    assert trainer.ledger.total().flops == pytest.approx((MAX_SKIPPED + 1) * step_cost(task))
 
 
-@pytest.mark.parametrize("way", ["stop", "skip"])
-def test_a_scaler_has_seen_the_step_that_failed(features, way):
-    task = poisoned(features(batch_size=8, non_finite=way), np.inf, slice(None))
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_a_scaler_has_seen_the_step_that_failed(features, mode):
+    task = poisoned(features(batch_size=8, non_finite=mode), np.inf, slice(None))
     trainer, scaler = scaling(task, 2.0**40)
     with pytest.raises(NonFiniteError):
         trainer.fit(task.model(0), whole_pool(task), 60 * step_cost(task), seed=0, phase=TRAIN, stage="s")
-    assert scaler.get_scale() == 2.0 ** (40 - (1 if way == "stop" else MOST_SKIPPED + 1))
+    assert scaler.get_scale() == 2.0 ** (40 - (1 if mode == "stop" else MAX_SKIPPED + 1))
     task.pool.examples.rows[:] = 1.0
     after = trainer.fit(task.model(0), whole_pool(task), 6 * step_cost(task), seed=0, phase=TRAIN, stage="s")
     assert (len(after.losses), after.skipped) == (6, 0)
@@ -375,9 +375,9 @@ def test_dropout_follows_the_seed_of_the_fit(features):
     assert not np.array_equal(losses[0], losses[2])
 
 
-@pytest.mark.parametrize("way", ["batched", "loop"])
-def test_a_fit_leaves_the_global_generators_alone(features, way):
-    task = features(dropout=0.5, batch_size=8, replicas=way)
+@pytest.mark.parametrize("mode", ["batched", "loop"])
+def test_a_fit_leaves_the_global_generators_alone(features, mode):
+    task = features(dropout=0.5, batch_size=8, replicas=mode)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     fit_replicas(task, 5, streams_of(task, 2))
     fit(task, 5 * step_cost(task))
@@ -397,9 +397,9 @@ def test_seeds_for_purposes_are_distinct_and_fixed(seed, other, step):
 # Memory.
 
 
-@pytest.mark.parametrize("way", ["batched", "loop"])
-def test_a_trainer_keeps_no_model_that_it_has_trained(features, way):
-    task = features(batch_size=8, replicas=way)
+@pytest.mark.parametrize("mode", ["batched", "loop"])
+def test_a_trainer_keeps_no_model_that_it_has_trained(features, mode):
+    task = features(batch_size=8, replicas=mode)
     trainer = Trainer(task, Ledger())
 
     def run():
@@ -408,9 +408,9 @@ def test_a_trainer_keeps_no_model_that_it_has_trained(features, way):
         trainer.fit_replicas(models, draws, 3 * step_cost(task), seed=0, phase=SELECT, stage="s")
         return [weakref.ref(m) for m in models]
 
-    left = run()
+    remaining = run()
     gc.collect()
-    assert [r() for r in left] == [None, None]
+    assert [r() for r in remaining] == [None, None]
 
 
 def test_a_batch_without_answers_is_refused_by_id_before_it_costs(sentences, monkeypatch):

@@ -48,13 +48,15 @@ ALLOWANCE = 2.0
 PASSES = 4.0
 """Passes over what is kept that the final training makes, unless `fraction` says otherwise: up to four are nearly as
 good as fresh data (Muennighoff et al., 2023, arXiv 2305.16264)."""
-MOST_KEPT = 0.5
+MAX_KEPT = 0.5
 """Largest share of the pool that is kept, unless `fraction` says otherwise."""
 MIN_STEPS = 40
 """Fewest steps of both models: with fewer they know nothing that tells examples apart."""
 CURVE_POINTS = 200
 """Largest number of points of a curve."""
-NOTHING = "the allowance does not buy enough steps of the two models of the penalty: the full pool is returned"
+NO_STEPS_AFFORDABLE = (
+    "the allowance does not buy enough steps of the two models of the penalty: the full pool is returned"
+)
 
 EstimatorName = Literal["rao-blackwell", "k-draw"]
 
@@ -144,7 +146,7 @@ class PenalizedExamples:
         per_step = sum(self._step_flops(task)) + self._estimator().flops(len(task.pool))
         n_steps = int(split.selection_flops / per_step * ROUNDING)
         if n_steps < MIN_STEPS:
-            raise NotAffordableError(NOTHING)
+            raise NotAffordableError(NO_STEPS_AFFORDABLE)
         return split, n_steps
 
     def _search(
@@ -227,7 +229,7 @@ class PenalizedExamples:
         if self.fraction is not None:
             return max(1, round(self.fraction * n))
         usages = train_flops / task.costs.per_usage(task.pool, task.recipe.batch_size)
-        return max(1, round(min(MOST_KEPT * n, usages / PASSES)))
+        return max(1, round(min(MAX_KEPT * n, usages / PASSES)))
 
 
 def _source_means(pool: Pool, probability: np.ndarray) -> dict[str, float]:

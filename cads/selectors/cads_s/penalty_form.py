@@ -25,7 +25,7 @@ from cads.accounting.operations import source_policy_flops
 from cads.data.streams import WeightedStream
 from cads.data.token_batches import by_id
 from cads.errors import ConfigError, NotAffordableError
-from cads.estimators.design import distinct
+from cads.estimators.design import distinct_rows
 from cads.estimators.loss_curves import SKIPPED, extrapolate
 from cads.estimators.reachable_loss import ReachableLossModel, mean_over_sources
 from cads.estimators.score_function import penalty
@@ -57,7 +57,7 @@ LATEST_WARMUP = 0.5
 """Largest share of a curve that the extrapolation leaves out since the learning rate still rises there."""
 THETA_SHARE = 0.5
 """theta is trained for this share of C in all rounds together."""
-SMALLEST_WEIGHT = 1e-9
+MIN_WEIGHT = 1e-9
 """Of an example in the draws of theta, so that some example always has a weight."""
 POLICY_STEPS, POLICY_STEP = 20, 0.05
 """Steps of the policy in each round, and their length in the largest probability."""
@@ -65,7 +65,7 @@ POLICY_STEPS, POLICY_STEP = 20, 0.05
 Reach = Literal["fitted", "extrapolated", "exact"]
 PolicyName = Literal["bernoulli", "mixture"]
 SPACES: dict[str, type[SearchSpace]] = {"bernoulli": SubsetSpace, "mixture": MixtureSpace}
-NOTHING = "the budget does not cover the trials of the penalty: the full pool is returned"
+NO_TRIALS_AFFORDABLE = "the budget does not cover the trials of the penalty: the full pool is returned"
 
 
 @dataclass
@@ -184,7 +184,7 @@ class PenalizedSources:
         # Extrapolating a curve takes two points of it.
         min_steps = 2 if self.reach == "extrapolated" else 1
         if min(self._share / min_steps, THETA_SHARE / self.rounds) * train_flops < costs.step_flops:
-            raise NotAffordableError(NOTHING)
+            raise NotAffordableError(NO_TRIALS_AFFORDABLE)
         return BudgetSplit(train_flops, (share * train_flops + fixed) * (1 + 1e-9))
 
     @property
@@ -226,12 +226,12 @@ class PenalizedSources:
                         target_fraction=1 / (1 + self.alpha_of(round_index)),
                     )
                 case ScorePool(positions=positions) if theta is not None:
-                    risks = mean_losses(inner, positions, theta.models[0])
+                    target_losses = mean_losses(inner, positions, theta.models[0])
                 case UpdatePolicy(flops) if reach is not None:
                     seeds = [derive(seed, "policy", round_index, step) for step in range(POLICY_STEPS)]
-                    self._descend(policy, reach, risks, space, seeds, self.alpha_of(round_index))
+                    self._descend(policy, reach, target_losses, space, seeds, self.alpha_of(round_index))
                     inner.learn(flops)
-                    self._watch(inner.monitor, space, policy, risks, reach, round_index)
+                    self._watch(inner.monitor, space, policy, target_losses, reach, round_index)
                     round_index += 1
         return policy
 
@@ -241,7 +241,7 @@ class PenalizedSources:
         """l* as a function of draws, fitted to trials on some of them."""
         rng = np.random.default_rng(derive(seed, "masks"))
         sampled = nonempty(space.policy().sample(64 * rung.n_trials, rng)).astype(np.float64)
-        draws = distinct([space.full, *sampled])[: rung.n_trials]
+        draws = distinct_rows([space.full, *sampled])[: rung.n_trials]
         # The learning rate of a trial whose curve is continued is that of a run of C, which falls later.
         horizon = train_flops if self.reach == "extrapolated" else None
         runs = run_rung(inner, space, draws, rung, seed, 0, horizon=horizon)
@@ -255,17 +255,17 @@ class PenalizedSources:
         self,
         policy: Policy,
         reach: ReachableLossModel,
-        risks: np.ndarray,
+        target_losses: np.ndarray,
         space: SearchSpace,
         seeds: Sequence[int],
         alpha: float,
     ) -> None:
-        """Steps of the policy along the penalty's gradient, one per seed; `risks` holds R of each source, nats."""
+        """Steps of the policy along the penalty's gradient, one per seed; `target_losses`: R of each source, nats."""
         for seed in seeds:
             draws = nonempty(policy.sample(self.draws, np.random.default_rng(seed)))
             if len(draws) < 2:
                 break
-            gradient = penalty_gradient(policy, space, draws, risks, reach, alpha)
+            gradient = penalty_gradient(policy, space, draws, target_losses, reach, alpha)
             if largest := float(np.abs(gradient).max()):
                 policy.step(gradient / largest, POLICY_STEP)
 
@@ -274,16 +274,17 @@ class PenalizedSources:
         monitor: Monitor,
         space: SearchSpace,
         policy: Policy,
-        risks: np.ndarray,
+        target_losses: np.ndarray,
         reach: ReachableLossModel,
         round_index: int,
     ) -> None:
         marginals = source_marginals(policy)
         weights = space.weights(marginals[None])
-        risk, reachable_loss = float(mean_over_sources(weights, space.sizes, risks)[0]), float(reach(weights)[0])
-        monitor.scalar("outer/target_model_loss", risk, round_index)
+        target_loss = float(mean_over_sources(weights, space.sizes, target_losses)[0])
+        reachable_loss = float(reach(weights)[0])
+        monitor.scalar("outer/target_model_loss", target_loss, round_index)
         monitor.scalar("outer/loss_within_reach", reachable_loss, round_index)
-        monitor.scalar("outer/gap", risk - reachable_loss, round_index)
+        monitor.scalar("outer/gap", target_loss - reachable_loss, round_index)
         monitor.scalar("outer/entropy", policy.entropy(), round_index)
         monitor.probabilities(space.pool.source_names, marginals, round_index)
 
@@ -292,7 +293,7 @@ def policy_stream(space: SearchSpace, policy: Policy, seed: int) -> WeightedStre
     """Draws from the pool, each example by the probability of its source, or by the ratio of its source."""
     assert space.pool.sources is not None
     visited = by_id(space.pool)
-    weights = np.maximum(space.weights(source_marginals(policy)[None])[0], SMALLEST_WEIGHT)
+    weights = np.maximum(space.weights(source_marginals(policy)[None])[0], MIN_WEIGHT)
     return WeightedStream(weights[space.pool.sources[visited]], seed, visited)
 
 
@@ -300,7 +301,7 @@ def penalty_gradient(
     policy: Policy,
     space: SearchSpace,
     draws: np.ndarray,
-    risks: np.ndarray,
+    target_losses: np.ndarray,
     reach: Callable[[np.ndarray], np.ndarray],
     alpha: float,
 ) -> np.ndarray:
@@ -310,10 +311,10 @@ def penalty_gradient(
     subtracted, the mean of the score under that condition does not count.
 
     Args:
-        draws: of the policy, shape (K, S). risks: R of each source, nats, shape (S,). reach: l* of weights.
+        draws: of the policy, shape (K, S). target_losses: R of each source, nats, shape (S,). reach: l* of weights.
 
     Returns:
         shape (S,), nats.
     """
     weights = space.weights(draws)
-    return penalty(mean_over_sources(weights, space.sizes, risks), reach(weights), policy.score(draws), alpha)
+    return penalty(mean_over_sources(weights, space.sizes, target_losses), reach(weights), policy.score(draws), alpha)

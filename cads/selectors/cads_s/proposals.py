@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cads.estimators.control_variate import ControlVariate
-from cads.estimators.design import d_optimal, distinct, spaced
+from cads.estimators.design import d_optimal, distinct_rows, spaced
 from cads.policies.base import Policy
 from cads.search.rungs import SAMPLED
 from cads.search.source_choice import nonempty
@@ -19,23 +19,23 @@ def sample_candidates(space: SearchSpace, policy: Policy, seed: int) -> np.ndarr
 
 
 def initial_design(
-    space: SearchSpace, sampled: np.ndarray, risk: np.ndarray, count: int, *, single: bool
+    space: SearchSpace, sampled: np.ndarray, target_losses: np.ndarray, count: int, *, single: bool
 ) -> np.ndarray:
     """The draws of the first rung, the full pool first, shape (K, S), K <= `count`.
 
-    The first draws leave out the sources of largest risk (shape (S,)), one after another. The rest are the most
-    informative of the sampled candidates: a D-optimal design.
+    The first draws leave out the sources of largest R (target_losses, shape (S,)), one after another. The rest are the
+    most informative of the sampled candidates: a D-optimal design.
 
     Args:
-        single: whether the source of least risk is tried alone even if not all nested subsets can be tried. Models
-            that memorise one source do better with two.
+        single: whether the source of least R is tried alone even if not all nested subsets can be tried. Models that
+            memorise one source do better with two.
     """
-    nested = space.nested(np.argsort(risk, kind="stable")) if risk.any() else space.full[None]
+    nested = space.nested(np.argsort(target_losses, kind="stable")) if target_losses.any() else space.full[None]
     if not single and 2 < count < len(nested):
         nested = nested[:-1]
     is_small = count <= len(space.sizes)
     nested = spaced(nested, count if is_small else max(1, count // 2))
-    candidates = distinct([*nested, *sampled])
+    candidates = distinct_rows([*nested, *sampled])
     return candidates[d_optimal(candidates, count, taken=len(nested))]
 
 
@@ -47,9 +47,9 @@ def promote(
     They are the best draw of the latest rung, and the candidates, sampled or tried before, with the best predicted
     objective. The neighbours of the best candidate come before the rest.
     """
-    candidates = distinct([*sampled, *trials.draws])
+    candidates = distinct_rows([*sampled, *trials.draws])
     ranked = candidates[np.argsort(trials.value(candidates, control), kind="stable")]
     tried = {row.tobytes() for row in trials.draws}
     neighbours = [row for row in space.neighbours(ranked[0], control) if row.tobytes() not in tried]
     draws, delta_objective = trials.latest
-    return distinct([space.full, draws[np.argmin(delta_objective)], ranked[0], *neighbours, *ranked[1:]])[:count]
+    return distinct_rows([space.full, draws[np.argmin(delta_objective)], ranked[0], *neighbours, *ranked[1:]])[:count]

@@ -25,7 +25,7 @@ from cads.search.constants import constants_of
 from cads.search.fidelity import Rung
 from cads.search.inner_costs import InnerLoopCosts
 from cads.search.inner_runs import InnerLoop
-from cads.search.rungs import affordable, run_rung, update_flops
+from cads.search.rungs import affordable_rungs, run_rung, update_flops
 from cads.search.source_choice import source_choice, source_marginals
 from cads.search.space import MixtureSpace, SearchSpace, SubsetSpace
 from cads.search.stages import FitTarget, ScorePool, Stages, Trials, UpdatePolicy
@@ -90,7 +90,7 @@ class CadsSources(Search):
             reserved = probing_flops(costs, positions)
         else:
             probe = None
-        rungs = affordable(costs, space, train_flops, self.policy_steps, reserved)
+        rungs = affordable_rungs(costs, space, train_flops, self.policy_steps, reserved)
         if not rungs:
             raise NotAffordableError(NO_SEARCH_AFFORDABLE)
         for rung in rungs:
@@ -114,7 +114,7 @@ class CadsSources(Search):
         space = self._space(inner.task)
         policy, history = space.policy(), TrialHistory.empty(len(space.sizes))
         theta: nn.Module | None = None
-        risk = np.zeros(len(space.sizes))
+        target_losses = np.zeros(len(space.sizes))
         control: ControlVariate | None = None
         rung_index = 0
         for stage in self.stages(inner, train_flops):
@@ -122,17 +122,19 @@ class CadsSources(Search):
                 case FitTarget(flops, name):
                     theta = inner.fit_target(flops, seed=derive(seed, "theta"), stage=name)
                 case ScorePool(positions=positions) if theta is not None:
-                    risk = mean_losses(inner, positions, theta)
+                    target_losses = mean_losses(inner, positions, theta)
                     theta = None
                 case Trials(rung, probe=probe):
                     reference_run = None
                     if probe is not None:
                         reference_run = run_rung(inner, space, space.full[None], rung, seed, rung_index)
-                        risk = excess_target_loss(inner, risk, probe.positions, reference_run.models.pop())
+                        target_losses = excess_target_loss(
+                            inner, target_losses, probe.positions, reference_run.models.pop()
+                        )
                     sampled = sample_candidates(space, policy, derive(seed, "draws", rung_index))
                     if control is None:
                         single = not constants_of(inner.task).subtracts_reference
-                        draws = initial_design(space, sampled, risk, rung.n_trials, single=single)
+                        draws = initial_design(space, sampled, target_losses, rung.n_trials, single=single)
                     else:
                         draws = promote(space, sampled, control, history, rung.n_trials)
                     runs = run_rung(inner, space, draws, rung, seed, rung_index, reference_run)
@@ -140,7 +142,7 @@ class CadsSources(Search):
                     if self.reach == "extrapolated":
                         train_loss = extrapolate(runs.flops, runs.losses, train_flops)
                     history = history.append(draws, runs, train_loss, rung.fidelity)
-                    control = self._control(space, history, risk, rung)
+                    control = self._control(space, history, target_losses, rung)
                 case UpdatePolicy(flops) if control is not None:
                     delta_objective = runs.objective - runs.objective[0]
                     gradient = RegressionGradient(space, policy, control, draws, delta_objective, rung.fidelity, seed)
@@ -150,7 +152,9 @@ class CadsSources(Search):
                     rung_index += 1
         return self._conclude(space, policy, history)
 
-    def _control(self, space: SearchSpace, history: TrialHistory, risk: np.ndarray, rung: Rung) -> ControlVariate:
+    def _control(
+        self, space: SearchSpace, history: TrialHistory, target_losses: np.ndarray, rung: Rung
+    ) -> ControlVariate:
         latest = history.fidelity == rung.fidelity
         reach = ReachableLossModel(space.weights(history.draws[latest]), history.final_train_loss[latest], space.sizes)
         return ControlVariate(
@@ -159,9 +163,9 @@ class CadsSources(Search):
             history.fidelity,
             history.fidelity,
             features=space.features,
-            risk=lambda draws: mean_over_sources(space.weights(draws), space.sizes, risk),
-            reach=lambda draws: reach(space.weights(draws)),
-            alpha=self.alpha if self.alpha is None or risk.any() else 0.0,
+            target_loss=lambda draws: mean_over_sources(space.weights(draws), space.sizes, target_losses),
+            reachable_loss=lambda draws: reach(space.weights(draws)),
+            alpha=self.alpha if self.alpha is None or target_losses.any() else 0.0,
         )
 
     def _watch(
@@ -176,12 +180,13 @@ class CadsSources(Search):
         monitor = inner.monitor
         marginals = source_marginals(policy)
         weights = space.weights(marginals[None])
-        risk, reach = float(control.risk(marginals[None])[0]), float(control.reach(marginals[None])[0])
+        target_loss = float(control.target_loss(marginals[None])[0])
+        reachable_loss = float(control.reachable_loss(marginals[None])[0])
         monitor.scalar("outer/best_gain", float(np.nanmin(history.delta_objective)), rung_index)
         monitor.scalar("outer/objective", float(control(marginals[None])[0]), rung_index)
-        monitor.scalar("outer/target_model_loss", risk, rung_index)
-        monitor.scalar("outer/loss_within_reach", reach, rung_index)
-        monitor.scalar("outer/gap", risk - reach, rung_index)
+        monitor.scalar("outer/target_model_loss", target_loss, rung_index)
+        monitor.scalar("outer/loss_within_reach", reachable_loss, rung_index)
+        monitor.scalar("outer/gap", target_loss - reachable_loss, rung_index)
         monitor.scalar("outer/entropy", policy.entropy(), rung_index)
         monitor.scalar("control/weight_of_target_model_loss", control.c1, rung_index)
         monitor.scalar("control/weight_of_loss_within_reach", control.c2, rung_index)

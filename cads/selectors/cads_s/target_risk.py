@@ -12,7 +12,7 @@ from cads.scoring.pool_scores import reading_flops
 from cads.search.constants import FROM_SCRATCH, constants_of
 from cads.search.inner_costs import InnerLoopCosts
 from cads.search.inner_runs import InnerLoop
-from cads.search.rungs import affordable
+from cads.search.rungs import affordable_rungs
 from cads.search.space import SearchSpace
 from cads.seeding import derive
 
@@ -58,7 +58,7 @@ def theta_flops(
     if flops + _all_probing_flops(costs, positions) > max_flops:
         if constants.subtracts_reference:
             max_flops = max(max_flops, min_theta_flops(costs, space))
-        rungs = affordable(costs, space, train_flops, policy_steps, reserved=max_flops)
+        rungs = affordable_rungs(costs, space, train_flops, policy_steps, reserved=max_flops)
         if not rungs or rungs[0].n_trials > constants.guided_trials * len(space.sizes):
             return 0.0, positions
         min_flops = constants.theta_min_steps * costs.target_step_flops
@@ -81,17 +81,18 @@ def min_theta_flops(costs: InnerLoopCosts, space: SearchSpace) -> float:
 
 
 def excess_target_loss(
-    inner: InnerLoop, risk: np.ndarray, positions: Sequence[np.ndarray], reference_model: nn.Module
+    inner: InnerLoop, target_losses: np.ndarray, positions: Sequence[np.ndarray], reference_model: nn.Module
 ) -> np.ndarray:
-    """The risk of each source less the loss of the reference model there, centred over sources; shape (S,).
+    """R of each source less the loss of the reference model there, centred over sources; shape (S,).
 
     A pretrained model finds some sources easier than others, whatever their value for training. From any data it
     learns how long answers are and how they end. The reference model's loss holds both effects and removes them, as
     the penalty subtracts the loss within reach.
 
     Args:
-        risk: of the target model, nats, shape (S,). positions: of the examples of each source that it was measured on.
+        target_losses: R, of the target model, nats, shape (S,).
+        positions: of the examples of each source that R was measured on.
         reference_model: trained on the pool.
     """
     reference_loss = mean_losses(inner, positions, reference_model)
-    return np.asarray(risk - (reference_loss - reference_loss.mean()))
+    return np.asarray(target_losses - (reference_loss - reference_loss.mean()))

@@ -17,7 +17,7 @@ from cads.data.training_batches import WINDOW
 from cads.data.window_loader import Rows, WindowLoader
 from cads.policies.label_odds import LabelOdds
 from cads.policies.tilt import tilted
-from cads.selectors.online.course import Course, Point
+from cads.selectors.online.history import HistoryPoint, PolicyHistory
 from cads.selectors.online.schedule import OnlineConstants, target_share
 from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import Strata
@@ -53,7 +53,7 @@ class OnlineRider(Rider):
         workers: threads that load the batches of a window ahead; 0 loads each when it is needed. Bits do not depend
             on it.
         constants: of the run.
-        course: of the probabilities; it is added to.
+        history: of the probabilities; it is added to.
         seed: of the order of draws.
 
     Attributes:
@@ -75,11 +75,11 @@ class OnlineRider(Rider):
         batch_size: int,
         workers: int,
         constants: OnlineConstants,
-        course: Course,
+        history: PolicyHistory,
         seed: int,
     ) -> None:
         super().__init__(pool, batch_size)
-        self.excess, self.odds, self.course = excess, odds, course
+        self.excess, self.odds, self.history = excess, odds, history
         self.weights = np.full(len(pool), np.nan, dtype=np.float16)
         self._targets, self._strata, self._target_stream = target, strata, target_stream
         self._by_source, self._on_target = by_source, on_target
@@ -162,18 +162,18 @@ class OnlineRider(Rider):
         pool_losses, target_losses = losses[: len(pool_rows)], losses[len(pool_rows) :]
         judges, finite = self._judges, np.isfinite(pool_losses)
         if self._on_target:
-            shown = target_losses[np.isfinite(target_losses)]
+            known_losses = target_losses[np.isfinite(target_losses)]
         else:
             # Without the target in its batches, a model shows what it knows on the sources that are like it.
-            shown = pool_losses[finite & (self._source_weights[self._strata.sources[pool_rows]] >= ALIKE)]
-        if len(shown):
+            known_losses = pool_losses[finite & (self._source_weights[self._strata.sources[pool_rows]] >= ALIKE)]
+        if len(known_losses):
             known = self._numbers["known"]
-            kept = np.exp(-len(shown) / TARGET_MEMORY) if known else 0.0
-            self._numbers["known"] = float(kept * known + (1 - kept) * np.exp(-shown).mean())
+            decay = np.exp(-len(known_losses) / TARGET_MEMORY) if known else 0.0
+            self._numbers["known"] = float(decay * known + (1 - decay) * np.exp(-known_losses).mean())
         if self._numbers["rows"] < self._learning_rows:
             self._learn(pool_rows[finite], pool_losses[finite], judges)
         self._numbers["rows"] += len(pool_rows)
-        self.course.step(lambda: self._point(pool_losses[finite]))
+        self.history.step(lambda: self._point(pool_losses[finite]))
 
     def ids(self, batches: list[Batch]) -> list[str]:
         """See `Rider`."""
@@ -198,7 +198,7 @@ class OnlineRider(Rider):
             "numbers": np.array([self._numbers[name] for name in NUMBERS]),
             "excess": self.excess.state(),
             "weights": self.weights,
-            "course": self.course.state(),
+            "course": self.history.state(),
             "pending": np.array([len(x) for pair in self._pending for x in pair], dtype=np.int64),
             "pending rows": np.concatenate([np.empty(0, dtype=np.int64), *(x for p in self._pending for x in p)]),
         }
@@ -213,7 +213,7 @@ class OnlineRider(Rider):
         self._cells.restore({n.removeprefix("cells/"): x for n, x in arrays.items() if n.startswith("cells/")})
         self.excess.restore(arrays["excess"])
         self.weights = arrays["weights"].copy()
-        self.course.restore(arrays["course"])
+        self.history.restore(arrays["course"])
         if self.odds is not None:
             self.odds.wrong = arrays["wrong"].copy()
         self._source_weights = self._new_source_weights()
@@ -279,11 +279,11 @@ class OnlineRider(Rider):
         self._loader.begin(self._pending)
         self._numbers["windows"] += 1
 
-    def _point(self, losses: np.ndarray) -> Point:
-        """The present state of the outer loop, for its course; `losses` are those of the last pool examples."""
+    def _point(self, losses: np.ndarray) -> HistoryPoint:
+        """The present state of the outer loop, for its history; `losses` are those of the last pool examples."""
         shares = self.cell_shares()
         wrong = np.zeros(self._strata.n_sources) if self.odds is None else self.odds.wrong
-        return Point(
+        return HistoryPoint(
             source_shares=shares.sum(axis=1) / shares.sum(),
             signal=self.excess.mean,
             stderr=self.excess.stderr,

@@ -1,4 +1,4 @@
-"""The course of a run: the target first, then target and pool together, in shares that follow from their sizes."""
+"""The phases of a run: the target first, then target and pool together, in shares that follow from their sizes."""
 
 from __future__ import annotations
 
@@ -98,6 +98,6 @@ def first_phase(
     return (int(np.searchsorted(taught, needed)) + 1.5) * step
 
 
-def target_share(n_target: int, n_pool: float, most: float) -> float:
-    """The share of the target in a batch, where it is one more source: n_T / (n_T + N_eff), at most `most`."""
-    return min(most, n_target / (n_target + n_pool))
+def target_share(n_target: int, n_pool: float, max_share: float) -> float:
+    """The share of the target in a batch, where it is one more source: n_T / (n_T + N_eff), at most `max_share`."""
+    return min(max_share, n_target / (n_target + n_pool))

@@ -26,17 +26,17 @@ from cads.monitor import Monitor
 from cads.policies.label_odds import LabelOdds
 from cads.runtime.checkpoint import State
 from cads.scoring.pool_scores import reading_flops
-from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
+from cads.search.inner_costs import PlannedInnerLoop
 from cads.search.inner_runs import InnerLoop
 from cads.search.source_order import in_name_order
-from cads.search.stages import FitTarget, ScorePool
 from cads.seeding import derive
 from cads.selection import Selection
-from cads.selectors.online.course import Course
+from cads.selectors.online.history import PolicyHistory
+from cads.selectors.online.opening import FIRST_PROBE, PROBE, Opening, opening_of
 from cads.selectors.online.rider import MEMORY, OnlineRider
-from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, OnlineConstants, first_phase
+from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, OnlineConstants
 from cads.selectors.online.signal import SourceExcess
-from cads.selectors.online.strata import Strata, source_count
+from cads.selectors.online.strata import Strata
 from cads.task import Task
 from cads.training.result import TrainResult
 from cads.training.run_state import OPTIMIZER, RIDER, RunSegment
@@ -44,7 +44,6 @@ from cads.training.run_state import OPTIMIZER, RIDER, RunSegment
 log = logging.getLogger(__name__)
 
 Granularity = Literal["source", "example"]
-PROBE, FIRST_PROBE = "probe", "probe of the initial model"
 STAGE = "final model"
 
 
@@ -76,19 +75,10 @@ class Cads:
         """What `select` would charge to "select": the probes. All else is the training itself."""
         self._check(task)
         costs = PlannedInnerLoop(task, budget.flops(task))
-        total = costs.ledger.left
-        check_step(task, total)
-        constants = self.constants(task)
-        per_source = probes_per_source(task, constants, total)
-        if self.train_on_target:
-            judges = _first_phase(task, constants, total) < total
-        else:
-            theta = steering_flops(costs, constants, total)
-            judges = bool(theta and per_source)
-            if judges:
-                costs.charge(FitTarget(theta))
-        for stage in _probe_stages(constants) if judges and per_source else ():
-            costs.charge(ScorePool(per_source * source_count(task.pool), stage))
+        check_step(task, costs.ledger.left)
+        opening = opening_of(costs, self.constants(task), costs.ledger.left, on_target=self.train_on_target)
+        for stage in opening.stages():
+            costs.charge(stage)
         return costs.ledger
 
     def select(
@@ -127,7 +117,6 @@ class _OnlineRun:
         self._selector, self._inner, self._seed = selector, inner, seed
         self._task = task = inner.task
         self._constants = selector.constants(task)
-        self._total = inner.ledger.left
         self._target_stream = balanced_stream(
             by_id(task.target), task.groups(task.target), derive(seed, "target order")
         )
@@ -137,10 +126,8 @@ class _OnlineRun:
         """The whole run."""
         task, inner, constants = self._task, self._inner, self._constants
         on_target = self._selector.train_on_target
-        first = _first_phase(task, constants, self._total)
-        theta = 0.0 if on_target else steering_flops(inner, constants, self._total)
-        # A model that does not know the target yet cannot tell sources apart.
-        probes = self._probes(judges=first < self._total if on_target else theta > 0)
+        opening = opening_of(inner, constants, inner.ledger.left, on_target=on_target)
+        probes = self._probes(opening)
         before = np.zeros(len(probes))
         if constants.drop and len(probes):
             before = inner.losses(task.model(self._model_seed), probes, stage=FIRST_PROBE)
@@ -148,11 +135,11 @@ class _OnlineRun:
         if on_target:
             probing = reading_flops(task.costs.forward, task.pool, probes) if len(probes) else 0.0
             horizon = inner.ledger.left - probing
-            fit = self._train_on_target(first, horizon)
+            fit = self._train_on_target(opening.first, horizon)
             if fit is not None and float(fit.flops[-1]) + self._step_flops > horizon:
                 return fit
         elif len(probes):
-            steering = inner.fit_target(theta, seed=derive(self._seed, "theta"), stage="theta")
+            steering = inner.fit_target(opening.theta, seed=derive(self._seed, "theta"), stage="theta")
         strata = Strata.of(task)
         excess = SourceExcess(strata.n_sources, strata.n_groups, MEMORY)
         if len(probes):
@@ -173,7 +160,7 @@ class _OnlineRun:
             notes = {"course": "the budget bought the target alone"}
             return Selection.from_pool(pool, selected=none, target_fraction=1.0, notes=notes, **fields)
         probability = rider.probabilities()
-        rider.course.finish(pool, probability, self._task.describe)
+        rider.history.finish(pool, probability, self._task.describe)
         shares = rider.source_weights.tolist() if pool.sources is not None else []
         return Selection.from_pool(
             pool,
@@ -183,7 +170,7 @@ class _OnlineRun:
             weighted=True,
             source_probability=dict(zip(pool.source_names, shares, strict=False)),
             target_fraction=min(rider.target_share, self._constants.most_target),
-            notes={"course": rider.course.to_json()},
+            notes={"course": rider.history.to_json()},
             **fields,
         )
 
@@ -197,12 +184,11 @@ class _OnlineRun:
         batch_size = self._task.recipe.batch_size
         return batch_size * self._task.costs.per_usage(self._task.target, batch_size)
 
-    def _probes(self, *, judges: bool) -> np.ndarray:
+    def _probes(self, opening: Opening) -> np.ndarray:
         """Positions whose losses tell sources apart; empty if there is nothing to tell, or no model that can."""
-        per_source = probes_per_source(self._task, self._constants, self._total) if judges else 0
-        if not per_source:
+        if not opening.per_source:
             return np.empty(0, dtype=np.int64)
-        return np.concatenate(draw_by_source(self._task.pool, per_source, derive(self._seed, "probe")))
+        return np.concatenate(draw_by_source(self._task.pool, opening.per_source, derive(self._seed, "probe")))
 
     def _train_on_target(self, first: float, horizon: float) -> TrainResult | None:
         """The first phase of `first` FLOPs; None without one. If little more is affordable, it takes everything."""
@@ -230,6 +216,8 @@ class _OnlineRun:
         guess = None if self._selector.granularity == "source" else task.guess_loss
         sizes = np.bincount(strata.sources, minlength=strata.n_sources)
         n_steps = int((horizon - spent) / usage / batch_size)
+        names, monitor = task.pool.source_names, self._inner.monitor
+        history = PolicyHistory(monitor, names, sizes, strata.group_shares, n_steps, steps)
         self._rider = OnlineRider(
             task.pool,
             task.target,
@@ -243,13 +231,13 @@ class _OnlineRun:
             batch_size=batch_size,
             workers=task.recipe.workers,
             constants=self._constants,
-            course=Course(self._inner.monitor, task.pool.source_names, sizes, strata.group_shares, n_steps, steps),
+            history=history,
             seed=derive(self._seed, "batches"),
         )
         end = horizon
         if self._constants.stop_passes is not None:
-            kept = self._rider.n_effective + (len(task.target) if self._selector.train_on_target else 0)
-            end = min(horizon, spent + self._constants.stop_passes * kept * usage)
+            n_distinct = self._rider.n_effective + (len(task.target) if self._selector.train_on_target else 0)
+            end = min(horizon, spent + self._constants.stop_passes * n_distinct * usage)
         planned = horizon if end < horizon else None
         start = None if fit is None else fit.state
         return self._fit(self._rider, end, RunSegment(start=start, horizon=end, keep=True, planned=planned))
@@ -263,28 +251,3 @@ def finished(state: State) -> State:
     """The end of a run, from which nothing is trained further: its weights, without the state of the optimizer."""
     tensors = {name: x for name, x in state.tensors.items() if not name.startswith((OPTIMIZER, RIDER))}
     return State(state.values, tensors)
-
-
-def steering_flops(costs: InnerLoopCosts, constants: OnlineConstants, total: float) -> float:
-    """For a model of the target that steers: as many passes as the first phase would take; 0 if that buys no step."""
-    flops = costs.target_flops(constants.most_steering, constants.first_passes, total)
-    return flops if flops >= costs.target_step_flops else 0.0
-
-
-def probes_per_source(task: Task, constants: OnlineConstants, total: float) -> int:
-    """How many examples of each source are probed: as many as a share of the budget buys; 0 for a single source."""
-    n_sources = source_count(task.pool)
-    if n_sources < 2:
-        return 0
-    forward = task.costs.per_usage(task.pool, task.recipe.batch_size) / 3
-    affordable = constants.most_probing * total / (forward * n_sources * len(_probe_stages(constants)))
-    return int(np.clip(round(affordable), 1, constants.probes))
-
-
-def _probe_stages(constants: OnlineConstants) -> tuple[str, ...]:
-    return (FIRST_PROBE, PROBE) if constants.drop else (PROBE,)
-
-
-def _first_phase(task: Task, constants: OnlineConstants, total: float) -> float:
-    usage = task.costs.per_usage(task.target, task.recipe.batch_size)
-    return first_phase(constants, task.recipe, n_target=len(task.target), usage_flops=usage, total=total)

@@ -35,14 +35,14 @@ class SourceExcess:
         """
         finite = np.isfinite(losses)
         losses, sources, groups, weights = losses[finite], sources[finite], groups[finite], weights[finite]
-        kept = np.exp(-len(losses) / self._memory)
+        decay = np.exp(-len(losses) / self._memory)
         n_sources, n_groups = self._sums.shape[1], self._moments.shape[1]
         new = [np.bincount(groups, weights=weights * x, minlength=n_groups) for x in (1.0, losses, losses**2)]
-        self._moments = kept * self._moments + np.array(new)
+        self._moments = decay * self._moments + np.array(new)
         mean, deviation = self._mean_and_deviation()
         z = (losses - mean[groups]) / deviation[groups]
         new = [np.bincount(sources, weights=x, minlength=n_sources) for x in (np.ones(len(z)), z, z**2)]
-        self._sums = kept * self._sums + np.array(new)
+        self._sums = decay * self._sums + np.array(new)
 
     @property
     def mean(self) -> np.ndarray:

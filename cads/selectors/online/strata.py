@@ -40,10 +40,10 @@ class Strata:
         groups, target_groups = (_groups(task, part) for part in (pool, task.target))
         n_groups = 1 + int(max(groups.max(), target_groups.max()))
         shares = balanced_shares(np.bincount(target_groups, minlength=n_groups))
-        own = np.bincount(groups, minlength=n_groups)
-        shares = np.where(own > 0, np.where(shares > 0, shares, 1 / n_target), 0.0)
+        counts = np.bincount(groups, minlength=n_groups)
+        shares = np.where(counts > 0, np.where(shares > 0, shares, 1 / n_target), 0.0)
         if not shares.any():
-            shares = own.astype(np.float64)
+            shares = counts.astype(np.float64)
         return cls(sources, groups, source_count(pool), n_groups, shares / shares.sum())
 
     def cells(self, pool: Pool, seed: int) -> CellDraws:

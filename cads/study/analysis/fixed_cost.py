@@ -62,5 +62,5 @@ def _tolerances(points: Sequence[MethodPoint], median: float) -> np.ndarray:
 
 def _grows(points: Sequence[MethodPoint]) -> bool:
     """Whether selection costs grow with the training, by more than its square root."""
-    costs, training = ([getattr(p, name) for p in points] for name in ("selection", "train_flops"))
-    return min(costs) <= 0 or max(costs) / min(costs) >= math.sqrt(max(training) / min(training))
+    costs, train_flops = ([getattr(p, name) for p in points] for name in ("selection", "train_flops"))
+    return min(costs) <= 0 or max(costs) / min(costs) >= math.sqrt(max(train_flops) / min(train_flops))

@@ -102,7 +102,7 @@ def in_percent(metric: str) -> bool:
     return metric in SHARES
 
 
-def shown(value: float, metric: str) -> str:
+def score_text(value: float, metric: str) -> str:
     """A score as text."""
     return f"{100 * value:.2f}" if in_percent(metric) else f"{value:.4g}"
 
@@ -215,7 +215,7 @@ def budgets_of(points: Sequence[MethodPoint]) -> list[BudgetLevel]:
     return [levels[flops] for flops in sorted(levels)]
 
 
-def affordable(points: Iterable[MethodPoint], limit: BudgetLevel) -> list[MethodPoint]:
+def within_budget(points: Iterable[MethodPoint], limit: BudgetLevel) -> list[MethodPoint]:
     """The most expensive point of each method whose total is within the budget: the cost-aware utility of CCDS."""
     best: dict[str, MethodPoint] = {}
     for p in points:
@@ -245,11 +245,11 @@ def differs_significantly(a: MethodPoint, b: MethodPoint) -> bool | None:
 
     The scores of a pair are of the same data, because seeds draw the data too. None if fewer than two seeds are shared.
     """
-    left, right = dict(zip(a.seeds, a.scores, strict=True)), dict(zip(b.seeds, b.scores, strict=True))
-    seeds = sorted(set(left) & set(right))
+    first, second = dict(zip(a.seeds, a.scores, strict=True)), dict(zip(b.seeds, b.scores, strict=True))
+    seeds = sorted(set(first) & set(second))
     if len(seeds) < 2:
         return None
-    difference = np.array([left[s] - right[s] for s in seeds])
+    difference = np.array([first[s] - second[s] for s in seeds])
     return bool(abs(difference.mean()) > half_width(difference))
 
 
@@ -275,7 +275,7 @@ def answers(points: Sequence[MethodPoint]) -> list[BudgetVerdict]:
     """For each budget of a group, the best method at that total cost."""
     verdicts = []
     for limit in budgets_of(points):
-        rivals = affordable(points, limit)
+        rivals = within_budget(points, limit)
         if not rivals:
             continue
         ranked = complete(rivals)
@@ -298,9 +298,9 @@ def complete(rivals: Sequence[MethodPoint]) -> list[MethodPoint]:
 def _sentence(limit: BudgetLevel, best: MethodPoint, level: Sequence[str], incomplete: Sequence[str]) -> str:
     """The verdict in words; `incomplete`: methods with fewer seeds, which were not compared."""
     unit = " %" if in_percent(best.metric) else ""
-    score = shown(best.mean, best.metric)
+    score = score_text(best.mean, best.metric)
     if not math.isnan(best.half_width):
-        score += f" ± {shown(best.half_width, best.metric)}"
+        score += f" ± {score_text(best.half_width, best.metric)}"
     as_given = "" if limit.budget.endswith("FLOPs") else f" ({limit.budget})"
     # A run that paid for selection on top of its budget fits only into a larger budget than its own.
     smaller = f" of {best.budget}" if best.budget_flops < limit.on(best.seeds) / SLACK else ""
@@ -319,7 +319,7 @@ def regrets(points: Sequence[MethodPoint]) -> dict[str, list[tuple[float, float]
     """
     result: dict[str, list[tuple[float, float]]] = {}
     for limit in budgets_of(points):
-        rivals = affordable(points, limit)
+        rivals = within_budget(points, limit)
         if not rivals:
             continue
         ranked = complete(rivals)

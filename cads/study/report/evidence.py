@@ -15,11 +15,11 @@ import pyarrow.compute as pc
 from cads.accounting.ledger import EVALUATE, TRAIN
 from cads.accounting.stage_labels import stage_label
 from cads.study.analysis.frontier import expected_jaccard, jaccard
-from cads.study.tables import DONE, read_file, read_rows
+from cads.study.tables import DONE, read_rows, read_table_file
 
-MOST_BUDGETS = 3
+MAX_BUDGETS = 3
 """Budgets at which selections and ledgers are shown: the smallest, one in the middle, the largest."""
-MOST_STAGES = 6
+MAX_STAGES = 6
 """Stages of selection that a ledger shows by name; the cheaper ones are summed."""
 LONGEST_TEXT = 400
 """Characters of an example that are shown."""
@@ -54,9 +54,9 @@ def by_place(runs: Iterable[Row], max_budgets: int | None = None) -> dict[Place,
 
     Args:
         max_budgets: of each task and model: the smallest, the largest, and some between. If 1, the middle one. None:
-            `MOST_BUDGETS`.
+            `MAX_BUDGETS`.
     """
-    max_budgets = MOST_BUDGETS if max_budgets is None else max_budgets
+    max_budgets = MAX_BUDGETS if max_budgets is None else max_budgets
     runs_by_place: dict[Place, dict[str, list[Row]]] = {}
     for row in runs:
         if row["status"] == DONE:
@@ -90,7 +90,7 @@ def ledgers(methods: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, float]]
     for stages in spent.values():
         for name, flops in stages.items():
             totals[name] = totals.get(name, 0.0) + flops
-    named = ["final training", *sorted(set(totals) - {"final training"}, key=lambda s: -totals[s])[:MOST_STAGES]]
+    named = ["final training", *sorted(set(totals) - {"final training"}, key=lambda s: -totals[s])[:MAX_STAGES]]
     return {method: _merged(stages, named) for method, stages in spent.items()}
 
 
@@ -183,4 +183,4 @@ def _visible(row: Row) -> dict[str, Any]:
 
 def _selection(folder: Path, key: str) -> Any:
     """The rows of `selections` of one cell."""
-    return read_file(folder / "tables" / "selections" / f"{key}.parquet", "selections")
+    return read_table_file(folder / "tables" / "selections" / f"{key}.parquet", "selections")

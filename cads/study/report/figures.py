@@ -30,11 +30,11 @@ WIDTH, AXES_HEIGHT, LEGEND_ROW = 4.5, 2.9, 0.21
 """Inches. In a figure that is shown 350 pixels wide, text of `TEXT` points is then about as many pixels high."""
 TEXT = 10.5
 LONGEST_LABEL, LONGEST_STAGE = 22, 50
-MOST_LINES = 8
+MAX_LINES = 8
 """Methods in one panel. More methods are divided among several panels, so that their lines stay distinct."""
 ANCHORS = ("full", "cads-s", "cads-e")
 """Names of methods that are in every panel, for comparison."""
-MOST_NUMBERED = 12
+MAX_NUMBERED = 12
 """Methods of the largest matrix with numbers in it. In a larger one they would overlap."""
 MATRIX_TEXT = 6.5
 """Size of the labels of a matrix without numbers, in points: as high as its rows."""
@@ -199,9 +199,9 @@ def _by_method(points: Sequence[MethodPoint]) -> dict[str, list[MethodPoint]]:
 
 
 def _divided(points: Sequence[MethodPoint]) -> list[list[str]]:
-    """The methods of each panel: one panel up to `MOST_LINES` methods, else the best first, with `ANCHORS` in each."""
+    """The methods of each panel: one panel up to `MAX_LINES` methods, else the best first, with `ANCHORS` in each."""
     lines = _by_method(points)
-    if len(lines) <= MOST_LINES:
+    if len(lines) <= MAX_LINES:
         return [list(lines)]
     sign = 1 if points[0].maximised else -1
     best: dict[str, float] = {}
@@ -210,7 +210,7 @@ def _divided(points: Sequence[MethodPoint]) -> list[list[str]]:
     mean_gaps = {method: np.mean([sign * p.mean - best[p.budget] for p in line]) for method, line in lines.items()}
     anchors = [method for method in lines if method in ANCHORS]
     others = sorted((method for method in lines if method not in anchors), key=lambda m: (-mean_gaps[m], m))
-    n_panels = math.ceil(len(others) / (MOST_LINES - len(anchors)))
+    n_panels = math.ceil(len(others) / (MAX_LINES - len(anchors)))
     return [[*anchors, *part] for part in np.array_split(np.array(others), n_panels)]
 
 
@@ -304,7 +304,7 @@ def frontier(group: GroupFits, styles: Mapping[str, MethodStyle], name: str, *, 
     return CaptionedFigure(name, title, caption + _order_note(parts) + max(notes, key=len), figure)
 
 
-def break_even(group: GroupFits, styles: Mapping[str, MethodStyle], prefix: str) -> list[CaptionedFigure]:
+def break_even_figures(group: GroupFits, styles: Mapping[str, MethodStyle], prefix: str) -> list[CaptionedFigure]:
     """CCDS figure 4: the scores if T tasks share the selection, one figure for each method with a fixed selection."""
     result: list[CaptionedFigure] = []
     grid = np.geomspace(*group.span, CURVE_POINTS)
@@ -337,7 +337,9 @@ def break_even(group: GroupFits, styles: Mapping[str, MethodStyle], prefix: str)
     return result
 
 
-def overlap(names: Sequence[str], matrix: np.ndarray, expected: np.ndarray, title: str, name: str) -> CaptionedFigure:
+def overlap_figure(
+    names: Sequence[str], matrix: np.ndarray, expected: np.ndarray, title: str, name: str
+) -> CaptionedFigure:
     """CCDS figure 6: Jaccard overlap of selections, and of random ones of the same sizes, both of shape (M, M)."""
     cells = np.tril(matrix) + np.triu(expected, k=1)
     # Limited, because a matrix of full width would leave a blank area below.
@@ -346,7 +348,7 @@ def overlap(names: Sequence[str], matrix: np.ndarray, expected: np.ndarray, titl
         axes.grid(visible=False)
         shades = axes.imshow(cells, vmin=0, vmax=1, cmap="cividis")
         labels = [_short(n) for n in names]
-        large = len(names) > MOST_NUMBERED
+        large = len(names) > MAX_NUMBERED
         size_of_text = MATRIX_TEXT if large else TEXT - 1
         axes.set_xticks(range(len(names)), labels, rotation=90 if large else 60, ha="right", fontsize=size_of_text)
         for label in axes.get_xticklabels():
@@ -446,7 +448,7 @@ def stacked(
     parts = sorted(present, key=positions.__getitem__)
     columns = 1 if max(map(len, parts)) > LONGEST_LABEL else 2
     with _panel(len(parts), columns, height=0.28 * len(rows) + 1.0) as (figure, axes):
-        left = np.zeros(len(rows))
+        offsets = np.zeros(len(rows))
         for part in parts:
             i = positions[part]
             widths = np.array([row.get(part, 0.0) for row in rows.values()])
@@ -454,13 +456,13 @@ def stacked(
             axes.barh(
                 range(len(rows)),
                 widths,
-                left=left,
+                left=offsets,
                 height=0.7,
                 color=SERIES[i % len(SERIES)],
                 hatch=hatch,
                 label=_short(part, LONGEST_STAGE),
             )
-            left += widths
+            offsets += widths
         axes.set_yticks(range(len(rows)), [_short(r) for r in rows])
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")

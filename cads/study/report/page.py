@@ -37,7 +37,7 @@ class Section:
 
     title: str
     description: str
-    drawings: list[CaptionedFigure]
+    captioned_figures: list[CaptionedFigure]
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,16 @@ def write_report(folder: Path, out: Path | None = None, metric: str | None = Non
     points = points_of(runs, metric)
     groups = analyse(points)
     styles = method_styles((row["method"], row["selector"]) for row in runs)
-    sections = [s for s in _sections(folder, runs, groups, styles) if s.drawings]
+    sections = [s for s in _sections(folder, runs, groups, styles) if s.captioned_figures]
     page = out or folder / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     fits = to_json(groups, _smallest(runs))
     whole_file(page.parent / "fits.json", json.dumps(fits, indent=1, allow_nan=False) + "\n")
-    drawings = [d for s in sections for d in s.drawings]
-    for drawing in drawings:
-        drawing.save(page.parent / "figures")
+    captioned_figures = [d for s in sections for d in s.captioned_figures]
+    for figure in captioned_figures:
+        figure.save(page.parent / "figures")
     if page.parent == folder:
-        _sweep(folder / "figures", {d.name for d in drawings})
+        _sweep(folder / "figures", {d.name for d in captioned_figures})
     sentences = [(g, [a.sentence for a in answers(g.points)]) for g in groups]
     whole_file(page, _page(folder, runs, sections, sentences))
     several = len(groups) > 1
@@ -136,14 +136,14 @@ def _sections(
 
 def _group_figures(group: GroupFits, styles: Mapping[str, MethodStyle], name: Namer) -> list[CaptionedFigure]:
     """The figures of one task at one model size."""
-    drawings = [figures.scores(group, styles, name("scores"))]
+    captioned_figures = [figures.scores(group, styles, name("scores"))]
     if rows := regrets(group.points):
-        drawings.append(figures.regret(group, rows, styles, name("regret")))
-    drawings.append(figures.frontier(group, styles, name("frontier"), fitted=False))
+        captioned_figures.append(figures.regret(group, rows, styles, name("regret")))
+    captioned_figures.append(figures.frontier(group, styles, name("frontier"), fitted=False))
     if group.fits:
-        drawings.append(figures.frontier(group, styles, name("fits"), fitted=True))
-    drawings += figures.break_even(group, styles, name("break-even"))
-    return [*drawings, figures.scores(group, styles, name("training-only"), training_only=True)]
+        captioned_figures.append(figures.frontier(group, styles, name("fits"), fitted=True))
+    captioned_figures += figures.break_even_figures(group, styles, name("break-even"))
+    return [*captioned_figures, figures.scores(group, styles, name("training-only"), training_only=True)]
 
 
 def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: Namer) -> list[Section]:
@@ -181,7 +181,9 @@ def _selection_sections(folder: Path, runs: Sequence[Mapping[str, Any]], name: N
                 courses.append(figures.probabilities(course, f"{method}: {label}", name("probabilities")))
         if selections and (result := evidence.overlap(folder, place, methods)):
             overlaps.append(
-                figures.overlap(result.methods, result.matrix, result.expected, f"Overlap: {label}", name("overlap"))
+                figures.overlap_figure(
+                    result.methods, result.matrix, result.expected, f"Overlap: {label}", name("overlap")
+                )
             )
     return [
         Section("Ledger", "Where the compute went.", spent),
@@ -252,7 +254,7 @@ def _page(
         groups=[(_name(g), verdicts, recommendations(g)) for g, verdicts in sentences],
         sections=sections,
         # Markup, not escaped again: Matplotlib has escaped the names in its SVG.
-        svg={d.name: Markup(d.svg()) for s in sections for d in s.drawings},
+        svg={d.name: Markup(d.svg()) for s in sections for d in s.captioned_figures},
         tables=tables,
         exhibits=[(", ".join(filter(None, e[0].place)), e) for e in galleries if e],
         unscored=unscored,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from cads.study.analysis.points import CONFIDENCE, MethodPoint, best_of, complete, in_percent, shown
+from cads.study.analysis.points import CONFIDENCE, MethodPoint, best_of, complete, in_percent, score_text
 
 WIDTH = 132
 """Columns of tables where there is no terminal."""
@@ -43,9 +43,9 @@ def texts(points: Sequence[MethodPoint]) -> list[list[str]]:
         ranked = complete(block)
         best = best_of(ranked)
         for p in block:
-            score = ("*" if p.mean == best.mean and p in ranked else "") + shown(p.mean, p.metric)
+            score = ("*" if p.mean == best.mean and p in ranked else "") + score_text(p.mean, p.metric)
             if not math.isnan(p.half_width):
-                score += f" ± {shown(p.half_width, p.metric)}"
+                score += f" ± {score_text(p.half_width, p.metric)}"
             if p not in ranked:
                 score += f" ({len(p.seeds)} of {len(best.seeds)} seeds)"
             selected = "-" if p.selected is None else f"{p.selected:.0%}"
@@ -59,8 +59,8 @@ def terminal_table(points: Sequence[MethodPoint], title: str) -> Table:
     table = Table(title=f"{title}: {intervals(points)}", title_justify="left")
     columns = header(points)
     for name in columns:
-        left = name in ("task", "model", "budget", "method")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+        is_text = name in ("task", "model", "budget", "method")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
     rows, n_keys = texts(points), columns.index("budget") + 1
     for i, row in enumerate(rows):
         last = i + 1 == len(rows) or rows[i + 1][:n_keys] != row[:n_keys]

@@ -197,9 +197,9 @@ def _needed(chosen: Format, present: Sequence[str], given: Mapping[str, str]) ->
     free = [c for c in present if c not in used_columns(given.values(), present)]
     for prompt, response in PAIRS:
         pair = {"prompt": _first([prompt], free), "response": _first([response], free)}
-        found = {role: name for role, name in pair.items() if role not in given and name is not None}
-        if len(found) == sum(role not in given for role in pair):
-            return found
+        matches = {role: name for role, name in pair.items() if role not in given and name is not None}
+        if len(matches) == sum(role not in given for role in pair):
+            return matches
     return {}
 
 
@@ -245,12 +245,12 @@ def _texts(table: pa.Table, name: str, location: str) -> pa.ChunkedArray:
 
 def _some_values(column: pa.ChunkedArray) -> list[str]:
     """The first values that differ, shortened."""
-    shown: dict[str, None] = {}
+    values: dict[str, None] = {}
     for value in column.slice(0, SEARCHED_ROWS):
-        shown[_shortened(value)] = None
-        if len(shown) == SHOWN_VALUES:
+        values[_shortened(value)] = None
+        if len(values) == SHOWN_VALUES:
             break
-    return list(shown)
+    return list(values)
 
 
 def _shortened(value: pa.Scalar) -> str:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cads.errors import ConfigError
-from cads.tasks.language.models import LanguageModels, embedding_rows, load_tokenizer
+from cads.tasks.language.loading import load_tokenizer
+from cads.tasks.language.models import LanguageModels, embedding_rows
 from cads.tasks.language.settings import LanguageSettings
-from cads.tasks.language.splits import Split, divide, encode_pools
+from cads.tasks.language.splits import Split, encode_pools, split_rows
 from cads.tasks.language.task import LanguageTask
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class LanguageConfig(LanguageSettings):
     def split(self) -> Split:
         """The rows of pool, target and test set."""
         sizes = (self.n_pool, self.n_target, self.n_test)
-        return divide(self.pool, self.target, self.test, sizes, self.data_seed)
+        return split_rows(self.pool, self.target, self.test, sizes, self.data_seed)
 
     def selector(self) -> LanguageConfig:
         """The same settings for the selector's model; see `SelectorConfig`."""

@@ -107,10 +107,10 @@ def read_conversation(
     """
     conversation = read_messages(value, "messages", identity, known)
     messages, learned = conversation.messages, conversation.learned
-    text = "" if system is None else as_text(system, "system", identity)
+    text = "" if system is None else content_text(system, "system", identity)
     if not is_blank(text) and messages[0]["role"] not in FIRST_ROLES:
         messages, learned = [{"role": "system", "content": text}, *messages], [False, *learned]
-    check_order([message["role"] for message in messages], identity)
+    check_roles([message["role"] for message in messages], identity)
     answers = [message for message in messages if message["role"] == "assistant"]
     if not any(learned):
         detail = " whose weight is not 0" if answers else ""
@@ -153,7 +153,7 @@ def read_history(value: Any, identity: str, known: frozenset[str]) -> list[Messa
             turns.append(_message(entry, identity, known))
         elif isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) == len(("question", "answer")):
             for role, text in zip(("user", "assistant"), entry, strict=True):
-                turns.append({"role": role, "content": as_text(text, "history", identity)})
+                turns.append({"role": role, "content": content_text(text, "history", identity)})
         else:
             raise UnusableError(identity, f"{entry!r:.60} in history: give pairs of question and answer, or messages")
     return turns
@@ -176,7 +176,7 @@ def read_tools(value: Any, identity: str) -> list[Any] | None:
     return tools or None
 
 
-def check_order(roles: Sequence[str], identity: str) -> None:
+def check_roles(roles: Sequence[str], identity: str) -> None:
     """Refuse conversations in which user and assistant do not alternate; tools reply between two answers.
 
     Raises:
@@ -224,7 +224,7 @@ def _is_message(entry: Any) -> bool:
     return isinstance(content, str | list) or (content is None and bool(entry.get("tool_calls")))
 
 
-def as_text(value: Any, name: str, identity: str) -> str:
+def content_text(value: Any, name: str, identity: str) -> str:
     """Text as it is, and whole numbers by their digits.
 
     Raises:
@@ -292,7 +292,7 @@ def _content(value: Any, role: str, identity: str, may_be_absent: bool) -> str:
         return ""
     parts = [value] if isinstance(value, Mapping) and "type" in value else value
     if not isinstance(parts, list):
-        return as_text(value, f"content of {role}", identity)
+        return content_text(value, f"content of {role}", identity)
     texts = []
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
@@ -301,7 +301,9 @@ def _content(value: Any, role: str, identity: str, may_be_absent: bool) -> str:
                 identity,
                 f"a part of type {kind!r} in the content of {role}: cads reads text, no images, sound or files",
             )
-        texts.append(as_text(part.get("text") if isinstance(part, Mapping) else part, f"content of {role}", identity))
+        texts.append(
+            content_text(part.get("text") if isinstance(part, Mapping) else part, f"content of {role}", identity)
+        )
     return "".join(texts)
 
 

@@ -27,7 +27,7 @@ def first_of_each(order: np.ndarray, codes: np.ndarray, count: int) -> np.ndarra
     return np.concatenate([order[firsts], np.delete(order, firsts)[: count - len(firsts)]])
 
 
-def say_lost(before: set[str], after: set[str], where: str) -> None:
+def say_lost(before: set[str], after: set[str], split: str) -> None:
     """Warn of the sources of which no row is left."""
     lost = sorted(before - after)
     if lost:
@@ -36,6 +36,6 @@ def say_lost(before: set[str], after: set[str], where: str) -> None:
             "or give these sources more",
             len(lost),
             len(before),
-            where,
+            split,
             lost[:NAMED],
         )

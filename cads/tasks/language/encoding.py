@@ -31,7 +31,7 @@ NO_SEQUENCES = Sequences(
 """What a source adds of which no example can be used."""
 
 
-class Encoded(NamedTuple):
+class EncodedExample(NamedTuple):
     """One example as tokens.
 
     Attributes:
@@ -145,9 +145,9 @@ class TokenEncoder:
             encoded = self._tokenize(examples, chat=chat)
             cut.append(np.array([len(e.tokens) > self.max_length for e in encoded]))
             answered.append(np.array([e.first < min(len(e.tokens), self.max_length) for e in encoded]))
-            kept = np.flatnonzero(answered[-1]).tolist()
-            if kept:
-                shard = _shard([encoded[k] for k in kept], [examples[k].prompt for k in kept], self.max_length)
+            usable = np.flatnonzero(answered[-1]).tolist()
+            if usable:
+                shard = _shard([encoded[k] for k in usable], [examples[k].prompt for k in usable], self.max_length)
                 shares.add(shard)
                 sink.add(shard)
         if shares.example is None:
@@ -226,7 +226,7 @@ class TokenEncoder:
             raise error
         raise DataError(f"{error}; repair or remove it, or set drop: true to leave out what cannot be used") from error
 
-    def _tokenize(self, examples: list[Example], *, chat: bool) -> list[Encoded]:
+    def _tokenize(self, examples: list[Example], *, chat: bool) -> list[EncodedExample]:
         """Token ids and loss mask of each example, uncut.
 
         A token that holds any character of an answer counts in the loss, also if it begins before the answer or ends
@@ -256,7 +256,7 @@ class TokenEncoder:
                 else:
                     # Some tokenizers write the end token themselves.
                     mask[-1] = learned
-            encoded.append(Encoded(tokens, mask, first))
+            encoded.append(EncodedExample(tokens, mask, first))
         return encoded
 
 
@@ -312,7 +312,7 @@ class _Shares:
         )
 
 
-def _shard(encoded: list[Encoded], prompts: list[str], max_length: int) -> Sequences:
+def _shard(encoded: list[EncodedExample], prompts: list[str], max_length: int) -> Sequences:
     cut = [(e.tokens[:max_length], e.mask[:max_length]) for e in encoded]
     return Sequences(
         ids=np.concatenate([tokens for tokens, _ in cut]),

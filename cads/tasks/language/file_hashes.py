@@ -72,10 +72,10 @@ def origin_of(location: str, table: pa.Table, stamp: Stamp | None, id_column: st
 def stamp_of(path: Path) -> Stamp | None:
     """What changes with a file; None if there is none, such as for a folder."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return (found.st_size, found.st_mtime_ns) if path.is_file() else None
+    return (status.st_size, status.st_mtime_ns) if path.is_file() else None
 
 
 def table_digest(table: pa.Table) -> str:

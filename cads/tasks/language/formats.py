@@ -15,7 +15,7 @@ from cads.tasks.language.conversations import (
     Message,
     UnansweredError,
     UnusableError,
-    as_text,
+    content_text,
     is_blank,
     messages_in,
     read_conversation,
@@ -79,9 +79,9 @@ class Findings:
             self._written.add(key)
             return
         self._rows[key] += 1
-        shown, values = f"{value!r:.60}", self._values.setdefault(key, [])
-        if len(values) < SHOWN and shown not in values:
-            values.append(shown)
+        text, values = f"{value!r:.60}", self._values.setdefault(key, [])
+        if len(values) < SHOWN and text not in values:
+            values.append(text)
 
     def remark(self, text: str, example: Any) -> None:
         """Something is true of a row, of which `example` is shown."""
@@ -143,7 +143,7 @@ class Renderer:
         return chosen == "messages" or (chosen == "prompt" and self.chat)
 
     def _plain(self, row: Mapping[str, Any], identity: str, findings: Findings) -> Example:
-        text = as_text(row["text"], "text", identity)
+        text = content_text(row["text"], "text", identity)
         if is_blank(text):
             raise UnansweredError(identity, "no", ", as its text is empty")
         return Example(text, text, ((0, len(text)),))
@@ -151,7 +151,7 @@ class Renderer:
     def _pair(self, row: Mapping[str, Any], identity: str, findings: Findings) -> Example:
         if messages_in(row["prompt"]) or messages_in(row["response"]):
             return self._continued(row, identity, findings)
-        prompt = as_text(row["prompt"], "prompt", identity)
+        prompt = content_text(row["prompt"], "prompt", identity)
         context = _optional(row, "context", identity)
         if context:
             prompt = f"{prompt}\n\n{context}"
@@ -203,7 +203,7 @@ class Renderer:
             )
         parts = []
         for name, role in (("prompt", "user"), ("response", "assistant")):
-            given = messages_in(row[name]) or [{"role": role, "content": as_text(row[name], name, identity)}]
+            given = messages_in(row[name]) or [{"role": role, "content": content_text(row[name], name, identity)}]
             parts.append(read_messages(given, name, identity, self._named_roles))
         messages = [{**m, "weight": 0} for m in parts[0].messages]
         messages += [{**m, "weight": int(w)} for m, w in zip(parts[1].messages, parts[1].learned, strict=True)]
@@ -359,7 +359,7 @@ def _common_start(one: str, other: str) -> int:
 def _optional(row: Mapping[str, Any], role: str, identity: str) -> str:
     """The text of a column that a row may lack."""
     value = row.get(role)
-    return "" if value is None or value == "" else as_text(value, role, identity)
+    return "" if value is None or value == "" else content_text(value, role, identity)
 
 
 def _response(value: Any, identity: str, findings: Findings) -> str:
@@ -370,10 +370,10 @@ def _response(value: Any, identity: str, findings: Findings) -> str:
     """
     several = value.get("text") if isinstance(value, Mapping) else value
     if not isinstance(several, list):
-        return as_text(value, "response", identity)
+        return content_text(value, "response", identity)
     if not several:
         raise UnansweredError(identity, "no")
-    texts = [as_text(text, "response", identity) for text in several]
+    texts = [content_text(text, "response", identity) for text in several]
     if len(set(texts)) > 1:
         findings.remark("the first of several responses is learned, the others are not used", texts)
     return texts[0]

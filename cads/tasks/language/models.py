@@ -7,13 +7,9 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 import re
-import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +23,8 @@ from torch import Tensor, nn
 
 from cads.accounting.hollow import computed_tensors
 from cads.errors import CheckpointError, ConfigError
-from cads.runtime.atomic_files import sync
+from cads.runtime.atomic_files import files_into
+from cads.tasks.language.loading import loading
 from cads.tasks.language.output_head import restrict_head
 from cads.tasks.language.tied_weights import embeddings_tied, tie_equal, untie
 
@@ -42,6 +39,8 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 """The files of an adapter in PEFT's format."""
 ADAPTER_FILES, MODEL_FILES = ("adapter_*",), ("model*.safetensors", "model.safetensors.index.json")
 """Files that tell an adapter or a whole model from the other: a folder with both would be loaded as neither."""
+WRITTEN = "model"
+"""Name of what is written, from which a run knows what a killed process has left of it, and removes that."""
 MERGE_TOLERANCE = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 5e-2}
 """Largest mean difference between the losses under a merged model and under the trained one, by the type of the
 weights: nats, or share of the loss where that is above 1 nat. It leaves room for rounding of merged weights."""
@@ -51,51 +50,6 @@ MERGE_ERRORS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, N
 """What PEFT raises where adapters cannot be merged."""
 BASE_SEED = 0
 """Seed of a frozen base with random weights; all adapters share this base."""
-
-
-def load_tokenizer(
-    name: str,
-    *,
-    trust_remote_code: bool,
-    pad_token: str | None = None,
-    spare_pad: str | None = None,
-    field: str = "pad_token",
-) -> Any:
-    """A tokenizer with character offsets, to find the answers, and a pad token.
-
-    Args:
-        pad_token: None: the tokenizer's own, or else `spare_pad`, if it is one of its tokens.
-        field: name of the setting of `pad_token`, for messages.
-
-    Raises:
-        ConfigError: if it cannot be loaded, gives no offsets, or has no token to pad with.
-    """
-    from transformers import AutoTokenizer
-
-    with _loading("tokenizer", name):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"the tokenizer {name!r} is a slow one, which cannot say where its tokens stand: use a fast one"
-        )
-    if pad_token is not None and not _has_token(tokenizer, pad_token):
-        raise ConfigError(f"{field} = {pad_token!r} is no token of {name!r}: name one that is, such as its end token")
-    if pad_token is None and tokenizer.pad_token_id is None and spare_pad and _has_token(tokenizer, spare_pad):
-        pad_token = spare_pad
-    if pad_token is not None:
-        tokenizer.pad_token = pad_token
-    if tokenizer.pad_token_id is None:
-        raise ConfigError(
-            f"the tokenizer {name!r} has no pad token: set {field} to one of its tokens, such as "
-            f"{tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)!r}; it is masked, and never learned"
-        )
-    return tokenizer
-
-
-def _has_token(tokenizer: Any, token: str) -> bool:
-    # A string that is no token is converted to the unknown token, which itself is a token.
-    token_id = tokenizer.convert_tokens_to_ids(token)
-    return token_id is not None and (token_id != tokenizer.unk_token_id or token == tokenizer.unk_token)
 
 
 @dataclass
@@ -129,7 +83,7 @@ class LanguageModels:
     def __post_init__(self) -> None:
         from transformers import AutoConfig
 
-        with _loading("model", self.name):
+        with loading("model", self.name):
             self.config = AutoConfig.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
         self.config.use_cache = False
         self._check_adapters()
@@ -201,7 +155,7 @@ class LanguageModels:
                 model = self._from_config(self.attention)
         else:
             options = {} if self.attention is None else {"attn_implementation": self.attention}
-            with _loading("model", self.name):
+            with loading("model", self.name):
                 model = AutoModelForCausalLM.from_pretrained(
                     self.name,
                     config=copy.deepcopy(self.config),
@@ -219,7 +173,8 @@ class LanguageModels:
 
     def save(self, model: nn.Module, folder: Path, tokenizer: Any) -> None:
         """Write a trained model: an adapter in PEFT's format, or a folder for `from_pretrained`; safetensors."""
-        with _written(folder, MODEL_FILES if self.peft is not None else ADAPTER_FILES) as partial:
+        stale = MODEL_FILES if self.peft is not None else ADAPTER_FILES
+        with files_into(folder, WRITTEN, replaced=stale) as partial:
             with warnings.catch_warnings():
                 # PEFT says that it writes the embedding beside adapters that stand on it.
                 warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")
@@ -241,7 +196,7 @@ class LanguageModels:
             CheckpointError: if the adapter cannot be merged, or the losses differ; then nothing is written.
         """
         expected = losses(model)
-        with _written(folder, ADAPTER_FILES) as partial:
+        with files_into(folder, WRITTEN, replaced=ADAPTER_FILES) as partial:
             merged = self._merged(model)
             if embeddings_tied(self.base) and not embeddings_tied(merged):
                 log.info(
@@ -324,13 +279,13 @@ class LanguageModels:
         merged.all_tied_weights_keys = merged.get_expanded_tied_weights_keys(all_submodels=True)
         return merged
 
-    def _check_written(self, found: np.ndarray, expected: np.ndarray) -> None:
-        difference, size = float(np.abs(found - expected).mean()), max(1.0, float(np.abs(expected).mean()))
+    def _check_written(self, losses: np.ndarray, expected: np.ndarray) -> None:
+        difference, size = float(np.abs(losses - expected).mean()), max(1.0, float(np.abs(expected).mean()))
         # NaN is no equality either.
         if not difference <= MERGE_TOLERANCE[self.dtype] * size:
             remedy = "" if self.dtype == "float32" else f"; or dtype = float32: {self.dtype} may round the change away"
             raise CheckpointError(
-                f"the merged model has loss {found.mean():.4g} on {len(found)} test examples, and the trained one "
+                f"the merged model has loss {losses.mean():.4g} on {len(losses)} test examples, and the trained one "
                 f"{expected.mean():.4g} (mean difference {difference:.2g}): it is not written; give merge = false, "
                 f"which writes the adapter of this training{remedy}"
             )
@@ -339,7 +294,7 @@ class LanguageModels:
         from transformers import AutoModelForCausalLM
 
         options = {} if self.attention is None else {"attn_implementation": self.attention}
-        with _loading("model", str(folder)):
+        with loading("model", str(folder)):
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code, **options
             )
@@ -363,7 +318,7 @@ class LanguageModels:
         from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-        with _loading("model", self.name):
+        with loading("model", self.name):
             return AutoModelForCausalLM.from_config(
                 copy.deepcopy(self.config),
                 dtype=getattr(torch, self.dtype),
@@ -457,55 +412,3 @@ def _texts(said: list[warnings.WarningMessage]) -> list[str]:
     kinds = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
     texts = [" ".join(str(w.message).split()) for w in said if not issubclass(w.category, kinds)]
     return [text for text in dict.fromkeys(texts) if not text.startswith(CORRECTED)]
-
-
-@contextmanager
-def _written(folder: Path, others: tuple[str, ...]) -> Iterator[Path]:
-    """Fill a temporary folder within `folder`; if the block ends without an error, its files move into `folder`.
-
-    Args:
-        others: patterns of files of another model, which are removed then.
-
-    Yields:
-        the temporary folder; it is removed if the block fails.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    # A run removes what a killed process leaves under this prefix.
-    partial = Path(tempfile.mkdtemp(prefix=".model.", dir=folder))
-    try:
-        yield partial
-        for path in sorted(partial.iterdir()):
-            if path.is_file():
-                path.chmod(0o644)
-                sync(path)
-        for stale in [path for pattern in others for path in folder.glob(pattern)]:
-            stale.unlink()
-        for path in sorted(partial.iterdir()):
-            if path.is_dir():
-                shutil.rmtree(folder / path.name, ignore_errors=True)
-            os.replace(path, folder / path.name)
-        sync(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _loading(kind: str, name: str) -> Iterator[None]:
-    from transformers.utils import logging as transformers_logging
-
-    # A folder is read in seconds: its progress bar would only interrupt the output of the command.
-    hide_bar = Path(name).is_dir() and transformers_logging.is_progress_bar_enabled()
-    if hide_bar:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
-        if "trust_remote_code" in str(error):
-            raise ConfigError(
-                f"the {kind} {name!r} comes with code of its own, which is not run: set trust_remote_code: true if you "
-                "trust it, or use another model"
-            ) from error
-        raise ConfigError(f"the {kind} {name!r} cannot be loaded: {error}") from error
-    finally:
-        if hide_bar:
-            transformers_logging.enable_progress_bar()

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cads.data.ids import distinct, id_order, numbered
+from cads.data.ids import all_distinct, id_order, numbered
 from cads.data.origin import FileOrigin
 from cads.errors import ConfigError, DataError
 from cads.tasks.language.columns import (
@@ -27,7 +27,7 @@ from cads.tasks.language.columns import (
 )
 from cads.tasks.language.draws import first_of_each, say_lost
 from cads.tasks.language.file_hashes import origin_of, stamp_of
-from cads.tasks.language.tables import as_text, guess_of, read_file, read_hub, read_saved, stem_of
+from cads.tasks.language.tables import guess_of, read_file, read_hub, read_saved, stem_of, text_column
 
 log = logging.getLogger(__name__)
 
@@ -283,16 +283,16 @@ def _labels(source: TextSource, table: pa.Table, columns: dict[str, str], *, giv
 
 def repeated_ids(ids: pa.Array | pa.ChunkedArray) -> list[str]:
     """The ids that are there more than once, in order of appearance."""
-    if distinct(ids):
+    if all_distinct(ids):
         return []
     counts = pc.value_counts(ids)
-    found: list[str] = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
-    return found
+    repeated: list[str] = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
+    return repeated
 
 
 def _text(table: pa.Table, column: str, source: TextSource) -> pa.ChunkedArray:
     try:
-        return as_text(table[column])
+        return text_column(table[column])
     except pa.ArrowException as error:
         raise DataError(
             f"column {column!r} of {source.location} is {table[column].type}, which is no text ({error}): write it as "

@@ -19,7 +19,7 @@ def names_and_prefixes(sources: Sequence[TextSource]) -> list[tuple[str, str]]:
     Names that come from files and would be equal are lengthened by the folders of the files, or by their suffixes where
     these alone differ. This is said once.
     """
-    found = [(source.name, source.name) for source in sources]
+    labels = [(source.name, source.name) for source in sources]
     taken = {source.name for source in sources}
     renamed = []
     for name in sorted(taken):
@@ -28,14 +28,14 @@ def names_and_prefixes(sources: Sequence[TextSource]) -> list[tuple[str, str]]:
         given = [i for i in members if i not in derived]
         if _places(sources, given) > 1:
             for i, label in _labels(sources, given, set(), 0).items():
-                found[i] = name, f"{name}/{label}"
+                labels[i] = name, f"{name}/{label}"
         if derived and _places(sources, members) > 1:
             for i, label in _labels(sources, derived, taken, 1).items():
-                found[i] = label, label
+                labels[i] = label, label
                 renamed.append(f"{label!r} ({sources[i].location})")
     if renamed:
         log.warning("files of equal names are called %s; `name` gives them others", ", ".join(renamed))
-    return found
+    return labels
 
 
 def _places(sources: Sequence[TextSource], members: Sequence[int]) -> int:
@@ -52,8 +52,8 @@ def _place(source: TextSource) -> tuple[str, ...]:
 def _candidates(source: TextSource, depth: int) -> list[str]:
     """Names from short to long: of a file, with 0 to depth - 1 of its folders, at first without its suffix."""
     if source.path is None:
-        whole = [str(source.dataset), source.config or "default", source.split]
-        return [source.derived_name, *("/".join(whole[:n]) for n in (1, 2, 3))]
+        parts = [str(source.dataset), source.config or "default", source.split]
+        return [source.derived_name, *("/".join(parts[:n]) for n in (1, 2, 3))]
     path = Path(os.path.abspath(source.path))
     folders = path.parent.parts[1:]
     within = [folders[max(0, len(folders) - n) :] for n in range(depth)]

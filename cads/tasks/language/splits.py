@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cads.data.ids import id_order
-from cads.data.origin import joined
+from cads.data.origin import join_origins
 from cads.data.pool import Pool
 from cads.errors import DataError
 from cads.tasks.language.draws import first_of_each, say_lost
@@ -53,7 +53,7 @@ class Split:
         return replace(self, pool=_among(self.pool, pool.ids), target=_among(self.target, target.ids))
 
 
-def divide(
+def split_rows(
     pool: Sequence[TextSource],
     target: Sequence[TextSource],
     test: Sequence[TextSource],
@@ -169,7 +169,7 @@ def _pool(
     ids = pa.concat_arrays([rows.ids for rows in encoded])
     tokens = encoder.tokens(sequences, _subtasks(encoded, name))
     say_lost(labels_of(parts), labels_of(encoded), f"encoded {name}")
-    origin = joined([(rows.origin, rows.file_rows) for rows in encoded])
+    origin = join_origins([(rows.origin, rows.file_rows) for rows in encoded])
     if not with_sources or not (named or encoded[0].sources is not None):
         return Pool(ids, tokens, name=name, origin=origin), counts
     # An entry with a source column has several sources; any other entry is one source.
@@ -238,10 +238,10 @@ def _check_ids(parts: Parts, places: Sequence[str]) -> None:
 def _draw_out(parts: Parts, count: int, seed: int, name: str) -> tuple[Parts, Parts]:
     """`count` rows drawn from all parts together, and the rest, in which each source keeps a row if it can."""
     order, codes = _order(parts, count, seed, name)
-    kept = first_of_each(order[::-1], codes, len(order) - count)
+    undrawn = first_of_each(order[::-1], codes, len(order) - count)
     is_drawn = np.ones(len(order), dtype=bool)
-    is_drawn[kept] = False
-    return _where(parts, is_drawn), _where(parts, ~is_drawn)
+    is_drawn[undrawn] = False
+    return _masked(parts, is_drawn), _masked(parts, ~is_drawn)
 
 
 def _reduce(parts: Parts, count: int, seed: int, name: str) -> Parts:
@@ -249,7 +249,7 @@ def _reduce(parts: Parts, count: int, seed: int, name: str) -> Parts:
     order, codes = _order(parts, count, seed, name)
     is_drawn = np.zeros(len(order), dtype=bool)
     is_drawn[first_of_each(order, codes, count)] = True
-    return _where(parts, is_drawn)
+    return _masked(parts, is_drawn)
 
 
 def _order(parts: Parts, count: int, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -267,7 +267,7 @@ def _order(parts: Parts, count: int, seed: int, name: str) -> tuple[np.ndarray, 
     return by_id[np.random.default_rng((SPLIT, seed, purpose)).permutation(available)], source_codes(parts)[0]
 
 
-def _where(parts: Parts, mask: np.ndarray) -> Parts:
+def _masked(parts: Parts, mask: np.ndarray) -> Parts:
     """The rows of all parts for which `mask` holds, without parts that have none."""
     pieces = np.split(mask, np.cumsum([len(rows) for rows in parts])[:-1])
     return [rows.take(np.flatnonzero(piece)) for rows, piece in zip(parts, pieces, strict=True) if piece.any()]

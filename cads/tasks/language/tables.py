@@ -99,7 +99,7 @@ def read_hub(name: str, config: str | None, split: str) -> pa.Table:
     return _in_order(loaded)
 
 
-def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def text_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A column with its numbers, dates and categories as text; text, lists and objects stay as they are.
 
     Raises:
@@ -115,7 +115,7 @@ def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if isinstance(kind, pa.BaseExtensionType):
         return pa.chunked_array([[None if x is None else str(x) for x in column.to_pylist()]], pa.string())
     if pa.types.is_dictionary(kind):
-        return as_text(pc.cast(column, kind.value_type))
+        return text_column(pc.cast(column, kind.value_type))
     return pc.cast(column, pa.large_string() if pa.types.is_large_binary(kind) else pa.string())
 
 

@@ -227,8 +227,8 @@ def _values(text: str) -> Iterator[Any]:
 
 
 def _after_blanks(text: str, position: int) -> int:
-    found = BLANKS.match(text, position)
-    return position if found is None else found.end()
+    blanks = BLANKS.match(text, position)
+    return position if blanks is None else blanks.end()
 
 
 def _whole_rows(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

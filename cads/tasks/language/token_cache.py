@@ -47,7 +47,7 @@ ABANDONED = 3600.0
 LOOK_EVERY = 0.2
 """Seconds between two checks whether the process that writes an entry has finished."""
 
-Encoded = tuple[Sequences, list[EncodingReport]]
+EncodedRows = tuple[Sequences, list[EncodingReport]]
 """Token sequences of several sources, one after another, and the report on the rows of each source."""
 
 
@@ -72,7 +72,7 @@ class TokenCache:
         self._encoder = encoder
         self._encoder_fields = result_fields(encoder)
 
-    def fetch(self, parts: Sequence[Rows]) -> Encoded:
+    def fetch(self, parts: Sequence[Rows]) -> EncodedRows:
         """The tokens of `parts`, memory-mapped; rows are encoded only if there is no entry.
 
         What was cut or left out is logged in both cases.
@@ -105,14 +105,14 @@ class TokenCache:
                     if time.time() - last_write > ABANDONED:
                         shutil.rmtree(path)
 
-    def _read(self, key: str, parts: Sequence[Rows]) -> Encoded:
+    def _read(self, key: str, parts: Sequence[Rows]) -> EncodedRows:
         """The existing entry; logs what was cut or left out. Raises: as `read_entry`."""
         entry = read_entry(self.folder / key, key, [len(rows) for rows in parts])
         for rows, report in zip(parts, entry[1], strict=True):
             self._encoder.say(rows, report)
         return entry
 
-    def _read_or_encode(self, key: str, parts: Sequence[Rows]) -> Encoded:
+    def _read_or_encode(self, key: str, parts: Sequence[Rows]) -> EncodedRows:
         """The entry; encoded and written unless another process has done so meanwhile."""
         try:
             return self._read(key, parts)
@@ -204,7 +204,7 @@ class TokenFiles:
         self._hashes[name].update(data)
 
 
-def read_entry(folder: Path, key: str, sizes: Sequence[int]) -> Encoded:
+def read_entry(folder: Path, key: str, sizes: Sequence[int]) -> EncodedRows:
     """Map an entry into memory after a check of its sizes, hashes and offsets.
 
     Args:

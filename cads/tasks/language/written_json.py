@@ -10,9 +10,9 @@ import pyarrow as pa
 
 ROWS_IN_BLOCK = 1000
 """Rows that are Python objects at a time while columns are made of them."""
-MOST_NESTED = 200
+MAX_NESTED = 200
 """Lists and objects within each other that a value may have: all that reads it recurses, and Python allows 1000."""
-TOO_DEEP = f"is nested more than {MOST_NESTED} deep: flatten it, or write it as text"
+TOO_DEEP = f"is nested more than {MAX_NESTED} deep: flatten it, or write it as text"
 
 
 class JsonScalar(pa.ExtensionScalar):
@@ -61,12 +61,12 @@ def _constant(name: str) -> float | None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"an object has the keys {repeated} more than once: keep one of each")
-    return found
+    return members
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=WrittenFloat, parse_constant=_constant, strict=False)
@@ -94,8 +94,8 @@ def table_of(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     if block:
         blocks.append(_block(block, sum(sizes)))
         sizes.append(len(block))
-    names = list(dict.fromkeys(name for found in blocks for name in found))
-    return pa.table({name: _joined([found.get(name) for found in blocks], sizes) for name in names})
+    names = list(dict.fromkeys(name for columns in blocks for name in columns))
+    return pa.table({name: _joined([columns.get(name) for columns in blocks], sizes) for name in names})
 
 
 def as_rows(table: pa.Table) -> list[dict[str, Any]]:
@@ -176,14 +176,14 @@ def _joined(chunks: list[pa.Array | None], sizes: list[int]) -> pa.ChunkedArray:
     """The blocks of one column. Blocks of plain values become JSON if another one holds lists or objects."""
     nested = any(isinstance(chunk, pa.ExtensionArray) for chunk in chunks)
     kind = JsonType() if nested else pa.string()
-    found = []
+    columns = []
     for chunk, size in zip(chunks, sizes, strict=True):
         plain = pa.nulls(size, pa.string()) if chunk is None else chunk
         if nested and not isinstance(plain, pa.ExtensionArray):
             storage = pa.array([_encoded(text) for text in plain.to_pylist()], pa.string())
             plain = pa.ExtensionArray.from_storage(kind, storage)
-        found.append(plain)
-    return pa.chunked_array(found, kind)
+        columns.append(plain)
+    return pa.chunked_array(columns, kind)
 
 
 def _written(value: Any) -> str | None:
@@ -203,15 +203,15 @@ def _encoded(value: Any) -> str | None:
 
 
 def _is_deep(value: Any, text: str) -> bool:
-    """Whether a value, of which `text` is the JSON, is nested more than `MOST_NESTED` deep."""
-    if text.count("[") + text.count("{") <= MOST_NESTED:
+    """Whether a value, of which `text` is the JSON, is nested more than `MAX_NESTED` deep."""
+    if text.count("[") + text.count("{") <= MAX_NESTED:
         return False
     level, depth = [value], 0
-    while level and depth <= MOST_NESTED:
+    while level and depth <= MAX_NESTED:
         nested = [x for x in level if isinstance(x, dict | list)]
         level = [inner for x in nested for inner in (x.values() if isinstance(x, dict) else x)]
         depth += bool(nested)
-    return depth > MOST_NESTED
+    return depth > MAX_NESTED
 
 
 def _is_unicode(text: str) -> bool:

@@ -201,8 +201,8 @@ def load_arrays(
         test = root / "test"
     if target is None and split:
         tested = None if test is None else os.path.realpath(test)
-        beside = (root / name for name in TARGET if (root / name).is_dir())
-        target = next((folder for folder in beside if os.path.realpath(folder) != tested), None)
+        siblings = (root / name for name in TARGET if (root / name).is_dir())
+        target = next((folder for folder in siblings if os.path.realpath(folder) != tested), None)
     data = ImageData(
         train,
         None if test is None else _held_out_arrays(Path(test), size, train, n_classes),
@@ -329,11 +329,11 @@ def load_hub(
     codes, classes = _codes(splits["train"], label_column, "label_column")
     left_out, columns = LeftOut(drop), (image_column, label_column)
     payload = _hub_payload(splits["train"], image_column, codes, size)
-    train, train_ids, kept = _readable(payload, "train", left_out)
+    train, train_ids, readable = _readable(payload, "train", left_out)
     data = ImageData(train, None, classes, train_ids=train_ids)
     if source_column is not None:
         sources, names = _codes(splits["train"], source_column, "source_column")
-        data = replace(data, sources=sources if kept is None else sources[kept], source_names=names)
+        data = replace(data, sources=sources if readable is None else sources[readable], source_names=names)
     if target is not None:
         images, ids, _ = _readable(_held_out(splits[target], columns, data, size), "target", left_out)
         data = replace(data, target=images, target_ids=ids)
@@ -357,11 +357,11 @@ def _readable(images: Images, name: str, left_out: LeftOut) -> tuple[Images, pa.
     if not left_out.drop:
         return images, None, None
     images, errors = images.read()
-    ids, kept = numbered(name, len(images)), np.delete(np.arange(len(images)), list(errors))
+    ids, readable = numbered(name, len(images)), np.delete(np.arange(len(images)), list(errors))
     left_out.add("images that cannot be read", [ids[i].as_py() for i in errors], first_error(errors))
-    if not len(kept):
+    if not len(readable):
         raise DataError(f"no image of the split {name} can be read{first_error(errors)}: repair the data set")
-    return images.take(kept), ids.take(pa.array(kept)), kept
+    return images.take(readable), ids.take(pa.array(readable)), readable
 
 
 def _hub_payload(

@@ -125,8 +125,8 @@ def name_unused_neighbours(root: Path, given: Sequence[Path]) -> None:
     if here.name.casefold() not in TRAIN:
         return
     used = [os.path.realpath(path) for path in given]
-    beside = [name for name in (*TARGET, *TEST) if (here.parent / name).is_dir()]
-    unused = [name for name in beside if os.path.realpath(here.parent / name) not in used]
+    siblings = [name for name in (*TARGET, *TEST) if (here.parent / name).is_dir()]
+    unused = [name for name in siblings if os.path.realpath(here.parent / name) not in used]
     if unused:
         log.warning("%s beside %s are not used: to use them, name %s as the path", unused, root, here.parent)
 
@@ -149,10 +149,12 @@ def _refuse_lone_splits(root: Path, visible: list[str]) -> None:
 
 
 def _only(root: Path, names: list[str], of_split: tuple[str, ...]) -> str | None:
-    found = [name for name in names if name.casefold() in of_split]
-    if len(found) > 1 and all(_has_folders(root / name) for name in found):
-        raise DataError(f"{root} holds {found}, which are one split: keep one, or name the paths (--task.target_path)")
-    return next((name for name in found if _has_folders(root / name)), found[0] if found else None)
+    matches = [name for name in names if name.casefold() in of_split]
+    if len(matches) > 1 and all(_has_folders(root / name) for name in matches):
+        raise DataError(
+            f"{root} holds {matches}, which are one split: keep one, or name the paths (--task.target_path)"
+        )
+    return next((name for name in matches if _has_folders(root / name)), matches[0] if matches else None)
 
 
 def _has_folders(folder: Path) -> bool:
@@ -227,8 +229,8 @@ def _depth(root: Path, images: list[tuple[str, ...]], drop: bool) -> int:
     numbers = Counter(map(len, images))
     usable = [(number, depth) for depth, number in numbers.items() if depth in LEVELS]
     if usable and (len(numbers) == 1 or drop):
-        most, depth = max(usable)
-        if [number for number, _ in usable].count(most) == 1:
+        n_images, depth = max(usable)
+        if [number for number, _ in usable].count(n_images) == 1:
             return depth
     first = {len(parts): os.path.join(*parts) for parts in reversed(images)}
     levels = ", ".join(f"{numbers[depth]} such as {first[depth]}" for depth in sorted(numbers))

@@ -84,7 +84,7 @@ class _Files:
     def class_names(self) -> list[str]:
         return [parts[-2] for parts in self.files]
 
-    def only(self, keep: np.ndarray) -> _Files:
+    def subset(self, keep: np.ndarray) -> _Files:
         """The files at the positions `keep`."""
         return replace(self, files=[self.files[i] for i in keep], ids=[self.ids[i] for i in keep])
 
@@ -93,7 +93,7 @@ class _Files:
         is_text = np.array([_is_text(name) for name in self.ids], dtype=bool)
         wrong = [ascii(self.ids[i]) for i in np.flatnonzero(~is_text)]
         left_out.add("images whose names are not UTF-8", wrong)
-        return self.only(np.flatnonzero(is_text))
+        return self.subset(np.flatnonzero(is_text))
 
     def images(self, classes: Sequence[str], size: int | None, shape: tuple[int, int, int] | None) -> ImageFiles:
         codes = {name: code for code, name in enumerate(classes)}
@@ -107,7 +107,7 @@ class _Files:
         images, errors = images.read()
         left_out.add("images that cannot be read", [self.ids[i] for i in errors], first_error(errors))
         keep = np.delete(np.arange(len(self.ids)), list(errors))
-        return self.only(keep), images.take(keep)
+        return self.subset(keep), images.take(keep)
 
 
 def _is_text(name: str) -> bool:
@@ -133,8 +133,8 @@ def _training_images(train: _Files, size: int | None, left_out: LeftOut) -> tupl
     present = sorted(set(train.class_names))
     left_out.add(f"classes without readable images in {root}", sorted(set(classes) - set(present)))
     if train.tree.depth == 3:
-        sources, left = ({parts[0] for parts in files.files} for files in (everything, train))
-        left_out.add(f"sources without readable images in {root}", sorted(sources - left))
+        sources, remaining = ({parts[0] for parts in files.files} for files in (everything, train))
+        left_out.add(f"sources without readable images in {root}", sorted(sources - remaining))
     codes = {name: code for code, name in enumerate(present)}
     return train, payload.relabel(torch.tensor([codes[name] for name in train.class_names]))
 
@@ -150,16 +150,16 @@ def _held_out_images(
     strangers = sorted(strange)
     known = np.array([c not in strange for c in files.class_names], dtype=bool)
     if strangers and not left_out.drop:
-        named = files.only(np.flatnonzero(~known))
+        named = files.subset(np.flatnonzero(~known))
         verb = f"class {strangers[0]!r} is" if len(strangers) == 1 else f"classes {strangers} are"
         raise DataError(
             f"{len(named.ids)} images of the {name}, such as {named.ids[0]}: the {verb} not among the training images: "
             "give training images of them, remove these, or set drop: true to leave them out"
         )
     left_out.add(
-        f"images of the {name} in classes that the training images lack", files.only(np.flatnonzero(~known)).ids
+        f"images of the {name} in classes that the training images lack", files.subset(np.flatnonzero(~known)).ids
     )
-    files = files.only(np.flatnonzero(known))
+    files = files.subset(np.flatnonzero(known))
     if files.files:
         files, images = files.readable(files.images(classes, None, shape), left_out)
     if not files.files:
@@ -170,17 +170,17 @@ def _held_out_images(
     return pa.array(files.ids, pa.string()), images
 
 
-def _given(path: str | Path | None, found: Path | None, name: str, others: dict[str, Path]) -> Path | None:
+def _given(path: str | Path | None, default: Path | None, name: str, others: dict[str, Path]) -> Path | None:
     """The folder of the target or the test set, which must not hold or be that of another split."""
-    folder = found if path is None else Path(path)
-    if path is not None and found is not None and not os.path.samefile(found, _existing(Path(path), name)):
-        log.warning("%s is not used: the %s is %s", found, name, path)
+    folder = default if path is None else Path(path)
+    if path is not None and default is not None and not os.path.samefile(default, _existing(Path(path), name)):
+        log.warning("%s is not used: the %s is %s", default, name, path)
     if folder is None:
         return None
     here = os.path.realpath(_existing(folder, name))
     for other_name, other in others.items():
-        there = os.path.realpath(other)
-        if Path(here).is_relative_to(there) or Path(there).is_relative_to(here):
+        other_folder = os.path.realpath(other)
+        if Path(here).is_relative_to(other_folder) or Path(other_folder).is_relative_to(here):
             raise DataError(
                 f"the {name} in {folder} and the {other_name} images in {other} share files: give folders of which "
                 "none holds the other"

@@ -48,7 +48,7 @@ class LeftOut:
         self.names.setdefault(reason, []).extend(names)
         self.details.setdefault(reason, detail)
 
-    def report(self, where: str | Path) -> dict[str, Any]:
+    def report(self, location: str | Path) -> dict[str, Any]:
         """Say what was left out, and how much of it.
 
         Returns:
@@ -56,7 +56,7 @@ class LeftOut:
         """
         counts = "; ".join(f"{len(n)} {why}: {some(n)}{self.details[why]}" for why, n in self.names.items())
         if counts:
-            log.warning("%s: left out %s", where, counts)
+            log.warning("%s: left out %s", location, counts)
         return {why: {"number": len(names), "names": names} for why, names in self.names.items()}
 
 

@@ -79,13 +79,13 @@ def read_all(
             read_pieces += threads.map(lambda piece: _read_piece(read, piece, channels), pieces[start : start + step])
     readings = [reading for reading, _ in read_pieces]
     errors = {i * PIECE + at: error for i, (_, failed) in enumerate(read_pieces) for at, error in failed.items()}
-    whole = Reading(
+    joined = Reading(
         pa.concat_arrays([reading.digests for reading in readings]),
         np.concatenate([reading.sums for reading in readings]),
         np.concatenate([reading.sizes for reading in readings]),
         np.concatenate([reading.has_more_frames for reading in readings]),
     )
-    return whole, errors
+    return joined, errors
 
 
 def _read_piece(read: Callable[[int], Decoded], rows: np.ndarray, channels: int) -> tuple[Reading, dict[int, str]]:

@@ -118,8 +118,8 @@ class TestFeaturesOnDisk:
 def test_a_journal_goes_on_where_it_stopped(task, tmp_path, monkeypatch):
     monkeypatch.setattr(baselines.gradients.features, "SHARD_EXAMPLES", 20)
     monkeypatch.setattr("cads.data.token_batches.SCORED_EXAMPLES", 10)
-    whole, account = Ledger(), Ledger()
-    exact = Less().rank(task, seed=0, ledger=whole).scores_of(task.pool)
+    uninterrupted, account = Ledger(), Ledger()
+    exact = Less().rank(task, seed=0, ledger=uninterrupted).scores_of(task.pool)
     each, calls = GradientFeatures._features_of, []
 
     def interrupted(self, *args, **options):
@@ -139,4 +139,4 @@ def test_a_journal_goes_on_where_it_stopped(task, tmp_path, monkeypatch):
         run(Ledger())
     monkeypatch.setattr(task, "training_losses", lambda *_: pytest.fail("warmed up again"))
     np.testing.assert_array_equal(run(account), exact)
-    assert account.to_json(seconds=False) == whole.to_json(seconds=False)
+    assert account.to_json(seconds=False) == uninterrupted.to_json(seconds=False)

@@ -73,10 +73,10 @@ def rank_part(task, positions):
 def test_batches_and_shards_change_nothing(features, monkeypatch):
 
     task = features(n=50, batch_size=8)
-    whole = rank(task).scores_of(task.pool)
+    all_layers = rank(task).scores_of(task.pool)
     monkeypatch.setattr("cads.data.token_batches.SCORED_EXAMPLES", 7)
     monkeypatch.setattr(baselines.gradients.features, "SHARD_EXAMPLES", 10)
-    np.testing.assert_allclose(rank(task).scores_of(task.pool), whole, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(rank(task).scores_of(task.pool), all_layers, rtol=1e-5, atol=1e-7)
 
 
 def test_sentences_of_several_lengths_and_an_embedding(sentences):
@@ -143,9 +143,9 @@ class TestLanguage:
 
     def test_scores_with_adapters_are_those_of_a_plain_loop(self, tmp_path):
         task = self.task(tmp_path, peft=LORA)
-        found = warm_up(task, schedule(task, 0.4, 2), seed=0, ledger=Ledger())
+        result = warm_up(task, schedule(task, 0.4, 2), seed=0, ledger=Ledger())
         model, total = task.model(0).eval(), 0.0
-        for c in found:
+        for c in result:
             c.load_into(model)
             names = list(c.parameters)
             m, v = (
@@ -154,7 +154,7 @@ class TestLanguage:
             pool, target = ([adapters(task, model, p, i) for i in range(len(p))] for p in (task.pool, task.target))
             pool = [direction(g, m, v, c.steps, "corrected") for g in pool]
             t, g = (np.stack([x / np.linalg.norm(x) for x in rows]) for rows in (target, pool))
-            total += c.rate / sum(x.rate for x in found) * (g @ t.T).mean(axis=1)
+            total += c.rate / sum(x.rate for x in result) * (g @ t.T).mean(axis=1)
         scores = rank(task, dimension=None, warmup_share=0.4, checkpoints=2).scores_of(task.pool)
         np.testing.assert_allclose(scores, total, rtol=1e-4, atol=1e-5)
 
@@ -173,19 +173,19 @@ class TestLanguage:
         (tmp_path / "a").mkdir()
         (tmp_path / "b").mkdir()
         alone, packed = (self.task(tmp_path / n, peft=LORA, packing=n == "b") for n in "ab")
-        found = warm_up(alone, schedule(alone, 0.2, 1), seed=0, ledger=Ledger())[0]
+        result = warm_up(alone, schedule(alone, 0.2, 1), seed=0, ledger=Ledger())[0]
         scores = []
         for task in (alone, packed):
             features = GradientFeatures(Less().feature_config(), task, task.model(0), 0, Ledger())
-            features.load(found)
+            features.load(result)
             scores.append(features.similarities(np.full((1, 6), 1 / 6), "one"))
         np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-7)
 
 
 def adapters(task, model, pool, i):
     parameters = [p for p in model.parameters() if p.requires_grad]
-    found = torch.autograd.grad(task.losses(model, pool.batch([i])).sum(), parameters)
-    return torch.cat([g.flatten() for g in found]).double().numpy()
+    result = torch.autograd.grad(task.losses(model, pool.batch([i])).sum(), parameters)
+    return torch.cat([g.flatten() for g in result]).double().numpy()
 
 
 class Tied(nn.Module):
@@ -208,8 +208,8 @@ class TestWhatTheLastLayerCosts:
         executed = count_flops(lambda: gradients.each(batch, lambda *_: None))
         assert gradients.batched
         assert less.feature_config().price(task)(batch) == executed
-        own = task.costs.forward(batch) + 2 * sum(gradients.sizes.values()) * batch.tokens
-        assert (executed > own) == deep
+        example_flops = task.costs.forward(batch) + 2 * sum(gradients.sizes.values()) * batch.tokens
+        assert (executed > example_flops) == deep
         assert task.costs.forward(batch) < executed < task.costs.usage(batch)
         accounted = dict(task.costs.model.named_parameters())
         assert [p.requires_grad for p in accounted.values()] == [p.requires_grad for p in model.parameters()]
@@ -290,10 +290,10 @@ class TestRefused:
         losses = task.losses
 
         def spoilt(model, batch):
-            found = losses(model, batch)
-            bad = (batch.inputs["x"][: len(found)] == torch.from_numpy(pool.examples.rows[17])).all(dim=1)
-            scale = torch.ones(len(found)).masked_fill(bad & (not model.training), math.nan)
-            return found * scale
+            result = losses(model, batch)
+            bad = (batch.inputs["x"][: len(result)] == torch.from_numpy(pool.examples.rows[17])).all(dim=1)
+            scale = torch.ones(len(result)).masked_fill(bad & (not model.training), math.nan)
+            return result * scale
 
         task.losses = spoilt
         with pytest.raises(DataError, match=f"1 examples of the {part}, such as \\['{part}-17'\\], are not finite"):

@@ -48,10 +48,10 @@ def reference(task, model, batch):
     rows = []
     for i in range(len(batch)):
         loss = task.losses(model, rows_of(batch, i, i + 1)).sum()
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        result = torch.autograd.grad(loss, parameters, allow_unused=True)
         rows.append(
             torch.cat(
-                [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
+                [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, result, strict=True)]
             )
         )
     return torch.stack(rows)
@@ -59,28 +59,28 @@ def reference(task, model, batch):
 
 def collected(gradients, batch):
     """All that is handed out, shape (B, entries), and how many pieces that took."""
-    found = {name: torch.full((len(batch), size), float("nan")) for name, size in gradients.sizes.items()}
+    result = {name: torch.full((len(batch), size), float("nan")) for name, size in gradients.sizes.items()}
     pieces = 0
 
     def receive(name, start, g):
         nonlocal pieces
         pieces += 1
-        rows = found[name][start : start + len(g)]
+        rows = result[name][start : start + len(g)]
         assert rows.isnan().all(), f"{name} was handed out twice"
         rows.copy_(g)
         g.zero_()  # It is the receiver's to change.
 
     gradients.each(batch, receive)
-    return torch.cat(list(found.values()), dim=1), pieces
+    return torch.cat(list(result.values()), dim=1), pieces
 
 
 def check(task, model, batch, tolerance=1e-4):
     model.eval()
     gradients = PerExample(task, model)
     gradients.check(batch)
-    found, _ = collected(gradients, batch)
+    actual, _ = collected(gradients, batch)
     exact = reference(task, model, batch)
-    error = (found - exact).norm(dim=1) / exact.norm(dim=1)
+    error = (actual - exact).norm(dim=1) / exact.norm(dim=1)
     assert float(error.max()) < tolerance
     return gradients
 
@@ -198,16 +198,16 @@ def test_batch_size_order_and_chunks_change_nothing(name, monkeypatch):
     build, x = BATCHED[name]
     gradients = PerExample(Stub(), seeded(build))
     batch = batch_of(x)
-    whole, _ = collected(gradients, batch)
+    at_once, _ = collected(gradients, batch)
     order = torch.tensor([3, 0, 4, 1, 2])
     shuffled, _ = collected(gradients, Batch({"x": x[order]}, batch.labels[order], order, B, B))
-    torch.testing.assert_close(shuffled, whole[order], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(shuffled, at_once[order], rtol=1e-5, atol=1e-7)
     pieces = torch.cat([collected(gradients, rows_of(batch, i, i + 2))[0] for i in range(0, B, 2)])
-    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(pieces, at_once, rtol=1e-5, atol=1e-7)
     parameters = len(gradients.sizes)
     monkeypatch.setattr(per_example, "CHUNK_VALUES", 1)
     chunked, count = collected(gradients, batch)
-    torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(chunked, at_once, rtol=1e-5, atol=1e-7)
     # A shared parameter is added up for the whole batch before it is handed out.
     assert count == (1 + 2 if name == "tied" else B * parameters)
 
@@ -324,9 +324,9 @@ def test_only_named_parameters_are_handed_out():
     names = last_layer(model)
     assert names == ["2.weight"]
     gradients = PerExample(Stub(), model, names)
-    found, _ = collected(gradients, batch_of(FLOATS))
-    whole = reference(Stub(), model, batch_of(FLOATS))
-    torch.testing.assert_close(found, whole[:, -15:], rtol=1e-5, atol=1e-7)
+    actual, _ = collected(gradients, batch_of(FLOATS))
+    all_gradients = reference(Stub(), model, batch_of(FLOATS))
+    torch.testing.assert_close(actual, all_gradients[:, -15:], rtol=1e-5, atol=1e-7)
     with pytest.raises(ConfigError, match="no trainable parameter"):
         last_layer(nn.ReLU())
 
@@ -335,21 +335,21 @@ def test_the_last_layer_may_share_its_weights_with_the_first():
     model = seeded(Tied)
     names = last_layer(model)
     assert names == ["table.weight"]
-    found, _ = collected(PerExample(Stub(), model, names), batch_of(WORDS))
-    whole = reference(Stub(), model, batch_of(WORDS))
-    torch.testing.assert_close(found, whole[:, : VOCABULARY * 6], rtol=1e-5, atol=1e-7)
+    actual, _ = collected(PerExample(Stub(), model, names), batch_of(WORDS))
+    all_gradients = reference(Stub(), model, batch_of(WORDS))
+    torch.testing.assert_close(actual, all_gradients[:, : VOCABULARY * 6], rtol=1e-5, atol=1e-7)
 
 
 def test_batches_are_cut_where_shared_parameters_would_fill_the_memory(monkeypatch):
     model, batch = seeded(Tied), batch_of(WORDS)
-    whole, pieces = collected(PerExample(Stub(), model), batch)
+    at_once, pieces = collected(PerExample(Stub(), model), batch)
     table = VOCABULARY * 6
     monkeypatch.setattr(per_example, "SHARED_VALUES", 2 * table + 1)
     held = []
     new_zeros = torch.Tensor.new_zeros
     monkeypatch.setattr(torch.Tensor, "new_zeros", lambda x, *shape: held.append(shape) or new_zeros(x, *shape))
     cut, more = collected(PerExample(Stub(), model), batch)
-    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(cut, at_once, rtol=1e-5, atol=1e-7)
     assert (pieces, more) == (3, 9)
     assert max(rows for rows, entries in held if entries == table) == 2
 
@@ -370,6 +370,6 @@ def test_bf16_is_close():
     model = seeded(lambda: with_lora(llama())).eval()
     batch = batch_of(WORDS)
     exact, _ = collected(PerExample(Tokens(), model), batch)
-    found, _ = collected(PerExample(Tokens(), model, precision="bf16"), batch)
-    assert found.dtype == torch.float32
-    assert float(nn.functional.cosine_similarity(exact, found).min()) > 0.999
+    result, _ = collected(PerExample(Tokens(), model, precision="bf16"), batch)
+    assert result.dtype == torch.float32
+    assert float(nn.functional.cosine_similarity(exact, result).min()) > 0.999

@@ -27,8 +27,8 @@ def project(projection, rows):
 
 def matrix(projection):
     """The map as a matrix, (entries, d), from unit vectors."""
-    whole = torch.eye(projection.size)
-    parts = whole.split(list(projection.sizes.values()), dim=1)
+    identity = torch.eye(projection.size)
+    parts = identity.split(list(projection.sizes.values()), dim=1)
     return project(projection, dict(zip(projection.sizes, parts, strict=True)))
 
 
@@ -62,21 +62,21 @@ def test_inner_products_are_unbiased_with_the_variance_of_the_lemma():
             rows = {n: x * (torch.arange(x.shape[1]) < 3) for n, x in rows.items()}
         x, y = torch.cat(list(rows.values()), dim=1).double()
         bound = float((x @ x) * (y @ y) + (x @ y) ** 2) / D
-        found = np.array([float(torch.prod(project(Sketch(SIZES, D, s), rows), dim=0).sum()) for s in range(draws)])
-        assert abs(found.mean() - float(x @ y)) < 5 * np.sqrt(bound / draws), name
+        result = np.array([float(torch.prod(project(Sketch(SIZES, D, s), rows), dim=0).sum()) for s in range(draws)])
+        assert abs(result.mean() - float(x @ y)) < 5 * np.sqrt(bound / draws), name
         # 1.23: five standard deviations of the variance of 1,000 draws.
-        assert found.var() < 1.23 * bound, name
+        assert result.var() < 1.23 * bound, name
 
 
 def test_equal_over_batch_sizes_orders_and_calls():
     rows = vectors(33)
-    whole = project(Sketch(SIZES, D, 5), rows)
+    at_once = project(Sketch(SIZES, D, 5), rows)
     one = Sketch(SIZES, D, 5)
     into = one.empty(33)
     for i in reversed(range(33)):
         for name in reversed(SIZES):
             one.add(name, rows[name][i : i + 1], into[i : i + 1])
-    torch.testing.assert_close(into, whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(into, at_once, rtol=1e-6, atol=1e-6)
 
 
 def test_a_parameter_is_projected_alike_whatever_stands_beside_it():

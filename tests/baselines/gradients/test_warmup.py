@@ -10,7 +10,7 @@ from torch import nn
 
 from baselines.gradients.adam_direction import AdamDirection
 from baselines.gradients.features import GradientFeatures
-from baselines.gradients.warmup import Checkpoint, planned_flops, schedule, warm_up
+from baselines.gradients.warmup import Checkpoint, schedule, warm_up, warmup_flops
 from baselines.less import Less
 from cads.accounting.ledger import SELECT, Ledger
 from cads.errors import BudgetError, CheckpointError
@@ -24,27 +24,29 @@ class TestWarmUp:
         plan = schedule(task, 0.5, 4)
         assert (plan.examples, plan.steps) == (30, 4)
         ledger = Ledger()
-        found = warm_up(task, plan, seed=0, ledger=ledger)
-        assert [c.steps for c in found] == [4, 8, 12, 16]
+        actual = warm_up(task, plan, seed=0, ledger=ledger)
+        assert [c.steps for c in actual] == [4, 8, 12, 16]
         names = set(dict(task.model(0).named_parameters()))
-        for c in found:
+        for c in actual:
             assert set(c.parameters) == set(c.first) == set(c.second) == names
             assert all(c.first[n].shape == c.second[n].shape == p.shape for n, p in c.parameters.items())
         step = 8 * task.costs.per_usage(task.pool, 8)
         assert ledger.total(SELECT).flops == pytest.approx(16 * step)
         expected = [task.recipe.rate((s + 0.5) / 16) for s in range(16)]
-        assert [c.rate for c in found] == pytest.approx(np.reshape(expected, (4, 4)).mean(axis=1), rel=1e-6)
+        assert [c.rate for c in actual] == pytest.approx(np.reshape(expected, (4, 4)).mean(axis=1), rel=1e-6)
 
     def test_the_moments_are_those_of_adam(self, task):
         """The last checkpoint's from the gradients of a loop of one step a time."""
-        found = warm_up(task, replace(schedule(task, 0.2, 1), steps=1), seed=3, ledger=Ledger())[0]
+        result = warm_up(task, replace(schedule(task, 0.2, 1), steps=1), seed=3, ledger=Ledger())[0]
         model = task.model(3)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        for name, p in found.parameters.items():
+        for name, p in result.parameters.items():
             # After one step m = (1 - b1) g and v = (1 - b2) g^2.
-            assert torch.allclose(found.first[name].square() / 0.01, found.second[name] / 0.001, rtol=1e-4, atol=1e-12)
-            moved = found.first[name].abs() > 1e-7
-            assert (torch.sign(before[name] - p)[moved] == torch.sign(found.first[name])[moved]).float().mean() > 0.95
+            assert torch.allclose(
+                result.first[name].square() / 0.01, result.second[name] / 0.001, rtol=1e-4, atol=1e-12
+            )
+            moved = result.first[name].abs() > 1e-7
+            assert (torch.sign(before[name] - p)[moved] == torch.sign(result.first[name])[moved]).float().mean() > 0.95
 
     def test_a_small_pool_still_has_steps(self, features):
         task = features(n=5, batch_size=8, sources=0)
@@ -63,9 +65,9 @@ def checkpoint_of(task, **changes):
 class TestCheckpoint:
     def test_without_moments_it_is_refused(self, task):
         bare = checkpoint_of(task, first={}, second={})
-        found = GradientFeatures(Less().feature_config(), task, task.model(0), 0, Ledger())
+        result = GradientFeatures(Less().feature_config(), task, task.model(0), 0, Ledger())
         with pytest.raises(CheckpointError, match=r"no moments of Adam for 4 of 4 parameters, such as .*0.bias"):
-            found.load(bare)
+            result.load(bare)
         GradientFeatures(Less(recipe="sgd").feature_config(), task, task.model(0), 0, Ledger()).load(bare)
 
     def test_half_of_the_moments_is_refused(self, task):
@@ -98,7 +100,7 @@ def test_the_warm_up_is_planned_in_batches_of_similar_length(texts, share):
     task, ledger = texts(n=400, batch_size=8), Ledger()
     plan = schedule(task, share, 4)
     warm_up(task, plan, seed=0, ledger=ledger)
-    assert planned_flops(task, plan) == pytest.approx(ledger.total().flops, rel=0.15)
+    assert warmup_flops(task, plan) == pytest.approx(ledger.total().flops, rel=0.15)
 
 
 class TestAWarmUpThatIsKilled:
@@ -106,8 +108,8 @@ class TestAWarmUpThatIsKilled:
 
     def work(self, task):
         ledger = Ledger()
-        found = warm_up(task, schedule(task, 0.5, 3), seed=0, ledger=ledger)
-        return [c.content_hash for c in found], [c.rate for c in found], ledger.to_json(seconds=False)
+        result = warm_up(task, schedule(task, 0.5, 3), seed=0, ledger=ledger)
+        return [c.content_hash for c in result], [c.rate for c in result], ledger.to_json(seconds=False)
 
     @pytest.mark.parametrize("every", [1, 3])
     @pytest.mark.parametrize("kills", [(1,), (6, 3), (0, 2, 4)])
@@ -119,9 +121,9 @@ class TestAWarmUpThatIsKilled:
         """Killed after the sixth step: the second process takes the other six, with moments and rates of the whole."""
         plain, calls = task.training_losses, []
         task.training_losses = lambda *given: calls.append(1) or plain(*given)
-        whole = self.work(task)
+        uninterrupted = self.work(task)
         assert len(calls) == 12
-        assert resumed(tmp_path, lambda: self.work(task), kills=(5,)) == whole
+        assert resumed(tmp_path, lambda: self.work(task), kills=(5,)) == uninterrupted
         assert len(calls) == 12 + 6
 
     def test_an_adapter_and_running_means(self, features, tmp_path):
@@ -129,17 +131,17 @@ class TestAWarmUpThatIsKilled:
         task = features(hidden=8, n=60, batch_size=8)
         build = task._build
         task._build = lambda: nn.Sequential(nn.BatchNorm1d(6), build().requires_grad_(False), nn.Linear(3, 3))
-        found = warm_up(task, schedule(task, 0.5, 2), seed=0, ledger=Ledger())
-        assert {n.split(".")[0] for n in found[0].parameters} == {"0", "2"}
-        assert set(found[0].buffers) == {"0.running_mean", "0.running_var", "0.num_batches_tracked"}
-        assert not torch.equal(found[0].buffers["0.running_mean"], found[1].buffers["0.running_mean"])
+        result = warm_up(task, schedule(task, 0.5, 2), seed=0, ledger=Ledger())
+        assert {n.split(".")[0] for n in result[0].parameters} == {"0", "2"}
+        assert set(result[0].buffers) == {"0.running_mean", "0.running_var", "0.num_batches_tracked"}
+        assert not torch.equal(result[0].buffers["0.running_mean"], result[1].buffers["0.running_mean"])
         assert resumed(tmp_path, lambda: self.work(task)) == self.work(task)
 
 
 def test_a_warm_up_that_is_too_dear_is_refused(task):
     plan = schedule(task, 0.5, 3)
-    whole = Ledger()
-    warm_up(task, plan, seed=0, ledger=whole)
-    short = Ledger(limit=0.6 * whole.total().flops)
+    uninterrupted = Ledger()
+    warm_up(task, plan, seed=0, ledger=uninterrupted)
+    short = Ledger(limit=0.6 * uninterrupted.total().flops)
     with pytest.raises(BudgetError, match=r"epoch 2 of 3 ends after 7 of 8 steps.*lower warmup_share or checkpoints"):
         warm_up(task, plan, seed=0, ledger=short)

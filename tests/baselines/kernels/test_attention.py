@@ -30,12 +30,12 @@ def inputs(heads=4, length=7, dtype=torch.float64):
 def test_it_is_torchs_attention(heads, options, dtype, off):
     exact = {n: x.double() if n == "attn_mask" and x.dtype != torch.bool else x for n, x in options.items()}
     expected = scaled_dot_product_attention(*(given := inputs(heads)), **exact)
-    found = attend(*(halved := inputs(heads)), **options, dtype=dtype)
+    actual = attend(*(halved := inputs(heads)), **options, dtype=dtype)
     upstream = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, given, upstream)
-    ours = torch.autograd.grad(found, halved, upstream.to(dtype))
-    assert found.dtype == dtype
-    for a, b in zip([expected, *wanted], [found, *ours], strict=True):
+    ours = torch.autograd.grad(actual, halved, upstream.to(dtype))
+    assert actual.dtype == dtype
+    for a, b in zip([expected, *wanted], [actual, *ours], strict=True):
         assert a.shape == b.shape
         assert float(cosine_similarity(a.detach().flatten(), b.detach().double().flatten(), dim=0)) > 0.9998
         torch.testing.assert_close(b.double(), a, rtol=off, atol=off * float(a.detach().abs().max()))
@@ -46,9 +46,9 @@ def test_what_sees_nothing_is_finite(dtype):
     mask = SEEN.clone()
     mask[0] = False
     given = inputs()
-    found = attend(*given, attn_mask=mask if dtype == torch.bool else torch.where(mask, 0.0, -torch.inf))
-    gradients = torch.autograd.grad(found.float().square().sum(), given)
-    assert all(x.isfinite().all() for x in (found, *gradients))
+    result = attend(*given, attn_mask=mask if dtype == torch.bool else torch.where(mask, 0.0, -torch.inf))
+    gradients = torch.autograd.grad(result.float().square().sum(), given)
+    assert all(x.isfinite().all() for x in (result, *gradients))
 
 
 @pytest.mark.parametrize(

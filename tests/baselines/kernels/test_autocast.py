@@ -61,9 +61,9 @@ def test_losses_are_those_of_autocast_bit_by_bit(task):
     model, batch = adapted(task), task.pool.batch([0, 1, 2])
     passes = Passes(model, "bf16")
     with torch.inference_mode(), passes():
-        found = task.losses(model, batch)
-    assert torch.equal(found, plain(task, model, batch))
-    assert not torch.equal(found, task.losses(model, batch))
+        result = task.losses(model, batch)
+    assert torch.equal(result, plain(task, model, batch))
+    assert not torch.equal(result, task.losses(model, batch))
 
 
 def test_without_it_passes_are_as_they_are(task):
@@ -145,15 +145,15 @@ def test_gradients_after_scores(tmp_path):
 
 def features(task, model, batch, precision):
     gradients = PerExample(task, model, precision=precision)
-    found = torch.zeros(len(batch), sum(gradients.sizes.values()))
+    result = torch.zeros(len(batch), sum(gradients.sizes.values()))
     ends = dict(zip(gradients.sizes, torch.tensor(list(gradients.sizes.values())).cumsum(0).tolist(), strict=True))
 
     def receive(name, start, gradient):
         assert gradient.dtype == torch.float32
-        found[start : start + len(gradient), ends[name] - gradient.shape[1] : ends[name]] = gradient
+        result[start : start + len(gradient), ends[name] - gradient.shape[1] : ends[name]] = gradient
 
     gradients.each(batch, receive)
-    return found
+    return result
 
 
 def test_gradients_are_close(task):

@@ -25,8 +25,8 @@ def losses(hidden, weight, labels):
     return functional.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=-100, reduction="none")
 
 
-def in_place(found):
-    return "_InPlace" in type(found.grad_fn).__name__
+def in_place(actual):
+    return "_InPlace" in type(actual.grad_fn).__name__
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 100.0])
@@ -36,11 +36,11 @@ def test_losses_and_gradients_are_those_of_torch(scale):
     expected = losses(hidden, weight, labels)
     (wanted,) = torch.autograd.grad(expected, hidden, upstream)
     with LogitsInPlace():
-        found = losses(hidden, weight, labels)
-        (ours,) = torch.autograd.grad(found, hidden, upstream)
-    assert in_place(found)
-    assert not found[::7].any()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        actual = losses(hidden, weight, labels)
+        (ours,) = torch.autograd.grad(actual, hidden, upstream)
+    assert in_place(actual)
+    assert not actual[::7].any()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
@@ -50,10 +50,10 @@ def test_logits_in_bfloat16_are_widened_before():
     expected = losses(half, weight.bfloat16(), labels)
     (wanted,) = torch.autograd.grad(expected.sum(), half)
     with LogitsInPlace():
-        found = losses(half, weight.bfloat16(), labels)
-        (ours,) = torch.autograd.grad(found.sum(), half)
-    assert in_place(found)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        actual = losses(half, weight.bfloat16(), labels)
+        (ours,) = torch.autograd.grad(actual.sum(), half)
+    assert in_place(actual)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours, wanted, rtol=2e-2, atol=2e-2)
 
 
@@ -68,9 +68,9 @@ def test_logits_that_are_needed_to_go_back_are_left(change):
 
     (wanted,) = torch.autograd.grad(changed().sum(), hidden)
     with LogitsInPlace():
-        found = changed()
-        (ours,) = torch.autograd.grad(found.sum(), hidden)
-    assert not in_place(found)
+        actual = changed()
+        (ours,) = torch.autograd.grad(actual.sum(), hidden)
+    assert not in_place(actual)
     assert torch.equal(ours, wanted)
 
 
@@ -100,8 +100,8 @@ def test_what_else_cross_entropy_can_do_is_left_to_torch(options):
     hidden, weight, labels = inputs()
     expected = functional.cross_entropy(functional.linear(hidden, weight), labels, **options)
     with LogitsInPlace():
-        found = functional.cross_entropy(functional.linear(hidden, weight), labels, **options)
-    assert torch.equal(found, expected)
+        actual = functional.cross_entropy(functional.linear(hidden, weight), labels, **options)
+    assert torch.equal(actual, expected)
 
 
 def test_small_tables_and_those_without_gradients_are_left():
@@ -111,9 +111,9 @@ def test_small_tables_and_those_without_gradients_are_left():
         assert not in_place(losses(hidden[:few], weight, labels[:few]))
         with torch.no_grad():
             logits = functional.linear(hidden, weight)
-            kept = logits.clone()
+            copy_before = logits.clone()
             functional.cross_entropy(logits, labels, reduction="none")
-    assert torch.equal(logits, kept)
+    assert torch.equal(logits, copy_before)
 
 
 def test_labels_out_of_range_are_refused():

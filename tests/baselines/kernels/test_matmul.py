@@ -31,11 +31,11 @@ def test_products_and_gradients_are_those_of_torch(shape, bias):
     upstream = torch.randn(expected.shape)
     (wanted,) = torch.autograd.grad(expected, x, upstream)
     with FrozenProducts():
-        found = frozen(x)
-    (ours,) = torch.autograd.grad(found, x, upstream)
-    assert is_ours(found)
+        actual = frozen(x)
+    (ours,) = torch.autograd.grad(actual, x, upstream)
+    assert is_ours(actual)
     assert not is_ours(expected)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-4)
 
 
@@ -45,10 +45,10 @@ def test_inputs_and_gradients_that_are_not_contiguous():
     upstream = torch.randn(N, 7).t()
     (wanted,) = torch.autograd.grad(frozen(x.t()), x, upstream)
     with FrozenProducts():
-        found = frozen(x.t())
-    (ours,) = torch.autograd.grad(found, x, upstream)
-    assert is_ours(found)
-    torch.testing.assert_close(found, frozen(x.t()), rtol=1e-5, atol=1e-5)
+        actual = frozen(x.t())
+    (ours,) = torch.autograd.grad(actual, x, upstream)
+    assert is_ours(actual)
+    torch.testing.assert_close(actual, frozen(x.t()), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-4)
 
 

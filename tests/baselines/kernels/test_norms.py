@@ -29,10 +29,10 @@ def test_it_is_the_norm_and_its_gradient(kind):
     expected = norm(x)
     (wanted,) = torch.autograd.grad(expected, x, upstream)
     with short_norms(frozen_norms(nn.ModuleList([norm])), torch.float32):
-        found = norm(x)
-        assert "_RmsNorm" in type(found.grad_fn).__name__
-    (ours,) = torch.autograd.grad(found, x, upstream)
-    assert torch.equal(found, expected)
+        actual = norm(x)
+        assert "_RmsNorm" in type(actual.grad_fn).__name__
+    (ours,) = torch.autograd.grad(actual, x, upstream)
+    assert torch.equal(actual, expected)
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -52,9 +52,9 @@ def test_in_bfloat16_it_is_rounded_once():
     norm = frozen(LlamaRMSNorm)
     x = torch.randn(3, 5, 12).requires_grad_()
     with short_norms([norm], torch.bfloat16):
-        found = norm(x)
-    assert torch.equal(found, norm(x).to(torch.bfloat16))
-    (gradient,) = torch.autograd.grad(found.float().square().sum(), x)
+        actual = norm(x)
+    assert torch.equal(actual, norm(x).to(torch.bfloat16))
+    (gradient,) = torch.autograd.grad(actual.float().square().sum(), x)
     (wanted,) = torch.autograd.grad(norm(x).square().sum(), x)
     assert gradient.dtype == torch.float32
     torch.testing.assert_close(gradient, wanted, rtol=0.05, atol=0.01 * float(wanted.abs().max()))
@@ -140,9 +140,9 @@ def test_inputs_of_another_type_are_left_to_the_norm(dtype):
     norm, x = frozen(LlamaRMSNorm), torch.randn(3, 12, dtype=dtype)
     expected = norm(x)
     with short_norms([norm], torch.float32):
-        found = norm(x)
-    assert found.dtype == expected.dtype
-    assert torch.equal(found, expected)
+        actual = norm(x)
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected)
 
 
 def test_a_second_derivative_is_refused():

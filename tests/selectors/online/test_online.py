@@ -19,7 +19,7 @@ from cads.monitor import Monitor
 from cads.policies.label_odds import LabelOdds
 from cads.registry import build_selector
 from cads.selection import Selection
-from cads.selectors.online.course import Course
+from cads.selectors.online.history import PolicyHistory
 from cads.selectors.online.rider import OnlineRider
 from cads.selectors.online.schedule import FROM_SCRATCH
 from cads.selectors.online.selector import Cads
@@ -240,7 +240,7 @@ def test_a_rider_holds_twelve_bytes_an_example_at_most(features, sources):
         batch_size=8,
         workers=0,
         constants=FROM_SCRATCH,
-        course=Course(Monitor(), task.pool.source_names, np.ones(strata.n_sources), strata.group_shares, 10, 0),
+        history=PolicyHistory(Monitor(), task.pool.source_names, np.ones(strata.n_sources), strata.group_shares, 10, 0),
         seed=0,
     )
     for step in range(100):
@@ -342,8 +342,8 @@ class TestWhatIsSeen:
         events = EventAccumulator(str(tmp_path))
         events.Reload()
         tags = set(events.Tags()["scalars"])
-        wanted = {"target_share", "effective_pool_size", "R", "l*", "gap", "entropy"}
-        assert {f"outer/{name}" for name in wanted} <= tags
+        wanted = {"target_share", "effective_pool_size", "target_model_loss", "loss_within_reach", "gap", "entropy"}
+        assert {tag for tag in tags if tag.startswith("outer/")} == {f"outer/{name}" for name in wanted}
         for s in range(4):
             kinds = ("policy_probability", "signal", "signal_stderr", "wrong_labels")
             assert {f"{kind}/source {s}" for kind in kinds} <= tags
@@ -355,13 +355,13 @@ class TestWhatIsSeen:
         assert len(steps) > 50
 
     def test_one_line_says_what_it_is_doing(self):
-        from cads.selectors.online.course import Point
+        from cads.selectors.online.history import HistoryPoint
 
         recorder = Recorder()
-        course = Course(recorder, ["clean", "noisy", "junk"], np.array([10, 10, 20]), np.ones(1), 10, 0)
+        history = PolicyHistory(recorder, ["clean", "noisy", "junk"], np.array([10, 10, 20]), np.ones(1), 10, 0)
         zeros = np.zeros(3)
-        point = Point(np.array([0.7, 0.28, 0.02]), zeros, zeros, zeros, 0.25, 17.0, 2.0, 1.5)
-        course.step(lambda: point)
+        point = HistoryPoint(np.array([0.7, 0.28, 0.02]), zeros, zeros, zeros, 0.25, 17.0, 2.0, 1.5)
+        history.step(lambda: point)
         assert recorder.texts == ["3 sources, 2 in use: clean 70%, noisy 28%, junk 2%; target 25% of each batch"]
         assert recorder.scalars["outer/gap"] == [(1, 0.5)]
 

@@ -43,9 +43,9 @@ def test_fit_recovers_the_curve_it_is_given(truth: PerformanceCurve) -> None:
 @settings(max_examples=20, deadline=None)
 def test_fit_ignores_the_order_of_the_points(order) -> None:
     scores = np.array([45.2, 45.6, 45.8, 46.3, 46.5, 47.3])
-    kept = fit_performance("a", FRACTIONS, scores, p_bar=47.3, c_full=1.0)
+    fitted = fit_performance("a", FRACTIONS, scores, p_bar=47.3, c_full=1.0)
     moved = fit_performance("a", FRACTIONS[list(order)], scores[list(order)], p_bar=47.3, c_full=1.0)
-    assert moved == kept
+    assert moved == fitted
 
 
 def test_residuals_are_observed_minus_predicted() -> None:
@@ -151,9 +151,9 @@ def test_refits_that_do_not_converge_are_left_out_and_counted(monkeypatch, faili
 
     monkeypatch.setattr(frontier, "least_squares", sometimes)
     record = fits._fit_json(fit)
-    kept = [refit for i, refit in enumerate(usual) if i % failing]
-    assert record["failed_refits"] == len(usual) - len(kept) == math.ceil(fits.N_RESAMPLES / failing)
-    if kept:
-        assert record["intervals"]["lambda"] == bootstrap_intervals(kept)["lam"]
+    fitted = [refit for i, refit in enumerate(usual) if i % failing]
+    assert record["failed_refits"] == len(usual) - len(fitted) == math.ceil(fits.N_RESAMPLES / failing)
+    if fitted:
+        assert record["intervals"]["lambda"] == bootstrap_intervals(fitted)["lam"]
     else:
         assert "intervals" not in record

@@ -35,13 +35,13 @@ from tests.support.performance_curves import curves
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(0, 8)), min_size=1, max_size=25))
 def test_frontier_points_are_non_dominated_and_cover_the_rest(points) -> None:
     costs, scores = zip(*points, strict=True)
-    kept = [points[i] for i in non_dominated(costs, scores)]
-    for cost, score in kept:
+    frontier = [points[i] for i in non_dominated(costs, scores)]
+    for cost, score in frontier:
         assert not any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points)
     for cost, score in points:
-        assert any(c <= cost and s >= score for c, s in kept)
-    assert len(set(kept)) == len(kept)
-    assert [c for c, _ in kept] == sorted(c for c, _ in kept)
+        assert any(c <= cost and s >= score for c, s in frontier)
+    assert len(set(frontier)) == len(frontier)
+    assert [c for c, _ in frontier] == sorted(c for c, _ in frontier)
 
 
 @given(st.floats(0.1, 5), st.floats(10, 60), st.lists(st.integers(1, 90), min_size=2, unique=True))
@@ -94,20 +94,20 @@ def test_crossovers_are_exactly_the_changes_of_sign(data, one_ceiling: bool) -> 
     p_bar = 95.0 if one_ceiling else None
     a, b = data.draw(curves("a", p_bar)), data.draw(curves("b", p_bar))
     low, high = 1e16, 3e18
-    found = crossovers(a, b, low, high)
-    assert found == pytest.approx(crossovers(b, a, low, high))
-    assert len(found) <= (1 if one_ceiling else 2)
+    result = crossovers(a, b, low, high)
+    assert result == pytest.approx(crossovers(b, a, low, high))
+    assert len(result) <= (1 if one_ceiling else 2)
     start = max(low, a.c_select, b.c_select)
     grid = np.geomspace(start, high, 4001)
     difference = a.predict(grid) - b.predict(grid)
     clear = np.abs(difference) > 1e-6
     signs = np.sign(difference[clear])
     seen = np.flatnonzero(np.diff(signs))
-    assert len(found) >= len(seen)
+    assert len(result) >= len(seen)
     for i in seen:
         left, right = grid[clear][i], grid[clear][i + 1]
-        assert any(left <= c <= right for c in found)
-    for c in found:
+        assert any(left <= c <= right for c in result)
+    for c in result:
         assert start < c < high
         assert float(a.predict(c)) == pytest.approx(float(b.predict(c)), abs=1e-8)
 

@@ -20,8 +20,8 @@ def add(folder, key, counts, shares):
 def test_shares_are_those_of_training_and_not_of_the_number_of_examples(tmp_path):
     add(tmp_path, "a", {"right": 50, "wrong": 50}, {"right": 0.61, "wrong": 0.39})
     add(tmp_path, "b", {"right": 50, "wrong": 50}, {"right": 1.0, "wrong": 0.0})
-    found = source_shares(tmp_path, {"mixture": read_runs(tmp_path)})
-    assert found["mixture"] == pytest.approx({"right": 80.5, "wrong": 19.5})
+    result = source_shares(tmp_path, {"mixture": read_runs(tmp_path)})
+    assert result["mixture"] == pytest.approx({"right": 80.5, "wrong": 19.5})
 
 
 def test_runs_of_older_versions_count_the_selected_examples(tmp_path):

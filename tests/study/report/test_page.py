@@ -105,7 +105,7 @@ def made(tmp_path_factory):
     import_points(EXCERPT, folder)
     with pytest.MonkeyPatch.context() as patch:
         # Figures of a kind differ in their numbers alone, and intervals have tests of their own.
-        patch.setattr("cads.study.report.evidence.MOST_BUDGETS", 2)
+        patch.setattr("cads.study.report.evidence.MAX_BUDGETS", 2)
         patch.setattr("cads.study.analysis.fits.N_RESAMPLES", 20)
         return write_report(folder)
 
@@ -116,7 +116,7 @@ def test_many_methods_are_divided_among_panels(made, monkeypatch):
     group = analyse([p for p in points_of(runs) if p.task == "vision/digits"])[0]
     look = method_styles((run["method"], run["selector"]) for run in runs)
     assert len(figures.scores(group, look, "few").figure.axes) == 1
-    monkeypatch.setattr("cads.study.report.figures.MOST_LINES", 4)
+    monkeypatch.setattr("cads.study.report.figures.MAX_LINES", 4)
     for drawing in (
         figures.scores(group, look, "scores"),
         figures.regret(group, regrets(group.points), look, "regret"),
@@ -207,7 +207,7 @@ class TestFiles:
             assert f"<strong>{status}</strong>" in text
 
     def test_another_metric_and_the_same_page_from_the_same_tables(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr("cads.study.report.evidence.MOST_BUDGETS", 1)
+        monkeypatch.setattr("cads.study.report.evidence.MAX_BUDGETS", 1)
         monkeypatch.setattr("cads.study.report.page.SIMULATED_SIZES", (7.5e9,))
         monkeypatch.setattr("cads.study.analysis.fits.N_RESAMPLES", 20)
         for budget in BUDGETS:
@@ -251,7 +251,7 @@ class TestStyle:
 
 
 def test_figures_of_an_earlier_report_are_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr("cads.study.report.evidence.MOST_BUDGETS", 1)
+    monkeypatch.setattr("cads.study.report.evidence.MAX_BUDGETS", 1)
     monkeypatch.setattr("cads.study.report.page.SIMULATED_SIZES", (7.5e9,))
     monkeypatch.setattr("cads.study.analysis.fits.N_RESAMPLES", 20)
     folder = tmp_path / "study"
@@ -283,7 +283,8 @@ def test_overlaps_are_those_of_the_ids(made):
     assert found.matrix[i, j] == found.matrix[j, i] == jaccard(ids["random"], ids["cads-s"])
     assert found.expected[i, j] == pytest.approx(1 / 3), "of halves of the pool"
     assert found.expected[i, found.methods.index("full")] == pytest.approx(1 / 2)
-    drawn = figures.overlap(found.methods, found.matrix, found.expected, "title", "name").figure.axes[0].images[0]
+    drawing = figures.overlap_figure(found.methods, found.matrix, found.expected, "title", "name")
+    drawn = drawing.figure.axes[0].images[0]
     assert drawn.get_array()[max(i, j), min(i, j)] == found.matrix[i, j]
     assert drawn.get_array()[min(i, j), max(i, j)] == found.expected[i, j]
 

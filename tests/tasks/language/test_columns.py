@@ -25,11 +25,11 @@ def written(tmp_path, rows, *, template=None, **options):
     """What is not learned and what is, of each example."""
     tok = tokenizer(template)
     tokens, _ = TokenEncoder(tok, Renderer(tok), 1000).encode(load_rows(source(tmp_path, rows, **options), 0))
-    found = []
+    result = []
     for begin, end in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True):
         ids, mask = tokens.ids[begin:end], tokens.loss_mask[begin:end]
-        found.append((tok.decode(ids[~mask]), tok.decode(ids[mask])))
-    return found
+        result.append((tok.decode(ids[~mask]), tok.decode(ids[mask])))
+    return result
 
 
 SQUAD = {"title": "t", "context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [0]}}
@@ -110,9 +110,9 @@ class TestTemplates:
     def test_ids_and_sources_too(self, tmp_path):
         rows = [{"text": "x", "set": "a", "n": 1, "source": "s"}, {"text": "y", "set": "a", "n": 2, "source": "t"}]
         columns = {"id": "{set}/{n}", "source": "{set}-{source}"}
-        found = load_rows(source(tmp_path, rows, columns=columns), 0)
-        assert found.ids.to_pylist() == ["a/1", "a/2"]
-        assert found.sources.to_pylist() == ["a-s", "a-t"]
+        result = load_rows(source(tmp_path, rows, columns=columns), 0)
+        assert result.ids.to_pylist() == ["a/1", "a/2"]
+        assert result.sources.to_pylist() == ["a-s", "a-t"]
 
     def test_a_brace_is_written_twice(self, tmp_path):
         table = load_rows(source(tmp_path, [{"a": "x"}], columns={"text": "{{{a}}}"}), 0).table

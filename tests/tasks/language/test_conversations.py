@@ -52,11 +52,11 @@ def encoded(tmp_path, rows, template=TEMPLATE, *, drop=False, **options):
 def written(tmp_path, rows, template=TEMPLATE, **options):
     """The whole text of each example, and what is learned of it."""
     tok, tokens, _ = encoded(tmp_path, rows, template, **options)
-    found = []
+    result = []
     for begin, end in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True):
         ids, mask = tokens.ids[begin:end], tokens.loss_mask[begin:end]
-        found.append((tok.decode(ids), tok.decode(ids[mask])))
-    return found
+        result.append((tok.decode(ids), tok.decode(ids[mask])))
+    return result
 
 
 def rendered(path, template):
@@ -280,8 +280,8 @@ class TestUnusable:
         messages, _ = REFUSED[name]
         bad = [{"id": f"bad-{i}", "messages": messages} for i in range(4)]
         good = [{"id": f"good-{i}", "messages": TALK} for i in range(2)]
-        _, tokens, kept = encoded(tmp_path, [good[0], *bad, good[1]], drop=True)
-        assert kept.tolist() == [0, 5]
+        _, tokens, positions = encoded(tmp_path, [good[0], *bad, good[1]], drop=True)
+        assert positions.tolist() == [0, 5]
         assert len(tokens) == 2
         (said,) = warnings_of(caplog)
         assert "4 examples of rows cannot be used, such as ['bad-0', 'bad-1', 'bad-2'] (they have " in said

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from cads.data.origin import UNKNOWN, file_digest, joined, row_hashes
+from cads.data.origin import UNKNOWN, file_digest, join_origins, row_hashes
 from cads.data.row_search import find_rows
 from cads.errors import SelectionError
 from cads.tasks.language import file_hashes
@@ -44,9 +44,9 @@ def test_a_file_is_hashed_when_its_digest_is_asked_for(tmp_path, monkeypatch, ki
     hashed = []
 
     def counting(columns):
-        found = row_hashes(columns)
-        hashed.append(len(found))
-        return found
+        result = row_hashes(columns)
+        hashed.append(len(result))
+        return result
 
     monkeypatch.setattr(file_hashes, "row_hashes", counting)
     origin = load_rows(TextSource(path=str(file_of(tmp_path, kind)), limit=limit), 0).origin
@@ -96,7 +96,7 @@ def test_its_rows_are_found_by_their_ids_only(tmp_path, monkeypatch):
     rows = load_rows(TextSource(path=str(path)), 0)
     changed(path)
     selected = np.arange(len(rows)) < 3
-    origin = joined([(rows.origin, rows.file_rows)])
+    origin = join_origins([(rows.origin, rows.file_rows)])
     with_ids = Dataset.from_dict({"id": rows.ids.to_pylist()[::-1]})
     assert find_rows(with_ids, rows.ids, selected, origin).rows.tolist() == [20, 21, 22]
     with pytest.raises(SelectionError, match="none of the files that the pool was read from"):

@@ -70,8 +70,8 @@ class TestAnswersAreLearnedWhole:
     def test_of_prompts_and_responses(self, tmp_path, family, separator):
         tok = fast(family)
         rows = [{"prompt": p, "response": r} for p, r in PAIRS]
-        tokens, kept = encode(tmp_path, rows, tok, separator=separator)
-        assert kept.tolist() == [0, 1, 2, 3, 4]
+        tokens, positions = encode(tmp_path, rows, tok, separator=separator)
+        assert positions.tolist() == [0, 1, 2, 3, 4]
         assert learned_texts(tok, tokens) == [of_family(r, family) for _, r in PAIRS]
 
     @pytest.mark.parametrize("template", [SPOKEN, SPOKEN_MARKED])
@@ -161,8 +161,8 @@ class TestEmptyTextsAreNoExamples:
     @pytest.mark.parametrize("text", BLANK)
     def test_whatever_the_tokenizer_writes_around_them(self, tmp_path, family, text, caplog):
         rows = [{"id": "empty", "text": text}, {"id": "full", "text": "one two three"}]
-        tokens, kept = encode(tmp_path, rows, fast(family), drop=True)
-        assert kept.tolist() == [1]
+        tokens, positions = encode(tmp_path, rows, fast(family), drop=True)
+        assert positions.tolist() == [1]
         assert len(tokens) == 1
         assert "1 examples of rows have no answer token" in caplog.text
         assert "['empty']: they are left out" in caplog.text

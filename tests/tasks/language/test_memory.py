@@ -39,27 +39,29 @@ class TestPieces:
     @settings(deadline=None, max_examples=40)
     @given(SIZES, st.integers(0, 99), st.integers(1, 9), st.sampled_from([8, 16, 64]))
     def test_they_change_nothing(self, sizes, seed, sequences, tokens):
-        found = random_tokens(sizes, seed)
-        learned = [found.loss_mask[a:b] for a, b in zip(found.offsets[:-1], found.offsets[1:], strict=True)]
+        result = random_tokens(sizes, seed)
+        learned = [result.loss_mask[a:b] for a, b in zip(result.offsets[:-1], result.offsets[1:], strict=True)]
         last = {
-            int(i) for i, m, n in zip(found.ids, found.loss_mask, [*found.loss_mask[1:], False], strict=True) if m > n
+            int(i)
+            for i, m, n in zip(result.ids, result.loss_mask, [*result.loss_mask[1:], False], strict=True)
+            if m > n
         }
         order = np.random.default_rng(seed).integers(0, len(sizes), 7)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tokens_module, "SEQUENCES_AT_ONCE", sequences)
             patch.setattr(tokens_module, "TOKENS_AT_ONCE", tokens)
-            assert found.answers.tolist() == [int(m[1:].sum()) for m in learned]
-            assert found.last_answers == last
-            whole = hashlib.blake2b(np.packbits(found.loss_mask).tobytes(), digest_size=16)
-            assert found.label_digest() == whole.digest()
-            taken = found.take(order)
-            parts = [found.take(np.array([i])) for i in order]
+            assert result.answers.tolist() == [int(m[1:].sum()) for m in learned]
+            assert result.last_answers == last
+            mask_hash = hashlib.blake2b(np.packbits(result.loss_mask).tobytes(), digest_size=16)
+            assert result.label_digest() == mask_hash.digest()
+            taken = result.take(order)
+            parts = [result.take(np.array([i])) for i in order]
         assert taken.ids.tolist() == [i for part in parts for i in part.ids.tolist()]
         assert taken.loss_mask.tolist() == [m for i in order for m in learned[i].tolist()]
         assert taken.texts.to_pylist() == [f"example {i}" for i in order]
-        pairs = np.stack([found._widths(found.lengths()), found._widths(found.answers)], axis=1)
+        pairs = np.stack([result._widths(result.lengths()), result._widths(result.answers)], axis=1)
         _, first, codes = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
-        representatives, same_cost = found.shapes()
+        representatives, same_cost = result.shapes()
         assert representatives.tolist() == first.tolist()
         assert same_cost.tolist() == codes.reshape(-1).tolist()
 
@@ -73,10 +75,10 @@ class TestPieces:
         positions = np.array(sorted(drawn))
         once = rows.take(positions)
         twice = once.take(np.arange(len(positions))[::2])
-        for found, expected in ((rows, np.arange(30)), (once, positions), (twice, positions[::2])):
+        for actual, expected in ((rows, np.arange(30)), (once, positions), (twice, positions[::2])):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(rows_module, "ROWS_AT_ONCE", size)
-                shards = list(found.shards())
+                shards = list(actual.shards())
             assert [len(t) for _, t in shards[:-1]] == [size] * (len(shards) - 1)
             assert [x for ids, _ in shards for x in ids.to_pylist()] == [f"id-{i}" for i in expected]
             assert [x for _, t in shards for x in t["text"].to_pylist()] == [f"row {i}" for i in expected]
@@ -99,10 +101,10 @@ class TestMemory:
             ("found", lambda: cache.fetch([rows])),
         ):
             tracemalloc.start()
-            found = encode()[0]
+            result = encode()[0]
             peaks[name] = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-            total = len(found.ids)
+            total = len(result.ids)
         held = total * 5
         assert total > n * letters
         assert peaks["memory"] > 2 * held

@@ -73,10 +73,10 @@ class TestAnswers:
 
     def test_a_template_that_marks_answers_gives_the_same(self, tmp_path):
         rows = [{"messages": TALK}, *({"messages": c["messages"]} for c in conversations(4))]
-        found, _ = encode(tmp_path, rows)
+        result, _ = encode(tmp_path, rows)
         said, _ = encode(tmp_path, rows, tok=tokenizer(MARKED))
-        assert np.array_equal(found.ids, said.ids)
-        assert np.array_equal(found.loss_mask, said.loss_mask)
+        assert np.array_equal(result.ids, said.ids)
+        assert np.array_equal(result.loss_mask, said.loss_mask)
 
     def test_prompt_and_response_without_a_template(self, tmp_path):
         tok = tokenizer(None)
@@ -120,8 +120,8 @@ class TestLimits:
     def test_what_is_cut_is_counted_and_said(self, tmp_path, caplog):
         rows = [{"prompt": "q" * n, "response": "long answer"} for n in (1, 5, 30)]
         with caplog.at_level(logging.WARNING):
-            tokens, kept = encode(tmp_path, rows, tok=tokenizer(None), longest=16, drop=True)
-        assert kept.tolist() == [0, 1]
+            tokens, positions = encode(tmp_path, rows, tok=tokenizer(None), longest=16, drop=True)
+        assert positions.tolist() == [0, 1]
         assert tokens.lengths().tolist() == [14, 16]
         assert "1 of 2 examples were cut to 16 tokens" in caplog.text
         assert "1 examples of rows have no answer token (1 of them after they were cut" in caplog.text
@@ -148,11 +148,11 @@ class TestLimits:
             rows = [{"id": r["id"], "messages": [ask("q"), tell(r["response"])]} for r in rows]
             rows[1]["messages"] = [ask("q")]
             rows[3]["messages"] = [ask("q"), tell("a"), ask("q"), tell(" ")]
-        tokens, kept = encode(tmp_path, rows, tok=tok, drop=True)
-        assert kept.tolist() == [0, 2, 6]
+        tokens, positions = encode(tmp_path, rows, tok=tok, drop=True)
+        assert positions.tolist() == [0, 2, 6]
         assert "4 examples of rows have no answer token (0 of them after they were cut" in caplog.text
         assert "['1', '3', '4']: they are left out" in caplog.text
-        expected, _ = encode(tmp_path, [rows[i] for i in kept], tok=tok)
+        expected, _ = encode(tmp_path, [rows[i] for i in positions], tok=tok)
         assert np.array_equal(tokens.ids, expected.ids)
         assert np.array_equal(tokens.loss_mask, expected.loss_mask)
         with pytest.raises(DataError, match=r"'1' has (an empty|no) answer: .*drop: true"):
@@ -179,11 +179,11 @@ class TestFiles:
         Dataset.from_list([*rows[::-1], *rows]).select(range(9, 18)).save_to_disk(str(tmp_path / "a"))
         read = [load_rows(TextSource(path=str(p)), 0) for p in sorted(tmp_path.iterdir())]
         assert len(read) == 5
-        for found in read:
-            assert found.format == "prompt"
-            assert found.ids.to_pylist() == [r["id"] for r in rows]
-            assert found.table["prompt"].to_pylist() == [r["prompt"] for r in rows]
-            assert found.table["response"].to_pylist() == [r["response"] for r in rows]
+        for result in read:
+            assert result.format == "prompt"
+            assert result.ids.to_pylist() == [r["id"] for r in rows]
+            assert result.table["prompt"].to_pylist() == [r["prompt"] for r in rows]
+            assert result.table["response"].to_pylist() == [r["response"] for r in rows]
 
     def test_a_line_longer_than_a_block(self, tmp_path):
         write_lines(tmp_path / "a.jsonl", [{"text": "x"}, {"text": "y" * 3_000_000}])
@@ -424,11 +424,11 @@ class TestTokens:
         tokens = random_tokens(sizes, seed)
         order = np.random.default_rng(seed).integers(0, len(sizes), 7)
         part = tokens.take(order)
-        whole = tokens.digests()
-        assert part.digests() == whole.take(order)
+        all_digests = tokens.digests()
+        assert part.digests() == all_digests.take(order)
         edges = zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)
         expected = [blake2b(tokens.ids[a:b].astype(np.int32).tobytes(), digest_size=16).digest() for a, b in edges]
-        assert whole.to_pylist() == expected
+        assert all_digests.to_pylist() == expected
         assert part.texts.to_pylist() == [str(i) for i in order]
         assert torch.equal(part.batch(np.arange(7)).labels, tokens.batch(order).labels)
 

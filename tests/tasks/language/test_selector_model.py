@@ -48,9 +48,9 @@ class TestProxy:
         with pytest.raises(ConfigError, match="selector_pad_token = 'zzz' is no token"):
             pad(selector_pad_token="zzz")
         larger = model_folder(tmp_path / "larger")
-        own = tokenizer(pad=None)
-        own.add_tokens(["<own>"])
-        own.save_pretrained(larger)
+        tok = tokenizer(pad=None)
+        tok.add_tokens(["<own>"])
+        tok.save_pretrained(larger)
         pool = [TextSource(path=str(folder / "sums.jsonl"))]
         config = LanguageConfig(model=str(larger), pool=pool, pad_token="<own>", selector_model=str(unpadded))
         with pytest.raises(ConfigError, match="set selector_pad_token"):
@@ -60,9 +60,9 @@ class TestProxy:
         """The trained model's tokenizer needs four tokens for each a, the selector's for each b."""
         for name, letter in (("model", "a"), ("proxy", "b")):
             model_folder(tmp_path / name)
-            own = tokenizer()
-            own.backend_tokenizer.normalizer = normalizers.Replace(letter, letter * 4)
-            own.save_pretrained(tmp_path / name)
+            tok = tokenizer()
+            tok.backend_tokenizer.normalizer = normalizers.Replace(letter, letter * 4)
+            tok.save_pretrained(tmp_path / name)
         kinds = ("x", "a", "b", "ab")
         rows = [
             {"id": f"{k}-{i}", "prompt": f"{i} " + k * (18 // len(k)), "response": "so"}
@@ -107,14 +107,14 @@ class TestProxy:
             return [name for name, p in model.named_parameters() if p.requires_grad]
 
         small, gpt2 = str(folder / "small"), str(folder / "gpt2")
-        found = trained(selector_model=gpt2, selector_peft={"type": "lora", "r": 2, "target_modules": ["c_attn"]})
-        assert found
-        assert all("c_attn.lora" in name for name in found)
+        result = trained(selector_model=gpt2, selector_peft={"type": "lora", "r": 2, "target_modules": ["c_attn"]})
+        assert result
+        assert all("c_attn.lora" in name for name in result)
         assert all("lora" in name for name in trained(selector_model=small))
         assert any("embed_tokens" in name for name in trained(selector_model=small, selector_peft={}))
 
     def test_fields_that_are_not_set_leave_results_what_they_were(self, folder):
-        """Keys of finished cells follow from `decisive`: a field that was added later changes none of them."""
+        """Keys of finished cells follow from `result_fields`: a field that was added later changes none of them."""
         pool = [TextSource(path=str(folder / "sums.jsonl"))]
         config = LanguageConfig(model=str(folder / "llama"), pool=pool, selector_model=str(folder / "small"))
         assert {"selector_model", "pad_token", "peft"} <= set(config.result_fields())

@@ -18,7 +18,7 @@ from cads.tasks.language.config import LanguageConfig
 from cads.tasks.language.draws import first_of_each
 from cads.tasks.language.rows import TextSource, load_rows
 from cads.tasks.language.source_names import names_and_prefixes
-from cads.tasks.language.splits import divide
+from cads.tasks.language.splits import split_rows
 from tests.support.tiny_llama import model_folder, sums, write_lines
 
 ALL = (None, None, None)
@@ -28,8 +28,8 @@ def texts(folder, name, n, **fields):
     """A file of n rows, as a source; `fields` maps further keys to functions of the row's number."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = [{"text": f"{name} {i}", **{key: value(i) for key, value in fields.items()}} for i in range(n)]
-    return TextSource(path=str(write_lines(path, made)))
+    rows = [{"text": f"{name} {i}", **{key: value(i) for key, value in fields.items()}} for i in range(n)]
+    return TextSource(path=str(write_lines(path, rows)))
 
 
 def ids(parts):
@@ -47,11 +47,11 @@ def names_of(*sources):
 class TestNames:
     def test_files_of_one_name_are_two_sources(self, tmp_path, caplog):
         pool = [texts(tmp_path, "gsm/train.jsonl", 20), texts(tmp_path, "flan/train.jsonl", 30)]
-        split = divide(pool, [], [], (None, 5, 5), 0)
+        split = split_rows(pool, [], [], (None, 5, 5), 0)
         assert sorted(names(split.pool)) == ["flan/train", "gsm/train"]
         assert {i.rsplit("-", 1)[0] for i in ids(split.pool)} == {"flan/train", "gsm/train"}
-        found = ids(split.pool) + ids(split.target) + ids(split.test)
-        assert len(set(found)) == len(found) == 50
+        result = ids(split.pool) + ids(split.target) + ids(split.test)
+        assert len(set(result)) == len(result) == 50
         said = [r.message for r in caplog.records if "of equal names" in r.message]
         assert len(said) == 1
         assert "'gsm/train'" in said[0]
@@ -59,7 +59,7 @@ class TestNames:
 
     def test_pool_target_and_test_set_may_have_files_of_one_name(self, tmp_path):
         pool, target, test = (texts(tmp_path, f"{n}/data.jsonl", 9) for n in ("pool", "target", "test"))
-        split = divide([pool], [target], [test], ALL, 0)
+        split = split_rows([pool], [target], [test], ALL, 0)
         assert [ids(part)[0] for part in (split.pool, split.target, split.test)] == [
             "pool/data-00000",
             "target/data-00000",
@@ -100,14 +100,14 @@ class TestNames:
     def test_given_names_stay_and_join_their_files(self, tmp_path):
         web = [TextSource("web", str(tmp_path / n)) for n in ("s1.jsonl", "s2.jsonl")]
         other = TextSource(path=str(tmp_path / "web.jsonl"))
-        found = names_and_prefixes([*web, other])
-        assert found[:2] == [("web", "web/s1"), ("web", "web/s2")]
-        assert found[2][0] not in ("web", "s1", "s2")
+        result = names_and_prefixes([*web, other])
+        assert result[:2] == [("web", "web/s1"), ("web", "web/s2")]
+        assert result[2][0] not in ("web", "s1", "s2")
 
     def test_rows_of_joined_files_are_numbered_apart(self, tmp_path):
         files = [texts(tmp_path, f"{n}.jsonl", 9) for n in ("s1", "s2")]
         pool = [TextSource("web", file.path) for file in files]
-        split = divide(pool, [], [], (None, 2, 2), 0)
+        split = split_rows(pool, [], [], (None, 2, 2), 0)
         assert set(names(split.pool)) == {"web"}
         assert len(set(ids(split.pool))) == 14
 
@@ -124,8 +124,8 @@ class TestNames:
     )
     def test_no_two_files_have_one_name(self, paths):
         sources = [TextSource(path=f"/{a}/{b}/{c}.{suffix}") for a, b, c, suffix in paths]
-        found = names_and_prefixes(sources)
-        assert len({name for name, _ in found}) == len({prefix for _, prefix in found}) == len(paths)
+        result = names_and_prefixes(sources)
+        assert len({name for name, _ in result}) == len({prefix for _, prefix in result}) == len(paths)
 
 
 class TestIds:
@@ -138,7 +138,7 @@ class TestIds:
                 continue
             source.limit = limit
             with pytest.raises(DataError, match=r"'id' of .*a.jsonl has 1 ids on more than one row, such as \['0'\]"):
-                divide([source], [], [], ALL, 0)
+                split_rows([source], [], [], ALL, 0)
 
     @pytest.mark.parametrize(
         "roles", [("pool", "target"), ("pool", "test set"), ("target", "test set"), ("pool", "pool")]
@@ -150,14 +150,14 @@ class TestIds:
         files["pool"] = files["pool"] or [texts(tmp_path, "pool.jsonl", 9)]
         places = " and ".join(rf"the {role} \(.*f{k}.jsonl\)" for k, role in enumerate(roles))
         with pytest.raises(DataError, match=rf"1 ids are in more than one file, such as \['same'\], in {places}"):
-            divide(files["pool"], files["target"], files["test set"], (2, 2, 2), 0)
+            split_rows(files["pool"], files["target"], files["test set"], (2, 2, 2), 0)
 
     def test_a_file_that_is_given_twice_is_refused(self, tmp_path):
         pool = texts(tmp_path, "a/x.jsonl", 20)
         again = TextSource(path=str(tmp_path / "a" / ".." / "a" / "x.jsonl"))
         for target, test in (([again], []), ([], [again])):
             with pytest.raises(DataError, match=r"20 ids are in more than one file.*give each file once"):
-                divide([pool], target, test, ALL, 0)
+                split_rows([pool], target, test, ALL, 0)
 
     @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
     def test_ids_and_sources_are_what_is_written(self, tmp_path, suffix):
@@ -173,10 +173,10 @@ class TestIds:
                 path.write_text("id,source,text\n" + "".join(",".join(r.values()) + "\n" for r in rows))
             case "parquet":
                 pq.write_table(pa.Table.from_pylist(rows), path)
-        found = load_rows(TextSource(path=str(path)), 0, given_sources=True)
-        assert found.ids.to_pylist() == made
-        assert found.sources.to_pylist() == [i[:4] for i in made]
-        assert found.table["text"].to_pylist() == [r["text"] for r in rows]
+        result = load_rows(TextSource(path=str(path)), 0, given_sources=True)
+        assert result.ids.to_pylist() == made
+        assert result.sources.to_pylist() == [i[:4] for i in made]
+        assert result.table["text"].to_pylist() == [r["text"] for r in rows]
 
     def test_large_numbers_stay_apart(self, tmp_path):
         path = tmp_path / "a.jsonl"
@@ -204,8 +204,8 @@ class TestSourceColumns:
     )
     def test_one_that_no_one_named_is_used_only_where_every_row_has_a_source(self, tmp_path, caplog, value):
         source = texts(tmp_path, "a.jsonl", 9, source=value)
-        found = load_rows(source, 0, given_sources=True)
-        assert found.sources is None
+        result = load_rows(source, 0, given_sources=True)
+        assert result.sources is None
         assert "'source' of" in caplog.text
         assert "it is not used" in caplog.text
         caplog.clear()
@@ -219,7 +219,7 @@ class TestEverySourceKeepsARow:
     def test_a_file_of_one_row_beside_many(self, tmp_path):
         one, many = texts(tmp_path, "one.jsonl", 1), texts(tmp_path, "many.jsonl", 100)
         for seed in range(30):
-            split = divide([one, many], [], [], (20, 30, 40), seed)
+            split = split_rows([one, many], [], [], (20, 30, 40), seed)
             assert set(names(split.pool)) == {"one", "many"}
             assert [len(ids(part)) for part in (split.pool, split.target, split.test)] == [20, 30, 40]
 
@@ -227,18 +227,18 @@ class TestEverySourceKeepsARow:
         source = texts(tmp_path, "a.jsonl", 60, source=lambda i: "rare" if i == 7 else "common")
         source.limit = 50
         for seed in range(30):
-            (rows,) = divide([source], [], [], (10, 15, 15), seed).pool
+            (rows,) = split_rows([source], [], [], (10, 15, 15), seed).pool
             assert set(rows.sources.to_pylist()) == {"rare", "common"}
 
     def test_of_the_target_too(self, tmp_path):
         pool = texts(tmp_path, "pool.jsonl", 9)
         target = [texts(tmp_path, "one.jsonl", 1), texts(tmp_path, "many.jsonl", 60)]
         for seed in range(30):
-            assert set(names(divide([pool], target, [], (None, 10, 30), seed).target)) == {"one", "many"}
+            assert set(names(split_rows([pool], target, [], (None, 10, 30), seed).target)) == {"one", "many"}
 
     def test_or_it_is_said_to_be_gone(self, tmp_path, caplog):
         pool = [texts(tmp_path, f"{n}.jsonl", 1) for n in "abcd"]
-        split = divide(pool, [], [], (None, 1, 1), 0)
+        split = split_rows(pool, [], [], (None, 1, 1), 0)
         (gone,) = [r.message for r in caplog.records if "they are gone" in r.message]
         assert "no row of 2 of 4 sources is left in the pool" in gone
         assert all(f"'{name}'" in gone for name in set("abcd") - set(names(split.pool)))
@@ -257,7 +257,7 @@ class TestEverySourceKeepsARow:
         assert "no row of 1 of 2 sources is left in the encoded pool, such as ['x']" in caplog.text
 
     def test_where_no_source_would_be_lost_the_draw_is_as_it_always_was(self, tmp_path):
-        split = divide([texts(tmp_path, "a.jsonl", 50), texts(tmp_path, "b.jsonl", 50)], [], [], (None, 10, 20), 3)
+        split = split_rows([texts(tmp_path, "a.jsonl", 50), texts(tmp_path, "b.jsonl", 50)], [], [], (None, 10, 20), 3)
         test = np.sort(np.random.default_rng((6, 3, 0)).permutation(100)[:20])
         assert ids(split.test) == [f"{'ab'[p // 50]}-{p % 50:05d}" for p in test]
         rest = np.delete(np.arange(100), test)
@@ -293,26 +293,26 @@ class TestOrderOfRows:
     ):
         folder = tmp_path_factory.mktemp("files")
         made = {n: [{"id": f"{n}{i}", "text": f"{n} {i}", "source": "st"[i % 7 == 0]} for i in range(40)] for n in "ba"}
-        found = []
+        result = []
         for _ in range(2):
             files = [str(write_lines(folder / f"{n}.jsonl", rows)) for n, rows in made.items()]
             pool = [TextSource(path=file, limit=limit) for file in files]
-            split = divide(pool[:1] if has_sources else pool, [], [], (9, 5, 7), 1)
-            found.append([sorted(ids(part)) for part in (split.pool, split.target, split.test)])
+            split = split_rows(pool[:1] if has_sources else pool, [], [], (9, 5, 7), 1)
+            result.append([sorted(ids(part)) for part in (split.pool, split.target, split.test)])
             for rows in made.values():
                 random.shuffle(rows)
-        assert found[0] == found[1]
-        assert [len(part) for part in found[0]] == [9, 5, 7]
+        assert result[0] == result[1]
+        assert [len(part) for part in result[0]] == [9, 5, 7]
 
 
 class TestTooFewRows:
     def test_a_given_target_is_never_drawn_from_the_pool(self, tmp_path):
         pool, target = texts(tmp_path, "pool.jsonl", 50), texts(tmp_path, "target.jsonl", 1)
         with pytest.raises(DataError, match="the test set takes all 1 rows of the target: give more rows"):
-            divide([pool], [target], [], ALL, 0)
+            split_rows([pool], [target], [], ALL, 0)
 
     def test_a_pool_without_rows_is_refused(self, tmp_path):
         with pytest.raises(DataError, match="no row is left for the pool"):
-            divide([texts(tmp_path, "pool.jsonl", 2)], [], [], ALL, 0)
+            split_rows([texts(tmp_path, "pool.jsonl", 2)], [], [], ALL, 0)
         with pytest.raises(DataError, match="the test set takes all 5 rows of the pool"):
-            divide([texts(tmp_path, "pool.jsonl", 5)], [], [], (None, None, 5), 0)
+            split_rows([texts(tmp_path, "pool.jsonl", 5)], [], [], (None, None, 5), 0)

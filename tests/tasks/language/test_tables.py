@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from cads.errors import DataError
 from cads.tasks.language import text_files, written_json
-from cads.tasks.language.tables import as_text, guess_of, read_file, stem_of
+from cads.tasks.language.tables import guess_of, read_file, stem_of, text_column
 from cads.tasks.language.written_json import DECODER, JsonType, as_rows, table_of
 
 
@@ -69,9 +69,9 @@ class TestAllRowsDecideTheColumns:
     def test_for_any_rows(self, rows, size):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(written_json, "ROWS_IN_BLOCK", size)
-            found = table_of(rows).to_pylist()
+            result = table_of(rows).to_pylist()
         names = {name for row in rows for name in row}
-        assert found == ([dict.fromkeys(names) | row for row in rows] if names else [])
+        assert result == ([dict.fromkeys(names) | row for row in rows] if names else [])
 
 
 AS_WRITTEN = [
@@ -116,9 +116,9 @@ class TestValuesAreReadAsWritten:
 
     def test_a_mixed_column_leaves_the_file_readable(self, tmp_path):
         rows = [{"text": "a", "other": x} for x in (1, "b", None, True, [1], {"c": 2}, 1.25)]
-        found = rows_of(tmp_path, "a.jsonl", lines(rows))
-        assert [row["other"] for row in found] == ["1", "b", None, "true", [1], {"c": 2}, "1.25"]
-        assert [row["text"] for row in found] == ["a"] * len(rows)
+        result = rows_of(tmp_path, "a.jsonl", lines(rows))
+        assert [row["other"] for row in result] == ["1", "b", None, "true", [1], {"c": 2}, "1.25"]
+        assert [row["text"] for row in result] == ["a"] * len(rows)
 
     def test_missing_numbers_of_pandas_are_missing(self, tmp_path):
         assert rows_of(tmp_path, "a.jsonl", '{"text": "a", "input": NaN}') == [{"text": "a", "input": None}]
@@ -140,15 +140,15 @@ class TestValuesAreReadAsWritten:
         ],
     )
     def test_columns_with_types_become_text(self, column, expected):
-        assert as_text(pa.chunked_array([column])).to_pylist() == expected
+        assert text_column(pa.chunked_array([column])).to_pylist() == expected
 
     def test_json_of_datasets_is_decoded_at_any_depth(self):
         texts = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": 1}', "[2]"]))
         listed = pa.ListArray.from_arrays(pa.array([0, 2], pa.int32()), texts)
         objects = pa.StructArray.from_arrays([pa.array(["x", '{"y']), texts], ["plain", "json"])
-        assert as_text(pa.chunked_array([texts])).to_pylist() == [{"a": 1}, [2]]
-        assert as_text(pa.chunked_array([listed])).to_pylist() == [[{"a": 1}, [2]]]
-        assert as_text(pa.chunked_array([objects])).to_pylist() == [
+        assert text_column(pa.chunked_array([texts])).to_pylist() == [{"a": 1}, [2]]
+        assert text_column(pa.chunked_array([listed])).to_pylist() == [[{"a": 1}, [2]]]
+        assert text_column(pa.chunked_array([objects])).to_pylist() == [
             {"plain": "x", "json": {"a": 1}},
             {"plain": '{"y', "json": [2]},
         ]

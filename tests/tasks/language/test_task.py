@@ -36,9 +36,9 @@ class TestLosses:
         task = build(family, data)
         model, batch = sharpened(task.model(0)), task.pool.batch(np.arange(12))
         with torch.no_grad():
-            found, expected = task.losses(model, batch), plainly(model, batch)
+            actual, expected = task.losses(model, batch), plainly(model, batch)
         assert expected.std() > 0.05
-        assert torch.allclose(found, expected, atol=1e-5)
+        assert torch.allclose(actual, expected, atol=1e-5)
 
     def test_with_adapters(self, build):
         task = build(peft=LORA)
@@ -69,10 +69,10 @@ class TestLosses:
         order = np.random.default_rng(0).permutation(n)
 
         def losses(batches):
-            found = np.zeros(n)
+            result = np.zeros(n)
             for rows in batches:
-                found[rows] = task.losses(model, task.pool.batch(rows)).numpy()
-            return found
+                result[rows] = task.losses(model, task.pool.batch(rows)).numpy()
+            return result
 
         with torch.no_grad():
             alone = losses(np.arange(n)[:, None])
@@ -103,7 +103,7 @@ class TestLosses:
 
     def test_packed_pool_and_target_stand_apart(self, build):
         """A step that takes from both learns what it would learn unpacked, also where they are of one shape."""
-        steps, found = [], []
+        steps, result = [], []
         for packing in (False, True):
             task = build(packing=packing)
             draws = BatchStream(
@@ -113,9 +113,9 @@ class TestLosses:
             steps = [draws.step(step) for step in range(8)]
             with torch.no_grad():
                 losses = [torch.cat([task.losses(model, piece) for piece in pieces]) for pieces in steps]
-            found.append(torch.stack([x.sort().values for x in losses]))
+            result.append(torch.stack([x.sort().values for x in losses]))
         assert any(pool.shape == target.shape for pool, target in steps)
-        assert torch.allclose(*found, atol=1e-5)
+        assert torch.allclose(*result, atol=1e-5)
 
     def test_packing_is_refused_where_it_does_not_go(self, build):
         with pytest.raises(ConfigError, match="accumulate = 2: packed batches are not cut"):
@@ -138,8 +138,8 @@ class TestLosses:
         expected = nn.functional.cross_entropy(
             logits.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED
         )
-        found = sum(task.training_losses(model, piece).sum() for piece in batch.split(accumulate)) / len(batch)
-        assert torch.allclose(found, expected, atol=1e-5)
+        actual = sum(task.training_losses(model, piece).sum() for piece in batch.split(accumulate)) / len(batch)
+        assert torch.allclose(actual, expected, atol=1e-5)
         assert not torch.allclose(task.losses(model, batch).mean(), expected, atol=1e-5)
 
     def test_the_trainer_minimises_what_weighting_says(self, build):
@@ -269,11 +269,11 @@ class TestMeasures:
             means = plainly(model, batch).double()
         counts = (batch.labels != IGNORED).sum(dim=1)
         token_loss = float((means * counts).sum() / counts.sum())
-        found = task.metrics(model.train(), task.test)
+        result = task.metrics(model.train(), task.test)
         assert model.training
-        assert found["loss"] == pytest.approx(float(means.mean()), abs=1e-5)
-        assert found["token_loss"] == pytest.approx(token_loss, abs=1e-5)
-        assert found["perplexity"] == pytest.approx(np.exp(token_loss), rel=1e-4)
+        assert result["loss"] == pytest.approx(float(means.mean()), abs=1e-5)
+        assert result["token_loss"] == pytest.approx(token_loss, abs=1e-5)
+        assert result["perplexity"] == pytest.approx(np.exp(token_loss), rel=1e-4)
         objective = task.objective(model)
         assert objective.value == float(task.metrics(model, task.target)["loss"])
         assert objective.by_example is not None
@@ -284,19 +284,19 @@ class TestMeasures:
         task = build()
         model, batch = sharpened(task.model(0)), task.pool.batch(np.arange(5))
         with torch.no_grad():
-            found = task.features(model, batch)
+            result = task.features(model, batch)
             for row in range(5):
                 n = int(batch.inputs["attention_mask"][row].sum())
                 alone = model.model(batch.inputs["input_ids"][row : row + 1, :n]).last_hidden_state
-                assert torch.allclose(found[row], alone[0].mean(dim=0), atol=1e-5)
+                assert torch.allclose(result[row], alone[0].mean(dim=0), atol=1e-5)
 
     @DATA
     def test_texts_ask_and_never_answer(self, build, data):
         task = build(data=data)
-        texts, shown = task.texts(task.pool), task.describe(task.pool, np.arange(len(task.pool)))
-        for text, whole in zip(texts, shown, strict=True):
+        texts, described = task.texts(task.pool), task.describe(task.pool, np.arange(len(task.pool)))
+        for text, description in zip(texts, described, strict=True):
             assert text.startswith("what is ")
-            assert text in whole
+            assert text in description
             assert "." not in text
 
 

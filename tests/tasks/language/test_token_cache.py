@@ -99,8 +99,8 @@ class TestTheSameAsInMemory:
         columns = {"subtask": "text"}
         pool = [TextSource(path=str(f), columns=columns) for f in files]
         ways = in_memory_and_on_disk(tmp_path, model, pool, n_test=3, drop=True, max_tokens=20)
-        (memory, made, found), said = zip(*((build(), warnings_of(caplog)) for build in ways), strict=True)
-        for task in (made, found):
+        (memory, made, result), said = zip(*((build(), warnings_of(caplog)) for build in ways), strict=True)
+        for task in (made, result):
             same(memory.pool, task.pool)
             same(memory.target, task.target)
         assert memory.pool.source_names == ("x", "y", "z")
@@ -115,9 +115,9 @@ class TestTheSameAsInMemory:
         encoder = TokenEncoder(tok, Renderer(tok), 100)
         expected, _ = encoder.encode(loaded)
         for _ in range(2):
-            (found, _), cache = TokenCache(tmp_path / "cache", encoder).fetch([loaded]), tmp_path / "cache"
-            assert np.array_equal(found.ids, expected.ids)
-            assert np.array_equal(found.loss_mask, expected.loss_mask)
+            (actual, _), cache = TokenCache(tmp_path / "cache", encoder).fetch([loaded]), tmp_path / "cache"
+            assert np.array_equal(actual.ids, expected.ids)
+            assert np.array_equal(actual.loss_mask, expected.loss_mask)
         assert len(list(cache.iterdir())) == 1
 
     def test_what_is_refused_is_refused_alike_and_leaves_nothing(self, tmp_path, model):
@@ -196,9 +196,9 @@ class TestKeys:
         fetch()
         tok = tokenizer()
         tok.add_tokens(["what is"])
-        found = fetch(tok)
+        result = fetch(tok)
         assert len(entries(tmp_path / "cache")) == 2
-        assert len(tok) - 1 in found.ids
+        assert len(tok) - 1 in result.ids
 
     def test_one_other_letter_in_the_rows(self, tmp_path, fetch, rows):
         fetch()
@@ -274,11 +274,11 @@ class TestKeys:
         ],
     )
     def test_different_rows_have_different_hashes(self, one, other):
-        found = [
+        result = [
             rows_digest(Rows(pa.table({"text": pa.array(x)}), "text", pa.array(["i"] * len(x)), "x"))
             for x in (one, other)
         ]
-        assert found[0] != found[1]
+        assert result[0] != result[1]
 
 
 class TestRuns:

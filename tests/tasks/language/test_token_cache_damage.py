@@ -121,13 +121,13 @@ class TestDamage:
         cache = tmp_path / "cache"
         (entry,) = entries(cache)
         DAMAGES[name](cache / entry)
-        found = fetch()
+        actual = fetch()
         (said,) = warnings_of(caplog)
         assert "made anew" in said
         assert entry in said
         assert entries(cache) == [entry]
         assert not (cache / entry).is_symlink()
-        for tokens in (found, fetch()):
+        for tokens in (actual, fetch()):
             assert all(np.array_equal(x, y) for x, y in zip(before, tokens[:3], strict=True))
         assert warnings_of(caplog) == []
 
@@ -165,13 +165,13 @@ class TestDamage:
 
 def killed_while_writing(call):
     """A process that is killed when it tokenises its third shard."""
-    whole, shards = TokenEncoder._tokenize, []
+    tokenize_all, shards = TokenEncoder._tokenize, []
 
     def tokenize(*args, **options):
         shards.append(1)
         if len(shards) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return whole(*args, **options)
+        return tokenize_all(*args, **options)
 
     TokenEncoder._tokenize = tokenize
     call()
@@ -179,18 +179,18 @@ def killed_while_writing(call):
 
 def counted(call, log, started):
     """A process that writes down each shard that it tokenises, and at the end what it got."""
-    whole = TokenEncoder._tokenize
+    tokenize_all = TokenEncoder._tokenize
 
     def tokenize(*args, **options):
         with open(log, "a") as file:
             file.write(f"{os.getpid()}\n")
-        return whole(*args, **options)
+        return tokenize_all(*args, **options)
 
     TokenEncoder._tokenize = tokenize
     started.wait()
-    found = call()
+    result = call()
     with open(log, "a") as file:
-        file.write(f"got {int(found.ids.sum())}\n")
+        file.write(f"got {int(result.ids.sum())}\n")
 
 
 class TestProcesses:
@@ -200,7 +200,7 @@ class TestProcesses:
         killed.join()
         assert killed.exitcode == -signal.SIGKILL
         cache = tmp_path / "cache"
-        (left,) = cache.glob(".*")
+        (remnant,) = cache.glob(".*")
         assert not [p for p in cache.iterdir() if re.fullmatch(r"[0-9a-f]{32}", p.name)]
         tok = tokenizer()
         expected, _ = TokenEncoder(tok, Renderer(tok), 100).encode(
@@ -208,17 +208,17 @@ class TestProcesses:
         )
         assert np.array_equal(fetch().ids, expected.ids)
         # It is removed when it is old; what is not an entry of ours never.
-        own = cache / ".config.d"
-        own.mkdir()
-        (own / "mine").write_text("mine")
+        hidden_folder = cache / ".config.d"
+        hidden_folder.mkdir()
+        (hidden_folder / "mine").write_text("mine")
         swept = TokenCache(cache, TokenEncoder(tok, Renderer(tok), 100))
         swept.sweep()
-        assert left.exists()
-        for path in (left, *left.iterdir(), own, own / "mine"):
+        assert remnant.exists()
+        for path in (remnant, *remnant.iterdir(), hidden_folder, hidden_folder / "mine"):
             os.utime(path, (0, 0))
         swept.sweep()
-        assert not left.exists()
-        assert (own / "mine").exists()
+        assert not remnant.exists()
+        assert (hidden_folder / "mine").exists()
         assert ABANDONED >= 600
 
     def test_one_writes_and_the_others_wait(self, tmp_path, fetch):

@@ -162,8 +162,8 @@ def test_after_reading_once_nothing_is_decoded_for_digests_and_sums(tmp_path, mo
 def test_reading_names_each_image_that_cannot_be_read(tmp_path):
     payload = files(tmp_path, *[grey(i) for i in range(50)])
     (tmp_path / "3.png").write_bytes(b"no image")
-    whole = (tmp_path / "41.png").read_bytes()
-    (tmp_path / "41.png").write_bytes(whole[: len(whole) // 2])
+    image_bytes = (tmp_path / "41.png").read_bytes()
+    (tmp_path / "41.png").write_bytes(image_bytes[: len(image_bytes) // 2])
     (tmp_path / "49.png").unlink()
     _, errors = payload.read()
     assert sorted(errors) == [3, 41, 49]
@@ -181,8 +181,8 @@ def test_the_first_image_that_can_be_read_gives_the_size(tmp_path):
 
 def test_a_damaged_image_in_colour_does_not_make_grey_images_colour(tmp_path):
     payload = files(tmp_path, grey(), Image.fromarray(np.full((40, 40, 3), 9, dtype=np.uint8)), grey())
-    whole = (tmp_path / "1.png").read_bytes()
-    (tmp_path / "1.png").write_bytes(whole[:50])
+    image_bytes = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(image_bytes[:50])
     rows = [(str(tmp_path / f"{i}.png"),) for i in range(3)]
     assert payload.shape == (3, 4, 4)
     assert ImageFiles(rows, 0, [0, 0, 0]).shape == (1, 4, 4)

@@ -254,7 +254,7 @@ def test_what_is_left_out_moves_no_label_and_no_source(tmp_path):
         assert data.source_names[data.sources[i]] == source
         expected = np.asarray(Image.open(tmp_path / name))
         assert np.array_equal(data.train.pixels(np.array([i]))[0].permute(1, 2, 0).numpy(), expected)
-    assert any("bee" in left["names"] for left in data.left_out.values())
+    assert any("bee" in entry["names"] for entry in data.left_out.values())
 
 
 def test_images_of_classes_that_training_lacks_and_in_no_class_are_left_out_on_request(tmp_path):
@@ -265,7 +265,7 @@ def test_images_of_classes_that_training_lacks_and_in_no_class_are_left_out_on_r
         load_image_folder(tmp_path)
     data = load_image_folder(tmp_path, drop=True)
     assert (len(data.train), len(data.target)) == (20, 2)
-    names = [name for left in data.left_out.values() for name in left["names"]]
+    names = [name for entry in data.left_out.values() for name in entry["names"]]
     assert sorted(names) == ["train/preview.png", "val/cow/00.png", "val/cow/01.png"]
 
 
@@ -415,8 +415,8 @@ def test_names_that_are_not_utf_8_are_named_or_left_out(tmp_path):
 def hub(folder, images, labels=None, splits=("train",)):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     rows = {"image": images, "label": labels or [i % 2 for i in range(len(images))]}
-    made = datasets.Dataset.from_dict(rows, features=features)
-    datasets.DatasetDict(dict.fromkeys(splits, made)).save_to_disk(str(folder))
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(dict.fromkeys(splits, dataset)).save_to_disk(str(folder))
     return str(folder)
 
 
@@ -430,8 +430,8 @@ def test_ids_of_hub_data_are_numbers_of_rows_also_if_some_are_left_out(tmp_path)
     stored = [{"bytes": None, "path": str(tmp_path / f"{i}.png")} for i in range(20)]
     put(tmp_path, *(f"{i}.png" for i in range(20)))
     folder = hub(tmp_path / "saved", stored)
-    whole = VisionConfig(dataset="hub", path=folder, hidden=4).build(RECIPE)
-    assert whole.pool.ids[0].as_py().startswith("train-000")
+    complete = VisionConfig(dataset="hub", path=folder, hidden=4).build(RECIPE)
+    assert complete.pool.ids[0].as_py().startswith("train-000")
     loaded = load_hub(folder, drop=True)
     assert loaded.train_ids.to_pylist() == [f"train-{i:05}" for i in range(20)]
     null = [{"bytes": b"none", "path": None} if i == 7 else stored[i] for i in range(20)]

@@ -56,26 +56,26 @@ def specs(draw):
 def test_laws_of_all_sources(specs, seed):
     images = clean(400)
     try:
-        made = make_synthetic_sources(images, specs, N_CLASSES, seed)
+        pool = make_synthetic_sources(images, specs, N_CLASSES, seed)
     except DataError:
         return
-    assert len(made.images) == len(made.sources) == len(made.origins) == len(made.corrupted)
-    assert (made.sources[1:] >= made.sources[:-1]).all()
-    pairs = set(zip(made.origins.tolist(), made.copies.tolist(), strict=True))
-    assert len(pairs) == len(made.origins), "an example and copy number name one row"
+    assert len(pool.images) == len(pool.sources) == len(pool.origins) == len(pool.corrupted)
+    assert (pool.sources[1:] >= pool.sources[:-1]).all()
+    pairs = set(zip(pool.origins.tolist(), pool.copies.tolist(), strict=True))
+    assert len(pairs) == len(pool.origins), "an example and copy number name one row"
     owners = {}
-    for origin, source in zip(made.origins.tolist(), made.sources.tolist(), strict=True):
+    for origin, source in zip(pool.origins.tolist(), pool.sources.tolist(), strict=True):
         assert owners.setdefault(origin, source) == source, "sources share no example"
-    assert torch.equal(made.true_labels, images.labels[torch.from_numpy(made.origins)])
-    assert np.array_equal(made.corrupted, (made.images.labels != made.true_labels).numpy())
-    assert made.images.labels.min() >= 0
-    assert made.images.labels.max() < N_CLASSES
+    assert torch.equal(pool.true_labels, images.labels[torch.from_numpy(pool.origins)])
+    assert np.array_equal(pool.corrupted, (pool.images.labels != pool.true_labels).numpy())
+    assert pool.images.labels.min() >= 0
+    assert pool.images.labels.max() < N_CLASSES
     for spec in specs:
-        mine = part(made, spec.name)
+        mine = part(pool, spec.name)
         assert spec.size in (None, len(mine))
-        assert spec.classes is None or set(made.true_labels[mine].tolist()) <= set(spec.classes)
-        assert np.unique(made.origins[mine], return_counts=True)[1].max() <= spec.duplicates
-        assert len(np.unique(made.origins[mine])) == -(-len(mine) // spec.duplicates)
+        assert spec.classes is None or set(pool.true_labels[mine].tolist()) <= set(spec.classes)
+        assert np.unique(pool.origins[mine], return_counts=True)[1].max() <= spec.duplicates
+        assert len(np.unique(pool.origins[mine])) == -(-len(mine) // spec.duplicates)
 
 
 def test_the_same_seed_makes_the_same_sources_and_another_does_not():
@@ -92,24 +92,24 @@ def test_the_same_seed_makes_the_same_sources_and_another_does_not():
 
 @pytest.mark.parametrize("noise", [0.0, 0.225, 0.9, 1.0])
 def test_the_noise_level_is_the_share_of_wrong_labels(noise):
-    made = make_synthetic_sources(clean(20_000, side=1), [SyntheticSource("a", label_noise=noise)], N_CLASSES, 0)
+    pool = make_synthetic_sources(clean(20_000, side=1), [SyntheticSource("a", label_noise=noise)], N_CLASSES, 0)
     four_deviations = 4 * np.sqrt(noise * (1 - noise) / 20_000)
-    assert abs(made.corrupted.mean() - noise) <= four_deviations
+    assert abs(pool.corrupted.mean() - noise) <= four_deviations
     if noise:
-        shift = (made.images.labels - made.true_labels)[made.corrupted] % N_CLASSES
+        shift = (pool.images.labels - pool.true_labels)[pool.corrupted] % N_CLASSES
         shares = np.bincount(shift.numpy(), minlength=N_CLASSES) / len(shift)
         assert shares[0] == 0
         assert np.allclose(shares[1:], 1 / (N_CLASSES - 1), atol=0.03)
 
 
 def test_copies_are_exact():
-    made = make_synthetic_sources(clean(), [SyntheticSource("a", 90, 0.5, duplicates=3)], N_CLASSES, 0)
-    digests = made.images.digests()
-    for origin in np.unique(made.origins):
-        rows = np.flatnonzero(made.origins == origin)
+    pool = make_synthetic_sources(clean(), [SyntheticSource("a", 90, 0.5, duplicates=3)], N_CLASSES, 0)
+    digests = pool.images.digests()
+    for origin in np.unique(pool.origins):
+        rows = np.flatnonzero(pool.origins == origin)
         assert len(rows) == 3
-        assert sorted(made.copies[rows]) == [0, 1, 2]
-        assert len(set(made.images.labels[rows].tolist())) == 1
+        assert sorted(pool.copies[rows]) == [0, 1, 2]
+        assert len(set(pool.images.labels[rows].tolist())) == 1
         assert len({digests[row] for row in rows}) == 1
 
 
@@ -120,8 +120,8 @@ def test_sources_without_a_size_share_what_is_left():
         SyntheticSource("c"),
         SyntheticSource("d", duplicates=2),
     ]
-    made = make_synthetic_sources(clean(), specs, N_CLASSES, 0)
-    sizes = np.bincount(made.sources)
+    pool = make_synthetic_sources(clean(), specs, N_CLASSES, 0)
+    sizes = np.bincount(pool.sources)
     assert sizes[1] == 303
     assert sorted(sizes[[0, 2, 3]]) == [232, 232, 233]
 
@@ -130,16 +130,16 @@ def test_sized_sources_may_use_everything_up():
     specs = [SyntheticSource(str(i), size=200) for i in range(4)]
     specs.append(SyntheticSource("zeros", classes=[0], size=200))
     images = clean().relabel(torch.arange(1000) % N_CLASSES)
-    made = make_synthetic_sources(images, specs, N_CLASSES, 0)
-    assert sorted(made.origins) == list(range(1000))
+    pool = make_synthetic_sources(images, specs, N_CLASSES, 0)
+    assert sorted(pool.origins) == list(range(1000))
 
 
 def test_class_weights_are_the_proportions():
     weighted = SyntheticSource("a", 100, class_weights=[8, 1, 1, 0, 0])
     rest = SyntheticSource("b", classes=[3, 1], class_weights=[1, 3])
-    made = make_synthetic_sources(clean(), [weighted, rest], N_CLASSES, 0)
-    assert np.bincount(made.true_labels[part(made, "a")], minlength=N_CLASSES).tolist() == [80, 10, 10, 0, 0]
-    counts = np.bincount(made.true_labels[part(made, "b")], minlength=N_CLASSES)
+    pool = make_synthetic_sources(clean(), [weighted, rest], N_CLASSES, 0)
+    assert np.bincount(pool.true_labels[part(pool, "a")], minlength=N_CLASSES).tolist() == [80, 10, 10, 0, 0]
+    counts = np.bincount(pool.true_labels[part(pool, "b")], minlength=N_CLASSES)
     assert abs(counts[1] - 3 * counts[3]) <= 3
     assert counts[[0, 2, 4]].sum() == 0
 
@@ -255,14 +255,14 @@ def test_noise_needs_another_class():
     ],
 )
 def test_names_of_classes_win_over_indices(names, classes, numbers, caplog):
-    [found] = in_numbers([SyntheticSource("a", classes=classes)], names)
-    assert found.classes == numbers
+    [result] = in_numbers([SyntheticSource("a", classes=classes)], names)
+    assert result.classes == numbers
     assert caplog.text == ""
 
 
 def test_an_index_is_taken_where_no_class_has_a_number_and_is_said(caplog):
-    [found] = in_numbers([SyntheticSource("a", classes=[1])], ["ant", "bee", "cow"])
-    assert found.classes == [1]
+    [result] = in_numbers([SyntheticSource("a", classes=[1])], ["ant", "bee", "cow"])
+    assert result.classes == [1]
     assert "['bee']" in caplog.text
 
 

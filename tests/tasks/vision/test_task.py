@@ -145,11 +145,11 @@ def test_the_own_test_split_is_used_whole_or_in_part(tmp_path):
             header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
             (tmp_path / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
     config = {"dataset": "fashion-mnist", "path": str(tmp_path)}
-    whole = VisionConfig(**config).build(RECIPE)
-    assert (len(whole.pool), len(whole.target), len(whole.test)) == (45, 5, 20)
-    assert whole.test.ids[3].as_py() == "test-00003"
+    complete = VisionConfig(**config).build(RECIPE)
+    assert (len(complete.pool), len(complete.target), len(complete.test)) == (45, 5, 20)
+    assert complete.test.ids[3].as_py() == "test-00003"
     part = VisionConfig(**config, n_test=7, image_size=14, model="cnn").build(RECIPE)
-    assert set(part.test.ids.to_pylist()) < set(whole.test.ids.to_pylist())
+    assert set(part.test.ids.to_pylist()) < set(complete.test.ids.to_pylist())
     assert part.pool.batch([0]).shape == (("images", (1, 14, 14)),)
     assert math.isfinite(part.metrics(part.model(0), part.test)["loss"])
     with pytest.raises(DataError, match="n_test = 21: the test split has 20"):
@@ -159,8 +159,8 @@ def test_the_own_test_split_is_used_whole_or_in_part(tmp_path):
 def test_given_sources_are_kept_and_lost_ones_left_out(tmp_path, caplog):
     colour_data().save_to_disk(tmp_path)
     config = {"dataset": "hub", "path": str(tmp_path), "source_column": "place"}
-    whole = VisionConfig(**config, n_target=1, n_test=1).build(RECIPE)
-    assert set(whole.pool.source_names) <= {"common", "rare"}
+    complete = VisionConfig(**config, n_target=1, n_test=1).build(RECIPE)
+    assert set(complete.pool.source_names) <= {"common", "rare"}
     small = VisionConfig(**config, n_pool=2).build(RECIPE)
     assert small.pool.source_names == ("common",)
     assert "rare" in caplog.text
@@ -202,13 +202,13 @@ def test_moments_of_some_images_do_not_depend_on_the_order_of_the_file(monkeypat
     monkeypatch.setattr("cads.tasks.vision.task.MOMENTS_FROM", 100)
     pixels = torch.arange(400, dtype=torch.float64).mul(255 / 400).to(torch.uint8)[:, None, None, None]
     images = ImageTensors(pixels.expand(400, 1, 4, 4).clone(), torch.zeros(400, dtype=torch.int64))
-    found = []
+    result = []
     for order in (np.arange(400), np.arange(400)[::-1].copy(), np.random.default_rng(0).permutation(400)):
         task = tiny_task(pool=Pool([f"i{k}" for k in order], images.take(order)))
-        found.append((task.mean, task.std))
-    assert found[0] == found[1] == found[2]
-    assert found[0][0] == pytest.approx([float(pixels.double().mean())], abs=5 * 255 / math.sqrt(12 * 100))
-    assert found[0] != channel_moments(images)
+        result.append((task.mean, task.std))
+    assert result[0] == result[1] == result[2]
+    assert result[0][0] == pytest.approx([float(pixels.double().mean())], abs=5 * 255 / math.sqrt(12 * 100))
+    assert result[0] != channel_moments(images)
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "squeezenet1_1"])
@@ -268,9 +268,9 @@ def test_metrics_are_means_over_examples(noisy):
 
 def test_metrics_do_not_depend_on_the_batch_size(noisy, monkeypatch):
     model = noisy.model(0)
-    whole = noisy.metrics(model, noisy.test)
+    at_once = noisy.metrics(model, noisy.test)
     monkeypatch.setattr("cads.tasks.vision.images.CHUNK", 7)
-    assert noisy.metrics(model, noisy.test) == pytest.approx(whole, rel=1e-6)
+    assert noisy.metrics(model, noisy.test) == pytest.approx(at_once, rel=1e-6)
 
 
 def calibrated_nll(logits, labels):

@@ -1,4 +1,4 @@
-"""The course of a run: what the outer loop does at every logging step, for TensorBoard, terminal and Selection."""
+"""The history of a run: what the outer loop does at every logging step, for TensorBoard, terminal and Selection."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMED = 3
 
 
 @dataclass(frozen=True)
-class Point:
+class HistoryPoint:
     """The state of the outer loop at one step.
 
     Attributes:
@@ -46,7 +46,7 @@ class Point:
     reachable_loss: float
 
 
-class Course:
+class PolicyHistory:
     """Records a point at about `CURVE_POINTS` evenly spaced steps, and shows it.
 
     Args:
@@ -72,11 +72,11 @@ class Course:
         self._rows: list[np.ndarray] = []
 
     @property
-    def points(self) -> list[tuple[int, Point]]:
+    def points(self) -> list[tuple[int, HistoryPoint]]:
         """The points so far, with the number of the step of each."""
         return [self._read(row) for row in self._rows]
 
-    def step(self, point: Callable[[], Point]) -> None:
+    def step(self, point: Callable[[], HistoryPoint]) -> None:
         """A step is done; `point` is called if it is recorded."""
         self._step += 1
         if (self._step - self._start) % self._every and self._step != self._start + 1:
@@ -113,7 +113,7 @@ class Course:
             "source_shares": [[round(x, 4) for x in point.source_shares.tolist()] for _, point in points],
         }
 
-    def describe(self, point: Point) -> str:
+    def describe(self, point: HistoryPoint) -> str:
         """What is drawn, in one line: "12 sources, 3 in use: clean 61 %, ..."."""
         share = f"target {point.target_share:.0%} of each batch"
         if len(self._names) < 2:
@@ -123,19 +123,19 @@ class Course:
         named = ", ".join(f"{self._names[s]} {point.source_shares[s]:.0%}" for s in order)
         return f"{len(self._names)} sources, {int(in_use.sum())} in use: {named}; {share}"
 
-    def _read(self, row: np.ndarray) -> tuple[int, Point]:
+    def _read(self, row: np.ndarray) -> tuple[int, HistoryPoint]:
         n = 1 + len(SCALARS)
         values: dict[str, Any] = dict(zip(BY_SOURCE, np.split(row[n:], len(BY_SOURCE)), strict=True))
         values |= dict(zip(SCALARS, row[1:n].tolist(), strict=True))
-        return int(row[0]), Point(**values)
+        return int(row[0]), HistoryPoint(**values)
 
-    def _show(self, step: int, point: Point) -> None:
+    def _show(self, step: int, point: HistoryPoint) -> None:
         monitor, shares = self._monitor, point.source_shares
         monitor.status(self.describe(point))
         monitor.scalar("outer/target_share", point.target_share, step)
         monitor.scalar("outer/effective_pool_size", point.n_effective, step)
-        monitor.scalar("outer/R", point.training_loss, step)
-        monitor.scalar("outer/l*", point.reachable_loss, step)
+        monitor.scalar("outer/target_model_loss", point.training_loss, step)
+        monitor.scalar("outer/loss_within_reach", point.reachable_loss, step)
         monitor.scalar("outer/gap", point.training_loss - point.reachable_loss, step)
         monitor.scalar("outer/entropy", float(entr(shares).sum()), step)
         for group, share in enumerate(self._group_shares.tolist()):
