@@ -37,7 +37,6 @@ from cads.search.rungs import affordable, run_rung
 from cads.search.source_choice import source_choice
 from cads.search.space import MixtureSpace, SubsetSpace
 from cads.selection import Selection
-from cads.selectors.cads_amortised.selector import CadsAmortised
 from cads.selectors.cads_e import selector as cads_e
 from cads.selectors.cads_e.selector import CadsExamples
 from cads.selectors.cads_s.penalty_form import PenalizedSources
@@ -369,8 +368,7 @@ def test_a_full_pool_that_diverges_is_named(features, monkeypatch):
         CadsSources().select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
 
 
-@pytest.mark.parametrize("kind", [CadsExamples, CadsAmortised])
-def test_a_reference_that_diverges_is_named(features, monkeypatch, kind):
+def test_a_reference_that_diverges_is_named(features, monkeypatch):
     task, run, stages = features(batch_size=8), InnerLoop.run, []
 
     def diverging(self, streams, flops, *, seed, stage):
@@ -382,7 +380,7 @@ def test_a_reference_that_diverges_is_named(features, monkeypatch, kind):
 
     monkeypatch.setattr(InnerLoop, "run", diverging)
     with pytest.raises(DataError, match=r"reference model: the run on .* pool met a loss that is not finite"):
-        kind(allowance=1.0).select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
+        CadsExamples(allowance=1.0).select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
     assert stages == ["u"]
 
 
@@ -505,10 +503,10 @@ def with_target(task, n):
     return other
 
 
-GUARDED = [CadsSources, CadsExamples, CadsAmortised, BestOf, LivePenalty]
+GUARDED = [CadsSources, CadsExamples, BestOf, LivePenalty]
 
 
-HALVES = (CadsExamples, CadsAmortised)
+HALVES = (CadsExamples,)
 """Selectors that train the target model on half of the target, and measure on the other half."""
 
 
