@@ -11,8 +11,6 @@ ADAM_DIRECTION_FLOPS = 10
 """Per parameter: first moment 3, second moment 4, epsilon, root and division."""
 BM25_WEIGHT_FLOPS = 7
 """Per posting: `idf tf (k1 + 1) / (tf + k1 (1 - b + b l / mean l))`, `1 - b + b l / mean l` once a text."""
-CANDIDATE_FLOPS = 15
-"""Per example: signal 2, mean 1, standard deviation 4, standardisation 2, policy step 2, logistic function 4."""
 CONTROL_FLOPS = 4
 """Per feature of a draw: computation 1, standardisation 2, weighting 1."""
 
@@ -61,11 +59,6 @@ def bm25_flops(n_postings: float, n_matches: float) -> float:
 def adam_direction_flops(n: float, dimension: float) -> float:
     """n gradients converted to update directions with the moments of Adam (LESS)."""
     return ADAM_DIRECTION_FLOPS * _nonnegative(n, "n") * _nonnegative(dimension, "dimension")
-
-
-def candidates_flops(n_examples: float, n_candidates: float) -> float:
-    """CADS-E: the probability of every example under every candidate policy."""
-    return CANDIDATE_FLOPS * _nonnegative(n_examples, "n_examples") * _nonnegative(n_candidates, "n_candidates")
 
 
 def regression_flops(n_rows: float, n_columns: float) -> float:

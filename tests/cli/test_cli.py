@@ -176,7 +176,7 @@ class TestRuns:
 
 
 class TestHelp:
-    @pytest.mark.parametrize(("command", "method"), [("train", "cads-e"), *(("select", m) for m in names(SELECTORS))])
+    @pytest.mark.parametrize(("command", "method"), [("train", "cads-s"), *(("select", m) for m in names(SELECTORS))])
     def test_every_field_is_listed_and_explained(self, cads, command, method):
         status, shown, _ = cads(command, "--method", method, "--help")
         assert status == 0
@@ -274,7 +274,7 @@ BAD_FLAGS = {
     "option of another": ("--method full --options.fraction 0.5", "unrecognized arguments: --options.fraction"),
     "unknown source": ("--method source --options.name dirty", "'dirty' is no source"),
     "unknown metric": ("--method cads-s --options.outer beauty", "outer = 'beauty' is no metric"),
-    "metric of which more is better": ("--method cads-e --options.outer accuracy", "that can be minimised"),
+    "metric of which more is better": ("--method cads-s --options.outer accuracy", "that can be minimised"),
     "bad share": ("--options.fraction 2", "fraction = 2"),
     "no such source field": ("--task.sources [{nam:a}]", "source"),
     "second file": ("other.yaml", "other.yaml"),

@@ -324,6 +324,6 @@ class TestInput:
         given = oracle._arguments(words[3:])
         assert {world.name for world in map(read_world, given.world)} == {"noise-5000", "noise-5000-200"}
         who = contenders(given.methods.split(","), given.options)
-        assert [c.method for c in who] == ["full", "joint", "source", "cads-e", "cads"]
+        assert [c.method for c in who] == ["full", "joint", "source", "cads"]
         assert who[2].options["name"] in [spec.name for spec in read_world(given.world[0]).task.sources]
         assert who[-1].options == {}

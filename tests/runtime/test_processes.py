@@ -45,7 +45,6 @@ SELECTORS = {
     "loss": {"fraction": 0.3},
     "less": {"warmup_share": 0.2, "checkpoints": 1, "fraction": 0.3},
     "cads-s": {},
-    "cads-e": {},
 }
 
 
