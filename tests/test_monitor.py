@@ -61,7 +61,7 @@ def run(tmp_path_factory):
     return get
 
 
-ours = pytest.mark.parametrize("method", ["cads-s"])
+ours = pytest.mark.parametrize("method", ["search"])
 
 
 @ours
@@ -130,7 +130,7 @@ class TestSelect:
         hparams(run(method) / "tensorboard" / "select", method, {"selected_share", "selection_flops"})
 
 
-@pytest.mark.parametrize("method", ["cads-s", "random"])
+@pytest.mark.parametrize("method", ["search", "random"])
 def test_train(run, method):
     folder = run(method) / "train" / "tensorboard" / "train"
     events = read(folder)
@@ -209,7 +209,7 @@ def test_watching_changes_nothing(tmp_path):
     chosen = []
     for folder in (None, tmp_path):
         with Monitor(folder) as monitor:
-            selector = build_selector("cads-s")
+            selector = build_selector("search")
             chosen.append(selector.select(task, Budget(8, "epochs"), seed=0, ledger=Ledger(), monitor=monitor))
     assert chosen[0].table().equals(chosen[1].table())
     assert isinstance(task.pool, Pool)

@@ -71,7 +71,7 @@ def regression_flops(n_rows: float, n_columns: float) -> float:
 
 
 def source_policy_flops(n_sources: int, n_features: int, n_drawn: int, n_runs: float, steps: int) -> float:
-    """CADS-S: a policy over S sources, updated by `steps` of the gradient after a rung of trials.
+    """`search`: a policy over S sources, updated by `steps` of the gradient after a rung of trials.
 
     This is an approximation, and the lengths of searches depend on it. It counts a regression on P columns, whose
     prediction is computed again in each step. `cads.estimators.control_variate` costs more: it has 2P columns (phi, and
@@ -93,7 +93,7 @@ def source_policy_flops(n_sources: int, n_features: int, n_drawn: int, n_runs: f
 
 
 def design_flops(n_draws: float, n_columns: float, n_taken: float) -> float:
-    """CADS-S: a D-optimal design of `n_taken` draws, by rank-one updates of the inverse and of every leverage."""
+    """`search`: a D-optimal design of `n_taken` draws, by rank-one updates of the inverse and of every leverage."""
     m, p = _nonnegative(n_draws, "n_draws"), _nonnegative(n_columns, "n_columns")
     return 2 * m * p + _nonnegative(n_taken, "n_taken") * (4 * p**2 + 2 * m * p + 3 * m)
 

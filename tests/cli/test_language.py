@@ -84,7 +84,7 @@ def test_select_and_train(folder, tmp_path):
     config, tokens = folder / "lora.yaml", 8000
     for name in ("one", "two"):
         # The guard cannot tell on a target of five examples.
-        flags = ["--method", "cads-s", "--budget", f"{tokens} tokens", "--options.guard", "false"]
+        flags = ["--method", "search", "--budget", f"{tokens} tokens", "--options.guard", "false"]
         run("select", config, *flags, "--out", tmp_path / name)
     for file in ("selection.json", "scores.parquet"):
         assert (tmp_path / "one/selection" / file).read_bytes() == (tmp_path / "two/selection" / file).read_bytes()

@@ -45,7 +45,7 @@ def ran(world, tmp_path_factory):
         "metric": "loss",
         "evaluations": ["choices"],
         "methods": [
-            "full", "target-only", {"method": "cads-s", "options": {"allowance": 1.0}},
+            "full", "target-only", {"method": "search", "options": {"allowance": 1.0}},
             {"method": "cads", "count_selection": False},
         ],
     }  # fmt: skip
@@ -66,7 +66,7 @@ class TestExperiment:
             if row["count_selection"]:
                 assert row["total_flops"] <= row["budget_flops"]
             assert row["training_flops"] <= row["budget_flops"]
-        assert any(r["selection_flops"] > 0 for r in found if r["method"] == "cads-s")
+        assert any(r["selection_flops"] > 0 for r in found if r["method"] == "search")
 
     def test_seeds_draw_their_own_pool_and_the_same_test_set(self, ran):
         one, two = (s.config.split() for s in list(settings(read_grid(ran / "run" / "grid.yaml")))[:2])
@@ -164,7 +164,7 @@ def test_data_sections_are_read(name):
 )
 def test_the_comparison_of_methods_is_read(name, rankings):
     grid = read_grid(CONFIGS / f"{name}.yaml")
-    searched = {"random", "full", "target-only", "joint", "cads-s", "cads"}
+    searched = {"random", "full", "target-only", "joint", "search", "cads"}
     assert {e.method for e in grid.methods} == rankings | searched
     assert grid.count_selection
 
@@ -224,9 +224,9 @@ def test_published_settings_are_planned_at_their_size_and_run_on_a_stand_in(tmp_
         (tmp_path / "real.yaml").write_text(
             yaml.safe_dump({**given, "budget": "20 epochs", "task": {**given["task"], "model": str(tmp_path / "real")}})
         )
-        words = ["--methods", "[cads-s, random]", "--flops_per_second", "1e12", "--json", str(tmp_path / "plan.json")]
+        words = ["--methods", "[search, random]", "--flops_per_second", "1e12", "--json", str(tmp_path / "plan.json")]
         assert cads(["plan", str(tmp_path / "real.yaml"), *words]) == 0
-        assert "cads-s" in (tmp_path / "plan.json").read_text()
+        assert "search" in (tmp_path / "plan.json").read_text()
     given["train"] |= {"batch_size": 4, "accumulate": min(2, given["train"].get("accumulate", 1)), "precision": "no"}
     given["budget"] = "8 epochs"
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(given))

@@ -57,7 +57,7 @@ def known(task, folder):
 
 
 def run(place, *more):
-    words = ["--world", place / "small.yaml", "--budgets", "8", "--methods", "full,cads-s,joint", "--seeds", "2"]
+    words = ["--world", place / "small.yaml", "--budgets", "8", "--methods", "full,search,joint", "--seeds", "2"]
     words += ["--truth-seeds", TRUTH_SEEDS, "--json", place / "all.json", "--results", place / "table.md"]
     return main([*map(str, words), "--cache", str(place / "cells"), "--truth", str(place / "truth"), *more])
 
@@ -68,27 +68,27 @@ def cells(place):
 
 def test_cads_is_not_worse_than_uniform(folder):
     regret = {
-        name: [(c.regret_acc, c.regret_val) for c in cells(folder) if c.method == name] for name in ("full", "cads-s")
+        name: [(c.regret_acc, c.regret_val) for c in cells(folder) if c.method == name] for name in ("full", "search")
     }
-    assert len(regret["cads-s"]) == 2
+    assert len(regret["search"]) == 2
     assert np.mean(regret["full"], axis=0)[0] > 0.01, "the world is no test if the full pool is best"
-    assert (np.mean(regret["cads-s"], axis=0) <= np.mean(regret["full"], axis=0)).all()
+    assert (np.mean(regret["search"], axis=0) <= np.mean(regret["full"], axis=0)).all()
 
 
 def test_everything_is_in_the_json(folder, known):
     record = json.loads((folder / "all.json").read_text())
     assert [(c["method"], c["seed"]) for c in record["cells"]] == [
-        (m, s) for m in ("full", "cads-s", "joint") for s in (0, 1)
+        (m, s) for m in ("full", "search", "joint") for s in (0, 1)
     ]
     for cell in record["cells"]:
         assert {"world", "budget", "chosen", "regret_val", "regret_acc", "selection_over_C", "seconds"} <= set(cell)
-        assert cell["selection_over_C"] == pytest.approx(0) or cell["method"] == "cads-s"
+        assert cell["selection_over_C"] == pytest.approx(0) or cell["method"] == "search"
     (about,) = record["truth"]
     assert (about["subsets"], about["exhaustive"], about["world"]) == (7, True, "small")
     assert about["uniform_regret_acc"] == known.regret(np.ones(3, dtype=bool))[1]
     text = (folder / "table.md").read_text()
     assert "python -m experiments.oracle --world" in text
-    assert text.count("| cads-s |") == 2
+    assert text.count("| search |") == 2
     assert (folder / "table.png").stat().st_size > 10_000
 
 
@@ -250,9 +250,9 @@ class TestReport:
 
 class TestInput:
     def test_labels_carry_options(self):
-        (one, two) = contenders(["cads-s", "free"], ["free={method: cads-s, guard: false, count_selection: true}"])
-        assert (one.method, one.options, one.count_selection) == ("cads-s", {}, False)
-        assert (two.method, two.options, two.count_selection) == ("cads-s", {"guard": False}, True)
+        (one, two) = contenders(["search", "free"], ["free={method: search, guard: false, count_selection: true}"])
+        assert (one.method, one.options, one.count_selection) == ("search", {}, False)
+        assert (two.method, two.options, two.count_selection) == ("search", {"guard": False}, True)
 
     @pytest.mark.parametrize(
         ("settings", "match"),

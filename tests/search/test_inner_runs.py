@@ -101,7 +101,7 @@ class TestModelsInMemory:
             assert not watched.alive
 
     @pytest.mark.parametrize("pretrained", [False, True])
-    @pytest.mark.parametrize("method", ["cads-s", "best-of", "best-source"])
+    @pytest.mark.parametrize("method", ["search", "best-of", "best-source"])
     def test_a_search_holds_no_model_that_it_no_longer_uses(self, features, method, pretrained):
         task = copy.copy(features(batch_size=8, replicas="loop"))
         task.pretrained = pretrained

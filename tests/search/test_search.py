@@ -37,16 +37,16 @@ from cads.search.source_choice import source_choice
 from cads.search.space import MixtureSpace, SubsetSpace
 from cads.selection import Selection
 from cads.selectors.cads_s.penalty_form import PenalizedSources
-from cads.selectors.cads_s.proposals import initial_design
-from cads.selectors.cads_s.selector import CadsSources
-from cads.selectors.cads_s.target_risk import excess_target_loss, probe_positions
-from cads.selectors.cads_s.trials import TrialHistory
+from cads.selectors.search.proposals import initial_design
+from cads.selectors.search.selector import PolicySearch
+from cads.selectors.search.target_risk import excess_target_loss, probe_positions
+from cads.selectors.search.trials import TrialHistory
 from cads.task import ObjectiveValue
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.synthetic_sources import SyntheticSource
 
 
-@pytest.mark.parametrize("kind", [CadsSources, LivePenalty])
+@pytest.mark.parametrize("kind", [PolicySearch, LivePenalty])
 def test_the_full_pool_keeps_the_options_that_were_asked_for(features, kind):
     selector = kind(allowance=0.0, target_fraction=0.25)
     chosen = selector.select(features(), Budget(2, "epochs"), seed=0, ledger=Ledger())
@@ -62,8 +62,8 @@ def confidence_lost(task, model, pool):
 @pytest.mark.parametrize(
     ("kind", "passes"),
     [
-        (CadsSources, 16),
-        (partial(CadsSources, allowance=0), 16),
+        (PolicySearch, 16),
+        (partial(PolicySearch, allowance=0), 16),
         (Bilevel, 16),
     ],
 )
@@ -79,7 +79,7 @@ def test_a_selection_by_a_function_of_ones_own_is_saved_with_its_name(features, 
 def test_a_callable_without_a_name_goes_by_its_class(features):
     task = features(batch_size=8)
     measure = partial(confidence_lost)
-    made = CadsSources(outer=measure).select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
+    made = PolicySearch(outer=measure).select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
     assert made.config["outer"] == "functools.partial"
     assert made.content_hash
 
@@ -89,14 +89,14 @@ def test_the_function_asked_for_is_what_is_measured(features):
     task = features(batch_size=8)
     budget = Budget(16, "epochs")
     by_name, squared = (
-        CadsSources(outer=outer, guard=False).select(task, budget, seed=0, ledger=Ledger())
+        PolicySearch(outer=outer, guard=False).select(task, budget, seed=0, ledger=Ledger())
         for outer in ("loss", confidence_lost)
     )
     assert by_name.notes["runs"] == squared.notes["runs"]
     assert by_name.notes["gain"] != squared.notes["gain"]
 
 
-@pytest.mark.parametrize("kind", [CadsSources, BestSource])
+@pytest.mark.parametrize("kind", [PolicySearch, BestSource])
 def test_a_proxy_in_another_order_selects_in_the_order_of_the_pool(features, kind):
     task, proxy = copy.copy(features(batch_size=8)), copy.copy(features(batch_size=8, hidden=4))
     pool, order = proxy.pool, np.random.default_rng(1).permutation(len(proxy.pool))
@@ -115,7 +115,7 @@ def test_a_proxy_in_another_order_selects_in_the_order_of_the_pool(features, kin
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(CadsSources, {"policy": "gaussian"}), (CadsSources, {"reach": "far"}), (PenalizedSources, {"reach": "far"})],
+    [(PolicySearch, {"policy": "gaussian"}), (PolicySearch, {"reach": "far"}), (PenalizedSources, {"reach": "far"})],
 )
 def test_unknown_choices_are_refused(kind, options):
     with pytest.raises(ConfigError, match="choose from"):
@@ -128,7 +128,7 @@ def test_unknown_choices_are_refused(kind, options):
 )
 def test_weights_and_steps_out_of_range_are_refused(options):
     with pytest.raises(ConfigError, match=rf"{next(iter(options))} = .*must be"):
-        CadsSources(**options)
+        PolicySearch(**options)
 
 
 class Watched(Monitor):
@@ -146,7 +146,7 @@ class Watched(Monitor):
 
 
 def watched_search(task, **options):
-    monitor, selector, ledger = Watched(), CadsSources(**options), Ledger()
+    monitor, selector, ledger = Watched(), PolicySearch(**options), Ledger()
     selector.select(task, Budget(16, "epochs"), seed=0, ledger=ledger, monitor=monitor)
     assert ledger.total(SELECT).flops == pytest.approx(selector.plan(task, Budget(16, "epochs")).total(SELECT).flops)
     return monitor
@@ -161,7 +161,7 @@ def test_a_held_alpha_weighs_the_whole_penalty(features, alpha):
 
 
 def test_without_theta_there_is_no_penalty_to_weigh(features, monkeypatch):
-    monkeypatch.setattr("cads.selectors.cads_s.selector.theta_flops", lambda *args: (0.0, []))
+    monkeypatch.setattr("cads.selectors.search.selector.theta_flops", lambda *args: (0.0, []))
     scalars = watched_search(features(batch_size=8), alpha=1.0).scalars
     weights = ("control/weight_of_target_model_loss", "control/weight_of_loss_within_reach")
     for tag in ("outer/target_model_loss", *weights):
@@ -195,7 +195,7 @@ def test_what_the_pool_teaches_is_taken_out_of_what_theta_finds(features, monkey
     task = features(batch_size=8)
     inner = InnerLoop(task, Ledger(), Monitor())
     theta, u = np.array([2.0, 1.0, 3.0]), np.array([3.0, 1.1, 3.2])
-    monkeypatch.setattr("cads.selectors.cads_s.target_risk.mean_losses", lambda *_: u)
+    monkeypatch.setattr("cads.selectors.search.target_risk.mean_losses", lambda *_: u)
     positions = probe_positions(SubsetSpace(task.pool))
     assert [set(task.pool.sources[p]) for p in positions] == [{k} for k in range(len(task.pool.source_names))]
     np.testing.assert_allclose(excess_target_loss(inner, theta, positions, task.model(0)), theta - u + u.mean())
@@ -236,7 +236,7 @@ def test_runs_of_other_lengths_are_put_side_by_side_at_their_ends():
     assert both.reference is one.reference
 
 
-@pytest.mark.parametrize("selector", [CadsSources(), CadsSources(policy="mixture")])
+@pytest.mark.parametrize("selector", [PolicySearch(), PolicySearch(policy="mixture")])
 def test_a_pretrained_model_is_searched_for_where_the_budget_buys_the_least(features, selector):
     task, ledger = copy.copy(features(batch_size=8, hidden=1024)), Ledger()
     task.pretrained = True
@@ -286,8 +286,8 @@ def test_a_run_of_one_step_is_no_curve(features, steps, reach, searched):
 @pytest.mark.parametrize(
     "kind",
     [
-        CadsSources,
-        partial(CadsSources, policy="mixture"),
+        PolicySearch,
+        partial(PolicySearch, policy="mixture"),
         PenalizedSources,
         BestOf,
         BestSource,
@@ -351,7 +351,7 @@ def test_a_full_pool_that_diverges_is_named(features, monkeypatch):
     task = features(batch_size=8)
     monkeypatch.setattr(type(task), "objective", lambda *_: ObjectiveValue(float("nan")))
     with pytest.raises(DataError, match="full pool met a loss that is not finite"):
-        CadsSources().select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
+        PolicySearch().select(task, Budget(16, "epochs"), seed=0, ledger=Ledger())
 
 
 @pytest.mark.parametrize("options", [{"rounds": 3, "allowance": 0.15}, {"rounds": 6, "allowance": 0.5}])
@@ -417,9 +417,9 @@ def test_few_runs_are_spent_in_the_order_of_the_risk(features, monkeypatch, poli
         seen.append((space, draws))
         return run_rung(inner, space, draws, *rest)
 
-    monkeypatch.setattr("cads.selectors.cads_s.selector.run_rung", watched)
+    monkeypatch.setattr("cads.selectors.search.selector.run_rung", watched)
     ledger, budget = Ledger(), Budget(16, "epochs")
-    selector = CadsSources(allowance=allowance, policy=policy)
+    selector = PolicySearch(allowance=allowance, policy=policy)
     selector.select(task, budget, seed=0, ledger=ledger)
     assert ledger.total(SELECT).flops <= allowance * budget.flops(task)
     assert selector.plan(task, budget).total(SELECT).flops == pytest.approx(ledger.total(SELECT).flops)
@@ -441,8 +441,8 @@ def test_the_best_of_a_rung_is_in_the_next_and_that_of_the_last_is_chosen(featur
         tried.append(draws)
         return runs
 
-    monkeypatch.setattr("cads.selectors.cads_s.selector.run_rung", watched)
-    chosen = CadsSources(allowance=5.0).select(task, Budget(16, "epochs"), seed=seed, ledger=Ledger())
+    monkeypatch.setattr("cads.selectors.search.selector.run_rung", watched)
+    chosen = PolicySearch(allowance=5.0).select(task, Budget(16, "epochs"), seed=seed, ledger=Ledger())
     assert len(tried) > 1
     assert len(tried[-1]) > 2
     assert all((draws == earlier).all(axis=1).any() for earlier, draws in zip(best, tried[1:], strict=False))
@@ -457,7 +457,7 @@ def with_target(task, n):
     return other
 
 
-GUARDED = [CadsSources, BestOf, LivePenalty]
+GUARDED = [PolicySearch, BestOf, LivePenalty]
 
 
 @pytest.mark.parametrize("kind", GUARDED)

@@ -23,7 +23,7 @@ from tests.support.grids import grid_file, run
 from tests.support.killed_runs import killed
 
 NEVER, EVERY_STEP = {"every_seconds": None}, {"every_seconds": None, "every_steps": 1}
-CHANGES = {"methods": ["rho", "cads-s"], "budgets": ["5 epochs"], "seeds": 1, "count_selection": False}
+CHANGES = {"methods": ["rho", "search"], "budgets": ["5 epochs"], "seeds": 1, "count_selection": False}
 MOMENTS = ("in a ranking", "in its training", "in a search", "in the last training")
 
 
