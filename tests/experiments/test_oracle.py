@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -303,27 +300,9 @@ class TestInput:
         names = {world.name: len(world.task.sources) for world in map(read_world, BUILT_IN.glob("*.yaml"))}
         assert {"noise", "complementary", "domains", "redundant", "many"} <= set(names)
         assert names["many"] == 13
-        assert set(names) - set(SHIPPED) == {"noise-5000-200"}
+        assert set(names) == set(SHIPPED)
 
-    def test_worlds_by_default_exist_and_are_not_for_one_question_alone(self):
+    def test_worlds_by_default_exist(self):
         given = oracle._arguments(["--json", "x"]).world
         assert [path.stem for path in given] == list(SHIPPED)
         assert all(path.exists() for path in given)
-
-    def test_the_smaller_target_is_the_only_difference(self):
-        large, small = (read_world(BUILT_IN / f"noise-5000{end}.yaml") for end in ("", "-200"))
-        assert small.task == replace(large.task, n_target=200)
-        assert small.train == large.train
-
-    @pytest.mark.parametrize("name", ["noise-5000", "noise-5000-200"])
-    def test_the_command_in_a_world_file_can_be_given(self, name, monkeypatch):
-        lines = [line[1:] for line in (BUILT_IN / f"{name}.yaml").read_text().splitlines() if line.startswith("#  ")]
-        words = shlex.split(" ".join(line.removesuffix("\\") for line in lines))
-        assert words[:3] == ["python", "-m", "experiments.oracle"]
-        monkeypatch.chdir(Path(oracle.__file__).parents[1])
-        given = oracle._arguments(words[3:])
-        assert {world.name for world in map(read_world, given.world)} == {"noise-5000", "noise-5000-200"}
-        who = contenders(given.methods.split(","), given.options)
-        assert [c.method for c in who] == ["full", "joint", "source", "cads"]
-        assert who[2].options["name"] in [spec.name for spec in read_world(given.world[0]).task.sources]
-        assert who[-1].options == {}

@@ -40,7 +40,7 @@ BROWSER = "CADS_TEST_BROWSER"
 def add_cell(folder: Path, method: str, budget: int, seed: int) -> None:
     """A cell with made-up numbers, as `cads compare` writes it."""
     rng = np.random.default_rng([len(method), budget, seed])
-    own = method.startswith("cads")
+    own = method.startswith("search")
     key = f"{list(METHODS).index(method)}-{budget}-{seed}"
     selection = 0.25e6 * budget if own else 0.0
     score = float(0.9 - 0.4 * np.exp(-budget / 8) + 0.01 * rng.normal() - 0.3 * (method == NASTY))
