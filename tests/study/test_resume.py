@@ -72,7 +72,7 @@ def whole(tmp_path_factory):
     with watched() as steps:
         run(folder, **CHANGES, checkpoint=NEVER)
     keys = list(dict.fromkeys(key for key, _, _ in steps))
-    assert [key.split("-")[0] for key in keys] == ["rho", "rho", "cads"], "a ranking, its cell, and another cell"
+    assert [key.split("-")[0] for key in keys] == ["rho", "rho", "search"], "a ranking, its cell, and another cell"
     spans = [[i for i, (key, _, _) in enumerate(steps) if key == wanted] for wanted in keys]
     last = [i for i in spans[2] if steps[i] == steps[-1]]
     spans[2:] = [spans[2][: -len(last)], last]
