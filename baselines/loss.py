@@ -20,10 +20,7 @@ FITTING, SCORING = "theta", "R"
 
 @dataclass
 class Loss(Ranker):
-    """Ranks by l_i(theta), the loss under the target model theta, which is trained on the target.
-
-    CADS-E uses this signal too, together with l* (the training loss within reach of the budget) and trials.
-    """
+    """Ranks by l_i(theta), the loss under the target model theta, which is trained on the target."""
 
     order: Order = "low"
     """Which examples come first: those of low loss, of a loss close to the median, or of high loss."""

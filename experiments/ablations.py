@@ -1,11 +1,11 @@
-"""Ablations of CADS-S in worlds whose true regrets are known, in one table.
+"""Ablations of `search` in worlds whose true regrets are known, in one table.
 
     python -m experiments.ablations --budgets 1,4,16,64 --seeds 3 --json runs/ablations.json \
         [--results experiments/results/ablations.md]
 
 The table has parts. The first line of a part is its reference; each further line changes one option of the reference.
-The reference is CADS-S, but for two kinds of parts: the direct estimator is the reference where its baseline and its K
-are varied, the plain penalty where an exact l* (the training loss within reach of the budget) is tried.
+The reference is `search`, but for two kinds of parts: the direct estimator is the reference where its baseline and its
+K are varied, the plain penalty where an exact l* (the training loss within reach of the budget) is tried.
 The part `estimator` compares three whole selectors. They differ in more than the estimator, such as the search by
 trials and the guard.
 
@@ -34,10 +34,10 @@ from experiments.oracle_report import LONG_FROM, Cell, Reference, Summary, summa
 from experiments.truth import write_whole
 from experiments.worlds import SHORT, read_world, shipped
 
-BASE = Contender("cads-s", "cads-s")
+BASE = Contender("search", "search")
 PENALTY = Contender("cads-s-penalty", "cads-s-penalty")
 DIRECT_OPTIONS = {"allowance": 2.75, "share": 1 / 8}
-"""The direct estimator with the allowance of CADS-S, which does not pay for inner runs of the whole C."""
+"""The direct estimator with the allowance of `search`, which does not pay for inner runs of the whole C."""
 DIRECT = Contender("direct", "bilevel", DIRECT_OPTIONS)
 
 
@@ -55,7 +55,7 @@ class Variant:
 
 
 def _cads(label: str, **options: object) -> Contender:
-    return Contender(f"cads-s, {label}", "cads-s", options)
+    return Contender(f"search, {label}", "search", options)
 
 
 def _penalty(label: str, **options: object) -> Contender:
@@ -67,7 +67,7 @@ def _direct(label: str, **options: object) -> Contender:
 
 
 VARIANTS = (
-    Variant("estimator", "regression (CADS-S)", BASE),
+    Variant("estimator", "regression (`search`)", BASE),
     Variant("estimator", "plain penalty", PENALTY),
     Variant("estimator", "direct, runs of C/8", DIRECT),
     Variant("baseline of direct", "leave-one-out", DIRECT),
@@ -107,7 +107,7 @@ NOTE = (
     "`experiments.oracle` defines them: means over worlds, budgets and seeds, ± half a 95% t-interval over seeds. The "
     "difference is to the first line of the part, seed by seed. Within a part one option changes, but for `estimator`: "
     "there whole selectors are compared, which differ in their search, guard and cost too. The direct estimator may "
-    "spend what CADS-S may, on runs of C/8; the mean is no line among its baselines, since it gives (K - 1)/K times "
+    "spend what `search` may, on runs of C/8; the mean is no line among its baselines, since it gives (K - 1)/K times "
     "the gradient with leave-one-out, and Adam does not see a factor. The plain penalty has no allowance: it spends "
     "what its rounds and runs take. A held alpha is the weight of R and of l* in the regression where the budget "
     "buys R, and 0 elsewhere; the regression on the sources remains in all lines."
@@ -187,7 +187,7 @@ def markdown(cells: Sequence[Cell], references: Sequence[Reference], parts: Sequ
     settings = f"Worlds: {', '.join(worlds)}; passes: {', '.join(f'{b:g}' for b in budgets)}; {seeds} seeds."
     text = f"{NOTE}\n\n{settings}\n\n{_table(COLUMNS, rows)}"
     if OUTER in parts:
-        title = "The outer objective of CADS-S, world by world, regret in points; `*`: the lowest in the world"
+        title = "The outer objective of `search`, world by world, regret in points; `*`: the lowest in the world"
         text += f"\n{title}:\n\n{_table((OUTER, *worlds), outer_by_world(cells, worlds))}"
     return text
 
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_whole(args.json, record)
     if args.results:
         args.results.parent.mkdir(parents=True, exist_ok=True)
-        args.results.write_text(f"# What each part of CADS-S is for\n\n    {command}\n\n{text}")
+        args.results.write_text(f"# What each part of `search` is for\n\n    {command}\n\n{text}")
     console.print(f"finished in {time.perf_counter() - started:.0f} s", highlight=False)
     return 0
 

@@ -40,9 +40,9 @@ from cads.study.tables import read_runs
 
 TASK = {"hidden": 16, "n_pool": 400, "n_target": 60, "n_test": 60}
 SOURCES = [{"name": "clean"}, {"name": "noise 45 %", "label_noise": 0.45}, {"name": "noise 90 %", "label_noise": 0.9}]
-CONFIG = {"task": {**TASK, "sources": SOURCES}, "train": {"batch_size": 16}, "budget": "32 epochs", "method": "cads-s"}
+CONFIG = {"task": {**TASK, "sources": SOURCES}, "train": {"batch_size": 16}, "budget": "32 epochs", "method": "search"}
 GRID = {
-    "methods": ["full", "cads-s"],
+    "methods": ["full", "search"],
     "budgets": ["16 epochs"],
     "seeds": 1,
     "task": {**TASK, "sources": SOURCES},

@@ -111,7 +111,7 @@ def examples(runs: Sequence[Mapping[str, Any]], out: Path, texts: Mapping[str, s
     Selections that give all examples the same probability are passed over: a search that does not beat the full pool
     returns the full pool.
     """
-    single = [r for r in runs if r["selector"] == "cads-e" and json.loads(r["probability_course"] or "[]")]
+    single = [r for r in runs if r["selector"] in ("cads", "cads-e") and json.loads(r["probability_course"] or "[]")]
     if not single:
         return []
     single.sort(key=lambda r: (r["seed"], -r["budget_flops"], -r["selection_flops_spent"]))

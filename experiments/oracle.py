@@ -1,7 +1,7 @@
 """Regret of selectors in small worlds where the value of every subset of sources is known.
 
     python -m experiments.oracle --world experiments/configs/worlds/noise.yaml --budgets 1,4,16,64 \
-        --methods full,cads-s,halving --seeds 5 --json runs/oracle.json [--results experiments/results/oracle.md]
+        --methods full,search,halving --seeds 5 --json runs/oracle.json [--results experiments/results/oracle.md]
 
 A world is a data set cut into sources. With at most 6 sources all subsets are trained, which gives the truth; with more
 a search gives a bound. The choice of each selector is compared with the best subset. Budgets are passes over the pool.
@@ -256,7 +256,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"YAML file of a world; repeat for more (default: {', '.join(SHIPPED)})",
     )
     parser.add_argument("--budgets", default="1,4,16,64", help="passes over the pool, separated by commas")
-    parser.add_argument("--methods", default="full,cads-s", help="selectors, or labels that --options explains")
+    parser.add_argument("--methods", default="full,search", help="selectors, or labels that --options explains")
     parser.add_argument("--options", action="append", default=[], help="LABEL={name: value, ...}; repeat for more")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds of the selectors")
     parser.add_argument("--truth-seeds", type=int, default=5, help="number of seeds of the truth")

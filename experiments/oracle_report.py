@@ -305,7 +305,7 @@ def draw(cells: Sequence[Cell], references: Sequence[Reference], path: Path) -> 
                 yerr=np.nan_to_num(width),
                 marker=MARKERS[i % len(MARKERS)],
                 color=COLOURS[i % len(COLOURS)],
-                markersize=9 if method.startswith("cads") else 6,
+                markersize=9 if method.startswith(("cads", "search")) else 6,
                 linestyle="none",
                 capsize=2,
                 label=method,

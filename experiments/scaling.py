@@ -29,7 +29,7 @@ SIZES: dict[str, tuple[int, ...]] = {
     "pool": (10**5, 10**6, 10**7),
     "selection": (10**5, 10**6, 10**7),
     "scores": (10**5, 10**6, 10**7),
-    "cads-e": (10**5, 10**6),
+    "cads": (10**5, 10**6),
     "texts": (10**5, 10**6),
 }
 """Sizes of the pool in examples, by section."""
@@ -41,13 +41,13 @@ TITLES = {
     "pool": "Pool of images 8x8 in a mapped `.npy` file, and the batches drawn from it",
     "selection": "A Selection: ranking, files",
     "scores": "Scores streamed to Parquet, and the best of them by external top-k",
-    "cads-e": "CADS-E end to end: 8x8 images in a mapped file, an MLP of 32 hidden units, a budget of one pass",
+    "cads": "`cads` end to end: 8x8 images in a mapped file, an MLP of 32 hidden units, a budget of one pass",
     "texts": "BM25, and embeddings, of texts of 10 to 60 words",
 }
 NOTES = {
     "policy": "The best of nine times; memory as numpy allocates it, beyond the parameters.",
     "pool": "Files that are mapped count in the peak as far as they have been read, and can be dropped at any time.",
-    "cads-e": "Scores, short runs and comparison on the target included; see the ledger's FLOPs.",
+    "cads": "The training of the final model included; see the ledger's FLOPs.",
     "texts": "Words follow Zipf's law (exponent 1.1, 200,000 words). The encoder of the embedding is a layer of 64 "
     "random features of words hashed to 512 places, since a sentence encoder (MiniLM) would take hours on this "
     "machine: what is measured is everything around it.",
@@ -58,7 +58,7 @@ FIGURE_STEPS = {
     ("selection", "save"): "selection, save",
     ("selection", "load"): "selection, load",
     ("scores", "the best 10,000"): "external top-k",
-    ("cads-e", "select"): "CADS-E",
+    ("cads", "select"): "cads",
     ("texts", "BM25"): "BM25",
     ("texts", "embedding"): "embedding",
 }

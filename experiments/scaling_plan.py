@@ -12,7 +12,7 @@ from cads.accounting.budget import Budget
 from cads.planning.ccds import PUBLISHED
 from cads.planning.plan import Plannable, duration, make_plan, size
 from cads.recipe import TrainConfig
-from cads.selectors.cads_e.selector import CadsExamples
+from cads.selectors.online.selector import Cads
 from cads.tasks.language.shapes import LanguageShapes
 from experiments.scaling_steps import WHOLE_UPDATE, Row
 
@@ -65,7 +65,7 @@ def on_gpus() -> tuple[Line, ...]:
     """The costs of selection by models according to `cads plan`, the cheapest first."""
     task = llama_shapes().meta(TrainConfig(batch_size=128, precision="bf16"))
     task.accounting = "analytic"
-    methods: dict[str, Plannable] = {"cads-e": CadsExamples(), **PUBLISHED}
+    methods: dict[str, Plannable] = {"cads": Cads(), **PUBLISHED}
     plan = make_plan(task, Budget(1, "epochs"), methods, flops_per_second=GPU_FLOPS)
     lines = []
     for m in plan.methods:

@@ -29,7 +29,7 @@ from cads.recipe import TrainConfig
 from cads.scoring.score_files import ScoreWriter
 from cads.scoring.top_k import best_of_files
 from cads.selection import Selection
-from cads.selectors.cads_e.selector import CadsExamples
+from cads.selectors.online.selector import Cads
 from cads.tasks.vision.images import ImageArrays
 from experiments.scaling_data import TextTask, digit_config, write_digits, write_texts
 
@@ -47,7 +47,7 @@ TOP_K = 10_000
 PIECE = 2**18
 """Scores that are generated at once."""
 PASSES = 1
-"""Budget of CADS-E, in passes over the pool."""
+"""Budget of `cads`, in passes over the pool."""
 T = TypeVar("T")
 
 
@@ -193,16 +193,16 @@ def scores(n: int, folder: Path) -> list[Row]:
     return meter.rows
 
 
-def cads_e(n: int, folder: Path) -> list[Row]:
-    """CADS-E end to end on n images in a mapped file: from the file to a saved Selection."""
-    meter, ledger = Meter("cads-e", n), Ledger()
+def cads(n: int, folder: Path) -> list[Row]:
+    """`cads` end to end on n images in a mapped file: from the file to a Selection that holds the trained model."""
+    meter, ledger = Meter("cads", n), Ledger()
     write_digits(folder / "digits", n)
     recipe = TrainConfig(batch_size=256, learning_rate=3e-3)
     task = meter("task from the mapped file", lambda: digit_config(folder / "digits", n).build(recipe))
     meter("leaks are looked for", task.check)
     budget = Budget(PASSES, "epochs")
-    selected = meter("select", lambda: CadsExamples().select(task, budget, seed=0, ledger=ledger))
-    meter.charged(ledger.total(SELECT).flops)
+    selected = meter("select", lambda: Cads().select(task, budget, seed=0, ledger=ledger))
+    meter.charged(ledger.total().flops)
     meter("save", lambda: selected.save(folder / "selection"))
     return meter.rows
 
@@ -231,7 +231,7 @@ SECTIONS: dict[str, Callable[[int, Path], list[Row]]] = {
     "pool": pool,
     "selection": selection,
     "scores": scores,
-    "cads-e": cads_e,
+    "cads": cads,
     "texts": texts,
 }
 """The sections that can be measured, by name."""

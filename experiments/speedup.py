@@ -1,4 +1,4 @@
-"""The cost of selection to reach a given regret: CADS-S against bilevel methods, by budget and by number of sources.
+"""The cost of selection to reach a given regret: `search` against bilevel methods, by budget and by number of sources.
 
     python -m experiments.speedup --budgets 1,4,16,64 --sources 3,5,8,13 --seeds 3 --json runs/speedup.json \
         [--results experiments/results/speedup.md]
@@ -95,7 +95,7 @@ def _up_to(maximum: float) -> tuple[float, ...]:
 
 
 METHODS = {
-    "cads-s": Method("cads-s", (0.35, 0.7, 1.4, 2.75, 5.5)),
+    "search": Method("search", (0.35, 0.7, 1.4, 2.75, 5.5)),
     "bilevel": Method("bilevel", _up_to(33), course=True),
     "bilevel, C/8": Method("bilevel", _up_to(8), {"share": 1 / 8}, course=True),
     "unrolled": Method("unrolled", _up_to(11), course=True),

@@ -21,7 +21,7 @@ BUILT_IN = Path(__file__).parent / "configs" / "worlds"
 SHORT = ("complementary", "domains", "noise", "redundant")
 """Shipped worlds of about 2,000 examples whose subsets are all trained."""
 SHIPPED = ("complementary", "domains", "many", "noise-5000", "noise", "redundant")
-"""Worlds that the benchmark runs if none is named; worlds made for one question, such as noise-5000-200, are not."""
+"""Worlds that the benchmark runs if none is named."""
 
 
 def shipped(names: Sequence[str]) -> list[Path]:

@@ -116,10 +116,10 @@ def test_python_gives_what_the_commands_write(task, tmp_path):
 
 
 def test_a_plan_names_what_it_costs(task):
-    plan = cads.plan(task, "4 epochs", method=["random", "cads-s"], flops_per_second=1e9)
-    assert [m.method for m in plan.methods] == ["random", "cads-s"]
+    plan = cads.plan(task, "4 epochs", method=["random", "search"], flops_per_second=1e9)
+    assert [m.method for m in plan.methods] == ["random", "search"]
     ledger = cads.Ledger()
-    cads.select(task, "4 epochs", method="cads-s", ledger=ledger)
+    cads.select(task, "4 epochs", method="search", ledger=ledger)
     assert plan.methods[1].selection == pytest.approx(ledger.total("select").flops, rel=0.1)
     assert cads.plan(task, "4 epochs", method="random", flops_per_second=1e9).methods[0].selection == 0
 

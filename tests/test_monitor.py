@@ -17,7 +17,6 @@ from cads.monitor import CURVE_POINTS, PANEL_SIZE, Monitor
 from cads.recipe import TrainConfig
 from cads.registry import build_selector
 from cads.selection import Selection
-from cads.selectors.cads_e.schedule import CANDIDATE_STEPS
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.synthetic_sources import SyntheticSource
 
@@ -53,9 +52,7 @@ def run(tmp_path_factory):
         if method not in made:
             folder = tmp_path_factory.mktemp(method)
             (folder / "config.yaml").write_text(CONFIG)
-            # With more CADS-E needs no reference model, and there is no loss of it to show.
-            options = ["--options.allowance", "1.0"] if method == "cads-e" else []
-            common = [str(folder / "config.yaml"), "--method", method, *options]
+            common = [str(folder / "config.yaml"), "--method", method]
             assert main(["select", *common, "--out", str(folder / "run")]) == 0
             assert main(["train", *common, "--selection", str(folder / "run")]) == 0
             made[method] = folder / "run"
@@ -64,7 +61,7 @@ def run(tmp_path_factory):
     return get
 
 
-ours = pytest.mark.parametrize("method", ["cads-s", "cads-e"])
+ours = pytest.mark.parametrize("method", ["search"])
 
 
 @ours
@@ -72,7 +69,7 @@ class TestSelect:
     def test_curves_of_the_outer_problem(self, run, method):
         events = read(run(method) / "tensorboard" / "select")
         rungs = len(curve(events, "outer/best_gain"))
-        assert rungs >= (2 if method == "cads-s" else 1)
+        assert rungs >= 2
         assert (curve(events, "outer/best_gain") <= 0).all(), "the full pool itself is among the runs"
         for tag in ("outer/target_model_loss", "outer/loss_within_reach", "outer/gap", "outer/entropy"):
             values = curve(events, tag)
@@ -84,11 +81,8 @@ class TestSelect:
 
     def test_control_coefficients(self, run, method):
         events = read(run(method) / "tensorboard" / "select")
-        if method == "cads-s":
-            for tag in ("control/weight_of_target_model_loss", "control/weight_of_loss_within_reach"):
-                assert (curve(events, tag) >= 0).all()
-        else:
-            assert set(curve(events, "control/ratio_of_weights")) <= {0.0, *(weight for _, weight in CANDIDATE_STEPS)}
+        for tag in ("control/weight_of_target_model_loss", "control/weight_of_loss_within_reach"):
+            assert (curve(events, tag) >= 0).all()
 
     def test_histogram_of_the_probabilities(self, run, method):
         events = read(run(method) / "tensorboard" / "select")
@@ -136,7 +130,7 @@ class TestSelect:
         hparams(run(method) / "tensorboard" / "select", method, {"selected_share", "selection_flops"})
 
 
-@pytest.mark.parametrize("method", ["cads-s", "cads-e", "random"])
+@pytest.mark.parametrize("method", ["search", "random"])
 def test_train(run, method):
     folder = run(method) / "train" / "tensorboard" / "train"
     events = read(folder)
@@ -215,7 +209,7 @@ def test_watching_changes_nothing(tmp_path):
     chosen = []
     for folder in (None, tmp_path):
         with Monitor(folder) as monitor:
-            selector = build_selector("cads-s")
+            selector = build_selector("search")
             chosen.append(selector.select(task, Budget(8, "epochs"), seed=0, ledger=Ledger(), monitor=monitor))
     assert chosen[0].table().equals(chosen[1].table())
     assert isinstance(task.pool, Pool)

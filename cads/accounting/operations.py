@@ -11,8 +11,6 @@ ADAM_DIRECTION_FLOPS = 10
 """Per parameter: first moment 3, second moment 4, epsilon, root and division."""
 BM25_WEIGHT_FLOPS = 7
 """Per posting: `idf tf (k1 + 1) / (tf + k1 (1 - b + b l / mean l))`, `1 - b + b l / mean l` once a text."""
-CANDIDATE_FLOPS = 15
-"""Per example: signal 2, mean 1, standard deviation 4, standardisation 2, policy step 2, logistic function 4."""
 CONTROL_FLOPS = 4
 """Per feature of a draw: computation 1, standardisation 2, weighting 1."""
 
@@ -63,11 +61,6 @@ def adam_direction_flops(n: float, dimension: float) -> float:
     return ADAM_DIRECTION_FLOPS * _nonnegative(n, "n") * _nonnegative(dimension, "dimension")
 
 
-def candidates_flops(n_examples: float, n_candidates: float) -> float:
-    """CADS-E: the probability of every example under every candidate policy."""
-    return CANDIDATE_FLOPS * _nonnegative(n_examples, "n_examples") * _nonnegative(n_candidates, "n_candidates")
-
-
 def regression_flops(n_rows: float, n_columns: float) -> float:
     """A ridge regression by a thin singular value decomposition, `6 m n^2 + 20 n^3` for m >= n.
 
@@ -78,7 +71,7 @@ def regression_flops(n_rows: float, n_columns: float) -> float:
 
 
 def source_policy_flops(n_sources: int, n_features: int, n_drawn: int, n_runs: float, steps: int) -> float:
-    """CADS-S: a policy over S sources, updated by `steps` of the gradient after a rung of trials.
+    """`search`: a policy over S sources, updated by `steps` of the gradient after a rung of trials.
 
     This is an approximation, and the lengths of searches depend on it. It counts a regression on P columns, whose
     prediction is computed again in each step. `cads.estimators.control_variate` costs more: it has 2P columns (phi, and
@@ -100,7 +93,7 @@ def source_policy_flops(n_sources: int, n_features: int, n_drawn: int, n_runs: f
 
 
 def design_flops(n_draws: float, n_columns: float, n_taken: float) -> float:
-    """CADS-S: a D-optimal design of `n_taken` draws, by rank-one updates of the inverse and of every leverage."""
+    """`search`: a D-optimal design of `n_taken` draws, by rank-one updates of the inverse and of every leverage."""
     m, p = _nonnegative(n_draws, "n_draws"), _nonnegative(n_columns, "n_columns")
     return 2 * m * p + _nonnegative(n_taken, "n_taken") * (4 * p**2 + 2 * m * p + 3 * m)
 

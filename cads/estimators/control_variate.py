@@ -1,8 +1,8 @@
 """The regression h(m) of the objective on trials: the penalty, and a ridge regression on what it leaves.
 
 h can be the control variate of `cads.estimators.score_function.corrected`. That estimator is unbiased only if h was
-fitted to other draws than those it corrects, and these are independent draws from the policy. CADS-S fits h to the
-draws it has, which are chosen: it follows the gradient of h (`cads.selectors.cads_s.policy_gradient`).
+fitted to other draws than those it corrects, and these are independent draws from the policy. `search` fits h to the
+draws it has, which are chosen: it follows the gradient of h (`cads.selectors.search.policy_gradient`).
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ ALLOWANCE = 2.75
 """Selection FLOPs in units of the training budget, if the budget need not cover selection."""
 NO_SEARCH_AFFORDABLE = "the allowance buys no trials: the full pool is returned"
 FEWEST_TARGET_EXAMPLES = 20
-"""Fewest examples of the target that measure models, with which the guard compares a choice to the full pool. With
-fewer, two models that are as good differ by chance about as much as selection gains."""
+"""Fewest examples of the target with which the guard compares a choice to the full pool. With fewer, two models that
+are as good differ by chance about as much as selection gains."""
 ONE_SOURCE = "the pool has one source, and nothing can be chosen among sources: the full pool is returned"
 
 
@@ -46,23 +46,20 @@ class Search(ABC):
     """
 
     allowance: float | None = None
-    """Selection FLOPs at most, in units of the training FLOPs; null: 2.75 times what training the scorer would take
-    (CADS-E: 3 times), and no more than 1/3 if the budget counts selection, or 1/12 for each pass it buys, up to 1.
-    Where models are pretrained it is 1/6 for each pass, and up to 3 where less buys no search."""
+    """Selection FLOPs at most, in units of the training FLOPs; null: 2.75 times what training the scorer would take,
+    and no more than 1/3 if the budget counts selection, or 1/12 for each pass it buys, up to 1. Where models are
+    pretrained it is 1/6 for each pass, and up to 3 where less buys no search."""
     outer: str | Objective | None = None
     """The metric to minimise on the target, by name or, in Python, any function of task, model and pool; null for the
     task's own."""
     guard: bool = True
-    """Return the full pool unless the choice beat it on the target. With fewer than 20 target examples (CADS-E: 40, as
-    half of them train the target model) the guard cannot tell: then nothing is searched, and the full pool is
-    returned."""
+    """Return the full pool unless the choice beat it on the target. With fewer than 20 target examples the guard cannot
+    tell: then nothing is searched, and the full pool is returned."""
     target_fraction: float | None = None
     """Share of each batch of the final training drawn from the target, as in `joint`, at least 0 and below 1; null: 0.
     Trials see none of it."""
 
     method: ClassVar[str]
-    held_out: ClassVar[bool] = False
-    whole_sources: ClassVar[bool] = True
     default_allowance: ClassVar[float] = ALLOWANCE
 
     def __post_init__(self) -> None:
@@ -96,8 +93,7 @@ class Search(ABC):
         """Search with the model of the proxy, within the part of `budget` that selection may spend."""
         proxy, split = self.split_budget(task, budget)
         selection_ledger = Ledger(limit=split.selection_flops)
-        outer = self.outer or (proxy.source_outer if self.whole_sources else None)
-        inner = InnerLoop(proxy, selection_ledger, monitor, outer, held_out=self.held_out)
+        inner = InnerLoop(proxy, selection_ledger, monitor, self.outer or proxy.source_outer)
         try:
             return self.run_search(inner, split.train_flops, seed)
         finally:
@@ -118,11 +114,11 @@ class Search(ABC):
                 budget does not buy the search.
         """
         proxy, split = self.split_budget(task, budget)
-        if self.whole_sources and has_one_source(task.pool):
+        if has_one_source(task.pool):
             raise NotAffordableError(ONE_SOURCE)
-        costs = PlannedInnerLoop(proxy, split.selection_flops, held_out=self.held_out)
-        if self.guard and len(costs.measured) < FEWEST_TARGET_EXAMPLES:
-            raise NotAffordableError(cannot_tell(len(proxy.target), len(costs.measured)))
+        costs = PlannedInnerLoop(proxy, split.selection_flops)
+        if self.guard and len(proxy.target) < FEWEST_TARGET_EXAMPLES:
+            raise NotAffordableError(cannot_tell(len(proxy.target)))
         for stage in self.stages(costs, split.train_flops):
             costs.charge(stage)
         return costs.ledger
@@ -141,7 +137,7 @@ class Search(ABC):
             usages = [t.costs.per_usage(t.pool, t.recipe.batch_size) for t in (proxy, task)]
             ratio = usages[0] / usages[1]
         proxy = in_name_order(proxy)
-        min_flops = self.min_flops(PlannedInnerLoop(proxy, math.inf, held_out=self.held_out))
+        min_flops = self.min_flops(PlannedInnerLoop(proxy, math.inf))
         split = split_budget(task, budget, self.allowance, self.default_allowance * ratio, min_flops)
         return proxy, BudgetSplit(split.train_flops * ratio, split.selection_flops)
 
@@ -185,19 +181,16 @@ def _in_order(selection: Selection, pool: Pool) -> Selection:
     )
 
 
-def check_reference(objective: float, stage: str, data: str = "the full pool") -> None:
+def check_reference(objective: float, stage: str) -> None:
     """Refuse to go on if the trial on the full pool, to which all others are compared, has no finite objective.
-
-    Args:
-        data: what that trial was trained on, for the message.
 
     Raises:
         DataError: naming the stage.
     """
     if not math.isfinite(objective):
         raise DataError(
-            f"{stage_label(stage)}: the run on {data} met a loss that is not finite, and nothing can be compared with "
-            "it: lower the learning rate, or look at the pool"
+            f"{stage_label(stage)}: the run on the full pool met a loss that is not finite, and nothing can be "
+            "compared with it: lower the learning rate, or look at the pool"
         )
 
 
@@ -214,11 +207,9 @@ def guard_message(*, guard: bool, chosen: bool) -> str:
     return "the guard is off, but no choice ended with a finite objective: the full pool is returned"
 
 
-def cannot_tell(n_target: int, n_measured: int) -> str:
-    """Why the guard does not compare a choice with the full pool on `n_measured` of the `n_target` target examples."""
+def cannot_tell(n_target: int) -> str:
+    """Why the guard does not compare a choice with the full pool on `n_target` target examples."""
     examples = "1 example" if n_target == 1 else f"{n_target} examples"
-    if n_measured < n_target:
-        examples += f", of which {n_measured} measure models and the others train the target model"
     return (
         f"the target has {examples}, and with fewer than {FEWEST_TARGET_EXAMPLES} the guard cannot tell whether a "
         "choice beats the full pool: the full pool is returned; give more target examples, or set guard = false"

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from functools import cached_property
 
-import numpy as np
-
 from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
 from cads.data.pool import Pool
-from cads.data.token_batches import by_id
 from cads.scoring.pool_scores import planned_flops
 from cads.search.constants import constants_of
-from cads.search.fidelity import Rung, data_fraction, fidelity_schedule
+from cads.search.fidelity import Rung, fidelity_schedule
 from cads.search.stages import FitTarget, ScorePool, Stage, Steps, Trials, UpdatePolicy
 from cads.task import Task
 
@@ -21,25 +18,16 @@ class InnerLoopCosts:
 
     Attributes:
         n_trials: models that have been trained on the pool and measured so far.
-        fitted: the part of the target on which the target model is trained.
-        measured: the part of the target on which models are measured.
 
     Args:
         task: what is trained.
         ledger: charged for training and for measuring.
-        held_out: whether the target model, theta, is trained on one half of the target, and models are measured on the
-            other half. Where theta decides on single examples, measuring on its own training data would favour them.
     """
 
-    def __init__(self, task: Task, ledger: Ledger, *, held_out: bool = False) -> None:
+    def __init__(self, task: Task, ledger: Ledger) -> None:
         self.task = task
         self.ledger = ledger
         self.n_trials = 0
-        self.fitted = self.measured = task.target
-        if held_out and len(task.target) > 1:
-            ids, order = by_id(task.target), np.random.default_rng(0).permutation(len(task.target))
-            self.fitted = task.target.subset(ids[np.sort(order[::2])], "target, half for the target model")
-            self.measured = task.target.subset(ids[np.sort(order[1::2])], "target, half to measure on")
 
     @property
     def step_flops(self) -> float:
@@ -53,16 +41,12 @@ class InnerLoopCosts:
         So many FLOPs buy a step, whichever examples are drawn first.
         """
         costs, batch_size = self.task.costs, self.task.recipe.batch_size
-        return float(costs.usages(self.fitted).max() + costs.optimizer_step / batch_size) * batch_size
-
-    def target_steps_flops(self, count: float) -> float:
-        """`count` mean steps of the target model, or one step on the most expensive examples if that takes more."""
-        return max(self.target_step_flops, count * self._step(self.fitted))
+        return float(costs.usages(self.task.target).max() + costs.optimizer_step / batch_size) * batch_size
 
     @property
     def measuring_flops(self) -> float:
         """Measuring one model on the target."""
-        return self.task.costs.forward_pool(self.measured)
+        return self.task.costs.forward_pool(self.task.target)
 
     def scoring_flops(self, count: int) -> float:
         """One forward pass over `count` examples of the pool."""
@@ -74,8 +58,8 @@ class InnerLoopCosts:
 
     def target_flops(self, share: float, passes: float, train_flops: float) -> float:
         """For the target model: a share of the final training, but at most `passes` passes over the target."""
-        batch_size = self.task.recipe.batch_size
-        return min(share * train_flops, passes * self._step(self.fitted) / batch_size * len(self.fitted))
+        target, batch_size = self.task.target, self.task.recipe.batch_size
+        return min(share * train_flops, passes * self._step(target) / batch_size * len(target))
 
     def fidelity_schedule(self, train_flops: float, per_rung: float = 0.0, reserved: float = 0.0) -> list[Rung]:
         """The rungs that the rest of the ledger's limit buys, less `reserved` FLOPs.
@@ -92,11 +76,6 @@ class InnerLoopCosts:
             per_rung,
             constants=constants_of(self.task),
         )
-
-    def deciding_rung(self, fidelity: float, train_flops: float, n_trials: int) -> Rung:
-        """A rung that decides: no longer trials follow. `data_fraction` gives its share of the data."""
-        data = data_fraction(fidelity, self.passes(train_flops), constants_of(self.task), decides=True)
-        return Rung(fidelity, fidelity * train_flops, data, n_trials)
 
     def passes(self, train_flops: float) -> float:
         """The passes over the pool that `train_flops` buy."""
@@ -122,14 +101,14 @@ class PlannedInnerLoop(InnerLoopCosts):
 
     ledger: PlannedLedger
 
-    def __init__(self, task: Task, limit: float, *, held_out: bool = False) -> None:
-        super().__init__(task, PlannedLedger(limit), held_out=held_out)
+    def __init__(self, task: Task, limit: float) -> None:
+        super().__init__(task, PlannedLedger(limit))
 
     def charge(self, stage: Stage) -> None:
         """Charge for a stage, at the cost of mean examples where the stage names no FLOPs."""
         match stage:
             case FitTarget(flops, name):
-                self._train(self.fitted, 1, flops, name)
+                self._train(self.task.target, 1, flops, name)
             case ScorePool(count, name, flops):
                 self._score(count, name, flops)
             case Trials(rung, _, probe):

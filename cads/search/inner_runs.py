@@ -87,19 +87,10 @@ class InnerLoop(InnerLoopCosts):
         ledger: charged for training and for measuring.
         monitor: shows progress.
         outer: the objective, by name or callable; None for the task's own.
-        held_out: see `InnerLoopCosts`.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        ledger: Ledger,
-        monitor: Monitor,
-        outer: str | Objective | None = None,
-        *,
-        held_out: bool = False,
-    ) -> None:
-        super().__init__(task, ledger, held_out=held_out)
+    def __init__(self, task: Task, ledger: Ledger, monitor: Monitor, outer: str | Objective | None = None) -> None:
+        super().__init__(task, ledger)
         self.monitor = monitor
         self._outer = outer
         self.trainer = Trainer(task, ledger, monitor)
@@ -341,7 +332,7 @@ class InnerLoop(InnerLoopCosts):
     def _objective(self, model: nn.Module) -> State:
         device = self.trainer.accelerator.device
         with autocast(self.task.recipe.precision, device):
-            objective = self.task.objective(model.to(device), self._outer, self.measured)
+            objective = self.task.objective(model.to(device), self._outer, self.task.target)
         by_example = {} if objective.by_example is None else {BY_EXAMPLE: torch.from_numpy(objective.by_example)}
         return State({"objective": objective.value}, by_example)
 
@@ -360,32 +351,11 @@ class InnerLoop(InnerLoopCosts):
             precision=self.task.recipe.precision,
         )
 
-    def fit_target(
-        self,
-        flops: float,
-        *,
-        seed: int,
-        stage: str,
-        model: nn.Module | None = None,
-        stream: Stream | None = None,
-        target_fraction: float = 1.0,
-    ) -> nn.Module:
-        """The target model, theta: trained on the target (or its half) for `flops`.
-
-        Args:
-            model: to train further; None for a model with fresh weights.
-            stream: of the pool examples that fill each batch; the target's share of it is `target_fraction`.
-        """
-        draws = BatchStream(
-            self.task.pool,
-            [] if stream is None else [stream],
-            self.task.recipe.batch_size,
-            target=self.fitted,
-            target_fraction=target_fraction,
-            seed=seed,
-        )
-        start = self.task.model(seed) if model is None else model
-        fit = self.trainer.fit(start, draws, flops, seed=seed, phase=SELECT, stage=stage)
+    def fit_target(self, flops: float, *, seed: int, stage: str) -> nn.Module:
+        """The target model, theta: trained from fresh weights on the target for `flops`."""
+        task = self.task
+        draws = BatchStream(task.pool, [], task.recipe.batch_size, target=task.target, target_fraction=1.0, seed=seed)
+        fit = self.trainer.fit(task.model(seed), draws, flops, seed=seed, phase=SELECT, stage=stage)
         return fit.models[0]
 
     def fit_on(
@@ -405,13 +375,14 @@ class InnerLoop(InnerLoopCosts):
             horizon: FLOPs of the whole run, over which the learning rate is scheduled.
             before: what the run has done so far; None to begin it.
             seed: of the run: of its weights, and of the order of the target. The same in all calls.
-            stream, target_fraction: as for `fit_target`.
+            stream: of the pool examples that fill each batch.
+            target_fraction: the target's share of each batch.
         """
         draws = BatchStream(
             self.task.pool,
             [stream],
             self.task.recipe.batch_size,
-            target=self.fitted,
+            target=self.task.target,
             target_fraction=target_fraction,
             seed=seed,
         )

@@ -59,11 +59,6 @@ class Trials:
         return self.rung.stage if self.name is None else self.name
 
 
-def reference_trial(flops: float, train_flops: float, name: str = "u") -> Trials:
-    """One model, the reference model u, trained on the whole pool for `flops`."""
-    return Trials(Rung(flops / train_flops, flops, 1.0, 1), name)
-
-
 @dataclass(frozen=True)
 class Steps:
     """Training steps on the pool that are not a trial, such as unrolled ones."""

@@ -27,6 +27,9 @@ from cads.task import Task
 
 EACH = "each"
 """The value of `charge` with which every run pays for its whole selection."""
+FIRST_REVISION = 1
+"""The `revision` of a selector that does not name one. A higher one says that another selector had this name before:
+finished cells of that one are not its own."""
 
 
 @dataclass
@@ -176,6 +179,8 @@ class Cell:
             "contents": dict(contents),
             "version": version,
         }
+        if (revision := getattr(selector_class(self.entry.method), "revision", FIRST_REVISION)) != FIRST_REVISION:
+            parts["revision"] = revision
         if self.evaluations:
             parts["evaluations"] = self.evaluations
         labels = [self.setting.task, self.setting.model, self.label, str(self.budget), str(self.setting.seed)]

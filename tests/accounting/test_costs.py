@@ -23,7 +23,6 @@ from cads.accounting.nominal import CCDS_TOKENS, ccds_parameters, forward_flops,
 from cads.accounting.operations import (
     adam_direction_flops,
     bm25_flops,
-    candidates_flops,
     normalisation_flops,
     projection_flops,
     regression_flops,
@@ -35,8 +34,6 @@ from cads.accounting.transformer import read_transformer
 from cads.errors import ConfigError
 from cads.estimators.enumeration import enumerate_masks
 from cads.recipe import TrainConfig
-from cads.selectors.cads_e.candidates import Signals
-from cads.selectors.cads_e.schedule import CANDIDATE_STEPS
 from cads.tasks.language.shapes import LanguageShapes
 from cads.tasks.vision.networks import Network
 from experiments import flops_overhead
@@ -389,17 +386,6 @@ class Counting(np.ndarray):
             work = {"expit": 4}.get(ufunc.__name__, 1)
             Counting.flops += work * (np.size(plain[0]) - 1 if method == "reduce" else np.size(result))
         return result.view(Counting) if isinstance(result, np.ndarray) else result
-
-
-def test_the_policies_of_cads_e_cost_what_they_execute():
-    rng = np.random.default_rng(0)
-    signals = [rng.random(3000).view(Counting) for _ in range(2)]
-    Counting.flops = 0
-    made = Signals(*signals, CANDIDATE_STEPS).candidates
-    assert len(made) == len(CANDIDATE_STEPS)
-    for candidate in made:
-        candidate.probability()
-    assert candidates_flops(3000, len(CANDIDATE_STEPS)) == pytest.approx(Counting.flops, rel=0.05)
 
 
 @given(n=st.integers(1, 9), m=st.integers(1, 9), d=st.integers(1, 9), k=st.integers(1, 9))

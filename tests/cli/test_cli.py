@@ -88,7 +88,7 @@ class TestRuns:
         assert cads("select", config, "--out", tmp_path / "run")[0] == 0
         assert (tmp_path / "run" / "train" / "results.json").exists()
 
-    @pytest.mark.parametrize("method", ["random", "cads-s"])
+    @pytest.mark.parametrize("method", ["random", "search"])
     def test_the_written_config_replays_the_run(self, cads, config, tmp_path, method):
         first, second = tmp_path / "first", tmp_path / "second"
         assert cads("select", config, "--method", method, "--out", first)[0] == 0
@@ -176,7 +176,7 @@ class TestRuns:
 
 
 class TestHelp:
-    @pytest.mark.parametrize(("command", "method"), [("train", "cads-e"), *(("select", m) for m in names(SELECTORS))])
+    @pytest.mark.parametrize(("command", "method"), [("train", "search"), *(("select", m) for m in names(SELECTORS))])
     def test_every_field_is_listed_and_explained(self, cads, command, method):
         status, shown, _ = cads(command, "--method", method, "--help")
         assert status == 0
@@ -273,8 +273,8 @@ BAD_FLAGS = {
     "missing option": ("--method source", "options.name"),
     "option of another": ("--method full --options.fraction 0.5", "unrecognized arguments: --options.fraction"),
     "unknown source": ("--method source --options.name dirty", "'dirty' is no source"),
-    "unknown metric": ("--method cads-s --options.outer beauty", "outer = 'beauty' is no metric"),
-    "metric of which more is better": ("--method cads-e --options.outer accuracy", "that can be minimised"),
+    "unknown metric": ("--method search --options.outer beauty", "outer = 'beauty' is no metric"),
+    "metric of which more is better": ("--method search --options.outer accuracy", "that can be minimised"),
     "bad share": ("--options.fraction 2", "fraction = 2"),
     "no such source field": ("--task.sources [{nam:a}]", "source"),
     "second file": ("other.yaml", "other.yaml"),
@@ -318,7 +318,7 @@ BAD_FILES = {
     "training is a list": ("train: [1]", "train = [1]: it must map names to values"),
     "options are text": ("method: full\noptions: x", "options = 'x': it must map names to values"),
     "selectors are a list": ("selectors: [1]", "selectors = [1]: it must map names to values"),
-    "selector is a number": ("selectors: {cads-s: 5}", "options 5 of method 'cads-s' must map names to values"),
+    "selector is a number": ("selectors: {search: 5}", "options 5 of method 'search' must map names to values"),
     "unknown selector": ("selectors: {cads-x: {}}", "method 'cads-x' is unknown"),
     "method is a list": ("method: [full]", "method = ['full']: it must be a name"),
     "kind is a number": ("kind: 5", "kind of task = 5: it must be a name"),
@@ -360,7 +360,7 @@ class TestRefused:
         refused(answer, "selected ids are not in the pool")
 
     def test_a_budget_that_selection_has_eaten(self, cads, config, tmp_path):
-        flags = ("--method", "cads-s", "--budget", "8 epochs")
+        flags = ("--method", "search", "--budget", "8 epochs")
         cads("select", config, *flags, "--out", tmp_path / "run")
         answer = cads("train", config, "--selection", tmp_path / "run", "--count_selection", "true")
         refused(answer, "nothing is left to train with; raise the budget, or do not count selection")
@@ -370,7 +370,7 @@ class TestRefused:
         refused(cads("select", config, "--out", tmp_path / "file"), "Not a directory")
         assert (tmp_path / "file").read_text() == "mine"
 
-    @pytest.mark.parametrize("method", ["random", "cads-s"])
+    @pytest.mark.parametrize("method", ["random", "search"])
     def test_out_holds_something_else_is_said_before_compute(self, cads, config, tmp_path, method, monkeypatch):
         (tmp_path / "run" / "selection").mkdir(parents=True)
         (tmp_path / "run" / "selection" / "thesis.tex").write_text("mine")

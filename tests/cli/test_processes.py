@@ -116,7 +116,7 @@ class TestCommands:
             return [self.run(tmp_path, "select", "--method", method, "--out", out), len(taken), taken[-1]]
 
         # `cads` trains the final model, in all processes; the trials of a search are divided among them.
-        method = "cads" if at == 5 else "cads-s"
+        method = "cads" if at == 5 else "search"
         kind = "_Underway" if at == 5 else "Lockstep"
         assert spread(2, work, said) == [[128 + number, at, kind]] * 2
         assert len(list(out.glob("checkpoints/select/*-underway"))) == 1

@@ -45,8 +45,8 @@ def ran(world, tmp_path_factory):
         "metric": "loss",
         "evaluations": ["choices"],
         "methods": [
-            "full", "target-only", {"method": "cads-s", "options": {"allowance": 1.0}},
-            {"method": "cads-e", "count_selection": False},
+            "full", "target-only", {"method": "search", "options": {"allowance": 1.0}},
+            {"method": "cads", "count_selection": False},
         ],
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(given))
@@ -66,7 +66,7 @@ class TestExperiment:
             if row["count_selection"]:
                 assert row["total_flops"] <= row["budget_flops"]
             assert row["training_flops"] <= row["budget_flops"]
-        assert any(r["selection_flops"] > 0 for r in found if r["method"] == "cads-s")
+        assert any(r["selection_flops"] > 0 for r in found if r["method"] == "search")
 
     def test_seeds_draw_their_own_pool_and_the_same_test_set(self, ran):
         one, two = (s.config.split() for s in list(settings(read_grid(ran / "run" / "grid.yaml")))[:2])
@@ -89,7 +89,7 @@ class TestExperiment:
             "## Multiple choice",
             "## Differences",
             "pretrained from scratch",
-            "cads-e, on top",
+            "cads, on top",
         ):
             assert part in text
         header = next(line for line in text.splitlines() if "full pool returned" in line)
@@ -135,13 +135,13 @@ def test_examples_are_the_most_and_the_least_probable(tmp_path):
     probability = np.random.default_rng(0).permutation(n) / n
     made = Selection(
         ids=pa.array([f"e{i}" for i in range(n)]), score=probability, probability=probability,
-        selected=probability > 0.5, sources=None, method="cads-e", seed=0, budget=Budget(1), ledger=Ledger(),
+        selected=probability > 0.5, sources=None, method="cads", seed=0, budget=Budget(1), ledger=Ledger(),
         pool_hash="",
     )  # fmt: skip
     made.save(tmp_path / "cells" / "c")
     replace(made, probability=np.ones(n)).save(tmp_path / "cells" / "everything")
-    row = {"selector": "cads-e", "probability_course": '[{"x": 1}]', "seed": 0, "budget_flops": 1.0, "cell": "c"}
-    row |= {"selection_flops_spent": 1.0, "method": "cads-e", "budget": "1 epochs"}
+    row = {"selector": "cads", "probability_course": '[{"x": 1}]', "seed": 0, "budget_flops": 1.0, "cell": "c"}
+    row |= {"selection_flops_spent": 1.0, "method": "cads", "budget": "1 epochs"}
     dearer = row | {"cell": "everything", "selection_flops_spent": 2.0}
     assert "same probability" in language_report.examples([dearer], tmp_path, {})[1]
     _, _, best, _, worst = language_report.examples([dearer, row], tmp_path, {"e0": "zero | one"})
@@ -164,7 +164,7 @@ def test_data_sections_are_read(name):
 )
 def test_the_comparison_of_methods_is_read(name, rankings):
     grid = read_grid(CONFIGS / f"{name}.yaml")
-    searched = {"random", "full", "target-only", "joint", "cads-s", "cads-e"}
+    searched = {"random", "full", "target-only", "joint", "search", "cads"}
     assert {e.method for e in grid.methods} == rankings | searched
     assert grid.count_selection
 
@@ -224,9 +224,9 @@ def test_published_settings_are_planned_at_their_size_and_run_on_a_stand_in(tmp_
         (tmp_path / "real.yaml").write_text(
             yaml.safe_dump({**given, "budget": "20 epochs", "task": {**given["task"], "model": str(tmp_path / "real")}})
         )
-        words = ["--methods", "[cads-s, random]", "--flops_per_second", "1e12", "--json", str(tmp_path / "plan.json")]
+        words = ["--methods", "[search, random]", "--flops_per_second", "1e12", "--json", str(tmp_path / "plan.json")]
         assert cads(["plan", str(tmp_path / "real.yaml"), *words]) == 0
-        assert "cads-s" in (tmp_path / "plan.json").read_text()
+        assert "search" in (tmp_path / "plan.json").read_text()
     given["train"] |= {"batch_size": 4, "accumulate": min(2, given["train"].get("accumulate", 1)), "precision": "no"}
     given["budget"] = "8 epochs"
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(given))

@@ -33,7 +33,7 @@ train: {{batch_size: 16, learning_rate: 0.003}}
 """
 BUDGET = Budget(4, "epochs")
 SMALL = {
-    "cads-s": Method("cads-s", (0.1, 2.0)),
+    "search": Method("search", (0.1, 2.0)),
     "bilevel, C/4": Method("bilevel", (0.5, 2.0, 4.5), {"share": 0.25}, course=True),
     "unrolled": Method("unrolled", (0.5, 1.5, 3.0), {"unroll": 4}, course=True),
 }
@@ -219,7 +219,7 @@ def test_the_default_outer_objective_is_called_what_it_is(folder):
 
 
 def test_the_lowest_regret_of_each_world_is_marked():
-    regret = {("u", "cads-s"): 0.02, ("u", "cads-s, outer error"): 0.01, ("v", "cads-s, outer loss"): -0.01}
+    regret = {("u", "search"): 0.02, ("u", "search, outer error"): 0.01, ("v", "search, outer loss"): -0.01}
     labels = [v.who.label for v in ablations.VARIANTS if v.part == ablations.OUTER]
     cells = [Cell(w, 4.0, m, 0, [1.0], 0.0, regret.get((w, m), 0.03), 0.0, 0.0, [], []) for w in "uv" for m in labels]
     rows = ablations.outer_by_world(cells, ["u", "v"])
@@ -228,11 +228,11 @@ def test_the_lowest_regret_of_each_world_is_marked():
 
 
 def test_an_option_younger_than_a_cell_leaves_its_key_as_it_was():
-    for method in ("cads-s", "cads-s-penalty"):
+    for method in ("search", "cads-s-penalty"):
         plain = oracle.build_selector(method)
         assert "policy_steps" not in oracle.settings_of(plain)
         assert ("alpha" in oracle.settings_of(plain)) == (method == "cads-s-penalty")
-    given = oracle.settings_of(oracle.build_selector("cads-s", {"alpha": 0.0, "policy_steps": 0}))
+    given = oracle.settings_of(oracle.build_selector("search", {"alpha": 0.0, "policy_steps": 0}))
     assert (given["alpha"], given["policy_steps"]) == ("0.0", "0")
 
 
@@ -240,9 +240,9 @@ def test_a_difference_is_taken_cell_by_cell():
     def cell(method, seed, world, regret):
         return Cell(world, 4.0, method, seed, [1.0], 0.0, regret, 0.0, 0.0, [], [])
 
-    cells = [cell("cads-s", s, w, 0.1 * s + r) for s in (0, 1) for w, r in (("u", 0.0), ("v", 0.5))]
+    cells = [cell("search", s, w, 0.1 * s + r) for s in (0, 1) for w, r in (("u", 0.0), ("v", 0.5))]
     cells += [cell("other", s, w, 0.1 * s + r + 0.02 + 0.02 * s) for s in (0, 1) for w, r in (("u", 0.0), ("v", 0.5))]
-    mean, width = ablations.difference(cells, "other", "cads-s")
+    mean, width = ablations.difference(cells, "other", "search")
     assert mean == pytest.approx(0.03)
     # t(1 degree of freedom) = 12.706; the standard error of 0.02 and 0.04 is 0.01.
     assert width == pytest.approx(0.12706, rel=1e-3)
@@ -250,7 +250,7 @@ def test_a_difference_is_taken_cell_by_cell():
 
 def test_every_variant_can_be_built_and_unknown_parts_are_refused():
     labels = [c.label for c in ablations.contenders(ablations.PARTS)]
-    assert labels[0] == "cads-s"
+    assert labels[0] == "search"
     assert len(set(labels)) == len(labels) == 20
     for who in ablations.contenders(ablations.PARTS):
         oracle.build_selector(who.method, who.options)

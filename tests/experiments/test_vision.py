@@ -80,7 +80,7 @@ def test_it_ends_with_the_report(ran):
 @pytest.mark.parametrize("name", ["demo", "fashion-mnist-noise", "cifar10-noise"])
 def test_published_configs_are_read(name):
     grid = read_grid(CONFIGS / f"{name}.yaml")
-    assert {"full", "random", "target-only", "joint", "cads-s", "cads-e"} <= {e.method for e in grid.methods}
+    assert {"full", "random", "target-only", "joint", "search", "cads"} <= {e.method for e in grid.methods}
     assert not grid.count_selection
     assert [len(setting.config.sources) for setting in settings(grid)] == [5] * 3
 

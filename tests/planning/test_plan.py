@@ -157,17 +157,16 @@ def test_planning_trains_nothing(monkeypatch, cads):
     monkeypatch.setattr(VisionConfig, "build", never)
     status, out, _ = cads("plan", "--flops_per_second", 1e12, "--budget", "16 epochs")
     assert status == 0
-    assert "cads-e" in out
+    assert "search" in out
 
 
-@pytest.mark.parametrize("name", ["cads-s", "cads-e"])
-def test_a_selector_that_cannot_fit_says_so_and_spends_nothing(digits, name, caplog):
-    selector, ledger = build_selector(name), Ledger()
+def test_a_selector_that_cannot_fit_says_so_and_spends_nothing(digits, caplog):
+    selector, ledger = build_selector("search"), Ledger()
     budget = Budget(0.3, "epochs", count_selection=True)
     assert "full pool" in selector.plan(digits, budget).note
     with caplog.at_level(logging.WARNING):
         chosen = selector.select(digits, budget, seed=0, ledger=ledger)
-    assert name in caplog.text
+    assert "search" in caplog.text
     assert "allowance buys no" in caplog.text
     assert ledger.total().flops == 0
     assert chosen.selected.all()
@@ -210,7 +209,7 @@ def test_all_methods_are_planned_for_a_large_model():
     )
     task = settings.meta(TrainConfig(batch_size=128, accumulate=128, precision="bf16"))
     task.accounting = "analytic"
-    methods = {"cads-s": build_selector("cads-s"), "cads-e": build_selector("cads-e"), **PUBLISHED}
+    methods = {"search": build_selector("search"), **PUBLISHED}
     plan = make_plan(task, Budget(1, "epochs"), methods, flops_per_second=1e15, strict=True)
     rows = {row.method: row for row in plan.methods}
     assert rows["less"].selection > rows["ppl"].selection > rows["embedding"].selection > rows["bm25"].selection > 0
@@ -219,7 +218,7 @@ def test_all_methods_are_planned_for_a_large_model():
     assert rows["less"].tokens == pytest.approx(270_679 * 2048)
     weights = 2 * (6_738_415_616 + 134_217_728)
     assert rows["less"].memory["training"] > weights
-    assert rows["cads-s"].memory["selection"] > rows["cads-s"].memory["training"]
+    assert rows["search"].memory["selection"] > rows["search"].memory["training"]
     for row in rows.values():
         assert sum(row.stages.values()) == pytest.approx(row.selection)
 
@@ -241,10 +240,10 @@ def test_a_budget_for_both_is_shared(small):
 
 def test_methods_without_a_plan_say_why(small):
     task = LanguageShapes(model=small, lora_targets=["q_proj"], tokens=16, n_pool=100).meta(RECIPE)
-    methods = {"cads-s": build_selector("cads-s"), **PUBLISHED}
+    methods = {"search": build_selector("search"), **PUBLISHED}
     plan = make_plan(task, Budget(1, "epochs"), methods, flops_per_second=1e9)
     assert [row.method for row in plan.methods] == ["ppl", "less"]
-    assert "no sources" in plan.refused["cads-s"]
+    assert "no sources" in plan.refused["search"]
     assert "analytic or paper" in plan.refused["bm25"]
     assert "embedding_model" in plan.refused["embedding"]
     with pytest.raises(ConfigError, match="analytic or paper"):

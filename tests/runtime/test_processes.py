@@ -44,12 +44,11 @@ SELECTORS = {
     "full": {},
     "loss": {"fraction": 0.3},
     "less": {"warmup_share": 0.2, "checkpoints": 1, "fraction": 0.3},
-    "cads-s": {},
-    "cads-e": {},
+    "search": {},
 }
 
 
-@pytest.mark.parametrize(("size", "methods"), [(2, list(SELECTORS)), (4, ["loss", "cads-s"])])
+@pytest.mark.parametrize(("size", "methods"), [(2, list(SELECTORS)), (4, ["loss", "search"])])
 @pytest.mark.slow
 def test_selectors_choose_what_one_process_chooses(features, tmp_path, size, methods):
     """Selected ids are the same, probabilities to `TOLERANCE`, and ledgers to the last FLOP."""

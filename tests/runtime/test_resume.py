@@ -166,7 +166,7 @@ class TestSelectors:
 
     def test_all_of_it_comes_from_the_journal_if_all_of_it_is_there(self, digits, tmp_path, monkeypatch):
         def work():
-            return build_selector("cads-s").select(digits, BUDGET, seed=0, ledger=Ledger())
+            return build_selector("search").select(digits, BUDGET, seed=0, ledger=Ledger())
 
         first = resumed(tmp_path, work, kills=())
         monkeypatch.setattr(digits, "training_losses", lambda *_: pytest.fail("trained again"))
@@ -203,7 +203,7 @@ CONFIG = """
 task: {hidden: 16, n_pool: 80, n_target: 30, n_test: 30, sources: [{name: clean}, {name: noisy, label_noise: 0.9}]}
 train: {batch_size: 8}
 budget: 4 epochs
-method: cads-s
+method: search
 progress: false
 tensorboard: false
 """

@@ -19,7 +19,6 @@ from cads.data.token_batches import scoring_batches
 from cads.monitor import Monitor
 from cads.registry import build_selector
 from cads.runtime.journal import Journal
-from cads.scoring.features import ReadFeatures
 from cads.search.inner_runs import InnerLoop
 from tests.support.forked_processes import entries, killed, mortal, spread
 from tests.support.killed_runs import EVERY_STEP
@@ -102,7 +101,7 @@ class TestModelsInMemory:
             assert not watched.alive
 
     @pytest.mark.parametrize("pretrained", [False, True])
-    @pytest.mark.parametrize("method", ["cads-s", "cads-e", "cads-amortised", "best-of", "best-source"])
+    @pytest.mark.parametrize("method", ["search", "best-of", "best-source"])
     def test_a_search_holds_no_model_that_it_no_longer_uses(self, features, method, pretrained):
         task = copy.copy(features(batch_size=8, replicas="loop"))
         task.pretrained = pretrained
@@ -193,13 +192,3 @@ class TestPrecision:
             expected = plain.objective(model, "loss")
         assert found.value == expected.value
         assert (found.value == plain.objective(model, "loss").value) == (precision == "no")
-
-    @pytest.mark.parametrize("precision", ["no", "bf16"])
-    def test_read_features_are_those_of_training(self, images, precision):
-        task, plain = images(precision=precision), images()
-        model, batch = task.model(0).eval(), task.pool.batch(np.arange(20))
-        with torch.inference_mode():
-            found, exact = (ReadFeatures(t, model, "cpu")(batch) for t in (task, plain))
-        assert found.dtype == torch.float64
-        assert torch.equal(found, exact) == (precision == "no")
-        torch.testing.assert_close(found, exact, rtol=0.1, atol=0.05)

@@ -1,4 +1,4 @@
-"""The gradient that CADS-S follows: where it would be unbiased, and that it is biased as it is used."""
+"""The gradient that `search` follows: where it would be unbiased, and that it is biased as it is used."""
 
 import itertools
 from types import SimpleNamespace
@@ -12,8 +12,8 @@ from cads.estimators.reachable_loss import ReachableLossModel, mean_over_sources
 from cads.estimators.score_function import corrected
 from cads.policies.bernoulli import BernoulliPolicy
 from cads.search.space import SubsetSpace
-from cads.selectors.cads_s.policy_gradient import RegressionGradient, ascend_policy
-from cads.selectors.cads_s.proposals import initial_design, sample_candidates
+from cads.selectors.search.policy_gradient import RegressionGradient, ascend_policy
+from cads.selectors.search.proposals import initial_design, sample_candidates
 
 FIDELITY = 0.1
 PROBABILITIES = np.array([0.3, 0.5, 0.8])
@@ -89,7 +89,7 @@ def test_a_regression_on_the_same_draws_is_biased(seed):
 
 
 def as_used(world, n, count, seed=0):
-    """The first gradient of CADS-S in a world without noise, with its draws, its penalty and its regression.
+    """The first gradient of `search` in a world without noise, with its draws, its penalty and its regression.
 
     Returns:
         the gradient, the policy, and the exact gradient of the objective.

@@ -28,7 +28,7 @@ FREE = ("full", "joint", "random", "source", "target-only")
 """They look at nothing, so they must cost nothing."""
 READERS = ("bm25", "embedding", "ppl")
 """They read the pool, and by default train nothing."""
-RIDERS = ("cads",)
+RIDERS = ("cads", "cads-s", "cads-e")
 """They train the final model, so they charge for training too; what they read follows from the budget."""
 TEXT_ONLY = ("bm25",)
 """They have nothing to read in images."""
@@ -99,7 +99,7 @@ def chosen(made, task, kind):
 
 
 def test_the_promised_selectors_are_installed():
-    assert {*FREE, "cads-s", "cads-e"} <= set(names(SELECTORS))
+    assert {*FREE, *RIDERS, "search"} <= set(names(SELECTORS))
 
 
 @everywhere
@@ -134,10 +134,9 @@ def test_every_flop_is_charged_to_selection(chosen, name):
     assert name in RIDERS or (spent.usages == 0) == (name in (*FREE, *READERS))
 
 
-@pytest.mark.parametrize("name", ["cads-s", "cads-e"])
 @pytest.mark.parametrize("allowance", [0.0, 0.05, 0.5, 1.0, 2.75])
-def test_selection_stays_within_its_allowance(task, name, allowance):
-    made = choose(task, name, allowance=allowance)
+def test_selection_stays_within_its_allowance(task, allowance):
+    made = choose(task, "search", allowance=allowance)
     assert made.ledger.total(SELECT).flops <= allowance * BUDGET.flops(task) * (1 + 1e-9)
 
 
@@ -331,7 +330,7 @@ def test_joint_needs_a_share_between_0_and_1(share):
         build_selector("joint", {"target_fraction": share})
 
 
-@pytest.mark.parametrize("name", ["cads-s", "cads-e", "halving"])
+@pytest.mark.parametrize("name", ["search", "halving"])
 def test_training_with_the_target_changes_the_training_alone(task, chosen, name):
     plain, joint = chosen(name).selection, choose(task, name, target_fraction=0.25).selection
     assert (plain.target_fraction, joint.target_fraction) == (0, 0.25)

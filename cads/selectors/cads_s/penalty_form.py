@@ -6,7 +6,7 @@ theta, the target model, takes ordinary training steps on the target and on draw
 1 : alpha. It trains once, with one warm-up, one optimizer and one decay, while the policy moves after each round along
 `alpha E[ (R(m) - l*_C(m)) grad log p(m; s) ]`. R is the loss of theta on the mask m, and l*_C the training loss within
 reach of the budget C. No objective of a trained model is measured, so that a misleading penalty goes unnoticed:
-`cads-s` is the selector to use. `docs/published.md` says what of this the abstract states.
+`cads` is the selector to use, or `search`. `docs/published.md` says what of this the abstract states.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from cads.search.space import MixtureSpace, SearchSpace, SubsetSpace
 from cads.search.stages import FitTarget, ScorePool, Stages, Trials, UpdatePolicy
 from cads.seeding import derive
 from cads.selection import Selection
-from cads.selectors.cads_s.target_risk import mean_losses, probe_positions, probing_flops
+from cads.selectors.search.target_risk import mean_losses, probe_positions, probing_flops
 from cads.task import Task
 from cads.training.result import TrainResult
 

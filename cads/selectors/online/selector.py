@@ -62,10 +62,11 @@ class Cads:
     most, tells sources apart, and the final model sees the pool only."""
 
     method: ClassVar[str] = "cads"
+    granularities: ClassVar[tuple[str, ...]] = get_args(Granularity)
 
     def __post_init__(self) -> None:
-        if self.granularity not in get_args(Granularity):
-            raise ConfigError(f"granularity = {self.granularity!r}: choose from {list(get_args(Granularity))}")
+        if self.granularity not in self.granularities:
+            raise ConfigError(f"granularity = {self.granularity!r}: choose from {list(self.granularities)}")
 
     def constants(self, task: Task) -> OnlineConstants:
         """The constants of a run on a task."""
@@ -107,7 +108,10 @@ class Cads:
             DataError: with the remedy.
         """
         if self.granularity == "source" and task.pool.sources is None:
-            raise DataError(f"the {task.pool.name} has no sources: name a source column, or set granularity to example")
+            raise DataError(
+                f"the {task.pool.name} has no sources: name a source column, or use the method cads, "
+                "whose granularity example needs none"
+            )
 
 
 class _OnlineRun:

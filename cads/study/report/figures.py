@@ -32,7 +32,7 @@ TEXT = 10.5
 LONGEST_LABEL, LONGEST_STAGE = 22, 50
 MAX_LINES = 8
 """Methods in one panel. More methods are divided among several panels, so that their lines stay distinct."""
-ANCHORS = ("full", "cads-s", "cads-e")
+ANCHORS = ("full", "cads", "search")
 """Names of methods that are in every panel, for comparison."""
 MAX_NUMBERED = 12
 """Methods of the largest matrix with numbers in it. In a larger one they would overlap."""

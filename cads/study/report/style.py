@@ -25,8 +25,10 @@ PALETTE = {
 }
 """Contrast of at least 3:1 with white and with near-black; after Okabe and Ito and Tol."""
 OF_METHOD = {
+    "cads": "vermilion",
     "cads-s": "vermilion",
-    "cads-e": "blue",
+    "cads-e": "vermilion",
+    "search": "blue",
     "cads-s-penalty": "magenta",
     "joint": "teal",
     "target-only": "ochre",
@@ -43,7 +45,7 @@ OF_METHOD = {
 }
 """Colours of known methods. The colour of another method is chosen by a hash of its name."""
 RESERVED = ("vermilion", "blue")
-"""Colours that no unknown method gets: those of `cads-s` and `cads-e`."""
+"""Colours that no unknown method gets: those of `cads` and `search`."""
 MARKERS, LINES = "osD^vPX<>ph*", ("-", "--", "-.")
 SERIES = ("#35608d", "#b98300", "#00947f", "#c2488f", "#7d8085", "#d55e00", "#8867c7", "#6b8e23")
 """Colours of sources and stages, which are no methods."""

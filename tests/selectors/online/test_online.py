@@ -366,10 +366,26 @@ class TestWhatIsSeen:
         assert recorder.scalars["outer/gap"] == [(1, 0.5)]
 
 
+@pytest.mark.parametrize(("name", "granularity"), [("cads-s", "source"), ("cads-e", "example")])
+def test_a_granularity_goes_by_a_name_too(task, name, granularity):
+    ledger = Ledger()
+    named = build_selector(name).select(task, Budget(EPOCHS, "epochs"), seed=0, ledger=ledger)
+    chosen, spent = choose(task, granularity=granularity)
+    assert named.method == name
+    assert named.config == chosen.config
+    assert np.array_equal(named.probability, chosen.probability)
+    assert ledger.total().flops == spent.total().flops
+
+
 class TestRefused:
     def test_an_unknown_granularity(self):
         with pytest.raises(ConfigError, match="granularity = 'batch': choose from"):
             build_selector("cads", {"granularity": "batch"})
+
+    @pytest.mark.parametrize(("name", "other"), [("cads-s", "example"), ("cads-e", "source")])
+    def test_a_granularity_that_the_name_rules_out(self, name, other):
+        with pytest.raises(ConfigError, match=f"granularity = '{other}': choose from"):
+            build_selector(name, {"granularity": other})
 
     def test_sources_that_are_not_there(self, features):
         task = features(batch_size=8)

@@ -19,17 +19,18 @@ from cads.cli.main import main
 from cads.study.analysis.fits import analyse
 from cads.study.analysis.frontier import jaccard
 from cads.study.analysis.points import points_of, regrets
+from cads.study.grid import read_grid
 from cads.study.published_points import import_points
 from cads.study.report import figures
 from cads.study.report.page import spent_flops, write_report
 from cads.study.report.style import PALETTE, colour_of, method_styles
 from cads.study.tables import DONE, FAILED, IMPORTED, NOT_APPLICABLE, read_runs, write_rows
-from tests.support.paths import EXCERPT
+from tests.support.paths import CONFIGS, EXCERPT
 
 pytestmark = pytest.mark.slow
 
 NASTY = "<script>alert('x')</script> & \"$x^{$\""
-METHODS = {"random": "random", "full": "full", "cads-s": "cads-s", "cads-s, all in": "cads-s", NASTY: "source"}
+METHODS = {"random": "random", "full": "full", "search": "search", "search, all in": "search", NASTY: "source"}
 BUDGETS = (1, 8, 64)
 N_POOL, SEEDS = 40, (0, 1, 2)
 BROWSER = "CADS_TEST_BROWSER"
@@ -39,7 +40,7 @@ BROWSER = "CADS_TEST_BROWSER"
 def add_cell(folder: Path, method: str, budget: int, seed: int) -> None:
     """A cell with made-up numbers, as `cads compare` writes it."""
     rng = np.random.default_rng([len(method), budget, seed])
-    own = method.startswith("cads")
+    own = method.startswith("search")
     key = f"{list(METHODS).index(method)}-{budget}-{seed}"
     selection = 0.25e6 * budget if own else 0.0
     score = float(0.9 - 0.4 * np.exp(-budget / 8) + 0.01 * rng.normal() - 0.3 * (method == NASTY))
@@ -125,8 +126,8 @@ def test_many_methods_are_divided_among_panels(made, monkeypatch):
         legends = [part.legends[0].get_texts() for part in drawing.figure.subfigs]
         shown = [{text.get_text() for text in texts} - {"frontier line"} for texts in legends]
         assert len(shown) == 2
-        assert set.intersection(*shown) == {"full", "cads-s"}
-        assert set.union(*shown) >= {"random", "cads-s, all in"}
+        assert set.intersection(*shown) == {"full", "search"}
+        assert set.union(*shown) >= {"random", "search, all in"}
         assert sum(map(len, shown)) == len(METHODS) + 2
         assert any("script" in label for label in shown[-1])
         assert "each on its own scale" in drawing.caption
@@ -140,7 +141,7 @@ def test_a_ranking_that_runs_share_is_counted_once():
     ranked = [run("ppl", seed, options) for seed in (0, 1) for options in ('{"epochs": 1}', '{"fraction": 0.5}')]
     assert spent_flops(ranked) == 4 + 200
     assert spent_flops([*ranked, run("ppl", 0, '{"recipe": "paper"}')]) == 5 + 300
-    assert spent_flops([run("cads-s", 0), run("cads-s", 0), run("not installed", 0)]) == 3 + 300
+    assert spent_flops([run("search", 0), run("search", 0), run("not installed", 0)]) == 3 + 300
     assert spent_flops([run("ppl", 0, status=IMPORTED), run("ppl", 0, status=IMPORTED)]) == 2 + 200
     assert spent_flops([run("ppl", 0, None, FAILED, None)]) == 1
 
@@ -229,10 +230,15 @@ class TestFiles:
 
 class TestStyle:
     def test_colours_follow_the_name_alone(self):
-        few, many = method_styles([("cads-s", "cads-s")]), method_styles([(m, s) for m, s in METHODS.items()])
-        assert few["cads-s"] == many["cads-s"]
-        assert many["cads-s, all in"].colour == many["cads-s"].colour
-        assert many["cads-s, all in"] != many["cads-s"]
+        few, many = method_styles([("search", "search")]), method_styles([(m, s) for m, s in METHODS.items()])
+        assert few["search"] == many["search"]
+        assert many["search, all in"].colour == many["search"].colour
+        assert many["search, all in"] != many["search"]
+
+    def test_the_methods_of_the_demo_have_colours_of_their_own(self):
+        methods = {entry.method for entry in read_grid(CONFIGS / "demo.yaml").methods}
+        assert {"cads", "search", "target-only"} <= methods
+        assert len({colour_of(method) for method in methods}) == len(methods)
 
     def test_no_two_methods_look_alike(self):
         made = method_styles((f"label {i}", f"selector {i}") for i in range(30))
@@ -277,10 +283,10 @@ def test_overlaps_are_those_of_the_ids(made):
     found = overlap(folder, place, places[place])
     ids = {
         m: [r["id"] for r in read_rows(folder, "selections", [f"{list(METHODS).index(m)}-{BUDGETS[0]}-0"])]
-        for m in ("random", "cads-s")
+        for m in ("random", "search")
     }
-    i, j = found.methods.index("random"), found.methods.index("cads-s")
-    assert found.matrix[i, j] == found.matrix[j, i] == jaccard(ids["random"], ids["cads-s"])
+    i, j = found.methods.index("random"), found.methods.index("search")
+    assert found.matrix[i, j] == found.matrix[j, i] == jaccard(ids["random"], ids["search"])
     assert found.expected[i, j] == pytest.approx(1 / 3), "of halves of the pool"
     assert found.expected[i, found.methods.index("full")] == pytest.approx(1 / 2)
     drawing = figures.overlap_figure(found.methods, found.matrix, found.expected, "title", "name")

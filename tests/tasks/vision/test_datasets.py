@@ -16,7 +16,7 @@ from cads.accounting.ledger import Ledger
 from cads.data.pool import Pool
 from cads.errors import ConfigError, DataError
 from cads.recipe import TrainConfig
-from cads.selectors.cads_e.selector import CadsExamples
+from cads.selectors.online.selector import Cads
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.datasets import load_arrays, load_hub
 from cads.tasks.vision.images import ImageArrays, ImageTensors
@@ -229,7 +229,7 @@ def test_a_config_selects_from_either(tmp_path):
         task = VisionConfig(**yaml.safe_load(text)).build(TrainConfig(batch_size=16))
         task.check()
         assert isinstance(task.pool.examples, ImageArrays)
-        chosen.append(CadsExamples().select(task, Budget(3, "epochs"), seed=0, ledger=Ledger()))
+        chosen.append(Cads().select(task, Budget(3, "epochs"), seed=0, ledger=Ledger()))
     assert (chosen[0].score == chosen[1].score).all()
     assert (chosen[0].selected == chosen[1].selected).all()
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from cads.estimators.control_variate import ControlVariate
-from cads.search.guard import SIGNIFICANCE_Z
 from cads.search.inner_runs import InnerRuns
+
+SIGNIFICANCE_Z = 2.0
+"""Standard errors by which a choice must beat the full pool. Trials on similar data differ by less than a target of a
+few hundred examples can resolve."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ from cads.policies.base import Policy
 from cads.search.rungs import SAMPLED
 from cads.search.source_choice import nonempty
 from cads.search.space import SearchSpace
-from cads.selectors.cads_s.trials import TrialHistory
+from cads.selectors.search.trials import TrialHistory
 
 
 def sample_candidates(space: SearchSpace, policy: Policy, seed: int) -> np.ndarray:

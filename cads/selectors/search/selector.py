@@ -1,8 +1,8 @@
-"""CADS-S: which sources to train on. A policy over masks (or mixtures) of sources, learned from trials.
+"""A search for the sources to train on. A policy over masks (or mixtures) of sources, learned from trials.
 
 The policy moves along the gradient of h, a regression of the true bilevel objective on the trials so far that begins
 with the penalty of CADS (arXiv 2510.16806). What h leaves of the latest trials corrects it. This is no unbiased policy
-gradient: the trials are chosen to find good draws, and h is fitted to them (`cads.selectors.cads_s.policy_gradient`).
+gradient: the trials are chosen to find good draws, and h is fitted to them (`cads.selectors.search.policy_gradient`).
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from cads.search.source_choice import source_choice, source_marginals
 from cads.search.space import MixtureSpace, SearchSpace, SubsetSpace
 from cads.search.stages import FitTarget, ScorePool, Stages, Trials, UpdatePolicy
 from cads.seeding import derive
-from cads.selectors.cads_s.policy_gradient import RegressionGradient, ascend_policy
-from cads.selectors.cads_s.proposals import initial_design, promote, sample_candidates
-from cads.selectors.cads_s.target_risk import (
+from cads.selectors.search.policy_gradient import RegressionGradient, ascend_policy
+from cads.selectors.search.proposals import initial_design, promote, sample_candidates
+from cads.selectors.search.target_risk import (
     excess_target_loss,
     mean_losses,
     min_theta_flops,
     probing_flops,
     theta_flops,
 )
-from cads.selectors.cads_s.trials import TrialHistory
+from cads.selectors.search.trials import TrialHistory
 from cads.task import Task
 
 
 @dataclass
-class CadsSources(Search):
-    """CADS-S: a policy over sources, learned from trials on rungs of growing fidelity.
+class PolicySearch(Search):
+    """A search by trials before the training: a policy over sources, learned from trials on rungs of growing fidelity.
 
     Each rung trains on a few subsets or mixtures, and on the full pool, with a share of each source. It measures the
     outer objective relative to the full pool, refits a regression on penalty and sources, and moves the policy along
@@ -63,7 +63,7 @@ class CadsSources(Search):
     policy_steps: int = 60
     """Steps of the policy after each rung; 0: it stays where it starts."""
 
-    method: ClassVar[str] = "cads-s"
+    method: ClassVar[str] = "search"
 
     def __post_init__(self) -> None:
         super().__post_init__()

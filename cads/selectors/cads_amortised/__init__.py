@@ -1,1 +1,0 @@
-"""Amortised CADS: a function of features gives the probabilities."""

@@ -1,0 +1,1 @@
+"""A search before the training: a policy over sources, learned from trials."""
