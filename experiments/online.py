@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -171,14 +173,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--targets", nargs="+", type=int, default=list(TARGETS), help="five times as many in compare-vision"
     )
     parser.add_argument("--passes", nargs="+", type=float, default=list(PASSES))
-    parser.add_argument("--methods", nargs="+", default=None, help="only those whose names begin so")
+    parser.add_argument("--methods", nargs="+", default=None, help="only those of these names, as in the tables")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--results", type=Path, default=None, help="Markdown file; its figure stands beside it")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "cells.jsonl"
     if options.results is not None:
-        write_report(path, options.results)
+        write_report(path, options.results, shlex.join(["python", "-m", "experiments.online", *(argv or sys.argv[1:])]))
         return
     done = {tuple(json.loads(line)["key"]) for line in path.read_text().splitlines()} if path.exists() else set()
     tasks: dict[tuple[str, int, int], Task] = {}
@@ -187,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             world = world_named(name)
             for method in methods([source.name for source in world.task.sources]):
                 key = (world.name, n_target, passes, seed, method.name)
-                if key in done or (options.methods and not method.name.startswith(tuple(options.methods))):
+                if key in done or (options.methods and method.name not in options.methods):
                     continue
                 at = (world.name, n_target, seed)
                 if at not in tasks:
