@@ -21,7 +21,6 @@ from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
 from cads.cli.config import CommandConfig, read
 from cads.cli.settings import CommandSettings, PlanSettings, SelectSettings, TrainSettings
-from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.planning.methods import plan_methods
 from cads.runtime.atomic_files import whole_file
@@ -69,27 +68,23 @@ def select(argv: list[str]) -> None:
     world = world_group()
     config = world.locally(lambda: read(SelectSettings, argv))
     values, objects = config.values, config.objects
-    out = Path(values.out or f"runs/{values.method}")
+    out = Path(values.out or f"runs/{config.name}")
     world.on_rank_zero(lambda: check_folder(out / "selection"))
     console = Console(quiet=not world.first)
     ledger = Ledger()
-    with _run(SelectSettings, config, out) as run:
+    with _run(SelectSettings, config, out, PRODUCTS["select"]) as run:
         task = world.locally(lambda: _task(objects))
         budget = Budget.parse(values.budget, count_selection=values.count_selection)
         if not run.open_or_skip(**task.identity, versions=versions()):
             console.print(_finished(out / "selection"), soft_wrap=True)
             return
         with run.journal(), _monitor(values, out, "select") as monitor:
-            selection = api.select(
-                task, budget, method=objects.options, seed=values.seed, ledger=ledger, monitor=monitor
-            )
-            monitor.ledger(ledger)
+            selection = _choose(config, task, budget, ledger, monitor, out)
             share = float(selection.selected.mean())
             monitor.hparams(
                 {"method": values.method, "budget": str(budget), "seed": values.seed},
                 {"selected_share": share, "selection_flops": ledger.total(SELECT).flops},
             )
-            world.on_rank_zero(lambda: str(selection.save(out / "selection")))
         world.on_rank_zero(lambda: _write_config(config, task, out))
         run.finish()
     console.print(summary(selection))
@@ -99,29 +94,48 @@ def select(argv: list[str]) -> None:
         console.print(f"TensorBoard: tensorboard --logdir {out}", soft_wrap=True)
 
 
+def _choose(
+    config: CommandConfig, task: Task, budget: Budget, ledger: Ledger, monitor: Monitor, out: Path
+) -> Selection:
+    """Select by the method of the configuration, and write the Selection to `out`."""
+    method, seed = config.objects.options, config.values.seed
+    selection = api.select(task, budget, method=method, seed=seed, ledger=ledger, monitor=monitor)
+    monitor.ledger(ledger)
+    world_group().on_rank_zero(lambda: str(selection.save(out / "selection")))
+    return selection
+
+
 def train(argv: list[str]) -> None:
-    """Train the final model on a Selection within the budget, write and test it; then evaluate it further.
+    """Train the final model within the budget, write and test it; then evaluate it further.
+
+    Without a Selection the method selects, before the training or in it.
 
     A finished training is evaluated by what its results lack, and not trained anew.
     """
     world = world_group()
     config = world.locally(lambda: read(TrainSettings, argv))
     values, objects = config.values, config.objects
+    selection, out, products = None, Path(values.out or f"runs/{config.name}"), PRODUCTS["train"]
     if values.selection is None:
-        raise ConfigError("--selection is missing: give the folder that `cads select` wrote")
-    selection = world.locally(lambda: Selection.load(values.selection))
-    folder = Path(values.selection)
-    out = Path(values.out or (folder.parent if folder.name == "selection" else folder) / "train")
+        products += PRODUCTS["select"]
+        world.on_rank_zero(lambda: check_folder(out / "selection"))
+    else:
+        selection = world.locally(lambda: Selection.load(values.selection))
+        folder = Path(values.selection)
+        out = Path(values.out or (folder.parent if folder.name == "selection" else folder) / "train")
     console = Console(quiet=not world.first)
-    with _run(TrainSettings, config, out) as run:
+    with _run(TrainSettings, config, out, products) as run:
         task = world.locally(lambda: _task(objects))
         task.check_merge(values.merge)
         evaluations = list(dict.fromkeys([values.eval] if isinstance(values.eval, str) else values.eval or []))
         for name in evaluations:
             task.check_evaluation(name)
         trained = None
-        if run.open_or_skip(**task.identity, selection=selection.content_hash, versions=versions()):
-            trained = _train(run, config, task, selection, out)
+        given = {} if selection is None else {"selection": selection.content_hash}
+        if run.open_or_skip(**task.identity, **given, versions=versions()):
+            trained, made = _train(run, config, task, selection, out)
+            if selection is None:
+                console.print(summary(made))
             console.print(f"Model: {out}", soft_wrap=True)
         names = world.on_rank_zero(lambda: missing(task, out, evaluations) if evaluations else [])
         if trained is None and not names:
@@ -146,11 +160,13 @@ def train(argv: list[str]) -> None:
             f"Model FLOP utilisation: {trained.utilisation:.1%} of this machine's matrix products "
             f"({trained.train_result.flops_per_second:.3g} FLOP/s)"
         )
-    console.print(f"Model and results: {out}", soft_wrap=True)
+    console.print(f"Model{', Selection' if selection is None else ''} and results: {out}", soft_wrap=True)
 
 
-def _train(run: RunFolder, config: CommandConfig, task: Task, selection: Selection, out: Path) -> TrainedModel:
-    """Train the final model, write it and then test it: then the run has finished."""
+def _train(
+    run: RunFolder, config: CommandConfig, task: Task, selection: Selection | None, out: Path
+) -> tuple[TrainedModel, Selection]:
+    """Select if there is no Selection, train the final model, write it and then test it: then the run has finished."""
     world, values = world_group(), config.values
     budget = Budget.parse(values.budget, count_selection=values.count_selection)
 
@@ -158,6 +174,8 @@ def _train(run: RunFolder, config: CommandConfig, task: Task, selection: Selecti
         world.on_rank_zero(lambda: save_model(task, model, out, merge=values.merge))
 
     with run.journal(), _monitor(values, out, "train") as monitor:
+        if selection is None:
+            selection = _choose(config, task, budget, Ledger(), monitor, out)
         trained = api.train(task, budget, selection=selection, seed=values.seed, monitor=monitor, save=save)
         monitor.hparams(
             {"method": selection.method, "budget": str(budget), "seed": values.seed},
@@ -166,7 +184,7 @@ def _train(run: RunFolder, config: CommandConfig, task: Task, selection: Selecti
         world.on_rank_zero(lambda: trained.save_results(out))
     world.on_rank_zero(lambda: _write_config(config, task, out))
     run.finish()
-    return trained
+    return trained, selection
 
 
 def _evaluate(
@@ -199,7 +217,7 @@ def _task(objects: Namespace) -> Task:
     return task
 
 
-def _run(command: type[CommandSettings], config: CommandConfig, out: Path) -> RunFolder:
+def _run(command: type[CommandSettings], config: CommandConfig, out: Path, products: tuple[str, ...]) -> RunFolder:
     """The run of a command, identified by the settings that change its result: all but `WITHOUT_EFFECT`.
 
     `NEUTRAL` settings and the `evaluation_fields` of the task do not change a training, and may differ.
@@ -216,7 +234,7 @@ def _run(command: type[CommandSettings], config: CommandConfig, out: Path) -> Ru
         out,
         name,
         settings,
-        PRODUCTS[name],
+        products,
         objects.checkpoint,
         overwrite=config.values.overwrite,
         neutral={**NEUTRAL, **_evaluation_defaults(objects.task)},

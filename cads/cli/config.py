@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from cads.api import DEFAULT_METHOD
+from cads.cli.data_flags import add_data_flags, task_of_flags
 from cads.cli.settings import CommandSettings, ExportSettings, ReportSettings
 from cads.errors import ConfigError
 from cads.recipe import TrainConfig
@@ -33,11 +34,13 @@ class CommandConfig:
 
     Attributes:
         values: all settings, as they were parsed.
+        name: of the run, after the configuration file and the method; the name of its folder by default.
         parser: reads and writes them.
         objects: the dataclasses that they describe: `task`, `train`, `options` (the selector), `checkpoint`.
     """
 
     values: Namespace
+    name: str
     parser: ArgumentParser
     objects: Namespace
 
@@ -53,6 +56,7 @@ class _Words:
     files: list[str]
     kind: str | None
     method: str | None
+    data: dict[str, Any]
     flags: list[str]
 
 
@@ -67,6 +71,9 @@ def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
     settings_read: dict[str, Any] = {}
     for path in words.files:
         settings_read.update(load_yaml(path))
+    words.kind = words.kind or words.data.pop("kind", None)
+    if words.data:
+        settings_read["task"] = {**(settings_read.get("task") or {}), **words.data}
     kind = words.kind or settings_read.get("kind", DEFAULT_KIND)
     method = words.method or settings_read.get("method", DEFAULT_METHOD)
     selector_class(method)
@@ -85,18 +92,20 @@ def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
     values = parser.parse_args([*([] if is_default else ["--config", yaml.safe_dump(settings_read)]), *words.flags])
     if values.seed < 0:
         raise ConfigError(f"seed = {values.seed}: it must be >= 0")
-    return CommandConfig(values, parser, parser.instantiate(values))
+    named = [*(Path(path).stem for path in words.files[-1:]), *([method] if method != DEFAULT_METHOD else [])]
+    return CommandConfig(values, "-".join(named) or method, parser, parser.instantiate(values))
 
 
 def command_parser(settings: type[CommandSettings], kind: str, method: str) -> ArgumentParser:
     """The parser of a command for one kind of task and one method."""
-    parser = _parser(settings.command, "[CONFIG] [flags]", settings.description)
+    parser = _parser(settings.command, "[CONFIG] [--pool PATH ... --target PATH] [flags]", settings.description)
     parser.epilog = (
         f"The fields of task are those of kind {kind}, and the options those of method {method}. For others: "
         f"`cads {settings.command} --kind KIND --method NAME --help`. Kinds: {', '.join(names(TASKS))}. "
         f"Methods: {', '.join(names(SELECTORS))}."
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; flags after it win")
+    add_data_flags(parser)
     parser.add_argument("--kind", default=kind, help=f"kind of task: {', '.join(names(TASKS))}")
     parser.add_argument("--method", default=method, help=f"selector: {', '.join(names(SELECTORS))}")
     parser.add_class_arguments(settings, None)
@@ -234,10 +243,13 @@ def _split(command: str, argv: list[str]) -> _Words:
     first_parser.add_argument("--config", action="append", default=[])
     first_parser.add_argument("--kind")
     first_parser.add_argument("--method")
+    if command != "compare":
+        add_data_flags(first_parser)
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
     parsed, flags = first_parser.parse_known_args(argv)
-    return _Words(parsed.config, parsed.kind, parsed.method, flags)
+    data = task_of_flags(parsed) if command != "compare" else {}
+    return _Words(parsed.config, parsed.kind, parsed.method, data, flags)
 
 
 def _drop_overridden(settings_read: dict[str, Any], flags: list[str]) -> None:

@@ -24,7 +24,7 @@ What should I train on, given a pool, a validation set, a model and a compute bu
 commands:
   plan     say what each method would cost and what is left to train with; spends nothing
   select   choose what to train on, and write a Selection
-  train    train the final model on a Selection within the budget, and test it
+  train    train the final model within the budget, and test it; selects, unless a Selection is given
   export   write the rows that a Selection chose, as they stand in your files, or a list of images
   compare  run a grid of methods, budgets, seeds, model sizes and tasks
   report   figures, fits and one page of HTML from the results of a grid

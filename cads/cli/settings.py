@@ -22,7 +22,7 @@ class CommandSettings:
     seed: int = 0
     """Of everything that is drawn."""
     out: str | None = None
-    """Folder of the run."""
+    """Folder of the run; null: runs/NAME, after the configuration file and the method."""
     overwrite: bool = False
     """Begin anew, whatever the folder holds."""
     tensorboard: bool = True
@@ -65,10 +65,13 @@ class TrainSettings(CommandSettings):
     """Settings of `cads train`."""
 
     command: ClassVar[str] = "train"
-    description: ClassVar[str] = "Train the final model on a Selection within the budget, and test it."
+    description: ClassVar[str] = (
+        "Train the final model within the budget, and test it: on a Selection, or by a method that selects first, or "
+        "while it trains."
+    )
 
     selection: str | None = None
-    """Folder that `cads select` wrote."""
+    """Folder that `cads select` wrote; null: the method selects."""
     merge: bool = False
     """Write adapters into the model they stand on."""
     eval: list[str] | str | None = None

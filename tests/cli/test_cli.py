@@ -81,6 +81,27 @@ class TestRuns:
         assert results["steps"] == 20
         assert {"config.yaml", "model.safetensors", "results.json"} <= {f.name for f in (out / "train").iterdir()}
 
+    @pytest.mark.parametrize("method", ["random", "cads"])
+    def test_one_command_selects_and_trains(self, cads, config, tmp_path, monkeypatch, method):
+        """The model and the Selection are those of the two commands, and one ledger has both."""
+        monkeypatch.chdir(tmp_path)
+        flags = ("--method", method, "--budget", "12 epochs")
+        status, shown, errors = cads("train", config, *flags)
+        assert (status, errors) == (0, "")
+        out = tmp_path / "runs" / ("config" if method == "cads" else f"config-{method}")
+        assert f"runs/{out.name}" in shown
+        assert "share of training" in shown
+        assert "nothing to do" in cads("train", config, *flags)[1]
+        assert cads("select", config, *flags, "--out", "two")[0] == 0
+        assert cads("train", config, *flags, "--selection", "two")[0] == 0
+        two = tmp_path / "two" / "train"
+        assert (out / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+        assert Selection.load(out).content_hash == Selection.load(tmp_path / "two").content_hash
+        one, other = (json.loads((folder / "results.json").read_text())["ledger"] for folder in (out, two))
+        assert [(e["phase"], e["stage"], e["flops"]) for e in one] == [
+            (e["phase"], e["stage"], e["flops"]) for e in other
+        ]
+
     def test_training_on_the_inner_folder_writes_beside_it(self, cads, config, tmp_path):
         cads("select", config, "--out", tmp_path / "run")
         assert cads("train", config, "--selection", tmp_path / "run" / "selection")[0] == 0
@@ -173,6 +194,60 @@ class TestRuns:
             cads("train", config, "--selection", tmp_path / "run")
         ours = [w for w in caught if "jsonargparse" in str(w.category).lower() or "cads" in Path(w.filename).parts]
         assert not [str(w.message) for w in ours if "Deprecation" in w.category.__name__]
+
+
+class TestDataFlags:
+    @pytest.fixture
+    def files(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name in ("a/train.jsonl", "b/train.jsonl", "chats.jsonl.gz", "val.jsonl"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        (tmp_path / "images").mkdir()
+        return tmp_path
+
+    def task(self, cads, *flags):
+        status, shown, errors = cads("train", *flags, "--print_config")
+        assert (status, errors) == (0, "")
+        config = yaml.safe_load(shown)
+        assert not {"pool", "target", "test", "model"} & set(config)
+        return config["kind"], config["task"]
+
+    def test_files_are_sources_of_texts(self, cads, files):
+        kind, task = self.task(
+            cads, "--pool", "a/train.jsonl", "--pool", "chats.jsonl.gz", "--target", "val.jsonl", "--model", "m"
+        )
+        assert kind == "language"
+        assert [(source["name"], source["path"]) for source in task["pool"]] == [
+            ("train", "a/train.jsonl"),
+            ("chats", "chats.jsonl.gz"),
+        ]
+        assert [source["path"] for source in task["target"]] == ["val.jsonl"]
+        assert (task["test"], task["model"]) == ([], "m")
+
+    def test_files_of_one_name_are_told_apart(self, cads, files):
+        _, task = self.task(cads, "--pool", "a/train.jsonl", "--pool", "b/train.jsonl", "--model", "m")
+        assert [source["name"] for source in task["pool"]] == ["a/train.jsonl", "b/train.jsonl"]
+
+    def test_a_folder_is_images(self, cads, files):
+        kind, task = self.task(cads, "--pool", "images", "--target", "a", "--model", "cnn")
+        assert kind == "vision"
+        assert [task[name] for name in ("dataset", "path", "target_path", "model")] == ["folder", "images", "a", "cnn"]
+
+    def test_they_win_over_the_file(self, cads, files, config):
+        _, task = self.task(cads, config, "--model", "cnn")
+        assert (task["model"], [source["name"] for source in task["sources"]]) == ("cnn", ["clean", "noise 90 %"])
+
+    @pytest.mark.parametrize(
+        ("flags", "match"),
+        [
+            (("--pool", "none.jsonl"), "none.jsonl: no such file or folder"),
+            (("--pool", "images", "--target", "val.jsonl"), "are folders and the other paths are files"),
+            (("--pool", "images", "--pool", "a"), "--pool is given 2 folders: put them into one"),
+        ],
+    )
+    def test_what_makes_no_task_is_refused(self, cads, files, flags, match):
+        refused(cads("train", *flags), match)
 
 
 class TestHelp:
@@ -345,8 +420,7 @@ class TestRefused:
     def test_unknown_command(self, cads):
         refused(cads("selct"), "command 'selct' is unknown: use one of plan, select, train")
 
-    def test_train_without_a_selection(self, cads, config, tmp_path):
-        refused(cads("train", config), "--selection is missing: give the folder that `cads select` wrote")
+    def test_train_on_a_selection_that_is_not_there(self, cads, config, tmp_path):
         refused(cads("train", config, "--selection", tmp_path / "none"), "does not exist")
 
     def test_train_on_a_corrupt_selection(self, cads, config, tmp_path):

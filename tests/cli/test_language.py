@@ -73,6 +73,20 @@ def built(folder, **options):
     return LanguageConfig(**settings).build(TrainConfig(batch_size=8, learning_rate=0.01))
 
 
+def test_files_and_a_model_are_enough(folder, tmp_path, monkeypatch, capsys):
+    """Without a configuration: two files are two sources, and the model that comes out is a folder of transformers."""
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (("one", sums(60)[:40]), ("two", sums(60)[40:]), ("val", sums(90)[60:])):
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+    data = ("--pool", "one.jsonl", "--pool", "two.jsonl", "--target", "val.jsonl", "--model", folder / "llama")
+    run("train", *data, "--budget", "3 epochs", "--train.batch_size", "8")
+    assert "runs/cads" in capsys.readouterr().out
+    assert set(Selection.load(tmp_path / "runs" / "cads").shares) == {"one", "two"}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {
+        f.name for f in (tmp_path / "runs/cads").iterdir()
+    }
+
+
 @pytest.fixture(scope="module")
 def selected(folder):
     """A Selection of a third of the pool, made by the command."""

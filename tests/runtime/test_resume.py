@@ -250,6 +250,18 @@ class TestCommands:
         one, two = ((out / "train" / "model.safetensors").read_bytes() for out in (run, whole))
         assert one == two
 
+    @pytest.mark.parametrize("method", ["cads", "search"])
+    def test_training_without_a_selection_goes_on_in_either_part(self, cads, tmp_path, method):
+        flags = ("--method", method, "--checkpoint.every_steps", 3)
+        whole, run = tmp_path / "whole", tmp_path / "run"
+        assert cads("train", "--out", whole, *flags)[0] == 0
+        for writes in (4, 6):
+            assert not killed(lambda: cads("train", "--out", run, *flags), writes)
+            assert not (run / "results.json").exists()
+        assert cads("train", "--out", run, *flags)[0] == 0
+        for file in ("model.safetensors", "selection/selection.json", "selection/scores.parquet"):
+            assert (run / file).read_bytes() == (whole / file).read_bytes(), file
+
     def test_other_settings_are_refused_unless_told_to_begin_anew(self, cads, tmp_path):
         out = tmp_path / "run"
         assert cads("select", "--out", out, "--method", "random")[0] == 0

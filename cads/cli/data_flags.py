@@ -1,0 +1,64 @@
+"""Data and model on the command line: `--pool`, `--target`, `--test` and `--model`, without a configuration."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cads.errors import ConfigError
+
+FLAGS = {
+    "pool": "file of texts, each a source of the pool (may be repeated), or folder of images; sets kind and task.pool",
+    "target": "file or folder of the target: what selection optimises for",
+    "test": "file or folder of the test set",
+    "model": "name or folder of the model; short for task.model",
+}
+"""Each flag, and its help."""
+
+
+def add_data_flags(parser: Any) -> None:
+    """Add the flags to a parser of argparse."""
+    for name, text in FLAGS.items():
+        action = "append" if name == "pool" else "store"
+        parser.add_argument(f"--{name}", action=action, default=argparse.SUPPRESS, metavar="PATH", help=text)
+
+
+def task_of_flags(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the task that the flags set, with `kind` if they tell it: folders are images, files are texts.
+
+    Raises:
+        ConfigError: if files and folders are mixed, several folders are given, or a path does not exist.
+    """
+    pool: list[str] = getattr(parsed, "pool", [])
+    held_out = {name: getattr(parsed, name) for name in ("target", "test") if hasattr(parsed, name)}
+    fields = {"model": parsed.model} if hasattr(parsed, "model") else {}
+    paths = [*pool, *held_out.values()]
+    if not paths:
+        return fields
+    missing = [path for path in paths if not Path(path).exists()]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)}: no such file or folder (data sets of the hub: name them in task.pool)"
+        )
+    folders = [path for path in paths if Path(path).is_dir()]
+    if not folders:
+        texts = {name: [{"name": name, "path": path}] for name, path in held_out.items()}
+        return {"kind": "language", **fields, **({"pool": _sources(pool)} if pool else {}), **texts}
+    if len(folders) < len(paths):
+        raise ConfigError(
+            f"{folders} are folders and the other paths are files: give folders of images, or files of texts"
+        )
+    if len(pool) > 1:
+        raise ConfigError(f"--pool is given {len(pool)} folders: put them into one, and each is a source of the pool")
+    images = {f"{name}_path": path for name, path in held_out.items()}
+    return {"kind": "vision", **fields, **({"dataset": "folder", "path": pool[0]} if pool else {}), **images}
+
+
+def _sources(files: Sequence[str]) -> list[dict[str, str]]:
+    """Each file as a source that has its name; of equal names, the path."""
+    names = [Path(file).name.split(".")[0] for file in files]
+    if len(set(names)) < len(names):
+        names = list(files)
+    return [{"name": name, "path": file} for name, file in zip(names, files, strict=True)]
