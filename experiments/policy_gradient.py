@@ -18,7 +18,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,6 +28,7 @@ import numpy as np
 from baselines.full import Full
 from baselines.halving import Halving
 from baselines.joint import MOST_TARGET
+from baselines.search.source_search import kept
 from baselines.source import Source
 from baselines.target_only import TargetOnly
 from cads.accounting.budget import Budget
@@ -50,6 +51,7 @@ from cads.training import final
 from experiments.online import Changed, without_sources
 from experiments.policy_gradient_report import (
     ALLOWANCES,
+    BY_POLICY,
     CHARGED,
     EXAMPLES,
     FULL,
@@ -115,14 +117,35 @@ Build = Callable[[Task, Budget, float], "Selector | Given | None"]
 
 @dataclass(frozen=True)
 class Method:
-    """A method: its name in tables, how it is built for a task, C and an allowance, and whether it has one.
+    """A method of the comparison.
 
-    It is built as None where the allowance does not buy it.
+    Attributes:
+        name: in tables.
+        build: its selector, for a task, C and an allowance; None where the allowance does not buy it.
+        searches: whether it has an allowance.
+        then: what is made of its selection.
     """
 
     name: str
     build: Build
     searches: bool = False
+    then: Callable[[Selection], Selection] = field(default=lambda selection: selection)
+
+
+def uncharged_steps(_: Task, __: Budget, allowance: float) -> Selector:
+    """`cads-s` whose steps of the policy cost nothing."""
+    return UnchargedSteps(allowance=allowance, guard=False)
+
+
+def by_policy(selection: Selection) -> Selection:
+    """The sources with a probability above 1/2, or the likeliest, in place of the best draw that was tried."""
+    if not selection.source_probability or selection.sources is None:
+        return selection
+    names, p = zip(*selection.source_probability.items(), strict=True)
+    mask = dict(zip(names, kept(np.array(p)), strict=True))
+    by_code = np.array([mask[name] for name in selection.sources.dictionary.to_pylist()])
+    selected = by_code[selection.sources.indices.to_numpy()]
+    return replace(selection, selected=selected > 0, probability=selected, weighted=False)
 
 
 def source_methods(right: Sequence[str]) -> list[Method]:
@@ -134,7 +157,8 @@ def source_methods(right: Sequence[str]) -> list[Method]:
         Method(ONLINE, lambda *_: Cads()),
         Method(PROBE_ONLY, lambda *_: Changed(changed={"learning_passes": 0.0})),
         Method(NO_STEPS, lambda *_: Changed(granularity="source", changed={"sharpness": 0.0})),
-        Method(STEPS, lambda _, __, a: UnchargedSteps(allowance=a, guard=False), searches=True),
+        Method(STEPS, uncharged_steps, searches=True),
+        Method(BY_POLICY, uncharged_steps, searches=True, then=by_policy),
         Method(CHARGED, lambda _, __, a: Traced(allowance=a, guard=False), searches=True),
         Method(OFF, lambda _, __, a: Traced(allowance=a, guard=False, policy_steps=0), searches=True),
         Method(PREFIX, lambda _, __, a: SignalPrefix(allowance=a), searches=True),
@@ -216,7 +240,7 @@ def build_task(sources: Sequence[SyntheticSource], seed: int) -> VisionTask:
 
 
 class Cell:
-    """A world of one seed: it runs methods, and trains on equal choices once.
+    """A world of one seed: it runs methods, and makes equal searches and trainings once.
 
     Args:
         name: "20" and so on, the number of sources, or `EXAMPLES`, whose sources are hidden.
@@ -230,6 +254,7 @@ class Cell:
     ) -> None:
         self.name, self.seed = name, seed
         self._sources, self._build, self._budget = sources, build, Budget(passes, "epochs")
+        self._selected: dict[tuple[Build, float], Selection] = {}
         self._trained: dict[bytes, dict[str, float]] = {}
 
     @classmethod
@@ -268,10 +293,13 @@ class Cell:
         started = time.perf_counter()
         budget = self._budget
         task = _one_source(self.task) if method.name == NO_STEPS and self.name == EXAMPLES else self.task
-        selector = method.build(task, budget, allowance)
-        if selector is None:
-            return {"error": "the allowance does not buy it"}
-        selection = selector.select(task, budget, seed=self.seed, ledger=Ledger())
+        key = (method.build, allowance)
+        if key not in self._selected:
+            selector = method.build(task, budget, allowance)
+            if selector is None:
+                return {"error": "the allowance does not buy it"}
+            self._selected[key] = selector.select(task, budget, seed=self.seed, ledger=Ledger())
+        selection = method.then(self._selected[key])
         compute = selection.ledger.total(SELECT).flops
         metrics = self._train(task, selection, budget)
         weight = selection.weights
@@ -341,15 +369,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if unknown := [w for w in options.worlds if w != EXAMPLES and not (w.isdecimal() and int(w) > 1)]:
         raise ConfigError(f"--worlds {unknown}: numbers of sources above 1, or {EXAMPLES}")
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "cells.jsonl"
     if options.results is not None:
         write_report(path, options.results)
         return
-    done = {tuple(json.loads(line)["key"]) for line in path.read_text().splitlines()} if path.exists() else set()
+    options.out.mkdir(parents=True, exist_ok=True)
+    done = finished(path)
     with path.open("a") as file:
         for world, seed in cells(options.worlds, options.seeds):
             run_cell(Cell.of(world, seed), options, done, file)
+
+
+def finished(path: Path) -> set[tuple[Any, ...]]:
+    """The keys of the rows in a file; none if there is no file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {tuple(json.loads(line)["key"]) for line in lines}
 
 
 def run_cell(cell: Cell, options: argparse.Namespace, done: set[tuple[Any, ...]], file: TextIO) -> None:

@@ -15,7 +15,7 @@ from cads.selectors.cads_s.selector import CadsSources
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.synthetic_sources import SyntheticSource
 from experiments import policy_gradient
-from experiments.policy_gradient import KINDS, Cell, is_right, main, sources_of
+from experiments.policy_gradient import KINDS, Cell, by_policy, is_right, main, sources_of, uncharged_steps
 from experiments.policy_gradient_report import EXAMPLES, OFF, ONLINE, STEPS, Cells
 from experiments.policy_gradient_rivals import (
     ORIGINS,
@@ -135,6 +135,15 @@ def test_steps_that_cost_nothing_leave_the_trials_as_they_are(world):
     assert sum(later) < found[0][0].notes["runs"]
     assert sum(later) >= trials
     assert chosen_from in ORIGINS
+
+
+def test_the_mask_of_the_policy_is_what_its_probabilities_say(world):
+    budget = Budget(PASSES, "epochs")
+    selection = uncharged_steps(world.task, budget, 2.0).select(world.task, budget, seed=0, ledger=Ledger())
+    made, p = by_policy(selection), selection.source_probability
+    assert {name for name, share in made.shares.items() if share} == {name for name in p if p[name] > 0.5}
+    assert made.selected.sum() == 40 * sum(x > 0.5 for x in p.values())
+    assert not made.weighted
 
 
 def test_the_origin_of_a_draw():
