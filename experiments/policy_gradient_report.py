@@ -47,8 +47,8 @@ SETTING = (
     "begins with the target and draws the classes in even turns; `cads, no steps` less `full` is what that is worth.",
     "*Allowance.* A search spends it on top of C. `cads` has none: what it spends is part of C.",
     "*Signals.* `prefix by signal` ranks by the signal of `cads`: losses of a model of the target on 8 examples of "
-    "each source, standardised within classes. `cads-s` uses losses of such a model where a tenth of the allowance buys "
-    "it: not at 0.3 C with 60 sources and more, nor at 1 C with 280. `thompson` (a Gaussian for the effect of each "
+    "each source, standardised within classes. `cads-s` uses losses of such a model where a tenth of the allowance "
+    "buys it: not at 0.3 C with 60 sources and more, nor at 1 C with 280. `thompson` (a Gaussian for the effect of each "
     "source) and `halving` begin with random subsets and have no signal but the trials.",
     "*Published forms* have as many rounds and masks as the allowance buys.",
     "*Regret.* Points of test accuracy below the best line of the same world and seed, known only afterwards.",
