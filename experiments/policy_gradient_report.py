@@ -48,8 +48,8 @@ SETTING = (
     "*Allowance.* A search spends it on top of C. `cads` has none: what it spends is part of C.",
     "*Signals.* `prefix by signal` ranks by the signal of `cads`: losses of a model of the target on 8 examples of "
     "each source, standardised within classes. `cads-s` uses losses of such a model where a tenth of the allowance "
-    "buys it: not at 0.3 C with 60 sources and more, nor at 1 C with 280. `thompson` (a Gaussian for the effect of each "
-    "source) and `halving` begin with random subsets and have no signal but the trials.",
+    "buys it: not at 0.3 C with 60 sources and more, nor at 1 C with 280. `thompson` (a Gaussian for the effect of "
+    "each source) and `halving` begin with random subsets and have no signal but the trials.",
     "*Published forms* have as many rounds and masks as the allowance buys.",
     "*Regret.* Points of test accuracy below the best line of the same world and seed, known only afterwards.",
     "*Guards* are off: a search returns what it prefers. A `*` says that the allowance bought no search, and that the "
@@ -157,7 +157,10 @@ def over_worlds(by_world: Sequence[dict[int, float]]) -> list[float]:
 
 def verdict(values: Iterable[float]) -> str:
     """What a difference says: that it is clear of 0, and on which side, or that it is not."""
+    values = list(values)
     mean, half = interval(values)
+    if not any(values):
+        return "nothing (no run differs)"
     if not abs(mean) > half:
         return f"nothing that can be told from 0 ({mean:+.2f} ± {half:.2f} points)"
     return f"{mean:+.2f} ± {half:.2f} points"
@@ -176,9 +179,11 @@ def _head(cells: Cells) -> str:
     worlds = cells.source_worlds
     steps = over_worlds([_over_allowances(cells, world, (STEPS, OFF)) for world in worlds])
     online = over_worlds([cells.difference(world, (ONLINE, 0.0), (NO_STEPS, 0.0)) for world in worlds])
+    probe = over_worlds([cells.difference(world, (PROBE_ONLY, 0.0), (NO_STEPS, 0.0)) for world in worlds])
     first = (
         f"In the search `cads-s` the steps of the policy are worth {verdict(steps)}, even if they cost nothing. "
-        f"In `cads`, which chooses while it trains, its steps are worth {verdict(online)}."
+        f"In `cads`, which chooses while it trains, its steps are worth {verdict(online)}; one look at the pool, with "
+        f"weights that then stay, is worth {verdict(probe)}."
     )
     seeds = ", ".join(f"{world}: {len(cells.seeds(world))}" for world in cells.rows)
     drawn = (
@@ -209,7 +214,7 @@ def _findings(cells: Cells) -> str:
         differ = sum(share > 0 for share in shares)
         lines.append(
             f"- Steps of `cads-s` at {allowance:g} C: {verdict(values)}. They change the choice in {differ} of "
-            f"{len(shares)} runs, and {np.mean(shares):.0%} of the sources. {_trials(cells, on)}"
+            f"{len(shares)} runs, and {_percent(shares)} of the sources. {_trials(cells, on)}"
         )
     places = [(world, a) for world in worlds for a in _allowances(cells) if cells.not_bought(world, (CHARGED, a))]
     if places:
@@ -244,9 +249,9 @@ def _trials(cells: Cells, line: Line) -> str:
     origins = np.sum([row["from"][0] for row in rows], axis=0)
     # Each rung tries the full pool again, whatever the policy.
     trials = origins.sum() - sum(row["rungs"] - 1 for row in rows)
-    choices = sum(row["from"][1] == "policy" for row in rows)
+    drawn, choices = _percent([origins[2] / trials]), sum(row["from"][1] == "policy" for row in rows)
     return (
-        f"Later rungs have {trials / len(rows):.1f} trials besides the full pool. Of these {origins[2] / trials:.0%} "
+        f"Later rungs have {trials / len(rows):.1f} trials besides the full pool. Of these {drawn} "
         f"are draws of the policy that has moved, and so are {choices} of {len(rows)} choices. The others are from the "
         "first rung, or neighbours of such."
     )
@@ -282,6 +287,11 @@ def _table(
     rows = [["method", "C", *header], ["---"] * (2 + len(header))]
     rows += [[line[0], f"{line[1]:g}" if line[1] else "", *cell(line)] for line in lines]
     return _section(title, note, rows)
+
+
+def _percent(shares: Iterable[float]) -> str:
+    """Their mean."""
+    return f"{100 * np.mean(list(shares)):.0f} %"
 
 
 def _signed(values: Iterable[float], sign: str = "+") -> str:
@@ -328,7 +338,7 @@ def _choices(cells: Cells) -> str:
 
     def cell(one: Line, other: Line) -> list[str]:
         found = [list(cells.choices_differ(world, one, other).values()) for world in worlds]
-        return [f"{np.mean(f):.0%} ({sum(x > 0 for x in f)} of {len(f)})" for f in found]
+        return [f"{_percent(f)} ({sum(x > 0 for x in f)} of {len(f)})" for f in found]
 
     return _pair_table(
         "How often choices differ",
@@ -345,7 +355,7 @@ def _pair_table(
 ) -> str:
     rows = [["on less off", "C", *header], ["---"] * (2 + len(header))]
     for one, other in _pair_lines(cells):
-        label = f"{one[0]} less {other[0].partition(', ')[2]}"
+        label = f"{one[0].removeprefix('cads-s, ')} less {other[0].partition(', ')[2]}"
         rows.append([label, f"{one[1]:g}" if one[1] else "", *cell(one, other)])
     return _section(title, note, rows)
 
@@ -369,7 +379,7 @@ def _costs(cells: Cells) -> str:
     def cell(line: Line) -> list[str]:
         wrong = [mean(world, line, "wrong") for world in worlds]
         costs = [[mean(world, line, name) for world in worlds] for name in ("select", "policy")]
-        texts = ["-" if np.isnan(x) else f"{x:.0%}" for x in wrong]
+        texts = ["-" if np.isnan(x) else _percent([x]) for x in wrong]
         return [*texts, *(("-" if np.isnan(c).all() else f"{np.nanmin(c):.2f} to {np.nanmax(c):.2f}") for c in costs)]
 
     lines = [line for line in cells.lines(worlds) if line[0] != TARGET_ONLY]
@@ -389,8 +399,8 @@ def _examples(cells: Cells) -> str:
         spent = float(np.mean(list(cells.values(EXAMPLES, line, "select").values())))
         mark = "*" if cells.not_bought(EXAMPLES, line) else ""
         differ = list(cells.choices_differ(EXAMPLES, line, (ONLINE, 0.0)).values())
-        texts = [_signed(regret.values(), "") + mark, f"{np.mean(wrong):.0%}" if wrong else "-"]
-        return [*texts, f"{np.mean(differ):.0%}", f"{spent:.2f}"]
+        texts = [_signed(regret.values(), "") + mark, _percent(wrong) if wrong else "-"]
+        return [*texts, _percent(differ), f"{spent:.2f}"]
 
     return _table(
         "10,000 single examples",
