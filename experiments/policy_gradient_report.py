@@ -24,11 +24,11 @@ ONLINE, PROBE_ONLY, NO_STEPS = "cads", "cads, probe alone", "cads, no steps"
 STEPS, CHARGED, OFF = "cads-s, steps uncharged", "cads-s", "cads-s, no steps"
 BY_POLICY = "cads-s, mask of its policy"
 PREFIX = "prefix by signal"
-ONLINE_PAIRS, SEARCH_PAIRS = (
-    ((ONLINE, NO_STEPS), (ONLINE, PROBE_ONLY)),
-    ((STEPS, OFF), (BY_POLICY, OFF), (CHARGED, OFF)),
-)
-
+LIVE = "live-penalty"
+ONLINE_PAIRS = ((ONLINE, NO_STEPS), (PROBE_ONLY, NO_STEPS), (ONLINE, PROBE_ONLY))
+SEARCH_PAIRS = ((STEPS, OFF), (BY_POLICY, OFF), (CHARGED, OFF))
+ORDER = (FULL, TARGET_ONLY, RIGHT, ONLINE, PROBE_ONLY, NO_STEPS, STEPS, BY_POLICY, CHARGED, OFF)
+"""The first methods of each table; the others come as in the cells."""
 WIDTH = 110
 """Characters in a line of text."""
 
@@ -50,7 +50,7 @@ SETTING = (
     "each source, standardised within classes. `cads-s` uses losses of such a model where a tenth of the allowance "
     "buys it: not at 0.3 C with 60 sources and more, nor at 1 C with 280. `thompson` (a Gaussian for the effect of "
     "each source) and `halving` begin with random subsets and have no signal but the trials.",
-    "*Published forms* have as many rounds and masks as the allowance buys.",
+    "*Published forms* have as many rounds and masks as the allowance buys. `live-penalty` without steps is `full`.",
     "*Regret.* Points of test accuracy below the best line of the same world and seed, known only afterwards.",
     "*Guards* are off: a search returns what it prefers. A `*` says that the allowance bought no search, and that the "
     "full pool was trained on. A `-` says that for some seed nothing can be built for it.",
@@ -61,7 +61,7 @@ SETTING = (
     "probability above 1/2 after all (uncharged) steps: what the steps say by themselves.",
     "*No steps* of `cads-s`: the policy stays at 1/2; signal, regression, design and trials are the same. Of `cads`: "
     "the same course, with equal weights. *Probe alone*: the weights of sources are those of one look at 8 examples of "
-    "each, and stay.",
+    "each, and stay; single examples are still weighed by the likelihood of their label.",
 )
 
 
@@ -94,8 +94,10 @@ class Cells:
         return sorted((world for world in self.rows if world != EXAMPLES), key=int)
 
     def lines(self, worlds: Iterable[str]) -> list[Line]:
-        """The lines of some worlds, in their order."""
-        return list(dict.fromkeys(line for world in worlds for line in self.rows[world]))
+        """The lines of some worlds, those of each method together."""
+        found = dict.fromkeys(line for world in worlds for line in self.rows[world])
+        methods = list(dict.fromkeys([*ORDER, *(method for method, _ in found)]))
+        return sorted(found, key=lambda line: (methods.index(line[0]), line[1]))
 
     def seeds(self, world: str) -> list[int]:
         """The finished seeds of a world."""
@@ -180,10 +182,16 @@ def _head(cells: Cells) -> str:
     steps = over_worlds([_over_allowances(cells, world, (STEPS, OFF)) for world in worlds])
     online = over_worlds([cells.difference(world, (ONLINE, 0.0), (NO_STEPS, 0.0)) for world in worlds])
     probe = over_worlds([cells.difference(world, (PROBE_ONLY, 0.0), (NO_STEPS, 0.0)) for world in worlds])
+    most, least = max(_allowances(cells)), min(_allowances(cells))
+    prefix = over_worlds([cells.difference(world, (PREFIX, least), (ONLINE, 0.0)) for world in worlds])
+    live = over_worlds([cells.difference(world, (LIVE, most), (FULL, 0.0)) for world in worlds])
     first = (
-        f"In the search `cads-s` the steps of the policy are worth {verdict(steps)}, even if they cost nothing. "
-        f"In `cads`, which chooses while it trains, its steps are worth {verdict(online)}; one look at the pool, with "
-        f"weights that then stay, is worth {verdict(probe)}."
+        f"In the search `cads-s` the steps of the policy are worth {verdict(steps)}, even if they cost nothing. Steps "
+        "along a gradient without sampling, which a model in training gives, are worth more. In `cads` it is "
+        f"{verdict(online)}, for no allowance; one look at the pool, after which the weights of sources stay, is worth "
+        f"{verdict(probe)}. In `live-penalty` it is {verdict(live)}, for {most:g} C. A line search along the same "
+        f"signal as that of `cads` comes near without any gradient: `{PREFIX}` at {least:g} C less "
+        f"`cads` is {verdict(prefix)}."
     )
     seeds = ", ".join(f"{world}: {len(cells.seeds(world))}" for world in cells.rows)
     drawn = (
@@ -318,7 +326,8 @@ def _regret(cells: Cells) -> str:
 
 def _pair_lines(cells: Cells) -> list[tuple[Line, Line]]:
     pairs = [((one, 0.0), (other, 0.0)) for one, other in ONLINE_PAIRS]
-    return pairs + [((one, a), (other, a)) for one, other in SEARCH_PAIRS for a in _allowances(cells)]
+    pairs += [((one, a), (other, a)) for one, other in SEARCH_PAIRS for a in _allowances(cells)]
+    return pairs + [((LIVE, a), (FULL, 0.0)) for a in _allowances(cells)]
 
 
 def _pairs(cells: Cells) -> str:
@@ -355,7 +364,7 @@ def _pair_table(
 ) -> str:
     rows = [["on less off", "C", *header], ["---"] * (2 + len(header))]
     for one, other in _pair_lines(cells):
-        label = f"{one[0].removeprefix('cads-s, ')} less {other[0].partition(', ')[2]}"
+        label = f"{one[0].removeprefix('cads-s, ')} less {other[0].removeprefix('cads-s, ').removeprefix('cads, ')}"
         rows.append([label, f"{one[1]:g}" if one[1] else "", *cell(one, other)])
     return _section(title, note, rows)
 

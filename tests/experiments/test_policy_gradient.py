@@ -16,7 +16,7 @@ from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.synthetic_sources import SyntheticSource
 from experiments import policy_gradient
 from experiments.policy_gradient import KINDS, Cell, by_policy, is_right, main, sources_of, uncharged_steps
-from experiments.policy_gradient_report import EXAMPLES, OFF, ONLINE, STEPS, Cells
+from experiments.policy_gradient_report import EXAMPLES, OFF, ONLINE, STEPS, Cells, verdict
 from experiments.policy_gradient_rivals import (
     ORIGINS,
     EffectPosterior,
@@ -206,6 +206,11 @@ class TestReport:
         assert f"| {ONLINE} |  | {regret:.2f} ±" in text
         prose = [line for line in text.splitlines() if not line.startswith("|")]
         assert max(map(len, prose)) <= 120
+
+    def test_a_verdict_is_that_of_the_interval(self):
+        assert verdict([0.0, 0.0]) == "nothing (no run differs)"
+        assert "from 0" in verdict([1.0, -0.8, 0.5])
+        assert verdict([1.0, 1.1, 0.9]) == "+1.00 ± 0.25 points"
 
     def test_choices_and_differences_are_counted(self, tmp_path):
         def line(method, seed, accuracy, bits, select=0.5):
