@@ -59,8 +59,8 @@ SETTING = (
     "would be for a large model.",
     "*Mask of its policy*: where `cads-s` returns the best draw that it has tried, this returns the sources with a "
     "probability above 1/2 after all (uncharged) steps: what the steps say by themselves.",
-    "*Limits.* One data set, one small model, one C. Label noise is most of what is wrong, as in the worlds on which the "
-    "constants of `cads` were chosen (`online.md`): that favours it and its signal.",
+    "*Limits.* One data set, one small model, one C. Label noise is most of what is wrong, as in the worlds on which "
+    "the constants of `cads` were chosen (`online.md`): that favours it and its signal.",
     "*No steps* of `cads-s`: the policy stays at 1/2; signal, regression, design and trials are the same. Of `cads`: "
     "the same course, with equal weights. *Probe alone*: the weights of sources are those of one look at 8 examples of "
     "each, and stay; single examples are still weighed by the likelihood of their label.",
