@@ -27,8 +27,8 @@ import numpy as np
 
 from baselines.full import Full
 from baselines.halving import Halving
-from baselines.joint import MOST_TARGET
-from baselines.search.source_search import kept
+from baselines.joint import MAX_TARGET
+from baselines.search.source_search import threshold
 from baselines.source import Source
 from baselines.target_only import TargetOnly
 from cads.accounting.budget import Budget
@@ -40,7 +40,6 @@ from cads.recipe import TrainConfig
 from cads.selection import Selection
 from cads.selector import Selector
 from cads.selectors.cads_e.penalty_form import PenalizedExamples
-from cads.selectors.cads_e.selector import CadsExamples
 from cads.selectors.online.selector import Cads
 from cads.task import Task
 from cads.tasks.vision.config import VisionConfig
@@ -67,7 +66,6 @@ from experiments.policy_gradient_report import (
     write_report,
 )
 from experiments.policy_gradient_rivals import (
-    LossPrefix,
     SignalPrefix,
     ThompsonSampling,
     Traced,
@@ -133,7 +131,7 @@ class Method:
 
 
 def uncharged_steps(_: Task, __: Budget, allowance: float) -> Selector:
-    """`cads-s` whose steps of the policy cost nothing."""
+    """`search` whose steps of the policy cost nothing."""
     return UnchargedSteps(allowance=allowance, guard=False)
 
 
@@ -142,7 +140,7 @@ def by_policy(selection: Selection) -> Selection:
     if not selection.source_probability or selection.sources is None:
         return selection
     names, p = zip(*selection.source_probability.items(), strict=True)
-    mask = dict(zip(names, kept(np.array(p)), strict=True))
+    mask = dict(zip(names, threshold(np.array(p)), strict=True))
     by_code = np.array([mask[name] for name in selection.sources.dictionary.to_pylist()])
     selected = by_code[selection.sources.indices.to_numpy()]
     return replace(selection, selected=selected > 0, probability=selected, weighted=False)
@@ -177,8 +175,6 @@ def example_methods(right: Callable[[], np.ndarray]) -> list[Method]:
         Method(RIGHT, lambda *_: Given(right())),
         Method(ONLINE, lambda *_: Cads()),
         Method(NO_STEPS, lambda *_: Cads(granularity="source")),
-        Method("cads-e", lambda _, __, a: CadsExamples(allowance=a, guard=False), searches=True),
-        Method("prefix by loss", lambda _, __, a: LossPrefix(allowance=a), searches=True),
         Method("cads-e-penalty", lambda _, __, a: PenalizedExamples(allowance=a), searches=True),
     ]
 
@@ -321,7 +317,7 @@ class Cell:
         if selection.trained is None and selection.target_fraction < 1:
             weight = selection.weights
             n_kept = weight.sum() / weight.max()
-            share = min(MOST_TARGET, len(task.target) / (len(task.target) + n_kept))
+            share = min(MAX_TARGET, len(task.target) / (len(task.target) + n_kept))
             selection = replace(selection, target_fraction=share)
         key = selection.weights.tobytes() + bytes([selection.weighted, selection.trained is not None])
         if key not in self._trained or selection.trained is not None:

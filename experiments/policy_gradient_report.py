@@ -21,8 +21,8 @@ SOURCES = ("20", "60", "150", "280")
 EXAMPLES = "examples"
 FULL, TARGET_ONLY, RIGHT = "full", "target-only", "right ones, known"
 ONLINE, PROBE_ONLY, NO_STEPS = "cads", "cads, probe alone", "cads, no steps"
-STEPS, CHARGED, OFF = "cads-s, steps uncharged", "cads-s", "cads-s, no steps"
-BY_POLICY = "cads-s, mask of its policy"
+STEPS, CHARGED, OFF = "search, steps uncharged", "search", "search, no steps"
+BY_POLICY = "search, mask of its policy"
 PREFIX = "prefix by signal"
 LIVE = "live-penalty"
 ONLINE_PAIRS = ((ONLINE, NO_STEPS), (PROBE_ONLY, NO_STEPS), (ONLINE, PROBE_ONLY))
@@ -47,21 +47,21 @@ SETTING = (
     "begins with the target and draws the classes in even turns; `cads, no steps` less `full` is what that is worth.",
     "*Allowance.* A search spends it on top of C. `cads` has none: what it spends is part of C.",
     "*Signals.* `prefix by signal` ranks by the signal of `cads`: losses of a model of the target on 8 examples of "
-    "each source, standardised within classes. `cads-s` uses losses of such a model where a tenth of the allowance "
+    "each source, standardised within classes. `search` uses losses of such a model where a tenth of the allowance "
     "buys it: not at 0.3 C with 60 sources and more, nor at 1 C with 280. `thompson` (a Gaussian for the effect of "
     "each source) and `halving` begin with random subsets and have no signal but the trials.",
     "*Published forms* have as many rounds and masks as the allowance buys. `live-penalty` without steps is `full`.",
     "*Regret.* Points of test accuracy below the best line of the same world and seed, known only afterwards.",
     "*Guards* are off: a search returns what it prefers. A `*` says that the allowance bought no search, and that the "
     "full pool was trained on. A `-` says that for some seed nothing can be built for it.",
-    "*Uncharged.* The steps of `cads-s` take more than S^2 FLOPs for each of 2,048 draws and 60 steps, and this model "
+    "*Uncharged.* The steps of `search` take more than S^2 FLOPs for each of 2,048 draws and 60 steps, and this model "
     "is small beside that. Uncharged, they leave as many trials, and as long ones, as there are without steps: so it "
     "would be for a large model.",
-    "*Mask of its policy*: where `cads-s` returns the best draw that it has tried, this returns the sources with a "
+    "*Mask of its policy*: where `search` returns the best draw that it has tried, this returns the sources with a "
     "probability above 1/2 after all (uncharged) steps: what the steps say by themselves.",
     "*Limits.* One data set, one small model, one C. Label noise is most of what is wrong, as in the worlds on which "
     "the constants of `cads` were chosen (`online.md`): that favours it and its signal.",
-    "*No steps* of `cads-s`: the policy stays at 1/2; signal, regression, design and trials are the same. Of `cads`: "
+    "*No steps* of `search`: the policy stays at 1/2; signal, regression, design and trials are the same. Of `cads`: "
     "the same course, with equal weights. *Probe alone*: the weights of sources are those of one look at 8 examples of "
     "each, and stay; single examples are still weighed by the likelihood of their label.",
 )
@@ -188,7 +188,7 @@ def _head(cells: Cells) -> str:
     prefix = over_worlds([cells.difference(world, (PREFIX, least), (ONLINE, 0.0)) for world in worlds])
     live = over_worlds([cells.difference(world, (LIVE, most), (FULL, 0.0)) for world in worlds])
     first = (
-        f"In the search `cads-s` the steps of the policy are worth {verdict(steps)}, even if they cost nothing. Steps "
+        f"In the search `search` the steps of the policy are worth {verdict(steps)}, even if they cost nothing. Steps "
         "along a gradient without sampling, which a model in training gives, are worth more. In `cads` it is "
         f"{verdict(online)}, for no allowance; one look at the pool, after which the weights of sources stay, is worth "
         f"{verdict(probe)}. In `live-penalty` it is {verdict(live)}, for {most:g} C. A line search along the same "
@@ -223,7 +223,7 @@ def _findings(cells: Cells) -> str:
         shares = [share for world in worlds for share in cells.choices_differ(world, on, off).values()]
         differ = sum(share > 0 for share in shares)
         lines.append(
-            f"- Steps of `cads-s` at {allowance:g} C: {verdict(values)}. They change the choice in {differ} of "
+            f"- Steps of `search` at {allowance:g} C: {verdict(values)}. They change the choice in {differ} of "
             f"{len(shares)} runs, and {_percent(shares)} of the sources. {_trials(cells, on)}"
         )
     places = [(world, a) for world in worlds for a in _allowances(cells) if cells.not_bought(world, (CHARGED, a))]
@@ -366,7 +366,7 @@ def _pair_table(
 ) -> str:
     rows = [["on less off", "C", *header], ["---"] * (2 + len(header))]
     for one, other in _pair_lines(cells):
-        label = f"{one[0].removeprefix('cads-s, ')} less {other[0].removeprefix('cads-s, ').removeprefix('cads, ')}"
+        label = f"{one[0].removeprefix('search, ')} less {other[0].removeprefix('search, ').removeprefix('cads, ')}"
         rows.append([label, f"{one[1]:g}" if one[1] else "", *cell(one, other)])
     return _section(title, note, rows)
 
@@ -418,6 +418,5 @@ def _examples(cells: Cells) -> str:
         ["regret", "wrong in the choice", "differs from `cads`", "spent, C"],
         cells.lines([EXAMPLES]),
         cell,
-        "Regret in points. A choice differs from that of `cads` in examples that one has and the other has not. Half "
-        "of the target trains the model of `cads-e` and `prefix by loss`, and the other half measures their trials.",
+        "Regret in points. A choice differs from that of `cads` in examples that one has and the other has not.",
     )

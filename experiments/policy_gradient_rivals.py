@@ -10,30 +10,28 @@ from typing import ClassVar
 import numpy as np
 
 from baselines.live_penalty import PROBES_PER_SOURCE, LivePenalty
-from baselines.search.source_search import SourceSearch, best_of_runs, kept, train_draws
+from baselines.search.source_search import SourceSearch, best_of_runs, threshold, train_draws
 from cads.accounting.budget import Budget
-from cads.accounting.operations import candidates_flops, regression_flops
+from cads.accounting.operations import regression_flops
 from cads.data.draws import draw_by_source
 from cads.errors import NotAffordableError
 from cads.policies.base import Policy
 from cads.policies.bernoulli import BernoulliPolicy
 from cads.scoring.pool_scores import reading_flops
-from cads.search.base import NO_SEARCH_AFFORDABLE, Search
+from cads.search.base import NO_SEARCH_AFFORDABLE
 from cads.search.choice import Choice
 from cads.search.constants import constants_of
-from cads.search.fidelity import Rung
+from cads.search.fidelity import Rung, data_fraction
 from cads.search.inner_costs import InnerLoopCosts
 from cads.search.inner_runs import InnerLoop
 from cads.search.space import SearchSpace
 from cads.search.stages import FitTarget, ScorePool, Stages, Trials, UpdatePolicy
 from cads.seeding import derive
-from cads.selectors.cads_e.candidates import Signals, most_probable
-from cads.selectors.cads_e.selector import compare
 from cads.selectors.cads_s.penalty_form import PenalizedSources
-from cads.selectors.cads_s.selector import CadsSources
-from cads.selectors.cads_s.trials import TrialHistory
 from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import Strata
+from cads.selectors.search.selector import PolicySearch
+from cads.selectors.search.trials import TrialHistory
 from cads.task import Task
 
 ORIGINS = ("first rung", "in part", "policy")
@@ -42,7 +40,7 @@ THETA_SHARE, THETA_PASSES = 0.2, 8
 PROBES = 8
 """Examples of each source that the target model judges: as many as `cads` probes."""
 SHORTEST = 1 / 16
-"""Share of C of the shortest trial, as in `cads-s`."""
+"""Share of C of the shortest trial, as in `search`."""
 SMALLEST = 1 / 8
 """Share of the sources or examples in the shortest prefix."""
 FEWEST_PREFIXES, MOST_PREFIXES = 4, 8
@@ -56,8 +54,8 @@ PROBING_SHARE, LIVE_ROUNDS = 0.5, 20
 
 
 @dataclass
-class Traced(CadsSources):
-    """`cads-s` that notes where the trials of later rungs, and the choice, come from; see `origin`."""
+class Traced(PolicySearch):
+    """`search` that notes where the trials of later rungs, and the choice, come from; see `origin`."""
 
     def _conclude(self, space: SearchSpace, policy: Policy, history: TrialHistory) -> Choice:
         choice = super()._conclude(space, policy, history)
@@ -79,11 +77,11 @@ def origin(draw: np.ndarray, first: Container[bytes]) -> str:
 
 @dataclass
 class UnchargedSteps(Traced):
-    """`cads-s` whose steps of the policy cost nothing: its trials are as many and as long as without any steps."""
+    """`search` whose steps of the policy cost nothing: its trials are as many and as long as without any steps."""
 
     def stages(self, costs: InnerLoopCosts, train_flops: float) -> Stages:
         """Those of a search without steps."""
-        return CadsSources(**asdict(self) | {"policy_steps": 0}).stages(costs, train_flops)
+        return PolicySearch(**asdict(self) | {"policy_steps": 0}).stages(costs, train_flops)
 
 
 def prefix_shares(count: int) -> np.ndarray:
@@ -107,7 +105,13 @@ def prefix_trials(costs: InnerLoopCosts, train_flops: float, available: float) -
     if count < 2:
         raise NotAffordableError(NO_SEARCH_AFFORDABLE)
     flops = min(train_flops, (available / count - costs.measuring_flops) * (1 - 1e-9))
-    return costs.deciding_rung(flops / train_flops, train_flops, count)
+    return deciding_rung(costs, flops / train_flops, train_flops, count)
+
+
+def deciding_rung(costs: InnerLoopCosts, fidelity: float, train_flops: float, n_trials: int) -> Rung:
+    """A rung after which no longer trials follow."""
+    data = data_fraction(fidelity, costs.passes(train_flops), constants_of(costs.task), decides=True)
+    return Rung(fidelity, fidelity * train_flops, data, n_trials)
 
 
 @dataclass
@@ -185,7 +189,7 @@ class ThompsonSampling(SourceSearch):
         probabilities = np.where(posterior.mean <= 0, 1.0, 0.0)
         if not probabilities.any():
             probabilities[np.argmin(posterior.mean)] = 1.0
-        return kept(probabilities), BernoulliPolicy(probabilities)
+        return threshold(probabilities), BernoulliPolicy(probabilities)
 
     def _rounds(self, costs: InnerLoopCosts, space: SearchSpace, train_flops: float) -> Iterator[tuple[Rung, float]]:
         """The trials of each round, and FLOPs of learning from them.
@@ -195,7 +199,7 @@ class ThompsonSampling(SourceSearch):
         """
         available, n_sources = self.available(costs, train_flops), len(space.sizes)
         fidelity = min(1.0, max(SHORTEST, constants_of(costs.task).min_steps * costs.step_flops / train_flops))
-        rung = costs.deciding_rung(fidelity, train_flops, BATCH)
+        rung = deciding_rung(costs, fidelity, train_flops, BATCH)
         count = int(available / (rung.flops + costs.measuring_flops))
 
         def rounds() -> list[tuple[int, float]]:
@@ -208,7 +212,7 @@ class ThompsonSampling(SourceSearch):
         if count < 3:
             raise NotAffordableError(NO_SEARCH_AFFORDABLE)
         for size, learning in rounds():
-            yield costs.deciding_rung(fidelity, train_flops, size), learning
+            yield deciding_rung(costs, fidelity, train_flops, size), learning
 
 
 def _learning_flops(runs: int, n_sources: int) -> float:
@@ -249,52 +253,6 @@ class EffectPosterior:
     def _update(self, prior: np.ndarray, noise: np.ndarray) -> np.ndarray:
         gram = self._x @ self._x.T + self._n / 4 * np.eye(len(self._y))
         return np.asarray(prior + self._x.T @ np.linalg.solve(gram, self._y - self._x @ prior - noise))
-
-
-@dataclass
-class LossPrefix(Search):
-    """A line search over single examples: those of least loss under a model of the target, class by class.
-
-    As in `cads-e`, half of the target trains that model, and the other half measures the trials.
-    """
-
-    guard: bool = False
-
-    method: ClassVar[str] = "loss-prefix"
-    held_out: ClassVar[bool] = True
-    whole_sources: ClassVar[bool] = False
-
-    def stages(self, costs: InnerLoopCosts, train_flops: float) -> Stages:
-        """The target model, the losses of the pool, and one rung of prefixes."""
-        theta, rung = self._plan_of(costs, train_flops)
-        n = len(costs.task.pool)
-        yield FitTarget(theta)
-        yield ScorePool(n, "R")
-        yield UpdatePolicy(candidates_flops(n, rung.n_trials - 1))
-        yield Trials(rung)
-
-    def run_search(self, inner: InnerLoop, train_flops: float, seed: int) -> Choice:
-        """Rank, try, and take the best prefix."""
-        task = inner.task
-        theta_flops, rung = self._plan_of(inner, train_flops)
-        theta = inner.fit_target(theta_flops, seed=derive(seed, "theta"), stage="theta")
-        losses = inner.losses(theta, np.arange(len(task.pool)), stage="R")
-        steps = [(float(share), 0.0) for share in prefix_shares(rung.n_trials)[1:]]
-        signals = Signals.of(losses, None, steps, task.groups(task.pool))
-        candidates = [signals.everything, *signals.candidates]
-        delta_objective, _ = compare(inner, candidates, rung, seed, 0)
-        best = candidates[best_of_runs(delta_objective)]
-        probability = best.probability()
-        return Choice(most_probable(probability), probability, probability, notes={"kept": best.kept})
-
-    def _plan_of(self, costs: InnerLoopCosts, train_flops: float) -> tuple[float, Rung]:
-        """FLOPs of the target model, and the trials."""
-        available, n = costs.ledger.left, len(costs.task.pool)
-        theta = costs.target_flops(THETA_SHARE * available / train_flops, THETA_PASSES, train_flops)
-        if theta < costs.target_step_flops:
-            raise NotAffordableError(NO_SEARCH_AFFORDABLE)
-        rest = available - theta - costs.scoring_flops(n) - candidates_flops(n, MOST_PREFIXES)
-        return theta, prefix_trials(costs, train_flops, rest)
 
 
 def affordable_penalty(task: Task, budget: Budget, allowance: float) -> PenalizedSources | None:

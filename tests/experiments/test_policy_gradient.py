@@ -11,7 +11,7 @@ import pytest
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
 from cads.recipe import TrainConfig
-from cads.selectors.cads_s.selector import CadsSources
+from cads.selectors.search.selector import PolicySearch
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.synthetic_sources import SyntheticSource
 from experiments import policy_gradient
@@ -74,18 +74,17 @@ def test_allowances_are_kept(out):
     assert searched >= 10
 
 
-@pytest.mark.parametrize("name", ["prefix by signal", "thompson", "prefix by loss"])
+@pytest.mark.parametrize("name", ["prefix by signal", "thompson"])
 @pytest.mark.parametrize("allowance", ALLOWANCES)
 def test_rivals_spend_what_they_plan(world, name, allowance):
-    place = cell(EXAMPLES) if name == "prefix by loss" else world
     budget, ledger = Budget(PASSES, "epochs"), Ledger()
-    (method,) = (m for m in place.methods if m.name == name)
-    selector = method.build(place.task, budget, allowance)
-    planned = selector.plan(place.task, budget).total(SELECT).flops
-    selector.select(place.task, budget, seed=3, ledger=ledger)
+    (method,) = (m for m in world.methods if m.name == name)
+    selector = method.build(world.task, budget, allowance)
+    planned = selector.plan(world.task, budget).total(SELECT).flops
+    selector.select(world.task, budget, seed=3, ledger=ledger)
     assert ledger.total(SELECT).flops == pytest.approx(planned, rel=1e-9)
-    assert planned <= allowance * budget.flops(place.task)
-    assert planned > 0.7 * allowance * budget.flops(place.task)
+    assert planned <= allowance * budget.flops(world.task)
+    assert planned > 0.7 * allowance * budget.flops(world.task)
 
 
 def test_the_same_seed_gives_the_same_row(out):
@@ -121,7 +120,7 @@ def test_the_line_search_finds_the_planted_prefix(world):
 
 def test_steps_that_cost_nothing_leave_the_trials_as_they_are(world):
     budget, found = Budget(PASSES, "epochs"), []
-    for selector in (UnchargedSteps(allowance=3.0), CadsSources(allowance=3.0, policy_steps=0)):
+    for selector in (UnchargedSteps(allowance=3.0), PolicySearch(allowance=3.0, policy_steps=0)):
         ledger = Ledger()
         found.append((selector.select(world.task, budget, seed=0, ledger=ledger), ledger))
     assert [(key, e.flops) for key, e in found[0][1].entries.items()] == [
