@@ -22,6 +22,7 @@ from cads.selector import Selector
 from cads.task import Task
 from cads.training import final
 from cads.training.final import TrainedModel
+from cads.training.speed import in_flops
 
 DEFAULT_METHOD = "cads"
 
@@ -38,7 +39,7 @@ def plan(
 
     Args:
         task: data, model and recipe.
-        budget: FLOPs, or text such as "5 epochs", "225000 usages" or "3e6 tokens".
+        budget: FLOPs, or text such as "5 epochs", "3e6 tokens" or "30 minutes".
         method: one name or several; None for all that are installed.
         count_selection: whether the budget covers selection too; None: as a `Budget` says, or no.
         flops_per_second: of this machine, for the times; None to measure it.
@@ -69,7 +70,7 @@ def select(
 
     Args:
         task: data, model and recipe.
-        budget: FLOPs for training the final model, or text such as "5 epochs", "225000 usages" or "3e6 tokens".
+        budget: FLOPs for training the final model, or text such as "5 epochs", "3e6 tokens" or "30 minutes".
         method: name of an installed selector, or a selector.
         seed: of everything that is drawn.
         count_selection: whether the budget covers selection too; None: as a `Budget` says, or no.
@@ -87,7 +88,8 @@ def select(
     """
     selector = _selector(method, options)
     ledger = Ledger() if ledger is None else ledger
-    selection = selector.select(task, _budget(budget, count_selection), seed=seed, ledger=ledger, monitor=monitor)
+    parsed = in_flops(task, _budget(budget, count_selection), ledger)
+    selection = selector.select(task, parsed, seed=seed, ledger=ledger, monitor=monitor)
     if monitor is not None:
         monitor.shares(selection.shares)
     return selection
@@ -110,7 +112,7 @@ def train(
 
     Args:
         task: data, model and recipe.
-        budget: FLOPs for training the final model, or text such as "5 epochs", "225000 usages" or "3e6 tokens".
+        budget: FLOPs for training the final model, or text such as "5 epochs", "3e6 tokens" or "30 minutes".
         method: selects first, where no `selection` is given; as in `select`.
         selection: what to train on.
         seed: of everything that is drawn.
@@ -128,12 +130,17 @@ def train(
         ConfigError: if the method, an option or an evaluation is unknown; or if options are given beside a selection.
         SelectionError: if the selection was made from another pool.
     """
-    parsed = _budget(budget, count_selection)
+    ledger = Ledger()
+    parsed = in_flops(task, _budget(budget, count_selection), ledger)
+    given = selection
     if selection is None:
-        selection = select(task, parsed, method=method, seed=seed, monitor=monitor, **options)
+        selection = select(task, parsed, method=method, seed=seed, ledger=ledger, monitor=monitor, **options)
     elif options:
         raise ConfigError(f"options {sorted(options)} are those of a selector, and a selection is given: leave one out")
-    return final.train(task, selection, parsed, seed=seed, monitor=monitor, evaluations=evaluations, save=save)
+    trained = final.train(task, selection, parsed, seed=seed, monitor=monitor, evaluations=evaluations, save=save)
+    if given is not None:
+        trained.ledger.merge(ledger)
+    return trained
 
 
 def export(

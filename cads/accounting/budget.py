@@ -1,4 +1,4 @@
-"""The budget of training: FLOPs, usages, epochs or tokens."""
+"""The budget of training: FLOPs, usages, epochs or tokens, or a time, or money for machines by the hour."""
 
 from __future__ import annotations
 
@@ -21,19 +21,27 @@ UNITS = {
     "passes": "epochs",
     "token": "tokens",
     "tokens": "tokens",
+    "s": "seconds",
+    "second": "seconds",
+    "seconds": "seconds",
 }
+SECONDS = {"min": 60.0, "minute": 60.0, "minutes": 60.0, "h": 3600.0, "hour": 3600.0, "hours": 3600.0}
+"""Seconds in other units of time."""
+NUMBER = r"([-+]?[0-9][0-9_]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?)"
+MONEY = re.compile(rf"\s*\$\s*{NUMBER}\s*at\s*\$?\s*{NUMBER}\s*(?:/|an|a|per)?\s*(?:h|hour)\s*")
 
 
 @dataclass(frozen=True)
 class Budget:
     """Compute allowed for training the final model.
 
-    Every unit is converted to FLOPs. A usage is one forward and backward pass of one example, with its share of the
-    optimizer step. An epoch is one usage of each pool example. Tokens are those that the model computes on.
+    Every unit is converted to FLOPs; seconds by the measured speed of training (`cads.training.speed`). A usage is one
+    forward and backward pass of one example, with its share of the optimizer step. An epoch is one usage of each pool
+    example. Tokens are those that the model computes on.
 
     Attributes:
         amount: number of units; positive and finite.
-        unit: "FLOPs", "usages", "epochs" or "tokens".
+        unit: "FLOPs", "usages", "epochs", "tokens" or "seconds".
         count_selection: whether the budget also has to cover selection.
     """
 
@@ -49,23 +57,39 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str | float, *, count_selection: bool = False) -> Budget:
-        """Parse `2e15`, `2e15 FLOPs`, `225000 usages`, `5 epochs` or `3e6 tokens`.
+        """Parse `2e15`, `2e15 FLOPs`, `225000 usages`, `5 epochs`, `3e6 tokens`, `30 minutes` or `$5 at 2.50 an hour`.
 
         Raises:
             BudgetError: if the text is not a number and a unit, or the number is not positive.
         """
-        match = re.fullmatch(r"\s*([-+]?[0-9][0-9_]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
-        if match is None or match[2].lower() not in UNITS:
+        money = MONEY.fullmatch(str(text))
+        if money is not None:
+            dollars, by_hour = (_number(word) for word in money.groups())
+            return cls(3600 * dollars / by_hour if by_hour > 0 else math.inf, "seconds", count_selection)
+        match = re.fullmatch(rf"\s*{NUMBER}\s*([A-Za-z]*)\s*", str(text))
+        word = None if match is None else match[2].lower()
+        if match is not None and word in SECONDS:
+            return cls(_number(match[1]) * SECONDS[word], "seconds", count_selection)
+        if match is None or word not in UNITS:
             raise BudgetError(
-                f"budget {text!r} does not parse: write a number and FLOPs (or nothing), usages, epochs or "
-                "tokens, such as '2e15' or '5 epochs'"
+                f"budget {text!r} does not parse: write a number and FLOPs (or nothing), usages, epochs, tokens, "
+                "minutes or hours, such as '2e15' or '5 epochs', or money as '$5 at 2.50 an hour'"
             )
-        return cls(float(match[1].replace("_", "")), UNITS[match[2].lower()], count_selection)
+        return cls(_number(match[1]), UNITS[word], count_selection)
 
     def flops(self, task: Workload) -> float:
-        """The budget in FLOPs, converted through the task's costs."""
+        """The budget in FLOPs, converted through the task's costs.
+
+        Raises:
+            BudgetError: if it is a time: that depends on the speed of the machine.
+        """
         if self.unit == "FLOPs":
             return self.amount
+        if self.unit == "seconds":
+            raise BudgetError(
+                f"a budget of {self} is no number of FLOPs: `cads select` and `cads train` measure the "
+                "speed; comparisons are at equal FLOPs, usages, epochs or tokens"
+            )
         usages = self.amount
         if self.unit == "epochs":
             usages *= len(task.pool)
@@ -78,6 +102,10 @@ class Budget:
     def __str__(self) -> str:
         rounded = f"{self.amount:g}"
         return f"{rounded if float(rounded) == self.amount else repr(float(self.amount))} {self.unit}"
+
+
+def _number(text: str) -> float:
+    return float(text.replace("_", ""))
 
 
 def check_step(task: Workload, flops: float) -> None:

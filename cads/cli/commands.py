@@ -32,6 +32,7 @@ from cads.selection_files import check_folder
 from cads.task import Metrics, Task
 from cads.training.evaluations import add_to_results, evaluate, missing, read_results
 from cads.training.final import TrainedModel, load_trained, save_model
+from cads.training.speed import in_flops
 
 PLAN_WIDTH = 112
 """Fewest columns of a printed plan; a wider terminal gives it more."""
@@ -79,7 +80,7 @@ def select(argv: list[str]) -> None:
             console.print(_finished(out / "selection"), soft_wrap=True)
             return
         with run.journal(), _monitor(values, out, "select") as monitor:
-            selection = _choose(config, task, budget, ledger, monitor, out)
+            selection = _choose(config, task, in_flops(task, budget, ledger), ledger, monitor, out)
             share = float(selection.selected.mean())
             monitor.hparams(
                 {"method": values.method, "budget": str(budget), "seed": values.seed},
@@ -175,7 +176,9 @@ def _train(
 
     with run.journal(), _monitor(values, out, "train") as monitor:
         if selection is None:
-            selection = _choose(config, task, budget, Ledger(), monitor, out)
+            ledger = Ledger()
+            budget = in_flops(task, budget, ledger)
+            selection = _choose(config, task, budget, ledger, monitor, out)
         trained = api.train(task, budget, selection=selection, seed=values.seed, monitor=monitor, save=save)
         monitor.hparams(
             {"method": selection.method, "budget": str(budget), "seed": values.seed},

@@ -16,7 +16,7 @@ class CommandSettings:
     description: ClassVar[str]
 
     budget: float | str = "5 epochs"
-    """'2e15' FLOPs, '225000 usages', '5 epochs', '3e6 tokens'."""
+    """'2e15' FLOPs, '225000 usages', '5 epochs', '3e6 tokens', '30 minutes', '$5 at 2.50 an hour'."""
     count_selection: bool = False
     """The budget covers selection too."""
     seed: int = 0

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from cads.accounting.budget import Budget
 from cads.accounting.throughput import matmul_flops_per_second
-from cads.errors import ConfigError
+from cads.errors import BudgetError, ConfigError
 from cads.planning.ccds import PUBLISHED
 from cads.planning.plan import Plan, Plannable, make_plan
 from cads.registry import SELECTORS, build_selector, names
@@ -29,6 +31,7 @@ def plan_methods(
     """The plan of each method; nothing is trained.
 
     Args:
+        budget: of training; a time needs `flops_per_second`.
         methods: names; None for all known methods. Those that do not apply are then listed with the reason.
         selectors: selectors that exist already, by name of the method.
         options: of the selectors that are yet to be built, by name of the method.
@@ -36,8 +39,15 @@ def plan_methods(
 
     Raises:
         ConfigError: if a method of `methods` is unknown, or does not apply to this task.
-        BudgetError: if the budget does not buy one step.
+        BudgetError: if the budget does not buy one step, or is a time and `flops_per_second` is not given.
     """
+    if budget.unit == "seconds":
+        if flops_per_second is None:
+            raise BudgetError(
+                f"a plan trains nothing and cannot tell what {budget} buy: give flops_per_second, which `cads train` "
+                "measures and says, or a budget in FLOPs, usages, epochs or tokens"
+            )
+        budget = replace(budget, amount=float(math.floor(budget.amount * flops_per_second)), unit="FLOPs")
     rate, rate_from = flops_per_second, "given"
     if rate is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -43,6 +43,12 @@ def test_what_a_budget_prints_is_what_it_reads(amount, unit):
         (" 0.5 Epoch ", 0.5, "epochs"),
         ("3 passes", 3, "epochs"),
         ("3e6 tokens", 3e6, "tokens"),
+        ("90 s", 90, "seconds"),
+        ("30 minutes", 1800, "seconds"),
+        ("1.5 h", 5400, "seconds"),
+        ("$5 at 2.50 an hour", 7200, "seconds"),
+        ("$ 5 at $2.50/hour", 7200, "seconds"),
+        ("$1e2 at 4 per hour", 90_000, "seconds"),
     ],
 )
 def test_ways_to_write_a_budget(text, amount, unit):
@@ -52,7 +58,8 @@ def test_ways_to_write_a_budget(text, amount, unit):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "epochs", "0", "0 epochs", "-5 epochs", "-1e9", "nan", "inf", "-inf", "nan usages", "1e999", "5 hours", "5 5",
+    ["", "epochs", "0", "0 epochs", "-5 epochs", "-1e9", "nan", "inf", "-inf", "nan usages", "1e999", "5 days", "5 5",
+     "-1 h", "$5", "$5 at 0 an hour", "$0 at 2 an hour", "$5 at 2 a day", "5 at 2 an hour",
      "five epochs", "1e", "0x10", "5 epochs!", math.nan, math.inf, 0, -1],
 )  # fmt: skip
 def test_what_is_no_budget_is_refused(text):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, LlamaConfig
 
+from cads import api
 from cads.accounting.architectures import from_config
 from cads.accounting.budget import Budget
 from cads.accounting.closed_form import AllWeights, Lora
@@ -378,3 +379,11 @@ def test_a_budget_too_small_for_a_step_buys_no_plan(digits):
     for name in names(SELECTORS):
         with pytest.raises(BudgetError, match="does not buy one step"):
             build_selector(name, NEEDED.get(name)).plan(digits, Budget(7, "usages"))
+
+
+def test_a_budget_of_time_needs_the_speed(features):
+    task = features()
+    with pytest.raises(BudgetError, match="give flops_per_second, which `cads train` measures and says"):
+        api.plan(task, "2 minutes", method="full")
+    result = api.plan(task, "2 minutes", method="full", flops_per_second=1e6)
+    assert result.to_json()["flops"] == 120e6
