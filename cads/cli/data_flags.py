@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,9 @@ def task_of_flags(parsed: argparse.Namespace) -> dict[str, Any]:
         )
     folders = [path for path in paths if Path(path).is_dir()]
     if not folders:
-        texts = {name: [{"name": name, "path": path}] for name, path in held_out.items()}
-        return {"kind": "language", **fields, **({"pool": _sources(pool)} if pool else {}), **texts}
+        files = {**({"pool": pool} if pool else {}), **{name: [path] for name, path in held_out.items()}}
+        texts = {name: [{"path": path} for path in paths] for name, paths in files.items()}
+        return {"kind": "language", **fields, **texts}
     if len(folders) < len(paths):
         raise ConfigError(
             f"{folders} are folders and the other paths are files: give folders of images, or files of texts"
@@ -54,11 +54,3 @@ def task_of_flags(parsed: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--pool is given {len(pool)} folders: put them into one, and each is a source of the pool")
     images = {f"{name}_path": path for name, path in held_out.items()}
     return {"kind": "vision", **fields, **({"dataset": "folder", "path": pool[0]} if pool else {}), **images}
-
-
-def _sources(files: Sequence[str]) -> list[dict[str, str]]:
-    """Each file as a source that has its name; of equal names, the path."""
-    names = [Path(file).name.split(".")[0] for file in files]
-    if len(set(names)) < len(names):
-        names = list(files)
-    return [{"name": name, "path": file} for name, file in zip(names, files, strict=True)]

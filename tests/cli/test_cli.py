@@ -218,16 +218,9 @@ class TestDataFlags:
             cads, "--pool", "a/train.jsonl", "--pool", "chats.jsonl.gz", "--target", "val.jsonl", "--model", "m"
         )
         assert kind == "language"
-        assert [(source["name"], source["path"]) for source in task["pool"]] == [
-            ("train", "a/train.jsonl"),
-            ("chats", "chats.jsonl.gz"),
-        ]
+        assert [source["path"] for source in task["pool"]] == ["a/train.jsonl", "chats.jsonl.gz"]
         assert [source["path"] for source in task["target"]] == ["val.jsonl"]
         assert (task["test"], task["model"]) == ([], "m")
-
-    def test_files_of_one_name_are_told_apart(self, cads, files):
-        _, task = self.task(cads, "--pool", "a/train.jsonl", "--pool", "b/train.jsonl", "--model", "m")
-        assert [source["name"] for source in task["pool"]] == ["a/train.jsonl", "b/train.jsonl"]
 
     def test_a_folder_is_images(self, cads, files):
         kind, task = self.task(cads, "--pool", "images", "--target", "a", "--model", "cnn")
