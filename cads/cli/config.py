@@ -16,6 +16,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 
 from cads.api import DEFAULT_METHOD
 from cads.cli.data_flags import add_data_flags, task_of_flags
+from cads.cli.parser import CommandParser
 from cads.cli.settings import CommandSettings, ExportSettings, ReportSettings
 from cads.errors import ConfigError
 from cads.recipe import TrainConfig
@@ -232,7 +233,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 def _parser(command: str, usage: str, description: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return ArgumentParser(
+    return CommandParser(
         prog=f"cads {command}", usage=f"cads {command} {usage}", description=description, allow_abbrev=False
     )
 
