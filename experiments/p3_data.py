@@ -114,11 +114,10 @@ class Rows:
 
     def records(self, positions: np.ndarray, *, source: bool = False) -> list[dict[str, str]]:
         """Rows as JSON values, with the template as their source or without."""
-        return [
-            {"id": self.ids[i], "prompt": self.prompts[i], "response": self.responses[i]}
-            | ({"source": self.templates[i]} if source else {})
-            for i in positions
-        ]
+        columns = {"id": self.ids, "source": self.templates, "prompt": self.prompts, "response": self.responses}
+        if not source:
+            del columns["source"]
+        return [{name: column[i] for name, column in columns.items()} for i in positions]
 
 
 def data_set_of(template: str) -> str:

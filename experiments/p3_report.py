@@ -100,7 +100,8 @@ def draws(runs: Sequence[Run]) -> str:
     """What `cads` drew most and least often for its size, in each cell."""
     groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for row in runs:
-        if row["method"] == CADS and row["shares"]:
+        # A run that bought the target alone draws nothing from the pool.
+        if row["method"] == CADS and row["n_selected"]:
             groups[row["task"], row["budget"]].append(row)
     rows = []
     for (task, budget), members in groups.items():
