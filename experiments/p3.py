@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ import yaml
 from rich.console import Console
 
 from cads.cli.study_commands import run_grid
-from cads.errors import CadsError, ConfigError
+from cads.errors import CadsError, ConfigError, DataError
 from cads.runtime.atomic_files import whole_file, whole_folder
 from cads.study.grid import Grid, content_key, filled, read_grid
 from cads.study.shard import GridShard
-from cads.study.tables import DONE, read_runs
+from cads.study.tables import DONE, read_rows
 from experiments.corpora import read_corpus
 from experiments.language import SECTIONS
 from experiments.language_data import TEXT, pieces, read_sections, write_lines
@@ -82,12 +83,23 @@ class Experiment:
                 yield folder / GRID
 
     def runs(self) -> list[dict[str, Any]]:
-        """The finished cells of all targets and seeds, as rows of the table `runs`, with the seed of their data."""
+        """The finished cells of all targets and seeds, as rows of the table `runs`, with the seed of their data.
+
+        Those of flags that were given before are among them.
+
+        Raises:
+            DataError: if a folder has cells of another configuration too.
+        """
         found = []
         for target in self.config.targets:
             for folder in sorted(self.out.glob(f"{target}/*/"), key=lambda path: int(path.name)):
-                rows = [row for row in read_runs(folder) if row["status"] == DONE]
-                found += [{**row, "seed": int(folder.name)} for row in rows]
+                grid = read_grid(folder / GRID)
+                cells = list(product(grid.budgets, map(grid.name, grid.methods)))
+                done = [row for row in read_rows(folder, "runs") if row["status"] == DONE]
+                rows = {(row["budget"], row["method"]): row for row in done}
+                if len(rows) < len(done) or not set(rows) <= set(cells):
+                    raise DataError(f"{folder} has cells of another configuration too: give another --out")
+                found += [{**rows[cell], "seed": int(folder.name)} for cell in cells if cell in rows]
         return found
 
     def description(self) -> list[str]:

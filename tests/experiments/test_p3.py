@@ -215,6 +215,9 @@ class TestExperiment:
         assert len(cells) == 8
         assert p3.main([*words, "--budgets", "4 epochs", "--methods", "full", "--seeds", "1"]) == 0
         assert len(list((tmp_path / "run").glob("common_gen/*/tables/runs/*"))) == 9
+        later = (tmp_path / "page.md").read_text()
+        assert "| common_gen | 8 epochs | 2 |" in later
+        assert "| 4 epochs | full |" in later
         for path in (tmp_path / "run").glob("common_gen/*/grid.yaml"):
             task = next(settings(p3.read_grid(path))).build()
             assert task.counts["pool"][0]["cut"] == 0
