@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -164,14 +164,18 @@ def write_data(config: DataConfig, folder: Path) -> DataFolder:
         pairs = [pair for part in drawn[source.name] for pair in part]
         files[source.name] = _rows(source.name, spoilt(pairs, source.spoil, derive(config.seed, source.name)))
     if config.text:
-        files["text"] = _pieces([corpora[TEXT].articles[i] for i in rest[TEXT]])
+        files["text"] = pieces([corpora[TEXT].articles[i] for i in rest[TEXT]])
     with whole_folder(folder) as partial:
         for name, rows in files.items():
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (partial / f"{name}.jsonl").write_text("".join(lines), "utf-8")
+            write_lines(partial / f"{name}.jsonl", rows)
         manifest = {"key": key, "config": asdict(config), "rows": {name: len(rows) for name, rows in files.items()}}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return data_folder
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
 def divide(config: DataConfig, corpora: Mapping[str, Corpus]) -> tuple[Drawn, dict[str, np.ndarray]]:
@@ -260,7 +264,7 @@ def _rows(name: str, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     return [{"id": f"{name}-{i:04d}", "prompt": p.prompt, "response": p.response} for i, p in enumerate(pairs)]
 
 
-def _pieces(articles: Sequence[str]) -> list[dict[str, Any]]:
+def pieces(articles: Sequence[str]) -> list[dict[str, Any]]:
     """The articles cut into pieces of `TEXT_WORDS` words, without repetitions."""
     pieces: dict[str, None] = {}
     for article in articles:

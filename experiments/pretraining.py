@@ -197,7 +197,7 @@ def write_blank(folder: Path, shape: Shape, files: Sequence[Path], vocabulary: i
 
 def _texts(files: Sequence[Path]) -> Iterator[str]:
     for path in files:
-        for line in _read(path).decode("utf-8").splitlines():
+        for line in _read(path).splitlines():
             row: Mapping[str, object] = json.loads(line)
             yield from (str(row[name]) for name in ("text", "prompt", "response") if name in row)
 

@@ -26,6 +26,11 @@ def text(tmp_path_factory):
 
 
 class TestPretraining:
+    def test_texts_may_hold_any_mark_that_ends_lines_elsewhere(self, tmp_path):
+        (tmp_path / "text.jsonl").write_text('{"text": "one\u2028two\x85three"}\n', "utf-8")
+        write_blank(tmp_path / "model", TINY, [tmp_path / "text.jsonl"], 300)
+        assert (tmp_path / "model" / "tokenizer.json").exists()
+
     @pytest.mark.parametrize("size", list(LADDER))
     def test_sizes_are_what_they_are_called(self, text, tmp_path, size):
         write_blank(tmp_path, LADDER[size], [text], 300)
