@@ -85,7 +85,7 @@ VARIANTS = (
     Variant("l*", "extrapolated", _cads("l* extrapolated", reach="extrapolated")),
     Variant("l* of the plain penalty", "extrapolated", PENALTY),
     Variant("l* of the plain penalty", "fitted", _penalty("l* fitted", reach="fitted")),
-    Variant("l* of the plain penalty", "exact", _penalty("l* exact", reach="exact")),
+    Variant("l* of the plain penalty", "exact", _penalty("l* exact", reach="exact", allowance=20.0)),
     Variant("alpha of the plain penalty", "0.1", PENALTY),
     Variant("alpha of the plain penalty", "from 1 to 0.1", _penalty("alpha from 1", first_alpha=1.0)),
     Variant("policy of the plain penalty", "Bernoulli", PENALTY),

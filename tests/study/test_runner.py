@@ -24,6 +24,7 @@ from cads.errors import BudgetError, ConfigError
 from cads.registry import selector_class
 from cads.runtime.lock import RunLock
 from cads.runtime.signals import Interrupted
+from cads.scoring.ranker import Ranker
 from cads.selection import Selection
 from cads.study.cells import Recorder, price
 from cads.study.grid import Cell, cells, check_grid, read_grid, settings
@@ -190,6 +191,16 @@ class TestGrid:
             grid = read_grid(path)
             assert grid.count_selection
             assert {"full", "random", "target-only"} <= {e.method for e in grid.methods}
+            # Every ranking, as published and with the target as `cads` has it, by the rule and at fixed shares.
+            rankings = {e.method for e in grid.methods if issubclass(selector_class(e.method), Ranker)} - {"random"}
+            assert rankings
+            for name in rankings:
+                cuts = [
+                    (e.options.get("target_fraction"), e.options.get("fraction"))
+                    for e in grid.methods
+                    if e.method == name
+                ]
+                assert cuts == [(None, None), *(("by size", f) for f in (None, 0.2, 0.4, 0.6, 0.8))]
 
 
 class TestRun:
