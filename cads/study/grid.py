@@ -59,8 +59,8 @@ class GridEntry:
                 reason = "among its options too" if values else "empty"
                 raise ConfigError(f"{self.label or self.method}: {name} in sweep is {reason}")
         entries = []
-        for values in itertools.product(*self.sweep.values()):
-            given = {name: x for name, x in zip(self.sweep, values, strict=True) if x is not None}
+        for combination in itertools.product(*self.sweep.values()):
+            given = {name: x for name, x in zip(self.sweep, combination, strict=True) if x is not None}
             label = ", ".join([self.label or self.method, *(f"{name} {x}" for name, x in given.items())])
             entries.append(
                 GridEntry(self.method, label if given else self.label, self.options | given, self.count_selection)

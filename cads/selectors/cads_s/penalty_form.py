@@ -210,13 +210,21 @@ class PenalizedSources:
                 lengths = Lengths(BudgetSplit(train_flops, needed * ROUNDING), self._share, THETA_SHARE, positions)
                 break
         else:
-            if self.reach == "exact":
-                raise NotAffordableError(NOT_EXACT)
-            scale = (limit.selection_flops - fixed[-1]) / (share * limit.train_flops)
-            lengths = Lengths(limit, scale * self._share, scale * THETA_SHARE, probes[-1])
+            lengths = self._shortened(limit, (limit.selection_flops - fixed[-1]) / share, probes[-1])
         if lengths.theta_share * lengths.split.train_flops < THETA_SHARE * min_train_flops:
             raise NotAffordableError(NO_TRIALS_AFFORDABLE)
         return lengths
+
+    def _shortened(self, split: BudgetSplit, course_flops: float, positions: list[np.ndarray]) -> Lengths:
+        """Trials and theta as for a final training of `course_flops`, which is shorter than that of `split`.
+
+        Raises:
+            NotAffordableError: if l* is exact, whose trials have one length.
+        """
+        if self.reach == "exact":
+            raise NotAffordableError(NOT_EXACT)
+        scale = course_flops / split.train_flops
+        return Lengths(split, scale * self._share, scale * THETA_SHARE, positions)
 
     def _fixed_flops(self, costs: InnerLoopCosts, space: SearchSpace, positions: Sequence[np.ndarray]) -> float:
         """FLOPs that do not grow with the budget: measuring the trials, and R and the policy in each round."""
