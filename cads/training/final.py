@@ -208,7 +208,7 @@ def _say_nearly_all(selection: Selection) -> None:
     if share >= NEARLY_ALL and np.ptp(selection.score):
         log.warning(
             "%s keeps %d of %d examples, in effect %.3g %% of the pool: the model trains on nearly everything, and "
-            "its score says little of the method; keep less (such as fraction = 0.5), or lower the budget",
+            "its score says little of the method; a smaller budget keeps less, as does the `fraction` of a ranking",
             selection.method,
             int(selection.selected.sum()),
             len(selection.ids),
