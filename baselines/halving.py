@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from baselines.search.ridge import Ridge, pairs_flops, predict, with_pairs
-from baselines.search.source_search import RungSearch, best_of_runs, fidelity, random_masks, train_draws
+from baselines.search.source_search import OVERSAMPLING, RungSearch, best_of_runs, fidelity, random_masks, train_draws
 from cads.estimators.design import distinct_rows
 from cads.estimators.enumeration import enumerate_masks
 from cads.policies.base import Policy
@@ -30,12 +30,16 @@ from cads.seeding import derive
 RUNGS = ((1 / 16, 16), (1 / 8, 7), (1 / 4, 4))
 """(share of C and of each source, number of masks) of each rung: 2.875 C in all."""
 ENUMERATED, SAMPLED = 12, 4096
-"""Up to `ENUMERATED` sources, all masks are candidates; with more sources, `SAMPLED` random masks are."""
+"""Up to `ENUMERATED` sources, all masks are candidates; with more sources, `SAMPLED` random masks of every size are."""
 
 
 @dataclass
 class Halving(RungSearch):
-    """16 masks at C/16, 7 at C/8 and 4 at C/4, scaled to what the allowance buys."""
+    """16 masks at C/16, 7 at C/8 and 4 at C/4, scaled to what the allowance buys.
+
+    The first masks hold each source with probability 1/2. Of more than 12 sources that would be about half of them
+    in every mask: there the sizes of the masks are spread from one source to all.
+    """
 
     method: ClassVar[str] = "halving"
     default_allowance: ClassVar[float] = 3.0
@@ -73,7 +77,7 @@ class Halving(RungSearch):
         predicted = np.empty(0)
         for rung_index, rung in enumerate(self.rungs(inner, space, train_flops)):
             if rung_index == 0:
-                masks = random_masks(space, rung.n_trials, derive(seed, "masks"), full_first=True)
+                masks = _first_masks(space, rung.n_trials, derive(seed, "masks"))
             else:
                 ranked = candidates[np.argsort(predicted, kind="stable")]
                 masks = distinct_rows([space.full, *ranked])[: rung.n_trials]
@@ -102,6 +106,21 @@ def _candidates(space: SearchSpace) -> np.ndarray:
     n = len(space.sizes)
     if n <= ENUMERATED:
         return enumerate_masks(n)[1:].astype(np.float64)
-    masks = np.random.default_rng(0).random((SAMPLED, n)) < 0.5
-    masks[~masks.any(axis=1)] = True
-    return masks.astype(np.float64)
+    return _sized_masks(n, 1 + np.arange(SAMPLED) % n, np.random.default_rng(0))
+
+
+def _first_masks(space: SearchSpace, count: int, seed: int) -> np.ndarray:
+    """The full pool and random masks, all distinct, float, shape (K, S), K <= count; see `Halving`."""
+    n = len(space.sizes)
+    if n <= ENUMERATED:
+        return random_masks(space, count, seed, full_first=True)
+    rng, spread = np.random.default_rng(seed), np.linspace(1, n - 1, max(1, count - 1)).round().astype(np.int64)
+    # Masks that were drawn before are replaced by further ones of the same sizes.
+    masks = _sized_masks(n, np.tile(spread, OVERSAMPLING), rng)
+    return distinct_rows([space.full, *masks])[:count]
+
+
+def _sized_masks(n_sources: int, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A uniform mask of each size, float, shape (len(sizes), S)."""
+    ranks = rng.random((len(sizes), n_sources)).argsort(axis=1).argsort(axis=1)
+    return np.asarray(ranks < sizes[:, None], dtype=np.float64)

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
 
 from cads.accounting.budget import Budget, check_step
 from cads.accounting.ledger import Ledger, PlannedLedger
-from cads.errors import ConfigError
+from cads.data.target_share import TargetFraction, check_target_fraction, target_share
 from cads.monitor import Monitor
 from cads.selection import Selection
 from cads.selector import full_pool_selection, zero_cost_plan
 from cads.task import Task
-
-MAX_TARGET = 0.6
-"""Largest share of the target "by size", as that of `cads`."""
 
 
 @dataclass
 class Joint:
     """The whole pool, with a share of each batch from the target: selection costs nothing."""
 
-    target_fraction: float | Literal["by size"] = 0.3
+    target_fraction: TargetFraction = 0.3
     """Share of each batch that is drawn from the target; "by size": its share of all examples, at most 0.6."""
     balanced: bool = False
     """Whether batches hold the classes in even turns."""
@@ -29,9 +25,7 @@ class Joint:
     """Passes over pool and target after which training ends, if the budget buys more; null: never."""
 
     def __post_init__(self) -> None:
-        is_share = not isinstance(self.target_fraction, str) and 0 < self.target_fraction < 1
-        if not is_share and self.target_fraction != "by size":
-            raise ConfigError(f"target_fraction = {self.target_fraction}: it must lie between 0 and 1, or be 'by size'")
+        check_target_fraction(self.target_fraction, zero=False)
 
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
@@ -39,11 +33,9 @@ class Joint:
         """Select the whole pool, with a share of each batch from the target; see `cads.selector.Selector`."""
         check_step(task, budget.flops(task))
         full_pool = full_pool_selection(task, budget, method="joint", seed=seed, ledger=ledger, notes={})
-        n_target, n_pool = len(task.target), len(task.pool)
-        by_size = min(MAX_TARGET, n_target / (n_target + n_pool))
         return replace(
             full_pool,
-            target_fraction=by_size if isinstance(self.target_fraction, str) else self.target_fraction,
+            target_fraction=float(target_share(self.target_fraction, len(task.target), len(task.pool))),
             config=asdict(self),
             balanced=self.balanced,
             stop_passes=self.stop_passes,

@@ -187,6 +187,16 @@ class Selection:
         return np.asarray(amounts / amounts.sum())
 
     @property
+    def effective_share(self) -> float:
+        """The part of the pool that training draws from: 1 / (N sum of squared `weights`), 0 if from the target alone.
+
+        With equal weights it is the share of the examples selected; unequal weights make it smaller.
+        """
+        if self.target_fraction == 1:
+            return 0.0
+        return float(1 / (len(self.ids) * np.square(self.weights).sum()))
+
+    @property
     def unequal(self) -> bool:
         """Whether some selected examples are drawn more often than others."""
         positive = self.weights[self.weights > 0]

@@ -38,6 +38,8 @@ BASE = Contender("search", "search")
 PENALTY = Contender("cads-s-penalty", "cads-s-penalty")
 DIRECT_OPTIONS = {"allowance": 2.75, "share": 1 / 8}
 """The direct estimator with the allowance of `search`, which does not pay for inner runs of the whole C."""
+UNCAPPED = 20.0
+"""An allowance that covers runs of the whole C, which the exact l* takes, and with which nothing is shortened."""
 DIRECT = Contender("direct", "bilevel", DIRECT_OPTIONS)
 
 
@@ -83,9 +85,9 @@ VARIANTS = (
     Variant("policy gradient", "off, policy held at 1/2", _cads("policy held at 1/2", policy_steps=0)),
     Variant("l*", "fitted", BASE),
     Variant("l*", "extrapolated", _cads("l* extrapolated", reach="extrapolated")),
-    Variant("l* of the plain penalty", "extrapolated", PENALTY),
-    Variant("l* of the plain penalty", "fitted", _penalty("l* fitted", reach="fitted")),
-    Variant("l* of the plain penalty", "exact", _penalty("l* exact", reach="exact")),
+    Variant("l* of the plain penalty", "extrapolated", _penalty("l* extrapolated", allowance=UNCAPPED)),
+    Variant("l* of the plain penalty", "fitted", _penalty("l* fitted", allowance=UNCAPPED, reach="fitted")),
+    Variant("l* of the plain penalty", "exact", _penalty("l* exact", allowance=UNCAPPED, reach="exact")),
     Variant("alpha of the plain penalty", "0.1", PENALTY),
     Variant("alpha of the plain penalty", "from 1 to 0.1", _penalty("alpha from 1", first_alpha=1.0)),
     Variant("policy of the plain penalty", "Bernoulli", PENALTY),

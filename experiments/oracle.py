@@ -40,7 +40,7 @@ from experiments.worlds import SHIPPED, World, read_world, shipped
 
 ORACLE_VERSION = 1
 """Part of every cell's key: raise it when the contents of a cell change their meaning."""
-LATER = {"alpha": None, "policy_steps": 60}
+LATER = {"alpha": None, "policy_steps": 60, "target_fraction": 0.0}
 """Options that are newer than cells in use, with the values that those cells were run with.
 
 An option with this value is no part of a cell's key, so that older cells stay valid.

@@ -11,12 +11,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from baselines.random import Random
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
 from cads.cli.commands import summary
 from cads.data.pool import Pool
 from cads.errors import SelectionError
 from cads.recipe import TrainConfig
+from cads.registry import build_selector
 from cads.runtime.checkpoint import State
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.synthetic_sources import SyntheticSource
@@ -106,6 +108,48 @@ class TestIds:
         assert not caplog.records
         train(changed, selection, selection.budget, seed=0)
         assert "not those that the selection was made from" in caplog.text
+
+    @pytest.mark.parametrize(("n_kept", "warned"), [(75, False), (76, True), (80, True)])
+    def test_training_warns_if_nearly_all_is_kept(self, task, caplog, n_kept, warned):
+        """Of 80 examples, 76 are 95 %."""
+        ranker = Random(fraction=n_kept / 80)
+        selection = ranker.select(task, Budget(1, "epochs"), seed=0, ledger=Ledger())
+        assert selection.selected.sum() == n_kept
+        train(task, selection, selection.budget, seed=0)
+        assert bool(caplog.records) == warned
+        if warned:
+            said = f"random keeps {n_kept} of 80 examples, in effect {100 * n_kept / 80:.3g} % of the pool"
+            assert said in caplog.text
+
+    @pytest.mark.parametrize("name", ["full", "joint", "target-only", "cads"])
+    def test_methods_that_mean_to_use_everything_do_not_warn(self, task, caplog, name):
+        budget = Budget(4, "epochs")
+        train(task, build_selector(name).select(task, budget, seed=0, ledger=Ledger()), budget, seed=0)
+        assert not caplog.records
+
+    def test_what_is_kept_is_told_by_weight(self, task, caplog):
+        """Examples with little weight are as good as dropped."""
+        probability = np.where(np.arange(80) < 40, 1.0, 1e-3)
+        everything = {"selected": np.ones(80, dtype=bool), "weighted": True, "budget": Budget(1, "epochs")}
+        few, all_of_them = (
+            chosen(task.pool, ledger=Ledger(), probability=p, score=p, **everything)
+            for p in (probability, 1 - 0.1 * probability)
+        )
+        assert few.effective_share == pytest.approx(0.5, abs=0.01)
+        assert all_of_them.effective_share > 0.99
+        train(task, few, few.budget, seed=0)
+        assert not caplog.records
+        train(task, all_of_them, few.budget, seed=0)
+        assert "keeps 80 of 80 examples" in caplog.text
+
+    @pytest.mark.parametrize(("share", "part"), [(0.01, "pool"), (0.99, "target"), (0.3, None)])
+    def test_training_warns_of_a_share_that_is_rounded_away(self, task, caplog, share, part):
+        selection = chosen(task.pool, ledger=Ledger(), budget=Budget(1, "epochs"), target_fraction=share)
+        train(task, selection, selection.budget, seed=0)
+        assert bool(caplog.records) == bool(part)
+        if part:
+            assert f"target_fraction = {share} of a batch of 8 is rounded" in caplog.text
+            assert f"trains on the {part} alone" in caplog.text
 
     def test_ties_in_rank_break_by_id(self, task):
         score = np.repeat([1.0, 2.0], 40)

@@ -17,6 +17,7 @@ from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
 from cads.data.hashing import add_tensors
 from cads.data.ids import best_first
 from cads.data.pool import Pool
+from cads.data.target_share import TargetFraction, check_target_fraction, target_share
 from cads.errors import BudgetError, ConfigError
 from cads.monitor import Monitor
 from cads.runtime.processes import active_group
@@ -27,8 +28,8 @@ from cads.selection import Selection
 from cads.selection_files import check_folder
 from cads.task import Task
 
-CUT_OPTIONS = ("fraction", "epochs")
-"""Options of how a ranking is cut, which do not change the ranking."""
+CUT_OPTIONS = ("fraction", "epochs", "target_fraction")
+"""Options of how a ranking is cut and trained on, which do not change the ranking."""
 
 
 @dataclass
@@ -43,6 +44,9 @@ class Ranker(ABC):
     epochs: float = 4.0
     """Passes over the examples kept that the budget pays for: up to four are nearly as good as fresh data
     (Muennighoff et al., 2023, arXiv 2305.16264)."""
+    target_fraction: TargetFraction = 0.0
+    """Share of each batch of the final training that is drawn from the target; 0, as published: the pool alone.
+    "by size", as in `cads`: the target's share of itself and the examples kept, at most 0.6."""
 
     method: ClassVar[str]
     reads_model: ClassVar[bool] = True
@@ -53,6 +57,7 @@ class Ranker(ABC):
             raise ConfigError(f"fraction = {self.fraction}: a share of the pool, above 0 and at most 1")
         if not self.epochs > 0:
             raise ConfigError(f"epochs = {self.epochs}: it must be positive")
+        check_target_fraction(self.target_fraction)
 
     @abstractmethod
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
@@ -155,7 +160,8 @@ class Ranker(ABC):
         score = ranking.scores_of(task.pool)
         selected = np.zeros(len(task.pool), dtype=bool)
         order = best_first(task.pool.ids, score)
-        selected[order[: self._size(task, order, train_flops)]] = True
+        n_kept = self._size(task, order, train_flops)
+        selected[order[:n_kept]] = True
         return Selection.from_pool(
             task.pool,
             selected=selected,
@@ -164,6 +170,7 @@ class Ranker(ABC):
             seed=ranking.seed,
             budget=budget,
             ledger=ledger,
+            target_fraction=float(target_share(self.target_fraction, len(task.target), n_kept)),
             config=ranking.config | {name: getattr(self, name) for name in CUT_OPTIONS},
             notes=ranking.notes,
         )
@@ -178,10 +185,22 @@ class Ranker(ABC):
         return ranking
 
     def _size(self, task: Task, order: np.ndarray, train_flops: float) -> int:
-        """How many of the examples in `order` are kept: at least one."""
-        usages = task.costs.usages(task.pool)[order] + task.costs.optimizer_step / task.recipe.batch_size
+        """How many of the examples in `order` are kept: at least one.
+
+        By `fraction`, or as many as `train_flops` pass over `epochs` times, with the target's part of the batches.
+        """
+        batch_size = task.recipe.batch_size
+        usages = task.costs.usages(task.pool)[order] + task.costs.optimizer_step / batch_size
         cumulative_flops = np.cumsum(usages)
-        pass_flops = self.fraction * cumulative_flops[-1] if self.fraction is not None else train_flops / self.epochs
+        if self.fraction is not None:
+            pass_flops = self.fraction * cumulative_flops[-1]
+        else:
+            pass_flops = train_flops / self.epochs
+            if self.target_fraction:
+                n_kept = np.arange(1.0, len(order) + 1)
+                share = target_share(self.target_fraction, len(task.target), n_kept)
+                target_usages = n_kept * share / (1 - share)
+                cumulative_flops = cumulative_flops + target_usages * task.costs.per_usage(task.target, batch_size)
         return max(1, int(np.searchsorted(cumulative_flops, pass_flops * (1 + 1e-9), side="right")))
 
     def _train_flops(self, task: Task, budget: Budget, select_flops: float) -> float:

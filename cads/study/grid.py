@@ -44,6 +44,28 @@ class GridEntry:
     """Options of the selector."""
     count_selection: bool | None = None
     """Whether the budget covers selection; null: as the grid says."""
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    """Options with several values: a method for every combination, labelled with its values. A null leaves the option
+    and its label out."""
+
+    def swept(self) -> list[GridEntry]:
+        """An entry for every combination of the values in `sweep`.
+
+        Raises:
+            ConfigError: if an option has no values, or is among `options` too.
+        """
+        for name, values in self.sweep.items():
+            if not values or name in self.options:
+                reason = "among its options too" if values else "empty"
+                raise ConfigError(f"{self.label or self.method}: {name} in sweep is {reason}")
+        entries = []
+        for combination in itertools.product(*self.sweep.values()):
+            given = {name: x for name, x in zip(self.sweep, combination, strict=True) if x is not None}
+            label = ", ".join([self.label or self.method, *(f"{name} {x}" for name, x in given.items())])
+            entries.append(
+                GridEntry(self.method, label if given else self.label, self.options | given, self.count_selection)
+            )
+        return entries
 
 
 @dataclass
@@ -103,6 +125,9 @@ class Grid:
     """Further evaluations of each trained model, as those of `cads train --eval`."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """How often a cell that is under way writes a checkpoint to resume from; it changes no result."""
+
+    def __post_init__(self) -> None:
+        self.methods = [entry for swept in self.methods for entry in swept.swept()]
 
     def name(self, entry: GridEntry) -> str:
         """The name of a method in tables and figures."""

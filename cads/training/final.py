@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 from torch import nn
 
@@ -32,6 +33,9 @@ from cads.training.result import TrainResult
 from cads.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+NEARLY_ALL = 0.95
+"""Share of the pool from which on a selection is as good as none."""
 
 
 @dataclass
@@ -156,6 +160,8 @@ def train(
     ledger.merge(selection.ledger)
     trainer = Trainer(task, ledger, monitor)
     if selection.trained is None:
+        _say_nearly_all(selection)
+        _say_rounded(selection, task.recipe.batch_size)
         result = fit_final_model(trainer, selection, final_training_flops(task, budget, selection), seed=seed)
     else:
         _say_finished(task, selection, budget, seed)
@@ -194,6 +200,34 @@ def _say_finished(task: Task, selection: Selection, budget: Budget, seed: int) -
         log.warning(said, f"a budget of {budget}", selection.method, selection.budget)
     if seed != selection.seed:
         log.warning(said, f"the seed {seed}", selection.method, f"the seed {selection.seed}")
+
+
+def _say_nearly_all(selection: Selection) -> None:
+    """Warn of a selection that tells examples apart by score and yet keeps nearly all of the pool."""
+    share = selection.effective_share
+    if share >= NEARLY_ALL and np.ptp(selection.score):
+        log.warning(
+            "%s keeps %d of %d examples, in effect %.3g %% of the pool: the model trains on nearly everything, and "
+            "its score says little of the method; a smaller budget keeps less, as does the `fraction` of a ranking",
+            selection.method,
+            int(selection.selected.sum()),
+            len(selection.ids),
+            100 * share,
+        )
+
+
+def _say_rounded(selection: Selection, batch_size: int) -> None:
+    """Warn of a share of the target that is rounded to none of a batch, or to all of it."""
+    share, n_target = selection.target_fraction, round(selection.target_fraction * batch_size)
+    if 0 < share < 1 and n_target in (0, batch_size):
+        log.warning(
+            "target_fraction = %.3g of a batch of %d is rounded to %d examples: the model trains on the %s alone; "
+            "raise batch_size, or choose another share",
+            share,
+            batch_size,
+            n_target,
+            "target" if n_target else "pool",
+        )
 
 
 def fit_final_model(trainer: Trainer, selection: Selection, flops: float, *, seed: int) -> TrainResult:

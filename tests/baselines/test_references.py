@@ -14,9 +14,10 @@ from baselines.mixture_regression import MixtureRegression, sample_mixtures
 from baselines.search import ridge as ridge_module
 from baselines.search.adam import Adam
 from baselines.search.ridge import MAX_PAIRED, Ridge, n_paired_columns, predict, with_pairs
-from baselines.search.source_search import threshold
+from baselines.search.source_search import random_masks, threshold
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
+from cads.data.pool import Pool
 from cads.errors import ConfigError, DataError
 from cads.estimators.enumeration import enumerate_masks
 from cads.monitor import Monitor
@@ -24,6 +25,7 @@ from cads.policies.annealing import annealed_size
 from cads.recipe import TrainConfig
 from cads.registry import build_selector
 from cads.search.inner_runs import InnerLoop, InnerRuns
+from cads.search.space import SubsetSpace
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.synthetic_sources import SyntheticSource
 
@@ -55,6 +57,13 @@ class Oracle:
 
 def choose(task, name, budget=BUDGET, seed=0, **options):
     return build_selector(name, options).select(task, budget, seed=seed, ledger=Ledger())
+
+
+def sources_of(n):
+    """The subsets of n sources of one example each."""
+    return SubsetSpace(
+        Pool([str(i) for i in range(n)], np.zeros(n), np.arange(n), tuple(map(str, range(n))), name="pool")
+    )
 
 
 def mask_of(selection):
@@ -229,6 +238,37 @@ class TestHalving:
         values = [function(m.astype(float)) for m in enumerate_masks(4)[1:]]
         best = enumerate_masks(4)[1:][int(np.argmin(values))]
         assert mask_of(choose(task, "halving", Budget(200, "epochs"))).tolist() == best.tolist()
+
+    @pytest.mark.parametrize("n", [2, 5, 12])
+    def test_up_to_12_sources_the_first_masks_hold_each_by_a_coin(self, n):
+        space = sources_of(n)
+        count = min(16, space.count)
+        expected = random_masks(space, count, 3, full_first=True)
+        np.testing.assert_array_equal(halving._first_masks(space, count, 3), expected)
+        np.testing.assert_array_equal(halving._candidates(space), enumerate_masks(n)[1:])
+
+    @pytest.mark.parametrize(("n", "count"), [(13, 16), (20, 16), (20, 40), (100, 16), (100, 2)])
+    def test_above_12_sources_masks_have_every_size(self, n, count):
+        masks = halving._first_masks(sources_of(n), count, 3)
+        assert masks[0].all()
+        assert len(np.unique(masks, axis=0)) == len(masks) == count
+        sizes = np.sort(masks[1:].sum(axis=1))
+        assert sizes[0] == 1
+        if count > 2:
+            assert sizes[-1] == n - 1
+            assert np.diff(sizes).max() <= max(1, np.ceil((n - 2) / (count - 2)))
+        candidates = halving._candidates(sources_of(n))
+        assert set(candidates.sum(axis=1)) == set(range(1, n + 1))
+        # No source is in more masks than another, but by chance.
+        assert np.abs(candidates.mean(axis=0) - candidates.mean()).max() < 0.05
+
+    @pytest.mark.parametrize("wanted", [1, 18])
+    def test_above_12_sources_it_comes_near_the_best_size(self, monkeypatch, wanted):
+        """The objective tells of the size alone. Masks that hold each source by a coin end at 3 and at 20."""
+        sources = [SyntheticSource(f"{i:02}") for i in range(20)]
+        many = VisionConfig(hidden=16, n_pool=400, n_target=40, n_test=10, sources=sources).build(TrainConfig())
+        monkeypatch.setattr(halving, "train_draws", Oracle(lambda m: (m.sum() - wanted) ** 2 / 100))
+        assert abs(mask_of(choose(many, "halving", Budget(200, "epochs"))).sum() - wanted) <= 1
 
     def test_it_drops_what_is_noise(self, task):
         chosen = mask_of(choose(task, "halving"))

@@ -251,7 +251,7 @@ def test_a_difference_is_taken_cell_by_cell():
 def test_every_variant_can_be_built_and_unknown_parts_are_refused():
     labels = [c.label for c in ablations.contenders(ablations.PARTS)]
     assert labels[0] == "search"
-    assert len(set(labels)) == len(labels) == 20
+    assert len(set(labels)) == len(labels) == 21
     for who in ablations.contenders(ablations.PARTS):
         oracle.build_selector(who.method, who.options)
     with pytest.raises(ConfigError, match="colour"):

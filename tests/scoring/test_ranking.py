@@ -16,9 +16,12 @@ from baselines.perplexity import Perplexity
 from baselines.random import Random
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
-from cads.errors import BudgetError, DataError, SelectionError
+from cads.data.training_batches import BatchStream
+from cads.errors import BudgetError, ConfigError, DataError, SelectionError
+from cads.registry import build_selector
 from cads.scoring.ranking import Ranking
 from cads.seeding import derive
+from cads.training.final import train
 
 SHARES = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
@@ -40,6 +43,72 @@ def test_one_ranking_is_cut_for_every_budget(texts, kind):
     for smaller, larger in pairwise(chosen):
         assert (smaller.selected <= larger.selected).all()
     assert chosen[-1].selected.all()
+
+
+class TestTarget:
+    """The target in the final training on what was kept."""
+
+    @pytest.mark.parametrize("epochs", [0.2, 2.0, 4.0, 16.0, 100.0])
+    @pytest.mark.parametrize("fraction", [0, 0.3, "by size"])
+    def test_the_budget_passes_over_kept_and_target_so_often(self, texts, epochs, fraction):
+        """As many examples are kept as possible, with the target's part of the batches of each pass paid for."""
+        task, budget = texts(n=200, batch_size=4), Budget(8, "epochs")
+        step = task.costs.optimizer_step / task.recipe.batch_size
+        ranker = Random(epochs=epochs, target_fraction=fraction)
+        chosen = ranker.select(task, budget, seed=0, ledger=Ledger())
+        usages = (task.costs.usages(task.pool) + step)[np.argsort(chosen.rank)]
+        target_usage = task.costs.usages(task.target).mean() + step
+        kept, n_target = int(chosen.selected.sum()), len(task.target)
+
+        def share(n):
+            return min(0.6, n_target / (n_target + n)) if fraction == "by size" else fraction
+
+        def course(n):
+            return epochs * (usages[:n].sum() + n * share(n) / (1 - share(n)) * target_usage)
+
+        assert chosen.target_fraction == pytest.approx(share(kept))
+        assert course(kept) <= budget.flops(task) * (1 + 1e-6)
+        assert kept == 200 or course(kept + 1) > budget.flops(task) * (1 - 1e-6)
+
+    def test_a_fraction_of_the_pool_is_kept_whatever_the_target(self, texts):
+        task, budget = texts(n=200), Budget(1, "epochs")
+        plain, joint = (
+            Bm25(fraction=0.4, target_fraction=f).select(task, budget, seed=0, ledger=Ledger()) for f in (0, "by size")
+        )
+        assert np.array_equal(plain.selected, joint.selected)
+        assert plain.target_fraction == 0
+        assert joint.target_fraction == pytest.approx(20 / (20 + plain.selected.sum()))
+
+    def test_the_ranking_is_the_same(self, texts, tmp_path, monkeypatch):
+        task = texts()
+        Perplexity(order="low").rank_once(task, tmp_path / "r", seed=0, ledger=Ledger())
+        monkeypatch.setattr(Perplexity, "rank", None)
+        ranker = Perplexity(order="low", target_fraction="by size")
+        stored = ranker.rank_once(task, tmp_path / "r", seed=0, ledger=Ledger())
+        assert ranker.select_top(stored, task, Budget(1, "epochs")).config["target_fraction"] == "by size"
+
+    def test_training_takes_the_target(self, texts, monkeypatch):
+        """Of each batch of 8 the share by size."""
+        task, rows = texts(n=80, batch_size=8), []
+        chosen = Random(fraction=0.5, target_fraction="by size").select(
+            task, Budget(1, "epochs"), seed=0, ledger=Ledger()
+        )
+        plain = BatchStream.step
+
+        def noted(self, step):
+            rows.append((self.from_pool, self.batch_size))
+            return plain(self, step)
+
+        monkeypatch.setattr(BatchStream, "step", noted)
+        train(task, chosen, Budget(1, "epochs"), seed=0)
+        n_target = round(8 * 20 / (20 + chosen.selected.sum()))
+        assert n_target > 0
+        assert set(rows) == {(8 - n_target, 8)}
+
+    @pytest.mark.parametrize("fraction", [-0.1, 1, 2.0, float("nan"), "by weight"])
+    def test_what_is_no_share_is_refused(self, fraction):
+        with pytest.raises(ConfigError, match="target_fraction"):
+            build_selector("bm25", {"target_fraction": fraction})
 
 
 def test_ties_break_by_id(texts):

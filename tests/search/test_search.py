@@ -276,7 +276,7 @@ def test_a_penalty_whose_batches_hold_target_or_pool_alone_is_refused_at_once(fe
 def test_a_run_of_one_step_is_no_curve(features, steps, reach, searched):
     """Of 12 steps a short run has one, which can be fitted and not extrapolated."""
     task, ledger = features(batch_size=8, clip_norm=None), Ledger()
-    selector = PenalizedSources(reach=reach, rounds=1)
+    selector = PenalizedSources(reach=reach, rounds=1, allowance=20.0)
     chosen = selector.select(task, Budget(8 * steps, "usages"), seed=0, ledger=ledger)
     assert bool(ledger.total(SELECT).flops) == searched
     assert ("guard" in chosen.notes) != searched

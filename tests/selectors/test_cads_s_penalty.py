@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cads.accounting.budget import Budget
-from cads.accounting.ledger import Ledger
+from cads.accounting.ledger import SELECT, Ledger
 from cads.data.pool import Pool
 from cads.data.streams import WeightedStream
 from cads.errors import ConfigError
@@ -22,6 +23,7 @@ from cads.monitor import Monitor
 from cads.policies.bernoulli import BernoulliPolicy
 from cads.policies.mixture import MixturePolicy
 from cads.registry import build_selector
+from cads.search.allowance import selection_share, split_budget
 from cads.search.inner_runs import InnerLoop
 from cads.search.space import MixtureSpace, SubsetSpace
 from cads.selectors.cads_s.penalty_form import PenalizedSources, penalty_gradient
@@ -31,6 +33,7 @@ from tests.support.rates import Rates, assert_one_course
 NAME = "cads-s-penalty"
 POLICIES = ["bernoulli", "mixture"]
 SIZES = np.array([20.0, 50.0, 130.0])
+BIG = Budget(400, "epochs")
 
 
 def choose(task, epochs=16.0, seed=0, count_selection=False, monitor=None, **options):
@@ -164,16 +167,21 @@ class TestAlpha:
 
 
 class TestBudget:
-    @settings(deadline=None, max_examples=12)
+    @settings(deadline=None, max_examples=20)
     @given(
-        epochs=st.floats(0.5, 20),
+        epochs=st.floats(1, 20),
         counted=st.booleans(),
         policy=st.sampled_from(POLICIES),
         how=st.sampled_from(["fitted", "extrapolated", "exact"]),
+        allowance=st.one_of(st.none(), st.floats(0.2, 8)),
+        pretrained=st.booleans(),
     )
-    def test_it_is_never_exceeded_and_the_plan_is_the_ledger(self, features, epochs, counted, policy, how):
-        task = features(batch_size=8, n=80)
-        selector = PenalizedSources(policy=policy, reach=how, masks=4, rounds=3)
+    def test_it_is_never_exceeded_and_the_plan_is_the_ledger(
+        self, features, epochs, counted, policy, how, allowance, pretrained
+    ):
+        task = copy.copy(features(batch_size=8, n=80))
+        task.pretrained = pretrained
+        selector = PenalizedSources(policy=policy, reach=how, masks=4, rounds=3, allowance=allowance)
         budget, ledger = Budget(epochs, "epochs", count_selection=counted), Ledger()
         planned = selector.plan(task, budget)
         selector.select(task, budget, seed=0, ledger=ledger)
@@ -184,6 +192,47 @@ class TestBudget:
         assert ledger.entries.keys() == planned.entries.keys()
         for key, entry in ledger.entries.items():
             assert entry.flops == pytest.approx(planned.entries[key].flops)
+        # A pretrained model's search may take more of a small budget, where it needs it, but never above the default.
+        largest = 2.75 if pretrained and allowance is None else allowance
+        ceiling = split_budget(task, budget, largest, 2.75).selection_flops
+        assert ledger.total(SELECT).flops <= ceiling * (1 + 1e-9)
+
+    @pytest.mark.parametrize("epochs", [12, 16, 64, 400])
+    def test_its_share_of_a_budget_that_covers_it_is_that_of_the_other_searches(self, task, epochs):
+        budget = Budget(epochs, "epochs", count_selection=True)
+        share = selection_share(task, budget.flops(task))
+        spent = PenalizedSources().plan(task, budget).total(SELECT).flops
+        assert 0.9 * share < spent / (budget.flops(task) - spent) <= share * (1 + 1e-9)
+
+    def test_what_the_ceiling_does_not_bind_is_as_published(self, task):
+        """On top of the budget trials have C/8 and theta C/2."""
+        stages = PenalizedSources().plan(task, Budget(64, "epochs")).entries
+        steps = 64 * 200 // 8
+        assert stages[SELECT, "short runs, C/8"].usages == 8 * 8 * (steps // 8)
+        assert stages[SELECT, "theta"].usages == 8 * 5 * (steps // 10)
+
+    def test_trials_and_theta_are_shortened_alike(self, task):
+        plain, half = (
+            {stage: entry.usages for (_, stage), entry in PenalizedSources(allowance=a).plan(task, BIG).entries.items()}
+            for a in (None, 0.8)
+        )
+        trials = [max(n for stage, n in usages.items() if "short runs" in stage) for usages in (plain, half)]
+        assert trials[1] / trials[0] == pytest.approx(half["theta"] / plain["theta"], rel=0.05)
+        assert 0.4 < trials[1] / trials[0] < 0.6
+
+    def test_runs_of_the_whole_budget_need_an_allowance(self, task, caplog):
+        chosen, ledger = choose(task, 16, reach="exact")
+        assert "raise allowance" in chosen.notes["guard"]
+        assert chosen.selected.all()
+        assert not ledger.entries
+        chosen, ledger = choose(task, 4, reach="exact", allowance=20.0)
+        assert "guard" not in chosen.notes
+        assert ledger.entries[SELECT, "short runs, C/1"].usages == 8 * 4 * 200
+
+    @pytest.mark.parametrize("allowance", [-1.0, math.inf, math.nan])
+    def test_what_is_no_allowance_is_refused(self, task, allowance):
+        with pytest.raises(ConfigError, match="allowance"):
+            choose(task, allowance=allowance)
 
 
 class TestRun:

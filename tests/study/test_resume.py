@@ -147,7 +147,8 @@ class TestOthers:
         assert not left_over(tmp_path / "out")
 
     def test_of_another_grid(self, tmp_path, caplog):
-        place, changes = tmp_path / "out" / "checkpoints" / "other-grid", {**CHANGES, "methods": ["random"]}
+        half = {"method": "random", "options": {"fraction": 0.5}}
+        place, changes = tmp_path / "out" / "checkpoints" / "other-grid", {**CHANGES, "methods": [half]}
         (place / "000001-finished").mkdir(parents=True)
         with RunLock(tmp_path / "out" / "locks" / place.name):
             run(tmp_path, **changes)
@@ -162,6 +163,7 @@ class TestOthers:
 
     def test_of_what_was_finished_before_they_were_removed(self, whole, tmp_path, caplog):
         run(tmp_path, **CHANGES)
+        caplog.clear()
         for key in whole.keys:
             (tmp_path / "out" / "checkpoints" / key / "000001-finished").mkdir(parents=True)
         (tmp_path / "out" / "checkpoints" / f".{whole.keys[0]}.abc").mkdir()

@@ -24,6 +24,7 @@ from cads.errors import BudgetError, ConfigError
 from cads.registry import selector_class
 from cads.runtime.lock import RunLock
 from cads.runtime.signals import Interrupted
+from cads.scoring.ranker import Ranker
 from cads.selection import Selection
 from cads.study.cells import Recorder, price
 from cads.study.grid import Cell, cells, check_grid, read_grid, settings
@@ -74,6 +75,13 @@ class TestGrid:
             ({"budgets": ["many epochs"]}, "does not parse"),
             ({"budgets": ["2 epochs", "2.0 passes"]}, "same cells"),
             ({"methods": ["random", {"method": "random", "label": "half", "options": {"epochs": 4.0}}]}, "same cells"),
+            ({"methods": [{"method": "random", "sweep": {"epochs": [None, 4.0]}}]}, "same cells"),
+            ({"methods": [{"method": "random", "sweep": {"epoch": [2]}}]}, "epoch"),
+            ({"methods": [{"method": "random", "sweep": {"epochs": []}}]}, "epochs in sweep is empty"),
+            (
+                {"methods": [{"method": "random", "options": {"epochs": 2}, "sweep": {"epochs": [4]}}]},
+                "epochs in sweep is among its options",
+            ),
             ({"models": [{"label": "a"}, {"label": "b", "task": {"hidden": 16}}]}, "same cells"),
             ({"methods": ["full", "full"]}, "same cells"),
             ({"methods": ["full", {"method": "full", "label": "again"}]}, "same cells"),
@@ -116,6 +124,23 @@ class TestGrid:
             ("b", "large"): (60, 32),
         }
         assert {c.setting.seed: c.setting.config.data_seed for c in made} == {0: 0, 1: 1}
+
+    def test_a_sweep_is_a_method_for_every_combination(self, tmp_path):
+        ranking = {"method": "loss", "options": {"order": "low"}, "sweep": {"fraction": [None, 0.2, 0.4]}}
+        both = {"label": "random and target", "sweep": {"fraction": [0.2, 0.4], "target_fraction": ["by size", 0.3]}}
+        grid = read_grid(grid_file(tmp_path, methods=["full", ranking, {"method": "random", **both}]))
+        low = {"order": "low"}
+        assert [(grid.name(e), e.options) for e in grid.methods] == [
+            ("full", {}),
+            ("loss", low),
+            ("loss, fraction 0.2", {**low, "fraction": 0.2}),
+            ("loss, fraction 0.4", {**low, "fraction": 0.4}),
+            *(
+                (f"random and target, fraction {f}, target_fraction {t}", {"fraction": f, "target_fraction": t})
+                for f in (0.2, 0.4)
+                for t in ("by size", 0.3)
+            ),
+        ]
 
     def test_keys_follow_contents(self, tmp_path):
         def key(contents=("p", "t", "e"), version="1", which=0, **changes):
@@ -166,6 +191,16 @@ class TestGrid:
             grid = read_grid(path)
             assert grid.count_selection
             assert {"full", "random", "target-only"} <= {e.method for e in grid.methods}
+            # Every ranking, as published and with the target as `cads` has it, by the rule and at fixed shares.
+            rankings = {e.method for e in grid.methods if issubclass(selector_class(e.method), Ranker)} - {"random"}
+            assert rankings
+            for name in rankings:
+                cuts = [
+                    (e.options.get("target_fraction"), e.options.get("fraction"))
+                    for e in grid.methods
+                    if e.method == name
+                ]
+                assert cuts == [(None, None), *(("by size", f) for f in (None, 0.2, 0.4, 0.6, 0.8))]
 
 
 class TestRun:

@@ -32,9 +32,10 @@ from cads.estimators.score_function import penalty
 from cads.monitor import Monitor
 from cads.policies.base import Policy
 from cads.policies.mixture import MixturePolicy
-from cads.search.allowance import BudgetSplit
-from cads.search.base import ONE_SOURCE, has_one_source
+from cads.search.allowance import BudgetSplit, split_budget
+from cads.search.base import ALLOWANCE, ONE_SOURCE, has_one_source
 from cads.search.choice import Choice
+from cads.search.constants import FROM_SCRATCH
 from cads.search.fidelity import Rung
 from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
 from cads.search.inner_runs import InnerLoop
@@ -65,7 +66,24 @@ POLICY_STEPS, POLICY_STEP = 20, 0.05
 Reach = Literal["fitted", "extrapolated", "exact"]
 PolicyName = Literal["bernoulli", "mixture"]
 SPACES: dict[str, type[SearchSpace]] = {"bernoulli": SubsetSpace, "mixture": MixtureSpace}
+NOT_EXACT = "the allowance does not cover runs of the whole budget (raise allowance): the full pool is returned"
 NO_TRIALS_AFFORDABLE = "the budget does not cover the trials of the penalty: the full pool is returned"
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What is spent on the parts of a selection.
+
+    Attributes:
+        split: FLOPs for training and for selection.
+        trial_share: of C, for each trial. theta_share: of C, for theta in all rounds together.
+        positions: of the examples of each source on which R is measured.
+    """
+
+    split: BudgetSplit
+    trial_share: float
+    theta_share: float
+    positions: list[np.ndarray]
 
 
 @dataclass
@@ -88,8 +106,13 @@ class PenalizedSources:
     """Turns of the target model and the policy."""
     draws: int = 16
     """Masks drawn for each step of the policy."""
+    allowance: float | None = None
+    """Selection FLOPs at most, in units of the training FLOPs; null: 2.75, or less if the budget counts selection, as
+    in `search`. Where that does not cover trials of C/8 and theta of C/2, all are shortened alike."""
 
     method: ClassVar[str] = "cads-s-penalty"
+    revision: ClassVar[int] = 2
+    """Finished cells of the one without a ceiling are not its own."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.alpha) and self.alpha > 0):
@@ -110,7 +133,7 @@ class PenalizedSources:
         """Choose sources; see `cads.selector.Selector`."""
         monitor = monitor or Monitor()
         try:
-            choice = self._search(in_name_order(task), self._split(task, budget), seed, ledger, monitor)
+            choice = self._search(in_name_order(task), self._lengths(task, budget), seed, ledger, monitor)
         except NotAffordableError as error:
             log.warning("%s: %s", self.method, error)
             choice = Choice.full_pool(task.pool, str(error))
@@ -118,11 +141,11 @@ class PenalizedSources:
             task.pool, method=self.method, seed=seed, budget=budget, ledger=ledger, config=asdict(self)
         )
 
-    def _search(self, task: Task, split: BudgetSplit, seed: int, ledger: Ledger, monitor: Monitor) -> Choice:
-        selection_ledger = Ledger(limit=split.selection_flops)
+    def _search(self, task: Task, lengths: Lengths, seed: int, ledger: Ledger, monitor: Monitor) -> Choice:
+        selection_ledger = Ledger(limit=lengths.split.selection_flops)
         inner, space = InnerLoop(task, selection_ledger, monitor), SPACES[self.policy](task.pool)
         try:
-            policy = self._alternate(inner, space, split.train_flops, seed)
+            policy = self._alternate(inner, space, lengths, seed)
         finally:
             ledger.merge(selection_ledger)
         marginals = source_marginals(policy)
@@ -135,37 +158,85 @@ class PenalizedSources:
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `cads.selector.Selector`."""
         try:
-            split = self._split(task, budget)
+            lengths = self._lengths(task, budget)
         except NotAffordableError as error:
             return PlannedLedger(note=str(error))
-        costs = PlannedInnerLoop(in_name_order(task), split.selection_flops)
-        for stage in self.stages(costs, split.train_flops):
+        costs = PlannedInnerLoop(in_name_order(task), lengths.split.selection_flops)
+        for stage in self.stages(costs, lengths):
             costs.charge(stage)
         return costs.ledger
 
-    def stages(self, costs: InnerLoopCosts, train_flops: float) -> Stages:
+    def stages(self, costs: InnerLoopCosts, lengths: Lengths) -> Stages:
         """Trials for l*, then the target model, R and the policy in turn; see `cads.search.stages`."""
-        space = SPACES[self.policy](costs.task.pool)
-        data = self._share if self.reach == "fitted" else 1.0
-        yield Trials(Rung(self._share, self._share * train_flops, data, self._n_trials(space)))
-        positions = probe_positions(space)
+        space, share, train_flops = SPACES[self.policy](costs.task.pool), lengths.trial_share, lengths.split.train_flops
+        data = share if self.reach == "fitted" else 1.0
+        yield Trials(Rung(share, share * train_flops, data, self._n_trials(space)))
+        positions = lengths.positions
         for _ in range(self.rounds):
-            yield FitTarget(THETA_SHARE * train_flops / self.rounds)
+            yield FitTarget(lengths.theta_share * train_flops / self.rounds)
             yield ScorePool(sum(map(len, positions)), "R", probing_flops(costs, positions), positions)
             yield UpdatePolicy(self._update_flops(space))
 
-    def _split(self, task: Task, budget: Budget) -> BudgetSplit:
-        """FLOPs for training and for selection: a share of those for training, and fixed costs.
+    def _lengths(self, task: Task, budget: Budget) -> Lengths:
+        """What is spent on training and on each part of selection.
+
+        R is measured on fewer examples, and then trials and theta are shortened, where the allowance does not cover
+        more.
 
         Raises:
             NotAffordableError: if the pool has one source, the budget does not cover selection, or its trials would
                 have too few steps.
             BudgetError: if the budget does not buy one step.
-            ConfigError: if theta's batches would hold only examples of the target, or none of them.
+            ConfigError: if theta's batches would hold only examples of the target, or none of them; if the allowance
+                is negative or not finite.
         """
         total = budget.flops(task)
         check_step(task, total)
-        batch_size = task.recipe.batch_size
+        self._check_alpha(task.recipe.batch_size)
+        costs, space = InnerLoopCosts(task, Ledger()), SPACES[self.policy](in_name_order(task).pool)
+        if has_one_source(task.pool):
+            raise NotAffordableError(ONE_SOURCE)
+        share = self._n_trials(space) * self._share + THETA_SHARE
+        # Extrapolating a curve takes two points of it.
+        min_steps = 2 if self.reach == "extrapolated" else 1
+        min_train_flops = max(min_steps / self._share, self.rounds / THETA_SHARE) * costs.step_flops
+        probes = [probe_positions(space, count) for count in FROM_SCRATCH.probe_examples]
+        fixed = [self._fixed_flops(costs, space, positions) for positions in probes]
+        limit = split_budget(task, budget, self.allowance, ALLOWANCE, share * min_train_flops + fixed[-1])
+        for positions, fixed_flops in zip(probes, fixed, strict=True):
+            train_flops = (total - fixed_flops) / (1 + share) if budget.count_selection else total
+            needed = share * train_flops + fixed_flops
+            if needed * limit.train_flops <= limit.selection_flops * train_flops * ROUNDING:
+                lengths = Lengths(BudgetSplit(train_flops, needed * ROUNDING), self._share, THETA_SHARE, positions)
+                break
+        else:
+            lengths = self._shortened(limit, (limit.selection_flops - fixed[-1]) / share, probes[-1])
+        if lengths.theta_share * lengths.split.train_flops < THETA_SHARE * min_train_flops:
+            raise NotAffordableError(NO_TRIALS_AFFORDABLE)
+        return lengths
+
+    def _shortened(self, split: BudgetSplit, course_flops: float, positions: list[np.ndarray]) -> Lengths:
+        """Trials and theta as for a final training of `course_flops`, which is shorter than that of `split`.
+
+        Raises:
+            NotAffordableError: if l* is exact, whose trials have one length.
+        """
+        if self.reach == "exact":
+            raise NotAffordableError(NOT_EXACT)
+        scale = course_flops / split.train_flops
+        return Lengths(split, scale * self._share, scale * THETA_SHARE, positions)
+
+    def _fixed_flops(self, costs: InnerLoopCosts, space: SearchSpace, positions: Sequence[np.ndarray]) -> float:
+        """FLOPs that do not grow with the budget: measuring the trials, and R and the policy in each round."""
+        round_flops = probing_flops(costs, positions) + self._update_flops(space)
+        return self._n_trials(space) * costs.measuring_flops + self.rounds * round_flops
+
+    def _check_alpha(self, batch_size: int) -> None:
+        """Refuse batches of theta that hold only examples of the target, or none of them.
+
+        Raises:
+            ConfigError: naming the option.
+        """
         for name, alpha in (("alpha", self.alpha), ("first_alpha", self.alpha_of(0))):
             if 0 < (from_target := round(batch_size / (1 + alpha))) < batch_size:
                 continue
@@ -173,19 +244,6 @@ class PenalizedSources:
                 f"{name} = {alpha}: of a batch of {batch_size} the target model would take {from_target} examples "
                 "from the target, and it needs some from the pool too: choose one nearer to 1, or raise batch_size"
             )
-        costs, space = InnerLoopCosts(task, Ledger()), SPACES[self.policy](in_name_order(task).pool)
-        if has_one_source(task.pool):
-            raise NotAffordableError(ONE_SOURCE)
-        n_trials = self._n_trials(space)
-        share = n_trials * self._share + THETA_SHARE
-        round_flops = probing_flops(costs, probe_positions(space)) + self._update_flops(space)
-        fixed = n_trials * costs.measuring_flops + self.rounds * round_flops
-        train_flops = (total - fixed) / (1 + share) if budget.count_selection else total
-        # Extrapolating a curve takes two points of it.
-        min_steps = 2 if self.reach == "extrapolated" else 1
-        if min(self._share / min_steps, THETA_SHARE / self.rounds) * train_flops < costs.step_flops:
-            raise NotAffordableError(NO_TRIALS_AFFORDABLE)
-        return BudgetSplit(train_flops, (share * train_flops + fixed) * (1 + 1e-9))
 
     @property
     def _share(self) -> float:
@@ -203,16 +261,16 @@ class PenalizedSources:
     def _update_flops(self, space: SearchSpace) -> float:
         return source_policy_flops(len(space.sizes), space.n_features, self.draws, self.masks, POLICY_STEPS)
 
-    def _alternate(self, inner: InnerLoop, space: SearchSpace, train_flops: float, seed: int) -> Policy:
+    def _alternate(self, inner: InnerLoop, space: SearchSpace, lengths: Lengths, seed: int) -> Policy:
         """Fit l* to trials. Then train the target model and move the policy along the penalty, `rounds` times."""
         policy, order = space.policy(), derive(seed, "theta")
         reach: ReachableLossModel | None = None
         theta: TrainResult | None = None
         round_index = 0
-        for stage in self.stages(inner, train_flops):
+        for stage in self.stages(inner, lengths):
             match stage:
                 case Trials(rung):
-                    reach = self._reach(inner, space, rung, train_flops, seed)
+                    reach = self._reach(inner, space, rung, lengths.split.train_flops, seed)
                 case FitTarget(flops, name):
                     # A round has whole steps: the learning rate is at its end with the last of them.
                     steps = max(1, int(flops / inner.step_flops * ROUNDING))
@@ -247,7 +305,7 @@ class PenalizedSources:
         runs = run_rung(inner, space, draws, rung, seed, 0, horizon=horizon)
         train_loss = runs.final_train_loss
         if self.reach == "extrapolated":
-            warm_up = min(LATEST_WARMUP, inner.task.recipe.warmup / self._share)
+            warm_up = min(LATEST_WARMUP, inner.task.recipe.warmup / rung.fidelity)
             train_loss = extrapolate(runs.flops, runs.losses, train_flops, max(SKIPPED, warm_up))
         return ReachableLossModel(space.weights(draws), train_loss, space.sizes)
 

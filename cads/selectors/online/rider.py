@@ -12,13 +12,14 @@ from torch import Tensor
 from cads.data.batch import Batch
 from cads.data.pool import Pool
 from cads.data.streams import Stream
+from cads.data.target_share import share_by_size
 from cads.data.token_batches import lengths
 from cads.data.training_batches import WINDOW
 from cads.data.window_loader import Rows, WindowLoader
 from cads.policies.label_odds import LabelOdds
 from cads.policies.tilt import tilted
 from cads.selectors.online.history import HistoryPoint, PolicyHistory
-from cads.selectors.online.schedule import OnlineConstants, target_share
+from cads.selectors.online.schedule import OnlineConstants
 from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import Strata
 from cads.training.rider import Rider
@@ -127,7 +128,7 @@ class OnlineRider(Rider):
         """The share of the target in a batch."""
         if not self._on_target:
             return 0.0
-        return target_share(len(self._targets), self.n_effective, self._constants.most_target)
+        return float(share_by_size(len(self._targets), self.n_effective, self._constants.most_target))
 
     def cell_shares(self) -> np.ndarray:
         """The share of each cell in what is drawn from the pool, shape (S, G); groups keep theirs."""

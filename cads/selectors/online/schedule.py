@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cads.data.target_share import MAX_TARGET
 from cads.recipe import TrainConfig
 
 
@@ -51,7 +52,7 @@ FROM_SCRATCH = OnlineConstants(
     sharpness=4,
     most_excess=np.inf,
     floor=0.02,
-    most_target=0.6,
+    most_target=MAX_TARGET,
     learning_passes=8,
     stop_passes=None,
     drop=False,
@@ -66,7 +67,7 @@ PRETRAINED = OnlineConstants(
     sharpness=2,
     most_excess=3,
     floor=0.02,
-    most_target=0.6,
+    most_target=MAX_TARGET,
     learning_passes=8,
     stop_passes=8,
     drop=True,
@@ -96,8 +97,3 @@ def first_phase(
     if not steps or taught[-1] < needed:
         return total
     return (int(np.searchsorted(taught, needed)) + 1.5) * step
-
-
-def target_share(n_target: int, n_pool: float, max_share: float) -> float:
-    """The share of the target in a batch, where it is one more source: n_T / (n_T + N_eff), at most `max_share`."""
-    return min(max_share, n_target / (n_target + n_pool))

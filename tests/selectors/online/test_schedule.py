@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cads.data.target_share import share_by_size
 from cads.recipe import TrainConfig
-from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, first_phase, target_share
+from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, first_phase
 
 RECIPE = TrainConfig(batch_size=10, learning_rate=0.5)
 
@@ -46,7 +47,7 @@ def test_a_target_that_the_budget_hardly_covers_is_all_there_is():
 
 @pytest.mark.parametrize(("n_target", "n_pool", "share"), [(50, 950, 0.05), (500, 500, 0.5), (900, 100, 0.6)])
 def test_the_target_is_one_more_source(n_target, n_pool, share):
-    assert target_share(n_target, n_pool, 0.6) == pytest.approx(share)
+    assert share_by_size(n_target, n_pool, 0.6) == pytest.approx(share)
 
 
 def test_rates_of_a_run_that_ends_early():
