@@ -22,6 +22,7 @@ from experiments.online_report import HIDDEN, ONLINE
 from experiments.rivals.aligned_batches import AlignedBatches
 from experiments.rivals.cleanlab import CleanlabFolds, CleanlabTarget
 from experiments.rivals.facility_location import FacilityLocation
+from experiments.rivals.mixmin import MixMin
 from experiments.rivals.mixtures import LogLinear, Optuna
 from experiments.rivals.packages import installed_version
 
@@ -48,6 +49,7 @@ RIVALS = (
     Rival("cleanlab, target model", "", kind=CleanlabTarget, package="cleanlab"),
     Rival("optuna", "", kind=Optuna, package="optuna"),
     Rival("log-linear", "", kind=LogLinear),
+    Rival("mixmin", "", kind=MixMin),
     Rival("facility location", "", kind=FacilityLocation, package="submodlib-py"),
     Rival("aligned batches", "", kind=AlignedBatches),
 )

@@ -21,6 +21,7 @@ from experiments.leaderboard import RIVALS, main
 from experiments.leaderboard_report import best, regret
 from experiments.online_report import Cells
 from experiments.rivals.cleanlab import CleanlabFolds, folds_of
+from experiments.rivals.mixmin import best_mixture
 from experiments.rivals.mixtures import LogLinear, fit_law, law_values
 
 PACKAGED = [rival for rival in RIVALS if rival.package]
@@ -148,6 +149,21 @@ def test_the_law_of_mixtures_is_found_again():
     assert fitted == pytest.approx(law_values(law, others), abs=0.05)
     best_mixture = LogLinear().best_predicted(mixtures, objective, others)
     assert best_mixture[0] > 0.7, "the source that lowers the loss"
+
+
+def test_mixmin_weighs_models_as_the_likelihood_does():
+    """Against a grid of all mixtures of three models."""
+    rng = np.random.default_rng(0)
+    losses = rng.exponential(size=(60, 3)) * [1.0, 1.5, 4.0]
+    steps = np.arange(51) / 50
+    grid = np.array([(a, b, 1 - a - b) for a in steps for b in steps if a + b <= 1 + 1e-9]).clip(0)
+
+    def objective(mixture):
+        return -np.log(np.exp(-losses) @ mixture).mean()
+
+    found = best_mixture(losses)
+    assert found.sum() == pytest.approx(1)
+    assert objective(found) <= min(map(objective, grid)) + 1e-4
 
 
 def test_the_leaderboard_skips_what_is_missing_and_reports_the_rest(tmp_path, monkeypatch, capsys):
