@@ -67,7 +67,8 @@ class AlignedBatches:
     ) -> Selection:
         """Train the final model; see `cads.selector.Selector`."""
         labels_of(task, task.pool)
-        run_ledger, n_steps = Ledger(limit=budget.flops(task) * ROUNDING), self._steps(task, budget)
+        limit = budget.flops(task) * ROUNDING if budget.count_selection else None
+        run_ledger, n_steps = Ledger(limit=limit), self._steps(task, budget)
         model = task.model(derive(seed, "final model"))
         rider = _Rider(task, model, run_ledger, self._scoring_flops(task), n_steps, self._n_target(task), seed)
         try:

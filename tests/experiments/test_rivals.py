@@ -78,6 +78,12 @@ def test_selection_and_training_stay_within_the_budget(noisy, rival, passes):
     assert (spent[0] > 0) == (not selection.selected.all() or selection.weighted or selection.trained is not None)
 
 
+def test_a_budget_of_training_alone_trains_for_all_of_it(noisy, rival):
+    budget = Budget.parse("4 epochs", count_selection=False)
+    trained = final.train(noisy, rival.build().select(noisy, budget, seed=0, ledger=Ledger()), budget, seed=0)
+    assert 0.95 * budget.flops(noisy) < trained.ledger.total(TRAIN).flops <= budget.flops(noisy) * (1 + 1e-9)
+
+
 def test_the_plan_is_what_is_charged(noisy, rival):
     ledger, selector = Ledger(), rival.build()
     selector.select(noisy, ENOUGH, seed=0, ledger=ledger)
