@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cads.runtime.atomic_files import whole_file
-from experiments.online_report import ONLINE, Cells, Place, _row
+from experiments.online_report import CHOSEN, ONLINE, Cells, Place, _row
 
 PACKAGES = "packages.json"
 PLANNED = ("bergson", "BoTorch", "datacull", "ADAPT", "BLADE")
@@ -29,9 +29,8 @@ def write_leaderboard(out: Path, results: Path, methods: Sequence[str]) -> None:
     Args:
         methods: names of all methods, in the order of the tables.
     """
-    cells = Cells.read(out / "cells.jsonl")
+    cells = complete(Cells.read(out / "cells.jsonl"), out / "cells.jsonl")
     versions = json.loads((out / PACKAGES).read_text())
-    # A method without a package to install is not expected to be complete in cells that do not afford it.
     measured = [m for m in methods if any(m in by_method for by_method in cells.accuracy.values())]
     parts = [
         _head(cells, [m for m in methods if m not in measured]),
@@ -40,6 +39,17 @@ def write_leaderboard(out: Path, results: Path, methods: Sequence[str]) -> None:
         _unaffordable(out / "cells.jsonl"),
     ]
     whole_file(results, "\n\n".join(part for part in parts if part) + "\n")
+
+
+def complete(cells: Cells, path: Path) -> Cells:
+    """The places where all methods have the same seeds, those that the budget did not buy included."""
+    runs: dict[Place, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for row in map(json.loads, path.read_text().splitlines()):
+        world, n_target, passes, seed, method = row["key"]
+        runs[world, n_target, passes][method].add(seed)
+    names = {method for by_method in runs.values() for method in by_method}
+    places = [place for place, by_method in runs.items() if len({frozenset(by_method[name]) for name in names}) == 1]
+    return Cells({p: cells.accuracy[p] for p in places}, {p: cells.cost[p] for p in places})
 
 
 def best(cells: Cells, place: Place) -> str:
@@ -64,7 +74,7 @@ def seconds_of(path: Path) -> dict[str, list[float]]:
 
 def _head(cells: Cells, missing: Sequence[str]) -> str:
     places = cells.accuracy
-    seeds = sorted({len(by_seed) for by_method in places.values() for by_seed in by_method.values()})
+    seeds = sorted({len(by_method[ONLINE]) for by_method in places.values()})
     worlds = sorted({place[0] for place in places})
     named = f" Without a result here: {', '.join(missing)}." if missing else ""
     return (
@@ -80,13 +90,14 @@ def _head(cells: Cells, missing: Sequence[str]) -> str:
         "below the best of its cell, which is known only afterwards. The final training of every rival draws 30 % of "
         "each batch from the target, and takes classes in even turns unless it weighs the sources. Where the share "
         "that selection may take buys no scores or trials, a rival returns the full pool, and is then the same as "
-        '`joint .3, balanced`. "Selects in": in how many of its runs it did select.'
+        '`joint .3, balanced`. "Selects in": in how many of its runs it did select.\n\n'
+        f"{CHOSEN} No constant of a rival was chosen on these worlds, and none was tuned."
     )
 
 
 def _regrets(cells: Cells, methods: Sequence[str], packages: dict[str, str], seconds: dict[str, list[float]]) -> str:
     columns = sorted({place[1:] for place in cells.accuracy}, key=lambda c: (-c[0], c[1]))
-    names = [f"{n}: {passes:g}" for n, passes in columns]
+    names = [f"{n}: {passes:g} ({_size(cells, (n, passes))})" for n, passes in columns]
     header = ["method", "package", *names, "mean", "selects in", "selection, % of the budget", "seconds"]
     lines = ["## Mean regret, points", "", _row(header), _row(["---"] * len(header))]
     rows = []
@@ -99,8 +110,19 @@ def _regrets(cells: Cells, methods: Sequence[str], packages: dict[str, str], sec
         end = [_mean(regrets), selects, f"{100 * np.mean(share):.1f}", f"{np.mean(seconds[method]):.1f}"]
         rows.append((float(np.nanmean(regrets)), _row([name, packages.get(method, "-"), *values, *end])))
     lines += [row for _, row in sorted(rows)]
-    lines += ["", "Columns: size of the target, and passes; means over the worlds where the method is affordable."]
+    lines += [
+        "",
+        "Columns: size of the target, and passes; in brackets the number of worlds, and of seeds. A method that a "
+        "budget did not buy in a cell is left out of the means there.",
+    ]
     return "\n".join(lines)
+
+
+def _size(cells: Cells, column: tuple[int, float]) -> str:
+    """The worlds and seeds of a column."""
+    places = [place for place in cells.accuracy if place[1:] == column]
+    seeds = sorted({len(cells.accuracy[place][ONLINE]) for place in places})
+    return f"{len(places)} × {'-'.join(map(str, seeds))}"
 
 
 def _worlds(cells: Cells, methods: Sequence[str]) -> str:

@@ -187,6 +187,10 @@ def test_the_leaderboard_skips_what_is_missing_and_reports_the_rest(tmp_path, mo
     names = {row["key"][4] for row in rows}
     assert {"cads", "aligned batches", "log-linear"} <= names
     assert not names & {rival.name for rival in PACKAGED}
+    # A cell that some method lacks is not reported.
+    lone = {"key": ["two", 60, 16.0, 0, "full"], "accuracy": 0.5, "select": 0.0, "budget": 1.0, "seconds": 1.0}
+    with (out / "cells.jsonl").open("a") as file:
+        file.write(json.dumps(lone) + "\n")
     main(["--out", str(out), "--results", str(tmp_path / "page.md")])
     page, cells = (tmp_path / "page.md").read_text(), Cells.read(out / "cells.jsonl")
     place = ("two", 60, 4.0)
