@@ -91,7 +91,8 @@ def _head(cells: Cells, missing: Sequence[str]) -> str:
         "each batch from the target, and takes classes in even turns unless it weighs the sources. Where the share "
         "that selection may take buys no scores or trials, a rival returns the full pool, and is then the same as "
         '`joint .3, balanced`. "Selects in": in how many of its runs it did select.\n\n'
-        f"{CHOSEN} No constant of a rival was chosen on these worlds, and none was tuned."
+        f"{CHOSEN} Of the rivals nothing was tuned. optuna, log-linear and mixmin may spend "
+        "what the searches of this package may, the others up to a third of the budget."
     )
 
 
