@@ -17,7 +17,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -164,9 +164,9 @@ def cells(
                     yield world, n_target * (LARGER if world == COMPARE_VISION else 1), amount, seed
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run all cells that are not there yet, or report on those that are."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a comparison of methods on worlds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished cells")
     parser.add_argument("--worlds", nargs="+", default=list(SHIPPED), help="names, or YAML files")
     parser.add_argument(
@@ -176,18 +176,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=None, help="only those of these names, as in the tables")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--results", type=Path, default=None, help="Markdown file; its figure stands beside it")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def run_missing(options: argparse.Namespace, methods_of: Callable[[Sequence[str]], Sequence[Method]]) -> None:
+    """Run all cells that are not in `OUT/cells.jsonl` yet.
+
+    Args:
+        options: as `parse` gives them. methods_of: the methods for a world with these sources.
+    """
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "cells.jsonl"
-    if options.results is not None:
-        write_report(path, options.results, shlex.join(["python", "-m", "experiments.online", *(argv or sys.argv[1:])]))
-        return
     done = {tuple(json.loads(line)["key"]) for line in path.read_text().splitlines()} if path.exists() else set()
     tasks: dict[tuple[str, int, int], Task] = {}
     with path.open("a") as file:
         for name, n_target, passes, seed in cells(options.worlds, options.targets, options.passes, options.seeds):
             world = world_named(name)
-            for method in methods([source.name for source in world.task.sources]):
+            for method in methods_of([source.name for source in world.task.sources]):
                 key = (world.name, n_target, passes, seed, method.name)
                 if key in done or (options.methods and method.name not in options.methods):
                     continue
@@ -196,6 +201,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                     tasks[at] = replace(world, task=replace(world.task, n_target=n_target, data_seed=seed)).build()
                 file.write(json.dumps({"key": key, **run(tasks[at], method, passes, seed)}) + "\n")
                 file.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run all cells that are not there yet, or report on those that are."""
+    options = parse(__doc__, argv)
+    if options.results is not None:
+        command = shlex.join(["python", "-m", "experiments.online", *(argv or sys.argv[1:])])
+        write_report(options.out / "cells.jsonl", options.results, command)
+    else:
+        run_missing(options, methods)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ import numpy as np
 
 from baselines.full import Full
 from baselines.halving import Halving
-from baselines.joint import MAX_TARGET
 from baselines.search.source_search import threshold
 from baselines.source import Source
 from baselines.target_only import TargetOnly
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, TRAIN, Ledger
 from cads.data.pool import Pool
+from cads.data.target_share import MAX_TARGET
 from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.recipe import TrainConfig
