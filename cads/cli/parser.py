@@ -73,16 +73,15 @@ def readable(message: str, names: Sequence[str]) -> str:
 
 def _unknown(name: str, names: Iterable[str], where: str = "") -> str:
     known = list(names)
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    # A setting under another section, or without any, is meant as often as a misspelt one.
-    same = [other for other in known if other.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    meant = [*same, *nearest][:1]
-    if meant:
-        return f"{where}{name} is unknown: did you mean {meant[0]}?"
-    section = name.split(".", maxsplit=1)[0]
-    sections = sorted({other.split(".")[0] for other in known if "." in other})
-    close = difflib.get_close_matches(section, sections, n=1, cutoff=0.6)
-    return f"{where}{name} is unknown" + (f": did you mean {close[0]}?" if close and close[0] != section else "")
+    section, _, field = name.rpartition(".")
+    sections = {other.rpartition(".")[0] for other in known}
+    # A setting of another section is meant as often as a misspelt one.
+    nearest = [other for other in known if other.rpartition(".")[2] == field]
+    for likely in [section, *difflib.get_close_matches(section, sections, n=1), *sorted(sections)]:
+        fields_there = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == likely]
+        close = difflib.get_close_matches(field, fields_there, n=1, cutoff=0.6 if likely == section else 0.75)
+        nearest += [f"{likely}.{match}" if likely else match for match in close]
+    return f"{where}{name} is unknown" + (f": did you mean {nearest[0]}?" if nearest else "")
 
 
 def _item_fields(path: str) -> list[str]:

@@ -319,9 +319,9 @@ class TestHelp:
 
 
 BAD_FLAGS = {
-    "unknown flag": ("--colour 3", "unrecognized arguments: --colour"),
-    "unknown field": ("--task.colour 3", "unrecognized arguments: --task.colour"),
-    "shortened flag": ("--budg 3", "unrecognized arguments: --budg"),
+    "unknown flag": ("--colour 3", "colour is unknown"),
+    "unknown field": ("--task.colour 3", "task.colour is unknown"),
+    "shortened flag": ("--budg 3", "budg is unknown: did you mean budget?"),
     "unknown method": ("--method cads-z", "'cads-z' is unknown; did you mean 'cads-"),
     "far method": ("--method qqq", "Installed: best-of, best-source, bilevel"),
     "unknown kind": ("--kind visoin", "kind of task 'visoin' is unknown; did you mean 'vision'"),
@@ -339,7 +339,7 @@ BAD_FLAGS = {
     "batch of none": ("--train.batch_size 0", "batch_size = 0: it must be positive"),
     "too large a pool": ("--task.n_pool 100000", "n_pool = 100000"),
     "missing option": ("--method source", "options.name"),
-    "option of another": ("--method full --options.fraction 0.5", "unrecognized arguments: --options.fraction"),
+    "option of another": ("--method full --options.fraction 0.5", "options.fraction is unknown"),
     "unknown source": ("--method source --options.name dirty", "'dirty' is no source"),
     "unknown metric": ("--method search --options.outer beauty", "outer = 'beauty' is no metric"),
     "metric of which more is better": ("--method search --options.outer accuracy", "that can be minimised"),

@@ -18,7 +18,8 @@ from cads.cli.main import main
         ({"task": {"sources": [{"nme": "a"}]}}, "an item of task.sources: nme is unknown: did you mean name?"),
         ({"task": {"sources": [{"name": "a", "label_noise": "high"}]}}, "label_noise = high: it must be a number"),
         ({"options": {"granularit": "source"}}, "options.granularit is unknown: did you mean options.granularity?"),
-        ({"zzz": 1}, "zzz is unknown"),
+        ({"zzz": 1}, "zzz is unknown\n"),
+        ({"task": {"colour": 1}}, "task.colour is unknown\n"),
     ],
 )
 def test_a_file_that_is_refused(tmp_path, capsys, settings, words):
