@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
+from cads.errors import ConfigError
 from cads.runtime.atomic_files import whole_file
 from cads.study.analysis.points import half_width
 
@@ -124,20 +125,27 @@ def is_reference(method: str) -> bool:
 
 
 def write_report(cells: Path, results: Path, command: str) -> None:
-    """Write the tables to `results`, with the command that does so, and the figure beside it."""
+    """Write the tables to `results`, with the command that does so, and the figure beside it.
+
+    Raises:
+        ConfigError: if no cell is complete.
+    """
     read = Cells.read(cells)
     places = read.complete()
+    if not places:
+        raise ConfigError(f"{cells} has no cell with two seeds of `cads` and of all free references: run more of them")
     parts = [_head(read, places, command), _means(read, places), _places(read, places), _ablations(read, places)]
     whole_file(results, "\n\n".join(parts) + "\n")
     draw(read, places, results.with_suffix(".png"))
 
 
 def _head(cells: Cells, places: Sequence[Place], command: str) -> str:
-    seeds = sorted({len(cells.accuracy[p][ONLINE]) for p in places})
+    counts = [len(cells.accuracy[p][ONLINE]) for p in places]
+    seeds = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(max(counts))
     worse = [p for p in places if _is_worse(cells, p)]
     named = "; ".join(f"{p[0]}, {p[1]} targets, {p[2]:g} passes" for p in worse) or "none"
     return (
-        f"# CADS as it trains: {len(places)} cells, {' to '.join(map(str, seeds))} seeds\n\n"
+        f"# CADS as it trains: {len(places)} cells, {seeds} seeds\n\n"
         f"    {command.split(' --results', maxsplit=1)[0]}\n    {command}\n\n"
         "Points of test accuracy. The budget covers selection and training, in passes over the pool. A seed is one of "
         "the data and of the training; differences are paired. The best reference of a cell is known only afterwards: "

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from cads.errors import ConfigError
 from experiments.online import main, methods, world_named
 from experiments.online_report import ABLATIONS, FREE, HIDDEN, ONLINE, SHOWN, Cells
 
@@ -73,6 +74,14 @@ def test_the_report_says_what_was_measured(out):
     assert f"| {HIDDEN} |" in text
     assert all(f"| {name} |" in text for name in FREE)
     assert (folder / "online.png").stat().st_size > 1000
+
+
+def test_a_report_on_too_little_is_refused(tmp_path):
+    (tmp_path / "cells.jsonl").write_text(
+        json.dumps({"key": ["w", 50, 1.0, 0, "full"], "accuracy": 0.5, "select": 0, "budget": 1}) + "\n"
+    )
+    with pytest.raises(ConfigError, match="no cell with two seeds of `cads` and of all free references"):
+        main(["--out", str(tmp_path), "--results", str(tmp_path / "online.md")])
 
 
 def test_a_reference_is_chosen_by_the_other_seeds():
