@@ -26,6 +26,8 @@ ABLATIONS = (
     "cads, nothing moves after the probe",
 )
 BY_SIZE = "joint by size, balanced"
+SINGLE = "only "
+"""How the names of single sources begin."""
 FREE = (
     "full",
     "joint .3",
@@ -87,10 +89,10 @@ class Cells:
                 places.append(place)
         return sorted(places, key=lambda p: (p[2], -p[1], p[0]))
 
-    def best(self, place: Place) -> str:
-        """The reference of the highest mean accuracy: known only afterwards."""
-        by_method = self.accuracy[place]
-        return max(filter(is_reference, by_method), key=lambda m: self._mean(place, m))
+    def best(self, place: Place, *, hidden: bool = False) -> str:
+        """The reference of the highest mean accuracy, known only afterwards; no single source if they are hidden."""
+        references = filter(is_reference, self.accuracy[place])
+        return max((m for m in references if not (hidden and m.startswith(SINGLE))), key=lambda m: self._mean(place, m))
 
     def difference(self, place: Place, method: str, other: str) -> tuple[float, float]:
         """Mean paired difference in points, and half a 95 % t-interval, over the seeds that both have."""
@@ -168,6 +170,12 @@ def _means(cells: Cells, places: Sequence[Place]) -> str:
     for method in SHOWN:
         values = [_mean_difference(cells, [p for p in places if p[1:] == column], method) for column in columns]
         lines.append(_row([f"**{method}**" if method == ONLINE else method, *values]))
+    no_sources = []
+    for column in columns:
+        there = [p for p in places if p[1:] == column]
+        differences = [cells.difference(p, HIDDEN, cells.best(p, hidden=True))[0] for p in there]
+        no_sources.append(f"{np.mean(differences):+.2f}")
+    lines.append(_row([f"{HIDDEN}, less the best that needs no sources", *no_sources]))
     for method in (ONLINE, HIDDEN):
         blind = [_mean_blind(cells, [p for p in places if p[1:] == column], method) for column in columns]
         lines.append(_row([f"{method}, less the best by the other seeds", *blind]))
