@@ -14,7 +14,7 @@ from cads.errors import CadsError
 from cads.runtime.processes import close, is_shared, world_group
 from cads.runtime.signals import Interrupted
 
-READING = ("plan", "select", "train")
+READING = ("check", "plan", "select", "train")
 """Commands that read their data once, and log how they read it."""
 
 

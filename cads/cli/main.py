@@ -9,6 +9,7 @@ from cads import __version__
 from cads.runtime.timeout import TIMEOUT, TIMEOUT_VARIABLE
 
 COMMANDS = {
+    "check": "cads.cli.check_command",
     "plan": "cads.cli.commands",
     "select": "cads.cli.commands",
     "train": "cads.cli.commands",
@@ -22,6 +23,7 @@ USAGE = f"""usage: cads COMMAND [CONFIG] [flags]
 What should I train on, given a pool, a validation set, a model and a compute budget in FLOPs?
 
 commands:
+  check    report on the data: sizes, sources, copies, what was left out; spends nothing
   plan     say what each method would cost and what is left to train with; spends nothing
   select   choose what to train on, and write a Selection
   train    train the final model within the budget, and test it; selects, unless a Selection is given

@@ -53,6 +53,17 @@ class PlanSettings(CommandSettings):
 
 
 @dataclass
+class CheckSettings(CommandSettings):
+    """Settings of `cads check`."""
+
+    command: ClassVar[str] = "check"
+    description: ClassVar[str] = (
+        "Report on the data: sizes, sources, lengths, copies, what was left out. Nothing is spent or written, and no "
+        "weights are loaded."
+    )
+
+
+@dataclass
 class SelectSettings(CommandSettings):
     """Settings of `cads select`."""
 

@@ -275,7 +275,7 @@ class TestHelp:
         for text in ("folder of `cads compare`", "HTML file", "Another metric"):
             assert text in " ".join(shown.split())
 
-    @pytest.mark.parametrize("command", ["plan", "select", "train", "compare"])
+    @pytest.mark.parametrize("command", ["check", "plan", "select", "train", "compare"])
     def test_how_to_see_the_fields_of_other_kinds_is_said(self, cads, command):
         shown = {kind: " ".join(cads(command, "--kind", kind, "--help")[1].split()) for kind in ("language", "vision")}
         assert "--task.model MODEL" in shown["vision"] != shown["language"]
