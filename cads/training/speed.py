@@ -16,6 +16,7 @@ from cads.errors import BudgetError
 from cads.runtime.checkpoint import State
 from cads.runtime.journal import replay_or_run
 from cads.runtime.lockstep import StepReporter
+from cads.runtime.processes import active_group
 from cads.task import Task
 from cads.training.trainer import Trainer
 
@@ -43,15 +44,21 @@ def in_flops(task: Task, budget: Budget, ledger: Ledger) -> Budget:
     step = batch_size * usage
 
     def measure(_: StepReporter) -> State:
+        group = active_group()
+
+        def elapsed() -> float:
+            # Processes have one clock: with their own they would measure for different times, or wait forever.
+            return float(group.on_rank_zero(lambda: time.perf_counter() - started))
+
         started, rate, n_steps = time.perf_counter(), 0.0, WARM_UP
         limit = min(MAX_SECONDS, MAX_SHARE * budget.amount)
         draws = BatchStream(task.pool, [ShuffledStream(np.arange(len(task.pool)), 0)], batch_size)
         # The last, longest part is what counts. It takes about as long as all before it.
-        while not rate or time.perf_counter() - started < limit / 2:
+        while not rate or elapsed() < limit / 2:
             flops = (n_steps + 0.5) * step
             fit = Trainer(task, ledger).fit(task.model(0), draws, flops, seed=0, phase=SELECT, stage=STAGE)
-            rate, n_steps = fit.flops_per_second, 2 * n_steps
-        return State({"rate": rate, "seconds": time.perf_counter() - started})
+            rate, n_steps = float(group.on_rank_zero(lambda: fit.flops_per_second)), 2 * n_steps  # noqa: B023
+        return State({"rate": rate, "seconds": elapsed()})
 
     state = replay_or_run(STAGE, [], ledger, measure)
     rate, left = state.number("rate"), budget.amount - state.number("seconds")

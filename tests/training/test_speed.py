@@ -10,6 +10,7 @@ from cads.accounting.ledger import SELECT, Ledger
 from cads.errors import BudgetError
 from cads.training import speed
 from cads.training.speed import in_flops
+from tests.support.forked_processes import spread
 from tests.support.killed_runs import resumed
 
 
@@ -50,6 +51,18 @@ def test_a_run_that_goes_on_keeps_the_speed_that_was_measured_first(features, tm
     first = resumed(tmp_path, work, kills=())
     assert resumed(tmp_path, work, kills=()) == first
     assert {entry["stage"] for entry in first} == {"speed", "final model", "test"}
+
+
+def test_processes_measure_one_speed(features, tmp_path):
+    task = features(batch_size=8, n=80)
+
+    def work():
+        ledger = Ledger()
+        budget = in_flops(task, Budget.parse("2 seconds"), ledger)
+        return [budget.amount, ledger.entries[SELECT, "speed"].flops]
+
+    one, other = spread(2, work, tmp_path)
+    assert one == other
 
 
 def test_the_ledger_has_the_measuring_where_a_selection_is_given_too(features):
