@@ -22,7 +22,7 @@ from cads.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-STAGE = "speed"
+STAGE = "speed test"
 WARM_UP, MAX_SHARE, MAX_SECONDS = 3, 0.05, 2.0
 """Steps of the first part, largest share of the time for measuring, and most seconds."""
 

@@ -41,7 +41,8 @@ UNCHANGED = (
     *("warm-up", "fine-tuning", "scores", "embeddings", "similarities", "clusters", "index and scores", "projections"),
     *("gradients", "target gradients", "pool gradients"),
     *("holdout model", "holdout losses", "pool model", "pool losses"),
-    *("timed", "replicas", "truth", "probe", "probe of the initial model"),
+    *("timed", "replicas", "truth", "probe", "probe of the initial model", "speed test"),
+    *("features", "features of the target", "folds", "probabilities", "utilities"),
 )
 CALLS = {
     **dict.fromkeys(("charge", "timed", "FitTarget", "ScorePool", "Trials", "check_reference"), 1),

@@ -408,7 +408,7 @@ class TestCommand:
             ("--output x.jsonl", 2, "to"),
             ("--to jsonl", 2, "output"),
             ("--to csv --output x", 2, "jsonl"),
-            ("--to jsonl --output x --colour red", 2, "unrecognized arguments: --colour"),
+            ("--to jsonl --output x --colour red", 2, "colour is unknown"),
             ("--to jsonl --output x --weights", 2, "expected one argument"),
             ("--to jsonl --output x nowhere.jsonl", 1, "nowhere.jsonl does not exist"),
             ("--to files --output x", 1, "holds no images"),

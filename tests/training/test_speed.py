@@ -27,7 +27,7 @@ def test_time_less_that_of_measuring_at_the_speed_measured(features, caplog, mon
     with caplog.at_level(logging.WARNING):
         budget = in_flops(task, Budget.parse("1000 seconds", count_selection=True), ledger)
     assert (budget.unit, budget.count_selection) == ("FLOPs", True)
-    entry = ledger.entries[SELECT, "speed"]
+    entry = ledger.entries[SELECT, "speed test"]
     # The first part has taken more than half of the 2 seconds: it alone is measured.
     assert entry.usages == speed.WARM_UP * 8
     rate = float(caplog.text.split(" FLOP/s")[0].split()[-1])
@@ -50,7 +50,7 @@ def test_a_run_that_goes_on_keeps_the_speed_that_was_measured_first(features, tm
     # Two runs from the start would not spend the same.
     first = resumed(tmp_path, work, kills=())
     assert resumed(tmp_path, work, kills=()) == first
-    assert {entry["stage"] for entry in first} == {"speed", "final model", "test"}
+    assert {entry["stage"] for entry in first} == {"speed test", "final model", "test"}
 
 
 def test_processes_measure_one_speed(features, tmp_path):
@@ -59,7 +59,7 @@ def test_processes_measure_one_speed(features, tmp_path):
     def work():
         ledger = Ledger()
         budget = in_flops(task, Budget.parse("2 seconds"), ledger)
-        return [budget.amount, ledger.entries[SELECT, "speed"].flops]
+        return [budget.amount, ledger.entries[SELECT, "speed test"].flops]
 
     one, other = spread(2, work, tmp_path)
     assert one == other
@@ -69,7 +69,7 @@ def test_the_ledger_has_the_measuring_where_a_selection_is_given_too(features):
     task = features(batch_size=8, n=80)
     selection = cads.select(task, "2 epochs", method="full")
     trained = cads.train(task, "0.5 seconds", selection=selection)
-    assert trained.ledger.entries[SELECT, "speed"].flops > 0
+    assert trained.ledger.entries[SELECT, "speed test"].flops > 0
 
 
 def test_a_grid_wants_what_is_the_same_on_every_machine(features):
