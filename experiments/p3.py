@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             grid = _part(read_grid(path), _listed(args.budgets), _listed(args.methods, ";"))
             run_grid(grid, path.parent, GridShard.parse("1/1"), console)
         if args.results:
-            command = f"python -m experiments.p3 {args.config} --results {args.results}"
+            command = shlex.join(["python", "-m", "experiments.p3", *(sys.argv[1:] if argv is None else argv)])
             args.results.parent.mkdir(parents=True, exist_ok=True)
             page = report(args.config.stem, command, experiment.description(), experiment.runs())
             args.results.write_text(page, "utf-8")
