@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def in_flops(task: Task, budget: Budget, ledger: Ledger) -> Budget:
         while not rate or elapsed() < limit / 2:
             flops = (n_steps + 0.5) * step
             fit = Trainer(task, ledger).fit(task.model(0), draws, flops, seed=0, phase=SELECT, stage=STAGE)
-            rate, n_steps = float(group.on_rank_zero(lambda: fit.flops_per_second)), 2 * n_steps  # noqa: B023
+            rate, n_steps = float(group.on_rank_zero(partial(float, fit.flops_per_second))), 2 * n_steps
         return State({"rate": rate, "seconds": elapsed()})
 
     state = replay_or_run(STAGE, [], ledger, measure)
