@@ -136,15 +136,18 @@ class BatchStream:
         Pool and target examples are in one batch if their shapes are equal and they are not packed into shared rows.
         Otherwise the batch of pool examples comes before the batch of target examples.
         """
-        batches = []
-        count = self.batch_size - self._n_target
-        if count:
-            positions = [positions_of(step) for positions_of in self._pool_batches]
-            batches.append(self.pool.batch(np.concatenate(positions)))
-        if self._n_target and self._target is not None:
-            positions = [self._target_batches(step)]
-            batches.append(self._target.batch(np.concatenate(positions * self.replicas)))
+        pairs = zip((self.pool, self._target), self.rows(step), strict=True)
+        batches = [pool.batch(rows) for pool, rows in pairs if pool is not None and len(rows)]
         return joined(batches, self.replicas)
+
+    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in pool and target of the examples of one step, ordered by replica; int64, shape (n,) each."""
+        pool_rows = target_rows = np.empty(0, dtype=np.int64)
+        if self.from_pool and self._pool_batches:
+            pool_rows = np.concatenate([positions_of(step) for positions_of in self._pool_batches])
+        if self._n_target and self._target is not None:
+            target_rows = np.concatenate([self._target_batches(step)] * self.replicas)
+        return pool_rows, target_rows
 
     def _batched(self, pool: Pool, stream: Stream, count: int) -> Callable[[int], np.ndarray]:
         """A function from a step to the positions of its batch (int64, shape (count,))."""

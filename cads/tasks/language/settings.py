@@ -10,7 +10,7 @@ from cads.tasks.language.models import Dtype
 from cads.tasks.language.rows import TextSource
 
 Weighting = Literal["example", "token"]
-ADDED = ("selector_pad_token", "selector_peft")
+ADDED = ("selector_pad_token", "selector_peft", "full_logits")
 """Fields that `result_fields` lists only where they are set, so that older results keep their fields."""
 
 
@@ -39,6 +39,9 @@ class LanguageSettings:
     """Type of the weights."""
     attn_implementation: str | None = None
     """sdpa, eager, flash_attention_2, ...; null: what transformers chooses."""
+    full_logits: bool | None = None
+    """Compute the logits of all positions, as other trainers do, and not those of answers alone. It costs more, changes
+    results by rounding alone, and makes a run equal to one in another trainer to the last bit."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass, to save memory."""
     peft: dict[str, Any] | None = None
