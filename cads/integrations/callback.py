@@ -132,7 +132,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
             run.begin(probe, self._micro)
         loader.set_sampler(sampler)
         control.should_training_stop = run.over
-        state.max_steps = min(state.max_steps, max(run.most_steps, state.global_step + 1))
+        state.max_steps = min(state.max_steps, run.most_steps)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,12 +159,14 @@ class SelectionCallback(TrainerCallback, ExportableState):
         assert step is not None
         self._observed = self._read()
         parameters = [p for p in kwargs["model"].parameters() if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         if step.log_odds is not None:
-            self._weigh([p.grad for p in parameters if p.grad is not None], step)
+            self._weigh(gradients, step)
+        if run.weighs:
             clip = run.task.recipe.clip_norm
             norm = nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
         else:
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = nn.utils.get_total_norm(gradients)
         # Where the loss is scaled, gradients are expected to overflow: such a step is skipped.
         if not np.isfinite(self._observed).all() or (self._precision != "fp16" and not bool(torch.isfinite(norm))):
             rate = kwargs["optimizer"].param_groups[0]["lr"]

@@ -109,7 +109,7 @@ class SteppedRun:
     def most_steps(self) -> int:
         """Steps that the budget buys if all examples cost as little as the cheapest."""
         cheapest = self.batch_size * self.examples.cheapest + self.task.costs.optimizer_step
-        return int(self.ledger.left / cheapest * (1 + 1e-9))
+        return int(self.budget.flops(self.task) / cheapest * (1 + 1e-9))
 
     @property
     def weighs(self) -> bool:
