@@ -16,12 +16,13 @@ from accelerate.data_loader import DataLoaderDispatcher
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from cads.errors import CheckpointError, ConfigError, NonFiniteError
 from cads.integrations.example_losses import ExampleLosses
-from cads.integrations.feeding import Collator, RunDataset, RunSampler, joined_losses
+from cads.integrations.feeding import Collator, RunDataset, RunSampler, RunSequences, joined_losses
 from cads.integrations.stepped_run import DrawnStep, SteppedRun
 from cads.runtime.checkpoint import State
 from cads.runtime.processes import active_group
@@ -70,7 +71,9 @@ class SelectionCallback(TrainerCallback, ExportableState):
         self._weight_sums: list[Tensor] = []
         self._observed = np.empty(0)
         self._micro, self._started = 0, 0.0
-        self._precision, self._runs_metrics = "no", False
+        self._precision, self._scaled_by_trainer, self._is_probing = "no", True, False
+        self._passes = 0
+        self._hook: RemovableHandle | None = None
 
     # ---- the loss
 
@@ -86,7 +89,6 @@ class SelectionCallback(TrainerCallback, ExportableState):
         assert self._losses is not None
         losses = self._losses(outputs, labels)
         if not torch.is_grad_enabled():
-            self._charge_validation(losses, labels)
             return losses.mean()
         step = self._step
         if step is None or len(losses) != self._micro:
@@ -119,7 +121,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         self._micro = args.per_device_train_batch_size
         self._precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
         self._scaled_by_trainer = bool(args.average_tokens_across_devices)
-        self._runs_metrics = runs_metrics(model)
+        self._hook = model.register_forward_pre_hook(self._count_forward, with_kwargs=True)
         probe = partial(self._probe, model)
         sampler = RunSampler(run)
         if state.global_step:
@@ -139,7 +141,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Take the next step: its examples, its learning rate and its seed."""
         self._step = step = self.run.take()
-        self._parts, self._weight_sums, self._started = [], [], time.perf_counter()
+        self._parts, self._weight_sums, self._passes, self._started = [], [], 0, time.perf_counter()
         if isinstance(schedule := kwargs.get("lr_scheduler"), BudgetSchedule):
             schedule.set_rate(step.rate)
         seed = self.run.dropout_seed(active_group().rank)
@@ -184,8 +186,9 @@ class SelectionCallback(TrainerCallback, ExportableState):
         """Charge for the step, learn from it, and stop if the next one is not affordable."""
         run, step = self.run, self._step
         assert step is not None
-        if self._runs_metrics:
-            run.charge_forward(step.price.forward, METRICS)
+        # Beside a loss function, TRL computes its metrics by a pass of their own.
+        if further := self._passes - len(self._parts):
+            run.charge_forward(step.price.forward * further / len(self._parts), METRICS)
         self._step = None
         run.finish(step, self._observed, time.perf_counter() - self._started)
         if run.over:
@@ -195,6 +198,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say so if the trainer ended before the budget did."""
+        if self._hook is not None:
+            self._hook.remove()
         if not self.run.over:
             log.warning(
                 "the trainer stopped at step %d with %.4g of %.4g FLOPs left: max_steps or another callback ended it; "
@@ -292,6 +297,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         """The losses of pool examples under the model in training; charged to `stage`."""
         run, was_training = self.run, model.training
         model.eval()
+        self._is_probing = True
         losses = score_pool(
             run.task.pool,
             partial(run.task.losses, model),
@@ -302,13 +308,19 @@ class SelectionCallback(TrainerCallback, ExportableState):
             positions=positions,
             precision=self._precision,
         )
+        self._is_probing = False
         model.train(was_training)
         return losses
 
-    def _charge_validation(self, losses: Tensor, labels: Tensor | None) -> None:
-        """Charge for a forward pass of an evaluation, which has examples of its own."""
-        forward = self.run.examples.forward_flops(None if labels is None else tuple(labels.shape), len(losses))
-        self.run.charge_forward(forward * active_group().size, VALIDATION)
+    def _count_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model: count passes in a step, and charge for those of an evaluation."""
+        if model.training:
+            self._passes += 1
+        elif not self._is_probing:
+            given = (kwargs.get("input_ids"), *args, *kwargs.values())
+            inputs = next(x for x in given if isinstance(x, Tensor))
+            forward = self.run.examples.forward_flops(tuple(inputs.shape))
+            self.run.charge_forward(forward * active_group().size, VALIDATION)
 
     def _check(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
         """Refuse arguments of the trainer with which it would not train as the selection draws.
@@ -352,13 +364,5 @@ class SelectionCallback(TrainerCallback, ExportableState):
         if isinstance(loader, DataLoaderDispatcher) or getattr(loader.batch_sampler, "split_batches", False):
             raise ConfigError("dispatch_batches and split_batches do not go with the selection: leave them out")
         collate = getattr(loader.collate_fn, "data_collator", loader.collate_fn)
-        if not isinstance(loader.dataset, RunDataset) or not isinstance(collate, Collator):
+        if not isinstance(loader.dataset, RunDataset | RunSequences) or not isinstance(collate, Collator):
             raise ConfigError("the trainer has another data set or collator: give it all that `parts()` returns")
-
-
-def runs_metrics(model: nn.Module) -> bool:
-    """Whether TRL computes its metrics by a forward pass of their own: beside a loss function, its models do."""
-    import inspect
-
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "fused_lm_head" in inspect.signature(inner.forward).parameters

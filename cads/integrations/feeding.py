@@ -6,45 +6,58 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from datasets.table import InMemoryTable
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from cads.data.batch import Batch
-from cads.errors import DataError
+from cads.errors import ConfigError, DataError
 from cads.integrations.joint_examples import JointExamples
 from cads.integrations.stepped_run import SteppedRun
 from cads.task import Task
 from cads.tasks.language.tokens import IGNORED, Tokens, tokens_of
 
 
-class RunDataset(Dataset[Any]):
-    """The examples of pool and target, by number.
+class RunDataset(Dataset[int]):
+    """The numbers of examples of pool and target, which `Collator` reads.
 
     Its length is that of one window: what is drawn beyond depends on losses that are not known yet. The trainer takes a
-    window for an epoch. Sequences come as `input_ids` and `labels`; other examples as their numbers, which `Collator`
-    reads.
+    window for an epoch.
 
     Args:
         run: whose examples they are.
     """
 
     def __init__(self, run: SteppedRun) -> None:
-        self._examples, self._length = run.examples, run.window * run.batch_size
-        self.column_names = ["input_ids", "labels"] if run.examples.are_tokens else ["number"]
+        self._length = run.window * run.batch_size
 
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[Any]:
-        """The first examples."""
-        return (self[number] for number in range(min(self._length, len(self._examples))))
+    def __getitem__(self, number: int) -> int:
+        return number
 
-    def __getitem__(self, number: int) -> Any:
-        if not self._examples.are_tokens:
-            return number
+
+class RunSequences(datasets.Dataset):  # type: ignore[misc]
+    """The sequences of pool and target, by number: `input_ids` and `labels`. TRL takes nothing but a `Dataset`.
+
+    It has the length of a `RunDataset`.
+
+    Args:
+        run: whose examples they are.
+    """
+
+    def __init__(self, run: SteppedRun) -> None:
+        nothing = pa.repeat(pa.scalar([], pa.list_(pa.int64())), run.window * run.batch_size)
+        super().__init__(InMemoryTable(pa.table({"input_ids": nothing, "labels": nothing})))
+        self._examples = run.examples
+
+    def __getitem__(self, number: int) -> dict[str, list[int]]:
+        """The sequence of this number."""
         n = len(self._examples.pool)
         pool, row = (self._examples.pool, number) if number < n else (self._examples.target, number - n)
         tokens = tokens_of(pool)
@@ -53,6 +66,31 @@ class RunDataset(Dataset[Any]):
         # Nothing predicts the first token.
         learned[0] = False
         return {"input_ids": ids.tolist(), "labels": np.where(learned, ids, IGNORED).tolist()}
+
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, list[int]]]:
+        """The sequences of these numbers."""
+        return [self[number] for number in numbers]
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        """The first sequences."""
+        return (self[number] for number in range(min(len(self), len(self._examples))))
+
+    def remove_columns(self, column_names: str | list[str], new_fingerprint: str | None = None) -> RunSequences:
+        """The same: the trainer removes what its model does not take, and there is nothing else here."""
+        return self
+
+    def map(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the sequences are tokenised, cut and labelled.
+
+        Raises:
+            ConfigError: with the setting by which TRL leaves them as they are.
+        """
+        raise ConfigError(
+            "the sequences of the selection are ready to be trained on: give SFTConfig "
+            "dataset_kwargs={'skip_prepare_dataset': True}, and neither packing nor padding_free"
+        )
+
+    filter = shuffle = select = select_columns = map
 
 
 class RunSampler(Sampler[int]):

@@ -106,19 +106,14 @@ class JointExamples:
         usage, forward, tokens, answers = np.sum(prices, axis=0).tolist()
         return StepPrice(usage, forward, round(tokens), round(answers))
 
-    def forward_flops(self, shape: tuple[int, ...] | None, count: int) -> float:
-        """FLOPs of a forward pass of `count` examples that are none of these.
-
-        Args:
-            shape: of their labels: of sequences (count, T).
-        """
-        if self._fixed is not None or shape is None or len(shape) < 2:
-            return self._costs.forward_pool(self.target) / len(self.target) * count
-        ids = torch.zeros(shape, dtype=torch.int64)
-        columns = torch.ones(count, min(2, shape[1]), dtype=torch.int64)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "answers": columns}
-        inputs["weight"] = torch.ones(count)
-        return self._costs.forward(Batch(inputs, ids, torch.arange(count), ids.numel(), ids.numel()))
+    def forward_flops(self, shape: tuple[int, ...]) -> float:
+        """FLOPs of a forward pass on inputs of this shape, (B, ...), which may be none of these examples."""
+        count = shape[0]
+        # Counting the FLOPs of a shape that is new may take gradients.
+        with torch.inference_mode(False), torch.enable_grad():
+            if not self.are_tokens:
+                return self._costs.forward_pool(self.target) / len(self.target) * count
+            return self._costs.forward(_sequences(count, shape[1]))
 
     @property
     def cheapest(self) -> float:
@@ -131,6 +126,15 @@ class JointExamples:
         batches = [pool.batch([r]) for r in representatives]
         prices = [(self._costs.usage(b), self._costs.forward(b), b.tokens, b.answer_tokens) for b in batches]
         return np.array(prices, dtype=np.float64)[codes]
+
+
+def _sequences(count: int, length: int) -> Batch:
+    """Sequences of some length, whatever they say, by whose shape a forward pass is priced."""
+    ids = torch.zeros(count, length, dtype=torch.int64)
+    answers = torch.ones(count, min(2, length), dtype=torch.int64).clamp(max=length - 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "answers": answers}
+    inputs["weight"] = torch.ones(count)
+    return Batch(inputs, ids, torch.arange(count), ids.numel(), ids.numel())
 
 
 def concatenated(parts: list[Tokens]) -> Tokens:

@@ -23,7 +23,7 @@ from cads.accounting.ledger import Ledger
 from cads.errors import ConfigError
 from cads.integrations.callback import CHECKPOINTING, BudgetSchedule, SelectionCallback
 from cads.integrations.example_losses import ExampleLosses, example_losses
-from cads.integrations.feeding import Collator, RunDataset
+from cads.integrations.feeding import Collator, RunDataset, RunSequences
 from cads.integrations.stepped_run import SteppedRun
 from cads.integrations.tokenised import tokenised_task
 from cads.monitor import Monitor
@@ -124,8 +124,9 @@ class OnlineSelection:
         Args:
             model: with it, the optimizer and the learning rate of the recipe too; without it, those of the trainer.
         """
+        sequences = self._run.examples.are_tokens
         parts: dict[str, Any] = {
-            "train_dataset": RunDataset(self._run),
+            "train_dataset": RunSequences(self._run) if sequences else RunDataset(self._run),
             "data_collator": Collator(self._run.task, self._run.examples),
             "compute_loss_func": self._callback.compute_loss,
             "callbacks": [self._callback],
