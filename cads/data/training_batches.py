@@ -136,9 +136,8 @@ class BatchStream:
         Pool and target examples are in one batch if their shapes are equal and they are not packed into shared rows.
         Otherwise the batch of pool examples comes before the batch of target examples.
         """
-        pairs = zip((self.pool, self._target), self.rows(step), strict=True)
-        batches = [pool.batch(rows) for pool, rows in pairs if pool is not None and len(rows)]
-        return joined(batches, self.replicas)
+        pool_rows, target_rows = self.rows(step)
+        return collated((self.pool, pool_rows), (self._target or self.pool, target_rows), self.replicas)
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions in pool and target of the examples of one step, ordered by replica; int64, shape (n,) each."""
@@ -155,6 +154,24 @@ class BatchStream:
         if callable(lengths) and count:
             return LengthBuckets(stream, lengths(), count, self._seed).batch
         return lambda step: stream.take(step * count, count)
+
+
+def collated(
+    from_pool: tuple[Pool, np.ndarray], from_target: tuple[Pool, np.ndarray], replicas: int = 1
+) -> list[Batch]:
+    """The examples of one step: one batch if they can be in one, or one of the pool and one of the target.
+
+    Args:
+        from_pool, from_target: each a pool, and the positions of examples in it, by replica.
+    """
+    present = [(pool, rows) for pool, rows in (from_pool, from_target) if len(rows)]
+    if len(present) == 2 and replicas == 1:
+        (pool, rows), (target, target_rows) = present
+        batch_with = getattr(pool.examples, "batch_with", None)
+        batch: Batch | None = None if batch_with is None else batch_with(rows, target.examples, target_rows)
+        if batch is not None:
+            return [batch]
+    return joined([pool.batch(rows) for pool, rows in present], replicas)
 
 
 def joined(batches: list[Batch], replicas: int) -> list[Batch]:

@@ -16,7 +16,7 @@ from cads.data.window_loader import Rows
 from cads.errors import ConfigError, DataError
 from cads.task import Task
 from cads.tasks.language.task import LanguageTask
-from cads.tasks.language.tokens import Tokens, tokens_of
+from cads.tasks.language.tokens import concatenated, tokens_of
 
 
 class StepPrice(NamedTuple):
@@ -40,7 +40,7 @@ class JointExamples:
         task: with pool and target.
 
     Raises:
-        ConfigError: if the examples of a batch share rows: then their losses cannot be told apart in another trainer.
+        ConfigError: if the examples of a batch share rows: another trainer cannot tell their losses apart.
     """
 
     def __init__(self, task: Task) -> None:
@@ -135,19 +135,3 @@ def _sequences(count: int, length: int) -> Batch:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "answers": answers}
     inputs["weight"] = torch.ones(count)
     return Batch(inputs, ids, torch.arange(count), ids.numel(), ids.numel())
-
-
-def concatenated(parts: list[Tokens]) -> Tokens:
-    """Sequences one after another, with the padding of the first."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    sizes = np.concatenate([part.lengths() for part in parts])
-    return Tokens(
-        ids=np.concatenate([part.ids for part in parts]),
-        loss_mask=np.concatenate([part.loss_mask for part in parts]),
-        offsets=np.concatenate([[0], np.cumsum(sizes)]),
-        texts=pa.concat_arrays([pa.array(part.texts) for part in parts]),
-        pad=first.pad,
-        max_length=first.max_length,
-    )

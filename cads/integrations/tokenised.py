@@ -103,7 +103,7 @@ def tokenised_task(
         pool=[TextSource(path="rows")],
         weighting=weighting,
         gradient_checkpointing=gradient_checkpointing,
-        full_logits=True,
+        trainer_compatible=True,
     )
     return TokenisedTask(pools, models, tokenizer, settings=settings, recipe=recipe, counts={})  # type: ignore[arg-type]
 

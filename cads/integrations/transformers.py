@@ -147,7 +147,7 @@ def with_full_logits(task: Task) -> Task:
     if not isinstance(task, LanguageTask) or task.full_logits:
         return task
     other = copy.copy(task)
-    other.settings = replace(task.settings, full_logits=True)
+    other.settings = replace(task.settings, trainer_compatible=True)
     # Counted with the logits of answers alone.
     vars(other).pop("costs", None)
     return other

@@ -70,6 +70,9 @@ class LanguageTask(Task):
         self.models, self.tokenizer, self.settings, self.recipe = models, tokenizer, settings, recipe
         self.name = f"language/{Path(models.name).name}"
         self.mergeable = models.peft is not None
+        if settings.trainer_compatible:
+            for pool in (self.pool, self.target):
+                pool.examples = replace(tokens_of(pool), joint=True)
         if settings.packing and recipe.accumulate > 1:
             raise ConfigError(
                 f"accumulate = {recipe.accumulate}: packed batches are not cut into pieces; lower batch_size"
@@ -98,7 +101,7 @@ class LanguageTask(Task):
     @property
     def full_logits(self) -> bool:
         """Whether the logits of all positions are computed."""
-        return bool(self.settings.full_logits)
+        return bool(self.settings.trainer_compatible)
 
     @property
     def ends(self) -> list[int]:
