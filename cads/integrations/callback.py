@@ -43,7 +43,7 @@ if CHECKPOINTING not in {field.name for field in fields(TrainingArguments)}:
 class BudgetSchedule(LRScheduler):
     """The learning rate of the recipe, which follows the FLOPs that are spent; `SelectionCallback` sets it."""
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """The present rates."""
         return [group["lr"] for group in self.optimizer.param_groups]
 

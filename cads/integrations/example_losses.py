@@ -14,7 +14,7 @@ from cads.tasks.language.output_head import logits_at
 from cads.tasks.language.task import answer_losses, mean_answer_losses
 from cads.tasks.language.tokens import IGNORED, PAD_TO
 
-ExampleLosses = Callable[[Any, Tensor], Tensor]
+ExampleLosses = Callable[[Any, Tensor | None], Tensor]
 """(outputs of the model, labels) -> the loss of each example, nats, shape (B,), with a gradient."""
 
 

@@ -42,7 +42,7 @@ class RunDataset(Dataset[int]):
         return number
 
 
-class RunSequences(datasets.Dataset):  # type: ignore[misc]
+class RunSequences(datasets.Dataset):
     """The sequences of pool and target, by number: `input_ids` and `labels`. TRL takes nothing but a `Dataset`.
 
     It has the length of a `RunDataset`.
