@@ -334,6 +334,11 @@ class SelectionCallback(TrainerCallback, ExportableState):
         settings = "take the arguments that `settings()` returns"
         if args.max_steps <= 0:
             raise ConfigError(f"max_steps = {args.max_steps}: an epoch is a window of a few steps; {settings}")
+        if args.world_size != size:
+            raise ConfigError(
+                f"the trainer knows of {args.world_size} processes, and {size} were started: {settings}, which say "
+                "use_cpu where there is no GPU"
+            )
         if micro * accumulate * size != run.batch_size:
             raise ConfigError(
                 f"{micro} examples a device, {accumulate} times accumulated, in {size} processes are not the batch of "
@@ -361,7 +366,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
                 f"{CHECKPOINTING} = {getattr(args, CHECKPOINTING)}, and the task counts FLOPs with "
                 f"{checkpointing}: {settings}"
             )
-        if isinstance(loader, DataLoaderDispatcher) or getattr(loader.batch_sampler, "split_batches", False):
+        if isinstance(loader, DataLoaderDispatcher) or args.accelerator_config.split_batches:
             raise ConfigError("dispatch_batches and split_batches do not go with the selection: leave them out")
         collate = getattr(loader.collate_fn, "data_collator", loader.collate_fn)
         if not isinstance(loader.dataset, RunDataset | RunSequences) or not isinstance(collate, Collator):

@@ -20,6 +20,7 @@ from torch import nn
 
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
+from cads.data.token_batches import device_type
 from cads.errors import ConfigError
 from cads.integrations.callback import CHECKPOINTING, BudgetSchedule, SelectionCallback
 from cads.integrations.example_losses import ExampleLosses, example_losses
@@ -111,6 +112,7 @@ class OnlineSelection:
             "max_grad_norm": 0.0 if self._run.weighs else recipe.clip_norm or 0.0,
             "learning_rate": recipe.learning_rate,
             "weight_decay": recipe.weight_decay,
+            "use_cpu": device_type() == "cpu",
             "bf16": recipe.precision == "bf16",
             "fp16": recipe.precision == "fp16",
             CHECKPOINTING: checkpointing,
