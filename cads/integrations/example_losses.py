@@ -47,7 +47,9 @@ def _sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
     answers = answer_columns(labels)
     positions = (answers - 1).clamp(min=0) + length * torch.arange(len(labels), device=labels.device)[:, None]
     at_answers = logits_at(logits, positions, (len(labels), length))
-    return mean_answer_losses(*answer_losses(at_answers, labels.gather(1, answers)))
+    # Nothing predicts the first token, whatever its label says.
+    tokens = labels.gather(1, answers).masked_fill(answers == 0, IGNORED)
+    return mean_answer_losses(*answer_losses(at_answers, tokens))
 
 
 def answer_columns(labels: Tensor) -> Tensor:

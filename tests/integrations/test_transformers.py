@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import runpy
 import sys
 
@@ -33,6 +34,7 @@ from tests.support.other_trainers import (
     sums_task,
     write_sums,
 )
+from tests.support.paths import ROOT
 from tests.support.tiny_llama import CONTEXT, VOCABULARY, tokenizer
 
 EPOCHS = "3 epochs"
@@ -42,6 +44,19 @@ DIGIT_EPOCHS = "5 epochs"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_sums(tmp_path_factory.mktemp("sums"))
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    """The run of cads."""
+    return cads.train(sums_task(folder), EPOCHS, seed=SEED)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder, tmp_path_factory):
+    """The folder of the run in another trainer, its selection and its trainer."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, *online(sums_task(folder), EPOCHS, out, save_strategy="steps", save_steps=5)
 
 
 def assert_equal_runs(trained, selection, trainer):
@@ -59,7 +74,6 @@ class TestEqualToCadsTrain:
     @pytest.mark.parametrize(
         "options",
         [
-            {},
             {"weighting": "token"},
             {"precision": "bf16"},
             {"peft": LORA},
@@ -67,9 +81,12 @@ class TestEqualToCadsTrain:
         ],
         ids=str,
     )
-    def test_texts_of_unequal_lengths(self, folder, tmp_path, options):
+    def test_texts_of_unequal_lengths_and_other_options(self, folder, tmp_path, options):
         trained = cads.train(sums_task(folder, **options), EPOCHS, seed=SEED)
         assert_equal_runs(trained, *online(sums_task(folder, **options), EPOCHS, tmp_path))
+
+    def test_texts_of_unequal_lengths(self, ours, theirs):
+        assert_equal_runs(ours, *theirs[1:])
 
     def test_dropout(self, folder, tmp_path):
         config = GPT2Config(
@@ -104,12 +121,11 @@ class TestEqualToCadsTrain:
         assert one == other
         assert isinstance(one[0], float), one
 
-    def test_trl(self, folder, tmp_path):
+    def test_trl(self, folder, tmp_path, ours):
         pytest.importorskip("trl")
-        trained = cads.train(sums_task(folder), EPOCHS, seed=SEED)
         with pytest.warns(FutureWarning, match="compute_loss_func"):
             selection, trainer = sft(sums_task(folder), EPOCHS, tmp_path)
-        assert_equal_runs(trained, selection, trainer)
+        assert_equal_runs(ours, selection, trainer)
         # Its metrics take a forward pass of their own in each step.
         assert selection.ledger.entries[EVALUATE, "metrics of the trainer"].flops > 0
 
@@ -166,16 +182,11 @@ def run_example(name, words, monkeypatch):
 
 
 class TestResume:
-    @pytest.fixture(scope="class")
-    def whole(self, folder, tmp_path_factory):
-        out = tmp_path_factory.mktemp("whole")
-        return out, *online(sums_task(folder), EPOCHS, out, save_strategy="steps", save_steps=5)
-
     # The first phase has not ended, has ended, and a window of both is under way.
     @pytest.mark.parametrize("step", [5, 10, 20])
     @pytest.mark.parametrize("skipping", [{}, {"ignore_data_skip": True, "dataloader_num_workers": 1}])
-    def test_a_resumed_run_equals_an_uninterrupted_one(self, folder, tmp_path, whole, step, skipping):
-        out, selection, trainer = whole
+    def test_a_resumed_run_equals_an_uninterrupted_one(self, folder, tmp_path, theirs, step, skipping):
+        out, selection, trainer = theirs
         resumed = online(
             sums_task(folder), EPOCHS, tmp_path, resume=str(out / f"checkpoint-{step}"), save_steps=5, **skipping
         )
@@ -205,16 +216,16 @@ class TestResume:
         assert one == other
         assert isinstance(one, int), one
 
-    def test_by_another_selection_is_refused(self, folder, tmp_path, whole):
-        out, *_ = whole
+    def test_by_another_selection_is_refused(self, folder, tmp_path, theirs):
+        out, *_ = theirs
         with pytest.raises(CheckpointError, match="another selection"):
             online(sums_task(folder), "4 epochs", tmp_path, resume=str(out / "checkpoint-5"))
 
     @pytest.mark.parametrize("damage", ["none", "tensors"])
-    def test_without_a_sound_state_is_refused(self, folder, tmp_path, whole, damage):
+    def test_without_a_sound_state_is_refused(self, folder, tmp_path, theirs, damage):
         import shutil
 
-        out, *_ = whole
+        out, *_ = theirs
         checkpoint = shutil.copytree(out / "checkpoint-5", tmp_path / "checkpoint-5")
         file = checkpoint / "trainer_state.json"
         state = json.loads(file.read_text())
@@ -226,8 +237,8 @@ class TestResume:
         with pytest.raises(CheckpointError, match="no state of a selection" if damage == "none" else "corrupt"):
             online(sums_task(folder), EPOCHS, tmp_path, resume=str(checkpoint))
 
-    def test_with_callbacks_made_anew_is_refused(self, folder, tmp_path, whole):
-        out, *_ = whole
+    def test_with_callbacks_made_anew_is_refused(self, folder, tmp_path, theirs):
+        out, *_ = theirs
         with pytest.raises(ConfigError, match="the selection resumes by itself"):
             online(
                 sums_task(folder),
@@ -271,8 +282,8 @@ class TestBudget:
         with pytest.raises(BudgetError, match="no number of FLOPs"):
             OnlineSelection(sums_task(folder), "30 minutes")
 
-    def test_evaluations_are_in_the_ledger_and_not_in_the_budget(self, folder, tmp_path):
-        plain, trainer = online(sums_task(folder), EPOCHS, tmp_path)
+    def test_evaluations_are_in_the_ledger_and_not_in_the_budget(self, folder, tmp_path, theirs):
+        _, plain, trainer = theirs
         rows = [{"input_ids": [7, 8, 9, 10], "labels": [-100, 8, 9, 10]}] * 12
         evaluated, other = online(
             sums_task(folder), EPOCHS, tmp_path, eval_strategy="steps", eval_steps=10, extra={"eval_dataset": rows}
@@ -397,3 +408,21 @@ class TestTokenised:
         assert "not used: ['kind']" in caplog.text
         assert "all of their tokens are learned" in caplog.text
         assert task.pool.examples.answers.tolist() == [2]
+
+
+class TestGuide:
+    """The code in `docs/trainers.md` runs as it stands."""
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_its_code_runs(self, folder, tmp_path, monkeypatch, number):
+        code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/trainers.md").read_text(), re.DOTALL)[number]
+        if "trl" in code:
+            pytest.importorskip("trl")
+        write_sums(tmp_path)
+        sums_task(folder).model(5).save_pretrained(tmp_path / "model")
+        tokenizer().save_pretrained(tmp_path / "model")
+        monkeypatch.chdir(tmp_path)
+        said = {}
+        exec(code, said)
+        assert said["selection"].ledger.total(TRAIN).flops > 0
+        assert said["trainer"].state.global_step > 10
