@@ -6,13 +6,11 @@ import base64
 import logging
 import time
 import zlib
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import DataLoaderDispatcher
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -21,8 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from cads.errors import CheckpointError, ConfigError, NonFiniteError
+from cads.integrations.arguments import check_arguments, warn_of_unused
 from cads.integrations.example_losses import ExampleLosses
-from cads.integrations.feeding import Collator, RunDataset, RunSampler, RunSequences, joined_losses
+from cads.integrations.feeding import RunSampler, joined_losses
 from cads.integrations.stepped_run import DrawnStep, SteppedRun
 from cads.runtime.checkpoint import State
 from cads.runtime.processes import active_group
@@ -34,10 +33,6 @@ log = logging.getLogger(__name__)
 
 METRICS, VALIDATION = "metrics of the trainer", "validation by the trainer"
 """Stages of the ledger."""
-CHECKPOINTING = "activation_checkpointing"
-"""The argument of the trainer by which layers are recomputed; `gradient_checkpointing` in older releases."""
-if CHECKPOINTING not in {field.name for field in fields(TrainingArguments)}:
-    CHECKPOINTING = "gradient_checkpointing"
 
 
 class BudgetSchedule(LRScheduler):
@@ -117,10 +112,13 @@ class SelectionCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Check the arguments, begin or resume the run, and give the data loader its sampler."""
         run, model, loader = self.run, kwargs["model"], kwargs["train_dataloader"]
-        self._check(args, state, loader)
+        check_arguments(args, run, loader)
+        if isinstance(kwargs.get("lr_scheduler"), BudgetSchedule):
+            warn_of_unused(args, run.task.recipe)
         self._micro = args.per_device_train_batch_size
         self._precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
         self._scaled_by_trainer = bool(args.average_tokens_across_devices)
+        self._remove_hook()
         self._hook = model.register_forward_pre_hook(self._count_forward, with_kwargs=True)
         probe = partial(self._probe, model)
         sampler = RunSampler(run)
@@ -198,8 +196,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say so if the trainer ended before the budget did."""
-        if self._hook is not None:
-            self._hook.remove()
+        self._remove_hook()
         if not self.run.over:
             log.warning(
                 "the trainer stopped at step %d with %.4g of %.4g FLOPs left: max_steps or another callback ended it; "
@@ -256,6 +253,11 @@ class SelectionCallback(TrainerCallback, ExportableState):
                 "out; the selection resumes by itself"
             )
         return self._run
+
+    def _remove_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _own_numbers(self, micro: int) -> slice:
         """Which examples of the step are in a micro-batch of this process."""
@@ -321,53 +323,3 @@ class SelectionCallback(TrainerCallback, ExportableState):
             inputs = next(x for x in given if isinstance(x, Tensor))
             forward = self.run.examples.forward_flops(tuple(inputs.shape))
             self.run.charge_forward(forward * active_group().size, VALIDATION)
-
-    def _check(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
-        """Refuse arguments of the trainer with which it would not train as the selection draws.
-
-        Raises:
-            ConfigError: with the remedy.
-        """
-        run, recipe, size = self.run, self.run.task.recipe, active_group().size
-        micro, accumulate = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-        settings = "take the arguments that `settings()` returns"
-        if args.max_steps <= 0:
-            raise ConfigError(f"max_steps = {args.max_steps}: an epoch is a window of a few steps; {settings}")
-        if args.world_size != size:
-            raise ConfigError(
-                f"the trainer knows of {args.world_size} processes, and {size} were started: {settings}, which say "
-                "use_cpu where there is no GPU"
-            )
-        if micro * accumulate * size != run.batch_size:
-            raise ConfigError(
-                f"{micro} examples a device, {accumulate} times accumulated, in {size} processes are not the batch of "
-                f"{run.batch_size} of the recipe: {settings}"
-            )
-        if precision != recipe.precision:
-            raise ConfigError(
-                f"precision = {precision!r} in the trainer, and {recipe.precision!r} in the recipe: {settings}"
-            )
-        if run.weighs and args.max_grad_norm:
-            raise ConfigError(
-                f"max_grad_norm = {args.max_grad_norm}: examples are weighed, and the gradient of their mean is known "
-                "at the end of a step alone; set max_grad_norm = 0, and clip_norm in the recipe, by which it is clipped"
-            )
-        if recipe.non_finite != "stop":
-            raise ConfigError("non_finite = 'skip': a trainer leaves out no batch; use 'stop'")
-        if args.n_gpu > 1:
-            raise ConfigError(f"{args.n_gpu} devices in one process: start one process a device (torchrun)")
-        for name in ("fsdp", "deepspeed", "auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha"):
-            if getattr(args, name, None):
-                raise ConfigError(f"{name} = {getattr(args, name)!r} does not go with the selection: leave it out")
-        checkpointing = isinstance(run.task, LanguageTask) and bool(run.task.settings.gradient_checkpointing)
-        if bool(getattr(args, CHECKPOINTING)) != checkpointing:
-            raise ConfigError(
-                f"{CHECKPOINTING} = {getattr(args, CHECKPOINTING)}, and the task counts FLOPs with "
-                f"{checkpointing}: {settings}"
-            )
-        if isinstance(loader, DataLoaderDispatcher) or args.accelerator_config.split_batches:
-            raise ConfigError("dispatch_batches and split_batches do not go with the selection: leave them out")
-        collate = getattr(loader.collate_fn, "data_collator", loader.collate_fn)
-        if not isinstance(loader.dataset, RunDataset | RunSequences) or not isinstance(collate, Collator):
-            raise ConfigError("the trainer has another data set or collator: give it all that `parts()` returns")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -125,10 +126,14 @@ class Collator:
     """
 
     def __init__(self, task: Task, examples: JointExamples) -> None:
-        self._task, self._examples = task, examples
+        self._examples = examples
+        self._task: Task | None = None
         self._signature: inspect.Signature | None = None
         if not examples.are_tokens:
             self._signature = inspect.signature(task.costs.model.forward)
+            # Worker processes get the task, and no model.
+            self._task = copy.copy(task)
+            vars(self._task).pop("costs", None)
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Tensor]:
         """The arguments of the model, and the labels.
@@ -164,6 +169,7 @@ class Collator:
 
     def _arguments(self, batch: Batch) -> dict[str, Tensor]:
         """What the task would call its model with, by the names that the model gives to its arguments."""
+        assert self._task is not None
         assert self._signature is not None
 
         def called(*args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +55,10 @@ class JointExamples:
 
     def __len__(self) -> int:
         return len(self.pool) + len(self.target)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What worker processes get: the examples, and no model."""
+        return {**vars(self), "_costs": None}
 
     def numbers(self, rows: Rows) -> np.ndarray:
         """The numbers of the rows of one step, those of the pool first; int64, shape (B,)."""

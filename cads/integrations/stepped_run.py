@@ -14,7 +14,7 @@ import torch
 from cads.accounting.budget import Budget, check_step
 from cads.accounting.ledger import EVALUATE, TRAIN, Ledger
 from cads.data.window_loader import Rows
-from cads.errors import BudgetError, CheckpointError
+from cads.errors import BudgetError, CheckpointError, ConfigError
 from cads.integrations.joint_examples import JointExamples, StepPrice
 from cads.monitor import Monitor
 from cads.runtime.checkpoint import State
@@ -129,7 +129,10 @@ class SteppedRun:
 
         Raises:
             BudgetError: if not one step is affordable.
+            ConfigError: if it has begun before.
         """
+        if self.ledger.entries:
+            raise ConfigError("this selection has been trained with: make a new one, or resume from a checkpoint")
         self._probe, self._micro = probe, micro_size
         if self.draws.constants.drop and len(self._probes):
             self._before = probe(self._probes, FIRST_PROBE)
@@ -236,6 +239,7 @@ class SteppedRun:
                 "the checkpoint is of another selection: data, budget, seed, recipe or options differ; resume with "
                 "those of the run that wrote it, or begin anew"
             )
+        self.draws.rider = None
         try:
             self._restore(state)
         except (KeyError, TypeError, ValueError, BudgetError) as error:

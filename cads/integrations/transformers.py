@@ -22,7 +22,8 @@ from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
 from cads.data.token_batches import device_type
 from cads.errors import ConfigError
-from cads.integrations.callback import CHECKPOINTING, BudgetSchedule, SelectionCallback
+from cads.integrations.arguments import CHECKPOINTING
+from cads.integrations.callback import BudgetSchedule, SelectionCallback
 from cads.integrations.example_losses import ExampleLosses, example_losses
 from cads.integrations.feeding import Collator, RunDataset, RunSequences
 from cads.integrations.stepped_run import SteppedRun

@@ -184,7 +184,7 @@ def run_example(name, words, monkeypatch):
 class TestResume:
     # The first phase has not ended, has ended, and a window of both is under way.
     @pytest.mark.parametrize("step", [5, 10, 20])
-    @pytest.mark.parametrize("skipping", [{}, {"ignore_data_skip": True, "dataloader_num_workers": 1}])
+    @pytest.mark.parametrize("skipping", [{}, {"ignore_data_skip": True}], ids=str)
     def test_a_resumed_run_equals_an_uninterrupted_one(self, folder, tmp_path, theirs, step, skipping):
         out, selection, trainer = theirs
         resumed = online(
@@ -195,6 +195,13 @@ class TestResume:
         one, other = selection.selection(), resumed[0].selection()
         np.testing.assert_array_equal(one.probability, other.probability)
         assert one.notes == other.notes
+
+    def test_in_the_same_process(self, folder, tmp_path):
+        selection, trainer = online(sums_task(folder), EPOCHS, tmp_path, save_strategy="steps", save_steps=9)
+        before, spent_before = copy.deepcopy(trainer.model), spent(selection.ledger)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+        assert_same_weights(before, trainer.model)
+        assert spent(selection.ledger) == spent_before
 
     def test_of_weighed_examples(self, tmp_path):
         steps = {"save_strategy": "steps", "save_steps": 30}
@@ -312,6 +319,7 @@ class TestRefusals:
             ({"bf16": True}, "precision = 'bf16' in the trainer"),
             ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
             ({"activation_checkpointing": True}, "counts FLOPs with False"),
+            ({"train_sampling_strategy": "sequential"}, "draws the examples"),
             ({"accelerator_config": {"split_batches": True}}, "split_batches"),
             ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
         ],
@@ -365,6 +373,15 @@ class TestRefusals:
     def test_a_batch_that_cannot_be_divided(self, folder):
         with pytest.raises(ConfigError, match="multiple of 3"):
             OnlineSelection(sums_task(folder, accumulate=3), EPOCHS).settings()
+
+    def test_a_second_training(self, theirs):
+        _, _, trainer = theirs
+        with pytest.raises(ConfigError, match="make a new one"):
+            trainer.train()
+
+    def test_a_rate_that_has_no_effect_is_said(self, folder, tmp_path, caplog):
+        online(sums_task(folder), "1 epochs", tmp_path, learning_rate=0.5)
+        assert "learning_rate = 0.5 of the trainer has no effect" in caplog.text
 
     def test_preparation_by_trl(self, folder, tmp_path):
         trl = pytest.importorskip("trl")
