@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
 
 from cads.errors import CheckpointError, ConfigError, NonFiniteError
 from cads.integrations.arguments import check_arguments, warn_of_unused
@@ -191,6 +193,9 @@ class SelectionCallback(TrainerCallback, ExportableState):
         run.finish(step, self._observed, time.perf_counter() - self._started)
         if run.over:
             control.should_training_stop = True
+            # As the trainer does where `max_steps` ends it.
+            if args.save_strategy == SaveStrategy.STEPS:
+                control.should_save = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -232,7 +237,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         stored = entry["attributes"]["stored"]
         try:
             return State(dict(stored["values"]), load(zlib.decompress(base64.b64decode(stored["tensors"]))))
-        except (KeyError, TypeError, ValueError, zlib.error, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, zlib.error, SafetensorError) as error:
             raise CheckpointError(
                 f"the state of the selection in trainer_state.json is corrupt ({type(error).__name__}: {error}): "
                 "resume from an earlier checkpoint"

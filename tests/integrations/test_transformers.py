@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import re
 import runpy
+import shutil
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -196,6 +199,14 @@ class TestResume:
         np.testing.assert_array_equal(one.probability, other.probability)
         assert one.notes == other.notes
 
+    def test_of_a_run_that_is_over_trains_nothing(self, folder, tmp_path, theirs):
+        """A checkpoint is written where the budget ends."""
+        out, _, trainer = theirs
+        checkpoint = str(out / f"checkpoint-{trainer.state.global_step}")
+        _, resumed = online(sums_task(folder), EPOCHS, tmp_path, resume=checkpoint, save_steps=5)
+        assert_same_weights(trainer.model, resumed.model)
+        assert resumed.state.global_step == trainer.state.global_step
+
     def test_in_the_same_process(self, folder, tmp_path):
         selection, trainer = online(sums_task(folder), EPOCHS, tmp_path, save_strategy="steps", save_steps=9)
         before, spent_before = copy.deepcopy(trainer.model), spent(selection.ledger)
@@ -228,10 +239,8 @@ class TestResume:
         with pytest.raises(CheckpointError, match="another selection"):
             online(sums_task(folder), "4 epochs", tmp_path, resume=str(out / "checkpoint-5"))
 
-    @pytest.mark.parametrize("damage", ["none", "tensors"])
+    @pytest.mark.parametrize("damage", ["none", "AAAA", base64.b64encode(zlib.compress(b"x")).decode()])
     def test_without_a_sound_state_is_refused(self, folder, tmp_path, theirs, damage):
-        import shutil
-
         out, *_ = theirs
         checkpoint = shutil.copytree(out / "checkpoint-5", tmp_path / "checkpoint-5")
         file = checkpoint / "trainer_state.json"
@@ -239,7 +248,7 @@ class TestResume:
         if damage == "none":
             del state["stateful_callbacks"]["SelectionCallback"]
         else:
-            state["stateful_callbacks"]["SelectionCallback"]["attributes"]["stored"]["tensors"] = "AAAA"
+            state["stateful_callbacks"]["SelectionCallback"]["attributes"]["stored"]["tensors"] = damage
         file.write_text(json.dumps(state))
         with pytest.raises(CheckpointError, match="no state of a selection" if damage == "none" else "corrupt"):
             online(sums_task(folder), EPOCHS, tmp_path, resume=str(checkpoint))
