@@ -160,7 +160,7 @@ class AnalyticAccounting(Accounting):
         try:
             if self._transformer is not None:
                 # A task whose loss is on answer tokens alone gives their positions: the head computes only those.
-                answers = batch.inputs.get("answers")
+                answers = None if getattr(self.task, "full_logits", False) else batch.inputs.get("answers")
                 head_positions = None if answers is None else answers.shape[-1]
                 forward, usage = self._transformer.flops(batch.inputs["input_ids"].shape[-1], head_positions)
                 return ExampleCost(forward, usage, tokens)

@@ -136,15 +136,17 @@ class BatchStream:
         Pool and target examples are in one batch if their shapes are equal and they are not packed into shared rows.
         Otherwise the batch of pool examples comes before the batch of target examples.
         """
-        batches = []
-        count = self.batch_size - self._n_target
-        if count:
-            positions = [positions_of(step) for positions_of in self._pool_batches]
-            batches.append(self.pool.batch(np.concatenate(positions)))
+        pool_rows, target_rows = self.rows(step)
+        return collated((self.pool, pool_rows), (self._target or self.pool, target_rows), self.replicas)
+
+    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in pool and target of the examples of one step, ordered by replica; int64, shape (n,) each."""
+        pool_rows = target_rows = np.empty(0, dtype=np.int64)
+        if self.from_pool and self._pool_batches:
+            pool_rows = np.concatenate([positions_of(step) for positions_of in self._pool_batches])
         if self._n_target and self._target is not None:
-            positions = [self._target_batches(step)]
-            batches.append(self._target.batch(np.concatenate(positions * self.replicas)))
-        return joined(batches, self.replicas)
+            target_rows = np.concatenate([self._target_batches(step)] * self.replicas)
+        return pool_rows, target_rows
 
     def _batched(self, pool: Pool, stream: Stream, count: int) -> Callable[[int], np.ndarray]:
         """A function from a step to the positions of its batch (int64, shape (count,))."""
@@ -152,6 +154,24 @@ class BatchStream:
         if callable(lengths) and count:
             return LengthBuckets(stream, lengths(), count, self._seed).batch
         return lambda step: stream.take(step * count, count)
+
+
+def collated(
+    from_pool: tuple[Pool, np.ndarray], from_target: tuple[Pool, np.ndarray], replicas: int = 1
+) -> list[Batch]:
+    """The examples of one step: one batch if they can be in one, or one of the pool and one of the target.
+
+    Args:
+        from_pool, from_target: each a pool, and the positions of examples in it, by replica.
+    """
+    present = [(pool, rows) for pool, rows in (from_pool, from_target) if len(rows)]
+    if len(present) == 2 and replicas == 1:
+        (pool, rows), (target, target_rows) = present
+        batch_with = getattr(pool.examples, "batch_with", None)
+        batch: Batch | None = None if batch_with is None else batch_with(rows, target.examples, target_rows)
+        if batch is not None:
+            return [batch]
+    return joined([pool.batch(rows) for pool, rows in present], replicas)
 
 
 def joined(batches: list[Batch], replicas: int) -> list[Batch]:

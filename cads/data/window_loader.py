@@ -10,7 +10,7 @@ import torch
 
 from cads.data.batch import Batch
 from cads.data.pool import Pool
-from cads.data.training_batches import joined
+from cads.data.training_batches import collated, joined
 
 Rows = tuple[np.ndarray, np.ndarray]
 """Positions in the pool and in the target that one step trains on, int64, shape (n,) each."""
@@ -37,15 +37,15 @@ class WindowLoader:
         self._steps = iter(loaded(steps) if steps else ())
 
     def __next__(self) -> list[Batch]:
-        """The batches of the next step; see `joined`."""
+        """The batches of the next step; see `collated`."""
         return next(self._steps)
 
     def _each(self, steps: Sequence[Rows]) -> Iterable[list[Batch]]:
         return map(self._load, steps) if self._threads is None else self._threads.map(self._load, steps)
 
     def _load(self, rows: Rows) -> list[Batch]:
-        pairs = zip(self._pools, rows, strict=True)
-        return joined([pool.batch(positions) for pool, positions in pairs if len(positions)], 1)
+        (pool, target), (pool_rows, target_rows) = self._pools, rows
+        return collated((pool, pool_rows), (target, target_rows))
 
     def _cut(self, steps: Sequence[Rows]) -> Iterable[list[Batch]]:
         (whole,) = self._load((np.concatenate([p for p, _ in steps]), np.concatenate([t for _, t in steps])))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import nn
 
 from cads.accounting.ledger import Ledger
 from cads.accounting.stage_labels import stage_label, stage_tag
@@ -180,7 +181,9 @@ class TrainingLoop:
         """
         train_state, recipe = run.train_state, self.task.recipe
         train_state.mark_current()
-        torch_optimizer = _optimizer(recipe, train_state.learner, scaled=train_state.scaler is not None)
+        learner, is_scaled = train_state.learner, train_state.scaler is not None
+        # Fused SGD does not take sharded tensors.
+        torch_optimizer = build_optimizer(recipe, learner, fused=not (is_scaled or learner.is_collective))
         prepared, wrapped = self._prepare(train_state.learner, torch_optimizer)
         world = active_group()
         # Where examples are divided among processes, each process draws other dropout masks.
@@ -360,11 +363,21 @@ class TrainingRun:
 
     def rate(self, recipe: TrainConfig, spent: float) -> float:
         """The learning rate once `spent` FLOPs are spent, earlier segments included."""
-        start, planned = self.segment.start, self.segment.planned
-        if planned is None or start is None:
-            return recipe.rate(spent / self.horizon)
-        before = start.number("total")
-        return recipe.rate(before / planned) * recipe.decay((spent - before) / (self.horizon - before))
+        start = self.segment.start
+        before = 0.0 if start is None else start.number("total")
+        return segment_rate(recipe, spent, horizon=self.horizon, planned=self.segment.planned, before=before)
+
+
+def segment_rate(recipe: TrainConfig, spent: float, *, horizon: float, planned: float | None, before: float) -> float:
+    """The learning rate within a segment of a run, once the run has spent `spent` FLOPs.
+
+    Args:
+        horizon: FLOPs over which the rate is scheduled. planned: the horizon of the segments before, if this one ends
+            earlier than they expected, or None. before: FLOPs of these segments.
+    """
+    if planned is None or not before:
+        return recipe.rate(spent / horizon)
+    return recipe.rate(before / planned) * recipe.decay((spent - before) / (horizon - before))
 
 
 def _replay_progress(run: TrainingRun, recipe: TrainConfig, advance: Advance) -> None:
@@ -375,14 +388,17 @@ def _replay_progress(run: TrainingRun, recipe: TrainConfig, advance: Advance) ->
         advance(spent, train_state.mean_loss(step), run.rate(recipe, middle))
 
 
-def _optimizer(recipe: TrainConfig, learner: Learner, *, scaled: bool) -> torch.optim.Optimizer:
-    parameters = [p for p in learner.parameters() if p.requires_grad]
+def build_optimizer(recipe: TrainConfig, model: nn.Module, *, fused: bool = True) -> torch.optim.Optimizer:
+    """The optimizer of a recipe for the trainable parameters of a model.
+
+    Args:
+        fused: whether SGD is fused; AdamW always is.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
     rate, decay = recipe.learning_rate, recipe.weight_decay
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
-    # If loss scaling skips the first step, fused SGD (PyTorch 2.14) continues with uninitialised momentum. It also does
-    # not take sharded tensors.
-    fused = not (scaled or learner.is_collective)
+    # If loss scaling skips the first step, fused SGD (PyTorch 2.14) continues with uninitialised momentum.
     return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=0.9, nesterov=True, fused=fused)
 
 

@@ -43,6 +43,7 @@ UNCHANGED = (
     *("holdout model", "holdout losses", "pool model", "pool losses"),
     *("timed", "replicas", "truth", "probe", "probe of the initial model", "speed test"),
     *("features", "features of the target", "folds", "probabilities", "utilities"),
+    *("metrics of the trainer", "validation by the trainer"),
 )
 CALLS = {
     **dict.fromkeys(("charge", "timed", "FitTarget", "ScorePool", "Trials", "check_reference"), 1),

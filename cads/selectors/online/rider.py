@@ -52,7 +52,7 @@ class OnlineRider(Rider):
         on_target: whether the target is trained on; if not, a model of it has told sources apart, for good.
         batch_size: examples in a step.
         workers: threads that load the batches of a window ahead; 0 loads each when it is needed. Bits do not depend
-            on it.
+            on it. None: no batch is loaded, and the rows of `draw` are all that is asked for.
         constants: of the run.
         history: of the probabilities; it is added to.
         seed: of the order of draws.
@@ -74,7 +74,7 @@ class OnlineRider(Rider):
         by_source: bool,
         on_target: bool,
         batch_size: int,
-        workers: int,
+        workers: int | None,
         constants: OnlineConstants,
         history: PolicyHistory,
         seed: int,
@@ -88,16 +88,12 @@ class OnlineRider(Rider):
         self._cells = strata.cells(pool, seed)
         self._masses = self._cells.mass.reshape(strata.n_sources, strata.n_groups)
         self._learning_rows = constants.learning_passes * len(pool)
-        pool_lengths, target_lengths = lengths(pool), lengths(target)
-        self._lengths: tuple[np.ndarray, np.ndarray] | None = None
-        self._window = -(-DRAWN_TOGETHER // batch_size)
-        if pool_lengths is not None and target_lengths is not None:
-            self._lengths = pool_lengths, target_lengths
-            self._window = max(1, min(WINDOW, len(pool) // batch_size))
+        self._lengths = _lengths(pool, target)
+        self._window = steps_drawn_together(pool, target, batch_size)
         self._source_weights = self._new_source_weights()
         self._numbers = dict.fromkeys(NUMBERS, 0.0) | {"target_rows": float(target_start)}
         self._pending: list[Rows] = []
-        self._loader = WindowLoader(pool, target, workers=workers)
+        self._loader = None if workers is None else WindowLoader(pool, target, workers=workers)
         self._drawn: Rows = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
     @property
@@ -152,10 +148,32 @@ class OnlineRider(Rider):
 
     def step(self, step: int) -> list[Batch]:
         """See `Rider`: rows of the pool come before those of the target."""
+        assert self._loader is not None, "a rider without workers loads no batch"
+        self.draw()
+        return self._weighed(next(self._loader))
+
+    @property
+    def upcoming(self) -> list[Rows]:
+        """Rows of pool and target of the next steps, all that are drawn together: at least one step."""
         if not self._pending:
             self._draw_window()
-        self._drawn = self._pending.pop(0)
-        return self._weighed(next(self._loader))
+        return list(self._pending)
+
+    def draw(self) -> Rows:
+        """Rows of pool and target of the next step."""
+        self._drawn = self.upcoming[0]
+        del self._pending[0]
+        return self._drawn
+
+    def log_odds(self) -> np.ndarray | None:
+        """`Batch.log_odds` of the step that was drawn, float32, shape (B,), pool before target; None without odds."""
+        if self.odds is None:
+            return None
+        pool_rows, target_rows = self._drawn
+        log_odds = np.full(len(pool_rows) + len(target_rows), np.inf, dtype=np.float32)
+        if self._judges:
+            log_odds[: len(pool_rows)] = self.odds.log_odds(self._strata.sources[pool_rows])
+        return log_odds
 
     def observe(self, losses: np.ndarray) -> None:
         """See `Rider`."""
@@ -221,7 +239,7 @@ class OnlineRider(Rider):
         ends = np.cumsum(arrays["pending"])
         pieces = np.split(arrays["pending rows"], ends[:-1]) if len(ends) else []
         self._pending = list(zip(pieces[::2], pieces[1::2], strict=True))
-        self._loader.begin(self._pending)
+        self._load()
 
     @property
     def _judges(self) -> bool:
@@ -240,12 +258,9 @@ class OnlineRider(Rider):
 
     def _weighed(self, batches: list[Batch]) -> list[Batch]:
         """The batches with the log odds of their examples; those of the target have the weight 1."""
-        if self.odds is None:
+        log_odds = self.log_odds()
+        if log_odds is None:
             return batches
-        pool_rows, target_rows = self._drawn
-        log_odds = np.full(len(pool_rows) + len(target_rows), np.inf, dtype=np.float32)
-        if self._judges:
-            log_odds[: len(pool_rows)] = self.odds.log_odds(self._strata.sources[pool_rows])
         parts = torch.from_numpy(log_odds).split([len(batch) for batch in batches])
         return [replace(batch, log_odds=part) for batch, part in zip(batches, parts, strict=True)]
 
@@ -277,8 +292,12 @@ class OnlineRider(Rider):
             targets = np.split(target_rows, np.cumsum(self.batch_size - n_pool)[:-1])
             order = np.random.default_rng((self._seed, int(self._numbers["windows"]))).permutation(count)
         self._pending = [(pools[k], targets[k]) for k in order]
-        self._loader.begin(self._pending)
+        self._load()
         self._numbers["windows"] += 1
+
+    def _load(self) -> None:
+        if self._loader is not None:
+            self._loader.begin(self._pending)
 
     def _point(self, losses: np.ndarray) -> HistoryPoint:
         """The present state of the outer loop, for its history; `losses` are those of the last pool examples."""
@@ -294,3 +313,16 @@ class OnlineRider(Rider):
             training_loss=float(losses.mean()) if len(losses) else np.nan,
             reachable_loss=self.excess.reachable(self._strata.group_shares),
         )
+
+
+def steps_drawn_together(pool: Pool, target: Pool, batch_size: int) -> int:
+    """Number of steps whose rows are drawn together, with the probabilities of that moment."""
+    if _lengths(pool, target) is None:
+        return -(-DRAWN_TOGETHER // batch_size)
+    return max(1, min(WINDOW, len(pool) // batch_size))
+
+
+def _lengths(pool: Pool, target: Pool) -> tuple[np.ndarray, np.ndarray] | None:
+    """Lengths of the examples of both, or None if those of one have none."""
+    pool_lengths, target_lengths = lengths(pool), lengths(target)
+    return None if pool_lengths is None or target_lengths is None else (pool_lengths, target_lengths)

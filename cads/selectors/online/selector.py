@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
 from cads.accounting.budget import Budget, check_step
 from cads.accounting.ledger import TRAIN, Ledger, PlannedLedger
-from cads.data.balanced_stream import balanced_stream
-from cads.data.draws import draw_by_source
-from cads.data.token_batches import by_id
 from cads.data.training_batches import BatchStream
 from cads.errors import ConfigError, DataError
 from cads.monitor import Monitor
-from cads.policies.label_odds import LabelOdds
 from cads.runtime.checkpoint import State
 from cads.scoring.pool_scores import reading_flops
 from cads.search.inner_costs import PlannedInnerLoop
@@ -31,12 +27,10 @@ from cads.search.inner_runs import InnerLoop
 from cads.search.source_order import in_name_order
 from cads.seeding import derive
 from cads.selection import Selection
-from cads.selectors.online.history import PolicyHistory
 from cads.selectors.online.opening import FIRST_PROBE, PROBE, Opening, opening_of
-from cads.selectors.online.rider import MEMORY, OnlineRider
+from cads.selectors.online.run import OnlineRun
 from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, OnlineConstants
 from cads.selectors.online.signal import SourceExcess
-from cads.selectors.online.strata import Strata
 from cads.task import Task
 from cads.training.result import TrainResult
 from cads.training.run_state import OPTIMIZER, RIDER, RunSegment
@@ -74,7 +68,7 @@ class Cads:
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge to "select": the probes. All else is the training itself."""
-        self._check(task)
+        self.check(task)
         costs = PlannedInnerLoop(task, budget.flops(task))
         check_step(task, costs.ledger.left)
         opening = opening_of(costs, self.constants(task), costs.ledger.left, on_target=self.train_on_target)
@@ -90,18 +84,27 @@ class Cads:
         Returns:
             a Selection with the probabilities at the end of the run, and the run in `trained`.
         """
-        self._check(task)
+        self.check(task)
         check_step(task, budget.flops(task))
         run_ledger = Ledger(limit=budget.flops(task))
-        run = _OnlineRun(self, InnerLoop(in_name_order(task), run_ledger, monitor or Monitor()), seed)
+        run = _TrainedRun(self, InnerLoop(in_name_order(task), run_ledger, monitor or Monitor()), seed)
         try:
             fit = run.train()
         finally:
             ledger.merge(run_ledger)
-        fields = {"method": self.method, "seed": seed, "budget": budget, "ledger": ledger, "config": asdict(self)}
-        return replace(run.selection(fit, fields), pool_hash=task.pool.content_hash)
+        assert fit.state is not None
+        selection = run.draws.selection(
+            method=self.method, budget=budget, ledger=ledger, config=asdict(self), trained=finished(fit.state)
+        )
+        return replace(selection, pool_hash=task.pool.content_hash)
 
-    def _check(self, task: Task) -> None:
+    def draws(self, task: Task, monitor: Monitor, seed: int) -> OnlineRun:
+        """The draws of a run on a task with its sources in the order of their names."""
+        by_example = self.granularity == "example"
+        on_target, constants = self.train_on_target, self.constants(task)
+        return OnlineRun(task, constants, monitor, seed, by_example=by_example, on_target=on_target)
+
+    def check(self, task: Task) -> None:
         """Refuse a pool without sources if sources are what is chosen.
 
         Raises:
@@ -114,140 +117,61 @@ class Cads:
             )
 
 
-class _OnlineRun:
-    """One run: the target alone, a probe of the sources, then target and pool together."""
+class _TrainedRun:
+    """One run, trained by `cads.training.trainer`: the target alone, a probe of the sources, then target and pool."""
 
     def __init__(self, selector: Cads, inner: InnerLoop, seed: int) -> None:
         self._selector, self._inner, self._seed = selector, inner, seed
-        self._task = task = inner.task
-        self._constants = selector.constants(task)
-        self._target_stream = balanced_stream(
-            by_id(task.target), task.groups(task.target), derive(seed, "target order")
-        )
-        self._rider: OnlineRider | None = None
+        self.draws = selector.draws(inner.task, inner.monitor, seed)
 
     def train(self) -> TrainResult:
         """The whole run."""
-        task, inner, constants = self._task, self._inner, self._constants
-        on_target = self._selector.train_on_target
+        inner, draws, constants = self._inner, self.draws, self.draws.constants
+        task, on_target = inner.task, self._selector.train_on_target
         opening = opening_of(inner, constants, inner.ledger.left, on_target=on_target)
-        probes = self._probes(opening)
+        probes = draws.probes(opening)
         before = np.zeros(len(probes))
         if constants.drop and len(probes):
-            before = inner.losses(task.model(self._model_seed), probes, stage=FIRST_PROBE)
+            before = inner.losses(task.model(draws.model_seed), probes, stage=FIRST_PROBE)
         fit, steering = None, None
         if on_target:
             probing = reading_flops(task.costs.forward, task.pool, probes) if len(probes) else 0.0
             horizon = inner.ledger.left - probing
-            fit = self._train_on_target(opening.first, horizon)
-            if fit is not None and float(fit.flops[-1]) + self._step_flops > horizon:
+            fit = self._train_on_target(opening, horizon)
+            if fit is not None and float(fit.flops[-1]) + draws.step_flops > horizon:
                 return fit
         elif len(probes):
             steering = inner.fit_target(opening.theta, seed=derive(self._seed, "theta"), stage="theta")
-        strata = Strata.of(task)
-        excess = SourceExcess(strata.n_sources, strata.n_groups, MEMORY)
+        signal = before
         if len(probes):
-            model = steering or (task.model(self._model_seed) if fit is None else fit.models[0])
+            model = steering or (task.model(draws.model_seed) if fit is None else fit.models[0])
             signal = inner.losses(model, probes, stage=PROBE) - before
-            excess.add(signal, strata.sources[probes], strata.groups[probes], np.ones(len(probes)))
         if not on_target:
             horizon = inner.ledger.left
-        return self._train_on_both(strata, excess, fit, horizon, by_source=bool(len(probes)))
+        return self._train_on_both(draws.excess(signal, probes), fit, horizon, by_source=bool(len(probes)))
 
-    def selection(self, fit: TrainResult, fields: dict[str, Any]) -> Selection:
-        """What was trained on, and the finished run."""
-        pool, rider = self._task.pool, self._rider
-        assert fit.state is not None
-        fields = {**fields, "trained": finished(fit.state)}
-        if rider is None:
-            none = np.zeros(len(pool), dtype=bool)
-            notes = {"course": "the budget bought the target alone"}
-            return Selection.from_pool(pool, selected=none, target_fraction=1.0, notes=notes, **fields)
-        probability = rider.probabilities()
-        rider.history.finish(pool, probability, self._task.describe)
-        shares = rider.source_weights.tolist() if pool.sources is not None else []
-        return Selection.from_pool(
-            pool,
-            selected=np.ones(len(pool), dtype=bool),
-            score=probability,
-            probability=probability,
-            weighted=True,
-            source_probability=dict(zip(pool.source_names, shares, strict=False)),
-            target_fraction=min(rider.target_share, self._constants.most_target),
-            notes={"course": rider.history.to_json()},
-            **fields,
-        )
-
-    @property
-    def _model_seed(self) -> int:
-        return derive(self._seed, "final model")
-
-    @property
-    def _step_flops(self) -> float:
-        """A mean step on the target."""
-        batch_size = self._task.recipe.batch_size
-        return batch_size * self._task.costs.per_usage(self._task.target, batch_size)
-
-    def _probes(self, opening: Opening) -> np.ndarray:
-        """Positions whose losses tell sources apart; empty if there is nothing to tell, or no model that can."""
-        if not opening.per_source:
-            return np.empty(0, dtype=np.int64)
-        return np.concatenate(draw_by_source(self._task.pool, opening.per_source, derive(self._seed, "probe")))
-
-    def _train_on_target(self, first: float, horizon: float) -> TrainResult | None:
-        """The first phase of `first` FLOPs; None without one. If little more is affordable, it takes everything."""
-        if not first:
+    def _train_on_target(self, opening: Opening, horizon: float) -> TrainResult | None:
+        """The first phase; None without one."""
+        if not opening.first:
             return None
-        self._inner.monitor.status(f"target first: {len(self._task.target):,} examples")
-        flops = horizon if first + self._step_flops > horizon else first
-        draws = BatchStream(
-            self._task.pool,
-            [],
-            self._task.recipe.batch_size,
-            target=self._task.target,
-            target_fraction=1.0,
-            target_stream=self._target_stream,
-            seed=derive(self._seed, "target order"),
-        )
-        return self._fit(draws, flops, RunSegment(horizon=horizon, keep=True))
+        self._inner.monitor.status(f"target first: {len(self._inner.task.target):,} examples")
+        flops = self.draws.target_flops(opening, horizon)
+        return self._fit(self.draws.target_draws(), flops, RunSegment(horizon=horizon, keep=True))
 
     def _train_on_both(
-        self, strata: Strata, excess: SourceExcess, fit: TrainResult | None, horizon: float, *, by_source: bool
+        self, excess: SourceExcess, fit: TrainResult | None, horizon: float, *, by_source: bool
     ) -> TrainResult:
-        task, batch_size = self._task, self._task.recipe.batch_size
         spent, steps = (0.0, 0) if fit is None else (float(fit.flops[-1]), len(fit.losses))
-        usage = task.costs.per_usage(task.pool, batch_size)
-        guess = None if self._selector.granularity == "source" else task.guess_loss
-        sizes = np.bincount(strata.sources, minlength=strata.n_sources)
-        n_steps = int((horizon - spent) / usage / batch_size)
-        names, monitor = task.pool.source_names, self._inner.monitor
-        history = PolicyHistory(monitor, names, sizes, strata.group_shares, n_steps, steps)
-        self._rider = OnlineRider(
-            task.pool,
-            task.target,
-            strata,
-            target_stream=self._target_stream,
-            target_start=steps * batch_size,
-            excess=excess,
-            odds=None if guess is None else LabelOdds(strata.n_sources, guess, MEMORY),
-            by_source=by_source,
-            on_target=self._selector.train_on_target,
-            batch_size=batch_size,
-            workers=task.recipe.workers,
-            constants=self._constants,
-            history=history,
-            seed=derive(self._seed, "batches"),
+        workers = self._inner.task.recipe.workers
+        rider, end = self.draws.begin_both(
+            excess, spent=spent, steps=steps, horizon=horizon, by_source=by_source, workers=workers
         )
-        end = horizon
-        if self._constants.stop_passes is not None:
-            n_distinct = self._rider.n_effective + (len(task.target) if self._selector.train_on_target else 0)
-            end = min(horizon, spent + self._constants.stop_passes * n_distinct * usage)
         planned = horizon if end < horizon else None
         start = None if fit is None else fit.state
-        return self._fit(self._rider, end, RunSegment(start=start, horizon=end, keep=True, planned=planned))
+        return self._fit(rider, end, RunSegment(start=start, horizon=end, keep=True, planned=planned))
 
     def _fit(self, draws: BatchStream, flops: float, segment: RunSegment) -> TrainResult:
-        model, seed = self._task.model(self._model_seed), derive(self._seed, "training")
+        model, seed = self._inner.task.model(self.draws.model_seed), self.draws.training_seed
         return self._inner.trainer.fit(model, draws, flops, seed=seed, phase=TRAIN, stage=STAGE, segment=segment)
 
 

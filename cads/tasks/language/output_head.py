@@ -37,28 +37,44 @@ def restrict_head(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | N
     return (args[0].flatten(0, 1)[head_positions.positions], *args[1:])
 
 
-def answer_logits(model: Any, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+def logits_at(logits: Tensor, positions: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Of the logits of all positions those at `positions`, shape (B, A, V).
+
+    Args:
+        logits: shape (R, T or more, V).
+        positions: indices into the R * T positions, shape (B, A).
+        shape: (R, T).
+
+    Raises:
+        DataError: if there are not that many logits.
+    """
+    rows, length = shape
+    if logits.dim() != 3 or logits.shape[1] < length:
+        raise DataError(f"the model gives logits of shape {tuple(logits.shape)} for {rows} x {length} tokens")
+    # Prompt tuning puts virtual tokens in front.
+    return logits[:, -length:].flatten(0, 1)[positions]
+
+
+def answer_logits(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, *, full: bool = False) -> Tensor:
     """Logits of a causal language model at `positions` alone, shape (B, A, V).
 
     The head computes nothing else. Whatever a model does to its logits after the head it still does. If the head cannot
-    be restricted, all logits are computed and the others dropped, which gives the same numbers at a higher cost.
+    be restricted, or `full` is set, all logits are computed and the others dropped, which gives the same numbers at a
+    higher cost.
 
     Args:
         positions: indices into the flattened positions of the batch, shape (B, A).
     """
     rows, length = inputs["input_ids"].shape
+    if full:
+        return logits_at(model(**inputs).logits, positions, (rows, length))
     head_positions = HeadPositions(positions, (rows, length))
     token = _head_positions.set(head_positions)
     try:
         logits: Tensor = model(**inputs).logits
     finally:
         _head_positions.reset(token)
-    if head_positions.used:
-        return logits
-    if logits.dim() != 3 or logits.shape[1] < length:
-        raise DataError(f"the model gives logits of shape {tuple(logits.shape)} for {rows} x {length} tokens")
-    # Prompt tuning puts virtual tokens in front.
-    return logits[:, -length:].flatten(0, 1)[positions]
+    return logits if head_positions.used else logits_at(logits, positions, (rows, length))
 
 
 def last_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

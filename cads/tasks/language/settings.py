@@ -10,7 +10,7 @@ from cads.tasks.language.models import Dtype
 from cads.tasks.language.rows import TextSource
 
 Weighting = Literal["example", "token"]
-ADDED = ("selector_pad_token", "selector_peft")
+ADDED = ("selector_pad_token", "selector_peft", "trainer_compatible")
 """Fields that `result_fields` lists only where they are set, so that older results keep their fields."""
 
 
@@ -39,6 +39,9 @@ class LanguageSettings:
     """Type of the weights."""
     attn_implementation: str | None = None
     """sdpa, eager, flash_attention_2, ...; null: what transformers chooses."""
+    trainer_compatible: bool | None = None
+    """Compute what other trainers compute: the logits of all positions, and a step of pool and target as one batch, not
+    the logits of answers alone and two batches. It costs more, and makes a run equal to one in another trainer."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass, to save memory."""
     peft: dict[str, Any] | None = None
@@ -101,6 +104,8 @@ class LanguageSettings:
             raise ConfigError("token_cache is empty: name a folder, or null")
         if self.data_seed < 0:
             raise ConfigError(f"data_seed = {self.data_seed}: it must be >= 0")
+        if self.packing and self.trainer_compatible:
+            raise ConfigError("trainer_compatible: other trainers do not know packed rows; leave packing out")
         if self.packing and str(self.attn_implementation).startswith("flash"):
             raise ConfigError(f"packing needs a mask, and {self.attn_implementation} takes none: use sdpa or eager")
 

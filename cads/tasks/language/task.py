@@ -70,6 +70,9 @@ class LanguageTask(Task):
         self.models, self.tokenizer, self.settings, self.recipe = models, tokenizer, settings, recipe
         self.name = f"language/{Path(models.name).name}"
         self.mergeable = models.peft is not None
+        if settings.trainer_compatible:
+            for pool in (self.pool, self.target):
+                pool.examples = replace(tokens_of(pool), joint=True)
         if settings.packing and recipe.accumulate > 1:
             raise ConfigError(
                 f"accumulate = {recipe.accumulate}: packed batches are not cut into pieces; lower batch_size"
@@ -94,6 +97,11 @@ class LanguageTask(Task):
     def pad(self) -> int:
         """The token id of padding."""
         return tokens_of(self.pool).pad
+
+    @property
+    def full_logits(self) -> bool:
+        """Whether the logits of all positions are computed."""
+        return bool(self.settings.trainer_compatible)
 
     @property
     def ends(self) -> list[int]:
@@ -128,18 +136,12 @@ class LanguageTask(Task):
     def token_losses(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
         """Negative log-likelihoods of the answer tokens in nats (float32), and a mask of the real ones; (B, A) each."""
         inputs, positions = self.model_inputs(model, batch)
-        logits = answer_logits(model, inputs, positions)
-        labels = batch.labels.gather(1, batch.inputs["answers"])
-        # Classes stay last: transposed logits would be copied forward and backward, at four times the time.
-        losses = functional.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        return losses.view_as(labels), labels != IGNORED
+        logits = answer_logits(model, inputs, positions, full=self.full_logits)
+        return answer_losses(logits, batch.labels.gather(1, batch.inputs["answers"]))
 
     def losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """The mean loss of each example over its answer tokens, in nats, shape (B,)."""
-        losses, mask = self.token_losses(model, batch)
-        return losses.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        return mean_answer_losses(*self.token_losses(model, batch))
 
     def training_losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Losses whose mean a training step minimises, shape (B,); weighted by answer tokens if `weighting: token`."""
@@ -253,3 +255,21 @@ class LanguageTask(Task):
     def evaluation_settings(self, name: str) -> dict[str, Any]:
         """The settings and the contents of files that an evaluation reads."""
         return evaluation.evaluation_settings(self, name)
+
+
+def answer_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of answer tokens in nats, float32, and which of them are real; shape (B, A) each.
+
+    Args:
+        logits: that predict them, shape (B, A, V). labels: the tokens, `IGNORED` where there is none, shape (B, A).
+    """
+    # Classes stay last: transposed logits would be copied forward and backward, at four times the time.
+    losses = functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view_as(labels), labels != IGNORED
+
+
+def mean_answer_losses(losses: Tensor, mask: Tensor) -> Tensor:
+    """The mean loss of each example over its answer tokens, shape (B,), of what `answer_losses` gives."""
+    return losses.sum(dim=1) / mask.sum(dim=1).clamp(min=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -100,6 +100,7 @@ class Tokens:
         pad: the token id of padding; it is masked.
         max_length: most positions of a row of a batch: the context of the model, or less.
         packed: whether the examples of a batch share rows; see `pack`.
+        joint: whether the examples of pool and target in a step are one batch, padded together.
     """
 
     ids: np.ndarray
@@ -110,6 +111,7 @@ class Tokens:
     pad: int = 0
     max_length: int = 2**31
     packed: bool = False
+    joint: bool = False
 
     def __post_init__(self) -> None:
         sizes = np.diff(self.offsets)
@@ -162,6 +164,15 @@ class Tokens:
             tokens=tokens,
             answer_tokens=int(counts.sum()),
         )
+
+    def batch_with(self, positions: np.ndarray, other: Tokens, other_positions: np.ndarray) -> Batch | None:
+        """These sequences, then some of `other`, in one batch; None if they are not batched together."""
+        if not self.joint:
+            return None
+        batch = concatenated([self.take(positions), other.take(other_positions)]).batch(
+            np.arange(len(positions) + len(other_positions))
+        )
+        return replace(batch, positions=torch.from_numpy(np.concatenate([positions, other_positions])))
 
     def take(self, positions: np.ndarray) -> Tokens:
         """The sequences at `positions` (repeats allowed), copied."""
@@ -243,6 +254,22 @@ class Tokens:
 
     def _widths(self, sizes: np.ndarray) -> np.ndarray:
         return np.minimum(-(-np.maximum(sizes, 1) // PAD_TO) * PAD_TO, self.max_length)
+
+
+def concatenated(parts: Sequence[Tokens]) -> Tokens:
+    """Sequences one after another, padded as those of the first."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    sizes = np.concatenate([part.lengths() for part in parts])
+    return replace(
+        first,
+        ids=np.concatenate([part.ids for part in parts]),
+        loss_mask=np.concatenate([part.loss_mask for part in parts]),
+        offsets=np.concatenate([[0], np.cumsum(sizes)]),
+        texts=pa.chunked_array([part.texts for part in parts]).combine_chunks(),
+        subtasks=None,
+    )
 
 
 def _pieces(count: int) -> Iterator[slice]:

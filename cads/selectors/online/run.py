@@ -1,0 +1,183 @@
+"""What a run of `cads` draws, and what comes of it; who takes its steps is left open."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import Ledger
+from cads.data.balanced_stream import balanced_stream
+from cads.data.draws import draw_by_source
+from cads.data.token_batches import by_id
+from cads.data.training_batches import BatchStream
+from cads.monitor import Monitor
+from cads.policies.label_odds import LabelOdds
+from cads.runtime.checkpoint import State
+from cads.seeding import derive
+from cads.selection import Selection
+from cads.selectors.online.history import PolicyHistory
+from cads.selectors.online.opening import Opening
+from cads.selectors.online.rider import MEMORY, OnlineRider
+from cads.selectors.online.schedule import OnlineConstants
+from cads.selectors.online.signal import SourceExcess
+from cads.selectors.online.strata import Strata
+from cads.task import Task
+
+
+class OnlineRun:
+    """The draws of one run: of the target alone, of examples that are probed, then of target and pool together.
+
+    Args:
+        task: whose examples are drawn, with its sources in the order of their names.
+        constants: of the run.
+        monitor: shows the course of the probabilities.
+        seed: of all draws.
+        by_example: whether each example has a probability of its own, beside its source.
+        on_target: whether the target is trained on.
+
+    Attributes:
+        rider: draws target and pool together; None before `begin_both`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        constants: OnlineConstants,
+        monitor: Monitor,
+        seed: int,
+        *,
+        by_example: bool,
+        on_target: bool,
+    ) -> None:
+        self.task, self.constants, self.monitor = task, constants, monitor
+        self.rider: OnlineRider | None = None
+        self._seed, self._by_example, self._on_target = seed, by_example, on_target
+        self._target_stream = balanced_stream(
+            by_id(task.target), task.groups(task.target), derive(seed, "target order")
+        )
+
+    @property
+    def model_seed(self) -> int:
+        """The seed of the initial weights."""
+        return derive(self._seed, "final model")
+
+    @property
+    def training_seed(self) -> int:
+        """The seed of the training: with the number of a step, of its dropout."""
+        return derive(self._seed, "training")
+
+    @property
+    def step_flops(self) -> float:
+        """A mean step on the target."""
+        batch_size = self.task.recipe.batch_size
+        return batch_size * self.task.costs.per_usage(self.task.target, batch_size)
+
+    def probes(self, opening: Opening) -> np.ndarray:
+        """Positions whose losses tell sources apart; empty if there is nothing to tell, or no model that can."""
+        if not opening.per_source:
+            return np.empty(0, dtype=np.int64)
+        return np.concatenate(draw_by_source(self.task.pool, opening.per_source, derive(self._seed, "probe")))
+
+    def target_flops(self, opening: Opening, horizon: float) -> float:
+        """FLOPs of the first phase, on the target alone; if little more is affordable, it takes all of `horizon`."""
+        return horizon if opening.first + self.step_flops > horizon else opening.first
+
+    def target_draws(self) -> BatchStream:
+        """The batches of the first phase."""
+        return BatchStream(
+            self.task.pool,
+            [],
+            self.task.recipe.batch_size,
+            target=self.task.target,
+            target_fraction=1.0,
+            target_stream=self._target_stream,
+            seed=derive(self._seed, "target order"),
+        )
+
+    def excess(self, signal: np.ndarray, probes: np.ndarray) -> SourceExcess:
+        """The signal of the sources after the losses of `probes` (positions), or their fall: nats, shape (n,)."""
+        strata = Strata.of(self.task)
+        excess = SourceExcess(strata.n_sources, strata.n_groups, MEMORY)
+        if len(probes):
+            excess.add(signal, strata.sources[probes], strata.groups[probes], np.ones(len(probes)))
+        return excess
+
+    def begin_both(
+        self,
+        excess: SourceExcess,
+        *,
+        spent: float,
+        steps: int,
+        horizon: float,
+        by_source: bool,
+        workers: int | None,
+    ) -> tuple[OnlineRider, float]:
+        """Draw target and pool together from now on.
+
+        Args:
+            excess: the signal so far. spent: FLOPs so far. steps: so far. horizon: FLOPs of the whole run.
+            by_source: whether sources get weights of their own. workers: see `OnlineRider`.
+
+        Returns:
+            the rider, and the FLOPs at which the run ends.
+        """
+        task, batch_size, strata = self.task, self.task.recipe.batch_size, Strata.of(self.task)
+        usage = task.costs.per_usage(task.pool, batch_size)
+        guess = task.guess_loss if self._by_example else None
+        sizes = np.bincount(strata.sources, minlength=strata.n_sources)
+        n_steps = int((horizon - spent) / usage / batch_size)
+        history = PolicyHistory(self.monitor, task.pool.source_names, sizes, strata.group_shares, n_steps, steps)
+        self.rider = OnlineRider(
+            task.pool,
+            task.target,
+            strata,
+            target_stream=self._target_stream,
+            target_start=steps * batch_size,
+            excess=excess,
+            odds=None if guess is None else LabelOdds(strata.n_sources, guess, MEMORY),
+            by_source=by_source,
+            on_target=self._on_target,
+            batch_size=batch_size,
+            workers=workers,
+            constants=self.constants,
+            history=history,
+            seed=derive(self._seed, "batches"),
+        )
+        if self.constants.stop_passes is None:
+            return self.rider, horizon
+        n_distinct = self.rider.n_effective + (len(task.target) if self._on_target else 0)
+        return self.rider, min(horizon, spent + self.constants.stop_passes * n_distinct * usage)
+
+    def selection(
+        self, *, method: str, budget: Budget, ledger: Ledger, config: dict[str, Any], trained: State | None
+    ) -> Selection:
+        """What was trained on, and the finished run, if it is known."""
+        pool, rider = self.task.pool, self.rider
+        fields: dict[str, Any] = {
+            "method": method,
+            "seed": self._seed,
+            "budget": budget,
+            "ledger": ledger,
+            "config": config,
+            "trained": trained,
+        }
+        if rider is None:
+            none = np.zeros(len(pool), dtype=bool)
+            notes = {"course": "the budget bought the target alone"}
+            return Selection.from_pool(pool, selected=none, target_fraction=1.0, notes=notes, **fields)
+        probability = rider.probabilities()
+        rider.history.finish(pool, probability, self.task.describe)
+        shares = rider.source_weights.tolist() if pool.sources is not None else []
+        return Selection.from_pool(
+            pool,
+            selected=np.ones(len(pool), dtype=bool),
+            score=probability,
+            probability=probability,
+            weighted=True,
+            source_probability=dict(zip(pool.source_names, shares, strict=False)),
+            target_fraction=min(rider.target_share, self.constants.most_target),
+            notes={"course": rider.history.to_json()},
+            **fields,
+        )
