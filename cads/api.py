@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from cads.monitor import Monitor
 from cads.planning.methods import plan_methods
 from cads.planning.plan import Plan
 from cads.registry import build_selector
+from cads.runtime.lock import held_by_first
+from cads.runtime.run_folder import resumable_journal
+from cads.runtime.signals import Interrupts
+from cads.runtime.versions import versions
 from cads.selection import Selection, Weights
 from cads.selector import Selector
 from cads.task import Task
@@ -106,6 +111,7 @@ def train(
     monitor: Monitor | None = None,
     evaluations: Sequence[str] = (),
     save: Callable[[nn.Module], None] | None = None,
+    checkpoints: Path | str | None = None,
     **options: Any,
 ) -> TrainedModel:
     """Train the final model within the budget, and measure it on the test set.
@@ -120,6 +126,8 @@ def train(
         monitor: shows progress and writes TensorBoard events; None for neither.
         evaluations: further ones of the task, such as "choices".
         save: is given the trained model before it is tested, to write it.
+        checkpoints: folder for the state of the run, written every minute. The same call, given again after the process
+            has ended, goes on from there, to the same bits. None: a run that is stopped begins anew.
         options: of the selector, by name.
 
     Returns:
@@ -129,7 +137,29 @@ def train(
         BudgetError: if the budget does not parse, or nothing is left for training.
         ConfigError: if the method, an option or an evaluation is unknown; or if options are given beside a selection.
         SelectionError: if the selection was made from another pool.
+        CheckpointError: if `checkpoints` holds another run, such as one on other data.
     """
+    if checkpoints is not None:
+        settings = {
+            "budget": str(_budget(budget, count_selection)),
+            "selection": None if selection is None else selection.content_hash,
+            "seed": seed,
+            "evaluations": list(evaluations),
+            **_method_settings(method, options),
+        }
+        with _resumable(Path(checkpoints), task, settings):
+            return train(
+                task,
+                budget,
+                method=method,
+                selection=selection,
+                seed=seed,
+                count_selection=count_selection,
+                monitor=monitor,
+                evaluations=evaluations,
+                save=save,
+                **options,
+            )
     ledger = Ledger()
     parsed = in_flops(task, _budget(budget, count_selection), ledger)
     given = selection
@@ -190,6 +220,28 @@ def export(
     return write_export(
         selection, Path(output), to, paths, weights=weights, seed=seed, added=added, overwrite=overwrite
     )
+
+
+@contextmanager
+def _resumable(folder: Path, task: Task, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Write the state of what runs in the block to `folder`, and go on from what is there."""
+    interrupts = Interrupts()
+    identity = {"settings": settings, "recipe": task.recipe.result_fields(), "data": task.identity}
+    with ExitStack() as stack:
+        stack.enter_context(held_by_first(folder))
+        stack.enter_context(interrupts.listen())
+        journal = resumable_journal("train", folder / "train", identity | {"versions": versions()}, None, interrupts)
+        stack.enter_context(journal)
+        yield
+
+
+def _method_settings(method: str | Selector, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A method and its options, as JSON values."""
+    if not isinstance(method, str):
+        options = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
+    name = method if isinstance(method, str) else type(method).__qualname__
+    plain = (str, int, float, bool, type(None))
+    return {"method": name, "options": {k: v if isinstance(v, plain) else str(v) for k, v in options.items()}}
 
 
 def _selector(method: str | Selector, options: dict[str, Any]) -> Selector:

@@ -21,6 +21,7 @@ from cads.errors import ConfigError, DataError
 from cads.scoring.pool_scores import evaluating
 from cads.seeding import derive
 from cads.task import Metrics, Task
+from cads.tasks.last_layer import last_layer_inputs
 from cads.tasks.vision.calibration import calibrated_losses
 from cads.tasks.vision.images import Images, chunk_size
 from cads.tasks.vision.synthetic_sources import SyntheticPool
@@ -129,16 +130,7 @@ class VisionTask(Task):
         Raises:
             ConfigError: if the model has no linear layer.
         """
-        layer = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
-        if layer is None:
-            raise ConfigError(f"the model of {self.name} has no linear layer, so no features: name a backbone")
-        read: list[Tensor] = []
-        hook = layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-        try:
-            self.logits(model, batch)
-        finally:
-            hook.remove()
-        return read[-1].flatten(1)
+        return last_layer_inputs(model, lambda: self.logits(model, batch), self.name)
 
     def nominal(self, model: nn.Module, batch: Batch) -> tuple[float, float]:
         """Undefined: an image has no tokens, and a convolution uses each of its weights many times.
