@@ -179,32 +179,45 @@ def export(
     *,
     to: Form = "jsonl",
     files: Sequence[Path | str] = (),
-    weights: Weights = "column",
+    weights: Weights | None = None,
     seed: int = 0,
     weight_column: str | None = "weight",
     source_column: str | None = "source",
     overwrite: bool = False,
+    chat: bool = True,
+    private: bool = True,
+    token: str | None = None,
 ) -> int:
-    """Write the chosen rows as they stand in the files of the pool, or a list of the chosen images of a folder.
+    """Write the chosen rows as they stand in the files of the pool, a list of the chosen images of a folder, or what a
+    trainer of language models reads.
 
     Values are those of the files; of CSV files they are text. Rows come in the order of the files and of their rows.
     The output appears only when it is complete.
 
+    For a trainer (`docs/export.md`), `output` is a folder: a JSON lines file for each source, in a random order, whose
+    rows are conversations, prompts with completions, or text; and the configuration with which the trainer mixes them.
+
     Args:
         selection: a Selection, or the folder that holds one.
-        output: file to write.
+        output: file to write; for a trainer a folder; for the hub the name of the data set, USER/NAME.
         to: "jsonl" or "parquet" for rows; "files" for a list of images, one path a line, relative to the folder of the
-            pool.
+            pool; "llamafactory", "axolotl" or "trl" for a trainer; "hub" to upload rows, Selection and a data card.
         files: those of the pool, in any order, where they have moved, or those of them whose rows are wanted; they are
             recognised by the contents of the columns that examples are written from. None: where the pool was read
             from. For a list of images: the folder of the pool, in which they are looked for.
         weights: "column" adds the `weights` of the Selection as a column, whose sum over all files of the pool is 1 (to
             a list of images: after a tab, if they are not equal). "resample" repeats rows in proportion to how often
-            training draws them, as many in all as are selected; a repeated row follows itself.
-        seed: of the draws of "resample".
+            training draws them, as many in all as are selected; a repeated row follows itself. None: "column", and for
+            trainers, which read no weights, "resample" if weights differ. The shares of sources are in the
+            configuration of LLaMA-Factory and TRL, and in the number of rows for axolotl, which takes none.
+        seed: of the draws of "resample", and of the order of rows for trainers.
         weight_column: its name; None: no such column.
         source_column: name of the column of sources, if the pool had any; None: no such column.
         overwrite: replace `output` if it exists.
+        chat: for trainers: write prompts and responses as conversations, for models with a chat template; if not, as
+            text, with a line break between them.
+        private: for the hub: whether a data set that is made is private.
+        token: for the hub; None: that of `hf auth login`.
 
     Returns:
         the number of rows or lines written.
@@ -213,12 +226,20 @@ def export(
         SelectionError: if the pool was not read from files, they are missing or changed, a column that would be added
             has another meaning there, or nothing of the pool is selected.
         DataError: if a value has no form in the format.
-        ConfigError: if `output` exists, or a setting is unknown.
+        ConfigError: if `output` exists, a setting is unknown, the trainer cannot take the rows, or the hub refuses.
     """
-    added = AddedColumns(weight_column if weights == "column" else None, source_column)
-    paths = [Path(file) for file in files]
     return write_export(
-        selection, Path(output), to, paths, weights=weights, seed=seed, added=added, overwrite=overwrite
+        selection,
+        output,
+        to,
+        [Path(file) for file in files],
+        weights=weights,
+        seed=seed,
+        added=AddedColumns(weight_column, source_column),
+        overwrite=overwrite,
+        chat=chat,
+        private=private,
+        token=token,
     )
 
 

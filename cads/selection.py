@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,8 +28,10 @@ from cads.data.sampler import StreamSampler
 from cads.data.streams import ShuffledStream, Stream, WeightedStream
 from cads.data.token_batches import in_id_order
 from cads.data.weighted_rows import take_rows
+from cads.data_card import data_card
 from cads.errors import CadsError, SelectionError
 from cads.runtime.checkpoint import State
+from cads.runtime.hub_upload import check_repo_id, upload_folder
 from cads.runtime.versions import versions
 from cads.selection_files import COLUMNS, OPTIONAL, SCHEMA_VERSION, read_selection, selection_folder, write_selection
 
@@ -420,6 +423,37 @@ class Selection:
         return write_selection(
             folder, self._header(), self.table(), ledger=self.ledger, trained=self.trained, origin=self.origin
         )
+
+    def for_others(self) -> Selection:
+        """The Selection without what is of this machine: the state of a run, and the folders of files."""
+        if self.origin is None:
+            return replace(self, trained=None)
+        files = tuple(replace(file, location=Path(file.location).name) for file in self.origin.files)
+        return replace(self, trained=None, origin=replace(self.origin, files=files))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload the Selection (ids, scores, probabilities, ledger) with a data card, as a data set of the hub.
+
+        Neither rows nor the state of a run are uploaded, and of the pool's files the names alone. The rows go with it
+        by `cads.export(selection, repo_id, to="hub")`.
+
+        Args:
+            repo_id: USER/NAME. private: whether a data set that is made is private.
+            token: of the hub; None: that of `hf auth login`.
+
+        Returns:
+            the address of the data set.
+
+        Raises:
+            ConfigError: if that is no name of a data set, or the hub refuses.
+        """
+        check_repo_id(repo_id)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.for_others().save(folder / "selection")
+            card = data_card(self, repo_id, rows=None, data_file=None)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            return upload_folder(folder, repo_id, private=private, token=token, message=f"Selection of {self.method}")
 
     def table(self) -> pa.Table:
         """One row an example: id, source, score, probability, rank, selected."""
