@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +24,8 @@ from cads.selection import Selection, Weights
 from cads.tasks.language.tables import COMPRESSIONS
 
 __all__ = ["AddedColumns", "Form", "write_export"]
+
+log = logging.getLogger(__name__)
 
 Form = Literal["jsonl", "parquet", "files", "llamafactory", "axolotl", "trl", "hub"]
 """Rows as JSON lines or Parquet; a list of image files; a folder for a trainer; a data set on the hub."""
@@ -67,6 +70,10 @@ def write_export(
     if to == "files":
         weighted = weights == "column" and selection.unequal
         return _write_list(selection, counts, Path(output), paths, weighted=weighted)
+    if to == "hub" and selection.origin is None:
+        log.warning("the pool's examples are in no files of rows: the Selection alone is uploaded, with ids and scores")
+        selection.push_to_hub(str(output), private=private, token=token)
+        return 0
     rows = chosen_rows(selection, counts, paths, added)
     if to == "hub":
         return upload_rows(rows, str(output), private=private, token=token)

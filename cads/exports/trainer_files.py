@@ -17,7 +17,7 @@ from cads.exports.mixture_parts import Mixture, mixture_by_rows, mixture_by_shar
 from cads.exports.trainers import RowFacts, TrainerFormat
 from cads.exports.training_rows import TrainingRow, training_rows
 from cads.exports.writers import json_text
-from cads.runtime.atomic_files import whole_folder
+from cads.runtime.atomic_files import sync, whole_folder
 from cads.selection import Weights
 
 log = logging.getLogger(__name__)
@@ -128,6 +128,7 @@ class _Spooled:
                             otherwise[example] = None
                         record = form.record(row, self.facts) | _added(chosen, added, example, part.name)
                         out.write(f"{json_text(record)}\n")
+                sync(folder / f"{part.key}.jsonl")
         if otherwise:
             learned = "the last answer alone" if self.facts.learns_last else "every answer"
             log.warning(

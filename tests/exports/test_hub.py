@@ -112,6 +112,13 @@ def test_a_selection_alone_has_no_rows(hub):
     assert Selection.load(hub.folder / "selection").content_hash == selection.content_hash
 
 
+def test_the_command_uploads_a_selection_whose_rows_are_in_no_files(hub, caplog, tmp_path):
+    chosen(small_task().pool).save(tmp_path / "selection")
+    assert main(["export", str(tmp_path / "selection"), "--to", "hub", "--output", "me/images"]) == 0
+    assert "the Selection alone is uploaded" in caplog.text
+    assert (hub.folder / "selection" / "scores.parquet").exists()
+
+
 def test_a_trained_model_stays_here(hub):
     selection = cads.select(small_task(), "6 epochs")
     assert selection.trained is not None

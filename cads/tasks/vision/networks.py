@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cads.errors import ConfigError, DataError
-from cads.tasks.vision.weights import WeightsFile
+from cads.tasks.vision.weights import WeightsFile, load_fitting
 
 DEFAULT = "DEFAULT"
 """Name of the best weights that torchvision has for a network."""
@@ -135,9 +135,7 @@ class Network:
 
         model: nn.Module = torchvision.models.get_model(self.name, weights=None, num_classes=n_classes)
         if self.named_weights:
-            shapes = {name: x.shape for name, x in model.state_dict().items()}
-            fitting = {n: x for n, x in self._weights().items() if shapes.get(n) == x.shape}
-            model.load_state_dict(fitting, strict=False)
+            load_fitting(model, self._weights(), f"{self.named_weights} of {self.name}")
         return model
 
     def _weights(self) -> dict[str, Tensor]:

@@ -56,20 +56,7 @@ class WeightsFile:
         Raises:
             DataError: if the file cannot be read, or nothing fits.
         """
-        state = self._tensors()
-        wanted = model.state_dict()
-        best = max((_fitting(state, wanted, file, own) for file in PREFIXES for own in PREFIXES), key=len)
-        if not any(name for name in best if wanted[name].is_floating_point()):
-            raise DataError(
-                f"no weights in {self.path} fit the network: it has {_few(state)}, and the network {_few(wanted)}"
-            )
-        model.load_state_dict(best, strict=False)
-        fresh = [name for name in wanted if name not in best]
-        _say(
-            f"{self.path}: {len(best)} of {len(wanted)} tensors are used" + (f"; fresh: {_few(fresh)}" if fresh else "")
-        )
-        if len(best) < len(state):
-            _say(f"{self.path}: {len(state) - len(best)} tensors do not fit the network, and are not used")
+        load_fitting(model, self._tensors(), str(self.path))
 
     def _tensors(self) -> dict[str, Tensor]:
         try:
@@ -77,6 +64,27 @@ class WeightsFile:
             return _read(self.path, status.st_mtime_ns, status.st_size)
         except OSError as error:
             raise DataError(f"the weights in {self.path} cannot be read: {error.strerror or error}") from error
+
+
+def load_fitting(model: nn.Module, state: Mapping[str, Tensor], label: str) -> None:
+    """Copy the weights whose names and shapes fit; what starts fresh, and what is not used, is said once.
+
+    Args:
+        state: weights by name. label: of where they are from, in messages.
+
+    Raises:
+        DataError: if nothing fits.
+    """
+    wanted = model.state_dict()
+    best = max((_fitting(state, wanted, theirs, own) for theirs in PREFIXES for own in PREFIXES), key=len)
+    if not any(wanted[name].is_floating_point() for name in best):
+        raise DataError(f"no weights in {label} fit the network: it has {_few(state)}, and the network {_few(wanted)}")
+    model.load_state_dict(best, strict=False)
+    fresh = [name for name in wanted if name not in best]
+    if fresh:
+        _say(f"{label}: {len(best)} of {len(wanted)} tensors are used; fresh: {_few(fresh)}")
+    if len(best) < len(state):
+        _say(f"{label}: {len(state) - len(best)} tensors do not fit the network, and are not used")
 
 
 @lru_cache(maxsize=1)
