@@ -1,22 +1,28 @@
-"""The card of a data set on the hub: what was chosen, from what, by which method, and at what cost."""
+"""A Selection on the hub, and its card: what was chosen, from what, by which method, and at what cost."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
-from typing import Any, Protocol
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import yaml
 
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
+from cads.data.origin import Origin
+from cads.runtime.checkpoint import State
+from cads.runtime.hub_upload import check_repo_id, upload_folder
 
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 """Categories of sizes on the hub, by the number of rows below which they hold."""
 
 
 class Chosen(Protocol):
-    """What a card needs to know of a Selection."""
+    """What is needed of a Selection."""
 
     selected: np.ndarray
     weighted: bool
@@ -28,6 +34,12 @@ class Chosen(Protocol):
     config: dict[str, Any]
     pool_hash: str
     versions: dict[str, str]
+    trained: State | None
+    origin: Origin | None
+
+    def save(self, folder: Path | str) -> Path:
+        """Write it to a new folder."""
+        ...
 
     @property
     def shares(self) -> dict[str, float]:
@@ -37,6 +49,42 @@ class Chosen(Protocol):
     def source_counts(self) -> list[tuple[str, int, int, float]]:
         """Name, examples, selected examples and mean probability of each source."""
         ...
+
+
+SelectionT = TypeVar("SelectionT", bound=Chosen)
+
+
+def upload_selection(selection: Chosen, repo_id: str, *, private: bool, token: str | None) -> str:
+    """Upload a Selection and its card, without rows, the state of a run, or folders of files; returns the address.
+
+    Args:
+        repo_id: USER/NAME. private: whether a data set that is made is private.
+        token: of the hub; None: that of `hf auth login`.
+
+    Raises:
+        ConfigError: if that is no name of a data set, or the hub refuses.
+    """
+    check_repo_id(repo_id)
+    with tempfile.TemporaryDirectory() as name:
+        write_repository(selection, Path(name), repo_id, rows=None, data_file=None)
+        message = f"Selection of {selection.method}"
+        return upload_folder(Path(name), repo_id, private=private, token=token, message=message)
+
+
+def write_repository(selection: Chosen, folder: Path, repo_id: str, *, rows: int | None, data_file: str | None) -> None:
+    """Write the Selection, without what is of this machine, and its card. Arguments: as `data_card`."""
+    portable(selection).save(folder / "selection")
+    card = data_card(selection, repo_id, rows=rows, data_file=data_file)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def portable(selection: SelectionT) -> SelectionT:
+    """The Selection without the state of a run, and without the folders of the pool's files."""
+    origin = selection.origin
+    if origin is not None:
+        files = tuple(replace(file, location=Path(file.location).name) for file in origin.files)
+        origin = replace(origin, files=files)
+    return replace(selection, trained=None, origin=origin)  # type: ignore[type-var]
 
 
 def data_card(selection: Chosen, repo_id: str, *, rows: int | None, data_file: str | None) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,7 +19,7 @@ from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
 from cads.data.balanced_stream import balanced_stream
 from cads.data.hashing import add_column
-from cads.data.ids import rank_by_score
+from cads.data.ids import as_dictionary, rank_by_score
 from cads.data.origin import Origin
 from cads.data.pool import Pool
 from cads.data.row_search import find_rows
@@ -28,10 +27,9 @@ from cads.data.sampler import StreamSampler
 from cads.data.streams import ShuffledStream, Stream, WeightedStream
 from cads.data.token_batches import in_id_order
 from cads.data.weighted_rows import take_rows
-from cads.data_card import data_card
+from cads.data_card import upload_selection
 from cads.errors import CadsError, SelectionError
 from cads.runtime.checkpoint import State
-from cads.runtime.hub_upload import check_repo_id, upload_folder
 from cads.runtime.versions import versions
 from cads.selection_files import COLUMNS, OPTIONAL, SCHEMA_VERSION, read_selection, selection_folder, write_selection
 
@@ -97,7 +95,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         n = len(self.ids)
-        self.sources = _dictionary(self.sources)
+        self.sources = as_dictionary(self.sources)
         if self.sources is not None and (len(self.sources) != n or self.sources.null_count):
             raise SelectionError(f"{len(self.sources) - self.sources.null_count} sources for {n} ids")
         for name in ("score", "probability", "selected"):
@@ -424,36 +422,15 @@ class Selection:
             folder, self._header(), self.table(), ledger=self.ledger, trained=self.trained, origin=self.origin
         )
 
-    def for_others(self) -> Selection:
-        """The Selection without what is of this machine: the state of a run, and the folders of files."""
-        if self.origin is None:
-            return replace(self, trained=None)
-        files = tuple(replace(file, location=Path(file.location).name) for file in self.origin.files)
-        return replace(self, trained=None, origin=replace(self.origin, files=files))
-
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-        """Upload the Selection (ids, scores, probabilities, ledger) with a data card, as a data set of the hub.
+        """Upload ids, scores, probabilities and ledger with a data card to USER/NAME on the hub; returns the address.
 
-        Neither rows nor the state of a run are uploaded, and of the pool's files the names alone. The rows go with it
-        by `cads.export(selection, repo_id, to="hub")`.
-
-        Args:
-            repo_id: USER/NAME. private: whether a data set that is made is private.
-            token: of the hub; None: that of `hf auth login`.
-
-        Returns:
-            the address of the data set.
+        A data set that is made is private by default. `cads.export(selection, repo_id, to="hub")` uploads rows too.
 
         Raises:
             ConfigError: if that is no name of a data set, or the hub refuses.
         """
-        check_repo_id(repo_id)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            self.for_others().save(folder / "selection")
-            card = data_card(self, repo_id, rows=None, data_file=None)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-            return upload_folder(folder, repo_id, private=private, token=token, message=f"Selection of {self.method}")
+        return upload_selection(self, repo_id, private=private, token=token)
 
     def table(self) -> pa.Table:
         """One row an example: id, source, score, probability, rank, selected."""
@@ -515,11 +492,3 @@ def _qualified_name(value: Any) -> Any:
     if not callable(value):
         return value
     return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-
-
-def _dictionary(names: pa.Array | Sequence[str] | None) -> pa.DictionaryArray | None:
-    """Names as a dictionary array of int32 codes."""
-    if names is None:
-        return None
-    column = names if isinstance(names, pa.Array) else pa.array(names, pa.string())
-    return column if isinstance(column, pa.DictionaryArray) else column.dictionary_encode()

@@ -6,7 +6,7 @@ import logging
 import tempfile
 from pathlib import Path
 
-from cads.data_card import data_card
+from cads.data_card import write_repository
 from cads.errors import DataError
 from cads.exports.chosen_rows import ChosenRows
 from cads.exports.writers import write_json_lines, write_parquet
@@ -42,7 +42,5 @@ def build_folder(chosen: ChosenRows, folder: Path, repo_id: str) -> int:
         file = data / "train.jsonl"
         log.info("rows are uploaded as JSON lines: %s", error)
         count = write_json_lines(chosen.blocks, file)
-    chosen.selection.for_others().save(folder / "selection")
-    card = data_card(chosen.selection, repo_id, rows=count, data_file=f"data/{file.name}")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_repository(chosen.selection, folder, repo_id, rows=count, data_file=f"data/{file.name}")
     return count
