@@ -1,4 +1,4 @@
-"""Ids of examples and names of sources, and orders of examples: by id, and by score (higher is better, ties are broken by id)."""
+"""Ids of examples, names of sources, and orders of examples: by id, and by score (ties are broken by id)."""
 
 from __future__ import annotations
 
