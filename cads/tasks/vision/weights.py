@@ -77,7 +77,7 @@ def load_fitting(model: nn.Module, state: Mapping[str, Tensor], label: str) -> N
     """
     wanted = model.state_dict()
     best = max((_fitting(state, wanted, theirs, own) for theirs in PREFIXES for own in PREFIXES), key=len)
-    if not any(wanted[name].is_floating_point() for name in best):
+    if state and not any(wanted[name].is_floating_point() for name in best):
         raise DataError(f"no weights in {label} fit the network: it has {_few(state)}, and the network {_few(wanted)}")
     model.load_state_dict(best, strict=False)
     fresh = [name for name in wanted if name not in best]
