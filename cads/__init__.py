@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from cads.selection import Selection
     from cads.selector import Selector
     from cads.task import Task
+    from cads.tasks.custom.datasets import DatasetTask
+    from cads.tasks.custom.tensors import TensorTask
 
 __version__ = "0.1.0"
 
@@ -26,11 +28,13 @@ __all__ = [
     "Batch",
     "Budget",
     "CadsError",
+    "DatasetTask",
     "Ledger",
     "Pool",
     "Selection",
     "Selector",
     "Task",
+    "TensorTask",
     "TrainConfig",
     "__version__",
     "export",
@@ -43,11 +47,13 @@ _HOME = {
     "Batch": "cads.data.batch",
     "Budget": "cads.accounting.budget",
     "CadsError": "cads.errors",
+    "DatasetTask": "cads.tasks.custom.datasets",
     "Ledger": "cads.accounting.ledger",
     "Pool": "cads.data.pool",
     "Selection": "cads.selection",
     "Selector": "cads.selector",
     "Task": "cads.task",
+    "TensorTask": "cads.tasks.custom.tensors",
     "TrainConfig": "cads.recipe",
     "export": "cads.api",
     "plan": "cads.api",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from cads.monitor import Monitor
 from cads.planning.methods import plan_methods
 from cads.planning.plan import Plan
 from cads.registry import build_selector
+from cads.runtime.lock import held_by_first
+from cads.runtime.run_folder import resumable_journal
+from cads.runtime.signals import Interrupts
+from cads.runtime.versions import versions
 from cads.selection import Selection, Weights
 from cads.selector import Selector
 from cads.task import Task
@@ -106,6 +111,7 @@ def train(
     monitor: Monitor | None = None,
     evaluations: Sequence[str] = (),
     save: Callable[[nn.Module], None] | None = None,
+    checkpoints: Path | str | None = None,
     **options: Any,
 ) -> TrainedModel:
     """Train the final model within the budget, and measure it on the test set.
@@ -120,6 +126,8 @@ def train(
         monitor: shows progress and writes TensorBoard events; None for neither.
         evaluations: further ones of the task, such as "choices".
         save: is given the trained model before it is tested, to write it.
+        checkpoints: folder for the state of the run, written every minute. The same call, given again after the process
+            has ended, goes on from there, to the same bits. None: a run that is stopped begins anew.
         options: of the selector, by name.
 
     Returns:
@@ -129,7 +137,29 @@ def train(
         BudgetError: if the budget does not parse, or nothing is left for training.
         ConfigError: if the method, an option or an evaluation is unknown; or if options are given beside a selection.
         SelectionError: if the selection was made from another pool.
+        CheckpointError: if `checkpoints` holds another run, such as one on other data.
     """
+    if checkpoints is not None:
+        settings = {
+            "budget": str(_budget(budget, count_selection)),
+            "selection": None if selection is None else selection.content_hash,
+            "seed": seed,
+            "evaluations": list(evaluations),
+            **_method_settings(method, options),
+        }
+        with _resumable(Path(checkpoints), task, settings):
+            return train(
+                task,
+                budget,
+                method=method,
+                selection=selection,
+                seed=seed,
+                count_selection=count_selection,
+                monitor=monitor,
+                evaluations=evaluations,
+                save=save,
+                **options,
+            )
     ledger = Ledger()
     parsed = in_flops(task, _budget(budget, count_selection), ledger)
     given = selection
@@ -149,32 +179,45 @@ def export(
     *,
     to: Form = "jsonl",
     files: Sequence[Path | str] = (),
-    weights: Weights = "column",
+    weights: Weights | None = None,
     seed: int = 0,
     weight_column: str | None = "weight",
     source_column: str | None = "source",
     overwrite: bool = False,
+    chat: bool = True,
+    private: bool = True,
+    token: str | None = None,
 ) -> int:
-    """Write the chosen rows as they stand in the files of the pool, or a list of the chosen images of a folder.
+    """Write the chosen rows as they stand in the files of the pool, a list of the chosen images of a folder, or what a
+    trainer of language models reads.
 
     Values are those of the files; of CSV files they are text. Rows come in the order of the files and of their rows.
     The output appears only when it is complete.
 
+    For a trainer (`docs/export.md`), `output` is a folder: a JSON lines file for each source, in a random order, whose
+    rows are conversations, prompts with completions, or text; and the configuration with which the trainer mixes them.
+
     Args:
         selection: a Selection, or the folder that holds one.
-        output: file to write.
+        output: file to write; for a trainer a folder; for the hub the name of the data set, USER/NAME.
         to: "jsonl" or "parquet" for rows; "files" for a list of images, one path a line, relative to the folder of the
-            pool.
+            pool; "llamafactory", "axolotl" or "trl" for a trainer; "hub" to upload rows, Selection and a data card.
         files: those of the pool, in any order, where they have moved, or those of them whose rows are wanted; they are
             recognised by the contents of the columns that examples are written from. None: where the pool was read
             from. For a list of images: the folder of the pool, in which they are looked for.
         weights: "column" adds the `weights` of the Selection as a column, whose sum over all files of the pool is 1 (to
             a list of images: after a tab, if they are not equal). "resample" repeats rows in proportion to how often
-            training draws them, as many in all as are selected; a repeated row follows itself.
-        seed: of the draws of "resample".
+            training draws them, as many in all as are selected; a repeated row follows itself. None: "column", and for
+            trainers, which read no weights, "resample" if weights differ. The shares of sources are in the
+            configuration of LLaMA-Factory and TRL, and in the number of rows for axolotl, which takes none.
+        seed: of the draws of "resample", and of the order of rows for trainers.
         weight_column: its name; None: no such column.
         source_column: name of the column of sources, if the pool had any; None: no such column.
         overwrite: replace `output` if it exists.
+        chat: for trainers: write prompts and responses as conversations, for models with a chat template; if not, as
+            text, with a line break between them.
+        private: for the hub: whether a data set that is made is private.
+        token: for the hub; None: that of `hf auth login`.
 
     Returns:
         the number of rows or lines written.
@@ -183,13 +226,43 @@ def export(
         SelectionError: if the pool was not read from files, they are missing or changed, a column that would be added
             has another meaning there, or nothing of the pool is selected.
         DataError: if a value has no form in the format.
-        ConfigError: if `output` exists, or a setting is unknown.
+        ConfigError: if `output` exists, a setting is unknown, the trainer cannot take the rows, or the hub refuses.
     """
-    added = AddedColumns(weight_column if weights == "column" else None, source_column)
-    paths = [Path(file) for file in files]
     return write_export(
-        selection, Path(output), to, paths, weights=weights, seed=seed, added=added, overwrite=overwrite
+        selection,
+        output,
+        to,
+        [Path(file) for file in files],
+        weights=weights,
+        seed=seed,
+        added=AddedColumns(weight_column, source_column),
+        overwrite=overwrite,
+        chat=chat,
+        private=private,
+        token=token,
     )
+
+
+@contextmanager
+def _resumable(folder: Path, task: Task, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Write the state of what runs in the block to `folder`, and go on from what is there."""
+    interrupts = Interrupts()
+    identity = {"settings": settings, "recipe": task.recipe.result_fields(), "data": task.identity}
+    with ExitStack() as stack:
+        stack.enter_context(held_by_first(folder))
+        stack.enter_context(interrupts.listen())
+        journal = resumable_journal("train", folder / "train", identity | {"versions": versions()}, None, interrupts)
+        stack.enter_context(journal)
+        yield
+
+
+def _method_settings(method: str | Selector, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A method and its options, as JSON values."""
+    if not isinstance(method, str):
+        options = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
+    name = method if isinstance(method, str) else type(method).__qualname__
+    plain = (str, int, float, bool, type(None))
+    return {"method": name, "options": {k: v if isinstance(v, plain) else str(v) for k, v in options.items()}}
 
 
 def _selector(method: str | Selector, options: dict[str, Any]) -> Selector:

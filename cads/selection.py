@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger
 from cads.data.balanced_stream import balanced_stream
 from cads.data.hashing import add_column
-from cads.data.ids import rank_by_score
+from cads.data.ids import as_dictionary, rank_by_score
 from cads.data.origin import Origin
 from cads.data.pool import Pool
 from cads.data.row_search import find_rows
@@ -27,6 +26,7 @@ from cads.data.sampler import StreamSampler
 from cads.data.streams import ShuffledStream, Stream, WeightedStream
 from cads.data.token_batches import in_id_order
 from cads.data.weighted_rows import take_rows
+from cads.data_card import upload_selection
 from cads.errors import CadsError, SelectionError
 from cads.runtime.checkpoint import State
 from cads.runtime.versions import versions
@@ -94,7 +94,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         n = len(self.ids)
-        self.sources = _dictionary(self.sources)
+        self.sources = as_dictionary(self.sources)
         if self.sources is not None and (len(self.sources) != n or self.sources.null_count):
             raise SelectionError(f"{len(self.sources) - self.sources.null_count} sources for {n} ids")
         for name in ("score", "probability", "selected"):
@@ -421,6 +421,16 @@ class Selection:
             folder, self._header(), self.table(), ledger=self.ledger, trained=self.trained, origin=self.origin
         )
 
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload ids, scores, probabilities and ledger with a data card to USER/NAME on the hub; returns the address.
+
+        A data set that is made is private by default. `cads.export(selection, repo_id, to="hub")` uploads rows too.
+
+        Raises:
+            ConfigError: if that is no name of a data set, or the hub refuses.
+        """
+        return upload_selection(self, repo_id, private=private, token=token)
+
     def table(self) -> pa.Table:
         """One row an example: id, source, score, probability, rank, selected."""
         sources = pa.nulls(len(self.ids)) if self.sources is None else self.sources
@@ -481,11 +491,3 @@ def _qualified_name(value: Any) -> Any:
     if not callable(value):
         return value
     return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-
-
-def _dictionary(names: pa.Array | Sequence[str] | None) -> pa.DictionaryArray | None:
-    """Names as a dictionary array of int32 codes."""
-    if names is None:
-        return None
-    column = names if isinstance(names, pa.Array) else pa.array(names, pa.string())
-    return column if isinstance(column, pa.DictionaryArray) else column.dictionary_encode()

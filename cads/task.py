@@ -203,7 +203,13 @@ class Task(ABC):
             ConfigError: if `merge` is set and the models have no adapters.
         """
         self.check_merge(merge)
-        weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+        weights: dict[str, Tensor] = {}
+        stored: set[int] = set()
+        for name, x in model.state_dict().items():
+            weights[name] = x.detach().cpu().contiguous()
+            if weights[name].untyped_storage().data_ptr() in stored:
+                weights[name] = weights[name].clone()  # safetensors refuse tensors that share memory
+            stored.add(weights[name].untyped_storage().data_ptr())
         with atomic_file(folder / "model.safetensors") as partial:
             save_file(weights, partial)
 

@@ -24,7 +24,10 @@ from tests.support.paths import ROOT
 
 FUNCTIONS = ("plan", "select", "train", "export")
 WITHOUT_BUDGET = ("export",)
-CLASSES = ("Batch", "Budget", "CadsError", "Ledger", "Pool", "Selection", "Selector", "Task", "TrainConfig")
+CLASSES = (
+    *("Batch", "Budget", "CadsError", "DatasetTask", "Ledger", "Pool", "Selection", "Selector", "Task", "TensorTask"),
+    "TrainConfig",
+)
 CONFIG = {
     "task": {"hidden": 16, "n_pool": 80, "n_target": 30, "n_test": 30, "sources": [{"name": "a"}, {"name": "b"}]},
     "train": {"batch_size": 8},

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cads.accounting.closed_form import check_layers, product_flops
 from cads.accounting.hollow import hollow
-from cads.accounting.measured import PROBE_SIZE, count_flops
+from cads.accounting.measured import PROBE_SIZE, count_flops, uncounted_operations
 from cads.accounting.nominal import forward_flops, training_flops
 from cads.accounting.transformer import read_transformer, trainable_size
 from cads.data.batch import Batch, Shape
@@ -114,11 +114,16 @@ class MeasuredAccounting(Accounting):
 
     name = "measured"
 
+    def __init__(self, task: Workload) -> None:
+        super().__init__(task)
+        self._looked_for_uncounted = False
+
     def price(self, batch: Batch) -> ExampleCost:
-        """Run one batch and count.
+        """Run one batch and count. Operations that do products and are not counted are named in a warning.
 
         Raises:
             DataError: if the batch cannot run through the model.
+            ConfigError: if nothing of what it runs through is counted.
         """
         probe = self._probe(batch)
         model = self.model.train()
@@ -128,13 +133,32 @@ class MeasuredAccounting(Accounting):
 
         with torch.random.fork_rng():
             try:
-                usage = count_flops(lambda: forward().backward())
+                usage = count_flops(lambda: self._named(lambda: forward().backward()))
                 with torch.no_grad():
                     forward_only = count_flops(forward)
             except (RuntimeError, IndexError, ValueError) as error:
                 raise DataError(f"an example of shape {batch.shape} cannot run through the model: {error}") from error
         model.zero_grad(set_to_none=True)
+        if not usage:
+            raise ConfigError(
+                f"the model of {self.task.name} has no operation whose FLOPs are counted, so that no budget can be "
+                "kept: write its products as such (nn.Linear, nn.Conv2d, x @ w), not as sums of elementwise ones"
+            )
         return ExampleCost(forward_only / PROBE_SIZE, usage / PROBE_SIZE, batch.tokens / len(batch))
+
+    def _named(self, run: Callable[[], Any]) -> None:
+        """Run, and the first time warn of what is not counted."""
+        if self._looked_for_uncounted:
+            run()
+            return
+        self._looked_for_uncounted = True
+        if names := uncounted_operations(run):
+            log.warning(
+                "%s: the FLOPs of %s are not counted, so that it costs more than the ledger says; budgets are kept "
+                "in what is counted",
+                self.task.name,
+                ", ".join(names),
+            )
 
 
 class AnalyticAccounting(Accounting):

@@ -28,6 +28,7 @@ from cads.accounting.closed_form import (
     Trainable,
     check_shape,
 )
+from cads.accounting.kernels import UncountedOperations, kernel_mapping
 from cads.data.batch import Batch
 from cads.errors import ConfigError
 
@@ -81,7 +82,11 @@ def convolution_mapping() -> dict[Any, Callable[..., int]]:
 
 
 def _counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping={**cpu_attention_mapping(), **convolution_mapping()})
+    return FlopCounterMode(display=False, custom_mapping=_own_formulas())
+
+
+def _own_formulas() -> dict[Any, Callable[..., int]]:
+    return {**cpu_attention_mapping(), **convolution_mapping(), **kernel_mapping()}
 
 
 def count_flops(function: Callable[[], Any]) -> int:
@@ -89,6 +94,13 @@ def count_flops(function: Callable[[], Any]) -> int:
     with _counter() as counter:
         function()
     return int(counter.get_total_flops())
+
+
+def uncounted_operations(function: Callable[[], Any]) -> list[str]:
+    """Names of the operations in `function` that do products which `count_flops` leaves out, such as `aten.fft_fft`."""
+    with UncountedOperations({*flop_registry, *_own_formulas()}) as operations:
+        function()
+    return sorted(operations.names)
 
 
 def attention_self_test() -> list[str]:

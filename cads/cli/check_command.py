@@ -87,7 +87,8 @@ def remarks(task: Task) -> list[str]:
         shared = sum(digest in known for digest in getattr(task, part).digests.to_pylist())
         lines.append(f"{part}: {shared:,} of {len(getattr(task, part)):,} examples are in the pool too")
     if task.pool.sources is None:
-        lines.append("the pool has no sources: `cads` then weighs single examples alone")
+        weighed = "has nothing to weigh" if task.guess_loss is None else "weighs single examples alone"
+        lines.append(f"the pool has no sources: `cads` then {weighed}")
     return lines
 
 

@@ -193,7 +193,7 @@ def export_parser() -> ArgumentParser:
     """The parser of `cads export`."""
     description = (
         "Write the rows that a Selection chose, as they stand in the files of its pool, with columns of weights and "
-        "sources; or a list of the images that it chose."
+        "sources; a list of the images that it chose; what a trainer reads; or a data set of the hub."
     )
     parser = _parser("export", "SELECTION --to FORM --output FILE [flags] [FILES...]", description)
     parser.add_argument("selection", type=str, metavar="SELECTION", help="folder that `cads select` wrote")

@@ -94,21 +94,27 @@ class TrainSettings(CommandSettings):
 class ExportSettings:
     """Settings of `cads export`."""
 
-    to: Literal["jsonl", "parquet", "files"]
-    """jsonl or parquet: the chosen rows; files: a list of the chosen images, relative to the folder of the pool."""
+    to: Literal["jsonl", "parquet", "files", "llamafactory", "axolotl", "trl", "hub"]
+    """jsonl or parquet: the chosen rows; files: a list of the chosen images, relative to the folder of the pool;
+    llamafactory, axolotl or trl: a folder with the rows of each source and the trainer's own configuration of their
+    mixture; hub: a data set with rows, Selection and card."""
     output: str
-    """File to write."""
-    weights: Literal["column", "resample"] = "column"
+    """File to write; for a trainer a folder; for the hub USER/NAME."""
+    weights: Literal["column", "resample"] | None = None
     """column: add each example's weight in training (sum 1; to a list of images: after a tab, if not equal). resample:
-    repeat rows by it, as many in all as are selected."""
+    repeat rows by it, as many in all as are selected. null: column, and for trainers resample if weights differ."""
     seed: int = 0
-    """Of the draws of resample."""
+    """Of the draws of resample, and of the order of rows for trainers."""
     weight_column: str | None = "weight"
     """Name of the column of weights; null: none."""
     source_column: str | None = "source"
     """Name of the column of sources, if the pool had any; null: none."""
     overwrite: bool = False
     """Replace the output if it exists."""
+    chat: bool = True
+    """Trainers: prompts and responses as conversations; false: as text, for models without a chat template."""
+    private: bool = True
+    """hub: a data set that is made is private."""
 
 
 @dataclass

@@ -1,6 +1,8 @@
-"""Ids of examples, and orders of examples: by id, and by score (higher is better, ties are broken by id)."""
+"""Ids of examples, names of sources, and orders of examples: by id, and by score (ties are broken by id)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -45,3 +47,11 @@ def rank_by_score(ids: pa.Array, score: np.ndarray) -> np.ndarray:
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
     return rank
+
+
+def as_dictionary(names: pa.Array | Sequence[str] | None) -> pa.DictionaryArray | None:
+    """Names as a dictionary array of int32 codes."""
+    if names is None:
+        return None
+    column = names if isinstance(names, pa.Array) else pa.array(names, pa.string())
+    return column if isinstance(column, pa.DictionaryArray) else column.dictionary_encode()

@@ -44,6 +44,8 @@ class FileOrigin:
         columns: its columns from which examples are written.
         hashed: the `digest`, or what computes it when it is first asked for: that reads every row.
         id_column: its column of ids; None if ids were made from row numbers.
+        roles: the column of each role of an example, or the template of columns, such as prompt and response; None if
+            that is not known.
     """
 
     location: str
@@ -51,6 +53,7 @@ class FileOrigin:
     columns: tuple[str, ...]
     hashed: str | Callable[[], str]
     id_column: str | None = None
+    roles: Mapping[str, str] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -67,8 +70,9 @@ class FileOrigin:
         return hash(self._labels)
 
     @property
-    def _labels(self) -> tuple[str, int, tuple[str, ...], str | None]:
-        return self.location, self.rows, self.columns, self.id_column
+    def _labels(self) -> tuple[Any, ...]:
+        roles = None if self.roles is None else tuple(sorted(self.roles.items()))
+        return self.location, self.rows, self.columns, self.id_column, roles
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -78,6 +82,7 @@ class FileOrigin:
             "columns": list(self.columns),
             "digest": self.digest,
             "id_column": self.id_column,
+            **({} if self.roles is None else {"roles": dict(self.roles)}),
         }
 
     @classmethod
@@ -88,12 +93,17 @@ class FileOrigin:
             DataError: if a field has the wrong type. KeyError: if one is missing.
         """
         columns, id_column, rows = fields["columns"], fields["id_column"], fields["rows"]
+        roles = fields.get("roles")
         texts = [fields["location"], fields["digest"], *columns, *([] if id_column is None else [id_column])]
+        if roles is not None:
+            if not isinstance(roles, dict):
+                raise DataError(f"the file {fields['location']!r:.60} has roles that are no mapping")
+            texts += roles.values()
         if not isinstance(columns, list) or not all(isinstance(x, str) for x in texts):
             raise DataError(f"the file {fields['location']!r:.60} has fields that are no text")
         if type(rows) is not int or not 0 <= rows < MAX_ROWS:
             raise DataError(f"the file {fields['location']!r:.60} has {rows!r:.60} rows")
-        return cls(fields["location"], rows, tuple(columns), fields["digest"], id_column)
+        return cls(fields["location"], rows, tuple(columns), fields["digest"], id_column, roles)
 
 
 @dataclass(frozen=True, eq=False)

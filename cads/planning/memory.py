@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from cads.accounting.architectures import Architecture
@@ -111,16 +112,25 @@ def _transformer(model: nn.Module) -> Transformer | None:
 
 def _outputs(task: Workload, model: nn.Module, batch: Batch) -> float:
     """Numbers in the outputs of the innermost modules for one example."""
-    # Meta tensors: shapes without data or memory.
-    skeleton = copy.deepcopy(model).to("meta").train()
+    probe = batch.map(lambda x: x[:1].repeat_interleave(PROBE_SIZE, dim=0))
+    try:
+        # Meta tensors: shapes without data or memory.
+        return _outputs_on(task, copy.deepcopy(model).to("meta"), probe.to("meta"))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        # A model that looks at values has none on the meta device.
+        with torch.no_grad():
+            return _outputs_on(task, copy.deepcopy(model), probe)
+
+
+def _outputs_on(task: Workload, model: nn.Module, probe: Batch) -> float:
     total = 0
 
     def add(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal total
         total += output.numel() if isinstance(output, Tensor) else 0
 
-    for module in skeleton.modules():
+    for module in model.train().modules():
         if next(module.children(), None) is None:
             module.register_forward_hook(add)
-    task.losses(skeleton, batch.map(lambda x: x[:1].repeat_interleave(PROBE_SIZE, dim=0)).to("meta"))
+    task.losses(model, probe)
     return total / PROBE_SIZE

@@ -275,11 +275,20 @@ def _signature(manifest: Mapping[str, Any]) -> str:
 
 
 def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": content_digest(path)}
+
+
+def content_digest(path: Path) -> str:
+    """The SHA-256 of a file's contents, hexadecimal.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while chunk := stream.read(HASHED_AT_ONCE):
             digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def check_size(path: Path, limit: float) -> None:

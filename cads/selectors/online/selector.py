@@ -85,6 +85,13 @@ class Cads:
             a Selection with the probabilities at the end of the run, and the run in `trained`.
         """
         self.check(task)
+        if self.granularity == "example" and task.pool.sources is None and task.guess_loss is None:
+            log.warning(
+                "%s has neither sources nor classes, so that %s has nothing to weigh: it trains on all of target and "
+                "pool alike. Name the sources of the pool, or use a ranking, such as loss, less or embedding",
+                task.name,
+                self.method,
+            )
         check_step(task, budget.flops(task))
         run_ledger = Ledger(limit=budget.flops(task))
         run = _TrainedRun(self, InnerLoop(in_name_order(task), run_ledger, monitor or Monitor()), seed)

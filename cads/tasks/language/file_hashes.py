@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,19 +54,22 @@ class FileHasher:
         return UNKNOWN
 
 
-def origin_of(location: str, table: pa.Table, stamp: Stamp | None, id_column: str | None) -> FileOrigin:
+def origin_of(
+    location: str, table: pa.Table, stamp: Stamp | None, id_column: str | None, roles: Mapping[str, str] | None = None
+) -> FileOrigin:
     """The record of a file, a folder of `datasets` or a data set of the hub, by which a Selection finds its rows again.
 
     The tables of folders and data sets stay open: they are on disk, and `datasets` does not change their files.
 
     Args:
         table: all rows, and the columns that examples are written from. stamp: of a file; None for anything else.
+        roles: as in `FileOrigin`.
     """
     columns = tuple(table.column_names)
     hashed: Callable[[], str] = partial(table_digest, table)
     if stamp is not None:
         hashed = FileHasher(Path(location).absolute(), columns, stamp)
-    return FileOrigin(location, len(table), columns, hashed, id_column)
+    return FileOrigin(location, len(table), columns, hashed, id_column, roles)
 
 
 def stamp_of(path: Path) -> Stamp | None:

@@ -12,17 +12,21 @@ from cads.errors import ConfigError, DataError
 from cads.tasks.language.columns import Format
 from cads.tasks.language.conversations import (
     Conversation,
-    Message,
     UnansweredError,
     UnusableError,
     content_text,
     is_blank,
-    messages_in,
     read_conversation,
-    read_history,
-    read_messages,
     read_tools,
     with_arguments_as_json,
+)
+from cads.tasks.language.pairs import (
+    continuation_as_chat,
+    has_messages,
+    pair_as_chat,
+    plain_prompt,
+    prompt_of,
+    response_of,
 )
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
@@ -149,74 +153,22 @@ class Renderer:
         return Example(text, text, ((0, len(text)),))
 
     def _pair(self, row: Mapping[str, Any], identity: str, findings: Findings) -> Example:
-        if messages_in(row["prompt"]) or messages_in(row["response"]):
-            return self._continued(row, identity, findings)
-        prompt = content_text(row["prompt"], "prompt", identity)
-        context = _optional(row, "context", identity)
-        if context:
-            prompt = f"{prompt}\n\n{context}"
-        response = _response(row["response"], identity, findings)
-        if is_blank(response):
-            raise UnansweredError(identity, "an empty")
-        system = _optional(row, "system", identity)
+        if has_messages(row):
+            if not self.chat:
+                raise ConfigError(
+                    f"example {identity!r} has messages as prompt or response, which are written as a chat: "
+                    + ("leave chat at null" if self.tokenizer.chat_template else _no_template(self.tokenizer))
+                )
+            return self._rendered(continuation_as_chat(row, identity, self._named_roles), identity, findings)
+        prompt = prompt_of(row, identity)
         if self.chat:
-            return self._chat(row, identity, findings, system=system, prompt=prompt, response=response)
-        history, earlier = row.get("history"), ""
-        if isinstance(history, str) and not history.lstrip().startswith("["):
-            earlier = f"{history}\n\n" if history.strip() else ""
-        else:
-            for message in read_history(history, identity, self._named_roles):
-                earlier += message["content"] + ("\n\n" if message["role"] == "assistant" else self.separator)
+            chat = pair_as_chat(row, identity, self._named_roles, findings.remark)
+            return replace(self._rendered(chat, identity, findings), prompt=prompt)
+        response = response_of(row, identity, findings.remark)
         if tools := read_tools(row.get("tools"), identity):
             findings.remark("tools are written by chat templates only, and are not used", tools)
-        begin = f"{system}\n\n" if system else ""
-        begin += f"{earlier}{prompt}{self.separator}"
+        begin = plain_prompt(row, identity, self.separator, self._named_roles)
         return Example(begin + response, prompt, ((len(begin), len(begin) + len(response)),))
-
-    def _chat(
-        self, row: Mapping[str, Any], identity: str, findings: Findings, *, system: str, prompt: str, response: str
-    ) -> Example:
-        """Prompt and response as a chat of which the last answer is learned."""
-        history, asked = row.get("history"), prompt
-        earlier: list[Message] = []
-        if isinstance(history, str) and not history.lstrip().startswith("["):
-            asked = f"{history}\n\n{prompt}" if history.strip() else prompt
-        else:
-            earlier = read_history(history, identity, self._named_roles)
-        messages = [
-            *earlier,
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": response},
-        ]
-        messages = [{**m, "weight": int(i == len(messages) - 1)} for i, m in enumerate(messages)]
-        chat = read_conversation(
-            messages, identity, known=self._named_roles, system=system or None, tools=row.get("tools")
-        )
-        return replace(self._rendered(chat, identity, findings), prompt=prompt)
-
-    def _continued(self, row: Mapping[str, Any], identity: str, findings: Findings) -> Example:
-        """Prompt and response as lists of messages: only what the assistant says in the response is learned."""
-        if not self.chat:
-            raise ConfigError(
-                f"example {identity!r} has messages as prompt or response, which are written as a chat: "
-                + ("leave chat at null" if self.tokenizer.chat_template else _no_template(self.tokenizer))
-            )
-        parts = []
-        for name, role in (("prompt", "user"), ("response", "assistant")):
-            given = messages_in(row[name]) or [{"role": role, "content": content_text(row[name], name, identity)}]
-            parts.append(read_messages(given, name, identity, self._named_roles))
-        messages = [{**m, "weight": 0} for m in parts[0].messages]
-        messages += [{**m, "weight": int(w)} for m, w in zip(parts[1].messages, parts[1].learned, strict=True)]
-        if context := _optional(row, "context", identity):
-            asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
-            if asked is not None:
-                messages[asked] = {**messages[asked], "content": f"{messages[asked]['content']}\n\n{context}"}
-        history = read_history(row.get("history"), identity, self._named_roles)
-        messages = [{**m, "weight": 0} for m in history] + messages
-        chat = read_conversation(
-            messages, identity, known=self._named_roles, system=row.get("system"), tools=row.get("tools")
-        )
-        return self._rendered(chat, identity, findings)
 
     def _conversation(self, row: Mapping[str, Any], identity: str, findings: Findings) -> Example:
         chat = read_conversation(
@@ -354,29 +306,6 @@ class RewrittenError(UnusableError):
 def _common_start(one: str, other: str) -> int:
     """The number of characters with which both begin."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _optional(row: Mapping[str, Any], role: str, identity: str) -> str:
-    """The text of a column that a row may lack."""
-    value = row.get(role)
-    return "" if value is None or value == "" else content_text(value, role, identity)
-
-
-def _response(value: Any, identity: str, findings: Findings) -> str:
-    """A response: text, or the first of several, as in SQuAD.
-
-    Raises:
-        UnansweredError: if there is none among several.
-    """
-    several = value.get("text") if isinstance(value, Mapping) else value
-    if not isinstance(several, list):
-        return content_text(value, "response", identity)
-    if not several:
-        raise UnansweredError(identity, "no")
-    texts = [content_text(text, "response", identity) for text in several]
-    if len(set(texts)) > 1:
-        findings.remark("the first of several responses is learned, the others are not used", texts)
-    return texts[0]
 
 
 def _no_template(tokenizer: Any) -> str:

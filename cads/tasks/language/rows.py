@@ -175,11 +175,11 @@ def load_rows(source: TextSource, seed: int, *, given_sources: bool = False, pre
         log.info("%s (%s): recognised as %s, from columns %s", source.name, source.location, chosen, read_as)
     subtasks = None if "subtask" not in columns else _strings(table, columns["subtask"], source)
     text_columns = {role: name for role, name in columns.items() if role not in LABELS}
-    content = pa.table({role: _text(table, name, source) for role, name in text_columns.items()})
+    content = _content(source, table, text_columns)
     _say_unused(source, read, columns, given_sources=given_sources)
     id_column = columns.get("id") if columns.get("id") in present else None
     written_from = sorted(used_columns(text_columns.values(), present), key=present.index)
-    origin = origin_of(source.location, read.select(written_from), stamp, id_column)
+    origin = origin_of(source.location, read.select(written_from), stamp, id_column, text_columns)
     rows = Rows(content, chosen, ids, source.name, sources, subtasks, origin=origin)
     if source.limit is None or source.limit >= len(rows):
         return rows
@@ -187,6 +187,27 @@ def load_rows(source: TextSource, seed: int, *, given_sources: bool = False, pre
     drawn = rows.take(np.sort(first_of_each(order, source_codes([rows])[0], source.limit)))
     say_lost(labels_of([rows]), labels_of([drawn]), f"{source.limit} rows of {source.location}")
     return drawn
+
+
+def read_content(path: Path, roles: Mapping[str, str]) -> pa.Table:
+    """All rows of a file, or of a folder of `datasets`: the columns that examples are written from, named by role.
+
+    Args:
+        roles: the column or template of each role.
+
+    Raises:
+        DataError: if the file cannot be read, or lacks a column.
+    """
+    source = TextSource(path=str(path))
+    table = _table(source)
+    absent = sorted(used_columns(roles.values(), table.column_names) - set(table.column_names))
+    if absent:
+        raise DataError(f"{path} has no columns {absent}: it has {table.column_names}")
+    return _content(source, _filled(source, table, roles), roles)
+
+
+def _content(source: TextSource, table: pa.Table, roles: Mapping[str, str]) -> pa.Table:
+    return pa.table({role: _text(table, name, source) for role, name in roles.items()})
 
 
 def _filled(source: TextSource, table: pa.Table, columns: Mapping[str, str]) -> pa.Table:

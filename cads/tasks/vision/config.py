@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,6 +16,7 @@ from cads.data.ids import numbered
 from cads.data.pool import Pool
 from cads.errors import ConfigError, DataError
 from cads.tasks.shape_only import Field, ShapeOnly, shape_only_pool
+from cads.tasks.vision.augmentation import Augmentation
 from cads.tasks.vision.datasets import (
     load_arrays,
     load_cifar,
@@ -50,6 +51,8 @@ log = logging.getLogger(__name__)
 
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays", "hub"]
 
+ADDED = ("weights", "transforms")
+"""Fields that `result_fields` lists only where they are set, so that older results keep their fields."""
 SPLIT, TEST, TARGET = 3, 4, 5
 """First words of the seeds that divide the training split, that draw the test set, and that draw the target."""
 
@@ -90,7 +93,13 @@ class VisionConfig:
     stride: int = 2
     """cnn: stride of the first convolution; 4 is several times faster on 28x28 images, and a little worse."""
     pretrained: bool = False
-    """torchvision: start from its pretrained weights; a head of another size starts fresh."""
+    """torchvision: as weights: DEFAULT."""
+    weights: str | None = None
+    """What the network starts from: DEFAULT or another name of torchvision's weights, or a file (safetensors, or a
+    state dict, read without running code); a head of another size starts fresh. null: from random weights."""
+    transforms: list[str | dict[str, Any]] = field(default_factory=list)
+    """Random changes of each training image: names of torchvision.transforms.v2, such as RandomHorizontalFlip, or name
+    and arguments, such as {name: RandomCrop, size: 28, padding: 3}; size and type of images must stay."""
     n_target: int | None = None
     """Clean examples that selection optimises for; null: all of the target's own images, if there are any, otherwise a
     tenth of the training split."""
@@ -124,6 +133,11 @@ class VisionConfig:
         if len(set(names)) < len(names):
             raise ConfigError(f"sources {names}: each needs its own name")
         self.network()
+        Augmentation(self.transforms)
+
+    def result_fields(self) -> dict[str, Any]:
+        """The fields on which a result depends, as JSON values; those that are newer, only where they are set."""
+        return {name: value for name, value in asdict(self).items() if name not in ADDED or value}
 
     def build(self, recipe: TrainConfig) -> VisionTask:
         """Load the data, divide it, and make the synthetic sources.
@@ -131,6 +145,7 @@ class VisionConfig:
         Raises:
             DataError: if the data is missing, damaged or too small.
         """
+        weights = self.network().weights_file
         parts = self._parts(check=True)
         task = VisionTask(
             parts.pool,
@@ -140,6 +155,8 @@ class VisionConfig:
             build_model=self._builder(parts),
             recipe=recipe,
             truth=parts.truth,
+            augmentation=Augmentation(self.transforms) if self.transforms else None,
+            weights=None if weights is None else weights.digest,
             name=f"vision/{self.dataset}",
         )
         task.counts = parts.left_out
@@ -151,7 +168,9 @@ class VisionConfig:
 
     def network(self) -> Network:
         """The architecture of the network."""
-        return Network(self.model, self.hidden, self.channels, self.stride, self.pretrained, self.download)
+        return Network(
+            self.model, self.hidden, self.channels, self.stride, self.pretrained, self.download, self.weights
+        )
 
     def _builder(self, parts: _Parts) -> Callable[[], nn.Module]:
         return partial(self.network().build, images_of(parts.target).shape, len(parts.classes))
@@ -339,7 +358,7 @@ def meta(config: VisionConfig, recipe: TrainConfig) -> MetaVisionTask:
     Raises:
         DataError: if the data is too small, or such a data set cannot be opened.
     """
-    network = replace(config.network(), pretrained=False)
+    network = replace(config.network(), pretrained=False, weights=None)
     if config.dataset not in DATASET_SIZES:
         parts = config._parts(check=False)
         build = partial(network.build, images_of(parts.pool).shape, len(parts.classes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,6 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from cads.errors import ConfigError, DataError
+from cads.tasks.vision.weights import WeightsFile, load_fitting
+
+DEFAULT = "DEFAULT"
+"""Name of the best weights that torchvision has for a network."""
+WEIGHTS_NAME = re.compile(r"DEFAULT|[A-Z][A-Z0-9_]*_V\d+")
+"""Names that torchvision gives to weights; everything else is a file."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,7 @@ class Network:
         channels: of the first convolution of the cnn; the second has twice as many.
         stride: of the first convolution of the cnn.
         pretrained: start from torchvision's weights, except where the number of classes differs.
+        weights: the name of some of torchvision's weights, or a file; None: DEFAULT if `pretrained`, otherwise none.
         download: allow torchvision to fetch weights that are not cached.
 
     Raises:
@@ -36,14 +44,21 @@ class Network:
     stride: int = 2
     pretrained: bool = False
     download: bool = False
+    weights: str | None = None
 
     def __post_init__(self) -> None:
+        if self.pretrained and self.weights not in (None, DEFAULT):
+            raise ConfigError(f"pretrained = true with weights = {self.weights!r}: leave out pretrained")
         for setting in ("hidden", "channels", "stride"):
             if getattr(self, setting) < 1:
                 raise ConfigError(f"{setting} = {getattr(self, setting)}: it must be at least 1")
         if self.name in ("mlp", "cnn"):
-            if self.pretrained:
-                raise ConfigError(f"pretrained = true with model = {self.name!r}: only torchvision's have weights")
+            if self.named_weights:
+                raise ConfigError(
+                    f"weights = {self.named_weights!r} with model = {self.name!r}: only torchvision's have weights; "
+                    "a file of weights is read for any"
+                )
+            self._check_file()
             return
         import torchvision
 
@@ -54,13 +69,41 @@ class Network:
                 f"model = {self.name!r} is unknown: choose mlp, cnn or a classifier of torchvision; "
                 f"names like it: {close}"
             )
+        known = torchvision.models.get_model_weights(self.name).__members__
+        if self.named_weights is not None and self.named_weights not in known:
+            raise ConfigError(f"weights = {self.named_weights!r}: torchvision has {sorted(known)} for {self.name}")
+        self._check_file()
+
+    @property
+    def named_weights(self) -> str | None:
+        """The name of torchvision's weights, or None."""
+        name = DEFAULT if self.pretrained else self.weights
+        return name if name is not None and WEIGHTS_NAME.fullmatch(name) else None
+
+    @property
+    def weights_file(self) -> WeightsFile | None:
+        """The file of weights, or None."""
+        return None if self.weights is None or self.named_weights else WeightsFile(Path(self.weights))
+
+    def _check_file(self) -> None:
+        if self.weights_file is not None and not self.weights_file.path.is_file():
+            raise ConfigError(
+                f"weights = {self.weights!r} is no file: give one of safetensors or of a state dict, or DEFAULT for "
+                "those of torchvision"
+            )
 
     def build(self, shape: tuple[int, int, int], n_classes: int) -> nn.Module:
-        """A fresh network for images of `shape` (C, H, W), with weights from torch's global generator.
+        """A fresh network for images of `shape` (C, H, W), with weights from torch's global generator, or as given.
 
         Raises:
-            DataError: if pretrained weights are neither cached nor can be downloaded, or cannot be loaded.
+            DataError: if weights are neither cached nor can be downloaded, cannot be loaded, or do not fit.
         """
+        model = self._fresh(shape, n_classes)
+        if self.weights_file is not None:
+            self.weights_file.load_into(model)
+        return model
+
+    def _fresh(self, shape: tuple[int, int, int], n_classes: int) -> nn.Module:
         if self.name == "mlp":
             return nn.Sequential(
                 nn.Flatten(),
@@ -91,16 +134,14 @@ class Network:
         import torchvision
 
         model: nn.Module = torchvision.models.get_model(self.name, weights=None, num_classes=n_classes)
-        if self.pretrained:
-            shapes = {name: x.shape for name, x in model.state_dict().items()}
-            fitting = {n: x for n, x in self._weights().items() if shapes.get(n) == x.shape}
-            model.load_state_dict(fitting, strict=False)
+        if self.named_weights:
+            load_fitting(model, self._weights(), f"{self.named_weights} of {self.name}")
         return model
 
     def _weights(self) -> dict[str, Tensor]:
         import torchvision
 
-        weights = torchvision.models.get_model_weights(self.name).DEFAULT
+        weights = torchvision.models.get_model_weights(self.name)[str(self.named_weights)]
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         remedy = f"put {weights.url} there, or allow the download (--task.download true)"
         if not (path.is_file() or self.download):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from cads.errors import ConfigError, DataError
 from cads.scoring.pool_scores import evaluating
 from cads.seeding import derive
 from cads.task import Metrics, Task
+from cads.tasks.last_layer import last_layer_inputs
+from cads.tasks.vision.augmentation import Augmentation
 from cads.tasks.vision.calibration import calibrated_losses
 from cads.tasks.vision.images import Images, chunk_size
 from cads.tasks.vision.synthetic_sources import SyntheticPool
@@ -45,6 +48,8 @@ class VisionTask(Task):
         build_model: makes a fresh network on the CPU, from torch's global generator; its input has shape
             (B, C, H, W), its output (B, len(classes)).
         recipe: how the final model is trained.
+        augmentation: changes the images of training steps, and no others; None: they stay as they are.
+        weights: hash of the file of weights from which networks start, or None.
         truth: of a pool with synthetic sources: the true labels, and which labels are noisy.
         name: of the task, in tables.
 
@@ -69,6 +74,8 @@ class VisionTask(Task):
         build_model: Callable[[], nn.Module],
         recipe: TrainConfig,
         truth: SyntheticPool | None = None,
+        augmentation: Augmentation | None = None,
+        weights: str | None = None,
         name: str = "vision",
     ) -> None:
         self.pool, self.target, self.test = pool, target, test
@@ -78,6 +85,15 @@ class VisionTask(Task):
         self.name = name
         self.counts: dict[str, Any] = {}
         self._build_model = build_model
+        self._weights = weights
+        self._augmentation = augmentation
+        if augmentation is not None:
+            augmentation.check(images_of(pool).shape)
+            if recipe.replicas == "batched":
+                raise ConfigError(
+                    "transforms with replicas = 'batched': batched replicas share their images: use 'auto'"
+                )
+            self.recipe = replace(recipe, replicas="loop")
         self._moments: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         for part in (pool, target, test):
             check_labels(images_of(part), len(self.classes), part.ids, part.name)
@@ -123,22 +139,28 @@ class VisionTask(Task):
         """Cross entropy of each example, in nats, shape (B,)."""
         return functional.cross_entropy(self.logits(model, batch), batch.labels, reduction="none")
 
+    def training_losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """The losses that a training step minimises, shape (B,): those of changed images, if there is augmentation."""
+        if self._augmentation is not None:
+            batch = replace(batch, inputs={"images": self._augmentation(batch.inputs["images"])})
+        return self.losses(model, batch)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes of data and of given weights, and the augmentation."""
+        given = {
+            "weights": self._weights,
+            "transforms": None if self._augmentation is None else repr(self._augmentation),
+        }
+        return super().identity | {name: value for name, value in given.items() if value is not None}
+
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """The inputs of the last linear layer of `model`, shape (B, D).
 
         Raises:
             ConfigError: if the model has no linear layer.
         """
-        layer = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
-        if layer is None:
-            raise ConfigError(f"the model of {self.name} has no linear layer, so no features: name a backbone")
-        read: list[Tensor] = []
-        hook = layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-        try:
-            self.logits(model, batch)
-        finally:
-            hook.remove()
-        return read[-1].flatten(1)
+        return last_layer_inputs(model, lambda: self.logits(model, batch), self.name)
 
     def nominal(self, model: nn.Module, batch: Batch) -> tuple[float, float]:
         """Undefined: an image has no tokens, and a convolution uses each of its weights many times.
