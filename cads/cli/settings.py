@@ -39,7 +39,8 @@ class PlanSettings(CommandSettings):
 
     command: ClassVar[str] = "plan"
     description: ClassVar[str] = (
-        "Say what each method would cost and what is left to train with; nothing is trained, no weights are loaded."
+        "Say what each method would cost, what is left to train with, and what to use. Nothing is spent: some steps "
+        "with random weights are timed, and no weights are loaded."
     )
     idle: ClassVar[tuple[str, ...]] = ("out", "overwrite", "tensorboard", "progress", "seed", "checkpoint")
 
@@ -48,7 +49,9 @@ class PlanSettings(CommandSettings):
     json: str | None = None
     """File for the plan as JSON."""
     flops_per_second: float | None = None
-    """For the times; null: measured."""
+    """Speed of training, for the times, as `cads train` says it; null: some steps with random weights are timed."""
+    details: bool = False
+    """All methods, the stages of their selection, and why a method has no plan."""
     methods: list[str] | None = None
     """Names; null: all that are known."""
     selectors: dict[str, Any] = field(default_factory=dict)

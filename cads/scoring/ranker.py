@@ -146,8 +146,12 @@ class Ranker(ABC):
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `cads.selector.Selector`."""
-        check_step(task, budget.flops(task))
-        return self.rank_plan(task)
+        total = budget.flops(task)
+        check_step(task, total)
+        ledger = self.rank_plan(task)
+        train_flops = total - ledger.total(SELECT).flops if budget.count_selection else total
+        ledger.kept = self._planned_size(task, max(0.0, train_flops))
+        return ledger
 
     def select_top(self, ranking: Ranking, task: Task, budget: Budget, ledger: Ledger | None = None) -> Selection:
         """The best examples of `ranking`, best first, that the budget pays for.
@@ -202,6 +206,17 @@ class Ranker(ABC):
                 target_usages = n_kept * share / (1 - share)
                 cumulative_flops = cumulative_flops + target_usages * task.costs.per_usage(task.target, batch_size)
         return max(1, int(np.searchsorted(cumulative_flops, pass_flops * (1 + 1e-9), side="right")))
+
+    def _planned_size(self, task: Task, train_flops: float) -> int:
+        """How many examples of mean cost are kept, as `_size`."""
+        n = len(task.pool)
+        passes = train_flops / self.epochs / task.costs.per_usage(task.pool, task.recipe.batch_size)
+        if self.fraction is not None:
+            passes = self.fraction * n
+        elif self.target_fraction:
+            share = float(target_share(self.target_fraction, len(task.target), n))
+            passes *= 1 - share
+        return max(1, min(n, int(passes * (1 + 1e-9))))
 
     def _train_flops(self, task: Task, budget: Budget, select_flops: float) -> float:
         """FLOPs that remain for training after a selection of `select_flops`.

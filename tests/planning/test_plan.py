@@ -22,7 +22,8 @@ from cads.errors import BudgetError, ConfigError, DataError
 from cads.monitor import Monitor
 from cads.planning.ccds import PUBLISHED
 from cads.planning.memory import layer_values, training_memory
-from cads.planning.plan import duration, make_plan, size
+from cads.planning.methods import make_plan
+from cads.planning.plan import duration, size
 from cads.recipe import TrainConfig
 from cads.registry import SELECTORS, build_selector, names
 from cads.scoring.ranker import Ranker
@@ -40,7 +41,7 @@ RECIPE = TrainConfig(batch_size=8)
 SOURCES = [SyntheticSource("clean"), SyntheticSource("noisy", label_noise=0.9), SyntheticSource("small", size=20)]
 DIGITS = VisionConfig(hidden=16, n_pool=80, n_target=40, n_test=30, sources=SOURCES)
 LLAMA = {"selector_model": str(MODELS / "llama-2-7b.json"), "pool_tokens": 98.0e6, "paper_context": 4096}
-LINE = 112
+LINE = 80
 
 
 @pytest.fixture(scope="module")

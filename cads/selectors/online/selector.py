@@ -80,6 +80,7 @@ class Cads:
         opening = opening_of(costs, self.constants(task), costs.ledger.left, on_target=self.train_on_target)
         for stage in opening.stages():
             costs.charge(stage)
+        costs.ledger.rides = True
         return costs.ledger
 
     def select(
