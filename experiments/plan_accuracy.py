@@ -86,10 +86,10 @@ class Outcome:
         """A row of the table."""
         time_ratio, memory_ratio = self.ratios()
         (planned, planned_bytes), (used, used_bytes) = self.medians(self.planned), self.medians(self.used)
-        spread = [u.seconds for u in self.used]
+        rounds = [p.seconds / u.seconds for p, u in zip(self.planned, self.used, strict=True)]
         return (
-            f"| {self.name} | {self.method} | {len(spread)} | {planned:.1f} | {used:.1f} | "
-            f"{min(spread):.1f} to {max(spread):.1f} | {time_ratio:.2f} | "
+            f"| {self.name} | {self.method} | {len(rounds)} | {planned:.1f} | {used:.1f} | "
+            f"{time_ratio:.2f} | {min(rounds):.2f} to {max(rounds):.2f} | "
             f"{planned_bytes / 1e9:.2f} | {used_bytes / 1e9:.2f} | {memory_ratio:.2f} |"
         )
 
@@ -202,14 +202,14 @@ def markdown(outcomes: Sequence[Outcome], command: str) -> str:
             f"    {command}",
             "",
             "Whole processes, start-up included: medians of rounds of plan and training in turn. Seconds, and GB of "
-            "the process at its peak. Two cores, shared with up to twenty other processes: times differ from round to "
-            "round, as the range of training says.",
+            "the process at its peak. Two cores, shared with up to twenty other processes: a plan and the "
+            "training after it meet different loads, as the ratios by round say. Cases of one round were cut short.",
             "",
-            "| case | method | rounds | plan, s | train, s | range | ratio | plan, GB | train, GB | ratio |",
+            "| case | method | rounds | plan, s | train, s | ratio | by round | plan, GB | train, GB | ratio |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
             *(outcome.row() for outcome in outcomes),
             "",
-            f"{held} of {len(ratios)} ratios are within {WITHIN:g} (from {min(ratios):.2f} to {max(ratios):.2f}). "
+            f"{held} of {len(ratios)} ratios of medians are within {WITHIN:g} (from {min(ratios):.2f} to {max(ratios):.2f}). "
             "Selection is planned at the speed of training steps. Gradients of single examples and similarities (LESS) "
             "are slower: the plan shows such times after `>`, as the least that they can be.",
             "",
