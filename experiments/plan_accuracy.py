@@ -203,14 +203,14 @@ def markdown(outcomes: Sequence[Outcome], command: str) -> str:
             "",
             "Whole processes, start-up included: medians of rounds of plan and training in turn. Seconds, and GB of "
             "the process at its peak. Two cores, shared with up to twenty other processes: a plan and the "
-            "training after it meet different loads, as the ratios by round say. Cases of one round were cut short.",
+            "training after it meet different loads, as the ratios by round say. One round is a single measurement.",
             "",
             "| case | method | rounds | plan, s | train, s | ratio | by round | plan, GB | train, GB | ratio |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
             *(outcome.row() for outcome in outcomes),
             "",
-            f"{held} of {len(ratios)} ratios of medians are within {WITHIN:g} (from {min(ratios):.2f} to {max(ratios):.2f}). "
-            "Selection is planned at the speed of training steps. Gradients of single examples and similarities (LESS) "
+            f"{held} of {len(ratios)} ratios of medians are within {WITHIN:g}, from {min(ratios):.2f} to "
+            f"{max(ratios):.2f}. Selection is planned at the speed of training steps. Gradients of single examples and similarities (LESS) "
             "are slower: the plan shows such times after `>`, as the least that they can be.",
             "",
         ]
