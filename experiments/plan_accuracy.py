@@ -210,7 +210,8 @@ def markdown(outcomes: Sequence[Outcome], command: str) -> str:
             *(outcome.row() for outcome in outcomes),
             "",
             f"{held} of {len(ratios)} ratios of medians are within {WITHIN:g}, from {min(ratios):.2f} to "
-            f"{max(ratios):.2f}. Selection is planned at the speed of training steps. Gradients of single examples and similarities (LESS) "
+            f"{max(ratios):.2f}. Selection is planned at the speed of training steps. Gradients of single examples and "
+            "similarities (LESS) "
             "are slower: the plan shows such times after `>`, as the least that they can be.",
             "",
         ]
