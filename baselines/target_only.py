@@ -43,4 +43,4 @@ class TargetOnly:
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """Nothing is spent; see `cads.selector.Selector`."""
-        return zero_cost_plan(task, budget)
+        return zero_cost_plan(task, budget, kept=0)

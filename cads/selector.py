@@ -27,14 +27,19 @@ class Selector(Protocol):
         ...
 
 
-def zero_cost_plan(task: Task, budget: Budget) -> PlannedLedger:
+def zero_cost_plan(task: Task, budget: Budget, *, kept: int | None = None) -> PlannedLedger:
     """The empty plan of a selector that spends no FLOPs.
+
+    Args:
+        kept: number of pool examples that training can draw, if it is known.
 
     Raises:
         BudgetError: if the budget does not buy one step.
     """
     check_step(task, budget.flops(task))
-    return PlannedLedger()
+    ledger = PlannedLedger()
+    ledger.kept = kept
+    return ledger
 
 
 def full_pool_selection(

@@ -191,6 +191,16 @@ class Task(ABC):
 
         return Costs(self, self.accounting)
 
+    def to_time(self) -> tuple[Task, float] | None:
+        """The task on whose steps a plan measures the speed of training; None if there is none.
+
+        A task of shapes alone has none, or makes one with examples. Weights may be random.
+
+        Returns:
+            the task; and how many times longer all of the data takes to read than its data, at least 1.
+        """
+        return self, 1.0
+
     def describe(self, pool: Pool, positions: np.ndarray) -> list[str] | None:
         """The examples at `positions` as text for people to read, or None if they are not text."""
         return None

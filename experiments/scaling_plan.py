@@ -10,7 +10,8 @@ from pathlib import Path
 
 from cads.accounting.budget import Budget
 from cads.planning.ccds import PUBLISHED
-from cads.planning.plan import Plannable, duration, make_plan, size
+from cads.planning.methods import Plannable, make_plan
+from cads.planning.plan import duration, size
 from cads.recipe import TrainConfig
 from cads.selectors.online.selector import Cads
 from cads.tasks.language.shapes import LanguageShapes

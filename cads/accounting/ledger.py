@@ -165,6 +165,8 @@ class PlannedLedger(Ledger):
         trained: each task whose model is trained, with the number of models that train at once.
         scored: each task whose model scores examples without being trained.
         note: what the selector does instead if the budget does not buy its search.
+        rides: whether selection rides on the final training, whose end is kept to be measured.
+        kept: number of pool examples that training can draw; None: that depends on the scores, or all.
     """
 
     def __init__(self, limit: float | None = None, note: str = "") -> None:
@@ -172,3 +174,5 @@ class PlannedLedger(Ledger):
         self.trained: list[tuple[Workload, int]] = []
         self.scored: list[Workload] = []
         self.note = note
+        self.rides = False
+        self.kept: int | None = None

@@ -23,6 +23,7 @@ from cads.cli.config import CommandConfig, read
 from cads.cli.settings import CommandSettings, PlanSettings, SelectSettings, TrainSettings
 from cads.monitor import Monitor
 from cads.planning.methods import plan_methods
+from cads.planning.plan import WIDTH
 from cads.runtime.atomic_files import whole_file
 from cads.runtime.processes import world_group
 from cads.runtime.run_folder import RunFolder
@@ -34,8 +35,6 @@ from cads.training.evaluations import add_to_results, evaluate, missing, read_re
 from cads.training.final import TrainedModel, load_trained, save_model
 from cads.training.speed import in_flops
 
-PLAN_WIDTH = 112
-"""Fewest columns of a printed plan; a wider terminal gives it more."""
 PRODUCTS = {"select": ("selection",), "train": ("model.safetensors", "results.json")}
 """What the folder of a run holds when a command has finished."""
 NEUTRAL: dict[str, Any] = {"eval": None, "merge": False}
@@ -45,7 +44,10 @@ WITHOUT_EFFECT = ("out", "overwrite", "tensorboard", "progress", "checkpoint", "
 
 
 def plan(argv: list[str]) -> None:
-    """Print the cost of each method and what it leaves for training; nothing is trained, no weights are loaded."""
+    """Print the cost of each method and what it leaves for training.
+
+    A throw-away model with random weights is trained for some steps, which are timed; no weights are loaded.
+    """
     world = world_group()
     config = world.locally(lambda: read(PlanSettings, argv))
     values, objects = config.values, config.objects
@@ -58,8 +60,10 @@ def plan(argv: list[str]) -> None:
         selectors={values.method: objects.options},
         options=values.selectors,
         flops_per_second=values.flops_per_second,
+        with_start_up=True,
     )
-    Console(width=max(PLAN_WIDTH, Console().width), quiet=not world.first).print(result.table())
+    console = Console(width=max(WIDTH, Console().width), quiet=not world.first)
+    console.print(result.table(details=values.details, first=values.method))
     if values.json is not None and world.first:
         whole_file(Path(values.json), json.dumps(result.to_json(), indent=2) + "\n")
 

@@ -7,6 +7,7 @@ parser for them reads all settings.
 from __future__ import annotations
 
 import argparse
+import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +18,14 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from cads.api import DEFAULT_METHOD
 from cads.cli.data_flags import add_data_flags, task_of_flags
 from cads.cli.parser import CommandParser
-from cads.cli.settings import CommandSettings, ExportSettings, ReportSettings
+from cads.cli.settings import CommandSettings, ExportSettings, InitSettings, ReportSettings
 from cads.errors import ConfigError
 from cads.recipe import TrainConfig
 from cads.registry import SELECTORS, TASKS, build_selector, names, selector_class, task_config_class
 from cads.runtime.checkpoint import CheckpointConfig
 from cads.study.grid import Grid, GridEntry
+
+log = logging.getLogger(__name__)
 
 DEFAULT_KIND = "vision"
 SECTIONS = ("task", "train", "options", "selectors", "checkpoint")
@@ -72,6 +75,8 @@ def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
     settings_read: dict[str, Any] = {}
     for path in words.files:
         settings_read.update(load_yaml(path))
+    if settings.command == "check":
+        settings_read = _task_of_grid(settings_read)
     words.kind = words.kind or words.data.pop("kind", None)
     if words.data:
         settings_read["task"] = {**(settings_read.get("task") or {}), **words.data}
@@ -97,6 +102,15 @@ def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
     return CommandConfig(values, "-".join(named) or method, parser, parser.instantiate(values))
 
 
+def _task_of_grid(settings_read: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those that only a grid has: its data is that of its task."""
+    further = [name for name in ("tasks", "models") if settings_read.get(name)]
+    if further:
+        log.warning("of a grid the data of `task` is looked at, and not what %s change", " and ".join(further))
+    own = {field.name for field in fields(Grid)} - {"kind", "task", "train", "checkpoint"}
+    return {name: value for name, value in settings_read.items() if name not in own}
+
+
 def command_parser(settings: type[CommandSettings], kind: str, method: str) -> ArgumentParser:
     """The parser of a command for one kind of task and one method."""
     parser = _parser(settings.command, "[CONFIG] [--pool PATH ... --target PATH] [flags]", settings.description)
@@ -114,6 +128,59 @@ def command_parser(settings: type[CommandSettings], kind: str, method: str) -> A
     parser.add_class_arguments(TrainConfig, "train")
     parser.add_class_arguments(CheckpointConfig, "checkpoint")
     parser.add_class_arguments(selector_class(method), "options")
+    if settings.idle:
+        _hide(parser, settings.idle)
+        parser.epilog += (
+            f" The file may hold all that `cads train` takes; `cads {settings.command}` makes no use of "
+            f"{', '.join(settings.idle)}."
+        )
+    return parser
+
+
+def _hide(parser: ArgumentParser, idle: tuple[str, ...]) -> None:
+    """Leave settings and sections out of the help; they are still read."""
+    for action in parser._actions:
+        if action.dest.split(".")[0] in idle:
+            action.help = argparse.SUPPRESS
+    for group in parser._action_groups:
+        if group._group_actions and all(action.help == argparse.SUPPRESS for action in group._group_actions):
+            group.title = group.description = None
+
+
+def read_init(argv: list[str]) -> Namespace:
+    """The settings of `cads init`: those of `InitSettings`, `paths`, and the flags of data.
+
+    Raises:
+        SystemExit: with a message, if a flag or value is refused.
+    """
+    first_parser = argparse.ArgumentParser(prog="cads init", add_help=False, allow_abbrev=False)
+    add_data_flags(first_parser)
+    for field in fields(InitSettings):
+        first_parser.add_argument(f"--{field.name}")
+    first_parser.add_argument("paths", nargs="*")
+    parsed, others = first_parser.parse_known_intermixed_args(argv)
+    names = [field.name for field in fields(InitSettings) if getattr(parsed, field.name) is not None]
+    values = init_parser().parse_args([*(f"--{name}={getattr(parsed, name)}" for name in names), *others])
+    values.paths = parsed.paths
+    values.pool = getattr(parsed, "pool", [])
+    for name in ("target", "test", "model"):
+        values[name] = getattr(parsed, name, None)
+    return values
+
+
+def init_parser() -> ArgumentParser:
+    """The parser of `cads init`; paths and the flags of data are read before."""
+    description = (
+        "Look at files or folders, say what they are (columns, sources, sizes, lengths, copies, leaks), and write a "
+        "commented configuration that `cads check` and `cads train` take as it is. Nothing is trained."
+    )
+    parser = _parser("init", "[PATH ...] [--target PATH] [--test PATH] [--model NAME] [flags]", description)
+    parser.epilog = (
+        "PATH: files of texts (JSON lines, CSV, Parquet, ...), each a source, or a folder of them; or a folder of "
+        "images, class/file or source/class/file. Names such as val.jsonl and test/ tell target and test set."
+    )
+    add_data_flags(parser)
+    parser.add_class_arguments(InitSettings, None)
     return parser
 
 

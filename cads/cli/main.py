@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from cads import __version__
 from cads.runtime.timeout import TIMEOUT, TIMEOUT_VARIABLE
 
 COMMANDS = {
+    "init": "cads.cli.init_command",
     "check": "cads.cli.check_command",
     "plan": "cads.cli.commands",
     "select": "cads.cli.commands",
@@ -23,6 +25,7 @@ USAGE = f"""usage: cads COMMAND [CONFIG] [flags]
 What should I train on, given a pool, a validation set, a model and a compute budget in FLOPs?
 
 commands:
+  init     look at files or folders, and write a configuration for them; or a template
   check    report on the data: sizes, sources, copies, what was left out; spends nothing
   plan     say what each method would cost and what is left to train with; spends nothing
   select   choose what to train on, and write a Selection
@@ -51,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cads {__version__}")
         return 0
     if words[0] not in COMMANDS:
-        print(f"cads: command {words[0]!r} is unknown: use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        close = get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean {close[0]}? All: " if close else "use one of "
+        print(f"cads: command {words[0]!r} is unknown: {hint}{', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     from cads.cli.execution import run_command
 

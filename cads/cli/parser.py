@@ -33,6 +33,8 @@ KEY = re.compile(r'Parser key "([^"]+)"')
 VALUE = re.compile(r"(?:Got value|Given value): (.*)", re.DOTALL)
 EXPECTED = re.compile(r"Expected an? (<class '[^']+'>|typing\.Literal\[[^\]]*\]|[\w.]+\[[^\n]*\])")
 
+LITERAL = re.compile(r"typing\.Literal\[(.*?)\]")
+
 
 class CommandParser(ArgumentParser):
     """A parser of jsonargparse that ends with a message in plain words."""
@@ -68,7 +70,10 @@ def readable(message: str, names: Sequence[str]) -> str:
         return message
     words = list(dict.fromkeys(kinds))
     allowed = " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-    return f"{': '.join(keys)} = {value[1].strip()}: it must be {allowed}"
+    named = [name.strip() for literal in LITERAL.findall(message) for name in literal.replace("'", "").split(",")]
+    close = difflib.get_close_matches(value[1].strip().strip("'\""), named, n=1)
+    hint = f": did you mean {close[0]}?" if close else ""
+    return f"{': '.join(keys)} = {value[1].strip()}: it must be {allowed}{hint}"
 
 
 def _unknown(name: str, names: Iterable[str], where: str = "") -> str:

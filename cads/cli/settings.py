@@ -14,6 +14,8 @@ class CommandSettings:
 
     command: ClassVar[str]
     description: ClassVar[str]
+    idle: ClassVar[tuple[str, ...]] = ()
+    """Settings and sections that a file may have and that do nothing here: help leaves them out."""
 
     budget: float | str = "5 epochs"
     """'2e15' FLOPs, '225000 usages', '5 epochs', '3e6 tokens', '30 minutes', '$5 at 2.50 an hour'."""
@@ -37,15 +39,19 @@ class PlanSettings(CommandSettings):
 
     command: ClassVar[str] = "plan"
     description: ClassVar[str] = (
-        "Say what each method would cost and what is left to train with; nothing is trained, no weights are loaded."
+        "Say what each method would cost, what is left to train with, and what to use. Nothing is spent: some steps "
+        "with random weights are timed, and no weights are loaded."
     )
+    idle: ClassVar[tuple[str, ...]] = ("out", "overwrite", "tensorboard", "progress", "seed", "checkpoint")
 
     accounting: AccountingName = "analytic"
     """How FLOPs are counted."""
     json: str | None = None
     """File for the plan as JSON."""
     flops_per_second: float | None = None
-    """For the times; null: measured."""
+    """Speed of training, for the times, as `cads train` says it; null: some steps with random weights are timed."""
+    details: bool = False
+    """All methods, the stages of their selection, and why a method has no plan."""
     methods: list[str] | None = None
     """Names; null: all that are known."""
     selectors: dict[str, Any] = field(default_factory=dict)
@@ -61,6 +67,23 @@ class CheckSettings(CommandSettings):
         "Report on the data: sizes, sources, lengths, copies, what was left out. Nothing is spent or written, and no "
         "weights are loaded."
     )
+    idle: ClassVar[tuple[str, ...]] = (
+        *("budget", "count_selection", "seed", "out", "overwrite", "tensorboard", "progress", "method"),
+        *("options", "checkpoint"),
+    )
+
+
+@dataclass
+class InitSettings:
+    """Settings of `cads init`."""
+
+    template: Literal["chats", "prompts", "text", "images", "grid"] | None = None
+    """What to write: chats, prompts (and responses), text, images; grid: a grid for `cads compare`. Without files it is
+    a template to fill in; null: what the files are."""
+    output: str = "cads.yaml"
+    """The configuration that is written."""
+    overwrite: bool = False
+    """Replace the output if it exists."""
 
 
 @dataclass

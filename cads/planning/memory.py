@@ -1,6 +1,6 @@
 """Peak memory in closed form: weights, gradients, optimizer state, and activations for the backward pass.
 
-Fragmentation, temporary tensors of kernels, and data are not counted.
+Activations are those of the longest examples. Fragmentation, temporary tensors of kernels, and data are not counted.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from cads.accounting.costs import Workload
 from cads.accounting.measured import PROBE_SIZE
 from cads.accounting.transformer import Transformer, read_transformer, trainable_size
 from cads.data.batch import Batch
+from cads.data.pool import Pool
+from cads.data.token_batches import lengths
 from cads.errors import ConfigError
 from cads.training.learners import can_stack
 
 OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}
 """Numbers stored for each trainable parameter."""
+KEPT_COPIES = 1.5
+"""Copies of trained weights and optimizer state while they are kept and written: one, and half of one more."""
 HALF, SINGLE = 2, 4
 """Bytes of a number."""
 
@@ -63,29 +67,47 @@ def training_memory(task: Workload, models: int = 1) -> Memory:
     )
 
 
+def kept_memory(task: Workload) -> float:
+    """Bytes of a finished training that is kept and written: its weights and optimizer state, copied."""
+    memory = training_memory(task)
+    return KEPT_COPIES * (memory.gradients + memory.optimizer)
+
+
 def forward_memory(task: Workload) -> Memory:
-    """Weights and the activations of one example, as if all activations were stored."""
+    """Weights and the activations of the longest example, as if all activations were stored."""
     model = task.costs.model
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return Memory(weights=weights, activations=_activations(task, model))
 
 
 def _activations(task: Workload, model: nn.Module) -> float:
-    """Bytes that one example stores for the backward pass."""
-    batch = task.pool.batch(np.zeros(1, dtype=np.int64))
+    """Bytes that one example stores for the backward pass, if it is as long as the longest of the pool."""
+    batch = largest(task.pool)
     half = task.recipe.precision != "no" or next(model.parameters()).element_size() == HALF
     n_bytes = HALF if half else SINGLE
     transformer = _transformer(model)
     if transformer is None:
         return _outputs(task, model, batch) * n_bytes
+    # Where the loss is on answers alone, the head computes only their positions.
     length = batch.inputs["input_ids"].shape[-1]
+    answers = batch.inputs.get("answers")
     architecture, layers = transformer.architecture, transformer.architecture.layers
     layer = layer_values(architecture, length, fused=transformer.fused)
     # Checkpointing stores the input of each layer, and all values of the one layer that is recomputed.
     values = layers * layer if transformer.checkpointing is None else layers * architecture.hidden * length + layer
-    logits = length * sum(x.n_out for x in architecture.head_linears)
-    # The loss is computed in single precision, and stores the logarithms of the probabilities.
-    return values * n_bytes + logits * (n_bytes + SINGLE)
+    logits = (length if answers is None else answers.shape[-1]) * sum(x.n_out for x in architecture.head_linears)
+    # The loss is computed in single precision: the logarithms of the probabilities, and their gradient.
+    return values * n_bytes + logits * (n_bytes + 2 * SINGLE)
+
+
+def largest(pool: Pool) -> Batch:
+    """A batch of the example of a pool that has the most input values."""
+    own = lengths(pool)
+    if own is not None:
+        return pool.batch(np.array([int(own.argmax())]))
+    representatives, _ = pool.examples.shapes()
+    batches = [pool.batch(np.array([position])) for position in representatives]
+    return max(batches, key=lambda batch: sum(x.numel() for x in batch.inputs.values()))
 
 
 def layer_values(architecture: Architecture, length: int, *, fused: bool = False) -> float:

@@ -5,18 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-
-from cads.accounting.budget import Budget
-from cads.accounting.throughput import matmul_flops_per_second
-from cads.errors import BudgetError, ConfigError
-from cads.planning.ccds import PUBLISHED
-from cads.planning.plan import Plan, Plannable, make_plan
+from cads.accounting.budget import Budget, check_step
+from cads.accounting.ledger import SELECT, PlannedLedger
+from cads.errors import BudgetError, CadsError, ConfigError
+from cads.planning.ccds import PUBLISHED, CcdsCost
+from cads.planning.memory import forward_memory, kept_memory, training_memory
+from cads.planning.plan import MethodPlan, Plan
+from cads.planning.timing import Timing, given_timing, time_training
 from cads.registry import SELECTORS, build_selector, names
 from cads.task import Task
 from cads.tasks.language.shapes import ShapeOnlyLanguageTask
+from cads.training.speed import measuring_seconds
+
+RIDER_TIME = 1.15
+"""Time of a training step of `cads` beside that of a plain one (experiments/results/step_time.md: 1.08 to 1.19)."""
+
+
+class Plannable(Protocol):
+    """A selector or a published method, with a planned ledger."""
+
+    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
+        """The planned cost of selection, by stage."""
+        ...
 
 
 def plan_methods(
@@ -27,31 +39,27 @@ def plan_methods(
     selectors: Mapping[str, Plannable] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     flops_per_second: float | None = None,
+    with_start_up: bool = False,
 ) -> Plan:
-    """The plan of each method; nothing is trained.
+    """The plan of each method; nothing is trained but a throw-away model, for some steps that are timed.
 
     Args:
-        budget: of training; a time needs `flops_per_second`.
+        budget: of training.
         methods: names; None for all known methods. Those that do not apply are then listed with the reason.
         selectors: selectors that exist already, by name of the method.
         options: of the selectors that are yet to be built, by name of the method.
-        flops_per_second: of this machine, for the times; None to measure it.
+        flops_per_second: of this machine, for the times; None to time some steps, or else matrix products.
+        with_start_up: whether this process was begun for the plan, and its age is the start-up of a run.
 
     Raises:
         ConfigError: if a method of `methods` is unknown, or does not apply to this task.
-        BudgetError: if the budget does not buy one step, or is a time and `flops_per_second` is not given.
+        BudgetError: if the budget does not buy one step, or is a time, and no steps can be timed.
     """
+    timing = given_timing(flops_per_second) if flops_per_second is not None else None
+    if timing is None:
+        timing = time_training(task, with_start_up=with_start_up)
     if budget.unit == "seconds":
-        if flops_per_second is None:
-            raise BudgetError(
-                f"a plan trains nothing and cannot tell what {budget} buy: give flops_per_second, which `cads train` "
-                "measures and says, or a budget in FLOPs, usages, epochs or tokens"
-            )
-        budget = replace(budget, amount=float(math.floor(budget.amount * flops_per_second)), unit="FLOPs")
-    rate, rate_from = flops_per_second, "given"
-    if rate is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        rate, rate_from = matmul_flops_per_second(device, task.recipe.precision), f"matrix products on this {device}"
+        budget = _in_flops(budget, timing)
     # Selectors read their examples to plan costs. A task of shapes alone has none: published costs replace them.
     ready_selectors = {**(PUBLISHED if isinstance(task, ShapeOnlyLanguageTask) else {}), **(selectors or {})}
     plannable: dict[str, Plannable] = {}
@@ -63,6 +71,127 @@ def plan_methods(
             if methods is not None:
                 raise
             refused[name] = str(error)
-    plan = make_plan(task, budget, plannable, flops_per_second=rate, rate_from=rate_from, strict=methods is not None)
+    plan = make_plan(task, budget, plannable, timing=timing, strict=methods is not None)
     plan.refused.update(refused)
     return plan
+
+
+def _in_flops(budget: Budget, timing: Timing) -> Budget:
+    """A time in FLOPs, by the speed that was measured or given.
+
+    Raises:
+        BudgetError: if no training was timed.
+    """
+    if not timing.is_timed and timing.rate_from != "given":
+        raise BudgetError(
+            f"what {budget} buy cannot be told, as no training was timed ({timing.rate_from}): give the speed that "
+            "`cads train` measures and says, such as --flops_per_second 1e12; or a budget in FLOPs, usages, epochs or "
+            "tokens"
+        )
+    # A run measures the speed in its time; a speed that is given is taken as it is.
+    seconds = budget.amount - (measuring_seconds(budget.amount) if timing.is_timed else 0.0)
+    return replace(budget, amount=float(math.floor(seconds * timing.flops_per_second)), unit="FLOPs")
+
+
+def make_plan(
+    task: Task,
+    budget: Budget,
+    methods: Mapping[str, Plannable],
+    *,
+    flops_per_second: float | None = None,
+    timing: Timing | None = None,
+    strict: bool = False,
+) -> Plan:
+    """Plan every method. Nothing is trained.
+
+    Args:
+        task: without data or weights (`TaskConfig.meta`); its accounting is the plan's.
+        budget: for training, or for selection and training.
+        methods: by name.
+        flops_per_second: rate of computation, for the times; or `timing`, one of the two.
+        timing: what was measured of a run.
+        strict: raise if a method cannot be planned, rather than list it in `refused`.
+
+    Raises:
+        ConfigError: if `flops_per_second` is not positive, or (if `strict`) a method does not support the
+            accounting.
+        BudgetError: if the budget does not cover one step of training.
+    """
+    if timing is None:
+        timing = given_timing(flops_per_second)
+    rows, refused = [], {}
+    total = budget.flops(task)
+    check_step(task, total)
+    for name, method in methods.items():
+        try:
+            rows.append(_plan_method(name, method, task, budget, total, timing))
+        except CadsError as error:
+            if strict:
+                raise
+            refused[name] = str(error)
+    return Plan(
+        task=task.name,
+        accounting=task.costs.accounting,
+        budget=str(budget),
+        flops=total,
+        count_selection=budget.count_selection,
+        pool=len(task.pool),
+        pool_tokens=task.costs.tokens_per_example(task.pool) * len(task.pool),
+        usage=task.costs.per_usage(task.pool, task.recipe.batch_size),
+        flops_per_second=timing.flops_per_second,
+        rate_from=timing.rate_from,
+        methods=rows,
+        refused=refused,
+        start_up=timing.start_up,
+        sources=0 if task.pool.sources is None else len(task.pool.source_names),
+        target=len(task.target),
+    )
+
+
+def _plan_method(name: str, method: Plannable, task: Task, budget: Budget, total: float, timing: Timing) -> MethodPlan:
+    """The plan of one method; `total`: FLOPs of the budget."""
+    ledger = method.plan(task, budget)
+    selection_flops = ledger.total(SELECT).flops
+    train_flops, note = total, ledger.note
+    if budget.count_selection:
+        train_flops = max(0.0, total - selection_flops)
+        step = task.costs.per_usage(task.pool, task.recipe.batch_size) * task.recipe.batch_size
+        if train_flops < step:
+            note = f"it does not fit: selection costs {selection_flops:.4g} FLOPs, and the budget is {total:.4g}"
+    n, usage = len(task.pool), task.costs.per_usage(task.pool, task.recipe.batch_size)
+    usages = train_flops / usage
+    train_seconds = train_flops / timing.flops_per_second * (RIDER_TIME if ledger.rides and timing.is_timed else 1.0)
+    ratio = None
+    if isinstance(method, CcdsCost) and method.needed_ratio and isinstance(task, ShapeOnlyLanguageTask):
+        ratio = task.size / task.scorer.size
+    return MethodPlan(
+        method=name,
+        stages={stage: entry.flops for (_, stage), entry in ledger.entries.items()},
+        selection=selection_flops,
+        training=train_flops,
+        share=selection_flops / total,
+        usages=usages,
+        examples=min(float(n), usages),
+        tokens=usages * task.costs.tokens_per_example(task.pool),
+        epochs=usages / n,
+        seconds=selection_flops / timing.flops_per_second + train_seconds + (timing.start_up or 0.0),
+        memory=_memory(task, ledger, timing),
+        size_ratio=ratio,
+        needed_ratio=None if ratio is None or not isinstance(method, CcdsCost) else method.needed_ratio,
+        note=note,
+        kept=ledger.kept,
+        rides=ledger.rides,
+    )
+
+
+def _memory(task: Task, ledger: PlannedLedger, timing: Timing) -> dict[str, float]:
+    """Peak bytes of training and of selection, by these names."""
+    training = timing.resident + training_memory(task).total
+    if timing.peak is not None:
+        training = max(training, timing.peak)
+    if ledger.rides and timing.resident:
+        # Kept in the memory of the process, also where the model trains on another device.
+        training += kept_memory(task)
+    peaks = [training_memory(t, models).total for t, models in ledger.trained]
+    peaks += [forward_memory(t).total for t in ledger.scored]
+    return {"training": training, **({"selection": timing.resident + max(peaks)} if peaks else {})}

@@ -1,37 +1,28 @@
-"""The plan of a budget, before anything is spent: the cost of each method's selection, and what remains to train."""
+"""The plan of a budget, before anything is spent, on one screen: the cost of each method, what remains, what to use."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from cads.accounting.budget import Budget, check_step
-from cads.accounting.ledger import SELECT, PlannedLedger
 from cads.accounting.stage_labels import stage_label
-from cads.errors import CadsError, ConfigError
-from cads.planning.ccds import CcdsCost
-from cads.planning.memory import forward_memory, training_memory
-from cads.task import Task
-from cads.tasks.language.shapes import ShapeOnlyLanguageTask
+from cads.training.final import NEARLY_ALL
 
 SOURCE = "Yin and Rush, ICLR 2025, arXiv 2410.16208"
 """Source of the size ratios."""
+WIDTH = 80
+"""Columns of a plan."""
+SHOWN = ("cads", "search", "joint", "target-only", "full", "random", "loss", "embedding", "bm25", "less")
+"""Methods that are shown without details: what most would choose from."""
+DEFAULT, SEARCH = "cads", "search"
 SHORT_TIMES = (("s", 60.0), ("min", 60.0), ("h", 24.0), ("d", 365.25), ("y", math.inf))
-
-
-class Plannable(Protocol):
-    """A selector or a published method, with a planned ledger."""
-
-    def plan(self, task: Task, budget: Budget) -> PlannedLedger:
-        """The planned cost of selection, by stage."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -45,11 +36,15 @@ class MethodPlan:
         share: selection over the budget; above 1 if selection is not part of the budget and costs more.
         usages: examples seen in training, with repetitions. examples: examples of the pool that can be seen.
         tokens, epochs: of the usages.
-        seconds: selection and training at the given FLOP/s.
-        memory: peak bytes of training and of selection, by these names.
+        seconds: selection and training at the given FLOP/s, and all that comes before and after, if that is known.
+            Selection by other computations than training steps is slower than that, such as gradients of examples.
+        memory: peak bytes of training and of selection, by these names; of the process on a CPU where steps were timed,
+            otherwise of the model, its training and what is kept for the backward pass.
         size_ratio: parameters of the trained model over those of the scorer.
         needed_ratio: the size ratio from which on the method was found compute-optimal.
         note: a remark for the reader.
+        kept: examples of the pool that training can draw; None if that depends on what selection finds.
+        rides: whether selection rides on the training.
     """
 
     method: str
@@ -66,6 +61,8 @@ class MethodPlan:
     size_ratio: float | None = None
     needed_ratio: float | None = None
     note: str = ""
+    kept: int | None = None
+    rides: bool = False
 
     @property
     def in_range(self) -> bool | None:
@@ -85,6 +82,8 @@ class Plan:
         pool: number of examples. pool_tokens: D, their tokens. usage: FLOPs of one example in training.
         flops_per_second: rate of computation, for the times. rate_from: source of the rate, in words.
         methods: one plan for each method. refused: why a method has no plan, by method.
+        start_up: seconds of a run beside selection and training, which are in all times; None if they are not known.
+        sources: number of sources of the pool, 0 without any. target: number of target examples.
     """
 
     task: str
@@ -99,6 +98,9 @@ class Plan:
     rate_from: str
     methods: list[MethodPlan]
     refused: dict[str, str] = field(default_factory=dict)
+    start_up: float | None = None
+    sources: int = 0
+    target: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON; in FLOPs, seconds and bytes."""
@@ -107,149 +109,129 @@ class Plan:
             row["in_range"] = method.in_range
         return {**record, "ratio_source": SOURCE}
 
-    def table(self) -> Group:
-        """The plan for the terminal, at most 100 columns wide."""
-        covers = "selection and training" if self.count_selection else "training; selection comes on top"
-        head = (
-            f"{self.task}\n{self.budget} = {self.flops:.4g} FLOPs for {covers}\n"
-            f"{self.accounting} accounting; pool of {self.pool:,} examples, D = {self.pool_tokens:.4g} tokens "
-            f"({self.pool_tokens / self.pool:.4g} each)\n"
-            f"Training on one example costs {self.usage:.4g} FLOPs.\n"
-            f"Time at {self.flops_per_second:.3g} FLOP/s ({self.rate_from}), the least it can take."
-        )
-        return Group(Text(head), self._methods(), self._stages(), Text(self._remarks()))
+    def table(self, *, details: bool = False, first: str | None = None) -> Group:
+        """The plan for the terminal, in 80 columns: what most want to know, or all of it.
 
-    def _methods(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-        table.add_column("method", no_wrap=True)
-        for column in ("select", "share", "train", "examples", "tokens", "epochs", "time", "memory", "ratio"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for m in self.methods:
-            table.add_row(
-                m.method,
-                f"{m.selection:.3e}" if m.selection else "0",
-                f"{m.share:.1%}",
-                f"{m.training:.3e}",
-                f"{m.examples:,.0f}",
-                f"{m.tokens:.3g}",
-                f"{m.epochs:.3g}",
-                duration(m.seconds),
-                size(max(m.memory.values())),
-                _ratio(m),
-            )
-        return table
+        Args:
+            details: all methods, the stages of their selection, and why others have no plan.
+            first: a method that is listed first, whichever it is.
+        """
+        return plan_table(self, details=details, first=first)
 
-    def _stages(self) -> Table:
-        table = Table(title="Selection by stage, FLOPs", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-        table.add_column("method", no_wrap=True)
-        table.add_column("stage")
-        table.add_column("FLOPs", justify="right", no_wrap=True)
-        for m in self.methods:
-            for stage, flops in m.stages.items():
-                table.add_row(m.method, stage_label(stage), f"{flops:.3e}")
-        return table
 
-    def _remarks(self) -> str:
-        lines = [f"{m.method}: {m.note}" for m in self.methods if m.note]
-        lines += [f"{name} has no plan: {reason}" for name, reason in self.refused.items()]
-        if any(m.needed_ratio for m in self.methods):
-            lines.append(
-                "ratio: size of the trained model over the scorer's, and from which one on the method was found "
-                f"compute-optimal ({SOURCE})"
-            )
+def plan_table(plan: Plan, *, details: bool, first: str | None) -> Group:
+    """The plan for the terminal; see `Plan.table`."""
+    shown = plan.methods if details else shown_methods(plan.methods, first)
+    parts: list[Text | Table] = [Text(_head(plan)), _methods(plan, shown)]
+    if details:
+        parts.append(_stages(plan))
+        reasons = [f"{m.method}: {m.note}" for m in plan.methods if m.note]
+        reasons += [f"{name} has no plan: {reason}" for name, reason in plan.refused.items()]
+        parts.append(Text("\n".join(reasons)))
+    hidden = len(plan.methods) - len(shown)
+    further = [f"{hidden} more methods"] if hidden else []
+    further += [f"{len(plan.refused)} do not apply"] if plan.refused and not details else []
+    if further:
+        parts.append(Text(f"{', '.join(further)}: --details true"))
+    return Group(*parts, Text(recommendation(plan)))
+
+
+def shown_methods(methods: Sequence[MethodPlan], first: str | None) -> list[MethodPlan]:
+    """The methods that most would choose from, after the one that is asked for; all if they are few."""
+    if len(methods) <= len(SHOWN):
+        return list(methods)
+    by_name = {m.method: m for m in methods}
+    return [by_name[name] for name in dict.fromkeys([first, *SHOWN]) if name in by_name]
+
+
+def recommendation(plan: Plan) -> str:
+    """What to use at the budget, what a search would cost, and which rankings have nothing to choose."""
+    rows = {m.method: m for m in plan.methods}
+    lines = []
+    if DEFAULT in rows:
+        chosen = rows[DEFAULT]
+        what = chosen.note or "it selects while it trains, and its one budget covers all that it does"
+        lines.append(f"At {plan.budget}: `{DEFAULT}`; {what}.")
+    if SEARCH in rows:
+        search = rows[SEARCH]
+        cost = f"{search.share:.0%} of it" if plan.count_selection else f"{search.share:.0%} of it on top"
+        lines.append(f"`{SEARCH}`: {search.note}." if search.note else f"A search would take {cost}.")
+    elif SEARCH in plan.refused and not plan.sources:
+        lines.append("Nothing can be searched: the pool has no sources.")
+    everything = [m.method for m in plan.methods if m.selection and keeps_everything(plan, m)]
+    if everything:
         lines.append(
-            "memory: weights, gradients, optimizer state, and what is kept for the backward pass, in closed form"
+            f"{', '.join(f'`{name}`' for name in everything)}: the budget pays for the whole pool, so that what is "
+            "scored changes nothing; give a fraction, or a smaller budget."
         )
-        return "\n".join(lines)
+    return "\n".join(lines)
 
 
-def make_plan(
-    task: Task,
-    budget: Budget,
-    methods: Mapping[str, Plannable],
-    *,
-    flops_per_second: float,
-    rate_from: str = "given",
-    strict: bool = False,
-) -> Plan:
-    """Plan every method. Nothing is trained.
+def keeps_everything(plan: Plan, method: MethodPlan) -> bool:
+    """Whether a method keeps nearly all of the pool, so that it is as good as no selection."""
+    return method.kept is not None and method.kept >= NEARLY_ALL * plan.pool
 
-    Args:
-        task: without data or weights (`TaskConfig.meta`); its accounting is the plan's.
-        budget: for training, or for selection and training.
-        methods: by name.
-        flops_per_second: rate of computation, for the times. rate_from: source of the rate, in words.
-        strict: raise if a method cannot be planned, rather than list it in `refused`.
 
-    Raises:
-        ConfigError: if `flops_per_second` is not positive, or (if `strict`) a method does not support the
-            accounting.
-        BudgetError: if the budget does not cover one step of training.
-    """
-    if not (math.isfinite(flops_per_second) and flops_per_second > 0):
-        raise ConfigError(f"flops_per_second = {flops_per_second}: it must be positive and finite")
-    rows, refused = [], {}
-    total = budget.flops(task)
-    check_step(task, total)
-    for name, method in methods.items():
-        try:
-            rows.append(_plan_method(name, method, task, budget, total, flops_per_second))
-        except CadsError as error:
-            if strict:
-                raise
-            refused[name] = str(error)
-    return Plan(
-        task=task.name,
-        accounting=task.costs.accounting,
-        budget=str(budget),
-        flops=total,
-        count_selection=budget.count_selection,
-        pool=len(task.pool),
-        pool_tokens=task.costs.tokens_per_example(task.pool) * len(task.pool),
-        usage=task.costs.per_usage(task.pool, task.recipe.batch_size),
-        flops_per_second=flops_per_second,
-        rate_from=rate_from,
-        methods=rows,
-        refused=refused,
+def _head(plan: Plan) -> str:
+    sources = f"{plan.sources} sources" if plan.sources else "no sources"
+    covers = "selection and training" if plan.count_selection else "training; selection comes on top"
+    beside = "" if plan.start_up is None else f"\n{duration(plan.start_up)} of each time: start-up, reading, test."
+    return (
+        f"{plan.task}: pool of {plan.pool:,} ({sources}), target of {plan.target:,}\n"
+        f"{plan.budget} = {plan.flops:.4g} FLOPs for {covers}\n"
+        f"One example costs {plan.usage:.4g} FLOPs ({plan.accounting}); D = {plan.pool_tokens:.4g} tokens\n"
+        f"Speed: {plan.flops_per_second:.3g} FLOP/s, {plan.rate_from}.{beside}"
     )
 
 
-def _plan_method(name: str, method: Plannable, task: Task, budget: Budget, total: float, rate: float) -> MethodPlan:
-    """The plan of one method; `total`: FLOPs of the budget, `rate`: FLOP/s."""
-    ledger = method.plan(task, budget)
-    selection_flops = ledger.total(SELECT).flops
-    train_flops, note = total, ledger.note
-    if budget.count_selection:
-        train_flops = max(0.0, total - selection_flops)
-        step = task.costs.per_usage(task.pool, task.recipe.batch_size) * task.recipe.batch_size
-        if train_flops < step:
-            note = f"it does not fit: selection costs {selection_flops:.4g} FLOPs, and the budget is {total:.4g}"
-    n, usage = len(task.pool), task.costs.per_usage(task.pool, task.recipe.batch_size)
-    usages = train_flops / usage
-    memory = {"training": training_memory(task).total}
-    peaks = [training_memory(t, models).total for t, models in ledger.trained]
-    peaks += [forward_memory(t).total for t in ledger.scored]
-    if peaks:
-        memory["selection"] = max(peaks)
-    ratio = None
-    if isinstance(method, CcdsCost) and method.needed_ratio and isinstance(task, ShapeOnlyLanguageTask):
-        ratio = task.size / task.scorer.size
-    return MethodPlan(
-        method=name,
-        stages={stage: entry.flops for (_, stage), entry in ledger.entries.items()},
-        selection=selection_flops,
-        training=train_flops,
-        share=selection_flops / total,
-        usages=usages,
-        examples=min(float(n), usages),
-        tokens=usages * task.costs.tokens_per_example(task.pool),
-        epochs=usages / n,
-        seconds=(selection_flops + train_flops) / rate,
-        memory=memory,
-        size_ratio=ratio,
-        needed_ratio=None if ratio is None or not isinstance(method, CcdsCost) else method.needed_ratio,
-        note=note,
-    )
+def _methods(plan: Plan, methods: Sequence[MethodPlan]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    has_ratio = any(m.needed_ratio for m in methods)
+    table.add_column("method", no_wrap=True)
+    for column in ("selection", "epochs", "time", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("size ratio" if has_ratio else "trains on", no_wrap=True)
+    for m in methods:
+        table.add_row(
+            m.method,
+            f"{m.share:.1%}" if m.selection else "free",
+            f"{m.epochs:.3g}",
+            ("> " if m.selection and not m.rides else "") + duration(m.seconds),
+            size(max(m.memory.values())),
+            _ratio(m) if has_ratio else _trains_on(plan, m),
+        )
+    return table
+
+
+def _trains_on(plan: Plan, m: MethodPlan) -> str:
+    """What of the pool a method trains on."""
+    if m.kept == 0:
+        return "the target"
+    if m.rides:
+        return "all, weighed"
+    if m.note:
+        return "see --details"
+    if m.kept is None:
+        return "what it finds"
+    return "everything" if keeps_everything(plan, m) else f"{m.kept / plan.pool:.0%} of the pool"
+
+
+def _stages(plan: Plan) -> Table:
+    table = Table(title="Selection by stage, FLOPs", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("method", no_wrap=True)
+    table.add_column("stage")
+    table.add_column("FLOPs", justify="right", no_wrap=True)
+    for m in plan.methods:
+        for stage, flops in m.stages.items():
+            table.add_row(m.method, stage_label(stage), f"{flops:.3e}")
+    return table
+
+
+def _ratio(m: MethodPlan) -> str:
+    """The size ratio against the needed one, in words."""
+    if m.size_ratio is None:
+        return "-"
+    return f"{m.size_ratio:.3g} {'>=' if m.in_range else '<'} {m.needed_ratio:g}"
 
 
 def duration(seconds: float) -> str:
@@ -268,10 +250,3 @@ def size(n_bytes: float) -> str:
             return f"{n_bytes:.3g} {unit}"
         n_bytes /= 1000
     return f"{n_bytes:.3g} TB"
-
-
-def _ratio(m: MethodPlan) -> str:
-    """The size ratio against the needed one, in words."""
-    if m.size_ratio is None:
-        return "-"
-    return f"{m.size_ratio:.3g} {'>=' if m.in_range else '<'} {m.needed_ratio:g}"

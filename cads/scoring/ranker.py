@@ -146,8 +146,12 @@ class Ranker(ABC):
 
     def plan(self, task: Task, budget: Budget) -> PlannedLedger:
         """What `select` would charge; see `cads.selector.Selector`."""
-        check_step(task, budget.flops(task))
-        return self.rank_plan(task)
+        total = budget.flops(task)
+        check_step(task, total)
+        ledger = self.rank_plan(task)
+        train_flops = total - ledger.total(SELECT).flops if budget.count_selection else total
+        ledger.kept = self._planned_size(task, max(0.0, train_flops))
+        return ledger
 
     def select_top(self, ranking: Ranking, task: Task, budget: Budget, ledger: Ledger | None = None) -> Selection:
         """The best examples of `ranking`, best first, that the budget pays for.
@@ -202,6 +206,19 @@ class Ranker(ABC):
                 target_usages = n_kept * share / (1 - share)
                 cumulative_flops = cumulative_flops + target_usages * task.costs.per_usage(task.target, batch_size)
         return max(1, int(np.searchsorted(cumulative_flops, pass_flops * (1 + 1e-9), side="right")))
+
+    def _planned_size(self, task: Task, train_flops: float) -> int:
+        """How many examples of mean cost are kept, as `_size`."""
+        n, batch_size = len(task.pool), task.recipe.batch_size
+        if self.fraction is not None:
+            return max(1, int(self.fraction * n * (1 + 1e-9)))
+        usage, flops = task.costs.per_usage(task.pool, batch_size), train_flops / self.epochs * (1 + 1e-9)
+        if not self.target_fraction:
+            return max(1, min(n, int(flops / usage)))
+        n_kept = np.arange(1.0, n + 1)
+        share = target_share(self.target_fraction, len(task.target), n_kept)
+        target_flops = n_kept * share / (1 - share) * task.costs.per_usage(task.target, batch_size)
+        return max(1, int(np.searchsorted(n_kept * usage + target_flops, flops, side="right")))
 
     def _train_flops(self, task: Task, budget: Budget, select_flops: float) -> float:
         """FLOPs that remain for training after a selection of `select_flops`.

@@ -411,7 +411,8 @@ def test_bad_files_are_refused(cads, tmp_path, what):
 
 class TestRefused:
     def test_unknown_command(self, cads):
-        refused(cads("selct"), "command 'selct' is unknown: use one of check, plan, select, train")
+        refused(cads("selct"), "command 'selct' is unknown: did you mean select? All: init, check, plan, select, train")
+        refused(cads("zzz"), "command 'zzz' is unknown: use one of init, check, plan, select, train")
 
     def test_train_on_a_selection_that_is_not_there(self, cads, config, tmp_path):
         refused(cads("train", config, "--selection", tmp_path / "none"), "does not exist")

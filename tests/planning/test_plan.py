@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 
 import pytest
 import torch
@@ -20,12 +21,17 @@ from cads.accounting.throughput import matmul_flops_per_second
 from cads.cli.main import main
 from cads.errors import BudgetError, ConfigError, DataError
 from cads.monitor import Monitor
+from cads.planning import timing
 from cads.planning.ccds import PUBLISHED
 from cads.planning.memory import layer_values, training_memory
-from cads.planning.plan import duration, make_plan, size
+from cads.planning.methods import make_plan
+from cads.planning.plan import duration, size
 from cads.recipe import TrainConfig
 from cads.registry import SELECTORS, build_selector, names
+from cads.runtime import process_usage
 from cads.scoring.ranker import Ranker
+from cads.tasks.language.config import LanguageConfig
+from cads.tasks.language.rows import TextSource
 from cads.tasks.language.shapes import LanguageShapes
 from cads.tasks.shape_only import Field, ShapeOnly, shape_only_pool
 from cads.tasks.vision.config import VisionConfig
@@ -33,6 +39,7 @@ from cads.tasks.vision.synthetic_sources import SyntheticSource
 from cads.training.final import train
 from cads.training.trainer import Trainer
 from tests.support.paths import MODELS, ROOT
+from tests.support.tiny_llama import model_folder, sums, write_lines
 
 NEEDED = {"source": {"name": "clean"}}
 TEXT_ONLY = ("bm25",)
@@ -40,7 +47,7 @@ RECIPE = TrainConfig(batch_size=8)
 SOURCES = [SyntheticSource("clean"), SyntheticSource("noisy", label_noise=0.9), SyntheticSource("small", size=20)]
 DIGITS = VisionConfig(hidden=16, n_pool=80, n_target=40, n_test=30, sources=SOURCES)
 LLAMA = {"selector_model": str(MODELS / "llama-2-7b.json"), "pool_tokens": 98.0e6, "paper_context": 4096}
-LINE = 112
+LINE = 80
 
 
 @pytest.fixture(scope="module")
@@ -381,9 +388,109 @@ def test_a_budget_too_small_for_a_step_buys_no_plan(digits):
             build_selector(name, NEEDED.get(name)).plan(digits, Budget(7, "usages"))
 
 
-def test_a_budget_of_time_needs_the_speed(features):
+def test_a_budget_of_time_needs_no_speed_where_steps_can_be_timed(features, small):
     task = features()
-    with pytest.raises(BudgetError, match="give flops_per_second, which `cads train` measures and says"):
-        api.plan(task, "2 minutes", method="full")
-    result = api.plan(task, "2 minutes", method="full", flops_per_second=1e6)
-    assert result.to_json()["flops"] == 120e6
+    timed = api.plan(task, "2 minutes", method="full")
+    assert timed.rate_from == "of steps timed here"
+    assert timed.flops == pytest.approx(118 * timed.flops_per_second, rel=1e-6)
+    given = api.plan(task, "2 minutes", method="full", flops_per_second=1e6)
+    assert given.flops == 120e6
+    shapes = LanguageShapes(model=small, tokens=16, n_pool=100).meta(RECIPE)
+    with pytest.raises(BudgetError, match="such as --flops_per_second 1e12; or a budget in FLOPs"):
+        api.plan(shapes, "2 minutes", method="less")
+
+
+SOURCES_YAML = "[{name: a, size: 300}, {name: b, size: 300, label_noise: 0.9}]"
+NAMES = ["all", "no sources", "few", "target alone", "large budget", "counted"]
+SCREENS = [
+    (["--budget", "3 epochs", "--task.sources", SOURCES_YAML], "A search would take 162% of it on top."),
+    (["--budget", "3 epochs"], "Nothing can be searched: the pool has no sources."),
+    (
+        ["--budget", "3 epochs", "--task.sources", SOURCES_YAML, "--task.n_target", "10"],
+        "`search`: the target has 10 examples, and with fewer than 20 the guard cannot tell",
+    ),
+    (["--budget", "0.1 epochs"], "At 0.1 epochs: `cads`; the budget buys the target alone."),
+    (["--budget", "16 epochs"], "the budget pays for the whole pool, so that what is scored changes nothing"),
+    (["--budget", "16 epochs", "--count_selection", "true", "--task.sources", SOURCES_YAML], "% of it."),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), SCREENS, ids=NAMES)
+def test_a_plan_fits_on_a_screen_and_says_what_to_use(cads, flags, words):
+    status, text, _ = cads("plan", "--flops_per_second", 1e10, *flags)
+    lines = text.splitlines()
+    assert status == 0
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= LINE
+    flat = " ".join(text.split())
+    assert words in flat
+    assert "`cads`; " in flat
+    assert "more methods" in flat
+
+
+def test_details_are_behind_a_flag(cads):
+    status, details, _ = cads("plan", "--flops_per_second", 1e10, "--details", "true")
+    assert status == 0
+    assert "Selection by stage, FLOPs" in details
+    assert "bm25 has no plan: vision/digits has no text" in " ".join(details.split())
+    assert max(map(len, details.splitlines())) <= LINE
+
+
+@pytest.mark.parametrize("options", [{}, {"fraction": 0.3}, {"target_fraction": 0.25}, {"target_fraction": "by size"}])
+@pytest.mark.parametrize("passes", [1, 3, 16])
+def test_what_is_kept_is_planned(digits, options, passes):
+    budget = Budget(passes, "epochs")
+    for name in ("random", "full", "joint", "target-only"):
+        selector = build_selector(name, options if name == "random" else None)
+        kept = int(selector.select(digits, budget, seed=0, ledger=Ledger()).selected.sum())
+        assert selector.plan(digits, budget).kept == pytest.approx(kept, abs=0.03 * len(digits.pool))
+
+
+def test_times_and_memory_are_those_of_a_process(cads, tmp_path):
+    out = tmp_path / "plan.json"
+    started = time.monotonic()
+    status, text, _ = cads("plan", "--budget", "2 epochs", "--methods", "[full, cads]", "--json", out)
+    assert status == 0
+    assert "of steps timed here" in text
+    assert "start-up, reading, test" in text
+    plan = json.loads(out.read_text())
+    full, online = plan["methods"]
+    assert full["seconds"] == pytest.approx(plan["start_up"] + full["training"] / plan["flops_per_second"])
+    assert online["seconds"] > plan["start_up"]
+    # The age of this process is that of its start.
+    assert process_usage.age() > plan["start_up"] - (time.monotonic() - started)
+    assert 0.2 * process_usage.memory() < full["memory"]["training"] <= process_usage.peak_memory() + 1e6
+    assert online["memory"]["training"] > full["memory"]["training"]
+
+
+def test_training_that_does_not_fit_or_lasts_is_not_timed(features, monkeypatch):
+    monkeypatch.setattr(timing, "free_memory", lambda: 1000)
+    assert "are free here" in api.plan(features(), "2 epochs", method="full").rate_from
+    monkeypatch.undo()
+    monkeypatch.setattr(timing, "matmul_flops_per_second", lambda *_: 1e-3)
+    assert "s or more" in api.plan(features(), "2 epochs", method="full").rate_from
+
+
+def test_a_language_model_is_timed_without_its_weights(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"these are no weights")
+    rows = [{"prompt": row["prompt"], "response": row["response"]} for row in sums(60)]
+    pool = [TextSource(path=str(write_lines(tmp_path / "a.jsonl", rows)))]
+    for peft in (None, {"type": "lora", "r": 2, "target_modules": ["q_proj"]}):
+        task = LanguageConfig(model=str(folder), pool=pool, peft=peft).meta(RECIPE)
+        plan = api.plan(task, "2 epochs", method="full")
+        assert plan.rate_from == "of steps timed here"
+
+
+def test_memory_is_that_of_the_longest_examples(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    rows = sorted(sums(60), key=lambda row: len(row["prompt"]))
+    totals = []
+    for n, part in enumerate((rows, rows[::-1], rows[:20])):
+        lines = [{"prompt": row["prompt"], "response": row["response"]} for row in part]
+        held_out = [{"prompt": f"{x}", "response": "a"} for x in range(4)]
+        paths = [write_lines(tmp_path / f"{name}{n}.jsonl", x) for name, x in (("pool", lines), ("target", held_out))]
+        pool, target = ([TextSource(path=str(path))] for path in paths)
+        task = LanguageConfig(model=str(folder), pool=pool, target=target).meta(RECIPE)
+        totals.append(training_memory(task).total)
+    assert totals[0] == totals[1] > totals[2]

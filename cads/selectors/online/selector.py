@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 Granularity = Literal["source", "example"]
 STAGE = "final model"
+TARGET_ALONE = "the budget buys the target alone"
 
 
 @dataclass
@@ -74,6 +75,10 @@ class Cads:
         opening = opening_of(costs, self.constants(task), costs.ledger.left, on_target=self.train_on_target)
         for stage in opening.stages():
             costs.charge(stage)
+        costs.ledger.rides = True
+        step = task.recipe.batch_size * task.costs.per_usage(task.target, task.recipe.batch_size)
+        if opening.first and opening.first + step > costs.ledger.left:
+            costs.ledger.kept, costs.ledger.note = 0, TARGET_ALONE
         return costs.ledger
 
     def select(

@@ -28,14 +28,7 @@ def load_tokenizer(
     Raises:
         ConfigError: if it cannot be loaded, gives no offsets, or has no token to pad with.
     """
-    from transformers import AutoTokenizer
-
-    with loading("tokenizer", name):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"the tokenizer {name!r} is a slow one, which cannot say where its tokens stand: use a fast one"
-        )
+    tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
     if pad_token is not None and not _has_token(tokenizer, pad_token):
         raise ConfigError(f"{field} = {pad_token!r} is no token of {name!r}: name one that is, such as its end token")
     if pad_token is None and tokenizer.pad_token_id is None and spare_pad and _has_token(tokenizer, spare_pad):
@@ -46,6 +39,23 @@ def load_tokenizer(
         raise ConfigError(
             f"the tokenizer {name!r} has no pad token: set {field} to one of its tokens, such as "
             f"{tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)!r}; it is masked, and never learned"
+        )
+    return tokenizer
+
+
+def open_tokenizer(name: str, *, trust_remote_code: bool) -> Any:
+    """A tokenizer with character offsets, as it is.
+
+    Raises:
+        ConfigError: if it cannot be loaded, or gives no offsets.
+    """
+    from transformers import AutoTokenizer
+
+    with loading("tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the tokenizer {name!r} is a slow one, which cannot say where its tokens stand: use a fast one"
         )
     return tokenizer
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cads.data.batch import Batch
+from cads.task import Task
+from cads.tasks.language.models import LanguageModels
 from cads.tasks.language.task import LanguageTask
+
+
+class RandomModels(LanguageModels):
+    """Models with random weights, also where there are others."""
+
+    @property
+    def random(self) -> bool:
+        """Always."""
+        return True
 
 
 class MetaLanguageTask(LanguageTask):
@@ -18,6 +30,15 @@ class MetaLanguageTask(LanguageTask):
     def model(self, seed: int) -> nn.Module:
         """The model without weights."""
         return self.models.on_meta()
+
+    def to_time(self) -> tuple[Task, float]:
+        """The same examples, and models with random weights: none are loaded."""
+        models = RandomModels(**{f.name: getattr(self.models, f.name) for f in fields(self.models) if f.init})
+        pools = [self.pool, self.target, self.test]
+        task = LanguageTask(
+            pools, models, self.tokenizer, settings=self.settings, recipe=self.recipe, counts=self.counts
+        )
+        return task, 1.0
 
     def losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """The loss of each example on the meta device, shape (B,)."""

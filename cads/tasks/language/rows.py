@@ -96,6 +96,7 @@ class Rows:
         table_positions: positions of the rows in `table`, ascending, int64; None if they are all of the table. With
             them, rows that are drawn from a table on disk stay on disk.
         origin: the file of which `table` holds every row, in order; None if that is not known.
+        columns: the column or template of the file for each role. unused: the other columns of the file.
     """
 
     table: pa.Table
@@ -106,6 +107,8 @@ class Rows:
     subtasks: pa.Array | None = None
     table_positions: np.ndarray | None = None
     origin: FileOrigin | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -180,7 +183,8 @@ def load_rows(source: TextSource, seed: int, *, given_sources: bool = False, pre
     id_column = columns.get("id") if columns.get("id") in present else None
     written_from = sorted(used_columns(text_columns.values(), present), key=present.index)
     origin = origin_of(source.location, read.select(written_from), stamp, id_column, text_columns)
-    rows = Rows(content, chosen, ids, source.name, sources, subtasks, origin=origin)
+    unused = tuple(sorted(set(present) - used_columns(columns.values(), present), key=present.index))
+    rows = Rows(content, chosen, ids, source.name, sources, subtasks, None, origin, columns, unused)
     if source.limit is None or source.limit >= len(rows):
         return rows
     order = id_order(ids)[np.random.default_rng((LIMIT, seed)).permutation(len(rows))]

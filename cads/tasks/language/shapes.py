@@ -119,6 +119,10 @@ class ShapeOnlyLanguageTask(Task):
         self.target = self._pool("target", settings.n_target)
         self.test = self._pool("test", settings.n_test)
 
+    def to_time(self) -> None:
+        """None: there are no examples."""
+        return None
+
     @property
     def trainable(self) -> Trainable:
         """The weights that are trained: all of them, or adapters."""

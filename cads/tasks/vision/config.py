@@ -40,11 +40,12 @@ from cads.tasks.vision.synthetic_sources import (
 from cads.tasks.vision.task import VisionTask, check_labels, images_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
     from cads.recipe import TrainConfig
+    from cads.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder", "a
 
 ADDED = ("weights", "transforms")
 """Fields that `result_fields` lists only where they are set, so that older results keep their fields."""
+SAMPLED = 2000
+"""Images of a part, of many in files, that are decoded to time training."""
 SPLIT, TEST, TARGET = 3, 4, 5
 """First words of the seeds that divide the training split, that draw the test set, and that draw the target."""
 
@@ -362,7 +365,9 @@ def meta(config: VisionConfig, recipe: TrainConfig) -> MetaVisionTask:
     if config.dataset not in DATASET_SIZES:
         parts = config._parts(check=False)
         build = partial(network.build, images_of(parts.pool).shape, len(parts.classes))
-        return MetaVisionTask(parts.pool, parts.target, parts.test, build, recipe, f"vision/{config.dataset}")
+        counts = [len(part) for part in (parts.pool, parts.target, parts.test)]
+        sample = partial(_sample, config, recipe, counts)
+        return MetaVisionTask(parts.pool, parts.target, parts.test, build, recipe, f"vision/{config.dataset}", sample)
     dataset, size = DATASET_SIZES[config.dataset], config.image_size
     shape = dataset.shape if size is None else (dataset.shape[0], size, size)
     n_test, n_target, n_pool = config.sizes(dataset.n_train, dataset.n_test)
@@ -381,4 +386,22 @@ def meta(config: VisionConfig, recipe: TrainConfig) -> MetaVisionTask:
         partial(network.build, shape, dataset.n_classes),
         recipe,
         f"vision/{config.dataset}",
+        partial(_sample, config, recipe, ()),
     )
+
+
+def _sample(config: VisionConfig, recipe: TrainConfig, sizes: Sequence[int]) -> tuple[Task, float]:
+    """The task with random weights, and with `SAMPLED` images of each part at most, if there are more.
+
+    Args:
+        sizes: examples of pool, target and test set; () if reading them takes no longer where they are many.
+
+    Returns:
+        the task, and how many times as many images all are.
+    """
+    config = replace(config, pretrained=False)
+    if not sizes or max(sizes) <= SAMPLED or config.sources:
+        return config.build(recipe), 1.0
+    n_pool, n_target, n_test = (min(n, SAMPLED) for n in sizes)
+    sample = replace(config, n_pool=n_pool, n_target=n_target, n_test=n_test)
+    return sample.build(recipe), sum(sizes) / (n_pool + n_target + n_test)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cads.data.batch import Batch
 from cads.data.pool import Pool
+from cads.task import Task
 from cads.tasks.vision.datasets import FASHION_CLASSES
 from cads.tasks.vision.task import VisionTask
 
@@ -65,6 +66,7 @@ class MetaVisionTask(VisionTask):
     Args:
         pool, target, test: pools of images or of their shapes.
         build_model, recipe, name: as for `VisionTask`.
+        sample: makes a task with images, see `to_time`.
     """
 
     def __init__(
@@ -75,7 +77,9 @@ class MetaVisionTask(VisionTask):
         build_model: Callable[[], nn.Module],
         recipe: TrainConfig,
         name: str,
+        sample: Callable[[], tuple[Task, float]],
     ) -> None:
+        self._sample = sample
         self.pool, self.target, self.test = pool, target, test
         self.recipe, self.name = recipe, name
         self.mean, self.std = (0.0,), (1.0,)
@@ -86,6 +90,10 @@ class MetaVisionTask(VisionTask):
         """The network without weights."""
         with torch.device("meta"):
             return super().model(seed)
+
+    def to_time(self) -> tuple[Task, float]:
+        """A task with images, or with some of many that would have to be decoded."""
+        return self._sample()
 
     def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Scores of the classes on the meta device, shape (B, n_classes)."""
