@@ -25,9 +25,10 @@ def dist(tmp_path_factory):
     """Both packages, built from a copy of the tree; the wheel is built from the sdist."""
     pytest.importorskip("build")
     tree = tmp_path_factory.mktemp("tree")
-    for name in ("LICENSE", "README.md", "pyproject.toml", "setup.cfg"):
+    for name in ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.cfg"):
         shutil.copy(ROOT / name, tree)
-    for name in ("baselines", "cads", "experiments/examples", "tests/docs"):
+    shutil.copytree(ROOT / "tests" / "docs", tree / "tests")
+    for name in ("baselines", "cads", "experiments/examples"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     out = tree / "dist"
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
@@ -53,7 +54,8 @@ class TestPackages:
         (sdist,) = dist.glob("*.tar.gz")
         with tarfile.open(sdist) as archive:
             names = {name.split("/", 1)[-1] for name in archive.getnames()}
-        assert {"LICENSE", "README.md", "pyproject.toml", "setup.cfg", "cads/__init__.py"} <= names
+        assert {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "setup.cfg", "cads/__init__.py"} <= names
+        assert not {name.split("/")[0] for name in names} & {"tests", "experiments", "docs"}
 
     def test_both_work_in_clean_environments(self, dist):
         """Dependencies are those of this environment, so that no network is needed; `make dist` fetches them."""
