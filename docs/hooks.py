@@ -12,10 +12,10 @@ import argparse
 import logging
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -36,14 +36,7 @@ MOVED = {
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 RESULT_FILE = re.compile(r"`(?P<name>[\w-]+\.md)`")
 DIRECTIVE = re.compile(r"^::: (?P<name>[\w.]+)", re.MULTILINE)
-Rows = list[tuple[str, str, str]]
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """List the results, which `nav` names as a folder."""
-    results = [page for _, page in _moved_files() if page.startswith("results/") and page.endswith(".md")]
-    config.nav = [{"Results": results} if entry == {"Results": "results/"} else entry for entry in config.nav or []]
-    return config
+Rows = list[tuple[str, str, str, str]]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -117,7 +110,7 @@ def commands_page() -> str:
     for name in COMMANDS:
         parser = parsers[name]
         parts += [f"## cads {name}", str(parser.description), f"```text\n{parser.usage}\n```"]
-        parts.append(_table(_rows(parser, lambda key: "." not in key)))
+        parts.append(_table(_rows(parser)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -127,36 +120,44 @@ def settings_page() -> str:
     from cads.cli.settings import TrainSettings
     from cads.registry import SELECTORS, TASKS, names
 
-    parts = ["# Settings", "Made from the code. Each is a key of the section in a file, and a flag."]
+    parts = [
+        "# Settings",
+        "Made from the code. Each is a key of its section in a file, and a flag: `--train.batch_size 64`.",
+    ]
     base = command_parser(TrainSettings, "vision", "cads")
     for section, title in (("train", "The recipe"), ("checkpoint", "Checkpoints")):
-        parts += [f"## {title}: `{section}`", _table(_rows(base, lambda key, s=section: key.startswith(f"{s}.")))]
+        parts += [f"## {title}: `{section}`", _table(_rows(base, section))]
     for kind in names(TASKS):
         parser = command_parser(TrainSettings, kind, "cads")
-        parts += [f"## The task of kind `{kind}`: `task`", _table(_rows(parser, lambda key: key.startswith("task.")))]
+        parts += [f"## The task of kind `{kind}`: `task`", _table(_rows(parser, "task"))]
     parts += ["## The options of each method: `options`", "What each does is in [Methods](../methods.md)."]
     for method in names(SELECTORS):
         parser = command_parser(TrainSettings, "vision", method)
-        rows = _rows(parser, lambda key: key.startswith("options."))
+        rows = _rows(parser, "options")
         parts += [f"### `{method}`", _table(rows) if rows else "None."]
     return "\n\n".join(parts) + "\n"
 
 
-def _rows(parser: Any, wanted: Callable[[str], bool]) -> Rows:
-    """Flag, default and help of the actions of a parser whose key is wanted and that help lists."""
+def _rows(parser: Any, section: str = "") -> Rows:
+    """Name, kind of value, default and help of the settings of a section, or of those in none: all that help lists."""
     from cads.cli.config import SECTIONS
 
     rows = []
     for action in parser._actions:
-        if action.help in (None, argparse.SUPPRESS) or not wanted(action.dest) or action.dest == "help":
+        if (
+            action.help in (None, argparse.SUPPRESS)
+            or action.dest.rpartition(".")[0] != section
+            or action.dest == "help"
+        ):
             continue
         if "--print_config" in action.option_strings or action.dest in SECTIONS:
             continue
         flag = next((f for f in action.option_strings if f.startswith("--")), action.metavar or action.dest)
-        kind = _kind(getattr(action, "_typehint", None) or action.type)
+        hint = getattr(action, "_typehint", None) or action.type
         default = "" if action.default is argparse.SUPPRESS else str(_default(action))
         text = " ".join(str(action.help).split()).replace("%%", "%")
-        rows.append((f"`{flag}`" + (f" `{kind}`" if kind else ""), default and f"`{default}`", text))
+        name = flag.removeprefix(f"--{section}.") if section else flag
+        rows.append((f"`{name}`", _kind(hint) if hint else "", default and f"`{default}`", text))
     return rows
 
 
@@ -168,20 +169,25 @@ def _default(action: Any) -> Any:
 
 
 def _kind(hint: Any) -> str:
-    if hint is None:
-        return ""
-    plain = not isinstance(hint, UnionType) and get_origin(hint) is None
-    text = getattr(hint, "__name__", str(hint)) if plain else str(hint)
-    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text).replace("NoneType", "None")
+    """What a setting takes, in words."""
+    from cads.cli.parser import KINDS
+
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return ", ".join(map(str, arguments))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_kind(argument) for argument in arguments if argument is not NoneType))
+    name = getattr(get_origin(hint) or hint, "__name__", "")
+    return KINDS.get(name, name)
 
 
 def _table(rows: Rows) -> str:
-    lines = ["| setting | default | what it is |", "| --- | --- | --- |"]
+    lines = ["| setting | takes | default | what it is |", "| --- | --- | --- | --- |"]
     return "\n".join([*lines, *("| " + " | ".join(_cell(part) for part in row) + " |" for row in rows)])
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;") if "`" not in text else text.replace("|", "\\|")
+    return text.replace("|", "\\|") if "`" in text else text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def undocumented(pages: Iterable[str]) -> list[str]:

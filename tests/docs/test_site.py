@@ -34,19 +34,20 @@ def section(page: str, title: str) -> str:
 def test_every_command_and_its_settings_are_listed(hooks):
     page = hooks.commands_page()
     for command in COMMANDS:
-        assert "| setting |" in section(page, f"## cads {command}")
-    assert "`--budget` `float" in section(page, "## cads train")
+        assert "| setting | takes | default |" in section(page, f"## cads {command}")
+    assert "| `--budget` | a number or text | `5 epochs` |" in section(page, "## cads train")
     assert "`--budget`" not in section(page, "## cads check"), "it does nothing there"
 
 
 def test_every_kind_and_method_has_its_settings(hooks):
     page = hooks.settings_page()
     for kind in names(TASKS):
-        assert "`--task." in section(page, f"## The task of kind `{kind}`: `task`")
+        assert "| `model` | text |" in section(page, f"## The task of kind `{kind}`: `task`")
     for method in names(SELECTORS):
         assert f"### `{method}`" in page
     less = page.split("### `less`\n")[1].split("### ")[0]
-    assert re.search(r"`--options.warmup_share` `float` \| `0.05` \| Share of the pool", less)
+    assert "| `warmup_share` | a number | `0.05` | Share of the pool" in less
+    assert "| `optimizer` | adamw, sgd | `adamw` |" in section(page, "## The recipe: `train`")
 
 
 def test_public_names_without_docstring_or_place_are_found(hooks):
