@@ -46,9 +46,10 @@ format: $(VENV)/.dev  ## rewrite the sources as ruff would have them
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/.docs  ## the pages of docs/ and the reference, in site/; a dead link or an undocumented name fails
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 dist: $(VENV)/.dev  ## wheel and sdist in dist/, installed into a clean environment and tried
+	rm -rf dist
 	$(BIN)/python -m build --quiet --outdir dist
 	$(BIN)/python tests/support/clean_install.py dist
 

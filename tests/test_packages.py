@@ -64,6 +64,8 @@ class TestPackages:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("installed and tried") == 2
+        assert done.stdout.count(f"cads {cads.__version__}\n") == 2
+        assert "Model, Selection and results: run" in done.stdout
 
 
 def test_the_classifiers_name_each_python():

@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 IMAGES = """
@@ -29,11 +30,9 @@ for label in ("cat", "dog"):
 """
 COMMANDS = (
     ("--version",),
-    ("init", "photos"),
-    ("train", "cads.yaml", "--budget", "10 epochs", "--task.model", "mlp", "--out", "run", "--progress", "false"),
-    ("export", "run", "--to", "files", "--output", "chosen.txt"),
+    ("train", "--pool", "photos", "--model", "mlp", "--budget", "10 epochs", "--out", "run", "--progress", "false"),
 )
-"""What is tried, in this order."""
+"""What is tried, in this order; of the sdist the first alone."""
 
 
 def main() -> None:
@@ -42,39 +41,49 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--borrow", type=Path, help="site-packages that hold all dependencies")
     settings = parser.parse_args()
-    packages = sorted(settings.folder.glob("*.whl")) + sorted(settings.folder.glob("*.tar.gz"))
-    if {package.suffix for package in packages} != {".whl", ".gz"}:
-        sys.exit(f"{settings.folder} holds no wheel or no sdist")
-    for package in packages:
-        with tempfile.TemporaryDirectory() as place:
-            try_package(package.resolve(), Path(place), settings.borrow)
-        print(f"{package.name}: installed and tried")
+    wheels, sdists = ([*settings.folder.glob(name)] for name in ("*.whl", "*.tar.gz"))
+    if (len(wheels), len(sdists)) != (1, 1):
+        sys.exit(f"{settings.folder} holds {len(wheels)} wheels and {len(sdists)} sdists: there must be one of each")
+    with tempfile.TemporaryDirectory() as place:
+        offline = ["--no-index", "--no-build-isolation"] if settings.borrow else []
+        packages = try_package(wheels[0], Path(place, "wheel"), COMMANDS, settings.borrow, offline)
+        # Dependencies are large: the second environment has those of the first.
+        try_package(sdists[0], Path(place, "sdist"), COMMANDS[:1], settings.borrow or packages, offline)
 
 
-def try_package(package: Path, place: Path, borrow: Path | None) -> None:
+def try_package(
+    package: Path, place: Path, commands: Sequence[Sequence[str]], borrow: Path | None, flags: Sequence[str]
+) -> Path:
     """Install one package into an environment in `place`, and run the commands.
 
+    Args:
+        borrow: where the dependencies are; None to install them. flags: further ones of pip.
+
+    Returns:
+        where the environment has its packages.
+
     Raises:
-        CalledProcessError: if one of them fails.
+        SystemExit: with what was said, if one of them fails.
     """
     environment = place / "environment"
     venv.create(environment)
     python = environment / "bin" / "python"
+    site = Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(environment), "platbase": str(environment)}))
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
     if borrow is not None:
-        here = sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)})
-        Path(here, "borrowed.pth").write_text(f"{borrow}\n")
-        install += ["--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed"]
-    _run([*install, package], place)
+        (site / "borrowed.pth").write_text(f"{borrow}\n")
+        install += ["--no-deps", "--ignore-installed"]
+    _run([*install, *flags, package.resolve()], place)
     found = "import cads, baselines; print(cads.__file__); print(baselines.__file__)"
     for file in _run([python, "-c", found], place).split():
         if environment.resolve() not in Path(file).resolve().parents:
             sys.exit(f"{package.name}: {file} is not of the package")
     _run([python, "-c", IMAGES], place)
-    for words in COMMANDS if package.suffix == ".whl" else COMMANDS[:1]:
-        _run([environment / "bin" / "cads", *words], place)
-    if package.suffix == ".whl" and not (place / "run" / "model.safetensors").exists():
-        sys.exit(f"{package.name}: `cads train` wrote no model")
+    for words in commands:
+        print("cads", *words)
+        print(_run([environment / "bin" / "cads", *words], place))
+    print(f"{package.name}: installed and tried")
+    return site
 
 
 def _run(words: list[str | Path], place: Path) -> str:
