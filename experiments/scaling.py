@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cads.planning.plan import size
+from cads.accounting.units import size
 from experiments.scaling_plan import markdown as plan_markdown
 from experiments.scaling_steps import SECTIONS, WHOLE_UPDATE, Row
 

@@ -9,8 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from cads.accounting.budget import Budget
+from cads.accounting.units import duration, size
 from cads.planning.ccds import PUBLISHED
-from cads.planning.plan import Plannable, duration, make_plan, size
+from cads.planning.plan import Plannable, make_plan
 from cads.recipe import TrainConfig
 from cads.selectors.online.selector import Cads
 from cads.tasks.language.shapes import LanguageShapes

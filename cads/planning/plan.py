@@ -15,6 +15,7 @@ from rich.text import Text
 from cads.accounting.budget import Budget, check_step
 from cads.accounting.ledger import SELECT, PlannedLedger
 from cads.accounting.stage_labels import stage_label
+from cads.accounting.units import duration, size
 from cads.errors import CadsError, ConfigError
 from cads.planning.ccds import CcdsCost
 from cads.planning.memory import forward_memory, training_memory
@@ -23,7 +24,6 @@ from cads.tasks.language.shapes import ShapeOnlyLanguageTask
 
 SOURCE = "Yin and Rush, ICLR 2025, arXiv 2410.16208"
 """Source of the size ratios."""
-SHORT_TIMES = (("s", 60.0), ("min", 60.0), ("h", 24.0), ("d", 365.25), ("y", math.inf))
 
 
 class Plannable(Protocol):
@@ -250,24 +250,6 @@ def _plan_method(name: str, method: Plannable, task: Task, budget: Budget, total
         needed_ratio=None if ratio is None or not isinstance(method, CcdsCost) else method.needed_ratio,
         note=note,
     )
-
-
-def duration(seconds: float) -> str:
-    """A time in the largest unit that leaves a number above 1."""
-    for unit, length in SHORT_TIMES:
-        if seconds < length:
-            return f"{seconds:.3g} {unit}"
-        seconds /= length
-    raise AssertionError("the last unit has no end")
-
-
-def size(n_bytes: float) -> str:
-    """Bytes in a short form."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.3g} TB"
 
 
 def _ratio(m: MethodPlan) -> str:

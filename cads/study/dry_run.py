@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cads.accounting.throughput import matmul_flops_per_second
-from cads.planning.plan import duration
+from cads.accounting.units import duration
 from cads.study.cells import CellPlan, price
 
 

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cads.planning.plan import duration
+from cads.accounting.units import duration
 from cads.study.cells import CellPlan, price
 from cads.study.tables import DONE
 

@@ -42,6 +42,7 @@ UNCHANGED = (
     *("gradients", "target gradients", "pool gradients"),
     *("holdout model", "holdout losses", "pool model", "pool losses"),
     *("timed", "replicas", "truth", "probe", "probe of the initial model", "speed test"),
+    "validation",
     *("features", "features of the target", "folds", "probabilities", "utilities"),
 )
 CALLS = {

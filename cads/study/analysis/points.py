@@ -19,6 +19,8 @@ LOWER_IS_BETTER = ("loss", "error", "perplexity", "ppl", "bits_per_byte", "nll",
 """Metrics with one of these in their name are minimised, unless the run itself says whether they are."""
 SHARES = ("accuracy", "error", "exact_match", "choices", "choices_per_character")
 """Metrics between 0 and 1. They are shown in percent."""
+FREE = ("full", "joint", "random", "source", "target-only")
+"""Selectors that compute nothing to select: what a method must beat."""
 SLACK = 1 + 1e-3
 """Tolerance when a total is compared with a budget: published figures have three or four digits."""
 
@@ -64,6 +66,11 @@ class MethodPoint:
         return self.selection + self.train_flops
 
     @property
+    def free(self) -> bool:
+        """Whether its selection computes nothing."""
+        return self.selector in FREE and not self.spent
+
+    @property
     def mean(self) -> float:
         """Mean of the scores."""
         return float(np.mean(self.scores))
@@ -105,6 +112,14 @@ def in_percent(metric: str) -> bool:
 def score_text(value: float, metric: str) -> str:
     """A score as text."""
     return f"{100 * value:.2f}" if in_percent(metric) else f"{value:.4g}"
+
+
+def interval_text(p: MethodPoint) -> str:
+    """The mean with its interval, if it has one, and the unit: "93.20 ± 1.10 %"."""
+    text = score_text(p.mean, p.metric)
+    if not math.isnan(p.half_width):
+        text += f" ± {score_text(p.half_width, p.metric)}"
+    return text + (" %" if in_percent(p.metric) else "")
 
 
 def points_of(runs: Iterable[Mapping[str, Any]], metric: str | None = None) -> list[MethodPoint]:
