@@ -130,7 +130,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from cads.study.report.figures import AXES_HEIGHT, PNG_DPI, RC, WIDTH
+    from cads.study.report.static import AXES_HEIGHT, PNG_DPI, RC, WIDTH
     from cads.study.report.style import FAINT, MARKERS, SERIES
 
     with mpl.rc_context(RC):

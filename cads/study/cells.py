@@ -292,10 +292,15 @@ def _selected(key: str, selection: Selection) -> pa.Table:
 
 
 def example_rows(key: str, selection: Selection, task: Task) -> list[dict[str, Any]]:
-    """The rows of `examples` for the cell `key`: the best selected and the worst rejected examples, for a reader."""
+    """The rows of `examples` for the cell `key`: the best selected and the worst rejected examples, for a reader.
+
+    Where nothing is rejected, and examples are drawn by weight, the selected of the least weight follow the best.
+    """
     order = np.argsort(selection.rank, kind="stable")
-    selected = order[selection.selected[order]][:N_SHOWN]
-    rejected = order[~selection.selected[order]][::-1][:N_SHOWN]
+    kept = order[selection.selected[order]]
+    selected, rejected = kept[:N_SHOWN], order[~selection.selected[order]][::-1][:N_SHOWN]
+    if selection.weighted and not len(rejected):
+        selected = np.concatenate([selected, kept[N_SHOWN:][-N_SHOWN:][::-1]])
     positions = np.concatenate([selected, rejected])
     batch = task.pool.batch(positions)
     images = batch.inputs.get("images")

@@ -35,7 +35,8 @@ from cads.study.analysis.frontier import (
     simulate_figure1,
     smallest_optimal_ratio,
 )
-from cads.study.analysis.points import MethodPoint, answers, budgets_of, by_group, in_percent, place_name, regrets
+from cads.study.analysis.points import MethodPoint, budgets_of, by_group, in_percent, place_name, regrets
+from cads.study.analysis.verdicts import answers
 
 log = logging.getLogger(__name__)
 

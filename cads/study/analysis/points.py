@@ -268,63 +268,10 @@ def differs_significantly(a: MethodPoint, b: MethodPoint) -> bool | None:
     return bool(abs(difference.mean()) > half_width(difference))
 
 
-@dataclass(frozen=True)
-class BudgetVerdict:
-    """The best method at one budget.
-
-    Attributes:
-        budget: as given. flops: the budget.
-        best: the best affordable point, of those with all seeds.
-        level: other affordable methods that do not differ significantly from it.
-        sentence: the same in words.
-    """
-
-    budget: str
-    flops: float
-    best: MethodPoint
-    level: tuple[str, ...]
-    sentence: str
-
-
-def answers(points: Sequence[MethodPoint]) -> list[BudgetVerdict]:
-    """For each budget of a group, the best method at that total cost."""
-    verdicts = []
-    for limit in budgets_of(points):
-        rivals = within_budget(points, limit)
-        if not rivals:
-            continue
-        ranked = complete(rivals)
-        best = best_of(ranked)
-        others = sorted(ranked, key=lambda p: -p.mean if p.maximised else p.mean)
-        level = tuple(p.method for p in others if p is not best and differs_significantly(best, p) is False)
-        incomplete = [f"{p.method} ({len(p.seeds)} of {len(best.seeds)} seeds)" for p in rivals if p not in ranked]
-        verdicts.append(
-            BudgetVerdict(limit.budget, limit.flops, best, level, _sentence(limit, best, level, incomplete))
-        )
-    return verdicts
-
-
 def complete(rivals: Sequence[MethodPoint]) -> list[MethodPoint]:
     """The points with the largest number of seeds. Seeds draw the data, so that points with fewer saw other data."""
     max_seeds = max(len(p.seeds) for p in rivals)
     return [p for p in rivals if len(p.seeds) == max_seeds]
-
-
-def _sentence(limit: BudgetLevel, best: MethodPoint, level: Sequence[str], incomplete: Sequence[str]) -> str:
-    """The verdict in words; `incomplete`: methods with fewer seeds, which were not compared."""
-    unit = " %" if in_percent(best.metric) else ""
-    score = score_text(best.mean, best.metric)
-    if not math.isnan(best.half_width):
-        score += f" ± {score_text(best.half_width, best.metric)}"
-    as_given = "" if limit.budget.endswith("FLOPs") else f" ({limit.budget})"
-    # A run that paid for selection on top of its budget fits only into a larger budget than its own.
-    smaller = f" of {best.budget}" if best.budget_flops < limit.on(best.seeds) / SLACK else ""
-    text = f"At {limit.flops:.3g} FLOPs in all{as_given}: {best.method}{smaller}, {best.metric} {score}{unit}"
-    if level:
-        text += f"; not told apart from {', '.join(level)} by {len(best.seeds)} seeds"
-    if incomplete:
-        text += f"; left out: {', '.join(incomplete)}"
-    return f"{text}."
 
 
 def regrets(points: Sequence[MethodPoint]) -> dict[str, list[tuple[float, float]]]:
