@@ -22,6 +22,7 @@ from cads.study.analysis.points import (
     points_of,
     score_text,
 )
+from cads.study.analysis.verdicts import shown_name
 from cads.study.cells import DISTRIBUTION
 from cads.study.grid import Setting, cells, read_grid, settings
 from cads.study.tables import GRID_FILE, read_runs
@@ -85,7 +86,7 @@ def free_sentences(out: Path, task: Task, objects: Namespace, budget_flops: floa
 def _comparison(folder: Path, free: list[MethodPoint], score: float) -> list[str]:
     metric, best = free[0].metric, best_of(free)
     ranked = sorted(free, key=lambda p: -p.mean if p.maximised else p.mean)
-    named = "; ".join(f"{p.method} {interval_text(p)}" for p in ranked)
+    named = "; ".join(f"{shown_name(p.method)} {interval_text(p)}" for p in ranked)
     unit = " %" if in_percent(metric) else ""
     difference = (score - best.mean) * (1 if higher_is_better(metric) else -1)
     size = f"{100 * abs(difference):.2f} points" if in_percent(metric) else f"{abs(difference):.4g}"
@@ -93,7 +94,7 @@ def _comparison(folder: Path, free: list[MethodPoint], score: float) -> list[str
     return [
         f"Free at this budget, by {folder} ({metric}, {seeds}): {named}.",
         f"This run: {score_text(score, metric)}{unit}, {size} {'better' if difference >= 0 else 'worse'} than the best "
-        f"that is free ({best.method}). One run tells little where the intervals are wide.",
+        f"that is free ({shown_name(best.method)}). One run tells little where the intervals are wide.",
     ]
 
 

@@ -321,13 +321,13 @@ def _monitor(values: Namespace, out: Path, command: str) -> Monitor:
 
 def _print_trackers(values: Namespace, out: Path, console: Console) -> None:
     """Say where the curves are."""
-    commands = {
-        "tensorboard": f"tensorboard --logdir {out}",
-        "wandb": "the project `cads`, or WANDB_PROJECT",
-        "mlflow": "mlflow ui, in the experiment `cads`, or MLFLOW_EXPERIMENT_NAME",
+    places = {
+        "tensorboard": f"TensorBoard: tensorboard --logdir {out}",
+        "wandb": "Weights & Biases: the project `cads`, or WANDB_PROJECT",
+        "mlflow": "MLflow: mlflow ui; the experiment `cads`, or MLFLOW_EXPERIMENT_NAME",
     }
     for name in _trackers(values):
-        console.print(f"Curves: {commands[name]}", soft_wrap=True, highlight=False)
+        console.print(places[name], soft_wrap=True, highlight=False)
 
 
 def _write_config(config: CommandConfig, task: Task, out: Path) -> None:
