@@ -22,7 +22,7 @@ from cads.study.analysis.points import (
     points_of,
     score_text,
 )
-from cads.study.analysis.verdicts import shown_name
+from cads.study.analysis.verdicts import quoted_name, shown_name
 from cads.study.cells import DISTRIBUTION
 from cads.study.grid import Setting, cells, read_grid, settings
 from cads.study.tables import GRID_FILE, read_runs
@@ -94,7 +94,7 @@ def _comparison(folder: Path, free: list[MethodPoint], score: float) -> list[str
     return [
         f"Free at this budget, by {folder} ({metric}, {seeds}): {named}.",
         f"This run: {score_text(score, metric)}{unit}, {size} {'better' if difference >= 0 else 'worse'} than the best "
-        f"that is free ({shown_name(best.method)}). One run tells little where the intervals are wide.",
+        f"that is free ({quoted_name(best.method)}). One run tells little where the intervals are wide.",
     ]
 
 

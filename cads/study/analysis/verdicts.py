@@ -51,6 +51,12 @@ def shown_name(method: str) -> str:
     return f"{first} ({'; '.join(others)})" if others else first
 
 
+def quoted_name(method: str) -> str:
+    """The name of a method in a sentence: in quotes if it has several words, which would be read with the sentence."""
+    name = shown_name(method)
+    return f'"{name}"' if " " in name else name
+
+
 def answers(points: Sequence[MethodPoint]) -> list[BudgetVerdict]:
     """For each budget of a group, the best method at that total cost."""
     verdicts = []
@@ -65,7 +71,7 @@ def answers(points: Sequence[MethodPoint]) -> list[BudgetVerdict]:
         free = [p for p in ranked if p.free]
         best_free = best_of(free) if free else None
         outcome = _outcome(best, level, best_free)
-        incomplete = [f"{shown_name(p.method)} ({len(p.seeds)} of {len(best.seeds)} seeds)" for p in rivals]
+        incomplete = [f"{quoted_name(p.method)} ({len(p.seeds)} of {len(best.seeds)} seeds)" for p in rivals]
         left_out = [text for text, p in zip(incomplete, rivals, strict=True) if p not in ranked]
         sentence = " ".join([*_sentences(limit, best, level, best_free, outcome), *_left_out(left_out)])
         verdicts.append(BudgetVerdict(limit.budget, limit.flops, best, level, best_free, outcome, sentence))
@@ -82,7 +88,7 @@ def headline(verdicts: Sequence[BudgetVerdict]) -> str:
         return f"Nothing free was run to compare with. {_named_best(verdicts)}"
     by_outcome: dict[str, dict[str, list[str]]] = {}
     for v in verdicts:
-        by_outcome.setdefault(v.outcome, {}).setdefault(shown_name(v.best.method), []).append(_budget(v.budget))
+        by_outcome.setdefault(v.outcome, {}).setdefault(quoted_name(v.best.method), []).append(_budget(v.budget))
     if len(verdicts) > 1:
         everywhere = [f"all {len(verdicts)} budgets"]
         by_outcome = {
@@ -106,7 +112,7 @@ def _named_best(verdicts: Sequence[BudgetVerdict]) -> str:
     best: Mapping[str, list[str]] = {name: [] for name in dict.fromkeys(v.best.method for v in verdicts)}
     for v in verdicts:
         best[v.best.method].append(_budget(v.budget))
-    parts = [f"{shown_name(name)} at {_and(budgets)}" for name, budgets in best.items()]
+    parts = [f"{quoted_name(name)} at {_and(budgets)}" for name, budgets in best.items()]
     return f"The best: {'; '.join(parts)}."
 
 
@@ -121,7 +127,7 @@ def _outcome(best: MethodPoint, level: Sequence[str], best_free: MethodPoint | N
 def _sentences(
     limit: BudgetLevel, best: MethodPoint, level: Sequence[str], best_free: MethodPoint | None, outcome: str
 ) -> list[str]:
-    name, seeds = shown_name(best.method), len(best.seeds)
+    name, seeds = quoted_name(best.method), len(best.seeds)
     flops = f"{limit.flops:.3g} FLOPs in all"
     where = flops if limit.budget.endswith("FLOPs") else f"{_budget(limit.budget)} ({flops})"
     # A run that paid for selection on top of its budget fits only into a larger budget than its own.
@@ -129,13 +135,13 @@ def _sentences(
     first = f"At {where} {name}{smaller} has the best mean: {best.metric} {interval_text(best)}."
     sentences = [first]
     if level:
-        sentences.append(f"By {seeds} seeds it cannot be told apart from {_or([shown_name(m) for m in level])}.")
+        sentences.append(f"By {seeds} seeds it cannot be told apart from {_or([quoted_name(m) for m in level])}.")
     if seeds < 2:
         sentences.append("One seed: the difference may be chance.")
     if outcome == FREE_IS_BEST:
         sentences.append("It is free.")
     elif best_free is not None:
-        sentences.append(f"The best that is free: {shown_name(best_free.method)}, {interval_text(best_free)}.")
+        sentences.append(f"The best that is free: {quoted_name(best_free.method)}, {interval_text(best_free)}.")
     return sentences
 
 
@@ -148,9 +154,9 @@ def _budget(text: str) -> str:
 
 
 def _or(names: Sequence[str]) -> str:
-    shown, n_more = list(names[:MOST_NAMED]), len(names) - MOST_NAMED
-    if n_more > 0:
-        shown.append(f"{n_more} others")
+    shown = list(names)
+    if len(names) > MOST_NAMED + 1:
+        shown = [*names[:MOST_NAMED], f"{len(names) - MOST_NAMED} others"]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
 
 

@@ -49,6 +49,8 @@ ANCHORS = ("full", "cads", "search")
 """Names of methods that are in every panel, for comparison."""
 SHOWN_POINTS = 25.0
 """Range of figures of scores, in percentage points below the best. Lower scores are only in the table."""
+MARGIN = 0.6
+"""Of a figure about its means, as a share of their range: for intervals, and for the shading below."""
 CURVE_POINTS = 200
 MARKS_BY_TASKS, LINES_BY_TASKS = "osD^", ("-", "--", "-.", ":")
 TOTAL, TRAINING = "total FLOPs (selection + training)", "training FLOPs"
@@ -109,12 +111,23 @@ def verdict(group: GroupFits, styles: Styles, name: str) -> CaptionedFigure:
     band = _free_band(group)
     points = [p for p in group.points if band is None or not p.free]
     paid = points or group.points
-    chart = CurveChart(
-        _score_series(paid, styles), TOTAL, _score_label(group.metric), panels=_panels(group, paid), band=band
-    )
+    series = _score_series(paid, styles)
+    panels = [Panel(part.labels, _near(part, series, band)) for part in _panels(group, paid)]
+    chart = CurveChart(series, TOTAL, _score_label(group.metric), panels=panels, band=band)
     shaded = "" if band is None else " Shaded: what is free (no compute for selection), from the worst to the best."
     axis = " The horizontal axis is everything spent, selection included."
     return CaptionedFigure(name, title, f"{text}{axis}{shaded}{_panel_note(chart)}{_cut_note(chart)}", chart)
+
+
+def _near(panel: Panel, series: Sequence[Series], band: Band | None) -> tuple[float, float]:
+    """Limits of the vertical axis about the means of a panel and the best that is free; a band may reach far below."""
+    means = [y for s in series if s.label in panel.labels for y in s.y if y >= panel.limits[0]]
+    means += [] if band is None else list(band.high)
+    if not means:
+        return panel.limits
+    low, high = min(means), max(means)
+    margin = MARGIN * (high - low) or abs(high) * MARGIN
+    return max(panel.limits[0], low - margin), min(panel.limits[1], high + margin)
 
 
 def _free_band(group: GroupFits) -> Band | None:
@@ -446,7 +459,10 @@ def _panel_note(chart: CurveChart) -> str:
     """The sentence of a caption about the order of panels; "" for one panel."""
     if len(chart.divided) == 1:
         return ""
-    return " Panels go from methods near the best of each budget to those far from it, each on its own scale."
+    return (
+        " Methods near the best of each budget come first. The others are in further panels, each on its own scale, "
+        "or a click on their name away."
+    )
 
 
 def _group_name(group: GroupFits) -> str:

@@ -72,11 +72,18 @@ def test_budgets_with_one_outcome_are_said_together():
     )
 
 
+def test_names_of_several_words_are_quoted():
+    points = [point("joint", (0.5, 0.51, 0.52)), point("cads and target", (0.9, 0.91, 0.92), spent=1.0)]
+    verdicts = answers(points)
+    assert headline(verdicts) == '"cads and target" beats everything that is free at 1 epoch.'
+    assert verdicts[0].sentence.startswith('At 1 epoch (100 FLOPs in all) "cads and target" has the best mean: ')
+
+
 def test_many_methods_are_counted_and_a_comma_joins_no_names():
     scores = (0.9, 0.7, 0.82)
     others = [point(f"m{i}, stop", (0.8, 0.85 - i / 1000, 0.7), spent=1.0) for i in range(9)]
     sentence = answers([point("cads", scores, spent=1.0), *others])[0].sentence
-    assert "By 3 seeds it cannot be told apart from m0 (stop), m1 (stop)" in sentence
+    assert 'By 3 seeds it cannot be told apart from "m0 (stop)", "m1 (stop)"' in sentence
     assert "or 3 others." in sentence
 
 
