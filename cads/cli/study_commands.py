@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cads.accounting.units import size
 from cads.cli.config import read_grid_flags, report_parser
 from cads.errors import CadsError, ConfigError
 from cads.runtime.processes import world_group
@@ -113,7 +114,7 @@ def _report(folder: Path, out: Path | None, metric: str | None) -> None:
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     if len(files.answers) > MAX_SENTENCES:
         console.print(f"{len(files.answers) - MAX_SENTENCES} more sentences are in the report.")
-    console.print(f"report       {files.page} ({files.page_size}, opens offline)", highlight=False, soft_wrap=True)
+    console.print(f"report       {files.page} ({size(files.n_bytes)}, opens offline)", highlight=False, soft_wrap=True)
     console.print(f"fits         {files.fits}", highlight=False, soft_wrap=True)
     console.print(f"figures      {files.figures}", highlight=False, soft_wrap=True)
     if not files.is_interactive:

@@ -178,24 +178,27 @@ def _bars(chart: BarChart) -> dict[str, Any]:
 @specification.register
 def _dots(chart: DotChart) -> dict[str, Any]:
     rows = [_text(dot.label) for dot in chart.dots]
-    trace = {
-        "type": "scatter",
-        "mode": "markers",
-        "showlegend": False,
-        "x": [dot.value for dot in chart.dots],
-        "y": rows,
-        "error_x": {"type": "data", "array": [dot.half_width for dot in chart.dots], "thickness": 1, "width": 3},
-        "marker": {"color": [dot.colour for dot in chart.dots], "size": 9},
-        "text": [_text(dot.note) for dot in chart.dots],
-        "hovertemplate": "%{y}: %{x:.4g} ± %{error_x.array:.3g}<br>%{text}<extra></extra>",
-    }
+    data = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "showlegend": False,
+            "x": [dot.value],
+            "y": [row],
+            "error_x": {"type": "data", "array": [dot.half_width], "thickness": 1, "width": 3},
+            "marker": {"color": dot.colour, "size": 9},
+            "text": [_text(dot.note)],
+            "hovertemplate": "%{y}: %{x:.4g} ± %{error_x.array:.3g}<br>%{text}<extra></extra>",
+        }
+        for row, dot in zip(rows, chart.dots, strict=True)
+    ]
     layout = _rows_layout(chart.xlabel, rows)
     if chart.band is not None:
         _, low, high = chart.band
         place = {"xref": "x", "yref": "paper", "x0": low, "x1": high, "y0": 0, "y1": 1}
         shape = {"type": "rect", **place, "line": {"width": 0}, "fillcolor": FAINT, "opacity": BAND_OPACITY}
         layout["shapes"] = [shape]
-    return {"data": [trace], "layout": layout, "height": _rows_height(rows)}
+    return {"data": data, "layout": layout, "height": _rows_height(rows)}
 
 
 @specification.register

@@ -72,19 +72,15 @@ class Section:
 class ReportFiles:
     """The files of a report: the page, the fits, the folder of figures; and the answers, one sentence each.
 
-    `is_interactive`: whether the figures of the page answer to the pointer.
+    `n_bytes`: the size of the page. `is_interactive`: whether its figures answer to the pointer.
     """
 
     page: Path
     fits: Path
     figures: Path
     answers: list[str]
+    n_bytes: int = 0
     is_interactive: bool = False
-
-    @property
-    def page_size(self) -> str:
-        """The size of the page in words."""
-        return size(self.page.stat().st_size)
 
 
 def write_report(folder: Path, out: Path | None = None, metric: str | None = None) -> ReportFiles:
@@ -119,12 +115,12 @@ def write_report(folder: Path, out: Path | None = None, metric: str | None = Non
         figure.save(page.parent / "figures")
     if page.parent == folder:
         _sweep(folder / "figures", {figure.name for figure in drawn})
-    whole_file(page, _page(folder, runs, results, sections, drawn))
+    text = _page(folder, runs, results, sections, drawn)
+    whole_file(page, text)
     several = len(results) > 1
     named = [f"{r.name}: {s}" if several else s for r in results for s in (r.headline, *r.verdicts)]
-    return ReportFiles(
-        page, page.parent / "fits.json", page.parent / "figures", named, is_interactive=interactive.is_installed()
-    )
+    paths = page, page.parent / "fits.json", page.parent / "figures"
+    return ReportFiles(*paths, named, len(text.encode()), interactive.is_installed())
 
 
 def _sweep(figures: Path, drawn: set[str]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cads.accounting.units import size
 from cads.cli.main import main
 from cads.study.analysis.fits import analyse
 from cads.study.analysis.frontier import jaccard
@@ -185,7 +186,8 @@ class TestFiles:
         assert "with plotly installed" in static_page.read_text()
 
     def test_the_page_says_its_size(self, made):
-        assert f"This page is {made.page_size} and needs no network" in made.page.read_text()
+        assert made.n_bytes == pytest.approx(made.page.stat().st_size, abs=20)
+        assert f"This page is {size(made.n_bytes)} and needs no network" in made.page.read_text()
 
     def test_names_are_escaped(self, made):
         text = made.page.read_text()
@@ -298,6 +300,26 @@ class TestStyle:
             low, high = sorted([luminance(colour), luminance(page)])
             assert (high + 0.05) / (low + 0.05) >= 3, colour
         assert colour_of("unheard of") in PALETTE.values()
+
+
+def test_one_budget_has_no_curves(tmp_path):
+    """Curves of one point say nothing: a row for each method does, beside the shading of what is free."""
+    for method in ("random", "full", "search"):
+        for seed in (0, 1):
+            add_cell(tmp_path, method, 8, seed)
+    report = write_report(tmp_path)
+    kinds = {re.sub(r"^\d+-|-\d+$", "", f.stem) for f in report.figures.glob("*.svg")}
+    assert kinds <= {"verdict", "sources", "ledger", "probabilities", "overlap"}
+    (group,) = analyse(points_of(read_runs(tmp_path)))
+    chart = figures.verdict(group, method_styles((m, m) for m in METHODS), "verdict").chart
+    assert [dot.label for dot in chart.dots] == [
+        p.method for p in sorted(group.points, key=lambda p: p.mean, reverse=True)
+    ]
+    free = [100 * p.mean for p in group.points if p.method != "search"]
+    assert chart.band == (figures.FREE_BAND, min(free), max(free))
+    drawn = interactive.specification(chart)
+    assert [trace["y"] for trace in drawn["data"]] == [[dot.label] for dot in chart.dots]
+    assert (drawn["layout"]["shapes"][0]["x0"], drawn["layout"]["shapes"][0]["x1"]) == (min(free), max(free))
 
 
 def test_figures_of_an_earlier_report_are_removed(tmp_path, monkeypatch):
