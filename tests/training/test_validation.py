@@ -44,6 +44,12 @@ def test_watching_changes_nothing_but_the_account_of_evaluation(method):
     assert 0 < spent <= 1.1 * LARGEST_SHARE * watched.ledger.total(TRAIN).flops
 
 
+def test_a_selection_is_the_same_whether_its_training_was_watched_or_not():
+    chosen = [api.select(small(), "8 epochs", monitor=Monitor(validation_points=points)) for points in (0, 20)]
+    assert (EVALUATE, "validation") in chosen[1].ledger.entries
+    assert chosen[0].content_hash == chosen[1].content_hash
+
+
 @pytest.mark.parametrize("method", ["full", "cads"])
 def test_points_are_evenly_spaced_and_the_last_step_is_among_them(method):
     result = run(20, method)
