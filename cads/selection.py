@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cads.accounting.budget import Budget
-from cads.accounting.ledger import Ledger
+from cads.accounting.ledger import EVALUATE, Ledger
 from cads.data.balanced_stream import balanced_stream
 from cads.data.hashing import add_column
 from cads.data.ids import as_dictionary, rank_by_score
@@ -156,8 +156,13 @@ class Selection:
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of everything that is saved except times: selections with the same hash give the same training run."""
-        digest = hashlib.sha256(json.dumps(self._header(), sort_keys=True).encode())
+        """Hash of everything that is saved except times: selections with the same hash give the same training run.
+
+        What was evaluated on the way is no part of it: watching a run does not change its Selection.
+        """
+        header = self._header()
+        header["ledger"] = [entry for entry in header["ledger"] if entry["phase"] != EVALUATE]
+        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
         add_column(digest, self.ids)
         if self.sources is not None:
             add_column(digest, self.sources)

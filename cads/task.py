@@ -90,6 +90,7 @@ class Task(ABC):
         mergeable: whether the models have adapters that can be merged into the base weights.
         proxy: a task with the same data and a smaller proxy model, which selectors use in place of the final model;
             None if they use the final model.
+        base_model: name or folder of the model that training starts from; None if it starts from scratch.
         classes: the names of the classes that labels number; () without classes.
         counts: what was left out of the data, by the reason, as JSON values; written to `data.json`.
     """
@@ -103,6 +104,7 @@ class Task(ABC):
     accounting: str = "measured"
     mergeable: bool = False
     proxy: Task | None = None
+    base_model: str | None = None
     classes: tuple[str, ...] = ()
     counts: Mapping[str, Any] = MappingProxyType({})
     pool: Pool

@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from cads.accounting.budget import Budget
+from cads.accounting.units import duration, size
 from cads.planning.ccds import PUBLISHED
 from cads.planning.methods import Plannable, make_plan
-from cads.planning.plan import duration, size
 from cads.recipe import TrainConfig
 from cads.selectors.online.selector import Cads
 from cads.tasks.language.shapes import LanguageShapes

@@ -62,6 +62,7 @@ class _Words:
     method: str | None
     data: dict[str, Any]
     flags: list[str]
+    tensorboard: str | None = None
 
 
 def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
@@ -77,6 +78,7 @@ def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
         settings_read.update(load_yaml(path))
     if settings.command == "check":
         settings_read = _task_of_grid(settings_read)
+    _read_old_names(settings_read, words)
     words.kind = words.kind or words.data.pop("kind", None)
     if words.data:
         settings_read["task"] = {**(settings_read.get("task") or {}), **words.data}
@@ -96,8 +98,9 @@ def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
     parser = command_parser(settings, kind, method)
     is_default = set(settings_read) == {"kind", "method", "options"} and not options
     values = parser.parse_args([*([] if is_default else ["--config", yaml.safe_dump(settings_read)]), *words.flags])
-    if values.seed < 0:
-        raise ConfigError(f"seed = {values.seed}: it must be >= 0")
+    for name in ("seed", "validation_points"):
+        if values[name] < 0:
+            raise ConfigError(f"{name} = {values[name]}: it must be >= 0")
     named = [*(Path(path).stem for path in words.files[-1:]), *([method] if method != DEFAULT_METHOD else [])]
     return CommandConfig(values, "-".join(named) or method, parser, parser.instantiate(values))
 
@@ -312,12 +315,21 @@ def _split(command: str, argv: list[str]) -> _Words:
     first_parser.add_argument("--kind")
     first_parser.add_argument("--method")
     if command != "compare":
+        first_parser.add_argument("--tensorboard")
         add_data_flags(first_parser)
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
     parsed, flags = first_parser.parse_known_args(argv)
     data = task_of_flags(parsed) if command != "compare" else {}
-    return _Words(parsed.config, parsed.kind, parsed.method, data, flags)
+    return _Words(parsed.config, parsed.kind, parsed.method, data, flags, getattr(parsed, "tensorboard", None))
+
+
+def _read_old_names(settings_read: dict[str, Any], words: _Words) -> None:
+    """Read `tensorboard: false`, as 0.1.0 wrote it, as `track: null`; `track` wins."""
+    in_file = settings_read.pop("tensorboard", None)
+    value = in_file if words.tensorboard is None else words.tensorboard
+    if str(value).lower() == "false":
+        settings_read.setdefault("track", None)
 
 
 def _drop_overridden(settings_read: dict[str, Any], flags: list[str]) -> None:

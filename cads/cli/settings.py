@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from cads.accounting.costs import AccountingName
+from cads.runtime.trackers import TrackerName
 
 
 @dataclass
@@ -27,10 +28,13 @@ class CommandSettings:
     """Folder of the run; null: runs/NAME, after the configuration file and the method."""
     overwrite: bool = False
     """Begin anew, whatever the folder holds."""
-    tensorboard: bool = True
-    """Write TensorBoard event files."""
+    track: list[TrackerName] | TrackerName | None = "tensorboard"
+    """Where curves are kept, one or a list: tensorboard, wandb, mlflow; null: nowhere."""
     progress: bool = True
-    """Show a progress bar."""
+    """Show progress: a bar on a terminal, elsewhere a line every half minute."""
+    validation_points: int = 20
+    """How often the final training is measured on the target, for the validation curve; 0: never. It costs 5 % of the
+    training's FLOPs at most, charged to evaluation, outside the budget."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cads.accounting.units import size
 from cads.cli.config import read_grid_flags, report_parser
 from cads.errors import CadsError, ConfigError
 from cads.runtime.processes import world_group
@@ -16,13 +17,13 @@ from cads.study.analysis.points import points_of
 from cads.study.dry_run import dry_run
 from cads.study.grid import Grid, read_grid
 from cads.study.published_points import import_points
-from cads.study.report.text_tables import terminal_table, wide_console
+from cads.study.report.text_tables import plain_console, terminal_table
 from cads.study.runner import Study
 from cads.study.shard import GridShard
 from cads.study.tables import FAILED, read_runs
 
-MAX_NAMED = 10
-"""Most failed cells that are listed at the end."""
+MAX_NAMED, MAX_SENTENCES = 10, 12
+"""Most failed cells that are listed at the end, and sentences of a report."""
 
 
 def compare(argv: Sequence[str]) -> None:
@@ -41,7 +42,7 @@ def compare(argv: Sequence[str]) -> None:
     if out is None and path is None:
         raise ConfigError("--out is missing: say where the imported points go")
     folder = Path(out) if out is not None else Path("runs") / Path(str(path)).stem
-    shard, console = GridShard.parse(shard_text), wide_console(quiet=not world.first)
+    shard, console = GridShard.parse(shard_text), plain_console(quiet=not world.first)
     for file in points:
         imported = world.on_rank_zero(partial(import_points, Path(file), folder))
         console.print(f"{imported} points imported from {file} to {folder}", highlight=False)
@@ -109,8 +110,12 @@ def _report(folder: Path, out: Path | None, metric: str | None) -> None:
         ) from error
     files = write_report(folder, out, metric)
     console = Console()
-    for sentence in itertools.islice(files.answers, 12):
-        console.print(sentence, highlight=False, markup=False)
-    console.print(f"report       {files.page}", highlight=False, soft_wrap=True)
+    for sentence in itertools.islice(files.answers, MAX_SENTENCES):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    if len(files.answers) > MAX_SENTENCES:
+        console.print(f"{len(files.answers) - MAX_SENTENCES} more sentences are in the report.")
+    console.print(f"report       {files.page} ({size(files.n_bytes)}, opens offline)", highlight=False, soft_wrap=True)
     console.print(f"fits         {files.fits}", highlight=False, soft_wrap=True)
     console.print(f"figures      {files.figures}", highlight=False, soft_wrap=True)
+    if not files.is_interactive:
+        console.print("Figures are static: pip install plotly for figures that answer to the pointer.")

@@ -211,7 +211,10 @@ class Study:
                     reasons.setdefault((method, setting), p.note)
             for (method, setting), note in reasons.items():
                 self.console.print(
-                    f"{status}: {method}{f' ({setting})' * bool(setting)}: {note}", style="yellow", markup=False
+                    f"{status}: {method}{f' ({setting})' * bool(setting)}: {note}",
+                    style="yellow",
+                    markup=False,
+                    soft_wrap=True,
                 )
 
     def _finished(self, plan: CellPlan) -> dict[str, Any] | None:
@@ -247,7 +250,7 @@ class Study:
         def work() -> RunRow:
             # A resumed run writes its TensorBoard files again from the start.
             world.on_rank_zero(lambda: _make_empty(partial))
-            return run_cell(plan, task, metric, journals, partial)
+            return run_cell(plan, task, metric, journals, partial, self.console)
 
         started = time.perf_counter()
         try:

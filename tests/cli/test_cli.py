@@ -254,7 +254,7 @@ class TestHelp:
                 entry = " ".join(entries[f"{section}.{field.name}"].split())
                 explained = re.sub(r"\(?(required, )?type: .*", "", entry)
                 assert len(re.findall(r"[a-z]{2,}", explained)) >= 2, f"{section}.{field.name}: {entry!r}"
-        for name in ("config", "kind", "method", "budget", "count_selection", "seed", "out", "tensorboard"):
+        for name in ("config", "kind", "method", "budget", "count_selection", "seed", "out", "track"):
             assert name in entries
 
     @pytest.mark.parametrize("kind", ["language", "vision"])

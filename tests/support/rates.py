@@ -17,7 +17,7 @@ class Rates(Monitor):
         self.of = {}
 
     @contextmanager
-    def progress(self, stage, flops):
+    def progress(self, stage, flops, spent=0.0):
         rates = self.of[stage] = []
         yield lambda spent, loss, rate: rates.append(rate)
 
