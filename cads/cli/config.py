@@ -19,6 +19,7 @@ from cads.cli.data_flags import add_data_flags, task_of_flags
 from cads.cli.parser import CommandParser
 from cads.cli.settings import CommandSettings, ExportSettings, ReportSettings
 from cads.errors import ConfigError
+from cads.launch.launcher import LaunchSettings
 from cads.recipe import TrainConfig
 from cads.registry import SELECTORS, TASKS, build_selector, names, selector_class, task_config_class
 from cads.runtime.checkpoint import CheckpointConfig
@@ -147,7 +148,10 @@ def grid_parser(kind: str) -> ArgumentParser:
         f"{', '.join(names(TASKS))}. Options of a method: `cads select --method NAME --help`."
     )
     parser.add_argument("--out", type=str | None, help="folder of results; null: runs/NAME of the configuration")
-    parser.add_argument("--shard", type=str, default="1/1", help="i/n: run the i-th of n parts of the grid")
+    parser.add_argument(
+        "--shard", type=str, default="1/1", help="i/n: run the i-th of n parts of the grid; slurm: by SLURM's array"
+    )
+    parser.add_class_arguments(LaunchSettings, None)
     parser.add_argument("--dry-run", action="store_true", help="print plan and price of every cell; spend nothing")
     parser.add_argument(
         "--import", dest="points", type=str, action="append", help="CSV file of published points; may be repeated"
