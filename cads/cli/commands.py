@@ -21,6 +21,7 @@ from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
 from cads.cli.config import CommandConfig, read
 from cads.cli.settings import CommandSettings, PlanSettings, SelectSettings, TrainSettings
+from cads.launch.launcher import LaunchSettings
 from cads.monitor import Monitor
 from cads.planning.methods import plan_methods
 from cads.runtime.atomic_files import whole_file
@@ -42,6 +43,9 @@ NEUTRAL: dict[str, Any] = {"eval": None, "merge": False}
 """Settings that do not change the training, with the values under which the record of a run has them."""
 WITHOUT_EFFECT = ("out", "overwrite", "tensorboard", "progress", "checkpoint", "selection")
 """Settings that do not change the result. A selection is identified by its contents, not by its path."""
+
+SHARDING = ("shard", "merge", *(field.name for field in dataclass_fields(LaunchSettings)))
+"""Settings of how a selection is divided among processes."""
 
 
 def plan(argv: list[str]) -> None:
@@ -70,6 +74,11 @@ def select(argv: list[str]) -> None:
     config = world.locally(lambda: read(SelectSettings, argv))
     values, objects = config.values, config.objects
     out = Path(values.out or f"runs/{config.name}")
+    if values.shard is not None or values.merge or values.launcher is not None:
+        from cads.cli.sharded_select import select_in_shards
+
+        select_in_shards(config, _settings(config), out)
+        return
     world.on_rank_zero(lambda: check_folder(out / "selection"))
     console = Console(quiet=not world.first)
     ledger = Ledger()
@@ -225,13 +234,7 @@ def _run(command: type[CommandSettings], config: CommandConfig, out: Path, produ
 
     `NEUTRAL` settings and the `evaluation_fields` of the task do not change a training, and may differ.
     """
-    objects = config.objects
-    settings = yaml.safe_load(config.dump())
-    settings = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
-    settings["train"] |= objects.train.result_fields()
-    if hasattr(objects.task, "result_fields"):
-        fields = objects.task.result_fields()
-        settings["task"] = {name: value for name, value in settings["task"].items() if name in fields}
+    objects, settings = config.objects, _settings(config)
     name = command.command
     return RunFolder(
         out,
@@ -243,6 +246,19 @@ def _run(command: type[CommandSettings], config: CommandConfig, out: Path, produ
         neutral={**NEUTRAL, **_evaluation_defaults(objects.task)},
         form={"merge": settings["merge"]} if "merge" in settings else {},
     )
+
+
+def _settings(config: CommandConfig) -> dict[str, Any]:
+    """The settings that change the result of a command: all but `WITHOUT_EFFECT`."""
+    objects = config.objects
+    dumped = yaml.safe_load(config.dump())
+    without_effect = WITHOUT_EFFECT + (() if "launcher" not in dumped else SHARDING)
+    settings: dict[str, Any] = {name: value for name, value in dumped.items() if name not in without_effect}
+    settings["train"] |= objects.train.result_fields()
+    if hasattr(objects.task, "result_fields"):
+        fields = objects.task.result_fields()
+        settings["task"] = {name: value for name, value in settings["task"].items() if name in fields}
+    return settings
 
 
 def _evaluation_defaults(task_config: Any) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
         ConfigError: if a file cannot be read, or names a kind, method or option that is unknown.
         SystemExit: with a message, if a key or value is refused.
     """
-    words = _split(settings.command, argv)
+    words = _split(settings.command, ["--merge=true" if word == "--merge" else word for word in _joined(argv)])
     settings_read: dict[str, Any] = {}
     for path in words.files:
         settings_read.update(load_yaml(path))
@@ -255,6 +255,17 @@ def _split(command: str, argv: list[str]) -> _Words:
     parsed, flags = first_parser.parse_known_args(argv)
     data = task_of_flags(parsed) if command != "compare" else {}
     return _Words(parsed.config, parsed.kind, parsed.method, data, flags)
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """The words, with a value of `--merge` joined to it: the flag may stand alone."""
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1] == "--merge" and word.lower() in ("true", "false"):
+            words[-1] = f"--merge={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _drop_overridden(settings_read: dict[str, Any], flags: list[str]) -> None:

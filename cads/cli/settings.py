@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from cads.accounting.costs import AccountingName
+from cads.launch.launcher import LaunchSettings
 
 
 @dataclass
@@ -64,11 +65,16 @@ class CheckSettings(CommandSettings):
 
 
 @dataclass
-class SelectSettings(CommandSettings):
+class SelectSettings(CommandSettings, LaunchSettings):
     """Settings of `cads select`."""
 
     command: ClassVar[str] = "select"
     description: ClassVar[str] = "Choose what to train on, and write a Selection."
+
+    shard: str | None = None
+    """i/n: score the i-th of n parts of the pool's files, and skip what is done; slurm: the place in SLURM's array."""
+    merge: bool = False
+    """Select from the scores of all shards."""
 
 
 @dataclass

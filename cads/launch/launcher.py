@@ -187,5 +187,5 @@ def _given_up(launcher: Launcher, jobs: Sequence[Job], reasons: Mapping[str, str
     last = tail_of(launcher.log_of(first))
     return (
         f"{len(jobs)} shards failed {launcher.retries + 1} times, such as {first.name} ({reasons[first.name]}): look "
-        f"at {launcher.log_of(first)}{f', which ends: {last}' if last else ''}; the same command goes on with what is left"
+        f"at {launcher.log_of(first)}{f', which ends: {last}' if last else ''}; the same command goes on from here"
     )

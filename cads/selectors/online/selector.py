@@ -26,6 +26,7 @@ from cads.monitor import Monitor
 from cads.policies.label_odds import LabelOdds
 from cads.runtime.checkpoint import State
 from cads.scoring.pool_scores import reading_flops
+from cads.scoring.sharded import ShardedScoring
 from cads.search.inner_costs import PlannedInnerLoop
 from cads.search.inner_runs import InnerLoop
 from cads.search.source_order import in_name_order
@@ -100,6 +101,12 @@ class Cads:
             ledger.merge(run_ledger)
         fields = {"method": self.method, "seed": seed, "budget": budget, "ledger": ledger, "config": asdict(self)}
         return replace(run.selection(fit, fields), pool_hash=task.pool.content_hash)
+
+    def sharded(self, seed: int) -> ShardedScoring:
+        """The probe file by file, and a sample by it; see `cads.selectors.online.sharded_probe`."""
+        from cads.selectors.online.sharded_probe import ShardedProbe
+
+        return ShardedProbe(self.method, asdict(self))
 
     def _check(self, task: Task) -> None:
         """Refuse a pool without sources if sources are what is chosen.
