@@ -67,7 +67,7 @@ def select_in_shards(config: CommandConfig, settings: dict[str, Any], out: Path)
 def _run(config: CommandConfig, settings: dict[str, Any], out: Path, budget: Budget) -> ShardedRun:
     """The run of this configuration in its folder."""
     objects, method = config.objects, config.objects.options
-    scoring = _scoring(method, config.values.seed)
+    scoring = _scoring(config)
     if not hasattr(objects.task, "parts"):
         raise ConfigError(f"kind = {config.values.kind!r} is not read file by file: shards are for kind language")
     values_settings = {name: value for name, value in settings.items() if name not in NOT_OF_VALUES}
@@ -79,14 +79,17 @@ def _run(config: CommandConfig, settings: dict[str, Any], out: Path, budget: Bud
     return ShardedRun(out, scoring, parts, seed=config.values.seed, identity=identity, budget=budget)
 
 
-def _scoring(method: Any, seed: int) -> ShardedScoring:
-    """How a selector scores file by file.
+def _scoring(config: CommandConfig) -> ShardedScoring:
+    """How the selector scores file by file.
 
     Raises:
         ConfigError: if it does not.
     """
+    method, seed = config.objects.options, config.values.seed
     if not hasattr(method, "sharded"):
-        raise not_sharded(method.method, "it needs the whole pool; use bm25, embedding, ppl, loss, rho, less or cads")
+        raise not_sharded(
+            config.values.method, "it needs the whole pool; use bm25, embedding, ppl, loss, rho, less or cads"
+        )
     scoring: ShardedScoring = method.sharded(seed)
     return scoring
 

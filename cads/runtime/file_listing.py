@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -148,4 +149,6 @@ def _store_errors(location: str) -> Iterator[None]:
 
 
 def _version(info: dict[str, Any]) -> str:
-    return next((str(info[name]).strip('"') for name in VERSIONS if info.get(name) is not None), str(info["size"]))
+    value = next((info[name] for name in VERSIONS if info.get(name) is not None), info["size"])
+    # Some stores give times as numbers in one call and as dates in another.
+    return str(value.timestamp() if isinstance(value, datetime) else value).strip('"')

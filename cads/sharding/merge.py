@@ -26,7 +26,7 @@ from cads.runtime.checkpoint import State
 from cads.scoring.cut import left_to_train
 from cads.scoring.order_statistics import median
 from cads.scoring.top_k import TopK
-from cads.selection import Selection
+from cads.selection import POOL_EXAMPLES, Selection
 from cads.sharding.run import ShardedRun, iterate
 from cads.sharding.store import Part, PartStore
 from cads.task import LEAK_TOLERANCE
@@ -189,7 +189,7 @@ def _selection(
         sources=_sources(parts, kept),
         source_probability=scoring.source_probability(state),
         config=scoring.config,
-        notes={**scoring.notes(state), "pool": n_pool, "files": len(parts)},
+        notes={**scoring.notes(state), POOL_EXAMPLES: n_pool, "files": len(parts)},
         origin=_origin(parts, kept),
     )
 

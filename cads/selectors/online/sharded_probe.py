@@ -23,7 +23,7 @@ from cads.monitor import Monitor
 from cads.policies.tilt import tilted
 from cads.runtime.checkpoint import State
 from cads.scoring.cut import Cut
-from cads.scoring.pool_scores import evaluating, score_pool
+from cads.scoring.pool_scores import score_pool
 from cads.scoring.reference_models import device_of
 from cads.scoring.sharded import PoolPart, ShardedScoring, Values, load_part, trained_part
 from cads.scoring.stages import TrainOnTarget, on_training_device
@@ -147,13 +147,13 @@ class ShardedProbe(ShardedScoring):
 
 def _losses(task: Task, pool: Pool, model: nn.Module, stage: str, ledger: Ledger) -> np.ndarray:
     """The loss of each example of `pool`, nats, shape (n,)."""
-    with evaluating(model):
-        return score_pool(
-            pool,
-            lambda batch: task.losses(model, batch),
-            task.costs.forward,
-            ledger=ledger,
-            stage=stage,
-            device=device_of(model),
-            precision=task.recipe.precision,
-        )
+    model.eval()
+    return score_pool(
+        pool,
+        lambda batch: task.losses(model, batch),
+        task.costs.forward,
+        ledger=ledger,
+        stage=stage,
+        device=device_of(model),
+        precision=task.recipe.precision,
+    )
