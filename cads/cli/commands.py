@@ -74,10 +74,13 @@ def select(argv: list[str]) -> None:
     config = world.locally(lambda: read(SelectSettings, argv))
     values, objects = config.values, config.objects
     out = Path(values.out or f"runs/{config.name}")
+    launching = LaunchSettings(
+        **{field.name: getattr(values, field.name) for field in dataclass_fields(LaunchSettings)}
+    )
     if values.shard is not None or values.merge or values.launcher is not None:
         from cads.cli.sharded_select import select_in_shards
 
-        select_in_shards(config, _settings(config), out)
+        select_in_shards(config, launching, _settings(config), out)
         return
     world.on_rank_zero(lambda: check_folder(out / "selection"))
     console = Console(quiet=not world.first)

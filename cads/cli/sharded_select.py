@@ -23,27 +23,27 @@ from cads.runtime.versions import source_digest, versions
 from cads.scoring.cut import CUT_OPTIONS
 from cads.scoring.sharded import ShardedScoring, not_sharded
 from cads.selection_files import check_folder
-from cads.sharding.merge import Merged, merge
+from cads.sharding.merge import Merged, check_unit, merge
 from cads.sharding.run import ShardedRun
 
 NOT_OF_VALUES = ("budget", "count_selection")
 """Settings that cut a ranking, and on which the values of examples do not depend."""
+METHODS = "bm25, cads, embedding, less, loss, ppl, random, rho"
 LAUNCHED = "launched.yaml"
 """The configuration of the jobs, in the folder of the run."""
 
 
-def select_in_shards(config: CommandConfig, settings: dict[str, Any], out: Path) -> None:
+def select_in_shards(config: CommandConfig, launching: LaunchSettings, settings: dict[str, Any], out: Path) -> None:
     """Carry out what `--shard`, `--merge` or `--launcher` ask for.
 
     Args:
-        settings: of the command, all on which its result depends. out: folder of the run.
+        launching: where shards run. settings: of the command, all on which its result depends. out: folder of the run.
 
     Raises:
         ConfigError: if more than one of them is given, or the method or task cannot be divided.
         CadsError: whatever the shards refuse.
     """
     values = config.values
-    launching = LaunchSettings(**{name: getattr(values, name) for name in asdict(LaunchSettings())})
     given = [name for name in ("shard", "merge", "launcher") if getattr(values, name)]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join('--' + name for name in given)}: give one of them")
@@ -52,6 +52,7 @@ def select_in_shards(config: CommandConfig, settings: dict[str, Any], out: Path)
     if world_group().size > 1:
         raise ConfigError(f"--{given[0]} is for single processes: start it without torchrun or accelerate")
     budget = Budget.parse(values.budget, count_selection=values.count_selection)
+    check_unit(budget)
     run = _run(config, settings, out, budget)
     console = Console()
     if values.shard is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,23 @@ REASON = 200
 
 
 class CommandActor:
-    """Runs jobs one after another in one process, so that libraries are imported once."""
+    """Runs jobs one after another in one process, so that libraries are imported once.
 
-    def __init__(self, entry: Entry, cwd: str) -> None:
-        self._entry, self._cwd = entry, cwd
+    All that it needs comes with a job: arguments of an actor can be lost with the object store of a node.
+    """
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Run the jobs of a batch; adds their exit statuses."""
         rows = [json.loads(str(text)) for text in batch["job"]]
-        statuses = [run_logged(self._entry, row["argv"], Path(row["log"]), self._cwd) for row in rows]
+        statuses = [run_logged(_entry(row["entry"]), row["argv"], Path(row["log"]), row["cwd"]) for row in rows]
         return {"name": [row["name"] for row in rows], "status": statuses}
+
+
+def _entry(name: str) -> Entry:
+    """The function of `module:name`."""
+    module, _, function = name.partition(":")
+    entry: Entry = getattr(import_module(module), function)
+    return entry
 
 
 class RayLauncher(Launcher):
@@ -45,7 +53,9 @@ class RayLauncher(Launcher):
             LaunchError: if the cluster cannot be joined.
         """
         ray = self._join()
-        rows = [{"job": json.dumps({"name": j.name, "argv": j.argv, "log": str(self.log_of(j))})} for j in jobs]
+        common = {"entry": f"{self.entry.__module__}:{self.entry.__qualname__}", "cwd": os.getcwd()}
+        described = [{"name": job.name, "argv": job.argv, "log": str(self.log_of(job)), **common} for job in jobs]
+        rows = [{"job": json.dumps(job)} for job in described]
         actor = {name: value for name, value in self.options.items() if name in RESOURCES}
         free = int(ray.cluster_resources().get("CPU", 1) // actor.get("num_cpus", 1)) or 1
         size = min(len(jobs), self.workers or free)
@@ -53,7 +63,6 @@ class RayLauncher(Launcher):
         try:
             results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
                 CommandActor,
-                fn_constructor_args=(self.entry, os.getcwd()),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=size),
                 **{"num_cpus": 1, **actor},

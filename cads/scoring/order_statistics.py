@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-DIGITS = (22, 21, 21)
+DIGITS = (16, 16, 16, 16)
 """Bits of a float64 that each pass over the numbers determines, the highest first."""
 SIGN = np.uint64(1 << 63)
 
@@ -22,7 +22,7 @@ def median(passes: Passes, count: int) -> float:
 
 
 def order_statistic(passes: Passes, position: int) -> float:
-    """The number at `position`, counted from 0, in ascending order. Memory: 32 MB and one piece."""
+    """The number at `position`, counted from 0, in ascending order. Memory: one piece."""
     known, shift = np.uint64(0), 64
     for bits in DIGITS:
         above, shift = shift, shift - bits

@@ -56,8 +56,7 @@ def merge(run: ShardedRun, budget: Budget, recipe: TrainConfig) -> Merged:
         BudgetError: if the budget is a time, or leaves nothing to train with.
         DataError: if the pool leaks into target or test set, or an id occurs twice.
     """
-    if budget.unit == "seconds":
-        raise BudgetError(f"a budget of {budget} needs the speed of one machine: give FLOPs, usages, epochs or tokens")
+    check_unit(budget)
     run.begin()
     state, ledger = run.finished_state()
     store = run.store("values", state)
@@ -76,6 +75,16 @@ def merge(run: ShardedRun, budget: Budget, recipe: TrainConfig) -> Merged:
     selection = _selection(run, parts, kept, state, ledger, budget)
     selection.target_fraction = cut.target_share(n_target, n_kept)
     return Merged(selection, len(pool))
+
+
+def check_unit(budget: Budget) -> None:
+    """Refuse a budget of time.
+
+    Raises:
+        BudgetError: with the units that can be used.
+    """
+    if budget.unit == "seconds":
+        raise BudgetError(f"a budget of {budget} needs the speed of one machine: give FLOPs, usages, epochs or tokens")
 
 
 class _PoolTotals:

@@ -1,4 +1,4 @@
-"""A pool in shards: the result is that of one machine, nothing is lost or counted twice, and what is foreign is named."""
+"""A pool in shards: the result is that of one machine, nothing is lost or counted twice, what is foreign is named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cads.runtime import versions
 from cads.selection import Selection
 from cads.tasks.language.config import LanguageConfig
 from cads.tasks.language.rows import TextSource
-from tests.support.sharded_pools import FILES, OUTPUTS, in_shards, merged, shard, write_pool
+from tests.support.sharded_pools import FILES, OUTPUTS, in_shards, merged, quick_commands, shard, write_pool
 
 METHODS = {
     "bm25": {},
@@ -30,6 +30,12 @@ METHODS = {
     "cads": {},
 }
 """A method of each kind of scoring, with its options."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_commands():
+        yield
 
 
 @pytest.mark.parametrize(("method", "options"), METHODS.items(), ids=list(METHODS))
@@ -184,6 +190,7 @@ class TestRefused:
             (["--task.n_pool", "10"], "n_pool"),
             (["--task.target", "[]"], "target"),
             (["--overwrite", "true"], "remove"),
+            (["--budget", "5 minutes"], "give FLOPs"),
             (["--merge"], "give one of them"),
             (["--workers", "2"], "without effect without a launcher"),
         ],
@@ -262,3 +269,8 @@ def test_a_remote_folder_gives_the_same_scores(tmp_path):
     files = json.loads(remote[0])["files"]
     assert all(file["location"].startswith("memory://") for file in files)
     assert [f["digest"] for f in files] == [f["digest"] for f in json.loads(local[0])["files"]]
+
+
+def test_flags_of_launchers_are_not_silently_unused(tmp_path, capfd):
+    assert main(["select", str(write_pool(tmp_path)), "--out", str(tmp_path / "out"), "--workers", "2"]) == 1
+    assert "without effect without a launcher" in capfd.readouterr().err.replace("\n", " ")

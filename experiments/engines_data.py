@@ -1,0 +1,123 @@
+"""What the proof of the engines works on: files of texts, a tiny model, and an S3 server on loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+
+VOCABULARY, KNOWN_WORDS, EXPONENT = 20_000, 2_000, 1.1
+"""Words of the texts, words that are tokens, and the exponent of Zipf's law for their frequencies."""
+SHORTEST, LONGEST = 6, 24
+"""Words of the shortest and of the longest text."""
+HELD_OUT = 200
+"""Texts of the target, and of the test set."""
+BUCKET = "pool"
+SECRETS = {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_DEFAULT_REGION": "us-east-1"}
+"""What S3 clients ask for; the server on loopback takes anything."""
+START_SECONDS = 60.0
+"""Longest time that the server takes to answer."""
+
+
+def write_corpus(folder: Path, documents: int, files: int) -> None:
+    """Write `files` Parquet files of texts, a target, a test set, and a model of one layer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    tokens = ["<pad>", "<unk>", "</s>", *(f"w{i}" for i in range(KNOWN_WORDS))]
+    inner = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder / "model")
+    LlamaConfig(
+        vocab_size=len(tokens), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, eos_token_id=2, pad_token_id=0,
+    ).save_pretrained(folder / "model")  # fmt: skip
+    (folder / "pool").mkdir()
+    for i in range(files):
+        pq.write_table(_texts(documents // files, i + 2), folder / "pool" / f"part-{i:04d}.parquet")
+    for i, name in enumerate(("target", "test")):
+        pq.write_table(_texts(HELD_OUT, i), folder / f"{name}.parquet")
+
+
+def write_config(folder: Path, pool: str, name: str = "config.yaml", **settings: object) -> Path:
+    """Write the configuration of a selection from `pool`, a folder or an address."""
+    task = {
+        "model": str(folder / "model"),
+        "pool": [{"path": pool}],
+        "target": [{"path": str(folder / "target.parquet")}],
+        "test": [{"path": str(folder / "test.parquet")}],
+        "max_tokens": 64,
+    }
+    config = {"kind": "language", "method": "bm25", "budget": "0.1 epochs", "task": task, "train": {"batch_size": 32}}
+    path = folder / name
+    path.write_text(yaml.safe_dump({**config, **settings}))
+    return path
+
+
+def _texts(count: int, seed: int) -> pa.Table:
+    frequency = 1.0 / np.arange(1, VOCABULARY + 1) ** EXPONENT
+    cumulative = np.cumsum(frequency) / frequency.sum()
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(SHORTEST, LONGEST + 1, count)
+    drawn = np.searchsorted(cumulative, rng.random(sizes.sum())).astype(np.int32)
+    ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    words = pa.array([f"w{i}" for i in range(VOCABULARY)])
+    lists = pa.ListArray.from_arrays(pa.array(ends), words.take(pa.array(drawn)))
+    return pa.table({"text": pc.binary_join(lists, " ")})
+
+
+class S3Server:
+    """moto's server of S3, in a process of its own that can be killed; its contents are put back when it starts again.
+
+    Args:
+        files: a folder whose files are put into the bucket.
+    """
+
+    def __init__(self, files: Path, log: Path) -> None:
+        self._files, self._log = files, log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.address = f"s3://{BUCKET}/texts"
+        self._process: subprocess.Popen[bytes] | None = None
+        os.environ.update({**SECRETS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}"})
+
+    def start(self) -> None:
+        """Start the server, and put the files into it."""
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self._port)]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        end = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                urllib.request.urlopen(os.environ["AWS_ENDPOINT_URL"], timeout=1).close()
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
+        import boto3
+
+        client = boto3.client("s3")
+        client.create_bucket(Bucket=BUCKET)
+        for file in sorted(self._files.iterdir()):
+            client.upload_file(str(file), BUCKET, f"texts/{file.name}")
+
+    def kill(self) -> None:
+        """kill -9."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
