@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from cads.accounting.ledger import Ledger
+from cads.cli.data_flags import task_of_flags
 from cads.cli.main import main
 from cads.launch.launcher import WAITS
 from cads.recipe import TrainConfig
@@ -274,3 +276,23 @@ def test_a_remote_folder_gives_the_same_scores(tmp_path):
 def test_flags_of_launchers_are_not_silently_unused(tmp_path, capfd):
     assert main(["select", str(write_pool(tmp_path)), "--out", str(tmp_path / "out"), "--workers", "2"]) == 1
     assert "without effect without a launcher" in capfd.readouterr().err.replace("\n", " ")
+
+
+def test_folders_of_texts_and_addresses_are_named_by_flags_too(tmp_path):
+    write_pool(tmp_path)
+    (tmp_path / "images" / "cats").mkdir(parents=True)
+    (tmp_path / "images" / "metadata.jsonl").write_text("{}")
+    for pool, kind in (("pool", "language"), ("images", "vision")):
+        words = argparse.Namespace(pool=[str(tmp_path / pool)])
+        assert task_of_flags(words)["kind"] == kind
+    remote = task_of_flags(argparse.Namespace(pool=["s3://bucket/pool"], target=str(tmp_path / "target.jsonl")))
+    assert remote["pool"] == [{"path": "s3://bucket/pool"}]
+
+
+def test_an_address_that_is_not_read_in_shards_is_refused_with_the_way(tmp_path, capfd):
+    config = write_pool(tmp_path)
+    read = yaml.safe_load(config.read_text())
+    read["task"]["pool"] = [{"path": "s3://bucket/pool"}]
+    config.write_text(yaml.safe_dump(read))
+    assert main(["select", str(config), "--out", str(tmp_path / "out")]) == 1
+    assert "read in shards alone" in capfd.readouterr().err.replace("\n", " ")
