@@ -41,7 +41,7 @@ CHAOS_DOCUMENTS = 16_000
 """Texts of the pool on which processes are killed."""
 GROWTH = (1, 4, 16, 64)
 """Shards of the growth curve."""
-GROWTH_DOCUMENTS = 1_000
+GROWTH_DOCUMENTS = 500
 """Texts of a shard there."""
 PAUSE = (3.0, 15.0)
 """Seconds between two kills."""
@@ -194,8 +194,8 @@ def _command(process: psutil.Process) -> str:
         return ""
 
 
-def chaos(folder: Path, kills: int, seed: int) -> list[dict[str, Any]]:
-    """Kill processes of every launcher while it selects; a row for each launcher."""
+def chaos(folder: Path, kills: int, seed: int, launchers: Sequence[str]) -> list[dict[str, Any]]:
+    """Kill processes of some launchers while they select; a row for each launcher."""
     random.seed(seed)
     write_corpus(folder, CHAOS_DOCUMENTS, FILES)
     s3 = S3Server(folder / "pool", folder / "s3.log")
@@ -205,8 +205,9 @@ def chaos(folder: Path, kills: int, seed: int) -> list[dict[str, Any]]:
         config = write_config(folder, s3.address)
         one_machine(config, folder / "one")
         expected = digest(folder / "one")
-        for name, share in SHARES.items():
-            rows.append(_chaos_of(name, config, s3, round(share * kills / sum(SHARES.values())), expected))
+        for name in launchers:
+            share = round(SHARES[name] * kills / sum(SHARES.values()))
+            rows.append(_chaos_of(name, config, s3, share, expected))
             print(rows[-1], flush=True)
     finally:
         s3.kill()
@@ -297,7 +298,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sections", nargs="+", choices=("chaos", "growth", "large"), default=["chaos", "growth", "large"]
     )
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument(
+        "--launchers", nargs="+", choices=list(SHARES), default=list(SHARES), help="whose shards are killed"
+    )
+    parser.add_argument("--kills", type=int, default=30, help="of all launchers together")
     parser.add_argument("--documents", type=int, default=10**6, help="of the large pool")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--render", action="store_true", help="measure nothing")
@@ -309,7 +313,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="engines-") as name:
             folder = Path(name)
             if section == "chaos":
-                results.chaos = chaos(folder, args.kills, args.seed)
+                measured_now = chaos(folder, args.kills, args.seed, args.launchers)
+                kept = [row for row in results.chaos if row["launcher"] not in args.launchers]
+                results.chaos = [*kept, *measured_now]
             elif section == "growth":
                 results.growth = growth(folder)
             else:

@@ -26,6 +26,8 @@ HELD_OUT = 200
 BUCKET = "pool"
 SECRETS = {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_DEFAULT_REGION": "us-east-1"}
 """What S3 clients ask for; the server on loopback takes anything."""
+ACCOUNT = "123456789012"
+"""The account that moto's server works for."""
 START_SECONDS = 60.0
 """Longest time that the server takes to answer."""
 
@@ -79,7 +81,7 @@ def _texts(count: int, seed: int) -> pa.Table:
 
 
 class S3Server:
-    """moto's server of S3, in a process of its own that can be killed; its contents are put back when it starts again.
+    """moto's server of S3, in a process of its own that can be killed; started again, it has the same contents.
 
     Args:
         files: a folder whose files are put into the bucket.
@@ -95,25 +97,19 @@ class S3Server:
         os.environ.update({**SECRETS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}"})
 
     def start(self) -> None:
-        """Start the server, and put the files into it."""
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self._port)]
+        """Start the server, and wait until it answers."""
+        command = [sys.executable, "-m", "experiments.engines_data", str(self._port), str(self._files)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         end = time.monotonic() + START_SECONDS
         while True:
             try:
                 urllib.request.urlopen(os.environ["AWS_ENDPOINT_URL"], timeout=1).close()
-                break
+                return
             except OSError:
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.2)
-        import boto3
-
-        client = boto3.client("s3")
-        client.create_bucket(Bucket=BUCKET)
-        for file in sorted(self._files.iterdir()):
-            client.upload_file(str(file), BUCKET, f"texts/{file.name}")
 
     def kill(self) -> None:
         """kill -9."""
@@ -121,3 +117,19 @@ class S3Server:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+
+def serve(port: int, files: Path) -> None:
+    """Serve a bucket that holds some files. They are in it before the server answers, as in a store that lasts."""
+    from moto.s3.models import s3_backends
+    from moto.server import main
+
+    store = s3_backends[ACCOUNT]["aws"]
+    store.create_bucket(BUCKET, SECRETS["AWS_DEFAULT_REGION"])
+    for file in sorted(files.iterdir()):
+        store.put_object(BUCKET, f"texts/{file.name}", file.read_bytes())
+    main(["-H", "127.0.0.1", "-p", str(port)])
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), Path(sys.argv[2]))
