@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -84,17 +85,19 @@ class S3Server:
     """moto's server of S3, in a process of its own that can be killed; started again, it has the same contents.
 
     Args:
-        files: a folder whose files are put into the bucket.
+        files: a folder whose files are put into the bucket. log: of the server.
+        export: sets an environment variable, by which clients find the server.
     """
 
-    def __init__(self, files: Path, log: Path) -> None:
+    def __init__(self, files: Path, log: Path, export: Callable[[str, str], None] = os.environ.__setitem__) -> None:
         self._files, self._log = files, log
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
         self.address = f"s3://{BUCKET}/texts"
         self._process: subprocess.Popen[bytes] | None = None
-        os.environ.update({**SECRETS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}"})
+        for name, value in {**SECRETS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}"}.items():
+            export(name, value)
 
     def start(self) -> None:
         """Start the server, and wait until it answers."""
@@ -126,7 +129,7 @@ def serve(port: int, files: Path) -> None:
 
     store = s3_backends[ACCOUNT]["aws"]
     store.create_bucket(BUCKET, SECRETS["AWS_DEFAULT_REGION"])
-    for file in sorted(files.iterdir()):
+    for file in sorted(path for path in files.iterdir() if path.is_file()):
         store.put_object(BUCKET, f"texts/{file.name}", file.read_bytes())
     main(["-H", "127.0.0.1", "-p", str(port)])
 

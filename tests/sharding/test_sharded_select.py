@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 
 import numpy as np
@@ -21,6 +22,7 @@ from cads.runtime import versions
 from cads.selection import Selection
 from cads.tasks.language.config import LanguageConfig
 from cads.tasks.language.rows import TextSource
+from tests.support.paths import ROOT
 from tests.support.sharded_pools import FILES, OUTPUTS, in_shards, merged, quick_commands, shard, write_pool
 
 METHODS = {
@@ -296,3 +298,14 @@ def test_an_address_that_is_not_read_in_shards_is_refused_with_the_way(tmp_path,
     config.write_text(yaml.safe_dump(read))
     assert main(["select", str(config), "--out", str(tmp_path / "out")]) == 1
     assert "read in shards alone" in capfd.readouterr().err.replace("\n", " ")
+
+
+def test_the_commands_of_the_page_run_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    by_shard, by_merging, by_launcher = re.findall(r"^    cads (select CONFIG .*)$", page, re.MULTILINE)
+    config = str(write_pool(tmp_path, "random"))
+    for command in (by_shard.replace("1/64", "1/1"), by_merging):
+        assert main(command.replace("CONFIG", config).split()) == 0
+    assert len(Selection.load(tmp_path / "runs" / "big").ids)
+    assert "--launcher local" in by_launcher
