@@ -69,9 +69,9 @@ def in_shards(config: Path, out: Path, of: int, *flags: str) -> list[bytes]:
     waiting = list(range(of, 0, -1))
     for _ in range(2):
         statuses = {i: shard(config, out, f"{i}/{of}", *flags) for i in waiting}
-        assert set(statuses.values()) <= {0, 75}
+        assert set(statuses.values()) <= {0, 75}, statuses
         waiting = [i for i, status in statuses.items() if status]
-    assert not waiting
+    assert not waiting, f"shards {waiting} wait for ever"
     assert merged(config, out, *flags) == 0
     return [(out / "selection" / name).read_bytes() for name in OUTPUTS]
 
