@@ -321,7 +321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 results.large = large(folder, args.documents)
         stored.write_text(json.dumps(asdict(results), indent=1) + "\n")
-    args.out.write_text(markdown(asdict(results), f"python -m experiments.engines --out {args.out}"))
+    documents = results.large[0]["documents"] if results.large else args.documents
+    command = f"python -m experiments.engines --out {args.out} --documents {documents}"
+    args.out.write_text(markdown(asdict(results), command))
     return 0
 
 
