@@ -17,7 +17,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from cads.api import DEFAULT_METHOD
 from cads.cli.data_flags import add_data_flags, task_of_flags
 from cads.cli.parser import CommandParser
-from cads.cli.settings import CommandSettings, ExportSettings, ReportSettings
+from cads.cli.settings import CommandSettings, ExportSettings, ReportSettings, SelectSettings
 from cads.errors import ConfigError
 from cads.launch.launcher import LaunchSettings
 from cads.recipe import TrainConfig
@@ -111,6 +111,8 @@ def command_parser(settings: type[CommandSettings], kind: str, method: str) -> A
     parser.add_argument("--kind", default=kind, help=f"kind of task: {', '.join(names(TASKS))}")
     parser.add_argument("--method", default=method, help=f"selector: {', '.join(names(SELECTORS))}")
     parser.add_class_arguments(settings, None)
+    if settings is SelectSettings:
+        parser.add_class_arguments(LaunchSettings, None)
     parser.add_class_arguments(task_config_class(kind), "task")
     parser.add_class_arguments(TrainConfig, "train")
     parser.add_class_arguments(CheckpointConfig, "checkpoint")

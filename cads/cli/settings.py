@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from cads.accounting.costs import AccountingName
-from cads.launch.launcher import LaunchSettings
 
 
 @dataclass
@@ -65,7 +64,7 @@ class CheckSettings(CommandSettings):
 
 
 @dataclass
-class SelectSettings(CommandSettings, LaunchSettings):
+class SelectSettings(CommandSettings):
     """Settings of `cads select`."""
 
     command: ClassVar[str] = "select"
