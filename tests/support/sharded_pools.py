@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,3 +102,5 @@ def quick_commands() -> Iterator[None]:
         patch.setattr(commands, "read", read_once)
         patch.setattr(Task, "accounting", "paper")
         yield
+    # Commands that read data log how they read it.
+    logging.getLogger("cads.tasks").setLevel(logging.NOTSET)
