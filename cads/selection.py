@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 EQUAL_DIGITS = 12
 """Digits in which weights must differ to count as unequal: quotients of shares and sizes differ in their last bits."""
+POOL_EXAMPLES = "pool_examples"
+"""Note of a Selection that holds only what was kept of a pool: how many examples the pool has."""
 Weights = Literal["column", "resample"]
 """What `apply` does about unequal weights: write them into a column, or draw rows by them."""
 
@@ -199,7 +201,8 @@ class Selection:
         """
         if self.target_fraction == 1:
             return 0.0
-        return float(1 / (len(self.ids) * np.square(self.weights).sum()))
+        n_pool = int(self.notes.get(POOL_EXAMPLES, len(self.ids)))
+        return float(1 / (n_pool * np.square(self.weights).sum()))
 
     @property
     def unequal(self) -> bool:

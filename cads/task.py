@@ -321,6 +321,14 @@ class Task(ABC):
         if isinstance(outer, str):
             self.objective(self.model(0), outer, self.target.subset(np.arange(1), self.target.name))
 
+    def copies(self) -> dict[str, list[str]]:
+        """Ids of the examples of target and test set whose exact copies are in the pool, by the name of the set."""
+        contents = self.pool.digests
+        return {
+            held_out.name: held_out.ids.filter(pc.is_in(held_out.digests, value_set=contents)).to_pylist()
+            for held_out in (self.target, self.test)
+        }
+
     def check(self) -> None:
         """Refuse pools that leak into one another, by id or by content: target into pool or test set, test into pool.
 

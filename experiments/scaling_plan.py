@@ -130,8 +130,8 @@ def markdown(rows: Sequence[Row]) -> str:
         lines.append(f"| {step} | {engine} | {hours:.3g} ({duration(3600 * hours)}) | {machines} | {size(memory)} |")
     lines += [
         "",
-        "What is not there yet: a run of `cads select` holds the ids and a few numbers for each example of its pool, "
-        "so one process takes one shard, and a driver that starts them and merges their score files is the user's. "
-        "BM25 shares its document frequencies between shards only within one process.",
+        "A run of `cads select` in one process holds the ids and a few numbers for each example of its pool. In shards "
+        "(`docs/clusters.md`) a process holds one file, and merging holds what is kept; BM25 adds up the document "
+        "frequencies of all shards.",
     ]
     return "\n".join(lines) + "\n"

@@ -22,6 +22,7 @@ from cads.accounting.ledger import SELECT, Ledger
 from cads.cli.closing import budget_sentence, free_sentences
 from cads.cli.config import CommandConfig, read
 from cads.cli.settings import CommandSettings, PlanSettings, SelectSettings, TrainSettings
+from cads.launch.launcher import LaunchSettings
 from cads.monitor import Monitor
 from cads.planning.methods import plan_methods
 from cads.planning.plan import WIDTH
@@ -43,6 +44,9 @@ NEUTRAL: dict[str, Any] = {"eval": None, "merge": False}
 """Settings that do not change the training, with the values under which the record of a run has them."""
 WITHOUT_EFFECT = ("out", "overwrite", "track", "progress", "validation_points", "checkpoint", "selection")
 """Settings that do not change the result. A selection is identified by its contents, not by its path."""
+
+SHARDING = ("shard", "merge", *(field.name for field in dataclass_fields(LaunchSettings)))
+"""Settings of how a selection is divided among processes."""
 
 
 def plan(argv: list[str]) -> None:
@@ -77,6 +81,14 @@ def select(argv: list[str]) -> None:
     values, objects = config.values, config.objects
     world.locally(lambda: check_trackers(_trackers(values)))
     out = Path(values.out or f"runs/{config.name}")
+    launching = LaunchSettings(
+        **{field.name: getattr(values, field.name) for field in dataclass_fields(LaunchSettings)}
+    )
+    if values.shard is not None or values.merge or values.launcher is not None:
+        from cads.cli.sharded_select import select_in_shards
+
+        select_in_shards(config, launching, _settings(config), out)
+        return
     world.on_rank_zero(lambda: check_folder(out / "selection"))
     console = Console(quiet=not world.first)
     ledger = Ledger()
@@ -249,13 +261,7 @@ def _run(command: type[CommandSettings], config: CommandConfig, out: Path, produ
 
     `NEUTRAL` settings and the `evaluation_fields` of the task do not change a training, and may differ.
     """
-    objects = config.objects
-    settings = yaml.safe_load(config.dump())
-    settings = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
-    settings["train"] |= objects.train.result_fields()
-    if hasattr(objects.task, "result_fields"):
-        fields = objects.task.result_fields()
-        settings["task"] = {name: value for name, value in settings["task"].items() if name in fields}
+    objects, settings = config.objects, _settings(config)
     name = command.command
     return RunFolder(
         out,
@@ -267,6 +273,19 @@ def _run(command: type[CommandSettings], config: CommandConfig, out: Path, produ
         neutral={**NEUTRAL, **_evaluation_defaults(objects.task)},
         form={"merge": settings["merge"]} if "merge" in settings else {},
     )
+
+
+def _settings(config: CommandConfig) -> dict[str, Any]:
+    """The settings that change the result of a command: all but `WITHOUT_EFFECT`."""
+    objects = config.objects
+    dumped = yaml.safe_load(config.dump())
+    without_effect = WITHOUT_EFFECT + (() if "launcher" not in dumped else SHARDING)
+    settings: dict[str, Any] = {name: value for name, value in dumped.items() if name not in without_effect}
+    settings["train"] |= objects.train.result_fields()
+    if hasattr(objects.task, "result_fields"):
+        fields = objects.task.result_fields()
+        settings["task"] = {name: value for name, value in settings["task"].items() if name in fields}
+    return settings
 
 
 def _evaluation_defaults(task_config: Any) -> dict[str, Any]:

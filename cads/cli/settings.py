@@ -97,6 +97,11 @@ class SelectSettings(CommandSettings):
     command: ClassVar[str] = "select"
     description: ClassVar[str] = "Choose what to train on, and write a Selection."
 
+    shard: str | None = None
+    """i/n: score the i-th of n parts of the pool's files, and skip what is done; slurm: the place in SLURM's array."""
+    merge: bool = False
+    """Select from the scores of all shards."""
+
 
 @dataclass
 class TrainSettings(CommandSettings):
