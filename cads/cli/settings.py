@@ -46,7 +46,15 @@ class PlanSettings(CommandSettings):
         "Say what each method would cost, what is left to train with, and what to use. Nothing is spent: some steps "
         "with random weights are timed, and no weights are loaded."
     )
-    idle: ClassVar[tuple[str, ...]] = ("out", "overwrite", "tensorboard", "progress", "seed", "checkpoint")
+    idle: ClassVar[tuple[str, ...]] = (
+        "out",
+        "overwrite",
+        "track",
+        "validation_points",
+        "progress",
+        "seed",
+        "checkpoint",
+    )
 
     accounting: AccountingName = "analytic"
     """How FLOPs are counted."""
@@ -72,7 +80,7 @@ class CheckSettings(CommandSettings):
         "weights are loaded."
     )
     idle: ClassVar[tuple[str, ...]] = (
-        *("budget", "count_selection", "seed", "out", "overwrite", "tensorboard", "progress", "method"),
+        *("budget", "count_selection", "seed", "out", "overwrite", "track", "validation_points", "progress", "method"),
         *("options", "checkpoint"),
     )
 
