@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from cads.accounting.ledger import Ledger
+from cads.accounting.ledger import TRAIN, Ledger
 from cads.accounting.stage_labels import stage_label, stage_tag
 from cads.data.batch import Batch
 from cads.data.loader import check_answers, fingerprint, load_steps
@@ -36,6 +37,8 @@ from cads.training.result import TrainResult
 from cads.training.rider import Rider, follow
 from cads.training.run_state import EXAMPLE_LOSSES, FULL_RUN, VALIDATION, RunSegment, TrainState
 from cads.training.validation import Validation, show
+
+log = logging.getLogger(__name__)
 
 MAX_SKIPPED = 20
 """Batches in a row that a run or its scaler skips before the run fails: then the fault is not in single batches."""
@@ -110,8 +113,11 @@ class TrainingLoop:
         ]
         key = [*journal_key, *segment.journal_key()]
         horizon = flops if segment.horizon is None else segment.horizon
-        # A sharded model is whole nowhere while it trains.
-        points = 0 if self._shards else self.monitor.validation_points
+        points = self.monitor.validation_points
+        if points and self._shards:
+            if phase == TRAIN:
+                log.warning("sharding: full: no validation curve, since the model is whole nowhere while it trains")
+            points = 0
         validation = Validation.of(self.task, phase, horizon, points)
         return TrainingRun(train_state, draws, flops, seed, phase, stage, key, segment, validation)
 
