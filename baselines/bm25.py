@@ -8,223 +8,48 @@ formula with a floor, which is positive only if the mean idf is.
 
 As a selector: CCDS (arXiv 2410.16208), whose mean over all queries is `aggregate = mean`. The default here is the best
 of the subtasks' means, as in LESS.
-
-Scores are linear in the counts of query terms. The counts are averaged first, so the mean over queries is one product.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from scipy.sparse import csr_array
 
+from baselines.similarity.okapi import (
+    EPSILON,
+    K1,
+    STAGE,
+    B,
+    Okapi,
+    floored_idf,
+    positive_idf,
+    say_unmatched,
+)
 from baselines.similarity.queries import mean_weights, subtask_weights
 from baselines.similarity.words import split_words, tokenize
 from cads.accounting.ledger import SELECT, Ledger
 from cads.accounting.operations import bm25_flops
 from cads.data.pool import Pool
-from cads.errors import ConfigError, DataError
+from cads.errors import ConfigError
 from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
+from cads.scoring.sharded import ShardedScoring, not_sharded
 from cads.scoring.stages import Priced
 from cads.task import Task
 from cads.tasks.shape_only import ShapeOnly
 
-log = logging.getLogger(__name__)
-
-K1, B, EPSILON = 1.5, 0.75, 0.25
-"""`rank_bm25`'s defaults: saturation of the term frequency, length normalisation, floor of a negative idf."""
 CHUNK, CHUNK_CHARACTERS = 2**16, 2**26
 """Texts, and characters in them, whose tokens are in memory as strings at once. Each character may begin a pair, of up
 to eight bytes: with the words, 1 GB of the 2 GB that an Arrow string array holds."""
-KEPT = 2**24
-"""Maximum number of postings whose weights stay in memory: 200 MB. Beyond it, scoring reads the texts again."""
-STAGE = "index and scores"
 
 Recipe = Literal["cads", "paper"]
-Idf = Callable[[int, np.ndarray], np.ndarray]
-"""(N, the documents that hold each term (V,)) -> the inverse document frequency of each term (V,)."""
-
-
-def positive_idf(n: int, document_frequency: np.ndarray) -> np.ndarray:
-    """`ln(1 + (N - n + 1/2) / (n + 1/2))` for terms in n of N documents, shape (V,): Lucene's `BM25Similarity`."""
-    return np.asarray(np.log1p((n - document_frequency + 0.5) / (document_frequency + 0.5)))
-
-
-def floored_idf(n: int, document_frequency: np.ndarray, *, epsilon: float = EPSILON) -> np.ndarray:
-    """The idf of `rank_bm25.BM25Okapi`: where it is below 0 it becomes `epsilon` times the mean idf, shape (V,).
-
-    The mean may be negative too.
-    """
-    idf = np.log(n - document_frequency + 0.5) - np.log(document_frequency + 0.5)
-    return np.where(idf < 0, epsilon * (idf.mean() if len(idf) else 0.0), idf)
-
-
-class Okapi:
-    """Documents as rows of term counts, with the formula's weights.
-
-    With up to `KEPT` postings, their weights stay in memory. With more, only the statistics of the terms do, and every
-    scoring reads the documents again: memory then holds the vocabulary and one chunk.
-
-    Args:
-        documents: token lists, chunk by chunk (`pa.ListArray` of strings); iterated again for every scoring if there
-            are more than `KEPT` postings.
-        k1, b: parameters of the formula. idf: the weights of terms.
-
-    Attributes:
-        document_frequency: number of documents that hold each term, int64, shape (V,).
-        idf: inverse document frequency of each term, shape (V,).
-        n_postings: distinct terms of each document, summed over the documents.
-    """
-
-    def __init__(
-        self, documents: Iterable[pa.ListArray], *, k1: float = K1, b: float = B, idf: Idf = floored_idf
-    ) -> None:
-        self._documents, self._k1, self._b = documents, k1, b
-        self.n_postings = 0
-        n, n_words = 0, 0
-        terms, chunks = _TermCounts(), []
-        for lists in documents:
-            chunk = _Chunk.of(lists)
-            terms.add(chunk)
-            n, n_words = n + len(chunk.size), n_words + int(chunk.size.sum())
-            self.n_postings += chunk.counts.nnz
-            chunks.append(chunk)
-            if self.n_postings > KEPT:
-                chunks.clear()
-        # With terms in alphabetical order, sums are bit-identical for any order of the documents.
-        self._vocabulary, self.document_frequency = terms.alphabetical()
-        self.idf = idf(n, self.document_frequency)
-        self._mean_size = max(n_words / n, 1.0 / n)
-        self._chunk_weights = [self._weights(chunk) for chunk in chunks] if self.n_postings <= KEPT else None
-
-    def count(self, queries: pa.ListArray) -> csr_array:
-        """How often each query holds each term of the documents, shape (M, V); other terms are left out."""
-        terms = pc.index_in(queries.flatten(), value_set=self._vocabulary)
-        in_vocabulary = terms.is_valid().to_numpy(zero_copy_only=False)
-        rows = np.repeat(np.arange(len(queries)), np.diff(_offsets(queries)))[in_vocabulary]
-        columns = terms.drop_null().to_numpy()
-        shape = len(queries), len(self._vocabulary)
-        return csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
-
-    def scores(self, *queries: np.ndarray) -> np.ndarray:
-        """The score of each document for the (mean) term counts of a query, shape (V,); float64, shape (N,).
-
-        For several queries, the best score of each document.
-        """
-        scaled = [self.idf * query for query in queries]
-        chunk_weights = self._chunk_weights
-        chunks = chunk_weights if chunk_weights is not None else (self._weights(_Chunk.of(x)) for x in self._documents)
-        return np.concatenate([_best(weights, scaled) for weights in chunks])
-
-    def n_matches(self, query: np.ndarray) -> int:
-        """Number of postings of the terms of a query (shape (V,))."""
-        return int(self.document_frequency[query != 0].sum())
-
-    def _weights(self, chunk: _Chunk) -> csr_array:
-        """The factor that the formula multiplies with idf, for each posting, shape (n, V)."""
-        counts = chunk.counts
-        saturation = self._k1 * (1 - self._b + self._b * chunk.size / self._mean_size)
-        frequency = counts.data.astype(np.float64)
-        weight = np.repeat(saturation, np.diff(counts.indptr))
-        weight += frequency
-        np.divide(frequency, weight, out=weight)
-        weight *= self._k1 + 1
-        # A chunk's terms are in alphabetical order too, so the columns stay sorted.
-        columns = pc.index_in(chunk.terms, value_set=self._vocabulary).to_numpy()
-        return csr_array(
-            (weight, columns[counts.indices], counts.indptr), shape=(counts.shape[0], len(self._vocabulary))
-        )
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Some documents: their terms in alphabetical order, the counts (n, terms), and the words in each (n,)."""
-
-    terms: pa.Array
-    counts: csr_array
-    size: np.ndarray
-
-    @classmethod
-    def of(cls, lists: pa.ListArray) -> _Chunk:
-        """Count the terms of token lists."""
-        coded = pc.dictionary_encode(lists.flatten())
-        order = pc.sort_indices(coded.dictionary)
-        rank = np.empty(len(order), dtype=np.int32)
-        rank[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
-        size = np.diff(_offsets(lists))
-        ends = np.concatenate([[0], np.cumsum(size)])
-        columns = rank[coded.indices.to_numpy()]
-        index_type = np.int32 if len(columns) < 2**31 else np.int64
-        # float32 is exact for integers up to 2^24, at half the memory of float64.
-        counts = csr_array(
-            (np.ones(len(columns), dtype=np.float32), columns.astype(index_type, copy=False), ends.astype(index_type)),
-            shape=(len(size), len(order)),
-        )
-        counts.sum_duplicates()
-        return cls(coded.dictionary.take(order), counts, size)
-
-
-class _TermCounts:
-    """The distinct terms of all chunks, and the number of documents that hold each."""
-
-    def __init__(self) -> None:
-        self._parts: list[pa.Table] = []
-        self._merged = 0
-
-    def add(self, chunk: _Chunk) -> None:
-        """Add one chunk."""
-        document_frequency = np.bincount(chunk.counts.indices, minlength=len(chunk.terms)).astype(np.int64)
-        self._parts.append(pa.table({"term": chunk.terms, "documents": document_frequency}))
-        # Merging only when the table has doubled keeps the number of merges logarithmic, not one per chunk.
-        if sum(map(len, self._parts)) > 2 * self._merged:
-            self._merge()
-
-    def alphabetical(self) -> tuple[pa.Array, np.ndarray]:
-        """The terms in alphabetical order, and the number of documents that hold each, int64, shape (V,)."""
-        self._merge()
-        table = self._parts[0].sort_by("term").combine_chunks()
-        return table["term"].combine_chunks(), table["documents"].to_numpy()
-
-    def _merge(self) -> None:
-        grouped = pa.concat_tables(self._parts).group_by("term", use_threads=False).aggregate([("documents", "sum")])
-        self._parts = [grouped.rename_columns({"documents_sum": "documents"})]
-        self._merged = len(grouped)
-
-
-def okapi_scores(documents: Sequence[Sequence[str]], queries: Sequence[Sequence[str]]) -> np.ndarray:
-    """The mean over `queries` of the BM25 score of each document, as `rank_bm25.BM25Okapi` scores, shape (N,).
-
-    Args:
-        documents, queries: lists of tokens. A token that a query repeats counts again.
-
-    Raises:
-        DataError: if there are no documents or no queries, or they are not lists of tokens.
-    """
-    for name, texts in (("documents", documents), ("queries", queries)):
-        if not len(texts):
-            raise DataError(f"{name} is empty: BM25 needs at least one")
-        if any(isinstance(text, str) for text in texts):
-            raise DataError(f"{name} has texts that are strings: split them into tokens")
-    try:
-        document_lists = pa.array(documents, pa.list_(pa.string()))
-        query_lists = pa.array(queries, pa.list_(pa.string()))
-    except (pa.ArrowException, TypeError) as error:
-        raise DataError(f"documents and queries must be lists of tokens that are strings: {error}") from error
-    for name, lists in (("documents", document_lists), ("queries", query_lists)):
-        if lists.null_count or lists.flatten().null_count:
-            raise DataError(f"{name} has tokens, or lists of them, that are None: leave them out")
-    okapi = Okapi([document_lists])
-    return okapi.scores(np.asarray(okapi.count(query_lists).mean(axis=0)))
 
 
 @dataclass
@@ -286,25 +111,35 @@ class Bm25(Ranker):
         n_matches = sum(okapi.n_matches(query) for query in queries)
         return (Priced(STAGE, bm25_flops(okapi.n_postings, n_matches)),)
 
-    def _split(self, texts: Sequence[str]) -> pa.ListArray:
+    def sharded(self, seed: int) -> ShardedScoring:
+        """Scores file by file; see `cads.scoring.sharded`."""
+        from baselines.sharded.words import ShardedWords
+
+        if self.recipe != "cads":
+            raise not_sharded(self.method, "the idf of recipe = paper needs every word of the pool; use recipe = cads")
+        return ShardedWords(self, asdict(self))
+
+    def query_weights(self, task: Task) -> np.ndarray:
+        """Weights that average the target's texts, shape (G, M)."""
+        return subtask_weights(task) if self.aggregate == "subtask" else mean_weights(task)
+
+    def documents(self, task: Task) -> Iterable[pa.ListArray]:
+        """The texts of the pool as token lists, chunk by chunk, which can be iterated repeatedly."""
+        return _TokenizedTexts(task, task.pool, self.split)
+
+    def split(self, texts: Sequence[str]) -> pa.ListArray:
         """The tokens of each text."""
         return tokenize(texts) if self.recipe == "cads" else split_words(texts)
 
     def _indexed(self, task: Task) -> tuple[Okapi, np.ndarray]:
         """The index of the pool and the mean query of each subtask, (G, V); cached between the plan and the ranking."""
         if self._cached is None or self._cached[0] is not task:
-            queries = self._split(task.texts(task.target))
+            queries = self.split(task.texts(task.target))
             idf = positive_idf if self.recipe == "cads" else partial(floored_idf, epsilon=self.epsilon)
-            okapi = Okapi(_TokenizedTexts(task, task.pool, self._split), k1=self.k1, b=self.b, idf=idf)
+            okapi = Okapi(self.documents(task), k1=self.k1, b=self.b, idf=idf)
             counts = okapi.count(queries)
-            n_unmatched = len(queries) - np.count_nonzero(np.diff(counts.indptr))
-            if n_unmatched:
-                effect = "all scores are zero" if n_unmatched == len(queries) else "they score every text with zero"
-                log.warning(
-                    "bm25: %d of %d target texts share no word with the pool: %s", n_unmatched, len(queries), effect
-                )
-            weights = subtask_weights(task) if self.aggregate == "subtask" else mean_weights(task)
-            self._cached = task, okapi, np.stack([counts.T @ row for row in weights])
+            say_unmatched(counts)
+            self._cached = task, okapi, np.stack([counts.T @ row for row in self.query_weights(task)])
         return self._cached[1:]
 
 
@@ -325,15 +160,3 @@ class _TokenizedTexts:
             cuts = np.flatnonzero(np.diff(characters // CHUNK_CHARACTERS)) + 1
             for first, last in pairwise([0, *cuts.tolist(), len(texts)]):
                 yield self._split(texts[first:last])
-
-
-def _best(weights: csr_array, queries: Sequence[np.ndarray]) -> np.ndarray:
-    """The best score of each row over the queries (each of shape (V,)), shape (n,)."""
-    best = np.asarray(weights @ queries[0])
-    for query in queries[1:]:
-        np.maximum(best, weights @ query, out=best)
-    return best
-
-
-def _offsets(lists: pa.ListArray) -> np.ndarray:
-    return np.asarray(lists.offsets.to_numpy(), dtype=np.int64)

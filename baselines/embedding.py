@@ -8,7 +8,7 @@ and averages the token vectors; here the encoder's own maximum length and poolin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from baselines.similarity.clusters import ROUNDS, cluster_centres, cluster_sample, nearest_centre, take_turns
-from baselines.similarity.encoders import Encoder, FeatureEncoder, SentenceEncoder, backbone_network
+from baselines.similarity.encoders import (
+    COMPARING,
+    ENCODING,
+    Encoder,
+    FeatureEncoder,
+    SentenceEncoder,
+    backbone_network,
+)
 from baselines.similarity.queries import mean_weights, subtask_weights
 from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
 from cads.accounting.operations import kmeans_flops, normalisation_flops, similarity_flops
@@ -30,6 +37,7 @@ from cads.scoring.pool_scores import check_finite
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
 from cads.scoring.reference_models import check_passes
+from cads.scoring.sharded import ShardedScoring, not_sharded
 from cads.scoring.stages import Priced, RankingStage, TrainOnPool
 from cads.seeding import derive
 from cads.task import Task
@@ -38,7 +46,7 @@ from cads.training.trainer import Trainer
 Aggregate = Literal["subtask", "mean", "max", "top"]
 ENCODED_TOKENS = 1024
 """Padded tokens of a batch on a CPU: an encoder is small, and on one core 1.2 times as fast with 1024 as with 512."""
-WARM_UP, ENCODING, COMPARING, CLUSTERING = "warm-up", "embeddings", "similarities", "clusters"
+WARM_UP, CLUSTERING = "warm-up", "clusters"
 
 
 @dataclass
@@ -93,22 +101,22 @@ class Embedding(Ranker):
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
         """Encode the target, then the pool batch by batch; see `cads.scoring.ranker.Ranker`."""
         scorer = self.scorer_of(task)
-        encoder = self._encoder_for(scorer)
-        self._load_weights(encoder, scorer, seed, ledger, monitor)
+        encoder = self.encoder_for(scorer)
+        self.load_weights(encoder, scorer, seed, ledger, monitor)
         pool = scorer.pool
-        target = self._unit_vectors(encoder, scorer.target, ledger)
+        target = self.unit_vectors(encoder, scorer.target, ledger)
         check_finite(target.sum(dim=1).numpy(), scorer.target, self.method)
-        reference = self._reference(scorer, target)
-        self._comparing(scorer, encoder).charge(scorer, ledger)
+        reference = self.reference(scorer, target)
+        self.comparing(scorer, encoder, len(scorer.pool)).charge(scorer, ledger)
         centres = self._centres(encoder, scorer, seed, ledger)
 
         def score_and_cluster(unit: Tensor) -> Tensor:
             """Similarity and cluster index of each example of a batch, shape (B, 2)."""
             cluster = torch.zeros(len(unit)) if centres is None else nearest_centre(unit, centres)
-            return torch.stack([self._aggregated(unit @ reference.T), cluster.double()], dim=1)
+            return torch.stack([self.aggregated(unit @ reference.T), cluster.double()], dim=1)
 
         results = np.empty((len(pool), 2))
-        results[np.concatenate(encoder.batches(pool))] = self._encoded(encoder, pool, ledger, score_and_cluster)
+        results[np.concatenate(encoder.batches(pool))] = self.encoded(encoder, pool, ledger, score_and_cluster)
         score, cluster = results.T
         check_finite(score, pool, self.method)
         if centres is not None:
@@ -118,21 +126,36 @@ class Embedding(Ranker):
 
     def stages(self, scorer: Task) -> Sequence[RankingStage]:
         """Padding included; see `cads.scoring.ranker.Ranker`."""
-        encoder = self._encoder_for(scorer)
+        encoder = self.encoder_for(scorer)
         pools, clustering = [scorer.target, scorer.pool], []
         if self.clusters is not None:
             sample = cluster_sample(scorer.pool, self.clusters)
             pools.append(sample)
             clustering.append(_clustering(self.clusters, len(sample), len(scorer.pool), encoder))
-        return [self._warming, _Encoding(encoder, pools), self._comparing(scorer, encoder), *clustering]
+        return [
+            self._warming,
+            _Encoding(encoder, pools),
+            self.comparing(scorer, encoder, len(scorer.pool)),
+            *clustering,
+        ]
+
+    def sharded(self, seed: int) -> ShardedScoring:
+        """Scores file by file; see `cads.scoring.sharded`."""
+        from baselines.sharded.vectors import ShardedVectors
+
+        if self.clusters is not None:
+            raise not_sharded(self.method, f"clusters = {self.clusters} are those of the whole pool; leave them out")
+        if self.warm_up:
+            raise not_sharded(self.method, f"warm_up = {self.warm_up} trains on the whole pool; give 0")
+        return ShardedVectors(self, asdict(self))
 
     @property
     def _warming(self) -> TrainOnPool:
         return TrainOnPool(WARM_UP, self.warm_up)
 
-    def _comparing(self, task: Task, encoder: Encoder) -> Priced:
-        """Normalising vectors, their means, and the inner products."""
-        n, m, width = len(task.pool), len(task.target), encoder.dimension
+    def comparing(self, task: Task, encoder: Encoder, n: int) -> Priced:
+        """Normalising the vectors of the target and of n examples, the target's means, and the inner products."""
+        m, width = len(task.target), encoder.dimension
         averaged = self.aggregate in ("subtask", "mean")
         n_references = len(self._weights(task)) if averaged else m
         means = 2 * m * width if averaged else 0
@@ -144,21 +167,21 @@ class Embedding(Ranker):
         if self.clusters is None:
             return None
         sample = cluster_sample(task.pool, self.clusters)
-        vectors = self._unit_vectors(encoder, sample, ledger)
+        vectors = self.unit_vectors(encoder, sample, ledger)
         check_finite(vectors.sum(dim=1).numpy(), sample, self.method)
         _clustering(self.clusters, len(sample), len(task.pool), encoder).charge(task, ledger)
         with ledger.timed(SELECT, CLUSTERING):
             return torch.from_numpy(cluster_centres(vectors.numpy(), self.clusters, derive(seed, "clusters")))
 
-    def _unit_vectors(self, encoder: Encoder, pool: Pool, ledger: Ledger) -> Tensor:
+    def unit_vectors(self, encoder: Encoder, pool: Pool, ledger: Ledger) -> Tensor:
         """Unit vectors of all examples of a small pool, shape (M, D), float64; charges the ledger."""
         vectors = torch.empty(len(pool), encoder.dimension, dtype=torch.float64)
-        results = self._encoded(encoder, pool, ledger, lambda unit: unit)
+        results = self.encoded(encoder, pool, ledger, lambda unit: unit)
         vectors[np.concatenate(encoder.batches(pool))] = torch.from_numpy(results)
         return vectors
 
-    def _encoder_for(self, task: Task) -> Encoder:
-        """The encoder, cached between the plan and the ranking; `_load_weights` gives a `FeatureEncoder` its model."""
+    def encoder_for(self, task: Task) -> Encoder:
+        """The encoder, cached between the plan and the ranking; `load_weights` gives a `FeatureEncoder` its model."""
         if self._cached is None or self._cached[0] is not task:
             encoder: Encoder
             tokens = default_tokens(ENCODED_TOKENS) if self.batch_tokens is None else self.batch_tokens
@@ -175,7 +198,7 @@ class Embedding(Ranker):
             self._cached = task, encoder
         return self._cached[1]
 
-    def _load_weights(self, encoder: Encoder, task: Task, seed: int, ledger: Ledger, monitor: Monitor | None) -> None:
+    def load_weights(self, encoder: Encoder, task: Task, seed: int, ledger: Ledger, monitor: Monitor | None) -> None:
         """Train or load the model of a `FeatureEncoder`; a `SentenceEncoder` is loaded already."""
         if not isinstance(encoder, FeatureEncoder):
             return
@@ -190,7 +213,7 @@ class Embedding(Ranker):
             )
         encoder.model = network.to(Trainer(task, ledger).accelerator.device)
 
-    def _encoded(
+    def encoded(
         self, encoder: Encoder, pool: Pool, ledger: Ledger, transform: Callable[[Tensor], Tensor]
     ) -> np.ndarray:
         """The outputs of `transform` on the unit vectors (float64) of each batch, in batch order; charges `ledger`."""
@@ -208,7 +231,7 @@ class Embedding(Ranker):
     def _weights(self, task: Task) -> np.ndarray:
         return subtask_weights(task) if self.aggregate == "subtask" else mean_weights(task)
 
-    def _reference(self, task: Task, target: Tensor) -> Tensor:
+    def reference(self, task: Task, target: Tensor) -> Tensor:
         """The vectors that pool examples are compared with, shape (G, D): means of unit vectors, or all target vectors.
 
         The mean cosine to a set is the inner product with the mean of its unit vectors.
@@ -217,7 +240,7 @@ class Embedding(Ranker):
             return target
         return torch.from_numpy(self._weights(task)) @ target
 
-    def _aggregated(self, cosines: Tensor) -> Tensor:
+    def aggregated(self, cosines: Tensor) -> Tensor:
         """One score for each row of cosines (B, G), shape (B,)."""
         if self.aggregate == "top":
             return cosines.topk(min(self.top, cosines.shape[1]), dim=1).values.mean(dim=1)
@@ -226,7 +249,7 @@ class Embedding(Ranker):
 
 @dataclass(frozen=True)
 class _Encoding:
-    """Encode all examples of some pools, as `Embedding._encoded` does."""
+    """Encode all examples of some pools, as `Embedding.encoded` does."""
 
     encoder: Encoder
     pools: Sequence[Pool]

@@ -6,7 +6,7 @@ Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning", 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar, get_args
 
 import numpy as np
@@ -37,6 +37,7 @@ from cads.monitor import Monitor
 from cads.scoring.pool_scores import planned_flops
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
+from cads.scoring.sharded import ShardedScoring, not_sharded
 from cads.scoring.stages import Priced, RankingStage
 from cads.task import Task
 
@@ -94,7 +95,7 @@ class Less(Ranker):
             DataError: if the gradient of an example is not finite.
         """
         scorer = self.scorer_of(task)
-        self._sizes(scorer)
+        self.sizes(scorer)
         queries = subtask_weights(scorer)
         checkpoints = warm_up(scorer, self._warm_up(scorer), seed=seed, ledger=ledger, monitor=monitor)
         features = GradientFeatures(self.feature_config(), scorer, scorer.model(seed), seed, ledger)
@@ -113,7 +114,7 @@ class Less(Ranker):
 
         `rank` charges for them batch by batch. See `cads.scoring.ranker.Ranker`.
         """
-        sizes = self._sizes(scorer)
+        sizes = self.sizes(scorer)
         n_entries, projection = sum(sizes.values()), make_projection(sizes, self.dimension, 0)
         directions = AdamDirection(self.recipe, {}, {}, 0)
         n, m, k = len(scorer.pool), len(scorer.target), self.checkpoints
@@ -135,6 +136,14 @@ class Less(Ranker):
         )
         return [*stages, Priced(SIMILARITIES, k * comparison_flops)]
 
+    def sharded(self, seed: int) -> ShardedScoring:
+        """Scores file by file; see `cads.scoring.sharded`."""
+        from baselines.sharded.gradients import ShardedGradients
+
+        if self.features is not None:
+            raise not_sharded(self.method, "the features of shards are not stored; leave out the option features")
+        return ShardedGradients(self, asdict(self))
+
     def feature_config(self) -> GradientFeatureConfig:
         """The options that determine the features."""
         return GradientFeatureConfig(
@@ -148,7 +157,7 @@ class Less(Ranker):
     def _warm_up(self, scorer: Task) -> Schedule:
         return schedule(scorer, self.warmup_share, self.checkpoints)
 
-    def _sizes(self, task: Task) -> dict[str, int]:
+    def sizes(self, task: Task) -> dict[str, int]:
         """Number of entries of each parameter whose gradients are taken, by name.
 
         Raises:

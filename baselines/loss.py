@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 from baselines.similarity.pool_losses import Order, check_batch_tokens, check_order, in_order, pool_losses
@@ -11,6 +11,7 @@ from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
 from cads.scoring.reference_models import check_passes
+from cads.scoring.sharded import ShardedScoring
 from cads.scoring.stages import ReadPool, TrainOnTarget
 from cads.seeding import derive
 from cads.task import Task
@@ -49,3 +50,15 @@ class Loss(Ranker):
     def stages(self, scorer: Task) -> tuple[TrainOnTarget, ReadPool]:
         """See `cads.scoring.ranker.Ranker`."""
         return TrainOnTarget(FITTING, self.passes), ReadPool(SCORING, self.batch_tokens)
+
+    def sharded(self, seed: int) -> ShardedScoring:
+        """Scores file by file; see `cads.scoring.sharded`."""
+        from baselines.sharded.losses import JudgedLoss, ShardedLosses
+
+        loss = JudgedLoss(
+            TrainOnTarget(FITTING, self.passes),
+            ReadPool(SCORING, self.batch_tokens),
+            derive(seed, "theta") if self.passes else seed,
+            sign=-1.0 if self.order == "low" else 1.0,
+        )
+        return ShardedLosses(self.method, asdict(self), self.cut, [loss], nearest_median=self.order == "mid")

@@ -7,7 +7,7 @@ task's maximum length (`max_tokens`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
@@ -22,6 +22,7 @@ from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
 from cads.scoring.reference_models import check_passes
+from cads.scoring.sharded import ShardedScoring, not_sharded
 from cads.scoring.stages import ReadPool, TrainOnTarget
 from cads.seeding import derive
 from cads.task import Task
@@ -88,6 +89,21 @@ class Perplexity(Ranker):
         """See `cads.scoring.ranker.Ranker`."""
         pool = whole_texts(scorer.pool) if self.recipe == "paper" else None
         return TrainOnTarget(TUNING, self.passes), ReadPool(SCORING, self.batch_tokens, pool=pool)
+
+    def sharded(self, seed: int) -> ShardedScoring:
+        """Scores file by file; see `cads.scoring.sharded`."""
+        from baselines.sharded.losses import JudgedLoss, ShardedLosses
+
+        if self.recipe == "paper":
+            raise not_sharded(self.method, "the thirds of recipe = paper order the whole pool; use recipe = cads")
+        loss = JudgedLoss(
+            TrainOnTarget(TUNING, self.passes),
+            ReadPool(SCORING, self.batch_tokens),
+            seed,
+            sign=-1.0 if self.order == "low" else 1.0,
+        )
+        middle = self.order == "mid"
+        return ShardedLosses(self.method, asdict(self), self.cut, [loss], nearest_median=middle, autocast=self.autocast)
 
 
 def shuffled_thirds(pool: Pool, losses: np.ndarray, order: Order, seed: int) -> np.ndarray:

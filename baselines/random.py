@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from cads.accounting.ledger import Ledger
+from cads.accounting.ledger import Ledger, PlannedLedger
 from cads.data.pool import Pool
 from cads.monitor import Monitor
+from cads.runtime.checkpoint import State
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
+from cads.scoring.sharded import ShardedScoring, Values
 from cads.scoring.stages import RankingStage
 from cads.seeding import derive_each
 from cads.task import Task
@@ -36,6 +38,22 @@ class Random(Ranker):
     def stages(self, scorer: Task) -> Sequence[RankingStage]:
         """None: nothing is spent; see `cads.scoring.ranker.Ranker`."""
         return ()
+
+    def sharded(self, seed: int) -> ShardedScoring:
+        """Scores file by file; see `cads.scoring.sharded`."""
+        return _ShardedRandom(self.method, asdict(self), self.cut)
+
+
+class _ShardedRandom(ShardedScoring):
+    """A number for each id, wherever it is."""
+
+    def values(self, task: Task, state: State, *, seed: int) -> Values:
+        """See `ShardedScoring`."""
+        return lambda part, ledger: random_scores(part.pool, seed)
+
+    def plan(self, task: Task) -> PlannedLedger:
+        """Nothing is spent."""
+        return PlannedLedger()
 
 
 def random_scores(pool: Pool, seed: int) -> np.ndarray:

@@ -6,7 +6,7 @@ ICML 2022, arXiv 2206.07137, equation 3, scored once rather than in every batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 from baselines.similarity.pool_losses import check_batch_tokens, pool_losses
@@ -16,6 +16,7 @@ from cads.monitor import Monitor
 from cads.scoring.ranker import Ranker
 from cads.scoring.ranking import Ranking
 from cads.scoring.reference_models import check_passes
+from cads.scoring.sharded import ShardedScoring, not_sharded
 from cads.scoring.stages import ReadPool, TrainOnPool, TrainOnTarget
 from cads.seeding import derive
 from cads.task import Task
@@ -68,3 +69,19 @@ class Rho(Ranker):
             TrainOnPool(POOL, self.pool_passes),
             ReadPool(POOL_LOSSES, self.batch_tokens),
         )
+
+    def sharded(self, seed: int) -> ShardedScoring:
+        """Scores file by file; see `cads.scoring.sharded`."""
+        from baselines.sharded.losses import JudgedLoss, ShardedLosses
+
+        if self.pool_passes:
+            raise not_sharded(self.method, f"pool_passes = {self.pool_passes} trains on the whole pool; give 0")
+        model_seed = derive(seed, "rho")
+        irreducible = JudgedLoss(
+            TrainOnTarget(HOLDOUT, self.target_passes),
+            ReadPool(HOLDOUT_LOSSES, self.batch_tokens),
+            model_seed,
+            sign=-1.0,
+        )
+        losses = JudgedLoss(None, ReadPool(POOL_LOSSES, self.batch_tokens), model_seed)
+        return ShardedLosses(self.method, asdict(self), self.cut, [irreducible, losses])

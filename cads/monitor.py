@@ -1,26 +1,26 @@
-"""Progress of a run: a progress bar with the FLOPs spent, and TensorBoard event files."""
+"""Progress of a run: a bar or lines with the FLOPs spent, and curves in TensorBoard or another tracker."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from cads.accounting.stage_labels import stage_label, stage_tag
 from cads.runtime.processes import world_group
+from cads.runtime.progress import StageProgress
+from cads.runtime.trackers import Guarded, open_trackers
 
 if TYPE_CHECKING:
     from cads.accounting.ledger import Ledger
     from cads.data.pool import Pool
 
 CURVE_POINTS = 200
-"""Largest number of points per curve that one training run writes to TensorBoard, whatever its length."""
+"""Largest number of points per curve that one training run writes, whatever its length, beside its first and last."""
 PANEL_SIZE = 16
 """Examples in each of the panels of most and least probable examples."""
 
@@ -32,35 +32,55 @@ Describe = Callable[["Pool", np.ndarray], list[str] | None]
 
 
 class Monitor:
-    """Shows a progress bar and writes event files, each only if it has a destination; of several processes only rank 0.
+    """Shows progress and keeps curves, each only if it has a destination; of several processes only rank 0.
 
     Args:
-        folder: of TensorBoard's event files, or None for none.
-        console: of the progress bar, or None for none.
+        folder: of TensorBoard's event files, and of what other trackers write; None: no curves are kept.
+        console: of the progress; None for none. On a terminal it is a bar, elsewhere a line every half minute.
+        track: names of trackers: "tensorboard", "wandb", "mlflow".
+        run: its name in the trackers; "" for that of the folder.
+        validation_points: how often the final training is measured on the target; see `cads.training.validation`.
+
+    Attributes:
+        validation: the measurements so far: step, FLOPs and metrics each.
+
+    Raises:
+        ConfigError: if a tracker is not installed, or refuses to begin.
     """
 
-    def __init__(self, folder: Path | str | None = None, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | str | None = None,
+        console: Console | None = None,
+        *,
+        track: Sequence[str] = ("tensorboard",),
+        run: str = "",
+        validation_points: int = 0,
+    ) -> None:
         is_rank_zero = world_group().first
-        self._writer = SummaryWriter(str(folder)) if is_rank_zero and folder is not None else None
-        self._bar = _bar(console) if is_rank_zero and console is not None else None
+        self._trackers = Guarded({})
+        if is_rank_zero and folder is not None:
+            self._trackers = open_trackers(track, Path(folder), run or Path(folder).name)
+        self._shown = StageProgress(console) if is_rank_zero and console is not None else None
+        self.validation_points = validation_points
+        self.validation: list[dict[str, Any]] = []
         self._steps: dict[str, int] = {}
         self._prefix = ""
         self._status = ""
 
     def __enter__(self) -> Monitor:
-        if self._bar is not None:
-            self._bar.start()
+        if self._shown is not None:
+            self._shown.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        if self._writer is not None:
-            self._writer.close()
+        if self._shown is not None:
+            self._shown.stop()
+        self._trackers.tell("close")
 
     @contextmanager
     def named(self, name: str) -> Iterator[None]:
-        """Put `name` in front of the stage in the progress bar while the block runs."""
+        """Put `name` in front of the stage in the progress while the block runs."""
         outer_prefix, self._prefix = self._prefix, f"{name} "
         try:
             yield
@@ -68,38 +88,44 @@ class Monitor:
             self._prefix = outer_prefix
 
     @contextmanager
-    def progress(self, stage: str, flops: float) -> Iterator[Advance]:
-        """Follow one training run of at most `flops`.
+    def progress(self, stage: str, flops: float, spent: float = 0.0) -> Iterator[Advance]:
+        """Follow one training run of at most `flops`, of which `spent` were spent, and shown, before.
+
+        The first and the last step are among the points of its curves, and between them `CURVE_POINTS` at most. The
+        horizontal axis counts steps; runs of one stage follow each other.
 
         Yields:
             a function of (FLOPs spent so far, loss in nats, learning rate), to be called at every step.
         """
-        task_id, tag = None, stage_tag(stage)
-        if self._bar is not None:
-            task_id = self._bar.add_task(
-                f"{self._prefix}{stage_label(stage)}", total=flops, loss="", amount=f"0/{flops:.3g} FLOPs"
-            )
+        task_id, tag, shown = None, stage_tag(stage), self._shown
+        if shown is not None:
+            task_id = shown.begin(f"{self._prefix}{stage_label(stage)}", flops, "FLOPs")
         start = self._steps.get(stage, 0)
-        n_written = 0
+        n_steps, next_point = 0, 0.0
+        pending: tuple[float, float] | None = None
+
+        def write(loss: float, learning_rate: float) -> None:
+            self.scalar(f"{tag}/training_loss", loss, start + n_steps)
+            self.scalar(f"{tag}/learning_rate", learning_rate, start + n_steps)
 
         def advance(spent_flops: float, loss: float, learning_rate: float) -> None:
-            nonlocal n_written
-            if spent_flops * CURVE_POINTS < flops * (n_written + 1):
-                return
-            n_written += 1
-            if self._bar is not None and task_id is not None:
-                amount = f"{spent_flops:.3g}/{flops:.3g} FLOPs"
-                text = f"loss {loss:.3f}  {self._status}".rstrip()
-                self._bar.update(task_id, completed=spent_flops, loss=text, amount=amount)
-            self.scalar(f"{tag}/training_loss", loss, start + n_written)
-            self.scalar(f"{tag}/learning_rate", learning_rate, start + n_written)
+            nonlocal n_steps, next_point, pending
+            n_steps += 1
+            if shown is not None and task_id is not None:
+                shown.advance(task_id, spent_flops, f"loss {loss:.3f}  {self._status}".rstrip())
+            pending = loss, learning_rate
+            if spent_flops >= next_point:
+                write(*pending)
+                pending, next_point = None, spent_flops + (flops - spent) / CURVE_POINTS
 
         try:
             yield advance
         finally:
-            self._steps[stage] = start + n_written
-            if self._bar is not None and task_id is not None:
-                self._bar.remove_task(task_id)
+            if pending is not None:
+                write(*pending)
+            self._steps[stage] = start + n_steps
+            if shown is not None and task_id is not None:
+                shown.end(task_id)
 
     @contextmanager
     def counting(self, stage: str, total: int | None) -> Iterator[Callable[[int], None]]:
@@ -108,33 +134,33 @@ class Monitor:
         Yields:
             a function of the number of examples that are done so far.
         """
-        bar = self._bar
-        if bar is None:
+        shown = self._shown
+        if shown is None:
             yield lambda done: None
             return
-
-        def amount(done: int) -> str:
-            return "" if total is None else f"{done:,}/{total:,} examples"
-
-        task_id = bar.add_task(f"{self._prefix}{stage_label(stage)}", total=total, loss="", amount=amount(0))
+        task_id = shown.begin(f"{self._prefix}{stage_label(stage)}", total, "examples")
         try:
-            yield lambda done: bar.update(task_id, completed=done, amount=amount(done))
+            yield lambda done: shown.advance(task_id, done)
         finally:
-            bar.remove_task(task_id)
+            shown.end(task_id)
+
+    def validated(self, step: int, flops: float, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of the final model on the target after `step` steps, which cost `flops`."""
+        self.validation.append({"step": step, "flops": flops, "metrics": dict(metrics)})
+        for name, value in metrics.items():
+            self.scalar(f"validation/{name}", value, step)
 
     def status(self, text: str) -> None:
-        """Say in the progress bar what the run is doing; until the next text, "" for nothing."""
+        """Say in the progress what the run is doing; until the next text, "" for nothing."""
         self._status = text
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """Write one point of a curve."""
-        if self._writer is not None:
-            self._writer.add_scalar(tag, value, step)
+        self._trackers.tell("scalar", tag, value, step)
 
     def histogram(self, tag: str, values: np.ndarray, step: int) -> None:
         """Write the distribution of `values`, of any shape."""
-        if self._writer is not None:
-            self._writer.add_histogram(tag, values, step)
+        self._trackers.tell("histogram", tag, values, step)
 
     def probabilities(self, names: tuple[str, ...], values: np.ndarray, step: int) -> None:
         """Write the probability of each source under a policy (values: shape (S,)), one curve per source.
@@ -151,8 +177,7 @@ class Monitor:
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Write Markdown text."""
-        if self._writer is not None:
-            self._writer.add_text(tag, text, step)
+        self._trackers.tell("text", tag, text, step)
 
     def ledger(self, ledger: Ledger) -> None:
         """Write the FLOPs of each phase and stage, each as a curve of one point."""
@@ -160,10 +185,9 @@ class Monitor:
             self.scalar(f"flops/{phase}/{stage_tag(stage)}", entry.flops, 0)
 
     def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Write the settings and the resulting metrics of a run, for TensorBoard's table of runs."""
-        if self._writer is not None:
-            plain = {k: v if isinstance(v, int | float | bool | str) else str(v) for k, v in settings.items()}
-            self._writer.add_hparams(plain, {f"result/{k}": v for k, v in metrics.items()}, run_name="hparams")
+        """Write the settings and the resulting metrics of a run, for the tracker's table of runs."""
+        plain = {k: v if isinstance(v, int | float | bool | str) else str(v) for k, v in settings.items()}
+        self._trackers.tell("hparams", plain, dict(metrics))
 
     def panels(self, pool: Pool, probabilities: np.ndarray, step: int, describe: Describe | None = None) -> None:
         """Write the most and the least probable examples: images as two grids with their labels, text as text.
@@ -171,7 +195,7 @@ class Monitor:
         Args:
             describe: gives the text of examples, or None where they are not text (`Task.describe`).
         """
-        if self._writer is None:
+        if not self._trackers:
             return
         order = np.argsort(-probabilities, kind="stable")
         for tag, positions in (("most", order[:PANEL_SIZE]), ("least", order[-PANEL_SIZE:])):
@@ -183,7 +207,7 @@ class Monitor:
             images = batch.inputs.get("images")
             if images is None:
                 return
-            self._writer.add_images(f"examples/{tag}_probable", images, step)
+            self._trackers.tell("images", f"examples/{tag}_probable", images, step)
             rows = [
                 f"{example_id}: label {label}, p = {p:.3f}"
                 for example_id, label, p in zip(
@@ -204,15 +228,3 @@ def _panel(pool: Pool, positions: np.ndarray, probabilities: np.ndarray, texts: 
         # Indented lines are a code block in Markdown: the text of an example is never interpreted as markup.
         rows.append(f"**{example_id}**, p = {p:.3f}\n\n" + "\n".join(f"    {line}" for line in excerpt.splitlines()))
     return "\n\n".join(rows)
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[amount]}"),
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )

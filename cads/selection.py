@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cads.accounting.budget import Budget
-from cads.accounting.ledger import Ledger
+from cads.accounting.ledger import EVALUATE, Ledger
 from cads.data.balanced_stream import balanced_stream
 from cads.data.hashing import add_column
 from cads.data.ids import as_dictionary, rank_by_score
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 EQUAL_DIGITS = 12
 """Digits in which weights must differ to count as unequal: quotients of shares and sizes differ in their last bits."""
+POOL_EXAMPLES = "pool_examples"
+"""Note of a Selection that holds only what was kept of a pool: how many examples the pool has."""
 Weights = Literal["column", "resample"]
 """What `apply` does about unequal weights: write them into a column, or draw rows by them."""
 
@@ -156,8 +158,13 @@ class Selection:
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of everything that is saved except times: selections with the same hash give the same training run."""
-        digest = hashlib.sha256(json.dumps(self._header(), sort_keys=True).encode())
+        """Hash of everything that is saved except times: selections with the same hash give the same training run.
+
+        What was evaluated on the way is no part of it: watching a run does not change its Selection.
+        """
+        header = self._header()
+        header["ledger"] = [entry for entry in header["ledger"] if entry["phase"] != EVALUATE]
+        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
         add_column(digest, self.ids)
         if self.sources is not None:
             add_column(digest, self.sources)
@@ -194,7 +201,8 @@ class Selection:
         """
         if self.target_fraction == 1:
             return 0.0
-        return float(1 / (len(self.ids) * np.square(self.weights).sum()))
+        n_pool = int(self.notes.get(POOL_EXAMPLES, len(self.ids)))
+        return float(1 / (n_pool * np.square(self.weights).sum()))
 
     @property
     def unequal(self) -> bool:

@@ -91,6 +91,7 @@ class Task(ABC):
         mergeable: whether the models have adapters that can be merged into the base weights.
         proxy: a task with the same data and a smaller proxy model, which selectors use in place of the final model;
             None if they use the final model.
+        base_model: name or folder of the model that training starts from; None if it starts from scratch.
         classes: the names of the classes that labels number; () without classes.
         counts: what was left out of the data, by the reason, as JSON values; written to `data.json`.
     """
@@ -104,6 +105,7 @@ class Task(ABC):
     accounting: str = "measured"
     mergeable: bool = False
     proxy: Task | None = None
+    base_model: str | None = None
     classes: tuple[str, ...] = ()
     counts: Mapping[str, Any] = MappingProxyType({})
     pool: Pool
@@ -319,6 +321,14 @@ class Task(ABC):
         """
         if isinstance(outer, str):
             self.objective(self.model(0), outer, self.target.subset(np.arange(1), self.target.name))
+
+    def copies(self) -> dict[str, list[str]]:
+        """Ids of the examples of target and test set whose exact copies are in the pool, by the name of the set."""
+        contents = self.pool.digests
+        return {
+            held_out.name: held_out.ids.filter(pc.is_in(held_out.digests, value_set=contents)).to_pylist()
+            for held_out in (self.target, self.test)
+        }
 
     def check(self) -> None:
         """Refuse pools that leak into one another, by id or by content: target into pool or test set, test into pool.

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from cads.selection import Selection
-from cads.study.analysis.points import MethodPoint, answers, by_group, half_width, points_of
+from cads.study.analysis.points import MethodPoint, by_group, half_width, points_of
+from cads.study.analysis.verdicts import answers
 from cads.study.grid import Grid
 from cads.study.report.text_tables import intervals, markdown_table
 from cads.study.tables import DONE, read_runs

@@ -6,7 +6,8 @@
 
 A cell is a world, a size of the target, a budget, a seed (of data and training) and a method; the budget covers
 selection and training. Finished cells are in `OUT/cells.jsonl`, and the same command goes on from there, the cheapest
-budgets first. `--results` writes the tables and the figure of the cells that are there (`experiments.online_report`).
+budgets first. `--results` writes the tables and the figure of the cells that are there (`experiments.online_report`),
+and the cells themselves as `.jsonl`: as `OUT/cells.jsonl`, they go on elsewhere.
 """
 
 from __future__ import annotations

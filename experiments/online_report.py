@@ -40,6 +40,8 @@ FREE = (
     "target-only, balanced",
 )
 """References that cost nothing and need no knowledge."""
+NEEDED = tuple(method for method in FREE if method.endswith("balanced"))
+"""Without these a cell is not reported: each was better than itself without balanced draws, in all worlds."""
 SHOWN = (ONLINE, HIDDEN, *FREE, "random half, balanced", BY_SIZE, "cut 60%", "cut 80%")
 """Methods of the first table, in its order."""
 
@@ -81,11 +83,11 @@ class Cells:
         return cls(accuracy, cost)
 
     def complete(self) -> list[Place]:
-        """Places at which `cads` and all free references have as many seeds as any."""
+        """Places at which `cads` has two seeds or more, and the references that are needed have as many."""
         places = []
         for place, by_method in self.accuracy.items():
             seeds = len(by_method.get(ONLINE, {}))
-            if seeds > 1 and all(len(by_method.get(m, {})) >= seeds for m in FREE):
+            if seeds > 1 and all(len(by_method.get(m, {})) >= seeds for m in NEEDED):
                 places.append(place)
         return sorted(places, key=lambda p: (p[2], -p[1], p[0]))
 
@@ -115,6 +117,12 @@ class Cells:
                 differences.append(value - self.accuracy[place][max(means, key=lambda m: means[m])][seed])
         return float(np.mean(differences)) if differences else float("nan")
 
+    def references(self, places: Sequence[Place]) -> str:
+        """The references that were run, in words."""
+        run = {method for place in places for method in self.accuracy[place] if is_reference(method)}
+        singles = ["all single sources"] if any(method.startswith(SINGLE) for method in run) else []
+        return "; ".join([*(method for method in SHOWN if method in run), *singles])
+
     def _mean(self, place: Place, method: str) -> float:
         values = self.accuracy[place][method]
         shared = values.keys() & self.accuracy[place][ONLINE].keys()
@@ -127,7 +135,7 @@ def is_reference(method: str) -> bool:
 
 
 def write_report(cells: Path, results: Path, command: str) -> None:
-    """Write the tables to `results`, with the command that does so, and the figure beside it.
+    """Write the tables to `results`, with the command that does so, and beside it the figure and the cells.
 
     Raises:
         ConfigError: if no cell is complete.
@@ -137,7 +145,8 @@ def write_report(cells: Path, results: Path, command: str) -> None:
     if not places:
         raise ConfigError(f"{cells} has no cell with two seeds of `cads` and of all free references: run more of them")
     parts = [_head(read, places, command), _means(read, places), _places(read, places), _ablations(read, places)]
-    whole_file(results, "\n\n".join(parts) + "\n")
+    whole_file(results, "\n\n".join(filter(None, parts)) + "\n")
+    whole_file(results.with_suffix(".jsonl"), cells.read_text("utf-8"))
     draw(read, places, results.with_suffix(".png"))
 
 
@@ -150,9 +159,9 @@ def _head(cells: Cells, places: Sequence[Place], command: str) -> str:
         f"# CADS as it trains: {len(places)} cells, {seeds} seeds\n\n"
         f"    {command.split(' --results', maxsplit=1)[0]}\n    {command}\n\n"
         "Points of test accuracy. The budget covers selection and training, in passes over the pool. A seed is one of "
-        "the data and of the training; differences are paired. The best reference of a cell is known only afterwards: "
-        "of full, joint .3 and .5, target-only and random half, each also with classes in even turns, of the cuts at "
-        "60 and 80 % by a model trained on the target, and of all single sources.\n\n"
+        "the data and of the training; differences are paired. The best reference of a cell is known only afterwards. "
+        f"It is one of: {cells.references(places)}. `balanced`: with classes in even turns; `cut`: what remains of the "
+        "pool by a model that is trained on the target.\n\n"
         f"{CHOSEN}\n\n"
         f"Cells in which `cads` is below the best reference by more than a point, with an interval clear of 0: {named}."
     )
@@ -169,6 +178,8 @@ def _means(cells: Cells, places: Sequence[Place]) -> str:
     lines += [_row(["method", *(f"{n}: {passes:g}" for n, passes in columns)]), _row(["---"] * (len(columns) + 1))]
     for method in SHOWN:
         values = [_mean_difference(cells, [p for p in places if p[1:] == column], method) for column in columns]
+        if set(values) == {"-"}:
+            continue
         lines.append(_row([f"**{method}**" if method == ONLINE else method, *values]))
     no_sources = []
     for column in columns:
@@ -224,6 +235,8 @@ def _ablations(cells: Cells, places: Sequence[Place]) -> str:
     columns = sorted({(p[1], p[2]) for p in places}, key=lambda c: (-c[0], c[1]))
     lines = ["## What each part earns: less `cads`, mean over worlds", ""]
     lines += [_row(["without", *(f"{n}: {passes:g}" for n, passes in columns)]), _row(["---"] * (len(columns) + 1))]
+    if not any(method in cells.accuracy[p] for method in ABLATIONS for p in places):
+        return ""
     for method in ABLATIONS:
         row = []
         for column in columns:
@@ -260,7 +273,8 @@ def draw(cells: Cells, places: Sequence[Place], path: Path) -> None:
 
 def _panel(ax: Any, cells: Cells, places: Sequence[Place]) -> None:
     passes = [p[2] for p in places]
-    free = np.array([[cells._mean(p, m) for m in FREE] for p in places])
+    run = [m for m in FREE if all(m in cells.accuracy[p] for p in places)]
+    free = np.array([[cells._mean(p, m) for m in run] for p in places])
     ax.fill_between(passes, free.min(axis=1), free.max(axis=1), color="0.85", label="free references")
     for method, colour, style in ((ONLINE, "#D55E00", "o-"), (HIDDEN, "#0072B2", "s--")):
         values = [np.mean(list(cells.accuracy[p].get(method, {0: np.nan}).values())) for p in places]

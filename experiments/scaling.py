@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cads.planning.plan import size
+from cads.accounting.units import size
 from experiments.scaling_plan import markdown as plan_markdown
 from experiments.scaling_steps import SECTIONS, WHOLE_UPDATE, Row
 
@@ -130,7 +130,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from cads.study.report.figures import AXES_HEIGHT, PNG_DPI, RC, WIDTH
+    from cads.study.report.static import AXES_HEIGHT, PNG_DPI, RC, WIDTH
     from cads.study.report.style import FAINT, MARKERS, SERIES
 
     with mpl.rc_context(RC):

@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from cads.accounting.budget import Budget
+from cads.accounting.units import duration, size
 from cads.planning.ccds import PUBLISHED
 from cads.planning.methods import Plannable, make_plan
-from cads.planning.plan import duration, size
 from cads.recipe import TrainConfig
 from cads.selectors.online.selector import Cads
 from cads.tasks.language.shapes import LanguageShapes
@@ -130,8 +130,8 @@ def markdown(rows: Sequence[Row]) -> str:
         lines.append(f"| {step} | {engine} | {hours:.3g} ({duration(3600 * hours)}) | {machines} | {size(memory)} |")
     lines += [
         "",
-        "What is not there yet: a run of `cads select` holds the ids and a few numbers for each example of its pool, "
-        "so one process takes one shard, and a driver that starts them and merges their score files is the user's. "
-        "BM25 shares its document frequencies between shards only within one process.",
+        "A run of `cads select` in one process holds the ids and a few numbers for each example of its pool. In shards "
+        "(`docs/clusters.md`) a process holds one file, and merging holds what is kept; BM25 adds up the document "
+        "frequencies of all shards.",
     ]
     return "\n".join(lines) + "\n"

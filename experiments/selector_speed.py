@@ -31,14 +31,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from baselines.bm25 import Okapi, tokenize
 from baselines.embedding import ENCODED_TOKENS
 from baselines.gradients.adam_direction import AdamDirection
 from baselines.gradients.per_example import PerExample
 from baselines.gradients.projection import PROJECTED, Projection, make_projection
 from baselines.kernels.autocast import Precision
 from baselines.similarity.encoders import SentenceEncoder
+from baselines.similarity.okapi import Okapi
 from baselines.similarity.pool_losses import pool_losses
+from baselines.similarity.words import tokenize
 from cads.accounting.ledger import Ledger
 from cads.data.batch import Batch
 from cads.data.pool import Pool

@@ -83,7 +83,7 @@ class WeightedSgd:
         """The parameters after a step; `weights` are those of the examples in `batch`, shape (B,)."""
 
         def loss(parameters: Parameters) -> Tensor:
-            return weights @ self.losses(parameters, batch) / weights.sum()
+            return (weights * self.losses(parameters, batch)).sum() / weights.sum()
 
         gradient = grad(loss)(parameters)
         return {name: x - self.rate * gradient[name] for name, x in parameters.items()}

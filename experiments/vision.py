@@ -22,7 +22,7 @@ from cads.study.grid import Grid, read_grid
 from cads.study.report import figures
 from cads.study.report.page import ReportFiles, write_report
 from cads.study.report.style import method_styles
-from cads.study.report.text_tables import intervals, markdown_table, wide_console
+from cads.study.report.text_tables import intervals, markdown_table, plain_console
 from cads.study.shard import GridShard
 from cads.study.tables import read_runs, write_rows
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="also write table, figure and runs here: NAME.md, NAME.png, NAME/")
     args = parser.parse_args(argv)
     out = args.out or Path("runs") / args.config.stem
-    console = wide_console()
+    console = plain_console()
     started = time.perf_counter()
     try:
         grid = read_grid(args.config)

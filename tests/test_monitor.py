@@ -196,7 +196,7 @@ def test_the_progress_bar_shows_what_is_spent():
     console = Console(file=screen, force_terminal=True, width=120)
     with Monitor(console=console) as monitor, monitor.named("cell 3:"), monitor.progress("theta", 2e6) as advance:
         advance(1e6, 0.5, 0.1)
-        monitor._bar.refresh()
+        monitor._shown.bar.refresh()
     for word in ("cell 3: target model", "1e+06/2e+06 FLOPs", "loss 0.500"):
         assert word in screen.getvalue()
 

@@ -122,7 +122,16 @@ class GradientFeatures:
                     self._charge(TARGET, rows_of(batch, 0, stop))
             return State({"batched": self._gradients.batched})
 
-        self._gradients.batched = bool(replay_or_run("gradient check", [], self._ledger, compute).values["batched"])
+        self.batched = bool(replay_or_run("gradient check", [], self._ledger, compute).values["batched"])
+
+    @property
+    def batched(self) -> bool:
+        """Whether gradients are taken in batches, as `check` has found."""
+        return self._gradients.batched
+
+    @batched.setter
+    def batched(self, value: bool) -> None:
+        self._gradients.batched = value
 
     def similarities(self, weights: np.ndarray, name: str) -> np.ndarray:
         """Weighted means of the similarities of each pool example to the target examples, shape (N, G).
@@ -130,7 +139,11 @@ class GradientFeatures:
         Args:
             weights: weights of the target examples in each mean, shape (G, M). name: label of the checkpoint.
         """
-        centres = self._centres(torch.from_numpy(weights).to(self._device))
+        return self.similarities_to(self.centres(weights), name)
+
+    def similarities_to(self, centres: Tensor, name: str) -> np.ndarray:
+        """The similarities of each pool example to the `centres` of the target, shape (N, G)."""
+        centres = centres.to(self._device)
         batches = scoring_batches(self._pool, tokens=self._config.batch_tokens)
         shards = _group_batches([len(b) for b in batches])
         identity = [name, len(batches), self._config.recipe, self._projection.dimension]
@@ -143,11 +156,15 @@ class GradientFeatures:
         scores[np.concatenate(batches)] = in_batch_order
         return scores
 
-    def _centres(self, weights: Tensor) -> Tensor:
+    def centres(self, target_weights: np.ndarray) -> Tensor:
         """Weighted means of the target's features, float64, shape (G, d).
 
         The mean of inner products is the inner product with the mean.
+
+        Args:
+            target_weights: weights of the target examples in each mean, shape (G, M).
         """
+        weights = torch.from_numpy(target_weights).to(self._device)
         pool, d = self._target, self._projection.dimension
         centres = torch.zeros(len(weights), d, dtype=torch.float64, device=self._device)
         batches = scoring_batches(pool, tokens=self._config.batch_tokens)

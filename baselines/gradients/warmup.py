@@ -6,7 +6,6 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from baselines.random import random_scores
@@ -20,6 +19,7 @@ from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError, CheckpointError, ConfigError
 from cads.monitor import Monitor
 from cads.runtime.checkpoint import State
+from cads.scoring.sharded import load_part
 from cads.seeding import derive
 from cads.task import Task
 from cads.training.run_state import OPTIMIZER, WEIGHTS, RunSegment
@@ -60,16 +60,11 @@ class Checkpoint:
         Raises:
             CheckpointError: if `model` has other parameters.
         """
-        state = model.state_dict(keep_vars=True)
         trainable = {n for n, p in model.named_parameters() if p.requires_grad}
         if trainable != self.parameters.keys():
             unmatched = sorted(trainable ^ self.parameters.keys())
             raise CheckpointError(f"the checkpoint is of another model: only one of the two has {unmatched[:3]}")
-        with torch.no_grad():
-            for name, value in {**self.parameters, **self.buffers}.items():
-                if name not in state or state[name].shape != value.shape:
-                    raise CheckpointError(f"the checkpoint is of another model: {name!r} has shape {value.shape}")
-                state[name].copy_(value)
+        load_part(model, {**self.parameters, **self.buffers})
 
     def need_moments(self) -> None:
         """Refuse a checkpoint without Adam's moments.

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from cads.tasks.vision.task import VisionTask
 
 TOKENIZED_TEXTS = 1024
 """Texts whose tokens are in memory at once while their lengths are determined."""
+ENCODING, COMPARING = "embeddings", "similarities"
+"""What the ledger calls the passes of an encoder, and the comparison of its vectors."""
 N_UNUSED = 2
 """Number of classes of a backbone; its class scores are never used."""
 COUNTED_LENGTHS = (8, 16, 32)
@@ -146,7 +149,7 @@ class SentenceEncoder(Encoder):
         self._prompt = self._model.prompts.get(self._model.default_prompt_name)
         self._check(name)
         self._flops_coefficients = self._count_flops()
-        self._batchings: dict[Pool, _Batching] = {}
+        self._batchings: WeakKeyDictionary[Pool, _Batching] = WeakKeyDictionary()
 
     def batches(self, pool: Pool) -> list[np.ndarray]:
         """By token budget; see `Encoder`."""

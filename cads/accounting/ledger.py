@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from cads.accounting.stage_labels import stage_label
+from cads.accounting.units import duration, short_count
 from cads.errors import BudgetError
 
 if TYPE_CHECKING:
     from cads.accounting.costs import Workload
 SELECT, TRAIN, EVALUATE = "select", "train", "evaluate"
+PHASES = {SELECT: "selection", TRAIN: "final training", EVALUATE: "evaluation"}
+"""What readers see of a phase."""
+GLOSSARY = "docs/glossary.md"
+"""The page on the terms that tables use."""
 ROUNDING = 1 + 1e-9
 """Tolerance for rounding in sums of costs: without it, costs that fit exactly would lose the last step or example."""
 
@@ -32,6 +38,24 @@ class LedgerEntry:
     tokens: int = 0
     answer_tokens: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of the table: the field of an entry, its heading, and how its values are written."""
+
+    field: str
+    heading: str
+    text: Callable[[float], str]
+
+
+AMOUNTS = (
+    _Column("flops", "FLOPs", lambda value: f"{value:.3g}"),
+    _Column("usages", "examples", lambda value: short_count(value) if value else "-"),
+    _Column("tokens", "tokens", lambda value: short_count(value) if value else "-"),
+    _Column("answer_tokens", "answer\ntokens", lambda value: short_count(value) if value else "-"),
+    _Column("seconds", "time", duration),
+)
 
 
 class Ledger:
@@ -119,26 +143,43 @@ class Ledger:
             self.charge(phase, stage, **asdict(entry))
 
     def table(self) -> Table:
-        """The account as a table for the terminal, with stages in words."""
-        table = Table(title="FLOPs by stage", title_justify="left")
-        table.add_column("phase", no_wrap=True)
-        table.add_column("stage", overflow="fold")
-        for column in ("FLOPs", "share", "usages", "tokens", "answers", "seconds"):
-            table.add_column(column, justify="right", no_wrap=True)
-        total_flops = self.total().flops or 1.0
-        rows: list[tuple[str, str, LedgerEntry]] = [(p, s, e) for (p, s), e in self.entries.items()]
-        for phase, stage, e in [*rows, ("total", "", self.total())]:
-            table.add_row(
-                phase,
-                stage_label(stage),
-                f"{e.flops:.4g}",
-                f"{e.flops / total_flops:.1%}",
-                f"{e.usages:,}",
-                f"{e.tokens:,}",
-                f"{e.answer_tokens:,}",
-                f"{e.seconds:.1f}",
-            )
+        """The account as a table for the terminal, at most 80 columns wide, in words.
+
+        Shares are of selection and training together: evaluation is no part of a budget.
+        """
+        table = Table(title="Where the compute went", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        evaluated = self.total(EVALUATE).flops
+        outside = "Evaluation is outside the budget. " if evaluated else ""
+        table.caption, table.caption_justify = f"{outside}Terms: {GLOSSARY}", "left"
+        columns = [column for column in AMOUNTS if self._tells(column.field)]
+        table.add_column("", overflow="fold")
+        for column in columns:
+            table.add_column(column.heading, justify="right", no_wrap=True)
+            if column.field == "flops":
+                table.add_column("share", justify="right", no_wrap=True)
+        counted = self.total(SELECT).flops + self.total(TRAIN).flops
+
+        def add(name: str, entry: LedgerEntry, *, share: bool, style: str = "") -> None:
+            cells = [column.text(getattr(entry, column.field)) for column in columns]
+            part = f"{entry.flops / (counted or 1.0):.1%}" if share else ""
+            table.add_row(name, cells[0], part, *cells[1:], style=style)
+
+        for phase, words in PHASES.items():
+            stages = [(stage, entry) for (p, stage), entry in self.entries.items() if p == phase]
+            if stages:
+                add(words, self.total(phase), share=phase != EVALUATE, style="bold")
+            for stage, entry in stages:
+                add(f"  {stage_label(stage)}", entry, share=phase != EVALUATE)
+        add("total", self.total(), share=False, style="bold")
         return table
+
+    def _tells(self, field: str) -> bool:
+        """Whether a column says what no other says: images have one token each, which is their label."""
+        before = {"tokens": "usages", "answer_tokens": "tokens"}.get(field)
+        entries = [e for e in self.entries.values() if e.usages]
+        if field in ("flops", "seconds") or before is None:
+            return True
+        return any(getattr(e, field) not in (0, getattr(e, before)) for e in entries)
 
     def to_json(self, *, seconds: bool = True) -> list[dict[str, Any]]:
         """One record a stage. Without `seconds`, two runs with the same seed give the same records."""

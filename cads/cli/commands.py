@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -19,14 +19,17 @@ from torch import nn
 from cads import api
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
+from cads.cli.closing import budget_sentence, free_sentences
 from cads.cli.config import CommandConfig, read
 from cads.cli.settings import CommandSettings, PlanSettings, SelectSettings, TrainSettings
+from cads.launch.launcher import LaunchSettings
 from cads.monitor import Monitor
 from cads.planning.methods import plan_methods
 from cads.planning.plan import WIDTH
 from cads.runtime.atomic_files import whole_file
 from cads.runtime.processes import world_group
 from cads.runtime.run_folder import RunFolder
+from cads.runtime.trackers import TrackerName, check_trackers
 from cads.runtime.versions import versions
 from cads.selection import Selection
 from cads.selection_files import check_folder
@@ -39,8 +42,11 @@ PRODUCTS = {"select": ("selection",), "train": ("model.safetensors", "results.js
 """What the folder of a run holds when a command has finished."""
 NEUTRAL: dict[str, Any] = {"eval": None, "merge": False}
 """Settings that do not change the training, with the values under which the record of a run has them."""
-WITHOUT_EFFECT = ("out", "overwrite", "tensorboard", "progress", "checkpoint", "selection")
+WITHOUT_EFFECT = ("out", "overwrite", "track", "progress", "validation_points", "checkpoint", "selection")
 """Settings that do not change the result. A selection is identified by its contents, not by its path."""
+
+SHARDING = ("shard", "merge", *(field.name for field in dataclass_fields(LaunchSettings)))
+"""Settings of how a selection is divided among processes."""
 
 
 def plan(argv: list[str]) -> None:
@@ -73,7 +79,16 @@ def select(argv: list[str]) -> None:
     world = world_group()
     config = world.locally(lambda: read(SelectSettings, argv))
     values, objects = config.values, config.objects
+    world.locally(lambda: check_trackers(_trackers(values)))
     out = Path(values.out or f"runs/{config.name}")
+    launching = LaunchSettings(
+        **{field.name: getattr(values, field.name) for field in dataclass_fields(LaunchSettings)}
+    )
+    if values.shard is not None or values.merge or values.launcher is not None:
+        from cads.cli.sharded_select import select_in_shards
+
+        select_in_shards(config, launching, _settings(config), out)
+        return
     world.on_rank_zero(lambda: check_folder(out / "selection"))
     console = Console(quiet=not world.first)
     ledger = Ledger()
@@ -94,9 +109,8 @@ def select(argv: list[str]) -> None:
         run.finish()
     console.print(summary(selection))
     console.print(ledger.table())
-    console.print(f"Selection: {out / 'selection'}")
-    if values.tensorboard:
-        console.print(f"TensorBoard: tensorboard --logdir {out}", soft_wrap=True)
+    console.print(f"Selection: {out / 'selection'}", soft_wrap=True)
+    _print_trackers(values, out, console)
 
 
 def _choose(
@@ -120,6 +134,7 @@ def train(argv: list[str]) -> None:
     world = world_group()
     config = world.locally(lambda: read(TrainSettings, argv))
     values, objects = config.values, config.objects
+    world.locally(lambda: check_trackers(_trackers(values)))
     selection, out, products = None, Path(values.out or f"runs/{config.name}"), PRODUCTS["train"]
     if values.selection is None:
         products += PRODUCTS["select"]
@@ -149,23 +164,29 @@ def train(argv: list[str]) -> None:
         if names:
             if trained is None:
                 console.print(f"{out} has been trained before: it is evaluated by {', '.join(names)}", soft_wrap=True)
-            if trained is None or values.merge:
-                # The written model, as after a restart: a merged one differs from the trained one by rounding.
-                if trained is not None:
-                    trained.model.cpu()  # makes room on the device
-                model = world.locally(lambda: load_trained(task, out))
-            else:
-                model = trained.model
+            model = _written_or_trained(task, trained, out, merged=values.merge)
             _evaluate(run, config, task, model, names, out)
         results = world.on_rank_zero(lambda: read_results(out))
-    console.print(Ledger.from_json(results["ledger"]).table())
+    ledger = Ledger.from_json(results["ledger"])
+    console.print(ledger.table())
     console.print(_metrics_table(results["metrics"]))
+    for sentence in world.on_rank_zero(lambda: _closing(results, ledger, out, task, objects)):
+        console.print(sentence, soft_wrap=True, markup=False, highlight=False)
     if trained is not None and trained.utilisation:
         console.print(
             f"Model FLOP utilisation: {trained.utilisation:.1%} of this machine's matrix products "
             f"({trained.train_result.flops_per_second:.3g} FLOP/s)"
         )
     console.print(f"Model{', Selection' if selection is None else ''} and results: {out}", soft_wrap=True)
+    _print_trackers(values, out, console)
+
+
+def _closing(results: dict[str, Any], ledger: Ledger, out: Path, task: Task, objects: Namespace) -> list[str]:
+    """What the budget went to, and how the result compares with what is free; nothing of results of older versions."""
+    if "budget" not in results:
+        return []
+    budget, metrics = results["budget"], results["metrics"]
+    return [budget_sentence(budget, ledger), *free_sentences(out, task, objects, budget["flops"], metrics)]
 
 
 def _train(
@@ -194,6 +215,16 @@ def _train(
     return trained, selection
 
 
+def _written_or_trained(task: Task, trained: TrainedModel | None, out: Path, *, merged: bool) -> nn.Module:
+    """The model to evaluate: the trained one, if it is here and the written one does not differ from it."""
+    if trained is not None and not merged:
+        return trained.model
+    # The written model, as after a restart: a merged one differs from the trained one by rounding.
+    if trained is not None:
+        trained.model.cpu()  # makes room on the device
+    return world_group().locally(lambda: load_trained(task, out))
+
+
 def _evaluate(
     run: RunFolder, config: CommandConfig, task: Task, model: nn.Module, names: Sequence[str], out: Path
 ) -> None:
@@ -211,10 +242,11 @@ def _evaluate(
 
 
 def _metrics_table(metrics: Metrics) -> Table:
-    table = Table(title="test set", title_justify="left")
-    for name in metrics:
-        table.add_column(name, justify="right")
-    table.add_row(*(f"{value:.4f}" for value in metrics.values()))
+    table = Table(title="On the test set", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
     return table
 
 
@@ -229,13 +261,7 @@ def _run(command: type[CommandSettings], config: CommandConfig, out: Path, produ
 
     `NEUTRAL` settings and the `evaluation_fields` of the task do not change a training, and may differ.
     """
-    objects = config.objects
-    settings = yaml.safe_load(config.dump())
-    settings = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
-    settings["train"] |= objects.train.result_fields()
-    if hasattr(objects.task, "result_fields"):
-        fields = objects.task.result_fields()
-        settings["task"] = {name: value for name, value in settings["task"].items() if name in fields}
+    objects, settings = config.objects, _settings(config)
     name = command.command
     return RunFolder(
         out,
@@ -247,6 +273,19 @@ def _run(command: type[CommandSettings], config: CommandConfig, out: Path, produ
         neutral={**NEUTRAL, **_evaluation_defaults(objects.task)},
         form={"merge": settings["merge"]} if "merge" in settings else {},
     )
+
+
+def _settings(config: CommandConfig) -> dict[str, Any]:
+    """The settings that change the result of a command: all but `WITHOUT_EFFECT`."""
+    objects = config.objects
+    dumped = yaml.safe_load(config.dump())
+    without_effect = WITHOUT_EFFECT + (() if "launcher" not in dumped else SHARDING)
+    settings: dict[str, Any] = {name: value for name, value in dumped.items() if name not in without_effect}
+    settings["train"] |= objects.train.result_fields()
+    if hasattr(objects.task, "result_fields"):
+        fields = objects.task.result_fields()
+        settings["task"] = {name: value for name, value in settings["task"].items() if name in fields}
+    return settings
 
 
 def _evaluation_defaults(task_config: Any) -> dict[str, Any]:
@@ -271,11 +310,11 @@ def summary(selection: Selection) -> Table:
         title += f" ({selection.notes['guard']})"
     if selection.target_fraction:
         title += f"; {selection.target_fraction:.0%} of each batch from the target"
-    table = Table(title=title, title_justify="left")
-    table.add_column("source")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("source", overflow="fold")
     policy = selection.policy_probability
     for column in ("examples", "selected", "share of training", *(["policy probability"] if policy else [])):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     shares = selection.shares or {"(all)": float(selection.weights.sum())}
     for name, examples, selected, _ in selection.source_counts():
         row = [name, f"{examples:,}", f"{selected:,}", f"{shares[name]:.1%}"]
@@ -283,12 +322,35 @@ def summary(selection: Selection) -> Table:
     return table
 
 
+def _trackers(values: Namespace) -> list[TrackerName]:
+    names: TrackerName | list[TrackerName] | None = values.track
+    return [names] if isinstance(names, str) else names or []
+
+
 def _monitor(values: Namespace, out: Path, command: str) -> Monitor:
-    folder = out / "tensorboard" / command if values.tensorboard else None
+    names = _trackers(values)
+    folder = out / "tensorboard" / command if names else None
     if folder is not None and world_group().first:
         # A resumed run writes the events of its replayed part once more.
         shutil.rmtree(folder, ignore_errors=True)
-    return Monitor(folder, Console(stderr=True) if values.progress and sys.stderr.isatty() else None)
+    return Monitor(
+        folder,
+        Console(stderr=True) if values.progress else None,
+        track=names,
+        run=f"{out.name} {command}",
+        validation_points=values.validation_points,
+    )
+
+
+def _print_trackers(values: Namespace, out: Path, console: Console) -> None:
+    """Say where the curves are."""
+    places = {
+        "tensorboard": f"TensorBoard: tensorboard --logdir {out}",
+        "wandb": "Weights & Biases: the project `cads`, or WANDB_PROJECT",
+        "mlflow": "MLflow: mlflow ui; the experiment `cads`, or MLFLOW_EXPERIMENT_NAME",
+    }
+    for name in _trackers(values):
+        console.print(places[name], soft_wrap=True, highlight=False)
 
 
 def _write_config(config: CommandConfig, task: Task, out: Path) -> None:

@@ -18,8 +18,9 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from cads.api import DEFAULT_METHOD
 from cads.cli.data_flags import add_data_flags, task_of_flags
 from cads.cli.parser import CommandParser
-from cads.cli.settings import CommandSettings, ExportSettings, InitSettings, ReportSettings
+from cads.cli.settings import CommandSettings, ExportSettings, InitSettings, ReportSettings, SelectSettings
 from cads.errors import ConfigError
+from cads.launch.launcher import LaunchSettings
 from cads.recipe import TrainConfig
 from cads.registry import SELECTORS, TASKS, build_selector, names, selector_class, task_config_class
 from cads.runtime.checkpoint import CheckpointConfig
@@ -62,6 +63,7 @@ class _Words:
     method: str | None
     data: dict[str, Any]
     flags: list[str]
+    tensorboard: str | None = None
 
 
 def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
@@ -71,12 +73,13 @@ def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
         ConfigError: if a file cannot be read, or names a kind, method or option that is unknown.
         SystemExit: with a message, if a key or value is refused.
     """
-    words = _split(settings.command, argv)
+    words = _split(settings.command, ["--merge=true" if word == "--merge" else word for word in _joined(argv)])
     settings_read: dict[str, Any] = {}
     for path in words.files:
         settings_read.update(load_yaml(path))
     if settings.command == "check":
         settings_read = _task_of_grid(settings_read)
+    _read_old_names(settings_read, words)
     words.kind = words.kind or words.data.pop("kind", None)
     if words.data:
         settings_read["task"] = {**(settings_read.get("task") or {}), **words.data}
@@ -96,8 +99,9 @@ def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
     parser = command_parser(settings, kind, method)
     is_default = set(settings_read) == {"kind", "method", "options"} and not options
     values = parser.parse_args([*([] if is_default else ["--config", yaml.safe_dump(settings_read)]), *words.flags])
-    if values.seed < 0:
-        raise ConfigError(f"seed = {values.seed}: it must be >= 0")
+    for name in ("seed", "validation_points"):
+        if values[name] < 0:
+            raise ConfigError(f"{name} = {values[name]}: it must be >= 0")
     named = [*(Path(path).stem for path in words.files[-1:]), *([method] if method != DEFAULT_METHOD else [])]
     return CommandConfig(values, "-".join(named) or method, parser, parser.instantiate(values))
 
@@ -124,6 +128,8 @@ def command_parser(settings: type[CommandSettings], kind: str, method: str) -> A
     parser.add_argument("--kind", default=kind, help=f"kind of task: {', '.join(names(TASKS))}")
     parser.add_argument("--method", default=method, help=f"selector: {', '.join(names(SELECTORS))}")
     parser.add_class_arguments(settings, None)
+    if settings is SelectSettings:
+        parser.add_class_arguments(LaunchSettings, None)
     parser.add_class_arguments(task_config_class(kind), "task")
     parser.add_class_arguments(TrainConfig, "train")
     parser.add_class_arguments(CheckpointConfig, "checkpoint")
@@ -214,7 +220,10 @@ def grid_parser(kind: str) -> ArgumentParser:
         f"{', '.join(names(TASKS))}. Options of a method: `cads select --method NAME --help`."
     )
     parser.add_argument("--out", type=str | None, help="folder of results; null: runs/NAME of the configuration")
-    parser.add_argument("--shard", type=str, default="1/1", help="i/n: run the i-th of n parts of the grid")
+    parser.add_argument(
+        "--shard", type=str, default="1/1", help="i/n: run the i-th of n parts of the grid; slurm: by SLURM's array"
+    )
+    parser.add_class_arguments(LaunchSettings, None)
     parser.add_argument("--dry-run", action="store_true", help="print plan and price of every cell; spend nothing")
     parser.add_argument(
         "--import", dest="points", type=str, action="append", help="CSV file of published points; may be repeated"
@@ -312,12 +321,32 @@ def _split(command: str, argv: list[str]) -> _Words:
     first_parser.add_argument("--kind")
     first_parser.add_argument("--method")
     if command != "compare":
+        first_parser.add_argument("--tensorboard")
         add_data_flags(first_parser)
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
     parsed, flags = first_parser.parse_known_args(argv)
     data = task_of_flags(parsed) if command != "compare" else {}
-    return _Words(parsed.config, parsed.kind, parsed.method, data, flags)
+    return _Words(parsed.config, parsed.kind, parsed.method, data, flags, getattr(parsed, "tensorboard", None))
+
+
+def _read_old_names(settings_read: dict[str, Any], words: _Words) -> None:
+    """Read `tensorboard: false`, as 0.1.0 wrote it, as `track: null`; `track` wins."""
+    in_file = settings_read.pop("tensorboard", None)
+    value = in_file if words.tensorboard is None else words.tensorboard
+    if str(value).lower() == "false":
+        settings_read.setdefault("track", None)
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """The words, with a value of `--merge` joined to it: the flag may stand alone."""
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1] == "--merge" and word.lower() in ("true", "false"):
+            words[-1] = f"--merge={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _drop_overridden(settings_read: dict[str, Any], flags: list[str]) -> None:

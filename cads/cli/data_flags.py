@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cads.errors import ConfigError
+from cads.runtime.file_listing import is_remote
 
 FLAGS = {
     "pool": "file of texts, each a source of the pool (may be repeated), or folder of images; sets kind and task.pool",
@@ -15,6 +16,19 @@ FLAGS = {
     "model": "name or folder of the model; short for task.model",
 }
 """Each flag, and its help."""
+TEXTS = (".parquet", ".jsonl", ".ndjson", ".arrow", ".gz", ".zst")
+"""Suffixes of files of texts; a folder that holds some is a pool of texts, which is read in shards."""
+BESIDE_IMAGES = "metadata"
+"""Name, without its suffix, of a table that folders of images may hold."""
+
+
+def _is_of_images(path: str) -> bool:
+    """Whether a path is a folder, and not one that holds files of texts."""
+    folder = Path(path)
+    if is_remote(path) or not folder.is_dir():
+        return False
+    files = [file for pattern in ("*", "*/*") for file in folder.glob(pattern)]
+    return not any(file.suffix in TEXTS and file.stem != BESIDE_IMAGES for file in files)
 
 
 def add_data_flags(parser: Any) -> None:
@@ -36,12 +50,12 @@ def task_of_flags(parsed: argparse.Namespace) -> dict[str, Any]:
     paths = [*pool, *held_out.values()]
     if not paths:
         return fields
-    missing = [path for path in paths if not Path(path).exists()]
+    missing = [path for path in paths if not (is_remote(path) or Path(path).exists())]
     if missing:
         raise ConfigError(
             f"{', '.join(missing)}: no such file or folder (data sets of the hub: name them in task.pool)"
         )
-    folders = [path for path in paths if Path(path).is_dir()]
+    folders = [path for path in paths if _is_of_images(path)]
     if not folders:
         files = {**({"pool": pool} if pool else {}), **{name: [path] for name, path in held_out.items()}}
         texts = {name: [{"path": path} for path in paths] for name, paths in files.items()}

@@ -29,7 +29,7 @@ MAX_SOURCES = 30
 
 
 @dataclass(frozen=True)
-class Part:
+class PartSummary:
     """Pool, target or test set.
 
     Attributes:
@@ -57,7 +57,7 @@ class DataSummary:
     """
 
     title: str
-    parts: dict[str, Part]
+    parts: dict[str, PartSummary]
     unit: str = "tokens"
     sources: np.ndarray | None = None
     source_names: tuple[str, ...] = ()
@@ -173,11 +173,11 @@ def first_examples(task: Task) -> list[str]:
     return lines
 
 
-def _part(pool: Pool) -> Part:
-    return Part(pool.digests, lengths(pool))
+def _part(pool: Pool) -> PartSummary:
+    return PartSummary(pool.digests, lengths(pool))
 
 
-def _rows_part(parts: Parts) -> Part:
+def _rows_part(parts: Parts) -> PartSummary:
     hashes, characters = [], []
     for rows in parts:
         for ids, table in rows.shards():
@@ -187,7 +187,7 @@ def _rows_part(parts: Parts) -> Part:
             columns = [present.get(role, missing) for role in COLUMNS if role not in LABELS]
             hashes.append(row_hashes(columns))
             characters += [sum(map(_characters, row)) for row in zip(*columns, strict=True)]
-    return Part(pa.array(np.concatenate(hashes)), np.array(characters, dtype=np.int64))
+    return PartSummary(pa.array(np.concatenate(hashes)), np.array(characters, dtype=np.int64))
 
 
 def _characters(value: Any) -> int:

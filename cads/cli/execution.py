@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from cads.errors import CadsError
+from cads.launch.launcher import WaitsError
 from cads.runtime.processes import close, is_shared, world_group
 from cads.runtime.signals import Interrupted
 
@@ -37,6 +38,9 @@ def run_command(module: str, name: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         console.print("cads: stopped by SIGINT; what was finished is kept", style="yellow")
         return 128 + signal.SIGINT
+    except WaitsError as waiting:
+        _print_reason(console, waiting, f"cads: {waiting}", "yellow")
+        return waiting.status
     except CadsError as error:
         _print_reason(console, error, f"{type(error).__name__}: {error}", "red")
         return 1

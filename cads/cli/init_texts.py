@@ -21,7 +21,7 @@ MAX_SOURCES = 300
 
 
 @dataclass
-class TextFile:
+class FoundFile:
     """A file of texts.
 
     Attributes:
@@ -43,7 +43,7 @@ class TextFile:
 class TextFiles:
     """All files of a task of texts; `said`: what was guessed."""
 
-    files: list[TextFile]
+    files: list[FoundFile]
     said: list[str] = field(default_factory=list)
 
     @property
@@ -81,7 +81,7 @@ def read_texts(inputs: Inputs) -> TextFiles:
                 entry["columns"] = {"source": column}
                 rows = load_rows(TextSource(**entry), 0, given_sources=True)
                 said.append(f"{path}: its column {column!r} is taken for the source of each row")
-            files.append(TextFile(entry, part, rows))
+            files.append(FoundFile(entry, part, rows))
     _keep_ids_apart(files, said)
     return TextFiles(files, said)
 
@@ -100,7 +100,7 @@ def _source_column(path: str, rows: Rows) -> str | None:
     return None
 
 
-def _keep_ids_apart(files: list[TextFile], said: list[str]) -> None:
+def _keep_ids_apart(files: list[FoundFile], said: list[str]) -> None:
     """Put the name of each file before its ids, if two files share one."""
     with_ids = [file for file in files if "id" in file.rows.columns]
     if len(with_ids) < 2 or not repeated_ids(pa.chunked_array([file.rows.ids for file in with_ids])):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from cads.accounting.costs import AccountingName
+from cads.runtime.trackers import TrackerName
 
 
 @dataclass
@@ -27,10 +28,13 @@ class CommandSettings:
     """Folder of the run; null: runs/NAME, after the configuration file and the method."""
     overwrite: bool = False
     """Begin anew, whatever the folder holds."""
-    tensorboard: bool = True
-    """Write TensorBoard event files."""
+    track: list[TrackerName] | TrackerName | None = "tensorboard"
+    """Where curves are kept, one or a list: tensorboard, wandb, mlflow; null: nowhere."""
     progress: bool = True
-    """Show a progress bar."""
+    """Show progress: a bar on a terminal, elsewhere a line every half minute."""
+    validation_points: int = 20
+    """How often the final training is measured on the target, for the validation curve; 0: never. It costs 5 % of the
+    training's FLOPs at most, charged to evaluation, outside the budget."""
 
 
 @dataclass
@@ -42,7 +46,15 @@ class PlanSettings(CommandSettings):
         "Say what each method would cost, what is left to train with, and what to use. Nothing is spent: some steps "
         "with random weights are timed, and no weights are loaded."
     )
-    idle: ClassVar[tuple[str, ...]] = ("out", "overwrite", "tensorboard", "progress", "seed", "checkpoint")
+    idle: ClassVar[tuple[str, ...]] = (
+        "out",
+        "overwrite",
+        "track",
+        "validation_points",
+        "progress",
+        "seed",
+        "checkpoint",
+    )
 
     accounting: AccountingName = "analytic"
     """How FLOPs are counted."""
@@ -68,7 +80,7 @@ class CheckSettings(CommandSettings):
         "weights are loaded."
     )
     idle: ClassVar[tuple[str, ...]] = (
-        *("budget", "count_selection", "seed", "out", "overwrite", "tensorboard", "progress", "method"),
+        *("budget", "count_selection", "seed", "out", "overwrite", "track", "validation_points", "progress", "method"),
         *("options", "checkpoint"),
     )
 
@@ -92,6 +104,11 @@ class SelectSettings(CommandSettings):
 
     command: ClassVar[str] = "select"
     description: ClassVar[str] = "Choose what to train on, and write a Selection."
+
+    shard: str | None = None
+    """i/n: score the i-th of n parts of the pool's files, and skip what is done; slurm: the place in SLURM's array."""
+    merge: bool = False
+    """Select from the scores of all shards."""
 
 
 @dataclass

@@ -17,11 +17,27 @@ WINDOW = 64
 """Batches that are drawn together and then sorted by length, so that there is little padding."""
 
 
+def by_length(positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Positions sorted by the length of their examples, ties by their order; int64, shape (n,).
+
+    Those that come for the second time are sorted apart, after those that come for the first time, and so on: an
+    example would otherwise stand beside itself, and share a batch with itself.
+
+    Args:
+        positions: shape (n,). lengths: of the example at each position, shape (N,).
+    """
+    by_position = np.argsort(positions, kind="stable")
+    in_order = positions[by_position]
+    times = np.empty(len(positions), dtype=np.int64)
+    times[by_position] = np.arange(len(positions)) - np.searchsorted(in_order, in_order)
+    return positions[np.lexsort((lengths[positions], times))]
+
+
 class LengthBuckets:
     """The positions of a stream in batches of similar length.
 
     A window is `WINDOW` batches, or as many as the period of the stream holds. The positions of a window are drawn at
-    once and sorted by length, ties by their order in the stream. The batches of a window follow in an order drawn from
+    once and sorted `by_length`. The batches of a window follow in an order drawn from
     (seed, window). A window holds the same positions as that part of the stream, so that every epoch still sees each
     example once.
 
@@ -48,8 +64,7 @@ class LengthBuckets:
         """The positions of all batches of a window, shape (batches, count)."""
         size = self._batches * self._count
         positions = self._stream.take(window * size, size)
-        order = np.argsort(self._lengths[positions], kind="stable")
-        batches = positions[order].reshape(self._batches, self._count)
+        batches = by_length(positions, self._lengths).reshape(self._batches, self._count)
         return np.random.default_rng((self._seed, window)).permutation(batches)
 
 

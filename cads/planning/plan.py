@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cads.accounting.stage_labels import stage_label
+from cads.accounting.units import duration, size
 from cads.training.final import NEARLY_ALL
 
 SOURCE = "Yin and Rush, ICLR 2025, arXiv 2410.16208"
@@ -22,7 +22,6 @@ WIDTH = 80
 SHOWN = ("cads", "search", "joint", "target-only", "full", "random", "loss", "embedding", "bm25", "less")
 """Methods that are shown without details: what most would choose from."""
 DEFAULT, SEARCH = "cads", "search"
-SHORT_TIMES = (("s", 60.0), ("min", 60.0), ("h", 24.0), ("d", 365.25), ("y", math.inf))
 
 
 @dataclass(frozen=True)
@@ -232,21 +231,3 @@ def _ratio(m: MethodPlan) -> str:
     if m.size_ratio is None:
         return "-"
     return f"{m.size_ratio:.3g} {'>=' if m.in_range else '<'} {m.needed_ratio:g}"
-
-
-def duration(seconds: float) -> str:
-    """A time in the largest unit that leaves a number above 1."""
-    for unit, length in SHORT_TIMES:
-        if seconds < length:
-            return f"{seconds:.3g} {unit}"
-        seconds /= length
-    raise AssertionError("the last unit has no end")
-
-
-def size(n_bytes: float) -> str:
-    """Bytes in a short form."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.3g} TB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -31,6 +32,34 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def published_once(folder: Path | str) -> Iterator[Path]:
+    """Fill a temporary folder beside `folder`, which it becomes when the block ends without an error.
+
+    If another process has published the same folder meanwhile, that one stays: equal work gives equal files.
+
+    Yields:
+        the temporary folder; it is removed if the block fails.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        try:
+            # A folder with contents is never replaced by a rename.
+            os.rename(partial, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

@@ -17,19 +17,16 @@ from cads.accounting.ledger import SELECT, Ledger, PlannedLedger
 from cads.data.hashing import add_tensors
 from cads.data.ids import best_first
 from cads.data.pool import Pool
-from cads.data.target_share import TargetFraction, check_target_fraction, target_share
-from cads.errors import BudgetError, ConfigError
+from cads.data.target_share import TargetFraction
 from cads.monitor import Monitor
 from cads.runtime.processes import active_group
+from cads.scoring.cut import CUT_OPTIONS, Cut, left_to_train, target_usage
 from cads.scoring.ranking import FILES, Ranking
 from cads.scoring.reference_models import proxy_of
 from cads.scoring.stages import RankingStage
 from cads.selection import Selection
 from cads.selection_files import check_folder
 from cads.task import Task
-
-CUT_OPTIONS = ("fraction", "epochs", "target_fraction")
-"""Options of how a ranking is cut and trained on, which do not change the ranking."""
 
 
 @dataclass
@@ -54,11 +51,7 @@ class Ranker(ABC):
     """Whether the scores depend on the weights of the task's model."""
 
     def __post_init__(self) -> None:
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise ConfigError(f"fraction = {self.fraction}: a share of the pool, above 0 and at most 1")
-        if not self.epochs > 0:
-            raise ConfigError(f"epochs = {self.epochs}: it must be positive")
-        check_target_fraction(self.target_fraction)
+        self.cut.check()
 
     @abstractmethod
     def rank(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> Ranking:
@@ -141,7 +134,7 @@ class Ranker(ABC):
         Raises:
             BudgetError: if the budget must cover selection, and does not leave one step to train with.
         """
-        self._train_flops(task, budget, self.plan(task, budget).total(SELECT).flops)
+        left_to_train(task, budget, self.plan(task, budget).total(SELECT).flops, self.method)
         ranking = self.rank(task, seed=seed, ledger=ledger, monitor=monitor)
         return self.select_top(ranking, task, budget, ledger)
 
@@ -151,7 +144,8 @@ class Ranker(ABC):
         check_step(task, total)
         ledger = self.rank_plan(task)
         train_flops = total - ledger.total(SELECT).flops if budget.count_selection else total
-        ledger.kept = self._planned_size(task, max(0.0, train_flops))
+        usage = task.costs.per_usage(task.pool, task.recipe.batch_size)
+        ledger.kept = self.cut.planned_size(len(task.pool), usage, max(0.0, train_flops), lambda: target_usage(task))
         return ledger
 
     def select_top(self, ranking: Ranking, task: Task, budget: Budget, ledger: Ledger | None = None) -> Selection:
@@ -161,11 +155,12 @@ class Ranker(ABC):
             ledger: what the selection is charged; None for what the ranking cost.
         """
         ledger = ranking.ledger if ledger is None else ledger
-        train_flops = self._train_flops(task, budget, ledger.total(SELECT).flops)
+        train_flops = left_to_train(task, budget, ledger.total(SELECT).flops, self.method)
         score = ranking.scores_of(task.pool)
         selected = np.zeros(len(task.pool), dtype=bool)
         order = best_first(task.pool.ids, score)
-        n_kept = self._size(task, order, train_flops)
+        usages = task.costs.usages(task.pool)[order] + task.costs.optimizer_step / task.recipe.batch_size
+        n_kept = self.cut.size(usages, train_flops, lambda: target_usage(task))
         selected[order[:n_kept]] = True
         return Selection.from_pool(
             task.pool,
@@ -175,10 +170,15 @@ class Ranker(ABC):
             seed=ranking.seed,
             budget=budget,
             ledger=ledger,
-            target_fraction=float(target_share(self.target_fraction, len(task.target), n_kept)),
+            target_fraction=self.cut.target_share(len(task.target), n_kept),
             config=ranking.config | {name: getattr(self, name) for name in CUT_OPTIONS},
             notes=ranking.notes,
         )
+
+    @property
+    def cut(self) -> Cut:
+        """How the ranking is cut."""
+        return Cut(self.fraction, self.epochs, self.target_fraction)
 
     def ranking(
         self, task: Task, score: np.ndarray, *, seed: int, ledger: Ledger, pool: Pool | None = None, **notes: Any
@@ -188,51 +188,3 @@ class Ranker(ABC):
         ranking = Ranking(ids, score, self.method, seed, ledger, task.pool.content_hash, asdict(self), notes)
         ranking.scores_of(task.pool)
         return ranking
-
-    def _size(self, task: Task, order: np.ndarray, train_flops: float) -> int:
-        """How many of the examples in `order` are kept: at least one.
-
-        By `fraction`, or as many as `train_flops` pass over `epochs` times, with the target's part of the batches.
-        """
-        batch_size = task.recipe.batch_size
-        usages = task.costs.usages(task.pool)[order] + task.costs.optimizer_step / batch_size
-        cumulative_flops = np.cumsum(usages)
-        if self.fraction is not None:
-            pass_flops = self.fraction * cumulative_flops[-1]
-        else:
-            pass_flops = train_flops / self.epochs
-            if self.target_fraction:
-                n_kept = np.arange(1.0, len(order) + 1)
-                share = target_share(self.target_fraction, len(task.target), n_kept)
-                target_usages = n_kept * share / (1 - share)
-                cumulative_flops = cumulative_flops + target_usages * task.costs.per_usage(task.target, batch_size)
-        return max(1, int(np.searchsorted(cumulative_flops, pass_flops * (1 + 1e-9), side="right")))
-
-    def _planned_size(self, task: Task, train_flops: float) -> int:
-        """How many examples of mean cost are kept, as `_size`."""
-        n, batch_size = len(task.pool), task.recipe.batch_size
-        if self.fraction is not None:
-            return max(1, int(self.fraction * n * (1 + 1e-9)))
-        usage, flops = task.costs.per_usage(task.pool, batch_size), train_flops / self.epochs * (1 + 1e-9)
-        if not self.target_fraction:
-            return max(1, min(n, int(flops / usage)))
-        n_kept = np.arange(1.0, n + 1)
-        share = target_share(self.target_fraction, len(task.target), n_kept)
-        target_flops = n_kept * share / (1 - share) * task.costs.per_usage(task.target, batch_size)
-        return max(1, int(np.searchsorted(n_kept * usage + target_flops, flops, side="right")))
-
-    def _train_flops(self, task: Task, budget: Budget, select_flops: float) -> float:
-        """FLOPs that remain for training after a selection of `select_flops`.
-
-        Raises:
-            BudgetError: if they are less than one step.
-        """
-        total = budget.flops(task)
-        remaining = total - select_flops if budget.count_selection else total
-        if budget.count_selection and remaining < total and remaining <= 0:
-            raise BudgetError(
-                f"{self.method} would spend {select_flops:.4g} of {total:.4g} FLOPs on its ranking: nothing is left to "
-                "train with; raise the budget, or do not count selection"
-            )
-        check_step(task, remaining)
-        return remaining

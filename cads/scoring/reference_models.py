@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from torch import nn
 
+from cads.data.pool import Pool
 from cads.errors import ConfigError
 from cads.task import Task
 
@@ -32,6 +34,13 @@ def proxy_of(task: Task) -> Task:
                 f"task reads {inputs}: the scorer's task must be of the same kind"
             )
     return proxy
+
+
+def in_pool_order(values: np.ndarray, scored: Pool, pool: Pool) -> np.ndarray:
+    """Values in the order of `scored`, shape (N,), in the order of `pool`, which holds the same examples."""
+    if scored.ids.equals(pool.ids):
+        return values
+    return np.asarray(values[pc.index_in(pool.ids, value_set=scored.ids).to_numpy()])
 
 
 def check_passes(**passes: float) -> None:

@@ -51,7 +51,7 @@ class TrainOnTarget:
     def run(self, task: Task, *, seed: int, ledger: Ledger, monitor: Monitor | None = None) -> nn.Module:
         """The trained model."""
         if not self.passes:
-            return _on_training_device(task, task.model(seed))
+            return on_training_device(task, task.model(seed))
         batches = BatchStream(task.pool, [], task.recipe.batch_size, target=task.target, target_fraction=1.0, seed=seed)
         flops = _flops(task, task.target, self.passes)
         trainer = Trainer(task, ledger, monitor)
@@ -85,7 +85,7 @@ class TrainOnPool:
             DataError: if a model diverges.
         """
         if not self.passes:
-            return [_on_training_device(task, task.model(seed)) for seed in seeds]
+            return [on_training_device(task, task.model(seed)) for seed in seeds]
         # The order is drawn over the sorted ids, so that a permuted pool gives the same models.
         streams = [ShuffledStream(by_id(task.pool), derive(seed, "order")) for seed in seeds]
         batches = BatchStream(task.pool, streams, task.recipe.batch_size)
@@ -161,7 +161,7 @@ def _charge_training(
     ledger.trained.append((task, n_models))
 
 
-def _on_training_device(task: Task, model: nn.Module) -> nn.Module:
+def on_training_device(task: Task, model: nn.Module) -> nn.Module:
     """`model` on the device where the task trains."""
     return model.to(Trainer(task, Ledger()).accelerator.device)
 

@@ -34,19 +34,20 @@ class TopK:
         if not max_cost > 0:
             raise ConfigError(f"the best {max_cost} examples: give a positive number")
         self._max_cost = max_cost
-        self._kept = _rows(pa.array([], pa.string()), np.empty(0), np.empty(0))
+        self._kept: pa.Table | None = None
         self._new: list[pa.Table] = []
         self._n_new = 0
         self._min_score = -np.inf
         self._n_fit = 0
 
-    def add(self, ids: pa.Array, score: np.ndarray, cost: np.ndarray | None = None) -> None:
+    def add(self, ids: pa.Array, score: np.ndarray, cost: np.ndarray | None = None, **columns: np.ndarray) -> None:
         """Add the examples of one shard.
 
         Args:
             ids: strings, shape (n,).
             score: finite, shape (n,).
             cost: of each example, > 0, shape (n,); None: 1 each.
+            columns: what else is kept of each example, shape (n,), by the same names in all shards.
 
         Raises:
             DataError: if a score or a cost is outside its range, or there is not one per id.
@@ -61,9 +62,10 @@ class TopK:
             raise DataError("a score that is not finite, or a cost that is not positive: look at these examples")
         # An example worse than the first that does not fit cannot be in the result; an equal one may win by its id.
         candidates = pa.array(score >= self._min_score)
-        self._new.append(_rows(ids, score, cost).filter(candidates))
+        rows = pa.table({"id": ids, "score": np.asarray(score, dtype=np.float64), "cost": cost, **columns})
+        self._new.append(rows.filter(candidates))
         self._n_new += len(self._new[-1])
-        if self._n_new >= len(self._kept):
+        if self._kept is None or self._n_new >= len(self._kept):
             self._cut()
 
     def result(self) -> tuple[pa.Array, np.ndarray]:
@@ -72,18 +74,31 @@ class TopK:
         Raises:
             DataError: if an id occurs twice among them.
         """
+        best = self.table()
+        return best["id"].combine_chunks(), best["score"].to_numpy()
+
+    def table(self) -> pa.Table:
+        """The best, best first: `id`, `score`, `cost`, and the columns that were given.
+
+        Raises:
+            DataError: if an id occurs twice among them, or nothing was added.
+        """
         self._cut()
+        if self._kept is None:
+            raise DataError("the best of no examples: add some")
         best = self._kept.slice(0, max(1, self._n_fit))
         ids = best["id"].combine_chunks()
         if not all_distinct(ids):
             counts = pc.value_counts(ids)
             repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
             raise DataError(f"{len(repeated)} ids are scored more than once, such as {repeated[:3].to_pylist()}")
-        return ids, best["score"].to_numpy()
+        return best
 
     def _cut(self) -> None:
         """Keep the prefix that fits, and the example after it."""
-        table = pa.concat_tables([self._kept, *self._new]).combine_chunks()
+        if not self._new:
+            return
+        table = pa.concat_tables([*([] if self._kept is None else [self._kept]), *self._new]).combine_chunks()
         self._new, self._n_new = [], 0
         order = best_first(table["id"], table["score"].to_numpy())
         cumulative_cost = np.cumsum(table["cost"].to_numpy()[order])
@@ -103,7 +118,3 @@ def best_of_files(paths: Iterable[Path | str], max_count: float) -> tuple[pa.Arr
     for ids, score in read_groups(paths):
         best.add(ids, score)
     return best.result()
-
-
-def _rows(ids: pa.Array, score: np.ndarray, cost: np.ndarray) -> pa.Table:
-    return pa.table({"id": ids, "score": np.asarray(score, dtype=np.float64), "cost": cost})

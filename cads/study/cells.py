@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
+from rich.console import Console
 
 from cads.accounting.budget import check_step
 from cads.accounting.ledger import EVALUATE, SELECT, TRAIN, Ledger
@@ -71,10 +72,11 @@ class Recorder(Monitor):
     """A monitor that also keeps the source probabilities of every step: {name: probability} each, in `course`."""
 
     folder: Path
+    console: Console | None = None
     course: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        super().__init__(self.folder)
+        super().__init__(self.folder, self.console)
 
     def probabilities(self, names: tuple[str, ...], values: np.ndarray, step: int) -> None:
         """The probability of each source over time (values: shape (S,))."""
@@ -122,8 +124,12 @@ def amortised(ledger: Ledger, sharing: float) -> Ledger:
     return shared
 
 
-def run_cell(plan: CellPlan, task: Task, metric: str, journals: Journals, folder: Path) -> RunRow:
+def run_cell(
+    plan: CellPlan, task: Task, metric: str, journals: Journals, folder: Path, console: Console | None = None
+) -> RunRow:
     """Select, train and test once. The Selection and TensorBoard's files are written into `folder`.
+
+    Progress goes to `console`, unless it is a terminal, where the whole grid has a table.
 
     Work that the journal of the cell holds is not repeated. A ranking has a journal of its own, because several cells
     share it.
@@ -133,8 +139,9 @@ def run_cell(plan: CellPlan, task: Task, metric: str, journals: Journals, folder
         Interrupted: if this process was asked to stop.
     """
     cell, seed = plan.cell, plan.cell.setting.seed
-    monitor = Recorder(folder / "tensorboard")
-    with monitor:
+    lines = None if console is None or console.is_terminal else console
+    monitor = Recorder(folder / "tensorboard", lines)
+    with monitor, monitor.named(f"{cell.label}, {cell.budget}, seed {seed}:"):
         select, ranking_seconds = _selecting(plan, task, journals, monitor)
         with journals.open(plan.key) as journal:
             selection, spent = select()
@@ -292,10 +299,15 @@ def _selected(key: str, selection: Selection) -> pa.Table:
 
 
 def example_rows(key: str, selection: Selection, task: Task) -> list[dict[str, Any]]:
-    """The rows of `examples` for the cell `key`: the best selected and the worst rejected examples, for a reader."""
+    """The rows of `examples` for the cell `key`: the best selected and the worst rejected examples, for a reader.
+
+    Where nothing is rejected, and examples are drawn by weight, the selected of the least weight follow the best.
+    """
     order = np.argsort(selection.rank, kind="stable")
-    selected = order[selection.selected[order]][:N_SHOWN]
-    rejected = order[~selection.selected[order]][::-1][:N_SHOWN]
+    kept = order[selection.selected[order]]
+    selected, rejected = kept[:N_SHOWN], order[~selection.selected[order]][::-1][:N_SHOWN]
+    if selection.weighted and not len(rejected):
+        selected = np.concatenate([selected, kept[N_SHOWN:][-N_SHOWN:][::-1]])
     positions = np.concatenate([selected, rejected])
     batch = task.pool.batch(positions)
     images = batch.inputs.get("images")

@@ -6,12 +6,13 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from cads.accounting.throughput import matmul_flops_per_second
-from cads.planning.plan import duration
+from cads.accounting.units import duration
 from cads.study.cells import CellPlan, price
 
 
@@ -21,9 +22,9 @@ def dry_run(plans: Sequence[CellPlan], done: Collection[str], console: Console) 
     Args:
         done: keys of the cells that are finished.
     """
-    table = Table(title="cells, FLOPs (means over seeds)", title_justify="left")
+    table = Table(title="cells, FLOPs (means over seeds)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("task", "budget", "method"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold")
     for name in ("seeds", "selection", "training"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)

@@ -23,6 +23,7 @@ from cads.recipe import TrainConfig
 from cads.registry import TaskConfig, build_selector, selector_class, task_config_class
 from cads.runtime.checkpoint import CheckpointConfig
 from cads.scoring.ranker import Ranker
+from cads.study.analysis.verdicts import shown_name
 from cads.task import Task
 
 EACH = "each"
@@ -266,7 +267,7 @@ def check_grid(grid: Grid) -> None:
     budgets = [str(Budget.parse(text)) for text in grid.budgets]
     _refuse_twice("budget", grid.budgets, budgets)
     names = [grid.name(e) for e in grid.methods]
-    _refuse_twice("method", names, names)
+    _refuse_twice("method", names, [shown_name(name) for name in names])
     selectors: list[Any] = [build_selector(e.method, e.options) for e in grid.methods]
     keys = [content_key([e.method, asdict(s), _counted(grid, e)]) for e, s in zip(grid.methods, selectors, strict=True)]
     _refuse_twice("method", names, keys)

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cads.planning.plan import duration
+from cads.accounting.units import duration
 from cads.study.cells import CellPlan, price
 from cads.study.tables import DONE
 
@@ -74,7 +74,7 @@ class GridProgress:
             setting = plan.cell.setting
             labels = [setting.task, setting.model, f"seed {setting.seed}", str(plan.cell.budget)]
             text = f"{done} {' '.join(filter(None, labels))}: {plan.cell.label:14s} {result}{self._time_left()}"
-            self._console.print(text, highlight=False, markup=False)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def made_by_others(self, code: str) -> int:
         """Number of finished cells whose code digest is not `code`."""

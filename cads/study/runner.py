@@ -7,8 +7,6 @@ Locks belong to the process that holds them. They end with it, so that a process
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import logging
 import shutil
@@ -29,6 +27,7 @@ from cads.runtime.atomic_files import whole_file
 from cads.runtime.lock import LockedError, held_by_first
 from cads.runtime.processes import ProcessError, active_group, is_shared
 from cads.runtime.signals import Interrupted, Interrupts
+from cads.runtime.versions import source_digest
 from cads.scoring.ranker import Ranker
 from cads.study.cells import DISTRIBUTION, CellPlan, RunRow, cell_row, metric_of, plan_cell, run_cell, scored
 from cads.study.grid import Cell, Grid, Setting, cells, settings
@@ -117,7 +116,7 @@ class Study:
 
     def _run_shard(self, plans: Sequence[CellPlan], shard: GridShard, interrupts: Interrupts) -> list[str]:
         world = active_group()
-        world.on_rank_zero(lambda: self._write_grid(plans))
+        world.on_rank_zero(lambda: self.write_grid(plans))
         shard_plans = shard.part(plans)
         self.check(shard_plans)
         self._print_unrunnable(shard_plans)
@@ -143,7 +142,7 @@ class Study:
                     busy.append(plan.key)
         return busy
 
-    def _write_grid(self, plans: Sequence[CellPlan]) -> None:
+    def write_grid(self, plans: Sequence[CellPlan]) -> None:
         """Write the configuration of the grid, and the keys of its cells."""
         self.folder.mkdir(parents=True, exist_ok=True)
         whole_file(self.folder / "config.yaml", yaml.safe_dump(asdict(self.grid), sort_keys=False))
@@ -211,7 +210,10 @@ class Study:
                     reasons.setdefault((method, setting), p.note)
             for (method, setting), note in reasons.items():
                 self.console.print(
-                    f"{status}: {method}{f' ({setting})' * bool(setting)}: {note}", style="yellow", markup=False
+                    f"{status}: {method}{f' ({setting})' * bool(setting)}: {note}",
+                    style="yellow",
+                    markup=False,
+                    soft_wrap=True,
                 )
 
     def _finished(self, plan: CellPlan) -> dict[str, Any] | None:
@@ -247,7 +249,7 @@ class Study:
         def work() -> RunRow:
             # A resumed run writes its TensorBoard files again from the start.
             world.on_rank_zero(lambda: _make_empty(partial))
-            return run_cell(plan, task, metric, journals, partial)
+            return run_cell(plan, task, metric, journals, partial, self.console)
 
         started = time.perf_counter()
         try:
@@ -295,11 +297,4 @@ def _make_empty(folder: Path) -> None:
 
 def code_digest(methods: Iterator[str]) -> str:
     """A hash of the sources of this package and of those that the methods come from."""
-    packages = {"cads", *(selector_class(m).__module__.split(".")[0] for m in methods)}
-    digest = hashlib.sha256()
-    for package in sorted(packages):
-        spec = importlib.util.find_spec(package)
-        for folder in (spec and spec.submodule_search_locations) or []:
-            for file in sorted(Path(folder).rglob("*.py")):
-                digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:12]
+    return source_digest({"cads", *(selector_class(m).__module__.split(".")[0] for m in methods)})

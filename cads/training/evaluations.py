@@ -30,6 +30,7 @@ from cads.runtime.journal import replay_or_run
 from cads.runtime.lockstep import StepReporter, map_in_turn
 from cads.runtime.processes import active_group
 from cads.task import Metrics, StepwiseEvaluation, Task
+from cads.training.model_card import write_card
 
 log = logging.getLogger(__name__)
 
@@ -181,5 +182,6 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write `results.json` into `folder`, all of it or nothing."""
+    """Write `results.json` into `folder`, all of it or nothing, and the model card."""
     whole_file(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+    write_card(folder, results)

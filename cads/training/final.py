@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -51,6 +52,8 @@ class TrainedModel:
             the time of the training is not known.
         task: that was trained; it writes the model.
         evaluations: the metrics of each further evaluation, by its name; they are among `metrics` too.
+        about: data, budget and selection, as JSON values, for `results.json` and the model card.
+        validation: metrics on the target while it was trained; see `cads.training.validation`.
     """
 
     model: nn.Module
@@ -60,9 +63,11 @@ class TrainedModel:
     utilisation: float
     task: Task
     evaluations: dict[str, Metrics] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    validation: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, folder: Path | str, *, merge: bool = False) -> Path:
-        """Write the model in the format of its task, then `results.json`.
+        """Write the model in the format of its task, then `results.json` and the model card.
 
         Args:
             merge: merge an adapter into the weights of its base model.
@@ -77,14 +82,17 @@ class TrainedModel:
         return folder
 
     def save_results(self, folder: Path) -> None:
-        """Write `results.json` beside the model in `folder`."""
+        """Write `results.json` and the model card beside the model in `folder`."""
         results = {
             "metrics": self.metrics,
             "steps": len(self.train_result.losses),
             "skipped_batches": self.train_result.skipped,
             "utilisation": self.utilisation,
             "ledger": self.ledger.to_json(),
+            **self.about,
         }
+        if self.validation:
+            results["validation"] = self.validation
         if self.evaluations:
             records = {n: evaluation_record(self.task, n, metrics) for n, metrics in self.evaluations.items()}
             results["evaluations"] = records
@@ -190,7 +198,35 @@ def train(
     monitor.ledger(ledger)
     for name, value in metrics.items():
         monitor.scalar(f"test/{name}", value, 0)
-    return TrainedModel(result.models[0], metrics, ledger, result, utilisation, task, further)
+    about = _about(task, selection, budget, seed)
+    return TrainedModel(
+        result.models[0], metrics, ledger, result, utilisation, task, further, about, list(monitor.validation)
+    )
+
+
+def _about(task: Task, selection: Selection, budget: Budget, seed: int) -> dict[str, Any]:
+    """What a run was given: data, budget and selection, as JSON values."""
+    parts = {name: getattr(task, name) for name in ("pool", "target", "test")}
+    data = {name: {"examples": len(part), "hash": task.identity[name]} for name, part in parts.items()}
+    return {
+        "data": {"task": task.name, "base_model": task.base_model, **data},
+        "budget": {
+            "given": str(budget),
+            "flops": budget.flops(task),
+            # A selector that trained the final model had one budget for everything.
+            "covers_selection": budget.count_selection or selection.trained is not None,
+            "seed": seed,
+        },
+        "selection": {
+            "method": selection.method,
+            "seed": selection.seed,
+            "examples": len(selection.ids),
+            "selected": int(selection.selected.sum()),
+            "target_fraction": selection.target_fraction,
+            "shares": selection.shares,
+            "notes": {name: note for name, note in selection.notes.items() if isinstance(note, str)},
+        },
+    }
 
 
 def _say_finished(task: Task, selection: Selection, budget: Budget, seed: int) -> None:

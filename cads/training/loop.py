@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from cads.accounting.ledger import Ledger
+from cads.accounting.ledger import TRAIN, Ledger
 from cads.accounting.stage_labels import stage_label, stage_tag
 from cads.data.batch import Batch
 from cads.data.loader import check_answers, fingerprint, load_steps
@@ -34,11 +35,15 @@ from cads.training.learners import Learner, SingleLearner
 from cads.training.precision import check_types
 from cads.training.result import TrainResult
 from cads.training.rider import Rider, follow
-from cads.training.run_state import EXAMPLE_LOSSES, FULL_RUN, RunSegment, TrainState
+from cads.training.run_state import EXAMPLE_LOSSES, FULL_RUN, VALIDATION, RunSegment, TrainState
+from cads.training.validation import Validation, show
+
+log = logging.getLogger(__name__)
 
 MAX_SKIPPED = 20
 """Batches in a row that a run or its scaler skips before the run fails: then the fault is not in single batches."""
-
+WHOLE = 0.999
+"""Share of the horizon from which on a segment is the last: what remains is no step."""
 
 Walk = Generator[torch.optim.Optimizer, None, State]
 """A training run that waits after each step; see `TrainingLoop.walk`."""
@@ -106,9 +111,15 @@ class TrainingLoop:
             self.task.recipe.result_fields(),
             draws.fingerprint() if isinstance(draws, Rider) else fingerprint(draws),
         ]
-        return TrainingRun(
-            train_state, draws, flops, seed, phase, stage, [*journal_key, *segment.journal_key()], segment
-        )
+        key = [*journal_key, *segment.journal_key()]
+        horizon = flops if segment.horizon is None else segment.horizon
+        points = self.monitor.validation_points
+        if points and self._shards:
+            if phase == TRAIN:
+                log.warning("sharding: full: no validation curve, since the model is whole nowhere while it trains")
+            points = 0
+        validation = Validation.of(self.task, phase, horizon, points)
+        return TrainingRun(train_state, draws, flops, seed, phase, stage, key, segment, validation)
 
     def finish(self, run: TrainingRun, state: State) -> TrainResult:
         """The result of a run that ended in `state`, in this process or in another.
@@ -120,20 +131,20 @@ class TrainingLoop:
         if not train_state.is_current:
             train_state.learner.to(self.accelerator.device).train()
             train_state.restore(state, None)
-            with self.monitor.progress(run.stage, run.flops) as advance:
-                _replay_progress(run, self.task.recipe, advance)
+            with self.monitor.progress(run.stage, run.flops, run.before) as advance:
+                self._replay_progress(run, advance)
         if train_state.failure is not None:
             raise NonFiniteError(**train_state.failure)
         losses, spent = np.stack(train_state.losses), np.array(train_state.spent)
         end = state.detached() if segment.keep else None
         if end is not None:
             end.tensors.pop(EXAMPLE_LOSSES, None)
+            end.values.pop(VALIDATION, None)
             # The ledger has the seconds; without them the same seed gives the same bytes.
             end.values["seconds"] = 0.0
         outcome = (train_state.diverged, train_state.seconds, train_state.skipped)
-        before = 0.0 if segment.start is None else segment.start.number("total")
         return TrainResult(
-            train_state.learner.trained(), losses, spent, *outcome, before, end, train_state.example_losses
+            train_state.learner.trained(), losses, spent, *outcome, run.before, end, train_state.example_losses
         )
 
     def _train(self, run: TrainingRun, progress: StepReporter) -> State:
@@ -142,6 +153,8 @@ class TrainingLoop:
             return self.steps(run, progress)
         finally:
             run.train_state.charge(self.ledger, run.phase, run.stage)
+            if run.validation is not None:
+                run.validation.charge(self.ledger, run.train_state.validation)
 
     def steps(self, run: TrainingRun, progress: StepReporter) -> State:
         """Train, from `progress.restored` if any, until the next step would exceed the budget; no ledger is charged.
@@ -197,8 +210,8 @@ class TrainingLoop:
             train_state.restore(restored, torch_optimizer)
         clock = time.perf_counter()
         try:
-            with self.monitor.progress(run.stage, run.flops) as advance, torch.random.fork_rng():
-                _replay_progress(run, recipe, advance)
+            with self.monitor.progress(run.stage, run.flops, run.before) as advance, torch.random.fork_rng():
+                self._replay_progress(run, advance)
                 for pieces in self._load(run):
                     cost = self._cost(pieces) / train_state.replicas + self.task.costs.optimizer_step
                     if train_state.total + cost > run.flops:
@@ -208,9 +221,11 @@ class TrainingLoop:
                         break
                     advance(train_state.total, train_state.mean_loss(-1), rate)
                     train_state.seconds += time.perf_counter() - clock
+                    self._validate(run)
                     yield torch_optimizer
                     clock = time.perf_counter()
                 train_state.seconds += time.perf_counter() - clock
+                self._validate(run, at_end=True)
         finally:
             # accelerate keeps references to all that it has prepared.
             self.accelerator._models.clear()
@@ -292,6 +307,30 @@ class TrainingLoop:
                 train_state.scaler.update()
         return not rejected
 
+    def _validate(self, run: TrainingRun, *, at_end: bool = False) -> None:
+        """Measure the model on the target, if a point of the validation curve is due, or at the end of the run."""
+        train_state, validation = run.train_state, run.validation
+        if validation is None or train_state.failure is not None or not train_state.steps:
+            return
+        records = train_state.validation
+        last = records[-1]["flops"] if records else run.before
+        ends = at_end and run.flops >= WHOLE * validation.horizon
+        if (ends and train_state.total > last) or validation.is_due(train_state.total, last):
+            learner = train_state.learner
+            records.append(validation.measure(learner.trained()[0], train_state.steps, train_state.total))
+            learner.train()
+            show(self.monitor, records[-1])
+
+    def _replay_progress(self, run: TrainingRun, advance: Advance) -> None:
+        """Show the steps of this segment that are already in its state, taken by another process or before."""
+        train_state, recipe = run.train_state, self.task.recipe
+        for step, spent in enumerate(train_state.spent):
+            if spent > run.before:
+                middle = (spent + (train_state.spent[step - 1] if step else 0.0)) / 2
+                advance(spent, train_state.mean_loss(step), run.rate(recipe, middle))
+        for record in train_state.validation:
+            show(self.monitor, record)
+
     def _check_types(self, learner: Learner) -> None:
         """Refuse weights and inputs that do not go with the device or the precision; see `check_types`."""
         task, device = self.task, self.accelerator.device
@@ -345,6 +384,7 @@ class TrainingRun:
 
     Attributes:
         journal_key: arguments of its operation in a journal.
+        validation: measures the model on the target, or None.
     """
 
     train_state: TrainState
@@ -355,17 +395,21 @@ class TrainingRun:
     stage: str
     journal_key: list[Any]
     segment: RunSegment = FULL_RUN
+    validation: Validation | None = None
 
     @property
     def horizon(self) -> float:
         """FLOPs over which the learning rate is scheduled."""
         return self.flops if self.segment.horizon is None else self.segment.horizon
 
+    @property
+    def before(self) -> float:
+        """FLOPs of earlier segments."""
+        return 0.0 if self.segment.start is None else self.segment.start.number("total")
+
     def rate(self, recipe: TrainConfig, spent: float) -> float:
         """The learning rate once `spent` FLOPs are spent, earlier segments included."""
-        start = self.segment.start
-        before = 0.0 if start is None else start.number("total")
-        return segment_rate(recipe, spent, horizon=self.horizon, planned=self.segment.planned, before=before)
+        return segment_rate(recipe, spent, horizon=self.horizon, planned=self.segment.planned, before=self.before)
 
 
 def segment_rate(recipe: TrainConfig, spent: float, *, horizon: float, planned: float | None, before: float) -> float:
@@ -378,14 +422,6 @@ def segment_rate(recipe: TrainConfig, spent: float, *, horizon: float, planned: 
     if planned is None or not before:
         return recipe.rate(spent / horizon)
     return recipe.rate(before / planned) * recipe.decay((spent - before) / (horizon - before))
-
-
-def _replay_progress(run: TrainingRun, recipe: TrainConfig, advance: Advance) -> None:
-    """Show the steps that are already in the state of a run, taken by another process or before."""
-    train_state = run.train_state
-    for step, spent in enumerate(train_state.spent):
-        middle = (spent + (train_state.spent[step - 1] if step else 0.0)) / 2
-        advance(spent, train_state.mean_loss(step), run.rate(recipe, middle))
 
 
 def build_optimizer(recipe: TrainConfig, model: nn.Module, *, fused: bool = True) -> torch.optim.Optimizer:

@@ -21,6 +21,8 @@ from cads.training.rider import Rider
 
 WEIGHTS, OPTIMIZER, RIDER = "weights/", "optimizer/", "rider/"
 EXAMPLE_LOSSES = "example_losses"
+VALIDATION, RECORD = "validation", ("step", "flops", "seconds", "metrics")
+"""Key of the measurements on the target, and the fields of each."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class TrainState:
             the first; None if they are not kept.
         failure: why it stopped early, or None.
         rider: draws its batches and learns from its losses, or None.
+        validation: measurements on the target in this segment; see `cads.training.validation`.
         is_current: whether this object already follows the run; if not, its state is still to be restored, from a
             journal or another process.
     """
@@ -91,6 +94,7 @@ class TrainState:
     is_current: bool = False
     example_losses: np.ndarray | None = None
     rider: Rider | None = None
+    validation: list[dict[str, Any]] = field(default_factory=list)
     _charged_before: tuple[float, np.ndarray] = field(default_factory=lambda: (0.0, np.zeros(3, dtype=np.int64)))
     _buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -189,6 +193,8 @@ class TrainState:
         }
         if self.scaler is not None:
             values["overflows"] = self.overflows
+        if self.validation:
+            values[VALIDATION] = list(self.validation)
         changed = [(f"{WEIGHTS}{name}", x) for name, x in changing(self.learner)]
         if optimizer is not None:
             changed += [(f"{OPTIMIZER}{name}", x) for name, x in optimizer_state(self.learner, optimizer).items()]
@@ -252,6 +258,7 @@ class TrainState:
         self.skipped, self.seconds = int(values["skipped"]), float(values["seconds"])
         self.overflows = int(values.get("overflows", 0))
         self.failure = _checked(values["failure"])
+        self.validation = [{name: record[name] for name in RECORD} for record in values.get(VALIDATION, [])]
         if self.example_losses is not None and EXAMPLE_LOSSES in tensors:
             self.example_losses = tensors[EXAMPLE_LOSSES].numpy().reshape(self.example_losses.shape).copy()
         rider_tensors = {n.removeprefix(RIDER): x for n, x in tensors.items() if n.startswith(RIDER)}

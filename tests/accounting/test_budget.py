@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cads.accounting.budget import UNITS, Budget
-from cads.accounting.ledger import EVALUATE, SELECT, TRAIN, Ledger
+from cads.accounting.ledger import EVALUATE, GLOSSARY, PHASES, SELECT, TRAIN, Ledger
+from cads.accounting.units import short_count
 from cads.data.streams import ShuffledStream
 from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError
@@ -199,17 +200,52 @@ def test_a_saved_ledger_is_json(tmp_path):
     assert json.loads((tmp_path / "ledger.json").read_text()) == ledger.to_json()
 
 
+def printed(ledger, width):
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(ledger.table())
+    return console.export_text()
+
+
 @pytest.mark.parametrize("entries", [[], [(SELECT, "short runs", 3e9, 1234), (TRAIN, "final model", 9e9, 1)]])
 def test_the_table_shows_every_stage_and_the_total(entries):
-    console = Console(width=120, file=io.StringIO(), record=True)
-    console.print(ledger_of(entries).table())
-    text = console.export_text()
+    text = printed(ledger_of(entries), 120)
     assert "total" in text
     for phase, stage, flops, usages in entries:
-        for detail in (phase, stage, f"{flops:.4g}", f"{usages:,}"):
+        for detail in (PHASES[phase], stage, f"{flops:.4g}", short_count(usages)):
             assert detail in text
     if entries:
         assert "25.0%" in text
+
+
+def test_the_table_holds_at_80_columns_whatever_the_numbers_and_names_the_glossary_once():
+    ledger = Ledger()
+    for phase in PHASES:
+        ledger.charge(phase, f"a stage of a {'very ' * 9}long name", 1.234e21, usages=10**9, tokens=7 * 10**11)
+        ledger.charge(phase, "b", 9.99e-5, usages=999_999, tokens=5, answer_tokens=123_456_789_012, seconds=123456.789)
+    text = printed(ledger, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\u2026" not in text, "nothing is cut off"
+    for word in (*PHASES.values(), "1.23e+21", "700G", "123G", "1.43 d", "50.0%"):
+        assert word in text
+    assert text.count(GLOSSARY) == 1
+
+
+def test_a_column_that_repeats_another_is_left_out():
+    """An image has one token, which is its label."""
+    ledger = Ledger()
+    ledger.charge(TRAIN, "final model", 1e9, usages=640, tokens=640, answer_tokens=640)
+    assert "tokens" not in printed(ledger, 80)
+    ledger.charge(TRAIN, "final model", 1e9, usages=640, tokens=64_000, answer_tokens=640)
+    assert "64.6k" in printed(ledger, 80)
+
+
+@given(st.integers(0, 10**15 - 10**12))
+def test_short_counts_are_short_and_right(n):
+    text = short_count(n)
+    assert len(text) <= 6
+    factor = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(text[-1], 1.0)
+    number = text if factor == 1.0 else text[:-1]
+    assert float(number) * factor == pytest.approx(n, rel=0.006, abs=1e-3)
 
 
 def test_timing_adds_seconds_even_if_the_block_fails():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 
 import pytest
 from rich.console import Console
 
-from cads.accounting.ledger import SELECT, Ledger
+from cads.accounting.ledger import GLOSSARY, PHASES, SELECT, Ledger
 from cads.accounting.stage_labels import stage_label, stage_tag
 from cads.search.fidelity import Rung
 from tests.support.paths import ROOT
@@ -42,6 +43,7 @@ UNCHANGED = (
     *("gradients", "target gradients", "pool gradients"),
     *("holdout model", "holdout losses", "pool model", "pool losses"),
     *("timed", "replicas", "truth", "probe", "probe of the initial model", "speed test"),
+    "validation",
     *("features", "features of the target", "folds", "probabilities", "utilities"),
     *("metrics of the trainer", "validation by the trainer"),
 )
@@ -84,6 +86,20 @@ def test_the_table_of_a_ledger_shows_labels_and_its_json_the_names():
     assert "trials, 1/16 of the budget, measuring" in text
     assert "theta" not in text
     assert [record["stage"] for record in ledger.to_json()] == ["theta", "short runs, C/16, measuring"]
+
+
+def test_the_glossary_explains_what_tables_show():
+    text = (ROOT / GLOSSARY).read_text()
+    explained = set(re.findall(r"\*\*(.+?)\*\*", text))
+    explained |= {word for terms in explained for word in terms.split(", ")}
+    shown = {stage_label(stage) for stage in {*_stages("cads"), *_stages("baselines")}}
+    shown = {re.sub(r"^trials, .*", "trials", label).removesuffix(", measuring") for label in shown} - {""}
+    assert shown <= explained
+    for phase in PHASES.values():
+        assert f"`{phase}`" in text
+    for word in ("FLOP", "Share", "Token", "Answer tokens", "Policy probability", "Share of training", "Regret"):
+        assert word in explained
+    assert "`examples`" in text
 
 
 def _stages(folder):

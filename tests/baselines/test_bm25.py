@@ -14,7 +14,8 @@ import pyarrow as pa
 import pytest
 
 from baselines import bm25
-from baselines.bm25 import Bm25, Okapi, okapi_scores, positive_idf, tokenize
+from baselines.bm25 import Bm25, tokenize
+from baselines.similarity.okapi import Okapi, okapi_scores, positive_idf
 from baselines.similarity.words import split_words
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import Ledger

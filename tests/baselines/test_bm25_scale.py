@@ -6,7 +6,9 @@ import numpy as np
 import pyarrow as pa
 
 from baselines import bm25
-from baselines.bm25 import Bm25, Okapi
+from baselines.bm25 import Bm25
+from baselines.similarity import okapi
+from baselines.similarity.okapi import Okapi
 from cads.accounting.ledger import Ledger
 
 
@@ -16,7 +18,7 @@ class TestBm25:
         documents = [[f"w{w}" for w in rng.geometric(0.2, rng.integers(0, 9))] for _ in range(60)]
         chunks = [pa.array(documents[a : a + 13], pa.list_(pa.string())) for a in range(0, 60, 13)]
         stored = Okapi(chunks)
-        monkeypatch.setattr(bm25, "KEPT", 20)
+        monkeypatch.setattr(okapi, "KEPT", 20)
         streamed = Okapi(chunks)
         assert streamed._chunk_weights is None
         queries = [np.asarray(stored.count(pa.array([q])).sum(axis=0)) for q in (["w1", "w4"], ["w2"], ["none"])]
@@ -29,7 +31,7 @@ class TestBm25:
         task, sizes = texts(), []
         expected = Bm25().rank(task, seed=0, ledger=Ledger()).score
         monkeypatch.setattr(bm25, "CHUNK", 9)
-        monkeypatch.setattr(bm25, "KEPT", 0)
+        monkeypatch.setattr(okapi, "KEPT", 0)
         all_texts = task.texts
         task.texts = lambda pool: sizes.append(len(pool)) or all_texts(pool)
         assert (Bm25().rank(task, seed=0, ledger=Ledger()).score == expected).all()

@@ -102,7 +102,7 @@ def test_a_target_without_a_vector_is_named_before_the_pool_is_read(texts):
     without_vector(task, task.target.batch([7]))
     with pytest.raises(DataError, match=r"1 examples of the target, such as \['target-7'\], are not finite"):
         Embedding().rank(task, seed=0, ledger=ledger)
-    assert ledger.total().flops == Embedding()._encoder_for(task).flops(task.target)
+    assert ledger.total().flops == Embedding().encoder_for(task).flops(task.target)
 
 
 @pytest.mark.parametrize(("clusters", "pool"), [(None, "pool"), (2, "sample of the pool")])
@@ -167,8 +167,8 @@ class TestBackbone:
         trainer = SimpleNamespace(accelerator=SimpleNamespace(device=device))
         monkeypatch.setattr(baselines.embedding, "Trainer", lambda *_: trainer)
         task, selector = images(), Embedding(backbone="resnet18", pretrained=False)
-        space = selector._encoder_for(task)
-        selector._load_weights(space, task, 0, Ledger(), None)
+        space = selector.encoder_for(task)
+        selector.load_weights(space, task, 0, Ledger(), None)
         assert {x.device for x in space.model.state_dict().values()} == {device}
 
     def test_missing_weights_are_said_before_compute(self, images, monkeypatch, tmp_path):

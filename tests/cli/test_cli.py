@@ -203,7 +203,8 @@ class TestDataFlags:
         for name in ("a/train.jsonl", "b/train.jsonl", "chats.jsonl.gz", "val.jsonl"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
-        (tmp_path / "images").mkdir()
+        for name in ("images", "more"):
+            (tmp_path / name).mkdir()
         return tmp_path
 
     def task(self, cads, *flags):
@@ -223,9 +224,14 @@ class TestDataFlags:
         assert (task["test"], task["model"]) == ([], "m")
 
     def test_a_folder_is_images(self, cads, files):
-        kind, task = self.task(cads, "--pool", "images", "--target", "a", "--model", "cnn")
+        kind, task = self.task(cads, "--pool", "images", "--target", "more", "--model", "cnn")
         assert kind == "vision"
-        assert [task[name] for name in ("dataset", "path", "target_path", "model")] == ["folder", "images", "a", "cnn"]
+        assert [task[name] for name in ("dataset", "path", "target_path", "model")] == [
+            "folder",
+            "images",
+            "more",
+            "cnn",
+        ]
 
     def test_they_win_over_the_file(self, cads, files, config):
         _, task = self.task(cads, config, "--model", "cnn")
@@ -236,7 +242,7 @@ class TestDataFlags:
         [
             (("--pool", "none.jsonl"), "none.jsonl: no such file or folder"),
             (("--pool", "images", "--target", "val.jsonl"), "are folders and the other paths are files"),
-            (("--pool", "images", "--pool", "a"), "--pool is given 2 folders: put them into one"),
+            (("--pool", "images", "--pool", "more"), "--pool is given 2 folders: put them into one"),
         ],
     )
     def test_what_makes_no_task_is_refused(self, cads, files, flags, match):
@@ -254,7 +260,7 @@ class TestHelp:
                 entry = " ".join(entries[f"{section}.{field.name}"].split())
                 explained = re.sub(r"\(?(required, )?type: .*", "", entry)
                 assert len(re.findall(r"[a-z]{2,}", explained)) >= 2, f"{section}.{field.name}: {entry!r}"
-        for name in ("config", "kind", "method", "budget", "count_selection", "seed", "out", "tensorboard"):
+        for name in ("config", "kind", "method", "budget", "count_selection", "seed", "out", "track"):
             assert name in entries
 
     @pytest.mark.parametrize("kind", ["language", "vision"])

@@ -192,11 +192,11 @@ def test_what_is_refused(cads, tmp_path, words, message):
 def test_help_of_check_lists_no_setting_of_a_run(cads):
     status, out, _ = cads("check", "--help")
     assert status == 0
-    for idle in ("--budget", "--out ", "--options", "--checkpoint", "--tensorboard", "Settings of `cads check`"):
+    for idle in ("--budget", "--out ", "--options", "--checkpoint", "--track", "Settings of `cads check`"):
         assert idle not in out
     assert "--task.path" in out
     assert "--budget" in cads("plan", "--help")[1]
-    assert "--tensorboard" not in cads("plan", "--help")[1]
+    assert "--track" not in cads("plan", "--help")[1]
     # The same words as those of `cads train` are taken.
     assert cads("check", "--budget", "2 epochs", "--out", "x", "--task.n_pool", "60")[0] == 0
 

@@ -609,21 +609,22 @@ def test_an_evaluation_says_how_far_it_is(folder):
 
 def test_the_bar_counts_examples_and_flops():
     with Monitor(console=Console(file=StringIO(), width=120, force_terminal=True)) as monitor:
+        bar = monitor._shown.bar
+
+        def text():
+            (shown,) = bar.tasks
+            rendered = (column.render(shown).plain for column in bar.columns if type(column) is TextColumn)
+            return " ".join(" ".join(rendered).split())
+
         with monitor.counting("exact_match", 1319) as advance:
             advance(256)
-            (shown,) = monitor._bar.tasks
-            text = " ".join(column.render(shown).plain for column in monitor._bar.columns if type(column) is TextColumn)
-            assert " ".join(text.split()) == "exact_match 256/1,319 examples"
+            assert text() == "exact_match 256/1,319 examples"
         with monitor.counting("test", None):
-            (shown,) = monitor._bar.tasks
-            assert shown.total is None
-            text = " ".join(column.render(shown).plain for column in monitor._bar.columns if type(column) is TextColumn)
-            assert text.strip() == "test"
+            assert bar.tasks[0].total is None
+            assert text() == "test"
         with monitor.progress("theta", 2e12) as advance:
             advance(1e12, 0.5, 0.1)
-            (shown,) = monitor._bar.tasks
-            text = " ".join(column.render(shown).plain for column in monitor._bar.columns if type(column) is TextColumn)
-            assert " ".join(text.split()) == "target model 1e+12/2e+12 FLOPs loss 0.500"
+            assert text() == "target model 1e+12/2e+12 FLOPs loss 0.500"
 
 
 def test_an_evaluation_in_one_piece_stops_within_a_forward_pass(folder, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from cads.accounting.closed_form import AllWeights, Lora
 from cads.accounting.ledger import SELECT, Ledger
 from cads.accounting.measured import build_transformer
 from cads.accounting.throughput import matmul_flops_per_second
+from cads.accounting.units import duration, size
 from cads.cli.main import main
 from cads.errors import BudgetError, ConfigError, DataError
 from cads.monitor import Monitor
@@ -25,7 +26,6 @@ from cads.planning import timing
 from cads.planning.ccds import PUBLISHED
 from cads.planning.memory import layer_values, training_memory
 from cads.planning.methods import make_plan
-from cads.planning.plan import duration, size
 from cads.recipe import TrainConfig
 from cads.registry import SELECTORS, build_selector, names
 from cads.runtime import process_usage

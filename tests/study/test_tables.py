@@ -20,7 +20,6 @@ from cads.errors import ConfigError, DataError
 from cads.study.analysis.fits import analyse, fixed_selection, to_json
 from cads.study.analysis.points import (
     MethodPoint,
-    answers,
     best_of,
     budgets_of,
     differs_significantly,
@@ -30,6 +29,7 @@ from cads.study.analysis.points import (
     regrets,
     within_budget,
 )
+from cads.study.analysis.verdicts import answers
 from cads.study.published_points import PUBLISHED_COLUMNS, import_points, parameters_of
 from cads.study.report.text_tables import markdown_table
 from cads.study.tables import DONE, FAILED, RUNS, VERSION_KEY, read_rows, read_runs, write_rows
@@ -326,7 +326,7 @@ class TestPoints:
                 ("1 epochs", pytest.approx(1.01), "a"),
                 ("2 epochs", pytest.approx(2.02), "b"),
             ]
-            assert all("of 1 epochs" not in a.sentence for a in result)
+            assert all("run with" not in a.sentence for a in result)
             assert all({p.budget for p in within_budget(points, x)} == {x.budget} for x in budgets_of(points))
             assert {m: len(rows) for m, rows in regrets(points).items()} == {"a": 2, "b": 2}
 
@@ -334,7 +334,7 @@ class TestPoints:
         points = [point("a", scores=(0.5, 0.6, 0.7)), point("lucky", scores=(0.9,)), point("b", scores=(0.4, 0.5, 0.5))]
         (answer,) = answers(points)
         assert answer.best.method == "a"
-        assert answer.sentence.endswith("; left out: lucky (1 of 3 seeds).")
+        assert answer.sentence.endswith(" Not compared: lucky (1 of 3 seeds).")
         assert set(regrets(points)) == {"a", "b"}
         table = markdown_table(points)
         assert "| *60.00 ±" in table
@@ -391,9 +391,9 @@ class TestPoints:
         ]
         first, second = answers(points)
         assert (first.best.method, first.level) == ("a", ("b",)) or first.level == ()
-        assert first.sentence.startswith("At 1 FLOPs in all (1 epochs): a, accuracy 51.00 ±")
+        assert first.sentence.startswith("At 1 epoch (1 FLOPs in all) a has the best mean: accuracy 51.00 ±")
         assert second.level == ("b",)
-        assert "not told apart from b by 2 seeds" in second.sentence
+        assert "By 2 seeds it cannot be told apart from b." in second.sentence
 
     def test_regret_is_the_distance_to_the_best(self):
         points = [point(m, b, (s,)) for m, b, s in (("a", 1, 0.5), ("b", 1, 0.3), ("a", 2, 0.5), ("b", 2, 0.9))]

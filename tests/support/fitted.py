@@ -22,7 +22,7 @@ class Course(Monitor):
         self.points = []
 
     @contextmanager
-    def progress(self, stage, flops):
+    def progress(self, stage, flops, spent=0.0):
         yield lambda spent, loss, rate: self.points.append((spent / flops, loss, rate))
 
 

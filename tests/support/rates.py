@@ -10,15 +10,16 @@ from cads.monitor import Monitor
 
 
 class Rates(Monitor):
-    """Keeps the learning rate of each step of the last run of each stage; a segment repeats those before it."""
+    """Keeps the learning rate of each step of the last run of each stage; a segment follows those before it."""
 
     def __init__(self):
         super().__init__()
         self.of = {}
 
     @contextmanager
-    def progress(self, stage, flops):
-        rates = self.of[stage] = []
+    def progress(self, stage, flops, spent=0.0):
+        rates = self.of.setdefault(stage, []) if spent else []
+        self.of[stage] = rates
         yield lambda spent, loss, rate: rates.append(rate)
 
 

@@ -70,6 +70,7 @@ class PolicyHistory:
         self._every = max(1, n_steps // CURVE_POINTS)
         self._step = self._start = start
         self._rows: list[np.ndarray] = []
+        self._latest: Callable[[], HistoryPoint] | None = None
 
     @property
     def points(self) -> list[tuple[int, HistoryPoint]]:
@@ -79,6 +80,7 @@ class PolicyHistory:
     def step(self, point: Callable[[], HistoryPoint]) -> None:
         """A step is done; `point` is called if it is recorded."""
         self._step += 1
+        self._latest = point
         if (self._step - self._start) % self._every and self._step != self._start + 1:
             return
         now = point()
@@ -100,6 +102,8 @@ class PolicyHistory:
     def finish(self, pool: Pool, probability: np.ndarray, describe: Describe) -> None:
         """Show the probability of each example at the end (shape (N,)), and the most and least probable examples."""
         step = self._step
+        if self._latest is not None and (not self._rows or self._rows[-1][0] != step):
+            self._show(step, self._latest())
         self._monitor.histogram("outer/probabilities", probability, step)
         self._monitor.panels(pool, probability, step, describe)
         self._monitor.status("")

@@ -57,6 +57,9 @@ def opening_of(costs: InnerLoopCosts, constants: OnlineConstants, total: float, 
     judges = first < total if on_target else theta > 0
     probes = (FIRST_PROBE, PROBE) if constants.drop else (PROBE,)
     per_source = _probes_per_source(task, constants, total, len(probes)) if judges else 0
+    if constants.mixed_lead and not per_source and first < total and task.guess_loss is None:
+        # Nothing is told apart, neither sources nor labels: the target needs no phase of its own, see `mixed_lead`.
+        first = 0.0
     return Opening(first, theta, per_source, source_count(task.pool), probes)
 
 
@@ -72,10 +75,12 @@ def _steering_flops(costs: InnerLoopCosts, constants: OnlineConstants, total: fl
 
 
 def _probes_per_source(task: Task, constants: OnlineConstants, total: float, n_stages: int) -> int:
-    """How many examples of each source are probed: as many as a share of the budget buys; 0 for a single source."""
+    """Examples of each source that are probed: as many as a share of the budget buys; 0 if they would tell nothing."""
     n_sources = source_count(task.pool)
     if n_sources < 2:
         return 0
     forward = task.costs.per_usage(task.pool, task.recipe.batch_size) / 3
-    affordable = constants.most_probing * total / (forward * n_sources * n_stages)
-    return int(np.clip(round(affordable), 1, constants.probes))
+    affordable = round(constants.most_probing * total / (forward * n_sources * n_stages))
+    if constants.drop and affordable < constants.fewest_probes:
+        return 0
+    return int(np.clip(affordable, constants.fewest_probes, constants.probes))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
 from cads.data.batch import Batch
@@ -14,7 +15,7 @@ from cads.data.pool import Pool
 from cads.data.streams import Stream
 from cads.data.target_share import share_by_size
 from cads.data.token_batches import lengths
-from cads.data.training_batches import WINDOW
+from cads.data.training_batches import WINDOW, by_length
 from cads.data.window_loader import Rows, WindowLoader
 from cads.policies.label_odds import LabelOdds
 from cads.policies.tilt import tilted
@@ -56,6 +57,7 @@ class OnlineRider(Rider):
         constants: of the run.
         history: of the probabilities; it is added to.
         seed: of the order of draws.
+        fixed_share: share of the target in each batch; None: it follows from the sizes of both.
 
     Attributes:
         weights: the latest weight of each pool example in a step, float16, shape (N,); NaN before the first.
@@ -78,13 +80,14 @@ class OnlineRider(Rider):
         constants: OnlineConstants,
         history: PolicyHistory,
         seed: int,
+        fixed_share: float | None = None,
     ) -> None:
         super().__init__(pool, batch_size)
         self.excess, self.odds, self.history = excess, odds, history
         self.weights = np.full(len(pool), np.nan, dtype=np.float16)
         self._targets, self._strata, self._target_stream = target, strata, target_stream
         self._by_source, self._on_target = by_source, on_target
-        self._constants, self._seed = constants, seed
+        self._constants, self._seed, self._fixed_share = constants, seed, fixed_share
         self._cells = strata.cells(pool, seed)
         self._masses = self._cells.mass.reshape(strata.n_sources, strata.n_groups)
         self._learning_rows = constants.learning_passes * len(pool)
@@ -124,6 +127,8 @@ class OnlineRider(Rider):
         """The share of the target in a batch."""
         if not self._on_target:
             return 0.0
+        if self._fixed_share is not None:
+            return self._fixed_share
         return float(share_by_size(len(self._targets), self.n_effective, self._constants.most_target))
 
     def cell_shares(self) -> np.ndarray:
@@ -202,7 +207,7 @@ class OnlineRider(Rider):
 
     def fingerprint(self) -> str:
         """See `Rider`."""
-        values = [self.batch_size, self._seed, self.odds is None, self._by_source, self._on_target]
+        values = [self.batch_size, self._seed, self.odds is None, self._by_source, self._on_target, self._fixed_share]
         start = int(self._numbers["target_rows"])
         digest = hashlib.sha256(f"{values} {start} {self._constants}".encode())
         first = self._target_stream.take(0, self.batch_size)
@@ -277,21 +282,16 @@ class OnlineRider(Rider):
         target_rows = self._target_stream.take(int(self._numbers["target_rows"]), n_target)
         self._numbers["target_rows"] += n_target
         n_pool = (len(pool_rows) + np.arange(count)) // count
-        # Dealt in turn, so that each batch gets its part of every cell; of the pool the last batches get one more.
-        pools, targets = (
-            [pool_rows[k::count] for k in reversed(range(count))],
-            [target_rows[k::count] for k in range(count)],
-        )
-        order = np.arange(count)
-        if self._lengths is not None:
-            pool_rows, target_rows = (
-                rows[np.argsort(x[rows], kind="stable")]
-                for rows, x in zip((pool_rows, target_rows), self._lengths, strict=True)
-            )
-            pools = np.split(pool_rows, np.cumsum(n_pool)[:-1])
-            targets = np.split(target_rows, np.cumsum(self.batch_size - n_pool)[:-1])
-            order = np.random.default_rng((self._seed, int(self._numbers["windows"]))).permutation(count)
-        self._pending = [(pools[k], targets[k]) for k in order]
+        if self._lengths is None:
+            # Dealt in turn, so that each batch gets its part of every cell; of the pool the last batches get one more.
+            pools = [pool_rows[k::count] for k in reversed(range(count))]
+            targets = [target_rows[k::count] for k in range(count)]
+        else:
+            pool_lengths, target_lengths = self._lengths
+            generator = np.random.default_rng((self._seed, int(self._numbers["windows"])))
+            pools = _dealt(pool_rows, pool_lengths, n_pool, generator)
+            targets = _dealt(target_rows, target_lengths, self.batch_size - n_pool, generator)
+        self._pending = list(zip(pools, targets, strict=True))
         self._load()
         self._numbers["windows"] += 1
 
@@ -326,3 +326,10 @@ def _lengths(pool: Pool, target: Pool) -> tuple[np.ndarray, np.ndarray] | None:
     """Lengths of the examples of both, or None if those of one have none."""
     pool_lengths, target_lengths = lengths(pool), lengths(target)
     return None if pool_lengths is None or target_lengths is None else (pool_lengths, target_lengths)
+
+
+def _dealt(rows: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, generator: Generator) -> list[np.ndarray]:
+    """Rows in batches of these sizes (shape (n,)), sorted `by_length`; which batches are long is drawn."""
+    order = generator.permutation(len(sizes))
+    pieces = np.split(by_length(rows, lengths), np.cumsum(sizes[order])[:-1])
+    return [pieces[k] for k in np.argsort(order)]

@@ -20,7 +20,7 @@ from cads.selection import Selection
 from cads.selectors.online.history import PolicyHistory
 from cads.selectors.online.opening import Opening
 from cads.selectors.online.rider import MEMORY, OnlineRider
-from cads.selectors.online.schedule import OnlineConstants
+from cads.selectors.online.schedule import OnlineConstants, mixed_lead
 from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import Strata
 from cads.task import Task
@@ -129,6 +129,19 @@ class OnlineRun:
         sizes = np.bincount(strata.sources, minlength=strata.n_sources)
         n_steps = int((horizon - spent) / usage / batch_size)
         history = PolicyHistory(self.monitor, task.pool.source_names, sizes, strata.group_shares, n_steps, steps)
+        share, end = None, horizon
+        if self.constants.mixed_lead and self._on_target and not steps:
+            share, flops = mixed_lead(
+                self.constants,
+                n_target=len(task.target),
+                n_pool=len(np.unique(task.pool.code_contents())),
+                target_usage=task.costs.per_usage(task.target, batch_size),
+                pool_usage=usage,
+                flops=horizon - spent,
+            )
+            end = min(horizon, spent + flops)
+            # No example of the pool comes more often than another, whatever the lengths of the target's answers.
+            strata = strata.as_they_come()
         self.rider = OnlineRider(
             task.pool,
             task.target,
@@ -144,9 +157,10 @@ class OnlineRun:
             constants=self.constants,
             history=history,
             seed=derive(self._seed, "batches"),
+            fixed_share=share,
         )
-        if self.constants.stop_passes is None:
-            return self.rider, horizon
+        if self.constants.stop_passes is None or share is not None:
+            return self.rider, end
         n_distinct = self.rider.n_effective + (len(task.target) if self._on_target else 0)
         return self.rider, min(horizon, spent + self.constants.stop_passes * n_distinct * usage)
 

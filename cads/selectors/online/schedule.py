@@ -17,9 +17,11 @@ class OnlineConstants:
     Attributes:
         first_passes: effective passes over the target before the pool is trained on; an effective pass is one at the
             peak learning rate.
+        mixed_lead: passes by which the target leads where it has no phase of its own, see `mixed_lead`.
         most_first: largest share of the budget for them. If they take more, the target alone is trained on.
         most_steering: largest share of the budget for a model of the target that steers and is not the final one.
         probes: most examples of each source whose losses are measured after the first phase.
+        fewest_probes: fewest of them. If the budget buys fewer, sources are not told apart.
         most_probing: largest share of the budget for measuring them.
         sharpness: kappa of the tilt of source weights. most_excess: largest difference of the signal that counts.
         floor: smallest weight of a source, relative to the largest.
@@ -30,9 +32,11 @@ class OnlineConstants:
     """
 
     first_passes: float
+    mixed_lead: float
     most_first: float
     most_steering: float
     probes: int
+    fewest_probes: int
     most_probing: float
     sharpness: float
     most_excess: float
@@ -45,9 +49,11 @@ class OnlineConstants:
 
 FROM_SCRATCH = OnlineConstants(
     first_passes=4,
+    mixed_lead=0,
     most_first=0.75,
     most_steering=0.04,
     probes=8,
+    fewest_probes=1,
     most_probing=0.03,
     sharpness=4,
     most_excess=np.inf,
@@ -60,9 +66,11 @@ FROM_SCRATCH = OnlineConstants(
 """For models whose weights begin at random."""
 PRETRAINED = OnlineConstants(
     first_passes=3,
+    mixed_lead=4,
     most_first=0.75,
     most_steering=0.04,
     probes=16,
+    fewest_probes=8,
     most_probing=0.03,
     sharpness=2,
     most_excess=3,
@@ -97,3 +105,27 @@ def first_phase(
     if not steps or taught[-1] < needed:
         return total
     return (int(np.searchsorted(taught, needed)) + 1.5) * step
+
+
+def mixed_lead(
+    constants: OnlineConstants, *, n_target: int, n_pool: float, target_usage: float, pool_usage: float, flops: float
+) -> tuple[float, float]:
+    """Target and pool together from the start, for sources that are not told apart.
+
+    An example is worth less each time it comes. So the target comes c times and the pool c - `mixed_lead` times:
+    the lead that a first phase would give the target is mixed in. c follows from the budget; it ends at `stop_passes`.
+
+    Args:
+        n_target, n_pool: different examples. target_usage, pool_usage: FLOPs of training on one of them.
+        flops: that can be spent.
+
+    Returns:
+        the share of the target in a batch, and the FLOPs of the run.
+    """
+    lead = constants.mixed_lead
+    visits = (flops + lead * n_pool * pool_usage) / (n_target * target_usage + n_pool * pool_usage)
+    if constants.stop_passes is not None:
+        visits = min(visits, constants.stop_passes)
+    of_target, of_pool = n_target * visits, n_pool * max(0.0, visits - lead)
+    share = min(constants.most_target, of_target / (of_target + of_pool))
+    return share, min(flops, of_target * target_usage + of_pool * pool_usage)

@@ -22,6 +22,7 @@ from cads.errors import ConfigError, DataError
 from cads.monitor import Monitor
 from cads.runtime.checkpoint import State
 from cads.scoring.pool_scores import reading_flops
+from cads.scoring.sharded import ShardedScoring
 from cads.search.inner_costs import PlannedInnerLoop
 from cads.search.inner_runs import InnerLoop
 from cads.search.source_order import in_name_order
@@ -115,6 +116,12 @@ class Cads:
         by_example = self.granularity == "example"
         on_target, constants = self.train_on_target, self.constants(task)
         return OnlineRun(task, constants, monitor, seed, by_example=by_example, on_target=on_target)
+
+    def sharded(self, seed: int) -> ShardedScoring:
+        """The probe file by file, and a sample by it; see `cads.selectors.online.sharded_probe`."""
+        from cads.selectors.online.sharded_probe import ShardedProbe
+
+        return ShardedProbe(self.method, asdict(self))
 
     def check(self, task: Task) -> None:
         """Refuse a pool without sources if sources are what is chosen.

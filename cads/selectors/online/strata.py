@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -45,6 +45,11 @@ class Strata:
         if not shares.any():
             shares = counts.astype(np.float64)
         return cls(sources, groups, source_count(pool), n_groups, shares / shares.sum())
+
+    def as_they_come(self) -> Strata:
+        """The same strata, with the groups in the shares of the pool."""
+        counts = np.bincount(self.groups, minlength=self.n_groups)
+        return replace(self, group_shares=counts / counts.sum())
 
     def cells(self, pool: Pool, seed: int) -> CellDraws:
         """Draws from each source and group; cell s G + g is that of source s and group g."""

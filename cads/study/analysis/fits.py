@@ -35,7 +35,8 @@ from cads.study.analysis.frontier import (
     simulate_figure1,
     smallest_optimal_ratio,
 )
-from cads.study.analysis.points import MethodPoint, answers, budgets_of, by_group, in_percent, place_name, regrets
+from cads.study.analysis.points import MethodPoint, budgets_of, by_group, in_percent, place_name, regrets
+from cads.study.analysis.verdicts import answers, quoted_name
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ def recommendations(group: GroupFits) -> list[str]:
         verdict, predicted = measured.get(level.flops), compute_optimal_method(group.curves, level.flops)
         if verdict is not None and predicted not in (None, verdict.best.method, *verdict.level):
             reason = "" if verdict.best.method in fitted else ", which no curve describes"
-            sentence += f" (measured there: {verdict.best.method}{reason})"
+            sentence += f" (measured there: {quoted_name(verdict.best.method)}{reason})"
         sentences.append(sentence)
     return sentences
 

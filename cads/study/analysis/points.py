@@ -19,6 +19,8 @@ LOWER_IS_BETTER = ("loss", "error", "perplexity", "ppl", "bits_per_byte", "nll",
 """Metrics with one of these in their name are minimised, unless the run itself says whether they are."""
 SHARES = ("accuracy", "error", "exact_match", "choices", "choices_per_character")
 """Metrics between 0 and 1. They are shown in percent."""
+FREE = ("full", "joint", "random", "source", "target-only")
+"""Selectors that compute nothing to select: what a method must beat."""
 SLACK = 1 + 1e-3
 """Tolerance when a total is compared with a budget: published figures have three or four digits."""
 
@@ -64,6 +66,11 @@ class MethodPoint:
         return self.selection + self.train_flops
 
     @property
+    def free(self) -> bool:
+        """Whether its selection computes nothing."""
+        return self.selector in FREE and not self.spent
+
+    @property
     def mean(self) -> float:
         """Mean of the scores."""
         return float(np.mean(self.scores))
@@ -105,6 +112,14 @@ def in_percent(metric: str) -> bool:
 def score_text(value: float, metric: str) -> str:
     """A score as text."""
     return f"{100 * value:.2f}" if in_percent(metric) else f"{value:.4g}"
+
+
+def interval_text(p: MethodPoint) -> str:
+    """The mean with its interval, if it has one, and the unit: "93.20 ± 1.10 %"."""
+    text = score_text(p.mean, p.metric)
+    if not math.isnan(p.half_width):
+        text += f" ± {score_text(p.half_width, p.metric)}"
+    return text + (" %" if in_percent(p.metric) else "")
 
 
 def points_of(runs: Iterable[Mapping[str, Any]], metric: str | None = None) -> list[MethodPoint]:
@@ -253,63 +268,10 @@ def differs_significantly(a: MethodPoint, b: MethodPoint) -> bool | None:
     return bool(abs(difference.mean()) > half_width(difference))
 
 
-@dataclass(frozen=True)
-class BudgetVerdict:
-    """The best method at one budget.
-
-    Attributes:
-        budget: as given. flops: the budget.
-        best: the best affordable point, of those with all seeds.
-        level: other affordable methods that do not differ significantly from it.
-        sentence: the same in words.
-    """
-
-    budget: str
-    flops: float
-    best: MethodPoint
-    level: tuple[str, ...]
-    sentence: str
-
-
-def answers(points: Sequence[MethodPoint]) -> list[BudgetVerdict]:
-    """For each budget of a group, the best method at that total cost."""
-    verdicts = []
-    for limit in budgets_of(points):
-        rivals = within_budget(points, limit)
-        if not rivals:
-            continue
-        ranked = complete(rivals)
-        best = best_of(ranked)
-        others = sorted(ranked, key=lambda p: -p.mean if p.maximised else p.mean)
-        level = tuple(p.method for p in others if p is not best and differs_significantly(best, p) is False)
-        incomplete = [f"{p.method} ({len(p.seeds)} of {len(best.seeds)} seeds)" for p in rivals if p not in ranked]
-        verdicts.append(
-            BudgetVerdict(limit.budget, limit.flops, best, level, _sentence(limit, best, level, incomplete))
-        )
-    return verdicts
-
-
 def complete(rivals: Sequence[MethodPoint]) -> list[MethodPoint]:
     """The points with the largest number of seeds. Seeds draw the data, so that points with fewer saw other data."""
     max_seeds = max(len(p.seeds) for p in rivals)
     return [p for p in rivals if len(p.seeds) == max_seeds]
-
-
-def _sentence(limit: BudgetLevel, best: MethodPoint, level: Sequence[str], incomplete: Sequence[str]) -> str:
-    """The verdict in words; `incomplete`: methods with fewer seeds, which were not compared."""
-    unit = " %" if in_percent(best.metric) else ""
-    score = score_text(best.mean, best.metric)
-    if not math.isnan(best.half_width):
-        score += f" ± {score_text(best.half_width, best.metric)}"
-    as_given = "" if limit.budget.endswith("FLOPs") else f" ({limit.budget})"
-    # A run that paid for selection on top of its budget fits only into a larger budget than its own.
-    smaller = f" of {best.budget}" if best.budget_flops < limit.on(best.seeds) / SLACK else ""
-    text = f"At {limit.flops:.3g} FLOPs in all{as_given}: {best.method}{smaller}, {best.metric} {score}{unit}"
-    if level:
-        text += f"; not told apart from {', '.join(level)} by {len(best.seeds)} seeds"
-    if incomplete:
-        text += f"; left out: {', '.join(incomplete)}"
-    return f"{text}."
 
 
 def regrets(points: Sequence[MethodPoint]) -> dict[str, list[tuple[float, float]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ import pyarrow.compute as pc
 from cads.accounting.ledger import EVALUATE, TRAIN
 from cads.accounting.stage_labels import stage_label
 from cads.study.analysis.frontier import expected_jaccard, jaccard
+from cads.study.analysis.points import FREE
+from cads.study.analysis.verdicts import shown_name
+from cads.study.cells import N_SHOWN
 from cads.study.tables import DONE, read_rows, read_table_file
 
 MAX_BUDGETS = 3
@@ -41,11 +45,15 @@ class Overlap:
 
 @dataclass(frozen=True)
 class ExampleGallery:
-    """A few examples that one method selected, and that it rejected: id, label, text and image (a data URI) each."""
+    """A few examples that one method selected, and that it rejected: id, label, text and image (a data URI) each.
+
+    `drawn_least`: of a method that keeps everything and draws by weight, those of the least weight.
+    """
 
     place: Place
     method: str
     kept: list[dict[str, Any]]
+    drawn_least: list[dict[str, Any]]
     left_out: list[dict[str, Any]]
 
 
@@ -83,7 +91,7 @@ def ledgers(methods: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, float]]
         for row in rows:
             for entry in json.loads(row["ledger"]):
                 if entry["phase"] != EVALUATE:
-                    name = "final training" if entry["phase"] == TRAIN else stage_label(entry["stage"])
+                    name = "final training" if entry["phase"] == TRAIN else _merged_trials(stage_label(entry["stage"]))
                     stages[name] = stages.get(name, 0.0) + entry["flops"] / len(rows)
         spent[method] = stages
     totals: dict[str, float] = {}
@@ -92,6 +100,11 @@ def ledgers(methods: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, float]]
             totals[name] = totals.get(name, 0.0) + flops
     named = ["final training", *sorted(set(totals) - {"final training"}, key=lambda s: -totals[s])[:MAX_STAGES]]
     return {method: _merged(stages, named) for method, stages in spent.items()}
+
+
+def _merged_trials(label: str) -> str:
+    """Trials of all lengths have one name in a figure."""
+    return re.sub(r"^trials, [^,]*", "trials", label)
 
 
 def _merged(stages: Mapping[str, float], named: Sequence[str]) -> dict[str, float]:
@@ -145,9 +158,11 @@ def course(rows: Sequence[Row]) -> dict[str, np.ndarray]:
 
 
 def overlap(folder: Path, place: Place, methods: Mapping[str, Sequence[Row]]) -> Overlap | None:
-    """The overlap of the selections of the first seed; None if fewer than two methods select."""
+    """The overlap of the selections of the first seed; None if fewer than two methods leave something out."""
     first = {method: min(rows, key=lambda row: row["seed"]) for method, rows in methods.items()}
-    ids = {m: _selection(folder, row["cell"])["id"].to_pylist() for m, row in first.items() if row["n_selected"]}
+    # What keeps everything overlaps with everything.
+    partial = {m: row for m, row in first.items() if row["n_selected"] and row["n_selected"] < row["n_pool"]}
+    ids = {m: _selection(folder, row["cell"])["id"].to_pylist() for m, row in partial.items()}
     if len(ids) < 2:
         return None
     names = list(ids)
@@ -161,14 +176,17 @@ def overlap(folder: Path, place: Place, methods: Mapping[str, Sequence[Row]]) ->
 
 
 def exhibits(folder: Path, place: Place, methods: Mapping[str, Sequence[Row]]) -> list[ExampleGallery]:
-    """Examples that each method selected and rejected, of its first seed."""
+    """Examples that each method selected and rejected, of its first seed; of methods that tell examples apart."""
     galleries = []
     for method, rows in methods.items():
-        key = min(rows, key=lambda row: row["seed"])["cell"]
-        examples = [_visible(row) for row in read_rows(folder, "examples", [key])]
+        first = min(rows, key=lambda row: row["seed"])
+        examples = [_visible(row) for row in read_rows(folder, "examples", [first["cell"]])]
         kept, left_out = [e for e in examples if e["kept"]], [e for e in examples if not e["kept"]]
-        if any(e["image"] or e["text"] for e in examples):
-            galleries.append(ExampleGallery(place, method, kept, left_out))
+        told_apart = len({e["score"] for e in examples}) > 1
+        if first["selector"] in FREE or not any(e["image"] or e["text"] for e in examples):
+            continue
+        kept, least = (kept[:N_SHOWN], kept[N_SHOWN:]) if told_apart else (kept, [])
+        galleries.append(ExampleGallery(place, shown_name(method), kept, least, left_out))
     return galleries
 
 

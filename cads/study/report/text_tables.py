@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from cads.accounting.ledger import GLOSSARY
 from cads.study.analysis.points import CONFIDENCE, MethodPoint, best_of, complete, in_percent, score_text
+from cads.study.analysis.verdicts import shown_name
 
-WIDTH = 132
+WIDTH = 80
 """Columns of tables where there is no terminal."""
 
 
-def wide_console(*, quiet: bool = False) -> Console:
-    """A console that is `WIDTH` columns wide where there is no terminal, so that tables are not cut."""
+def plain_console(*, quiet: bool = False) -> Console:
+    """A console that is `WIDTH` columns wide where there is no terminal."""
     console = Console(quiet=quiet)
     if not console.is_terminal:
         console.width = WIDTH
@@ -50,21 +54,27 @@ def texts(points: Sequence[MethodPoint]) -> list[list[str]]:
                 score += f" ({len(p.seeds)} of {len(best.seeds)} seeds)"
             selected = "-" if p.selected is None else f"{p.selected:.0%}"
             labels = [getattr(p, name) for name in columns if name in ("task", "model")]
-            rows.append([*labels, p.budget, p.method, f"{p.selection:.3g}", f"{p.train_flops:.3g}", score, selected])
+            rows.append(
+                [*labels, p.budget, shown_name(p.method), f"{p.selection:.3g}", f"{p.train_flops:.3g}", score, selected]
+            )
     return rows
 
 
 def terminal_table(points: Sequence[MethodPoint], title: str) -> Table:
-    """The table for the terminal, one section for each budget."""
-    table = Table(title=f"{title}: {intervals(points)}", title_justify="left")
+    """The table for the terminal, at most 80 columns wide: a heading for each budget, and a row for each method."""
+    table = Table(title=f"{title}: {intervals(points)}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.caption, table.caption_justify = f"FLOPs; * is the best of a budget. Terms: {GLOSSARY}", "left"
     columns = header(points)
-    for name in columns:
-        is_text = name in ("task", "model", "budget", "method")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
-    rows, n_keys = texts(points), columns.index("budget") + 1
-    for i, row in enumerate(rows):
-        last = i + 1 == len(rows) or rows[i + 1][:n_keys] != row[:n_keys]
-        table.add_row(*row, end_section=last)
+    n_keys = columns.index("budget") + 1
+    table.add_column("method", overflow="fold")
+    for name in columns[n_keys + 1 :]:
+        table.add_column(name, justify="right", no_wrap=True)
+    heading: list[str] = []
+    for row in texts(points):
+        if row[:n_keys] != heading:
+            heading = row[:n_keys]
+            table.add_row(Text(", ".join(filter(None, heading)), style="bold"))
+        table.add_row(Text(f"  {row[n_keys]}"), *row[n_keys + 1 :])
     return table
 
 

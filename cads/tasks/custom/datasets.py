@@ -36,7 +36,7 @@ Collate = Callable[[list[Any]], tuple[Any, Any]]
 """As for `torch.utils.data.DataLoader`: the items of a batch -> its inputs and its labels."""
 
 
-class Collator:
+class ItemCollator:
     """Makes a batch of items: pairs (inputs, label), or mappings from names to values.
 
     Args:
@@ -136,7 +136,7 @@ class DatasetExamples:
         DataError: if it cannot be read, has no example, gives other values each time, or values that are not finite.
     """
 
-    def __init__(self, dataset: Any, collator: Collator, name: str) -> None:
+    def __init__(self, dataset: Any, collator: ItemCollator, name: str) -> None:
         self._dataset, self._collator, self._name = dataset, collator, name
         if not len(dataset):
             raise DataError(f"the {name} is empty: it needs at least one example")
@@ -285,7 +285,7 @@ class DatasetTask(ModuleTask):
         parts = {"pool": pool, "target": target, **({} if test is None else {"test set": test})}
         described = [key for key in (source_column, id_column) if key is not None]
         parts = {part: _readable(x, part, described if inputs is None else []) for part, x in parts.items()}
-        collator = Collator(inputs, label, collate, models.dtype)
+        collator = ItemCollator(inputs, label, collate, models.dtype)
         examples = {part: DatasetExamples(x, collator, part) for part, x in parts.items()}
         super().__init__(
             labelled_pool(examples["pool"], sources, ids),

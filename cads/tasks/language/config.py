@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cads.errors import ConfigError
@@ -14,6 +15,7 @@ from cads.tasks.language.task import LanguageTask
 
 if TYPE_CHECKING:
     from cads.recipe import TrainConfig
+    from cads.tasks.language.pool_parts import TextParts
 
 
 @dataclass
@@ -30,13 +32,26 @@ class LanguageConfig(LanguageSettings):
             ConfigError: if model, tokenizer and settings do not fit each other.
             DataError: if data is missing, damaged, too small, or has no answers.
         """
-        return self._built(recipe, LanguageTask)
+        return self.build_split(self.split(), recipe)
+
+    def build_split(self, split: Split, recipe: TrainConfig) -> LanguageTask:
+        """The task on rows that are loaded already.
+
+        Raises: as `build`.
+        """
+        return self._built(split, recipe, LanguageTask)
+
+    def parts(self, recipe: TrainConfig) -> TextParts:
+        """The pool file by file; see `cads.tasks.language.pool_parts`."""
+        from cads.tasks.language.pool_parts import TextParts
+
+        return TextParts(self, partial(self.build_split, recipe=recipe))
 
     def meta(self, recipe: TrainConfig) -> LanguageTask:
         """The task with its examples and without weights; see `cads.tasks.language.meta_task`."""
         from cads.tasks.language.meta_task import MetaLanguageTask
 
-        return self._built(recipe, MetaLanguageTask)
+        return self._built(self.split(), recipe, MetaLanguageTask)
 
     def split(self) -> Split:
         """The rows of pool, target and test set."""
@@ -88,8 +103,7 @@ class LanguageConfig(LanguageSettings):
             raise ConfigError(f"max_tokens = {self.max_tokens}: the context of {self.model} has {context} positions")
         return int(self.max_tokens or context or 0)
 
-    def _built(self, recipe: TrainConfig, kind: type[LanguageTask]) -> LanguageTask:
-        split = self.split()
+    def _built(self, split: Split, recipe: TrainConfig, kind: type[LanguageTask]) -> LanguageTask:
         if self.selector_model is None:
             return self._task(split, recipe, kind)
         # Selectors need the same examples in both tasks: what one of them leaves out is removed from the other.

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from cads.data.ids import all_distinct, id_order, numbered
 from cads.data.origin import FileOrigin
 from cads.errors import ConfigError, DataError
+from cads.runtime.file_listing import is_remote
 from cads.tasks.language.columns import (
     COLUMNS,
     LABELS,
@@ -239,6 +240,11 @@ def _say_unused(source: TextSource, table: pa.Table, columns: Mapping[str, str],
 def _table(source: TextSource) -> pa.Table:
     if source.dataset is not None:
         return read_hub(source.dataset, source.config, source.split)
+    if is_remote(str(source.path)):
+        raise DataError(
+            f"{source.path} is an address, which is read in shards alone: use cads select with --launcher, or "
+            "give a copy of the file"
+        )
     path = Path(str(source.path))
     return read_saved(path) if path.is_dir() else read_file(path)
 

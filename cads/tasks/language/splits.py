@@ -79,15 +79,7 @@ def split_rows(
     candidates, targets, tests = _load(pool, target, test, seed)
     given_pool, given_target = labels_of(candidates), labels_of(targets)
     if not tests:
-        test_parts = targets or candidates
-        available = _count(test_parts)
-        count = n_test if n_test is not None else max(1, available // (2 if targets else 5))
-        tests, rest = _draw_out(test_parts, count, seed, "test set")
-        if not rest:
-            raise DataError(
-                f"the test set takes all {available} rows of the {'target' if targets else 'pool'}: give more rows, "
-                "ask for a smaller n_test, or give a test set"
-            )
+        tests, rest = _drawn_test(targets or candidates, n_test, seed, "target" if targets else "pool")
         targets, candidates = (rest, candidates) if targets else (targets, rest)
     elif n_test is not None:
         tests = _reduce(tests, n_test, seed, "test set")
@@ -103,6 +95,26 @@ def split_rows(
     say_lost(given_pool, labels_of(candidates), "pool")
     say_lost(given_target, labels_of(targets), "target")
     return Split(candidates, targets, tests, named=not single_entry)
+
+
+def split_held_out(
+    target: Sequence[TextSource], test: Sequence[TextSource], n_target: int | None, n_test: int | None, seed: int
+) -> tuple[Parts, Parts]:
+    """The rows of target and test set, as `split_rows` gives them where the target is not drawn from the pool.
+
+    Raises:
+        DataError: as `split_rows`.
+    """
+    _, targets, tests = _load([], target, test, seed)
+    given = labels_of(targets)
+    if not tests:
+        tests, targets = _drawn_test(targets, n_test, seed, "target")
+    elif n_test is not None:
+        tests = _reduce(tests, n_test, seed, "test set")
+    if n_target is not None:
+        targets = _reduce(targets, n_target, seed, "target")
+    say_lost(given, labels_of(targets), "target")
+    return targets, tests
 
 
 def encode_pools(
@@ -233,6 +245,23 @@ def _check_ids(parts: Parts, places: Sequence[str]) -> None:
             "give each file once; put the name of the file before its ids, or remove the columns of ids, so that rows "
             "are numbered"
         )
+
+
+def _drawn_test(parts: Parts, n_test: int | None, seed: int, name: str) -> tuple[Parts, Parts]:
+    """A test set drawn from the rows of the target or of the pool, and the rest of them.
+
+    Raises:
+        DataError: if no row is left.
+    """
+    available = _count(parts)
+    count = n_test if n_test is not None else max(1, available // (2 if name == "target" else 5))
+    tests, rest = _draw_out(parts, count, seed, "test set")
+    if not rest:
+        raise DataError(
+            f"the test set takes all {available} rows of the {name}: give more rows, ask for a smaller n_test, or give "
+            "a test set"
+        )
+    return tests, rest
 
 
 def _draw_out(parts: Parts, count: int, seed: int, name: str) -> tuple[Parts, Parts]:

@@ -75,7 +75,8 @@ def read_saved(path: Path) -> pa.Table:
         loaded = load_from_disk(str(path))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path} is no folder of `datasets` ({error}): name a file in it, one source for each file"
+            f"{path} is no folder of `datasets` ({error}): name a file in it, one source for each file, or select from "
+            "all its files in shards (cads select --launcher local)"
         ) from error
     if not isinstance(loaded, Dataset):
         raise DataError(f"{path} holds several splits {sorted(loaded)}: give the folder of one")

@@ -68,6 +68,7 @@ class LanguageTask(Task):
         self.counts = counts
         self.pool, self.target, self.test = pools
         self.models, self.tokenizer, self.settings, self.recipe = models, tokenizer, settings, recipe
+        self.base_model = models.name
         self.name = f"language/{Path(models.name).name}"
         self.mergeable = models.peft is not None
         if settings.trainer_compatible:

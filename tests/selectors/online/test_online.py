@@ -3,6 +3,7 @@
 import copy
 import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from cads.registry import build_selector
 from cads.selection import Selection
 from cads.selectors.online.history import PolicyHistory
 from cads.selectors.online.rider import OnlineRider
-from cads.selectors.online.schedule import FROM_SCRATCH
+from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED
 from cads.selectors.online.selector import Cads
 from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import Strata
@@ -113,6 +114,56 @@ class TestOneBudget:
         assert set(selection.shares) == {"clean", "noisy"}
         assert ledger.entries[SELECT, "probe"].flops > 0
         assert ledger.entries[SELECT, "probe of the initial model"].flops > 0
+
+    def test_sources_that_cannot_be_told_apart_share_alike(self, texts):
+        """A budget that buys too few probes: nothing is measured, and the target's lead is mixed in from the start."""
+        task = texts(batch_size=8, n=160)
+        task.pretrained = True
+        budget, epochs = Budget(2, "epochs"), 2
+        few = replace(PRETRAINED, most_probing=1e-4)
+        selector = Cads()
+        selector.constants = lambda task: few
+        ledger = Ledger()
+        selection = selector.select(task, budget, seed=0, ledger=ledger)
+        assert ledger.total(SELECT).flops == selector.plan(task, budget).total(SELECT).flops == 0
+        assert set(selection.source_probability.values()) == {1.0}
+        assert len(np.unique(selection.probability)) == 1
+        n_target, n_pool = len(task.target), len(task.pool)
+        usages = ledger.total(TRAIN).usages
+        of_target = selection.target_fraction * usages
+        lead = of_target / n_target - (usages - of_target) / n_pool
+        assert lead == pytest.approx(few.mixed_lead, rel=0.1) or selection.target_fraction == few.most_target
+        assert ledger.total().flops <= budget.flops(task), epochs
+
+
+class TestBatchesOfTexts:
+    @pytest.mark.parametrize("share", [0.3, 0.8])
+    def test_no_batch_holds_an_example_twice(self, texts, share):
+        """Rows of like length share a batch, and copies are of equal length: they are kept apart."""
+        task = texts(batch_size=8, n=160)
+        strata = Strata.of(task)
+        rider = OnlineRider(
+            task.pool,
+            task.target,
+            strata,
+            target_stream=ShuffledStream(np.arange(len(task.target)), 1),
+            target_start=0,
+            excess=SourceExcess(strata.n_sources, strata.n_groups, 100),
+            odds=None,
+            by_source=False,
+            on_target=True,
+            batch_size=8,
+            workers=None,
+            constants=PRETRAINED,
+            history=PolicyHistory(
+                Monitor(), task.pool.source_names, np.ones(strata.n_sources), strata.group_shares, 100, 0
+            ),
+            seed=0,
+            fixed_share=share,
+        )
+        repeated = [sum(len(x) - len(np.unique(x)) for x in rider.draw()) for _ in range(3 * len(rider.upcoming))]
+        assert np.mean(np.array(repeated) > 0) < 0.1
+        assert all(sum(map(len, pair)) == 8 for pair in rider.upcoming)
 
 
 class TestTheRun:

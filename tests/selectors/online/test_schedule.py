@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cads.data.target_share import share_by_size
 from cads.recipe import TrainConfig
-from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, first_phase
+from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, first_phase, mixed_lead
 
 RECIPE = TrainConfig(batch_size=10, learning_rate=0.5)
 
@@ -43,6 +43,22 @@ def test_without_a_first_phase():
 def test_a_target_that_the_budget_hardly_covers_is_all_there_is():
     assert first_phase(PRETRAINED, RECIPE, n_target=100, usage_flops=1.0, total=350.0) == 350
     assert first_phase(PRETRAINED, RECIPE, n_target=100, usage_flops=1.0, total=900.0) < 500
+
+
+@given(n_target=st.integers(20, 500), n_pool=st.integers(200, 5000), flops=st.floats(1e4, 1e6))
+def test_the_lead_of_the_target_is_mixed_in(n_target, n_pool, flops):
+    """The target comes `mixed_lead` times more often than the pool, until both have come as often as they may."""
+    share, spent = mixed_lead(
+        PRETRAINED, n_target=n_target, n_pool=n_pool, target_usage=2.0, pool_usage=5.0, flops=flops
+    )
+    assert 0 < share <= PRETRAINED.most_target
+    assert spent <= flops
+    if share < PRETRAINED.most_target:
+        usages = spent / (2 * share + 5 * (1 - share))
+        visits = np.array([share * usages / n_target, (1 - share) * usages / n_pool])
+        assert visits[0] - visits[1] == pytest.approx(PRETRAINED.mixed_lead)
+        assert visits[0] == pytest.approx(PRETRAINED.stop_passes) or spent == pytest.approx(flops)
+        assert visits[0] <= PRETRAINED.stop_passes * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(("n_target", "n_pool", "share"), [(50, 950, 0.05), (500, 500, 0.5), (900, 100, 0.6)])

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cads.accounting.units import size
 from cads.cli.main import main
 from cads.study.analysis.fits import analyse
 from cads.study.analysis.frontier import jaccard
 from cads.study.analysis.points import points_of, regrets
 from cads.study.grid import read_grid
 from cads.study.published_points import import_points
-from cads.study.report import figures
+from cads.study.report import figures, interactive
 from cads.study.report.page import spent_flops, write_report
 from cads.study.report.style import PALETTE, colour_of, method_styles
 from cads.study.tables import DONE, FAILED, IMPORTED, NOT_APPLICABLE, read_runs, write_rows
@@ -111,6 +112,16 @@ def made(tmp_path_factory):
         return write_report(folder)
 
 
+@pytest.fixture(scope="module")
+def static_page(made, tmp_path_factory):
+    """The report as it is where plotly is not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cads.study.report.interactive.is_installed", lambda: False)
+        patch.setattr("cads.study.report.evidence.MAX_BUDGETS", 1)
+        patch.setattr("cads.study.analysis.fits.N_RESAMPLES", 20)
+        return write_report(made.page.parent, tmp_path_factory.mktemp("static") / "page.html").page
+
+
 def test_many_methods_are_divided_among_panels(made, monkeypatch):
     """The best first, what all are compared with in each, and no method twice or lost."""
     runs = read_runs(made.page.parent)
@@ -121,13 +132,13 @@ def test_many_methods_are_divided_among_panels(made, monkeypatch):
     for drawing in (
         figures.scores(group, look, "scores"),
         figures.regret(group, regrets(group.points), look, "regret"),
-        figures.frontier(group, look, "fits", fitted=True),
+        figures.frontier(group, look, "frontier"),
     ):
         legends = [part.legends[0].get_texts() for part in drawing.figure.subfigs]
         shown = [{text.get_text() for text in texts} - {"frontier line"} for texts in legends]
         assert len(shown) == 2
         assert set.intersection(*shown) == {"full", "search"}
-        assert set.union(*shown) >= {"random", "search, all in"}
+        assert set.union(*shown) >= {"random", "search (all in)"}
         assert sum(map(len, shown)) == len(METHODS) + 2
         assert any("script" in label for label in shown[-1])
         assert "each on its own scale" in drawing.caption
@@ -160,17 +171,44 @@ class Tags(HTMLParser):
 
 
 class TestFiles:
-    def test_the_page_needs_nothing_else_and_runs_nothing(self, made):
+    def test_the_page_needs_nothing_else(self, made):
         tags = Tags()
         tags.feed(made.page.read_text())
-        assert "script" not in tags.tags
+        assert tags.tags.get("script", 0) == (3 if interactive.is_installed() else 0), "charts, library, and our code"
         assert all(link.startswith(("#", "data:")) for link in tags.links)
         assert tags.tags["svg"] == tags.tags["figure"] == len(list(made.figures.glob("*.svg")))
 
+    def test_without_plotly_the_page_runs_nothing_and_says_so(self, static_page):
+        tags = Tags()
+        tags.feed(static_page.read_text())
+        assert "script" not in tags.tags
+        assert tags.tags["svg"] == tags.tags["figure"]
+        assert "with plotly installed" in static_page.read_text()
+
+    def test_the_page_says_its_size(self, made):
+        assert made.n_bytes == pytest.approx(made.page.stat().st_size, abs=20)
+        assert f"This page is {size(made.n_bytes)} and needs no network" in made.page.read_text()
+
     def test_names_are_escaped(self, made):
         text = made.page.read_text()
-        assert "<script" not in text
+        assert text.count("<script") == (3 if interactive.is_installed() else 0)
+        assert "<script>alert" not in text
         assert text.count("&lt;script&gt;") > 20
+
+    def test_the_charts_are_those_of_the_figures_and_plotly_knows_every_property(self, made):
+        objects = pytest.importorskip("plotly.graph_objects", reason="needs the extra `report`")
+        text = made.page.read_text()
+        start = text.index(">", text.index('id="charts"')) + 1
+        charts = json.loads(text[start : text.index("</script>", start)])
+        assert set(charts) == {file.stem for file in made.figures.glob("*.svg")}
+        for name, chart in charts.items():
+            figure = objects.Figure(data=chart["data"], layout=chart["layout"])
+            assert figure.data, name
+            assert not any("<" in trace.name for trace in figure.data if trace.name), "a name is no markup"
+        verdict = charts["01-verdict"]["data"]
+        shown = {trace["name"] for trace in verdict if trace.get("showlegend", True)}
+        assert {"search", "search (all in)", figures.FREE_BAND} <= shown
+        assert "full" not in shown, "what is free is a band"
 
     def test_svg_ids_are_unlike_each_other(self, made):
         ids = re.findall(r'<(?:path|clipPath)[^>]* id="([^"]+)"', made.page.read_text())
@@ -185,8 +223,8 @@ class TestFiles:
         assert published["fits"]["random"]["shifted"]["lambda"] == pytest.approx(2.54, rel=0.02)
 
     def test_every_figure_is_there_as_svg_and_png(self, made):
-        kinds = {"scores", "regret", "frontier", "fits", "break-even", "training-only", "ledger", "sources"}
-        kinds |= {"probabilities", "overlap", "simulation"}
+        kinds = {"verdict", "scores", "regret", "frontier", "fits", "break-even", "training-only", "ledger", "sources"}
+        kinds |= {"probabilities", "overlap"}
         for suffix in ("svg", "png"):
             found = {re.sub(r"^\d+-|-\d+$", "", f.stem) for f in made.figures.glob(f"*.{suffix}")}
             assert found == kinds
@@ -197,10 +235,19 @@ class TestFiles:
                 assert len(colours) > 20
 
     def test_answers_come_first(self, made):
-        assert len(made.answers) == len(BUDGETS) + 6
-        assert made.answers[0].startswith("vision/digits: At 1e+06 FLOPs in all (1 epochs): ")
+        assert len(made.answers) == 1 + len(BUDGETS) + 1 + 6, "a headline for each group, and a sentence a budget"
+        assert made.answers[1].startswith("vision/digits: At 1 epoch (1e+06 FLOPs in all) ")
         text = made.page.read_text()
-        assert text.index("FLOPs in all (1 epochs)") < text.index("<svg")
+        assert text.index('class="headline"') < text.index("<svg") < text.index('class="verdicts"')
+        assert text.index('class="verdicts"') < text.index("What was selected</h2>")
+        assert text.index("What was selected</h2>") < text.index("Where the compute went</h2>")
+        assert text.index("Where the compute went</h2>") < text.index("Details</h2>")
+
+    def test_a_name_with_a_comma_is_not_read_as_two(self, made):
+        """In sentences and figures: "search, all in" is one method."""
+        sentences = " ".join(made.answers)
+        assert "search (all in)" in sentences
+        assert "search, all in" not in sentences
 
     def test_cells_without_a_score_are_said(self, made):
         text = made.page.read_text()
@@ -209,12 +256,11 @@ class TestFiles:
 
     def test_another_metric_and_the_same_page_from_the_same_tables(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("cads.study.report.evidence.MAX_BUDGETS", 1)
-        monkeypatch.setattr("cads.study.report.page.SIMULATED_SIZES", (7.5e9,))
         monkeypatch.setattr("cads.study.analysis.fits.N_RESAMPLES", 20)
         for budget in BUDGETS:
             add_cell(tmp_path, "full", budget, 0)
         assert main(["report", str(tmp_path), "--metric", "loss"]) == 0
-        assert "full, loss 0." in capsys.readouterr().out
+        assert "full has the best mean: loss 0." in " ".join(capsys.readouterr().out.split())
         again = write_report(tmp_path, tmp_path / "there" / "page.html", "loss")
         assert again.page.read_bytes() == (tmp_path / "report.html").read_bytes()
         assert again.fits.read_bytes() == (tmp_path / "fits.json").read_bytes()
@@ -256,9 +302,28 @@ class TestStyle:
         assert colour_of("unheard of") in PALETTE.values()
 
 
+def test_one_budget_has_no_curves(tmp_path):
+    """Curves of one point say nothing: a row for each method does, beside the shading of what is free."""
+    for method in ("random", "full", "search"):
+        for seed in (0, 1):
+            add_cell(tmp_path, method, 8, seed)
+    report = write_report(tmp_path)
+    kinds = {re.sub(r"^\d+-|-\d+$", "", f.stem) for f in report.figures.glob("*.svg")}
+    assert kinds <= {"verdict", "sources", "ledger", "probabilities", "overlap"}
+    (group,) = analyse(points_of(read_runs(tmp_path)))
+    chart = figures.verdict(group, method_styles((m, m) for m in METHODS), "verdict").chart
+    assert [dot.label for dot in chart.dots] == [
+        p.method for p in sorted(group.points, key=lambda p: p.mean, reverse=True)
+    ]
+    free = [100 * p.mean for p in group.points if p.method != "search"]
+    assert chart.band == (figures.FREE_BAND, min(free), max(free))
+    drawn = interactive.specification(chart)
+    assert [trace["y"] for trace in drawn["data"]] == [[dot.label] for dot in chart.dots]
+    assert (drawn["layout"]["shapes"][0]["x0"], drawn["layout"]["shapes"][0]["x1"]) == (min(free), max(free))
+
+
 def test_figures_of_an_earlier_report_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr("cads.study.report.evidence.MAX_BUDGETS", 1)
-    monkeypatch.setattr("cads.study.report.page.SIMULATED_SIZES", (7.5e9,))
     monkeypatch.setattr("cads.study.analysis.fits.N_RESAMPLES", 20)
     folder = tmp_path / "study"
     for budget in BUDGETS:
@@ -288,8 +353,9 @@ def test_overlaps_are_those_of_the_ids(made):
     i, j = found.methods.index("random"), found.methods.index("search")
     assert found.matrix[i, j] == found.matrix[j, i] == jaccard(ids["random"], ids["search"])
     assert found.expected[i, j] == pytest.approx(1 / 3), "of halves of the pool"
-    assert found.expected[i, found.methods.index("full")] == pytest.approx(1 / 2)
+    assert not {"full", NASTY} & set(found.methods), "what keeps everything overlaps with everything"
     drawing = figures.overlap_figure(found.methods, found.matrix, found.expected, "title", "name")
+    assert drawing is not None
     drawn = drawing.figure.axes[0].images[0]
     assert drawn.get_array()[max(i, j), min(i, j)] == found.matrix[i, j]
     assert drawn.get_array()[min(i, j), max(i, j)] == found.expected[i, j]
@@ -311,19 +377,40 @@ def browser():
         opened.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_every_figure_is_visible_and_nothing_complains(made, browser, width, scheme):
+SCHEMES = pytest.mark.parametrize("scheme", ["light", "dark"])
+WIDTHS = pytest.mark.parametrize("width", [390, 1280])
+OPEN_ALL = "document.querySelectorAll('details').forEach(d => { d.open = true; })"
+
+
+def opened(browser, path, width, scheme):
+    """The page, with everything folded out, and what the browser says about it."""
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page = context.new_page()
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("requestfailed", lambda request: said.append(request.url))
-    page.goto(made.page.as_uri())
+    page.goto(path.as_uri())
+    page.evaluate(OPEN_ALL)
+    return page, said
+
+
+def stands_out(page, element):
+    """Whether text stands out from the page."""
+    ink, paper = page.evaluate(
+        f"[getComputedStyle(document.querySelector('{element}')).fill, getComputedStyle(document.body).backgroundColor]"
+    )
+    light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
+    return abs(light[0] - light[1]) > 400
+
+
+@SCHEMES
+@WIDTHS
+def test_every_static_figure_is_visible_and_nothing_complains(static_page, browser, width, scheme):
+    page, said = opened(browser, static_page, width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
     drawings = page.locator("figure svg").all()
-    assert len(drawings) == len(list(made.figures.glob("*.svg")))
+    assert len(drawings) == len(list((static_page.parent / "figures").glob("*.svg")))
     for drawing in drawings:
         drawing.scroll_into_view_if_needed()
         box = drawing.bounding_box()
@@ -336,11 +423,39 @@ def test_every_figure_is_visible_and_nothing_complains(made, browser, width, sch
         "Math.min(...[...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height))"
     )
     assert smallest >= 7, "no text is too small to read"
-    ink, paper = page.evaluate(
-        "[getComputedStyle(document.querySelector('figure svg text')).fill, "
-        "getComputedStyle(document.body).backgroundColor]"
-    )
-    light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
-    assert abs(light[0] - light[1]) > 400, "text stands out from the page"
+    assert stands_out(page, "figure svg text")
     assert said == []
-    context.close()
+    page.context.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_interactive_figures_answer_to_the_pointer(made, browser, width, scheme):
+    """Offline: each is drawn when it comes into view; hovering says values, a click on a name hides its curve."""
+    if not interactive.is_installed():
+        pytest.skip("needs the extra `report`")
+    page, said = opened(browser, made.page, width, scheme)
+    page.wait_for_selector("html[data-interactive=ready]")
+    for figure in page.locator("figure").all():
+        figure.scroll_into_view_if_needed()
+        figure.locator(".main-svg").first.wait_for()
+        assert not figure.locator(".drawing > svg").is_visible(), "the static figure gives way"
+        box = figure.locator(".main-svg").first.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+    assert stands_out(page, "figure .xtitle")
+    first = page.locator("figure").first
+    first.scroll_into_view_if_needed()
+    points = first.locator(".scatterlayer .point")
+    before = points.count()
+    point = points.last.bounding_box()
+    page.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
+    hover = first.locator(".hoverlayer text").first
+    hover.wait_for()
+    assert any(word in str(first.locator(".hoverlayer").text_content()) for word in ("FLOPs", "free"))
+    first.locator(".legendtoggle").last.click()
+    page.wait_for_function(
+        "n => document.querySelector('figure').querySelectorAll('.scatterlayer .point').length < n", arg=before
+    )
+    assert said == []
+    page.context.close()

@@ -1,0 +1,1 @@
+"""Rankings file by file: what is done once, what for each file."""
