@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test lint format docs dist clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -25,6 +25,10 @@ $(VENV)/.dev: $(VENV)/.made setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: $(VENV)/.made setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	@touch $@
+
 demo: $(VENV)/.demo  ## choose what to train on, on embedded data, at three budgets (a few minutes)
 	$(BIN)/python -m experiments.vision experiments/configs/demo.yaml --out runs/demo
 
@@ -41,5 +45,13 @@ format: $(VENV)/.dev  ## rewrite the sources as ruff would have them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:  ## remove the environment and all runs
-	rm -rf $(VENV) runs
+docs: $(VENV)/.docs  ## the pages of docs/ and the reference, in site/; a dead link or an undocumented name fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: $(VENV)/.dev  ## wheel and sdist in dist/, installed into a clean environment and tried
+	rm -rf dist
+	$(BIN)/python -m build --quiet --outdir dist
+	$(BIN)/python tests/support/clean_install.py dist
+
+clean:  ## remove the environment, all runs, and what was built
+	rm -rf $(VENV) runs site dist build

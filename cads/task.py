@@ -77,6 +77,7 @@ class Task(ABC):
     """Data, a model and a recipe: what is learned, from which examples, and how the final model is trained.
 
     Attributes:
+        name: what results and messages call it.
         pool: the candidate examples.
         target: the examples that selection optimises for.
         test: held-out examples that no selector sees.

@@ -64,6 +64,9 @@ class Ledger:
     Args:
         limit: maximum FLOPs of all phases other than "evaluate" together, or None. A charge that would exceed the limit
             is refused, so check `left` before spending.
+
+    Attributes:
+        entries: what each (phase, stage) has been charged, in the order of their first charges.
     """
 
     def __init__(self, limit: float | None = None) -> None:

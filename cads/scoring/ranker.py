@@ -46,6 +46,7 @@ class Ranker(ABC):
     "by size", as in `cads`: the target's share of itself and the examples kept, at most 0.6."""
 
     method: ClassVar[str]
+    """Name of the method."""
     reads_model: ClassVar[bool] = True
     """Whether the scores depend on the weights of the task's model."""
 

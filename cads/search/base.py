@@ -60,7 +60,9 @@ class Search(ABC):
     Trials see none of it."""
 
     method: ClassVar[str]
+    """Name of the method."""
     default_allowance: ClassVar[float] = ALLOWANCE
+    """Selection FLOPs at most, in units of the training FLOPs, unless the options or the budget say otherwise."""
 
     def __post_init__(self) -> None:
         if self.target_fraction is not None and not 0 <= self.target_fraction < 1:

@@ -36,7 +36,7 @@ from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "processes.md"
 CONFIG = """
 task:
   {hidden: 8, n_pool: 120, n_target: 40, n_test: 40, sources: [{name: clean}, {name: noisy, label_noise: 0.9}]}
@@ -175,9 +175,9 @@ class TestCommands:
         assert _scores(out) == _scores(tmp_path / "whole")
         assert not (out / "checkpoints").exists()
 
-    def test_the_launcher_of_the_readme_starts_several_on_cpus(self, tmp_path):
+    def test_the_launcher_of_the_page_starts_several_on_cpus(self, tmp_path):
         """Each divides the scores; were they alone, one would find the folder in use, or the work done."""
-        (command,) = re.findall(r"^    accelerate launch (.*--out) \S+$", README.read_text(), re.MULTILINE)
+        (command,) = re.findall(r"^accelerate launch (.*--out) \S+$", PAGE.read_text(), re.MULTILINE)
         words = [str(tmp_path / "config.yaml") if w == "CONFIG" else w for w in command.split()]
         words[words.index("--num_processes") + 1] = "2"
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", _free_port()]

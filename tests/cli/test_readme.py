@@ -1,54 +1,44 @@
-"""README's commands and its example are true: they are run here."""
+"""README.md is one screen, and its commands and its example are true: they are run here."""
+
+from __future__ import annotations
 
 import re
-from itertools import islice
-from pathlib import Path
 
-import pytest
-
-from cads.cli.main import main
 from cads.selection import Selection
+from tests.support.pages import MODEL, blocks, fill_folder, run_block
 from tests.support.paths import ROOT
-from tests.support.tiny_llama import model_folder, sums, write_lines
 
 README = (ROOT / "README.md").read_text()
+BLOCKS = [block for block in blocks("README.md") if block.code.split()[0] not in ("pip", "make")]
 
 
 def test_example_runs_as_printed(capsys):
-    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    assert example is not None
-    exec(compile(example[1], "README.md", "exec"), {})
+    (example,) = [block for block in BLOCKS if block.kind == "python"]
+    assert len([line for line in example.code.splitlines() if line.strip()]) <= 11
+    run_block(example, {}, "README.md")
     printed = capsys.readouterr().out
     assert "'clean'" in printed
-    assert "accuracy" in printed
+    chosen, everything = map(float, printed.split("\n")[1].split())
+    assert chosen > everything
 
 
 def test_commands_run_as_printed(tmp_path, monkeypatch):
-    if not Path("/usr/share/datasets/fashion-mnist").exists():
-        pytest.skip("needs the Debian package dataset-fashion-mnist")
-    commands = re.findall(r"^    (cads (?:plan|select|train) .*)$", README, re.MULTILINE)
-    with_files, *commands = commands
-    assert "--pool" in with_files
-    assert [c.split()[1] for c in commands] == ["plan", "select", "train"]
-    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
-    for command in commands:
-        words = [w.strip('"') for w in re.findall(r'"[^"]*"|\S+', command)][1:]
-        quiet = [] if words[0] == "plan" else ["--progress", "false"]
-        assert main([*words, "--task.n_pool", "2000", *quiet]) == 0
-    assert (tmp_path / "runs/fm-train/model.safetensors").exists()
+    fill_folder(tmp_path)
+    commands = [block for block in BLOCKS if block.kind == "sh"]
+    lines = "\n".join(block.code for block in commands).replace("NAME", MODEL)
+    assert len(lines.splitlines()) <= 10
+    for block in commands:
+        block.code = block.code.replace("NAME", MODEL)
+        run_block(block, {}, "README.md")
+    for run in ("mine", "cads"):
+        assert set(Selection.load(tmp_path / "runs" / run).shares) == {"chats", "papers"}
+    assert len((tmp_path / "chosen.jsonl").read_text().splitlines()) == 120
 
 
-def test_the_command_with_files_runs_as_printed(tmp_path, monkeypatch):
-    (command,) = re.findall(r"^    (cads train --pool .*)$", README, re.MULTILINE)
-    monkeypatch.chdir(tmp_path)
-    model_folder(tmp_path / "llama")
-    rows = iter(sums(90))
-    for name in ("chats.jsonl", "papers.jsonl", "val.jsonl"):
-        write_lines(tmp_path / name, list(islice(rows, 30)))
-    words = [w.strip('"') for w in re.findall(r'"[^"]*"|\S+', command.replace("NAME", "llama"))][1:]
-    assert main([*words, "--train.batch_size", "8", "--progress", "false"]) == 0
-    assert set(Selection.load(tmp_path / "runs" / "cads").shares) == {"chats", "papers"}
+def test_it_is_one_screen():
+    assert len(README.splitlines()) <= 75
+    assert README.count("![") == 1
 
 
 def test_every_file_and_make_target_named_exists():

@@ -393,8 +393,8 @@ class TestCommand:
         assert main(["export", str(run), *flags, "--weight_column", "null", "--source_column", "null"]) == 0
         assert not {"weight", "source"} & set(json.loads(lines(tmp_path / "command.jsonl")[0]))
 
-    def test_the_commands_of_the_readme_run(self, run, monkeypatch):
-        commands = re.findall(r"`(cads export [^`]*)`", (ROOT / "README.md").read_text())
+    def test_the_command_of_the_page_runs(self, run, monkeypatch):
+        commands = re.findall(r"`(cads export RUN [^`]*)`", (ROOT / "docs" / "export.md").read_text())
         assert commands
         monkeypatch.chdir(run.parent)
         for command in commands:

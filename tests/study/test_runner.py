@@ -439,9 +439,9 @@ class TestCommand:
         assert "only clean" in said
         assert not (tmp_path / "o").exists()
 
-    def test_the_command_in_the_readme_is_planned(self, monkeypatch, capsys):
+    def test_the_command_of_the_page_is_planned(self, monkeypatch, capsys):
         root = ROOT
-        (line,) = re.findall(r"^    (cads compare .*)$", (root / "README.md").read_text(), re.MULTILINE)
+        (line,) = re.findall(r"^(cads compare .*)$", (root / "docs/comparing.md").read_text(), re.MULTILINE)
         monkeypatch.chdir(root)
         assert main([*line.split()[1:], "--dry-run"]) == 0
         assert "63 of 63 cells to run" in " ".join(capsys.readouterr().out.split())

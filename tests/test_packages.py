@@ -1,0 +1,88 @@
+"""The wheel and the sdist hold the package, and work where they are installed."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+
+import pytest
+
+import cads
+from tests.support.paths import ROOT
+
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+    """Both packages, built from a copy of the tree; the wheel is built from the sdist."""
+    pytest.importorskip("build")
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.cfg"):
+        shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "tests" / "docs", tree / "tests")
+    for name in ("baselines", "cads", "experiments/examples"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    out = tree / "dist"
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.slow
+class TestPackages:
+    def test_the_wheel_holds_the_packages_and_nothing_else(self, dist):
+        (wheel,) = dist.glob("*.whl")
+        assert wheel.name == f"cads_select-{cads.__version__}-py3-none-any.whl"
+        with zipfile.ZipFile(wheel) as archive:
+            names = archive.namelist()
+        assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"cads", "baselines"}
+        for folder, pattern in (("cads", "*.py"), ("baselines", "*.py"), ("cads", "*.j2"), ("cads", "py.typed")):
+            files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern)}
+            assert files
+            assert files <= set(names)
+
+    def test_the_sdist_holds_licence_and_readme(self, dist):
+        (sdist,) = dist.glob("*.tar.gz")
+        with tarfile.open(sdist) as archive:
+            names = {name.split("/", 1)[-1] for name in archive.getnames()}
+        assert {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "setup.cfg", "cads/__init__.py"} <= names
+        assert not {name.split("/")[0] for name in names} & {"tests", "experiments", "docs"}
+
+    def test_both_work_in_clean_environments(self, dist):
+        """Dependencies are those of this environment, so that no network is needed; `make dist` fetches them."""
+        script = ROOT / "tests" / "support" / "clean_install.py"
+        command = [sys.executable, str(script), str(dist), "--borrow", sysconfig.get_path("purelib")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("installed and tried") == 2
+        assert done.stdout.count(f"cads {cads.__version__}\n") == 2
+        assert "Model, Selection and results: run" in done.stdout
+
+
+def test_the_classifiers_name_each_python():
+    versions = re.findall(r"Python :: (3\.\d+)", SETUP["metadata"]["classifiers"])
+    assert versions == ["3.10", "3.11", "3.12", "3.13"]
+    assert SETUP["options"]["python_requires"] == f">={versions[0]}"
+
+
+def test_every_extra_is_explained():
+    page = (ROOT / "docs" / "install.md").read_text()
+    for extra in SETUP["options.extras_require"]:
+        assert f"`{extra}`" in page, extra
+
+
+def test_every_extra_that_a_message_names_exists():
+    files = [file for folder in ("cads", "baselines", "experiments", "docs") for file in (ROOT / folder).rglob("*.*")]
+    texts = [file.read_text() for file in files if file.suffix in (".py", ".md")]
+    named = {extra for text in texts for extra in re.findall(r"cads-select\[([\w,-]+)\]", text)}
+    assert named
+    assert {extra for names in named for extra in names.split(",")} <= set(SETUP["options.extras_require"])
