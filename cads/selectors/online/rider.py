@@ -289,11 +289,23 @@ class OnlineRider(Rider):
         else:
             pool_lengths, target_lengths = self._lengths
             generator = np.random.default_rng((self._seed, int(self._numbers["windows"])))
-            pools = _dealt(pool_rows, pool_lengths, n_pool, generator)
-            targets = _dealt(target_rows, target_lengths, self.batch_size - n_pool, generator)
+            pool_rows = self._in_turn(pool_rows)
+            visits = max(n_target / len(self._targets), len(pool_rows) / max(1.0, self.n_effective))
+            pools, targets = [], []
+            for batches in np.array_split(np.arange(count), min(count, max(1, round(visits)))):
+                pools += _dealt(pool_rows, pool_lengths, n_pool, batches, generator)
+                targets += _dealt(target_rows, target_lengths, self.batch_size - n_pool, batches, generator)
         self._pending = list(zip(pools, targets, strict=True))
         self._load()
         self._numbers["windows"] += 1
+
+    def _in_turn(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of the pool, which come cell by cell, so that every stretch of them holds its part of every cell."""
+        cells = self._strata.sources[rows].astype(np.int64) * self._strata.n_groups + self._strata.groups[rows]
+        _, first, numbers = np.unique(cells, return_index=True, return_counts=True)
+        sizes = numbers[np.argsort(first)]
+        ranks = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return rows[np.argsort((ranks + 0.5) / np.repeat(sizes, sizes), kind="stable")]
 
     def _load(self) -> None:
         if self._loader is not None:
@@ -328,8 +340,18 @@ def _lengths(pool: Pool, target: Pool) -> tuple[np.ndarray, np.ndarray] | None:
     return None if pool_lengths is None or target_lengths is None else (pool_lengths, target_lengths)
 
 
-def _dealt(rows: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, generator: Generator) -> list[np.ndarray]:
-    """Rows in batches of these sizes (shape (n,)), sorted `by_length`; which batches are long is drawn."""
-    order = generator.permutation(len(sizes))
-    pieces = np.split(by_length(rows, lengths), np.cumsum(sizes[order])[:-1])
+def _dealt(
+    rows: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, batches: np.ndarray, generator: Generator
+) -> list[np.ndarray]:
+    """The rows of some batches in a row, sorted `by_length`; which of these batches are long is drawn.
+
+    Such a stretch holds each example about once, so that its visits are spread over the run.
+
+    Args:
+        rows: of all batches. sizes: rows in each batch, shape (n,). batches: numbers of those that are wanted.
+    """
+    start, count = int(sizes[: batches[0]].sum()), int(sizes[batches].sum())
+    order = generator.permutation(len(batches))
+    ours = by_length(rows[start : start + count], lengths)
+    pieces = np.split(ours, np.cumsum(sizes[batches][order])[:-1])
     return [pieces[k] for k in np.argsort(order)]
