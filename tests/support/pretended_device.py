@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
@@ -45,11 +46,13 @@ class PretendedDevice:
         device: the pretended one. waits: number of times by cause. pinned: tensors that were page-locked.
     """
 
+    _storages: ClassVar[dict[int, StorageWeakRef]] = {}
+    """Of all such devices: a tensor that outlives one is still there in the next."""
+
     def __init__(self, kind: str) -> None:
         self.device = torch.device(kind)
         self.waits: Counter[str] = Counter()
         self.pinned = 0
-        self._storages: dict[int, StorageWeakRef] = {}
 
     def holds(self, x: Tensor) -> bool:
         """Whether `x` is on the pretended device."""
@@ -60,7 +63,8 @@ class PretendedDevice:
         """Put the storage of `x` on the pretended device."""
         storage = _storage(x)
         if len(self._storages) > 4096:
-            self._storages = {key: ref for key, ref in self._storages.items() if not ref.expired()}
+            for key in [key for key, ref in self._storages.items() if ref.expired()]:
+                del self._storages[key]
         self._storages[storage._cdata] = StorageWeakRef(storage)
         return x
 
@@ -154,7 +158,7 @@ class _Functions(TorchFunctionMode):
             result = result.clone()
         return result if torch.device(device).type == "meta" else self._pretended.tag(result, held)
 
-    def _to(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _to(self, x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
         p = self._pretended
         if args and isinstance(args[0], Tensor):
             args = (args[0].device if args[0].device.type == "meta" else p.device_of(args[0]), args[0].dtype, *args[1:])
@@ -164,7 +168,7 @@ class _Functions(TorchFunctionMode):
         held = p.holds(x)
         goes = held if device is None else device.type == p.device.type
         if held == goes:
-            return x if dtype is None else x.to(dtype)
+            return x.to(dtype or x.dtype, copy=copy)
         if held:
             p.waits["copy to the host"] += 1
         # Autograd follows the copy, as it does between devices.
@@ -208,11 +212,21 @@ def pretended_device(kind: str = "cuda") -> Iterator[PretendedDevice]:
         held = {key: pretended.holds(next(x for x in group[0][0] if x is not None)) for key, group in groups.items()}
         return {(pretended.device if held[key] else key[0], key[1]): group for key, group in groups.items()}
 
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        # PyTorch leaves the mode for a backward pass, and with it for the hooks in there.
+        with _Functions(pretended):
+            return _engine_run_backward(*args, **kwargs)
+
+    grouping = "_group_tensors_by_device_and_dtype"
     try:
-        name = "_group_tensors_by_device_and_dtype"
-        with patch.object(clip_grad, name, grouped), patch(f"torch.optim.optimizer.{name}", grouped):
-            with _Functions(pretended), _Kernels(pretended):
-                yield pretended
+        with (
+            patch.object(clip_grad, grouping, grouped),
+            patch(f"torch.optim.optimizer.{grouping}", grouped),
+            patch.object(torch.autograd, "_engine_run_backward", run_backward),
+            _Functions(pretended),
+            _Kernels(pretended),
+        ):
+            yield pretended
     finally:
         AcceleratorState._reset_state(True)
 
