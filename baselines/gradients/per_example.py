@@ -24,6 +24,7 @@ from baselines.kernels.layer_rules import Rule, rule_of
 from cads.data.batch import Batch
 from cads.errors import ConfigError
 from cads.task import Task
+from cads.training.device_settings import exact_products
 
 log = logging.getLogger(__name__)
 
@@ -116,13 +117,17 @@ class PerExample:
     def check(self, batch: Batch) -> int:
         """Compare the first example's gradients in a batch of two with autograd's, and fall back if they differ.
 
-        Autograd computes them in float32, for that example alone.
+        Autograd computes them in float32, for that example alone. Products are not rounded to TF32 meanwhile.
 
         Returns:
             the number of usages that the check took.
         """
         if not self.batched:
             return 0
+        with exact_products():
+            return self._compared(batch)
+
+    def _compared(self, batch: Batch) -> int:
         pair = rows_of(batch, 0, min(2, len(batch)))
         expected: dict[str, Tensor] = {}
         self._by_autograd(rows_of(batch, 0, 1), lambda name, _, g: expected.__setitem__(name, g[0]))
