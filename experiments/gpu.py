@@ -290,8 +290,9 @@ def measure(folder: Path, device: torch.device, *, size: str, tiny: bool, minute
             if time.monotonic() - started > 60 * minutes:
                 findings.append(bench.finding(name, f"left out: {minutes:g} minutes are over"))
                 continue
-            findings += part()
-            print(*(finding.line() for finding in findings[-5:]), sep="\n", flush=True)
+            measured = part()
+            print(*(finding.line() for finding in measured), sep="\n", flush=True)
+            findings += measured
     return findings
 
 
@@ -319,14 +320,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             Path(folder), torch.device(kind), size=options.size, tiny=options.tiny, minutes=options.minutes
         )
     words = shlex.join(["python", "-m", "experiments.gpu", *(sys.argv[1:] if argv is None else argv)])
-    recipe = "tiny models: these numbers say nothing of a GPU" if options.tiny else "random weights and data"
+    recipe = "Tiny models: these numbers say nothing of a GPU" if options.tiny else "Random weights and data"
     settings = device_settings(TrainConfig(precision="bf16"))
     text = "\n\n".join(
         [
-            "# Training on a GPU",
+            "# Training on a GPU" if kind != "cpu" else "# Training on a CPU, with tiny models",
             f"    {words}",
             f"{settings}. PyTorch {torch.__version__}. {recipe}. It took {duration(time.monotonic() - started)}.",
-            "| task | what | value | bar | |\n| --- | --- | --- | --- | --- |\n" + "\n".join(f.line() for f in findings),
+            "| task | what | value | bar | |\n| --- | --- | --- | --- | --- |\n"
+            + "\n".join(f.line() for f in findings),
         ]
     )
     print(text)

@@ -71,7 +71,7 @@ class Case:
 
 
 def vision_case(folder: Path, *, tiny: bool) -> Case:
-    """ResNet-18 on random images of the shape of CIFAR-10, half of them with wrong labels."""
+    """ResNet-18 (tiny: a small CNN) on random images of the shape of CIFAR-10, from two sources of labels."""
     n_train, n_test, batch_size = (120, 20, 8) if tiny else (12288, 512, 512)
     rng = np.random.default_rng(0)
     for split, n in (("train", n_train), ("test", n_test)):
@@ -81,7 +81,11 @@ def vision_case(folder: Path, *, tiny: bool) -> Case:
         pixels = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
         np.save(folder / "images" / split / "images.npy", pixels)
         np.save(folder / "images" / split / "labels.npy", labels)
-    options: dict[str, Any] = {"dataset": "arrays", "path": str(folder / "images"), "model": "resnet18"}
+    options: dict[str, Any] = {
+        "dataset": "arrays",
+        "path": str(folder / "images"),
+        "model": "cnn" if tiny else "resnet18",
+    }
     options |= {"n_target": n_train // 6, "n_pool": n_train // 2}
     sources = [{"name": "clean"}, {"name": "noisy", "label_noise": 0.5}]
     recipe = {"batch_size": batch_size, "precision": "bf16"}
@@ -94,7 +98,7 @@ def vision_case(folder: Path, *, tiny: bool) -> Case:
         return functional.cross_entropy(model(images), batch.labels)
 
     config = _config(folder / "vision.yaml", "vision", {**options, "sources": sources}, recipe)
-    return Case("ResNet-18, 3x32x32, bf16", task, config, loss, 3 if tiny else 40)
+    return Case(f"{'CNN' if tiny else 'ResNet-18'}, 3x32x32, bf16", task, config, loss, 2 if tiny else 40)
 
 
 def language_case(folder: Path, *, size: str, tiny: bool) -> Case:
@@ -119,7 +123,7 @@ def language_case(folder: Path, *, size: str, tiny: bool) -> Case:
 
     config = _config(folder / "language.yaml", "language", {**options, **files}, recipe)
     name = f"Llama of {'a few thousand weights' if tiny else size.upper()} with LoRA, {length} tokens, bf16"
-    return Case(name, task, config, loss, 3 if tiny else 12)
+    return Case(name, task, config, loss, 2 if tiny else 12)
 
 
 def _model(folder: Path, size: str, length: int) -> Path:

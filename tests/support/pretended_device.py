@@ -72,6 +72,12 @@ class PretendedDevice:
         """Put the storage of `x` on the CPU."""
         self._storages.pop(_storage(x)._cdata, None)
 
+    @property
+    def allocated(self) -> int:
+        """Bytes of all tensors on it that are alive."""
+        alive = (ref for ref in self._storages.values() if not ref.expired())
+        return sum(torch.UntypedStorage._new_with_weak_ptr(ref.cdata).nbytes() for ref in alive)
+
     def device_of(self, x: Tensor) -> torch.device:
         """The device of `x`, as the user of a GPU would read it."""
         return self.device if self.holds(x) else CPU
