@@ -223,11 +223,18 @@ def pretended_device(kind: str = "cuda") -> Iterator[PretendedDevice]:
         with _Functions(pretended):
             return _engine_run_backward(*args, **kwargs)
 
+    def autocast(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+        # The kernels are those of the CPU, and so is what is cast for them.
+        autocast_init(self, "cpu" if device_type == kind else device_type, *args, **kwargs)
+
+    autocast_init = torch.autocast.__init__
     grouping = "_group_tensors_by_device_and_dtype"
     try:
         with (
             patch.object(clip_grad, grouping, grouped),
             patch(f"torch.optim.optimizer.{grouping}", grouped),
+            patch.object(torch.autocast, "__init__", autocast),
+            patch.object(torch.accelerator, "synchronize", lambda *_: None),
             patch.object(torch.autograd, "_engine_run_backward", run_backward),
             _Functions(pretended),
             _Kernels(pretended),
