@@ -163,7 +163,8 @@ class Bench:
                 loss.backward()
                 model.zero_grad(set_to_none=True)
 
-        features(), plain()
+        features()
+        plain()
         times = np.array([(self._timed(features), self._timed(plain)) for _ in range(ROUNDS)])
         rate = sum(len(batch) for batch in batches) / float(np.median(times[:, 0]))
         ratio = float(np.median(times[:, 1] / times[:, 0]))

@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from cads.data.batch import Batch
 from cads.recipe import TrainConfig
-from cads.registry import task_config_class
 from cads.task import Task
+from cads.tasks.language.config import LanguageConfig
 from cads.tasks.language.rows import TextSource
+from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.synthetic_sources import SyntheticSource
 
 VOCABULARY = 49152
@@ -87,11 +88,9 @@ def vision_case(folder: Path, *, tiny: bool) -> Case:
         "model": "cnn" if tiny else "resnet18",
     }
     options |= {"n_target": n_train // 6, "n_pool": n_train // 2}
-    sources = [{"name": "clean"}, {"name": "noisy", "label_noise": 0.5}]
-    recipe = {"batch_size": batch_size, "precision": "bf16"}
-    task = task_config_class("vision")(**options, sources=[SyntheticSource(**s) for s in sources]).build(
-        TrainConfig(**recipe)  # type: ignore[arg-type]
-    )
+    sources: list[dict[str, Any]] = [{"name": "clean"}, {"name": "noisy", "label_noise": 0.5}]
+    recipe: dict[str, Any] = {"batch_size": batch_size, "precision": "bf16"}
+    task = VisionConfig(**options, sources=[SyntheticSource(**s) for s in sources]).build(TrainConfig(**recipe))
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         images = batch.inputs["images"].float().div(255).sub(0.5).div(0.25)
@@ -109,11 +108,10 @@ def language_case(folder: Path, *, size: str, tiny: bool) -> Case:
     pool = [_texts(folder, f"{name}", n_pool // 2, length, rng) for name in ("first", "second")]
     target, test = (_texts(folder, name, n_pool // 6, length, rng) for name in ("target", "test"))
     options: dict[str, Any] = {"model": str(model), "peft": LORA, "max_tokens": length, "dtype": "bfloat16"}
-    files = {"pool": pool, "target": [target], "test": [test]}
-    recipe = {"batch_size": batch_size, "precision": "bf16"}
-    task = task_config_class("language")(
-        **options, **{part: [TextSource(**f) for f in parts] for part, parts in files.items()}
-    ).build(TrainConfig(**recipe))  # type: ignore[arg-type]
+    files: dict[str, list[dict[str, Any]]] = {"pool": pool, "target": [target], "test": [test]}
+    recipe: dict[str, Any] = {"batch_size": batch_size, "precision": "bf16"}
+    parts: dict[str, Any] = {part: [TextSource(**f) for f in given] for part, given in files.items()}
+    task = LanguageConfig(**options, **parts).build(TrainConfig(**recipe))
     # Closed forms: counting runs the model on the CPU.
     task.accounting = "analytic"
 
@@ -148,7 +146,7 @@ def _words() -> list[str]:
     return [f"w{i}" for i in range(WORDS)]
 
 
-def _texts(folder: Path, name: str, n: int, length: int, rng: np.random.Generator) -> dict[str, str]:
+def _texts(folder: Path, name: str, n: int, length: int, rng: np.random.Generator) -> dict[str, Any]:
     """A file of texts of `length` tokens, the end token included; random walks over words, so that there is a loss."""
     path, words = folder / f"{name}.jsonl", np.array(_words())
     starts, steps = rng.integers(0, WORDS, (n, 1)), rng.integers(0, 5, (n, length - 1))
