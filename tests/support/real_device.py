@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 
 
 class RealDevice:
@@ -31,6 +31,17 @@ class RealDevice:
     def allocated(self) -> int:
         """Bytes of all tensors on it that are alive."""
         return int(torch.cuda.memory_allocated())
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Train on the CPU while the block runs, also where there is a GPU."""
+    AcceleratorState._reset_state(True)
+    PartialState(cpu=True)
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(True)
 
 
 @contextmanager

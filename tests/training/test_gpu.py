@@ -36,7 +36,7 @@ from cads.training.trainer import Trainer
 from tests.support.fitted import fit, step_cost, streams_of, whole_pool
 from tests.support.language_tasks import LORA, sharpened
 from tests.support.pretended_device import pretended_device
-from tests.support.real_device import real_device
+from tests.support.real_device import on_cpu, real_device
 
 BOUND = 0.02
 """Relative difference of losses between a GPU and the CPU over a few steps."""
@@ -161,7 +161,8 @@ def test_a_killed_run_goes_on_there(gpu, features, tmp_path, monkeypatch):
 @pytest.mark.parametrize("network", ["cnn", "resnet18"])
 def test_images_and_running_means(gpu, same, images, network):
     task = images(model=network, batch_size=8)
-    expected = trained(task, 2)
+    with on_cpu():
+        expected = trained(task, 2)
     with gpu():
         result = trained(task, 2)
         assert devices(*result.models) == {"cuda"}
@@ -179,7 +180,8 @@ def test_replicas(gpu, same, features, mode):
         trainer = Trainer(task, Ledger())
         return trainer.fit_replicas(models, draws, 3.5 * step_cost(task), seed=0, phase=TRAIN, stage="model")
 
-    expected = run()
+    with on_cpu():
+        expected = run()
     with gpu():
         result = run()
         assert devices(*result.models) == {"cuda"}
@@ -266,7 +268,8 @@ def test_scores(gpu, tasks, kind):
         on = device_of(model)
         return score_pool(task.pool, score, task.costs.forward, ledger=Ledger(), stage="losses", device=on)
 
-    expected = losses()
+    with on_cpu():
+        expected = losses()
     with gpu():
         model.to("cuda")
         assert np.allclose(losses(), expected, atol=1e-5 if gpu is pretended_device else BOUND)
@@ -298,7 +301,8 @@ def test_selectors_choose_as_on_the_cpu(gpu, tasks, name, kind):
         ledger = Ledger()
         return cads.select(tasks[kind], Budget(6, "epochs"), method=name, ledger=ledger, **options), ledger
 
-    expected, ledger_there = choose()
+    with on_cpu():
+        expected, ledger_there = choose()
     with gpu():
         selection, ledger = choose()
     # Texts are scored in larger batches there, which are padded more and cost more.
