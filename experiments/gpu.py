@@ -47,7 +47,7 @@ from cads.training.device_settings import device_settings, prepare_device
 from cads.training.loop import build_optimizer
 from cads.training.precision import autocast
 from cads.training.trainer import Trainer
-from experiments.gpu_cases import Case, batches_on, language_case, vision_case
+from experiments.gpu_cases import GpuCase, batches_on, language_case, vision_case
 
 ROUNDS = 3
 """Measurements of what is compared, in turn; the median counts."""
@@ -68,7 +68,7 @@ class WholeOnline(Cads):
 
 
 @dataclass(frozen=True)
-class Finding:
+class GpuMeasurement:
     """One measured number.
 
     Attributes:
@@ -95,7 +95,7 @@ class Bench:
         case: what is trained. device: where. judged: whether bars are held against the numbers.
     """
 
-    def __init__(self, case: Case, device: torch.device, *, judged: bool) -> None:
+    def __init__(self, case: GpuCase, device: torch.device, *, judged: bool) -> None:
         self.case, self.device, self._judged = case, device, judged
         self.task, self.steps = case.task, case.steps
 
@@ -105,11 +105,11 @@ class Bench:
         size = self.task.recipe.batch_size
         return self.task.costs.per_usage(self.task.pool, size) * size + self.task.costs.optimizer_step
 
-    def finding(self, what: str, value: str, bar: str = "", met: bool | None = None) -> Finding:
+    def finding(self, what: str, value: str, bar: str = "", met: bool | None = None) -> GpuMeasurement:
         """A finding of this case."""
-        return Finding(self.case.name, what, value, bar, met if self._judged else None)
+        return GpuMeasurement(self.case.name, what, value, bar, met if self._judged else None)
 
-    def speed(self) -> list[Finding]:
+    def speed(self) -> list[GpuMeasurement]:
         """A step of `cads` beside one of the plain loop, and the utilisation of both."""
         times = np.array([(self.plain_seconds(), self.trainer_seconds()) for _ in range(ROUNDS)])
         plain, cads = np.median(times, axis=0)
@@ -123,7 +123,7 @@ class Bench:
             self.finding("speed over the plain loop", f"{ratio:.3f}", f">= {PLAIN_BAR}", ratio >= PLAIN_BAR),
         ]
 
-    def compiled(self) -> list[Finding]:
+    def compiled(self) -> list[GpuMeasurement]:
         """Whether `torch.compile` would pay: the steps after which the plain loop has won back the compilation."""
         plain = self.plain_seconds()
         started = time.perf_counter()
@@ -133,7 +133,7 @@ class Bench:
         after = f"pays after {spent / saved:,.0f} steps" if saved > 0 else "never pays"
         return [self.finding("compiled plain loop", f"{1000 * compiled:.2f} ms; compiling {spent:.0f} s, {after}")]
 
-    def online(self) -> list[Finding]:
+    def online(self) -> list[GpuMeasurement]:
         """A step of `cads` that selects, beside one that trains on target and pool."""
         joint = build_selector("joint", {"target_fraction": 0.3})
         times = np.array([(self.run_seconds(joint), self.run_seconds(WholeOnline())) for _ in range(ROUNDS)])
@@ -144,7 +144,7 @@ class Bench:
             self.finding("time of a step over joint", f"{ratio:.3f}", f"<= {ONLINE_BAR}", ratio <= ONLINE_BAR),
         ]
 
-    def features(self) -> list[Finding]:
+    def features(self) -> list[GpuMeasurement]:
         """Projected gradients of examples a second, beside plain forward and backward passes."""
         model = self.task.model(0).to(self.device)
         gradients = PerExample(self.task, model, precision=_passes(self.task))
@@ -174,7 +174,7 @@ class Bench:
             self.finding("rate over plain passes", f"{ratio:.3f}", f">= {FEATURES_BAR}", ratio >= FEATURES_BAR),
         ]
 
-    def memory(self) -> list[Finding]:
+    def memory(self) -> list[GpuMeasurement]:
         """Peak memory of training, beside that of the plan."""
         planned = training_memory(self.task).total
         if self.device.type != "cuda":
@@ -188,7 +188,7 @@ class Bench:
             self.finding("peak memory", f"{size(peak)}, planned {size(planned)}: {planned / peak:.2f} of what was used")
         ]
 
-    def whole_run(self, folder: Path) -> list[Finding]:
+    def whole_run(self, folder: Path) -> list[GpuMeasurement]:
         """`cads train` from start to end."""
         from cads.cli.main import main as cads
 
@@ -265,7 +265,7 @@ def _passes(task: Task) -> Any:
     return "bf16" if task.recipe.precision == "bf16" else "no"
 
 
-def measure(folder: Path, device: torch.device, *, size: str, tiny: bool, minutes: float) -> list[Finding]:
+def measure(folder: Path, device: torch.device, *, size: str, tiny: bool, minutes: float) -> list[GpuMeasurement]:
     """All parts of both cases, until the time is up."""
     started, findings = time.monotonic(), []
     judged = device.type != "cpu" and not tiny
@@ -277,7 +277,7 @@ def measure(folder: Path, device: torch.device, *, size: str, tiny: bool, minute
         bench = Bench(make(), device, judged=judged)
         is_language = bench.task.pretrained
         out = folder / bench.case.config.stem / "run"
-        parts: dict[str, Callable[[], list[Finding]]] = {
+        parts: dict[str, Callable[[], list[GpuMeasurement]]] = {
             "whole run": lambda out=out, bench=bench: bench.whole_run(out),  # type: ignore[misc]
             "speed": bench.speed,
             "online": bench.online,

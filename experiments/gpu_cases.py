@@ -55,7 +55,7 @@ LORA = {"type": "lora", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", 
 
 
 @dataclass(frozen=True)
-class Case:
+class GpuCase:
     """A task, and the loop that a user of PyTorch would write for it.
 
     Attributes:
@@ -71,7 +71,7 @@ class Case:
     steps: int
 
 
-def vision_case(folder: Path, *, tiny: bool) -> Case:
+def vision_case(folder: Path, *, tiny: bool) -> GpuCase:
     """ResNet-18 (tiny: a small CNN) on random images of the shape of CIFAR-10, from two sources of labels."""
     n_train, n_test, batch_size = (120, 20, 8) if tiny else (12288, 512, 512)
     rng = np.random.default_rng(0)
@@ -97,10 +97,10 @@ def vision_case(folder: Path, *, tiny: bool) -> Case:
         return functional.cross_entropy(model(images), batch.labels)
 
     config = _config(folder / "vision.yaml", "vision", {**options, "sources": sources}, recipe)
-    return Case(f"{'CNN' if tiny else 'ResNet-18'}, 3x32x32, bf16", task, config, loss, 2 if tiny else 40)
+    return GpuCase(f"{'CNN' if tiny else 'ResNet-18'}, 3x32x32, bf16", task, config, loss, 2 if tiny else 40)
 
 
-def language_case(folder: Path, *, size: str, tiny: bool) -> Case:
+def language_case(folder: Path, *, size: str, tiny: bool) -> GpuCase:
     """A Llama with LoRA on texts of random words, all of one length."""
     length, n_pool, batch_size = (32, 48, 4) if tiny else (1024, 384, 8)
     model = _model(folder / "model", "tiny" if tiny else size, length)
@@ -121,7 +121,7 @@ def language_case(folder: Path, *, size: str, tiny: bool) -> Case:
 
     config = _config(folder / "language.yaml", "language", {**options, **files}, recipe)
     name = f"Llama of {'a few thousand weights' if tiny else size.upper()} with LoRA, {length} tokens, bf16"
-    return Case(name, task, config, loss, 2 if tiny else 12)
+    return GpuCase(name, task, config, loss, 2 if tiny else 12)
 
 
 def _model(folder: Path, size: str, length: int) -> Path:
@@ -160,7 +160,7 @@ def _config(path: Path, kind: str, task: dict[str, Any], recipe: dict[str, Any])
     return path
 
 
-def batches_on(case: Case, device: torch.device, count: int) -> list[Batch]:
+def batches_on(case: GpuCase, device: torch.device, count: int) -> list[Batch]:
     """The first batches of the pool, on the device."""
     size = case.task.recipe.batch_size
     rows = np.arange(len(case.task.pool))

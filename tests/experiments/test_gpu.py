@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from experiments import gpu
-from experiments.gpu import Finding, main, measure
+from experiments.gpu import GpuMeasurement, main, measure
 from tests.support.pretended_device import pretended_device
 
 
@@ -27,15 +29,16 @@ def test_every_part_runs_where_devices_may_not_mix(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10**6)
     with pretended_device():
         findings = measure(tmp_path, torch.device("cuda"), size="135m", tiny=True, minutes=60)
-    by_case: dict[str, list[Finding]] = {}
+    by_case: dict[str, list[GpuMeasurement]] = {}
     for finding in findings:
         by_case.setdefault(finding.case.split()[0], []).append(finding)
     assert set(by_case) == {"Llama", "CNN,"}
     for name, rows in by_case.items():
         said = {row.what: row for row in rows}
         assert said["`cads train`"].met is True
-        assert float(said["speed over the plain loop"].value) > 0
-        assert float(said["time of a step over joint"].value) > 0
+        # Differences of times of a few steps may have any sign on a busy machine.
+        assert math.isfinite(float(said["speed over the plain loop"].value))
+        assert math.isfinite(float(said["time of a step over joint"].value))
         assert "planned" in said["peak memory"].value
         assert ("rate over plain passes" in said) == (name == "Llama")
         assert all(row.met is None for row in rows if row.bar), "tiny models are held to no bar"
@@ -48,5 +51,5 @@ def test_what_there_is_no_time_for_is_named(tmp_path, capsys):
 
 
 def test_bars_are_said_in_the_table():
-    assert Finding("a", "b", "1.0", ">= 0.9", True).line() == "| a | b | 1.0 | >= 0.9 | met |"
-    assert Finding("a", "b", "1.0", ">= 0.9", False).line() == "| a | b | 1.0 | >= 0.9 | missed |"
+    assert GpuMeasurement("a", "b", "1.0", ">= 0.9", True).line() == "| a | b | 1.0 | >= 0.9 | met |"
+    assert GpuMeasurement("a", "b", "1.0", ">= 0.9", False).line() == "| a | b | 1.0 | >= 0.9 | missed |"
