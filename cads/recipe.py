@@ -41,9 +41,10 @@ class TrainConfig:
     non_finite: Literal["stop", "skip"] = "stop"
     """What happens if a loss or gradient is NaN or infinite. "stop" ends the run before the update. "skip" leaves out
     the update, but charges and counts the batch; replicas then train one by one."""
-    workers: int = 0
+    workers: int | None = None
     """Worker processes that load data, or threads where the batches follow from the course of the training (`cads`);
-    0 loads in the training process."""
+    0 loads in the training process. Null: 0 on a CPU, and on other devices half of the cores, at most 4, for runs of
+    more than 200 steps. No result depends on it."""
     replicas: Literal["auto", "batched", "loop"] = "auto"
     """How the inner runs of a selector train: as one batched model, or one by one. "auto" batches dense models and
     trains others, and all models in fp16, one by one."""
@@ -60,9 +61,9 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} = {value}: it must be positive")
-        for name in ("weight_decay", "workers"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: it must be >= 0")
+        for name, value in (("weight_decay", self.weight_decay), ("workers", self.workers or 0)):
+            if not value >= 0:
+                raise ConfigError(f"{name} = {value}: it must be >= 0")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup = {self.warmup}: a share of the budget, at least 0 and below 1")
         if self.clip_norm is not None and not self.clip_norm > 0:
@@ -78,9 +79,9 @@ class TrainConfig:
     def result_fields(self) -> dict[str, Any]:
         """The fields on which a result depends by more than rounding, as JSON values.
 
-        Results are identified by a hash of these fields. No result depends on `workers`: it is included as its default.
+        Results are identified by a hash of these fields. No result depends on `workers`: it is included as 0.
         """
-        fields = {**asdict(self), "workers": TrainConfig.workers}
+        fields = {**asdict(self), "workers": 0}
         return {name: value for name, value in fields.items() if name != "sharding"}
 
     def rate(self, progress: float) -> float:

@@ -124,7 +124,8 @@ class TinyTask(Task):
     def metrics(self, model: nn.Module, pool: Pool) -> Metrics:
         model.eval()
         with torch.inference_mode():
-            losses = torch.cat([self.losses(model, batch) for batch in pool.batches(100)])
+            device = next(model.parameters()).device
+            losses = torch.cat([self.losses(model, batch.to(device)) for batch in pool.batches(100)])
         return {"loss": float(losses.mean())}
 
 
@@ -138,7 +139,7 @@ class NextToken(nn.Module):
         self.head = nn.Linear(6, N_TOKENS)
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        steps = torch.arange(1, tokens.shape[1] + 1)[:, None]
+        steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)[:, None]
         return torch.relu(self.inner(self.table(tokens).cumsum(dim=1) / steps))
 
 

@@ -24,12 +24,15 @@ from baselines.kernels.layer_rules import Rule, rule_of
 from cads.data.batch import Batch
 from cads.errors import ConfigError
 from cads.task import Task
+from cads.training.device_settings import exact_products
 
 log = logging.getLogger(__name__)
 
 CHUNK_VALUES = 2**20
 """Maximum entries of one layer's gradients that are held at once, but at least one example's. The 4 MB in float32 stay
 in a core's cache while they are preconditioned and projected: 7 ns per entry, and 12.5 with 64 MB."""
+ACCELERATOR_CHUNK_VALUES = 2**26
+"""The same on other devices, where a kernel for few entries takes as long to start as one for many. Not measured."""
 SHARED_VALUES = 2**27
 """Maximum entries of the gradients of shared parameters, which are held for all examples of a pass at once, but at
 least one example's: 512 MB in float32."""
@@ -116,13 +119,17 @@ class PerExample:
     def check(self, batch: Batch) -> int:
         """Compare the first example's gradients in a batch of two with autograd's, and fall back if they differ.
 
-        Autograd computes them in float32, for that example alone.
+        Autograd computes them in float32, for that example alone. Products are not rounded to TF32 meanwhile.
 
         Returns:
             the number of usages that the check took.
         """
         if not self.batched:
             return 0
+        with exact_products():
+            return self._compared(batch)
+
+    def _compared(self, batch: Batch) -> int:
         pair = rows_of(batch, 0, min(2, len(batch)))
         expected: dict[str, Tensor] = {}
         self._by_autograd(rows_of(batch, 0, 1), lambda name, _, g: expected.__setitem__(name, g[0]))
@@ -250,7 +257,7 @@ class _Backward:
     def _reduce(self, layer: _Layer, module: nn.Module, a: Tensor, g: Tensor) -> None:
         assert layer.rule is not None
         entries = sum(self._sizes[name] for name in layer.names.values())
-        size = max(1, CHUNK_VALUES // entries)
+        size = max(1, (CHUNK_VALUES if g.device.type == "cpu" else ACCELERATOR_CHUNK_VALUES) // entries)
         for start in range(0, self._n, size):
             chunk = slice(start, start + size)
             gradients = layer.rule(module, _widened(a[chunk]), _widened(g[chunk]))

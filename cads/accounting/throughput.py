@@ -25,7 +25,7 @@ def matmul_flops_per_second(device: str, precision: str = "no") -> float:
     while time.perf_counter() < started + SECONDS:
         product_started = time.perf_counter()
         torch.mm(a, a, out=out)
-        if out.is_cuda:
-            torch.cuda.synchronize(out.device)
+        if out.device.type != "cpu":
+            torch.accelerator.synchronize(out.device)
         fastest = min(fastest, time.perf_counter() - product_started)
     return 2 * n**3 / fastest

@@ -34,6 +34,7 @@ from cads.selection import Selection
 from cads.selectors.online.selector import Cads, Granularity
 from cads.task import Task
 from cads.tasks.language.task import LanguageTask
+from cads.training.device_settings import loading_workers
 from cads.training.loop import build_optimizer
 
 __all__ = ["OnlineSelection", "SelectionCallback", "example_losses", "tokenised_task"]
@@ -104,6 +105,7 @@ class OnlineSelection:
                 f"batch_size = {recipe.batch_size} cannot be divided into {recipe.accumulate} micro-batches in each of "
                 f"{size} processes: choose a multiple of {recipe.accumulate * size}"
             )
+        workers = loading_workers(recipe, device_type())
         checkpointing = isinstance(self.task, LanguageTask) and bool(self.task.settings.gradient_checkpointing)
         return {
             "per_device_train_batch_size": micro,
@@ -117,8 +119,8 @@ class OnlineSelection:
             "bf16": recipe.precision == "bf16",
             "fp16": recipe.precision == "fp16",
             CHECKPOINTING: checkpointing,
-            "dataloader_num_workers": recipe.workers,
-            "dataloader_persistent_workers": recipe.workers > 0,
+            "dataloader_num_workers": workers,
+            "dataloader_persistent_workers": workers > 0,
         }
 
     def parts(self, model: nn.Module | None = None) -> dict[str, Any]:

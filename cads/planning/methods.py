@@ -13,10 +13,12 @@ from cads.errors import BudgetError, CadsError, ConfigError
 from cads.planning.ccds import PUBLISHED, CcdsCost
 from cads.planning.memory import forward_memory, kept_memory, training_memory
 from cads.planning.plan import MethodPlan, Plan
-from cads.planning.timing import Timing, given_timing, time_training
+from cads.planning.timing import GIVEN, Timing, given_timing, time_training
 from cads.registry import SELECTORS, build_selector, names
 from cads.task import Task
 from cads.tasks.language.shapes import ShapeOnlyLanguageTask
+from cads.tasks.language.task import LanguageTask
+from cads.training.device_settings import device_settings
 from cads.training.speed import measuring_seconds
 
 RIDER_TIME = 1.15
@@ -82,7 +84,7 @@ def _in_flops(budget: Budget, timing: Timing) -> Budget:
     Raises:
         BudgetError: if no training was timed.
     """
-    if not timing.is_timed and timing.rate_from != "given":
+    if not timing.is_timed and timing.rate_from != GIVEN:
         raise BudgetError(
             f"what {budget} buy cannot be told, as no training was timed ({timing.rate_from}): give the speed that "
             "`cads train` measures and says, such as --flops_per_second 1e12; or a budget in FLOPs, usages, epochs or "
@@ -145,7 +147,16 @@ def make_plan(
         start_up=timing.start_up,
         sources=0 if task.pool.sources is None else len(task.pool.source_names),
         target=len(task.target),
+        device="" if timing.rate_from == GIVEN else _device(task),
     )
+
+
+def _device(task: Task) -> str:
+    """The device of this process, and what training does there."""
+    said = str(device_settings(task.recipe))
+    if not isinstance(task, LanguageTask):
+        return said
+    return f"{said}; attention: {task.models.attention or 'sdpa, where the model has it'}"
 
 
 def _plan_method(name: str, method: Plannable, task: Task, budget: Budget, total: float, timing: Timing) -> MethodPlan:

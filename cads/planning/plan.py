@@ -83,6 +83,7 @@ class Plan:
         methods: one plan for each method. refused: why a method has no plan, by method.
         start_up: seconds of a run beside selection and training, which are in all times; None if they are not known.
         sources: number of sources of the pool, 0 without any. target: number of target examples.
+        device: on which the rate was measured and what training does there, in words; empty if the rate was given.
     """
 
     task: str
@@ -100,6 +101,7 @@ class Plan:
     start_up: float | None = None
     sources: int = 0
     target: int = 0
+    device: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON; in FLOPs, seconds and bytes."""
@@ -175,11 +177,12 @@ def _head(plan: Plan) -> str:
     sources = f"{plan.sources} sources" if plan.sources else "no sources"
     covers = "selection and training" if plan.count_selection else "training; selection comes on top"
     beside = "" if plan.start_up is None else f"\n{duration(plan.start_up)} of each time: start-up, reading, test."
+    device = f"\n{plan.device}." if plan.device else ""
     return (
         f"{plan.task}: pool of {plan.pool:,} ({sources}), target of {plan.target:,}\n"
         f"{plan.budget} = {plan.flops:.4g} FLOPs for {covers}\n"
         f"One example costs {plan.usage:.4g} FLOPs ({plan.accounting}); D = {plan.pool_tokens:.4g} tokens\n"
-        f"Speed: {plan.flops_per_second:.3g} FLOP/s, {plan.rate_from}.{beside}"
+        f"Speed: {plan.flops_per_second:.3g} FLOP/s, {plan.rate_from}.{beside}{device}"
     )
 
 

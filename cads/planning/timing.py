@@ -21,11 +21,14 @@ from cads.planning.memory import training_memory
 from cads.runtime.process_usage import age, free_memory, memory, peak_memory
 from cads.runtime.processes import world_group
 from cads.task import Task
+from cads.training.device_settings import prepare_device
 from cads.training.speed import TrainingSpeed, measure_speed
 from cads.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+GIVEN = "given"
+"""Source of a speed that no machine was asked for."""
 SECONDS = 2.0
 """Seconds for which steps are timed."""
 LONG_STEP, LONGEST_STEP = 0.25, 4.0
@@ -68,12 +71,13 @@ def given_timing(flops_per_second: float | None) -> Timing:
     """
     if flops_per_second is None or not (math.isfinite(flops_per_second) and flops_per_second > 0):
         raise ConfigError(f"flops_per_second = {flops_per_second}: it must be positive and finite")
-    return Timing(flops_per_second, "given")
+    return Timing(flops_per_second, GIVEN)
 
 
 def product_timing(task: Task, reason: str) -> Timing:
     """The speed of matrix products, which no training exceeds; `reason`: why no steps are timed."""
     device = device_type()
+    prepare_device(device)
     rate = matmul_flops_per_second(device, task.recipe.precision)
     return Timing(rate, f"matrix products on this {device}, the least it can take: {reason}")
 
@@ -86,6 +90,7 @@ def time_training(task: Task, *, with_start_up: bool) -> Timing:
         with_start_up: whether this process was begun for the plan, so that its age is the start-up of a run.
     """
     step = task.costs.per_usage(task.pool, task.recipe.batch_size) * task.recipe.batch_size
+    prepare_device(device_type())
     seconds = step / matmul_flops_per_second(device_type(), task.recipe.precision)
     reason = world_group().on_rank_zero(lambda: _too_large(task, seconds))
     if reason:

@@ -284,6 +284,13 @@ def active_group() -> ProcessGroup:
 def world_group() -> ProcessGroup:
     """All processes that were launched, also within `local_scope`."""
     size = max((int(os.environ[name]) for name in SIZE_VARIABLES if os.environ.get(name, "").isdigit()), default=1)
+    for name, kind in SHARDED.items():
+        if is_set(name):
+            raise ConfigError(
+                f"{kind} of the launcher is not supported: take it out of the launch (torchrun, or accelerate launch "
+                "--multi_gpu), and set train: {sharding: full}, by which cads itself divides parameters, gradients and "
+                "optimizer state by FSDP2, as DeepSpeed ZeRO-3 does"
+            )
     if size == 1 and "MASTER_ADDR" in os.environ and is_set("ACCELERATE_USE_CPU"):
         log.warning(
             "`accelerate launch --cpu` has started one process, whatever --num_processes says: for several on CPUs "
@@ -292,9 +299,6 @@ def world_group() -> ProcessGroup:
     if size == 1:
         return SINGLE_PROCESS
     seconds = timeout()
-    for name, kind in SHARDED.items():
-        if is_set(name):
-            raise ConfigError(f"{kind} is not supported: launch without it; sharding = 'full' divides a model")
     cpu = is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     try:
         state = PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import numpy as np
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from cads.accounting.throughput import matmul_flops_per_second
 from cads.accounting.units import duration
+from cads.data.token_batches import device_type
 from cads.study.cells import CellPlan, price
 
 
@@ -49,7 +49,7 @@ def dry_run(plans: Sequence[CellPlan], done: Collection[str], console: Console) 
     todo = [p for p in plans if p.key not in done]
     selection_flops, train_flops = price(todo)
     recipe = plans[0].cell.setting.train
-    rate = matmul_flops_per_second("cuda" if torch.cuda.is_available() else "cpu", recipe.precision)
+    rate = matmul_flops_per_second(device_type(), recipe.precision)
     total = selection_flops + train_flops
     finished = f", {len(done)} finished" if done else ""
     console.print(

@@ -30,6 +30,7 @@ from cads.runtime.lockstep import StepReporter
 from cads.runtime.processes import active_group, world_group
 from cads.seeding import derive
 from cads.task import Task
+from cads.training.device_settings import SHORT_RUN, loading_workers, prepare_device
 from cads.training.gradient import StepLosses, accumulate, mixes_examples
 from cads.training.learners import Learner, SingleLearner
 from cads.training.precision import check_types
@@ -361,10 +362,15 @@ class TrainingLoop:
         return model, self.accelerator.prepare_optimizer(optimizer)
 
     def _load(self, run: TrainingRun) -> Iterator[list[Batch]]:
-        pin = self.accelerator.device.type == "cuda"
+        kind, recipe = self.accelerator.device.type, self.task.recipe
+        pin = kind == "cuda"
         if isinstance(run.draws, Rider):
             return follow(run.draws, run.train_state.steps, pin=pin)
-        return load_steps(run.draws, run.train_state.steps, self.task.recipe.workers, pin=pin)
+        workers = loading_workers(recipe, kind)
+        if workers and recipe.workers is None:
+            step = self.task.costs.per_usage(run.draws.pool, recipe.batch_size) * recipe.batch_size
+            workers = workers if run.flops - run.train_state.total > SHORT_RUN * step else 0
+        return load_steps(run.draws, run.train_state.steps, workers, pin=pin)
 
     def _cost(self, pieces: list[Batch]) -> float:
         return sum(self.task.costs.usage(piece) for piece in pieces)
@@ -459,6 +465,7 @@ def _accelerator(precision: str) -> Accelerator:
     if state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision)
+    prepare_device(accelerator.device.type)
     if precision != "no" and not accelerator.native_amp:
         raise ConfigError(f"precision = {precision!r} does not run on {accelerator.device}: use 'no' or 'bf16'")
     return accelerator

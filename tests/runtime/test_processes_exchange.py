@@ -114,8 +114,10 @@ class TestExchange:
         with pytest.raises(ConfigError, match="must be a positive number of seconds"):
             world_group.__wrapped__()
 
-    def test_divided_weights_are_refused(self, monkeypatch):
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(ConfigError, match="FSDP"):
+    @pytest.mark.parametrize("size", ["1", "2"])
+    @pytest.mark.parametrize("kind", ["FSDP", "DeepSpeed"])
+    def test_a_launcher_that_divides_weights_is_refused_with_the_way_to_fsdp2(self, monkeypatch, kind, size):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")
+        with pytest.raises(ConfigError, match=rf"{kind} .*torchrun.*sharding: full.*FSDP2"):
             world_group.__wrapped__()

@@ -17,6 +17,7 @@ import numpy as np
 
 from cads.accounting.budget import Budget, check_step
 from cads.accounting.ledger import TRAIN, Ledger, PlannedLedger
+from cads.data.token_batches import device_type
 from cads.data.training_batches import BatchStream
 from cads.errors import ConfigError, DataError
 from cads.monitor import Monitor
@@ -33,6 +34,7 @@ from cads.selectors.online.run import OnlineRun
 from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, OnlineConstants
 from cads.selectors.online.signal import SourceExcess
 from cads.task import Task
+from cads.training.device_settings import loading_workers
 from cads.training.result import TrainResult
 from cads.training.run_state import OPTIMIZER, RIDER, RunSegment
 
@@ -181,7 +183,7 @@ class _TrainedRun:
         self, excess: SourceExcess, fit: TrainResult | None, horizon: float, *, by_source: bool
     ) -> TrainResult:
         spent, steps = (0.0, 0) if fit is None else (float(fit.flops[-1]), len(fit.losses))
-        workers = self._inner.task.recipe.workers
+        workers = loading_workers(self._inner.task.recipe, device_type())
         rider, end = self.draws.begin_both(
             excess, spent=spent, steps=steps, horizon=horizon, by_source=by_source, workers=workers
         )

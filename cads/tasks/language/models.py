@@ -96,6 +96,14 @@ class LanguageModels:
                 return value
         return None
 
+    @cached_property
+    def needs_mask(self) -> bool:
+        """Whether padding at the end must be masked: attention looks ahead, or adapters put tokens in front."""
+        looks_ahead = not getattr(self.config, "is_causal", True) or getattr(
+            self.config, "use_bidirectional_attention", False
+        )
+        return bool(looks_ahead) or (self.peft is not None and bool(self._peft_config().is_prompt_learning))
+
     @property
     def random(self) -> bool:
         """Whether the initial weights are random."""
