@@ -93,6 +93,7 @@ def digits(grid):
 def test_the_page_has_the_command_the_seeds_and_a_row_for_each_score(grid, tmp_path, monkeypatch):
     out = tmp_path / "page.md"
     monkeypatch.setattr(conformance, "TRAININGS", 2)
+    monkeypatch.setattr(conformance, "ONLINE_PASSES", 4.0)
     arguments = ["--config", str(grid), "--subsets", "6", "--out", str(out)]
     assert main(arguments) == 0
     text = out.read_text()
