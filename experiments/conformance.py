@@ -34,6 +34,7 @@ from cads.runtime.atomic_files import whole_file
 from cads.scoring.ranker import Ranker
 from cads.seeding import derive
 from cads.selectors.online.selector import Cads
+from cads.selectors.online.strata import Strata
 from cads.study.grid import read_grid, settings
 from cads.task import Task
 from cads.tasks.vision.task import VisionTask
@@ -68,8 +69,18 @@ def online(task: Task, seed: int) -> np.ndarray:
     return selection.probability[pc.index_in(task.pool.ids, value_set=selection.ids).to_numpy()]
 
 
+def label_part(task: Task, seed: int) -> np.ndarray:
+    """What of the probability of `cads` is not of the source and the class: 1 for the likeliest example of each."""
+    probability, strata = online(task, seed), Strata.of(task)
+    cells = strata.sources.astype(np.int64) * strata.n_groups + strata.groups
+    most = np.zeros(strata.n_sources * strata.n_groups)
+    np.maximum.at(most, cells, probability)
+    return probability / most[cells]
+
+
 SCORES: dict[str, Score] = {
     "`cads`, probability": online,
+    "`cads`, over the highest of source and class": label_part,
     "`cads`, sources hidden": lambda task, seed: online(without_sources(task), seed),
     "`less`": ranked(Less()),
     "`less`, warm-up on the whole pool": ranked(Less(warmup_share=1.0)),

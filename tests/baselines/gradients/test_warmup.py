@@ -74,7 +74,9 @@ class TestWarmUp:
         assert len(expected) == plan.steps * plan.epochs
         assert clip_norm is None or max(norms) > clip_norm
         for checkpoint in checkpoints:
-            for actual, right in zip((checkpoint.first, checkpoint.second), expected[checkpoint.steps - 1], strict=True):
+            for actual, right in zip(
+                (checkpoint.first, checkpoint.second), expected[checkpoint.steps - 1], strict=True
+            ):
                 assert actual.keys() == right.keys()
                 for name, x in actual.items():
                     torch.testing.assert_close(x, right[name], rtol=1e-3, atol=1e-9)
