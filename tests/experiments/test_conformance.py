@@ -78,6 +78,14 @@ def test_who_knows_the_right_labels_is_right_and_chance_is_not(digits):
     assert rows["`cads`, probability"][0] > 0.7
 
 
+def test_the_part_of_the_label_leaves_out_source_and_class(digits):
+    whole, part = conformance.online(digits, 0), conformance.label_part(digits, 0)
+    for source in (0, 1):
+        for label in np.unique(digits.groups(digits.pool)):
+            cell = (digits.pool.sources == source) & (digits.groups(digits.pool) == label)
+            np.testing.assert_allclose(part[cell], whole[cell] / whole[cell].max())
+
+
 @pytest.fixture
 def grid(tmp_path):
     path = tmp_path / "grid.yaml"
