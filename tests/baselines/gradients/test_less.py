@@ -79,6 +79,24 @@ def test_batches_and_shards_change_nothing(features, monkeypatch):
     np.testing.assert_allclose(rank(task).scores_of(task.pool), all_layers, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["sentences", "images", "texts"])
+@pytest.mark.parametrize("dimension", [None, 30])
+def test_the_size_of_batches_changes_no_score(request, monkeypatch, kind, dimension):
+    """One example a pass, a few, and many; projected or not. Texts are batched by tokens, all else by examples."""
+    task, largest, scores = request.getfixturevalue(kind)(batch_size=8), [], []
+    losses = task.losses
+    task.losses = lambda model, batch: sizes.append(len(batch.positions)) or losses(model, batch)
+    for examples, tokens in ((1, 1), (17, 100), (1000, 10**6)):
+        sizes = []
+        monkeypatch.setattr("cads.data.token_batches.SCORED_EXAMPLES", examples)
+        scores.append(rank(task, batch_tokens=tokens, dimension=dimension, checkpoints=2).scores_of(task.pool))
+        largest.append(max(sizes))
+    # The warm-up has batches of 8.
+    assert largest[0] == 8 < largest[1] < largest[2]
+    np.testing.assert_allclose(scores[0], scores[2], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(scores[1], scores[2], rtol=1e-4, atol=1e-6)
+
+
 def test_sentences_of_several_lengths_and_an_embedding(sentences):
     task = sentences(batch_size=8)
     scores = rank(task).scores_of(task.pool)

@@ -48,6 +48,39 @@ class TestWarmUp:
             moved = result.first[name].abs() > 1e-7
             assert (torch.sign(before[name] - p)[moved] == torch.sign(result.first[name])[moved]).float().mean() > 0.95
 
+    @pytest.mark.parametrize("clip_norm", [None, 0.3])
+    def test_the_moments_of_each_epoch_are_the_running_means_of_adam(self, features, clip_norm):
+        """Against m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2 by hand, over the gradients of every step."""
+        task = features(n=60, batch_size=8, clip_norm=clip_norm)
+        norms, expected = [], []
+        first, second = {}, {}
+        losses = task.training_losses
+
+        def watched(model, batch):
+            named = dict(model.named_parameters())
+            gradient = torch.autograd.grad(losses(model, batch).mean(), list(named.values()))
+            norm = torch.sqrt(sum(g.square().sum() for g in gradient))
+            norms.append(float(norm))
+            scale = 1.0 if clip_norm is None else min(1.0, clip_norm / float(norm))
+            for name, g in zip(named, gradient, strict=True):
+                first[name] = 0.9 * first.get(name, 0) + 0.1 * scale * g
+                second[name] = 0.999 * second.get(name, 0) + 0.001 * (scale * g) ** 2
+            expected.append((dict(first), dict(second)))
+            return losses(model, batch)
+
+        task.training_losses = watched
+        plan = schedule(task, 0.5, 3)
+        checkpoints = warm_up(task, plan, seed=0, ledger=Ledger())
+        assert len(expected) == plan.steps * plan.epochs
+        assert clip_norm is None or max(norms) > clip_norm
+        for checkpoint in checkpoints:
+            for actual, right in zip(
+                (checkpoint.first, checkpoint.second), expected[checkpoint.steps - 1], strict=True
+            ):
+                assert actual.keys() == right.keys()
+                for name, x in actual.items():
+                    torch.testing.assert_close(x, right[name], rtol=1e-3, atol=1e-9)
+
     def test_a_small_pool_still_has_steps(self, features):
         task = features(n=5, batch_size=8, sources=0)
         assert [c.steps for c in warm_up(task, schedule(task, 0.05, 3), seed=0, ledger=Ledger())] == [1, 2, 3]
