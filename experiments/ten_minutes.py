@@ -4,8 +4,8 @@
     python -m experiments.ten_minutes dist --model MODEL --results experiments/results/ten-minutes.md
 
 Three files of questions are written (jargon and small talk as the pool, definitions of computing terms as the target),
-and one to test on. Then `COMMANDS` are given, one after another, and the page holds what they print. MODEL is any causal
-model; the dependencies are those of this environment, so that nothing is fetched.
+and one to test on. Then `COMMANDS` are given, one after another, and the page holds what they print. MODEL is any
+causal model; the dependencies are those of this environment, so that nothing is fetched.
 """
 
 from __future__ import annotations
