@@ -283,19 +283,19 @@ class SteppedRun:
     def _prepare(self) -> None:
         """Find the next step, if one is affordable."""
         if self._rider is None:
-            if self._affords(self._target_draws.rows(self.steps)):
+            if self._limit and self._affords(self._target_draws.rows(self.steps)):
                 return
-            if not self.steps:
-                raise BudgetError(
-                    f"{self._limit:.4g} FLOPs do not buy one step of {self.batch_size} examples: raise the budget or "
-                    "lower batch_size"
-                )
-            if self.spent + self.draws.step_flops > self._horizon:
+            if self._limit and self.spent + self.draws.step_flops > self._horizon:
                 self._next = None
-                return
-            self._leave_target()
-        assert self._rider is not None
-        self._affords(self._rider.upcoming[0])
+            else:
+                self._leave_target()
+        if self._rider is not None:
+            self._affords(self._rider.upcoming[0])
+        if self._next is None and not self.steps:
+            raise BudgetError(
+                f"{self._limit:.4g} FLOPs do not buy one step of {self.batch_size} examples: raise the budget or "
+                "lower batch_size"
+            )
 
     def _affords(self, rows: Rows) -> bool:
         """Whether a step on `rows` is affordable; then it is the next one."""

@@ -10,6 +10,7 @@ import runpy
 import shutil
 import sys
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from cads.errors import BudgetError, CheckpointError, ConfigError, DataError, No
 from cads.integrations.transformers import OnlineSelection, tokenised_task
 from cads.recipe import TrainConfig
 from cads.selection import Selection
+from cads.selectors.online.schedule import PRETRAINED
 from tests.support.forked_processes import spread
 from tests.support.language_tasks import LORA
 from tests.support.other_trainers import (
@@ -90,6 +92,15 @@ class TestEqualToCadsTrain:
 
     def test_texts_of_unequal_lengths(self, ours, theirs):
         assert_equal_runs(ours, *theirs[1:])
+
+    def test_probes_before_and_after_a_first_phase(self, folder, tmp_path, monkeypatch):
+        """Where the budget buys probes enough: here a few do."""
+        few = replace(PRETRAINED, fewest_probes=1, first_passes=1)
+        monkeypatch.setattr("cads.selectors.online.selector.PRETRAINED", few)
+        trained = cads.train(sums_task(folder), EPOCHS, seed=SEED)
+        selection, trainer = online(sums_task(folder), EPOCHS, tmp_path)
+        assert_equal_runs(trained, selection, trainer)
+        assert {"probe of the initial model", "probe"} <= {record["stage"] for record in spent(trained.ledger)}
 
     def test_dropout(self, folder, tmp_path):
         config = GPT2Config(

