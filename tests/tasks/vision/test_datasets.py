@@ -244,19 +244,26 @@ def anonymous_memory() -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_a_large_pool_is_not_loaded(tmp_path):
     n, side = 40_000, 64
-    (tmp_path / "a").mkdir()
-    images = np.lib.format.open_memmap(
-        tmp_path / "a" / "images.npy", mode="w+", dtype=np.uint8, shape=(n, side, side, 1)
-    )
-    images[:, 0, 0, 0] = np.arange(n) % 251
-    images.flush()
-    del images
-    np.save(tmp_path / "a" / "labels.npy", np.arange(n) % 3)
-    config = VisionConfig(dataset="arrays", path=str(tmp_path / "a"), n_target=50, n_test=50)
-    before = anonymous_memory()
-    task = config.build(TrainConfig(batch_size=32))
-    assert isinstance(task.pool, Pool)
-    _ = task.pool.content_hash
-    for batch in task.pool.batches(512):
-        assert batch.inputs["images"].shape[1:] == (1, side, side)
-    assert anonymous_memory() - before < n * side * side / 2
+
+    def read(n_images):
+        folder = tmp_path / str(n_images)
+        folder.mkdir()
+        images = np.lib.format.open_memmap(
+            folder / "images.npy", mode="w+", dtype=np.uint8, shape=(n_images, side, side, 1)
+        )
+        images[:, 0, 0, 0] = np.arange(n_images) % 251
+        images.flush()
+        del images
+        np.save(folder / "labels.npy", np.arange(n_images) % 3)
+        config = VisionConfig(dataset="arrays", path=str(folder), n_target=50, n_test=50)
+        before = anonymous_memory()
+        task = config.build(TrainConfig(batch_size=32))
+        assert isinstance(task.pool, Pool)
+        _ = task.pool.content_hash
+        for batch in task.pool.batches(512):
+            assert batch.inputs["images"].shape[1:] == (1, side, side)
+        return anonymous_memory() - before
+
+    # The first task imports what all of them need.
+    read(1_000)
+    assert read(n) < n * side * side / 2
