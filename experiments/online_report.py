@@ -41,7 +41,7 @@ FREE = (
 )
 """References that cost nothing and need no knowledge."""
 NEEDED = tuple(method for method in FREE if method.endswith("balanced"))
-"""Without these a cell is not reported: each was better than itself without balanced draws, in all worlds."""
+"""Without these a cell is not reported: each was better than itself without balanced draws, on average over worlds."""
 SHOWN = (ONLINE, HIDDEN, *FREE, "random half, balanced", BY_SIZE, "cut 60%", "cut 80%")
 """Methods of the first table, in its order."""
 
