@@ -23,7 +23,7 @@ $(VENV)/.demo: $(VENV)/.made setup.cfg pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.made setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
-	@touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.demo $(VENV)/.docs
 
 $(VENV)/.docs: $(VENV)/.made setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[docs]'

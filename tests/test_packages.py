@@ -10,10 +10,13 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from typing import get_args
 
 import pytest
 
 import cads
+from cads.launch.launcher import LauncherName
+from cads.runtime.trackers import TrackerName
 from tests.support.paths import ROOT
 
 SETUP = configparser.ConfigParser()
@@ -82,7 +85,29 @@ def test_every_extra_is_explained():
 
 def test_every_extra_that_a_message_names_exists():
     files = [file for folder in ("cads", "baselines", "experiments", "docs") for file in (ROOT / folder).rglob("*.*")]
+    files += [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     texts = [file.read_text() for file in files if file.suffix in (".py", ".md")]
     named = {extra for text in texts for extra in re.findall(r"cads-select\[([\w,-]+)\]", text)}
+    in_words = {extra for text in texts for extra in re.findall(r"the extra `([\w-]+)`", text)}
     assert named
+    assert in_words
+    named |= in_words
     assert {extra for names in named for extra in names.split(",")} <= set(SETUP["options.extras_require"])
+
+
+def test_extras_are_named_by_purpose():
+    """A package gives its name to an extra only where users write that name: a tracker, or a launcher."""
+    named_by_package = {
+        extra
+        for extra, requirements in SETUP["options.extras_require"].items()
+        if any(re.split(r"[\[<>=]", line)[0] == extra for line in requirements.split())
+    }
+    assert named_by_package == {"wandb", "mlflow", "ray"}
+    assert named_by_package <= {*get_args(TrackerName), *get_args(LauncherName)}
+
+
+def test_the_checks_build_the_pages():
+    """Without MkDocs `tests/docs/test_site.py` is skipped; what `make test` installs has it."""
+    extras = SETUP["options.extras_require"]
+    assert extras["docs"].strip() in extras["dev"]
+    assert {"mkdocs-material", "mkdocstrings", "mkdocs-jupyter"} <= set(re.findall(r"^[\w-]+", extras["docs"], re.M))

@@ -227,7 +227,7 @@ def load_encoder(name: str) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ConfigError(
-            f"encoder = {name!r} needs sentence-transformers: pip install 'cads-select[sentence-transformers]'"
+            f"encoder = {name!r} needs sentence-transformers: pip install 'cads-select[embeddings]'"
         ) from error
     try:
         # Without `dtype` the weights would keep the type they are stored in.

@@ -1,6 +1,6 @@
 """Select while TRL's `SFTTrainer` trains, on rows that are tokenised here; they need no ids.
 
-It needs `pip install 'cads-select[trl]'`. Rows have `prompt` and `response`, and a `source` if sources are known.
+It needs `pip install 'cads-select[sft]'`. Rows have `prompt` and `response`, and a `source` if sources are known.
 
 python -m experiments.examples.online_sft MODEL POOL TARGET BUDGET OUT
 """

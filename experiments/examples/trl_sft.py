@@ -1,6 +1,6 @@
 """Train on a Selection with TRL's `SFTTrainer`, on the tokens and labels of `cads train`.
 
-It needs `pip install 'cads-select[trl]'`. The loss is averaged over the tokens of a batch, as with `weighting: token`.
+It needs `pip install 'cads-select[sft]'`. The loss is averaged over the tokens of a batch, as with `weighting: token`.
 
 python -m experiments.examples.trl_sft MODEL DATA SELECTION OUT
 """

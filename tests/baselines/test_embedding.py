@@ -287,7 +287,7 @@ class TestSentences:
 
     def test_without_the_extra(self, texts, monkeypatch):
         monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-        with pytest.raises(ConfigError, match=r"pip install 'cads-select\[sentence-transformers\]'"):
+        with pytest.raises(ConfigError, match=r"pip install 'cads-select\[embeddings\]'"):
             Embedding(encoder="all-MiniLM-L6-v2").rank_plan(texts())
 
 

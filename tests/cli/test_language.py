@@ -287,7 +287,7 @@ class TestEvaluations:
 
     def test_without_the_harness(self, folder, monkeypatch):
         monkeypatch.setattr("cads.tasks.language.evaluation.find_spec", lambda name: None)
-        with pytest.raises(ConfigError, match=r"needs lm-evaluation-harness: pip install 'cads-select\[lm-eval\]'"):
+        with pytest.raises(ConfigError, match=r"needs lm-evaluation-harness: pip install 'cads-select\[evaluation\]'"):
             built(folder).check_evaluation("lm_eval:arc_easy")
 
     def test_the_harness_on_a_local_task(self, folder, tmp_path):

@@ -79,7 +79,7 @@ def check_evaluation(task: TextGenerator, name: str) -> None:
         answer_pattern(task)
     elif name.startswith(LM_EVAL) and name != LM_EVAL:
         if find_spec("lm_eval") is None:
-            raise ConfigError(f"--eval {name} needs lm-evaluation-harness: pip install 'cads-select[lm-eval]'")
+            raise ConfigError(f"--eval {name} needs lm-evaluation-harness: pip install 'cads-select[evaluation]'")
     else:
         raise ConfigError(f"evaluation {name!r} is unknown: choose from {', '.join(NAMES)}")
 
