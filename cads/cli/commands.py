@@ -29,7 +29,7 @@ from cads.planning.plan import WIDTH
 from cads.runtime.atomic_files import whole_file
 from cads.runtime.processes import world_group
 from cads.runtime.run_folder import RunFolder
-from cads.runtime.trackers import TrackerName, check_trackers
+from cads.runtime.trackers import check_trackers, tracker_names, tracker_place
 from cads.runtime.versions import versions
 from cads.selection import Selection
 from cads.selection_files import check_folder
@@ -79,7 +79,7 @@ def select(argv: list[str]) -> None:
     world = world_group()
     config = world.locally(lambda: read(SelectSettings, argv))
     values, objects = config.values, config.objects
-    world.locally(lambda: check_trackers(_trackers(values)))
+    world.locally(lambda: check_trackers(tracker_names(values.track)))
     out = Path(values.out or f"runs/{config.name}")
     launching = LaunchSettings(
         **{field.name: getattr(values, field.name) for field in dataclass_fields(LaunchSettings)}
@@ -134,7 +134,7 @@ def train(argv: list[str]) -> None:
     world = world_group()
     config = world.locally(lambda: read(TrainSettings, argv))
     values, objects = config.values, config.objects
-    world.locally(lambda: check_trackers(_trackers(values)))
+    world.locally(lambda: check_trackers(tracker_names(values.track)))
     selection, out, products = None, Path(values.out or f"runs/{config.name}"), PRODUCTS["train"]
     if values.selection is None:
         products += PRODUCTS["select"]
@@ -322,13 +322,8 @@ def summary(selection: Selection) -> Table:
     return table
 
 
-def _trackers(values: Namespace) -> list[TrackerName]:
-    names: TrackerName | list[TrackerName] | None = values.track
-    return [names] if isinstance(names, str) else names or []
-
-
 def _monitor(values: Namespace, out: Path, command: str) -> Monitor:
-    names = _trackers(values)
+    names = tracker_names(values.track)
     folder = out / "tensorboard" / command if names else None
     if folder is not None and world_group().first:
         # A resumed run writes the events of its replayed part once more.
@@ -344,13 +339,8 @@ def _monitor(values: Namespace, out: Path, command: str) -> Monitor:
 
 def _print_trackers(values: Namespace, out: Path, console: Console) -> None:
     """Say where the curves are."""
-    places = {
-        "tensorboard": f"TensorBoard: tensorboard --logdir {out}",
-        "wandb": "Weights & Biases: the project `cads`, or WANDB_PROJECT",
-        "mlflow": "MLflow: mlflow ui; the experiment `cads`, or MLFLOW_EXPERIMENT_NAME",
-    }
-    for name in _trackers(values):
-        console.print(places[name], soft_wrap=True, highlight=False)
+    for name in tracker_names(values.track):
+        console.print(tracker_place(name, out), soft_wrap=True, highlight=False)
 
 
 def _write_config(config: CommandConfig, task: Task, out: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from cads.accounting.costs import AccountingName
-from cads.runtime.trackers import TrackerName
+from cads.runtime.trackers import Track
 
 
 @dataclass
@@ -28,7 +28,7 @@ class CommandSettings:
     """Folder of the run; null: runs/NAME, after the configuration file and the method."""
     overwrite: bool = False
     """Begin anew, whatever the folder holds."""
-    track: list[TrackerName] | TrackerName | None = "tensorboard"
+    track: Track = "tensorboard"
     """Where curves are kept, one or a list: tensorboard, wandb, mlflow; null: nowhere."""
     progress: bool = True
     """Show progress: a bar on a terminal, elsewhere a line every half minute."""

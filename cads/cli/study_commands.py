@@ -19,6 +19,7 @@ from cads.launch.launcher import MAX_SHARDS, LaunchSettings, launch
 from cads.launch.launchers import make_launcher
 from cads.runtime.processes import world_group
 from cads.runtime.signals import Interrupts
+from cads.runtime.trackers import tracker_names, tracker_place
 from cads.study.analysis.points import points_of
 from cads.study.cells import CellPlan
 from cads.study.dry_run import dry_run
@@ -97,8 +98,9 @@ def run_grid(
     runs = read_runs(out) if world.first else []
     if points := points_of(runs):
         console.print(terminal_table(points, str(out)))
-    console.print(f"results      {out}/tables", highlight=False)
-    console.print(f"TensorBoard  tensorboard --logdir {out}/cells", highlight=False, soft_wrap=True)
+    console.print(f"Results: {out}/tables", highlight=False)
+    for name in tracker_names(grid.track):
+        console.print(tracker_place(name, out / "cells"), highlight=False, soft_wrap=True)
     shard_keys = {plan.key for plan in shard.part(plans)}
     # All processes get the list, so that all end with the same status.
     failed = world.on_rank_zero(

@@ -20,6 +20,8 @@ import numpy as np
 from cads.errors import ConfigError
 
 TrackerName: TypeAlias = Literal["tensorboard", "wandb", "mlflow"]
+Track: TypeAlias = list[TrackerName] | TrackerName | None
+"""What the setting `track` takes: one tracker, several, or none."""
 log = logging.getLogger(__name__)
 
 PROJECT = "cads"
@@ -231,6 +233,20 @@ TRACKERS: dict[str, tuple[type[Tracker], str]] = {
     "mlflow": (MLflow, "mlflow"),
 }
 """The class of each tracker, and the package that it needs."""
+
+
+def tracker_names(track: Track) -> list[TrackerName]:
+    """The trackers of the setting `track`."""
+    return [track] if isinstance(track, str) else track or []
+
+
+def tracker_place(name: TrackerName, folder: Path) -> str:
+    """Where the curves of runs are, in words; `folder`: of TensorBoard's files."""
+    return {
+        "tensorboard": f"TensorBoard: tensorboard --logdir {folder}",
+        "wandb": f"Weights & Biases: the project `{PROJECT}`, or WANDB_PROJECT",
+        "mlflow": f"MLflow: mlflow ui; the experiment `{PROJECT}`, or MLFLOW_EXPERIMENT_NAME",
+    }[name]
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from cads.errors import BudgetError, ConfigError, DataError
 from cads.monitor import Monitor
 from cads.registry import build_selector
 from cads.runtime.processes import active_group
+from cads.runtime.trackers import Track, tracker_names
 from cads.scoring.ranker import Ranker
 from cads.selection import Selection
 from cads.selector import Selector
@@ -73,10 +74,12 @@ class Recorder(Monitor):
 
     folder: Path
     console: Console | None = None
+    track: Track = "tensorboard"
+    run: str = ""
     course: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        super().__init__(self.folder, self.console)
+        super().__init__(self.folder, self.console, track=tracker_names(self.track), run=self.run)
 
     def probabilities(self, names: tuple[str, ...], values: np.ndarray, step: int) -> None:
         """The probability of each source over time (values: shape (S,))."""
@@ -125,9 +128,17 @@ def amortised(ledger: Ledger, sharing: float) -> Ledger:
 
 
 def run_cell(
-    plan: CellPlan, task: Task, metric: str, journals: Journals, folder: Path, console: Console | None = None
+    plan: CellPlan,
+    task: Task,
+    metric: str,
+    journals: Journals,
+    folder: Path,
+    console: Console | None = None,
+    track: Track = "tensorboard",
 ) -> RunRow:
     """Select, train and test once. The Selection and TensorBoard's files are written into `folder`.
+
+    The trackers of `track` know the run by the key of the cell.
 
     Progress goes to `console`, unless it is a terminal, where the whole grid has a table.
 
@@ -140,7 +151,7 @@ def run_cell(
     """
     cell, seed = plan.cell, plan.cell.setting.seed
     lines = None if console is None or console.is_terminal else console
-    monitor = Recorder(folder / "tensorboard", lines)
+    monitor = Recorder(folder / "tensorboard", lines, track, plan.key)
     with monitor, monitor.named(f"{cell.label}, {cell.budget}, seed {seed}:"):
         select, ranking_seconds = _selecting(plan, task, journals, monitor)
         with journals.open(plan.key) as journal:

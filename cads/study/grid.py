@@ -22,6 +22,7 @@ from cads.errors import ConfigError
 from cads.recipe import TrainConfig
 from cads.registry import TaskConfig, build_selector, selector_class, task_config_class
 from cads.runtime.checkpoint import CheckpointConfig
+from cads.runtime.trackers import Track
 from cads.scoring.ranker import Ranker
 from cads.study.analysis.verdicts import shown_name
 from cads.task import Task
@@ -126,6 +127,8 @@ class Grid:
     """Further evaluations of each trained model, as those of `cads train --eval`."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """How often a cell that is under way writes a checkpoint to resume from; it changes no result."""
+    track: Track = "tensorboard"
+    """Where the curves of each cell are kept, one or a list: tensorboard, wandb, mlflow; null: nowhere."""
 
     def __post_init__(self) -> None:
         self.methods = [entry for swept in self.methods for entry in swept.swept()]

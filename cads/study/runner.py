@@ -27,6 +27,7 @@ from cads.runtime.atomic_files import whole_file
 from cads.runtime.lock import LockedError, held_by_first
 from cads.runtime.processes import ProcessError, active_group, is_shared
 from cads.runtime.signals import Interrupted, Interrupts
+from cads.runtime.trackers import check_trackers, tracker_names
 from cads.runtime.versions import source_digest
 from cads.scoring.ranker import Ranker
 from cads.study.cells import DISTRIBUTION, CellPlan, RunRow, cell_row, metric_of, plan_cell, run_cell, scored
@@ -85,11 +86,12 @@ class Study:
             seen[flops] = text
 
     def check(self, plans: Sequence[CellPlan]) -> None:
-        """Refuse a metric or an evaluation that a task does not know.
+        """Refuse a metric or an evaluation that a task does not know, and a tracker that is not installed.
 
         Raises:
             ConfigError: naming it.
         """
+        check_trackers(tracker_names(self.grid.track))
         for setting in {(p.cell.setting.task, p.cell.setting.model): p.cell.setting for p in plans}.values():
             self.metric(setting)
             for name in self.grid.evaluations:
@@ -249,7 +251,7 @@ class Study:
         def work() -> RunRow:
             # A resumed run writes its TensorBoard files again from the start.
             world.on_rank_zero(lambda: _make_empty(partial))
-            return run_cell(plan, task, metric, journals, partial, self.console)
+            return run_cell(plan, task, metric, journals, partial, self.console, self.grid.track)
 
         started = time.perf_counter()
         try:
