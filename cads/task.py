@@ -35,6 +35,11 @@ log = logging.getLogger(__name__)
 LEAK_TOLERANCE = 0.01
 """Share of target or test set that may have exact copies in another pool; a larger share is refused as a leak."""
 
+NO_TARGET = (
+    "no target is given: %s examples are taken out of the pool for it, and selection can only favour what the pool "
+    "has; name checked examples of what the model is to be good at"
+)
+"""What is said where the target is drawn from the user's own pool; the number is put in."""
 
 Metrics = dict[str, float]
 Objective = Callable[["Task", nn.Module, Pool], float]

@@ -27,6 +27,7 @@ from cads.study.cells import DISTRIBUTION
 from cads.study.grid import Setting, cells, read_grid, settings
 from cads.study.tables import GRID_FILE, read_runs
 from cads.task import Metrics, Task
+from cads.training.speed import STAGE as SPEED_TEST
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,11 @@ def budget_sentence(budget: Mapping[str, Any], ledger: Ledger) -> str:
     """
     total, covers = budget["flops"], budget["covers_selection"]
     selection, training = ledger.total(SELECT).flops, ledger.total(TRAIN).flops
+    # The FLOPs of a time are those of what measuring the speed left of it.
+    measuring = ledger.entries[SELECT, SPEED_TEST].flops if (SELECT, SPEED_TEST) in ledger.entries else 0.0
+    is_beside = measuring > 0 and (not covers or selection + training > total)
+    if is_beside:
+        selection -= measuring
     given = "" if budget["given"].endswith("FLOPs") else f" ({budget['given']})"
     parts = [f"training {100 * training / total:.1f} %"]
     if covers or not selection:
@@ -55,6 +61,8 @@ def budget_sentence(budget: Mapping[str, Any], ledger: Ledger) -> str:
     sentence = f"The budget of {total:.3g} FLOPs{given} went to: {', '.join(parts)}."
     if selection and not covers:
         sentence += f" Selection came on top: {selection:.3g} FLOPs, {100 * selection / total:.1f} % of the budget."
+    if is_beside:
+        sentence += f" Before that, {measuring:.3g} FLOPs went to measuring the speed."
     return sentence
 
 

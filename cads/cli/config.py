@@ -15,9 +15,10 @@ from typing import Any, cast
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
+from cads.accounting.budget import Budget
 from cads.api import DEFAULT_METHOD
 from cads.cli.data_flags import add_data_flags, task_of_flags
-from cads.cli.parser import CommandParser
+from cads.cli.parser import KINDS, CommandParser
 from cads.cli.settings import CommandSettings, ExportSettings, InitSettings, ReportSettings, SelectSettings
 from cads.errors import ConfigError
 from cads.launch.launcher import LaunchSettings
@@ -29,6 +30,8 @@ from cads.study.grid import Grid, GridEntry
 log = logging.getLogger(__name__)
 
 DEFAULT_KIND = "vision"
+WRITTEN = "cads.yaml"
+"""What `cads init` writes by default."""
 SECTIONS = ("task", "train", "options", "selectors", "checkpoint")
 """The parts of a configuration file that are mappings themselves."""
 
@@ -71,6 +74,7 @@ def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
 
     Raises:
         ConfigError: if a file cannot be read, or names a kind, method or option that is unknown.
+        BudgetError: if the budget is none.
         SystemExit: with a message, if a key or value is refused.
     """
     words = _split(settings.command, ["--merge=true" if word == "--merge" else word for word in _joined(argv)])
@@ -99,9 +103,13 @@ def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
     parser = command_parser(settings, kind, method)
     is_default = set(settings_read) == {"kind", "method", "options"} and not options
     values = parser.parse_args([*([] if is_default else ["--config", yaml.safe_dump(settings_read)]), *words.flags])
+    Budget.parse(values.budget)
     for name in ("seed", "validation_points"):
         if values[name] < 0:
             raise ConfigError(f"{name} = {values[name]}: it must be >= 0")
+    if not (words.files or words.data or any(word.startswith(("--task", "--kind")) for word in argv)):
+        beside = f"; `cads {settings.command} {WRITTEN}` takes the file here" if Path(WRITTEN).exists() else ""
+        log.warning("no data is named (a configuration, or --pool): the digits of scikit-learn are used%s", beside)
     named = [*(Path(path).stem for path in words.files[-1:]), *([method] if method != DEFAULT_METHOD else [])]
     return CommandConfig(values, "-".join(named) or method, parser, parser.instantiate(values))
 
@@ -299,7 +307,10 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"configuration {label!r} is no YAML: {error}") from error
     if not isinstance(loaded, dict):
-        raise ConfigError(f"configuration {label!r} must map names to values, not {type(loaded).__name__}")
+        found = "it is empty" if loaded is None else f"it is {KINDS.get(type(loaded).__name__, 'something else')}"
+        raise ConfigError(
+            f"configuration {label!r} must map names to values, and {found}: `cads init` writes one for your files"
+        )
     loaded = {name: value for name, value in loaded.items() if name not in SECTIONS or value is not None}
     for name in SECTIONS:
         if not isinstance(loaded.get(name, {}), dict):

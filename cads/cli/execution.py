@@ -15,7 +15,7 @@ from cads.launch.launcher import WaitsError
 from cads.runtime.processes import close, is_shared, world_group
 from cads.runtime.signals import Interrupted
 
-READING = ("check", "plan", "select", "train")
+READING = ("init", "check", "plan", "select", "train")
 """Commands that read their data once, and log how they read it."""
 
 

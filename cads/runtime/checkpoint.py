@@ -30,6 +30,8 @@ KEPT = 2
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
 HEADER_LIMIT = 64 * 2**20
 """Largest header of a safetensors file, in bytes, that is read."""
+MAX_SHOWN = 60
+"""Characters of a setting that a message about another run shows."""
 HASHED_AT_ONCE = 2**20
 """Bytes that are read at a time while a file is hashed."""
 
@@ -261,13 +263,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             phrases += differences(old, new, f"{prefix}{name}.")
         elif old != new:
-            phrases.append(f"{prefix}{name} was {_short(old)}, now {_short(new)}")
+            before_text, now_text = _in_words(old), _in_words(new)
+            is_long = max(len(before_text), len(now_text)) > MAX_SHOWN
+            change = "has changed" if is_long else f"was {before_text}, now {now_text}"
+            phrases.append(f"{prefix}{name} {change}")
     return phrases
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _in_words(value: Any) -> str:
+    """A value as configuration files have it; text in quotes."""
+    return repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
 
 
 def _signature(manifest: Mapping[str, Any]) -> str:

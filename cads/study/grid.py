@@ -245,7 +245,10 @@ def read_grid(path: Path | str, overrides: Mapping[str, Any] | None = None) -> G
             is_section = isinstance(value, dict) and isinstance(content.get(name), dict)
             content[name] = {**content[name], **value} if is_section else value
     if not isinstance(content, dict) or not isinstance(content.get("methods"), list):
-        raise ConfigError(f"{path} must map names to values, `methods` to a list of methods among them")
+        raise ConfigError(
+            f"{path} must map names to values, `methods` to a list of methods among them: `cads init --template grid` "
+            "writes such a file"
+        )
     content["methods"] = [{"method": m} if isinstance(m, str) else m for m in content["methods"]]
     if isinstance(content.get("budgets"), list):
         content["budgets"] = [str(b) for b in content["budgets"]]

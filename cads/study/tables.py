@@ -180,7 +180,8 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
     """
     rows = read_rows(folder, "runs")
     if not rows:
-        raise DataError(f"{folder} holds no results: give the folder of `cads compare`")
+        of_one = f" ({folder} is of one run: its README.md reports on it)" if (folder / "results.json").exists() else ""
+        raise DataError(f"{folder} holds no results of a grid: give the folder of `cads compare`{of_one}")
     _refuse_twice(folder, rows)
     order = {key: i for i, key in enumerate(grid_cells(folder))}
     rows = [row for row in rows if row["status"] == IMPORTED or row["cell"] in order or not order]

@@ -375,9 +375,9 @@ def test_bad_flags_are_refused(cads, config, tmp_path, what):
 
 
 BAD_FILES = {
-    "list": ("- 1\n- 2\n", "must map names to values, not list"),
-    "text": ("just words", "must map names to values, not str"),
-    "empty": ("", "must map names to values, not NoneType"),
+    "list": ("- 1\n- 2\n", "must map names to values, and it is a list"),
+    "text": ("just words", "must map names to values, and it is text"),
+    "empty": ("", "must map names to values, and it is empty"),
     "no YAML": ("task: [", "is no YAML"),
     "no text": (b"\xff\xfe\x00\xd8", "is no YAML"),
     "nested too deep": ("[" * 2_000, "is no YAML"),

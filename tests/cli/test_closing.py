@@ -39,6 +39,25 @@ def test_what_the_budget_went_to(covers, selection, expected):
     assert budget_sentence(budget, ledger) == expected
 
 
+@pytest.mark.parametrize(
+    ("covers", "selection", "expected"),
+    [
+        (True, 0.0, "training 60.0 %, selection 0.0 %, 40.0 % unspent."),
+        (True, 40.0, "training 60.0 %, selection 40.0 %."),
+        (False, 30.0, "training 60.0 %, 40.0 % unspent. Selection came on top: 30 FLOPs, 30.0 % of the budget."),
+    ],
+)
+def test_the_speed_test_of_a_time_is_said_beside_it(covers, selection, expected):
+    """The FLOPs of a time are those of what measuring the speed left of it."""
+    ledger = Ledger()
+    ledger.charge(SELECT, "speed test", 50.0)
+    ledger.charge(SELECT, "probe", selection)
+    ledger.charge(TRAIN, "final model", 60.0)
+    sentence = budget_sentence({"given": "100 FLOPs", "flops": 100.0, "covers_selection": covers}, ledger)
+    beside = " Before that, 50 FLOPs went to measuring the speed."
+    assert sentence == f"The budget of 100 FLOPs went to: {expected}{beside}"
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")

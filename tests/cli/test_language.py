@@ -439,7 +439,7 @@ class TestTrainedBeforeEvaluated:
         assert main([*map(str, words), "--train.learning_rate", "0.5", "--eval", "choices"]) == 1
         assert "settings.train.learning_rate was 0.01, now 0.5" in errors(capsys)
         assert main([*map(str, words), "--merge", "true", "--eval", "choices"]) == 1
-        assert "settings.merge was False, now True" in errors(capsys)
+        assert "settings.merge was false, now true" in errors(capsys)
 
     def test_an_unknown_evaluation_is_refused_before_training(self, words, monkeypatch, capsys):
         monkeypatch.setattr("cads.training.final.train", lambda *a, **k: pytest.fail("training began"))
@@ -460,7 +460,7 @@ class TestTrainedBeforeEvaluated:
         run(*words)
         assert "nothing to do" in capsys.readouterr().out
         assert main([*map(str, words), "--merge", "true"]) == 1
-        assert "settings.merge was False, now True" in errors(capsys)
+        assert "settings.merge was false, now true" in errors(capsys)
 
     @pytest.mark.parametrize("name", ["choices", "exact_match"])
     def test_a_stop_comes_after_the_model_is_written_and_a_restart_goes_on(

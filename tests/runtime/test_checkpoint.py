@@ -190,7 +190,7 @@ class TestIdentity:
         assert differences(IDENTITY, IDENTITY) == []
         assert differences({}, {"a": None}) == []
         changed = differences({"a": {"b": [1]}}, {"a": {"b": [2], "c": 1}})
-        assert changed == ["a.b was [1], now [2]", "a.c was None, now 1"]
+        assert changed == ["a.b was [1], now [2]", "a.c was null, now 1"]
         assert len(differences({"a": "x" * 1000}, {"a": 1})[0]) < 100
 
 

@@ -73,7 +73,7 @@ class TestJournal:
             journal.store.flush()
         with pytest.raises(CheckpointError, match=r"settings\.train\.batch_size was 8, now 16"):
             self.journal(tmp_path, settings={"train": {"batch_size": 16}})
-        with pytest.raises(CheckpointError, match="pool was None, now 'abc'"):
+        with pytest.raises(CheckpointError, match="pool was null, now 'abc'"):
             self.journal(tmp_path, settings={"train": {"batch_size": 8}}, pool="abc")
 
     def test_finished_shards_survive(self, tmp_path):

@@ -139,10 +139,10 @@ class TestTables:
             read_runs(tmp_path)
 
     def test_folders_without_results(self, tmp_path, capsys):
-        with pytest.raises(DataError, match="holds no results"):
+        with pytest.raises(DataError, match="holds no results of a grid"):
             read_runs(tmp_path)
         assert main(["report", str(tmp_path)]) == 1
-        assert "holds no results" in " ".join(capsys.readouterr().err.split())
+        assert "holds no results of a grid" in " ".join(capsys.readouterr().err.split())
 
     def test_a_cell_that_two_files_hold_is_refused(self, tmp_path):
         write_rows(tmp_path, "runs", "a", [row("a")])

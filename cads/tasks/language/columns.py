@@ -184,8 +184,9 @@ def _recognised_format(present: Sequence[str], given: Mapping[str, str], locatio
             "such as columns: {prompt: prompt, response: chosen}, or {messages: chosen} where it is a conversation"
         )
     raise DataError(
-        f"{location} has columns {list(present)}, in which no format is recognised: name format (messages, prompt or "
-        "text) and columns, such as {prompt: question, response: answer}"
+        f"{location} has columns {list(present)}, in which no format is recognised: rename them to messages, to prompt "
+        f"and response, or to text; or say which is which, such as pool: [{{path: {location}, columns: "
+        "{prompt: question, response: answer}}]"
     )
 
 

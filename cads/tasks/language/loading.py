@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +76,9 @@ def loading(kind: str, name: str) -> Iterator[None]:
     Raises:
         ConfigError: if the block cannot load it, or code that comes with it may not run.
     """
-    from transformers.utils import logging as transformers_logging
-
-    # A folder is read in seconds: its progress bar would only interrupt the output of the command.
-    hide_bar = Path(name).is_dir() and transformers_logging.is_progress_bar_enabled()
-    if hide_bar:
-        transformers_logging.disable_progress_bar()
     try:
-        yield
+        with without_progress_bar() if Path(name).is_dir() else nullcontext():
+            yield
     except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
         if "trust_remote_code" in str(error):
             raise ConfigError(
@@ -91,6 +86,17 @@ def loading(kind: str, name: str) -> Iterator[None]:
                 "trust it, or use another model"
             ) from error
         raise ConfigError(f"the {kind} {name!r} cannot be loaded: {error}") from error
+
+
+@contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """Hide the progress bars of transformers: a folder takes seconds, and a bar only interrupts the output."""
+    from transformers.utils import logging as transformers_logging
+
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
-        if hide_bar:
+        if was_shown:
             transformers_logging.enable_progress_bar()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cads.accounting.hollow import computed_tensors
 from cads.errors import CheckpointError, ConfigError
 from cads.runtime.atomic_files import files_into
-from cads.tasks.language.loading import loading
+from cads.tasks.language.loading import loading, without_progress_bar
 from cads.tasks.language.output_head import restrict_head
 from cads.tasks.language.tied_weights import embeddings_tied, tie_equal, untie
 
@@ -183,7 +183,7 @@ class LanguageModels:
         """Write a trained model: an adapter in PEFT's format, or a folder for `from_pretrained`; safetensors."""
         stale = MODEL_FILES if self.peft is not None else ADAPTER_FILES
         with files_into(folder, WRITTEN, replaced=stale) as partial:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), without_progress_bar():
                 # PEFT says that it writes the embedding beside adapters that stand on it.
                 warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")
                 model.save_pretrained(partial)  # type: ignore[operator]
@@ -212,7 +212,8 @@ class LanguageModels:
                     "each with its own weights",
                     self.name,
                 )
-            merged.save_pretrained(partial)
+            with without_progress_bar():
+                merged.save_pretrained(partial)
             del merged
             tokenizer.save_pretrained(partial)
             device = next(model.parameters()).device

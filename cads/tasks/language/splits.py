@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from cads.data.ids import id_order
 from cads.data.origin import join_origins
 from cads.data.pool import Pool
 from cads.errors import DataError
+from cads.task import NO_TARGET
 from cads.tasks.language.draws import first_of_each, say_lost
 from cads.tasks.language.encoding import EncodingReport, TokenEncoder
 from cads.tasks.language.formats import Renderer
@@ -25,6 +27,8 @@ from cads.tasks.language.tokens import Collected, Sequences
 
 if TYPE_CHECKING:
     from cads.tasks.language.settings import LanguageSettings
+
+log = logging.getLogger(__name__)
 
 SPLIT = 6
 """First word of the seeds that divide the rows."""
@@ -86,6 +90,7 @@ def split_rows(
     if not targets:
         count = n_target if n_target is not None else max(1, _count(candidates) // 10)
         targets, candidates = _draw_out(candidates, count, seed, "target")
+        log.info(NO_TARGET, f"{_count(targets):,}")
     elif n_target is not None:
         targets = _reduce(targets, n_target, seed, "target")
     if n_pool is not None:

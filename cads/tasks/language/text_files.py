@@ -272,7 +272,7 @@ def _check_header(header: list[str], delimiter: str) -> None:
     if len(header) == 1 and other is not None:
         raise ValueError(
             f"its header is one name, {header[0]!r}, with {other!r} in it: values are separated by commas in a .csv, "
-            "and by tabs in a .tsv"
+            "and by tabs in a .tsv; save it so"
         )
 
 

@@ -15,6 +15,7 @@ import torch
 from cads.data.ids import numbered
 from cads.data.pool import Pool
 from cads.errors import ConfigError, DataError
+from cads.task import NO_TARGET
 from cads.tasks.shape_only import Field, ShapeOnly, shape_only_pool
 from cads.tasks.vision.augmentation import Augmentation
 from cads.tasks.vision.datasets import (
@@ -49,8 +50,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder", "arrays", "hub"]
+OWN_DATA = ("folder", "arrays", "hub")
+"""Those of the user."""
 
 ADDED = ("weights", "transforms")
 """Fields that `result_fields` lists only where they are set, so that older results keep their fields."""
@@ -118,14 +120,14 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if self.dataset not in get_args(Dataset):
             raise ConfigError(f"dataset = {self.dataset!r}: choose from {list(get_args(Dataset))}")
-        if self.dataset in ("folder", "arrays", "hub") and not self.path:
+        if self.dataset in OWN_DATA and not self.path:
             raise ConfigError(f"dataset = {self.dataset!r} needs a path: the folder, or the name on the hub")
         for name in ("image_size", "n_target", "n_test", "n_pool"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} = {value}: it must be at least 1")
         for name in ("target_path", "test_path"):
-            if getattr(self, name) is not None and self.dataset not in ("folder", "arrays", "hub"):
+            if getattr(self, name) is not None and self.dataset not in OWN_DATA:
                 raise ConfigError(
                     f"{name} = {getattr(self, name)!r}: dataset = {self.dataset!r} has its own splits: leave it out, "
                     "or choose folder, arrays or hub"
@@ -187,6 +189,8 @@ class VisionConfig:
         if check:
             candidates = _checked(candidates, ids, "pool")
             target, test = _checked_pool(target), _checked_pool(test)
+            if self.dataset in OWN_DATA and data.target is None:
+                log.info(NO_TARGET, f"{len(target):,}")
             _say_what_was_guessed([candidates, images_of(target), images_of(test)], self.image_size is None)
         truth: SyntheticPool | None = None
         if self.sources:
