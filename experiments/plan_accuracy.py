@@ -210,9 +210,8 @@ def markdown(outcomes: Sequence[Outcome], command: str) -> str:
             *(outcome.row() for outcome in outcomes),
             "",
             f"{held} of {len(ratios)} ratios of medians are within {WITHIN:g}, from {min(ratios):.2f} to "
-            f"{max(ratios):.2f}. Selection is planned at the speed of training steps. Gradients of single examples and "
-            "similarities (LESS) "
-            "are slower: the plan shows such times after `>`, as the least that they can be.",
+            f"{max(ratios):.2f}. Rankings (LESS) are planned by two that are timed, of few examples; searches at the "
+            "speed of training steps, after `>`, as the least that they take.",
             "",
         ]
     )

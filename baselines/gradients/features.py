@@ -41,6 +41,8 @@ TARGET_BATCHES = 64
 """Target batches whose means are in memory at once."""
 SHARD_EXAMPLES = 1024
 """Fewest examples of a shard, except the last one: 32 MB of features in 8,192 dimensions."""
+COMPARED = 128
+"""Examples whose features are widened to double precision at a time: 8 MB in 8,192 dimensions."""
 
 
 Layers = Literal["all", "last"]
@@ -198,7 +200,8 @@ class GradientFeatures:
             self._ledger.charge(SELECT, stage, **asdict(entry))
         with self._ledger.timed(SELECT, SIMILARITIES):
             self._ledger.charge(SELECT, SIMILARITIES, similarity_flops(len(rows), len(centres), d))
-            return np.asarray((shard.features.to(self._device).double() @ centres.T).cpu().numpy())
+            parts = [part.double() @ centres.T for part in shard.features.to(self._device).split(COMPARED)]
+            return np.asarray(torch.cat(parts).cpu().numpy())
 
     def _features_of(self, pool: Pool, rows: np.ndarray, stage: str, *, adam: bool, ledger: Ledger) -> Tensor:
         """Projected and normalised gradients (or directions) of some examples, float32, shape (n, d).
@@ -217,7 +220,9 @@ class GradientFeatures:
         with ledger.timed(SELECT, stage):
             self._charge(stage, batch, ledger)
             self._gradients.each(batch.to(self._device), receive)
-        finite = torch.isfinite(features).all(dim=1).cpu().numpy()
+        # Without temporaries of the size of `features`, here and below: their pages cost more than the arithmetic.
+        lowest, highest = torch.aminmax(features, dim=1)
+        finite = (torch.isfinite(lowest) & torch.isfinite(highest)).cpu().numpy()
         if not finite.all():
             ids = pool.ids.take(pa.array(rows[~finite][:5])).to_pylist()
             raise DataError(
@@ -230,7 +235,7 @@ class GradientFeatures:
         ledger.charge(SELECT, SIMILARITIES, normalisation_flops(len(rows), features.shape[1]))
         # A gradient that is exactly zero (a loss of exactly zero) has no direction: its similarity is zero.
         norms = features.norm(dim=1, keepdim=True)
-        return (features / norms.masked_fill(norms == 0, 1.0)).float()
+        return features.div_(norms.masked_fill(norms == 0, 1.0)).float()
 
     def _charge(self, stage: str, batch: Batch, ledger: Ledger | None = None) -> None:
         (ledger or self._ledger).charge(

@@ -13,14 +13,18 @@ from cads.errors import BudgetError, CadsError, ConfigError
 from cads.planning.ccds import PUBLISHED, CcdsCost
 from cads.planning.memory import forward_memory, kept_memory, training_memory
 from cads.planning.plan import MethodPlan, Plan
+from cads.planning.ranking_time import time_ranking
 from cads.planning.timing import GIVEN, Timing, given_timing, time_training
 from cads.registry import SELECTORS, build_selector, names
+from cads.scoring.ranker import Ranker
 from cads.task import Task
 from cads.tasks.language.shapes import ShapeOnlyLanguageTask
 from cads.tasks.language.task import LanguageTask
 from cads.training.device_settings import device_settings
 from cads.training.speed import measuring_seconds
 
+TIMED_SHARE = 0.1
+"""Share of the time of a run from which on a plan of many methods times a ranking."""
 RIDER_TIME = 1.15
 """Time of a training step of `cads` beside that of a plain one (experiments/results/step_time.md: 1.08 to 1.19)."""
 
@@ -73,7 +77,7 @@ def plan_methods(
             if methods is not None:
                 raise
             refused[name] = str(error)
-    plan = make_plan(task, budget, plannable, timing=timing, strict=methods is not None)
+    plan = make_plan(task, budget, plannable, timing=timing, strict=methods is not None, time_rankings=True)
     plan.refused.update(refused)
     return plan
 
@@ -103,8 +107,9 @@ def make_plan(
     flops_per_second: float | None = None,
     timing: Timing | None = None,
     strict: bool = False,
+    time_rankings: bool = False,
 ) -> Plan:
-    """Plan every method. Nothing is trained.
+    """Plan every method. Nothing is trained, but for rankings of few examples if `time_rankings`.
 
     Args:
         task: without data or weights (`TaskConfig.meta`); its accounting is the plan's.
@@ -113,6 +118,7 @@ def make_plan(
         flops_per_second: rate of computation, for the times; or `timing`, one of the two.
         timing: what was measured of a run.
         strict: raise if a method cannot be planned, rather than list it in `refused`.
+        time_rankings: time rankings whose selection is at least `TIMED_SHARE` of the run, and with `strict` all.
 
     Raises:
         ConfigError: if `flops_per_second` is not positive, or (if `strict`) a method does not support the
@@ -126,7 +132,10 @@ def make_plan(
     check_step(task, total)
     for name, method in methods.items():
         try:
-            rows.append(_plan_method(name, method, task, budget, total, timing))
+            row = _plan_method(name, method, task, budget, total, timing)
+            if time_rankings and isinstance(method, Ranker):
+                row = _with_ranking_time(row, method, timing, TIMED_SHARE * (not strict))
+            rows.append(row)
         except CadsError as error:
             if strict:
                 raise
@@ -193,6 +202,18 @@ def _plan_method(name: str, method: Plannable, task: Task, budget: Budget, total
         kept=ledger.kept,
         rides=ledger.rides,
     )
+
+
+def _with_ranking_time(row: MethodPlan, ranker: Ranker, timing: Timing, least_share: float) -> MethodPlan:
+    """The plan with the time of its ranking as measured; as it is if that is too small a share, or is not measured."""
+    at_training_speed = row.selection / timing.flops_per_second
+    if timing.sample is None or not row.selection or at_training_speed < least_share * row.seconds:
+        return row
+    measured = time_ranking(ranker, timing.sample, timing.flops_per_second / timing.scale)
+    if measured is None:
+        return row
+    seconds = row.seconds - at_training_speed + measured.seconds(row.selection / timing.scale)
+    return replace(row, seconds=seconds, is_timed=True)
 
 
 def _memory(task: Task, ledger: PlannedLedger, timing: Timing) -> dict[str, float]:

@@ -36,14 +36,14 @@ class MethodPlan:
         usages: examples seen in training, with repetitions. examples: examples of the pool that can be seen.
         tokens, epochs: of the usages.
         seconds: selection and training at the given FLOP/s, and all that comes before and after, if that is known.
-            Selection by other computations than training steps is slower than that, such as gradients of examples.
+            Without `is_timed` selection is at the speed of training steps, the least that it takes.
         memory: peak bytes of training and of selection, by these names; of the process on a CPU where steps were timed,
             otherwise of the model, its training and what is kept for the backward pass.
         size_ratio: parameters of the trained model over those of the scorer.
         needed_ratio: the size ratio from which on the method was found compute-optimal.
         note: a remark for the reader.
         kept: examples of the pool that training can draw; None if that depends on what selection finds.
-        rides: whether selection rides on the training.
+        rides: whether selection rides on the training. is_timed: whether selection of few examples was timed.
     """
 
     method: str
@@ -62,6 +62,7 @@ class MethodPlan:
     note: str = ""
     kept: int | None = None
     rides: bool = False
+    is_timed: bool = False
 
     @property
     def in_range(self) -> bool | None:
@@ -198,7 +199,7 @@ def _methods(plan: Plan, methods: Sequence[MethodPlan]) -> Table:
             m.method,
             f"{m.share:.1%}" if m.selection else "free",
             f"{m.epochs:.3g}",
-            ("> " if m.selection and not m.rides else "") + duration(m.seconds),
+            ("> " if m.selection and not (m.rides or m.is_timed) else "") + duration(m.seconds),
             size(max(m.memory.values())),
             _ratio(m) if has_ratio else _trains_on(plan, m),
         )

@@ -49,6 +49,8 @@ class Timing:
         start_up: seconds before and after training: libraries, data, model, test. None if they are not known.
         resident: bytes of the process beside the model and its training; 0 if they are not counted.
         peak: bytes at the peak of a training on the longest examples; None if that was not measured.
+        sample: the task whose steps were timed; None if none were.
+        scale: FLOPs of the task that is planned for over those of `sample`, for the same step.
     """
 
     flops_per_second: float
@@ -56,6 +58,8 @@ class Timing:
     start_up: float | None = None
     resident: float = 0.0
     peak: float | None = None
+    sample: Task | None = None
+    scale: float = 1.0
 
     @property
     def is_timed(self) -> bool:
@@ -109,7 +113,7 @@ def time_training(task: Task, *, with_start_up: bool) -> Timing:
         # The sample counts FLOPs as a run does; the plan may count them by another accounting.
         batch_size = task.recipe.batch_size
         ratio = task.costs.per_usage(task.pool, batch_size) / sample.costs.per_usage(sample.pool, batch_size)
-        return replace(timing, flops_per_second=timing.flops_per_second * ratio)
+        return replace(timing, flops_per_second=timing.flops_per_second * ratio, sample=sample, scale=ratio)
     except (CadsError, RuntimeError) as error:
         log.debug("no steps were timed", exc_info=True)
         return _untimed(task, f"steps cannot be timed ({error})", with_start_up=with_start_up)

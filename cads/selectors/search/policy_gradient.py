@@ -70,7 +70,7 @@ class RegressionGradient:
             masks = enumerate_masks(policy.n)
             values = np.empty(len(masks))
             values[1:] = control(masks[1:])
-            values[0] = values[1:].max()
+            values[0] = np.max(values[1:])
             self._enumerated = values
 
     def of_regression(self, policy: Policy, step: int = 0) -> Floats:
