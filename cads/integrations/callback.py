@@ -117,21 +117,16 @@ class SelectionCallback(TrainerCallback, ExportableState):
         check_arguments(args, run, loader)
         if isinstance(kwargs.get("lr_scheduler"), BudgetSchedule):
             warn_of_unused(args, run.task.recipe)
-        self._micro = args.per_device_train_batch_size
-        self._precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
         self._scaled_by_trainer = bool(args.average_tokens_across_devices)
-        self._remove_hook()
-        self._hook = model.register_forward_pre_hook(self._count_forward, with_kwargs=True)
-        probe = partial(self._probe, model)
+        stored = self._stored(state) if state.global_step else None
+        precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+        self.begin(model, stored, args.per_device_train_batch_size, precision)
         sampler = RunSampler(run)
         if state.global_step:
-            run.restore(self._stored(state), probe, self._micro)
             if run.steps != state.global_step:
                 raise CheckpointError(f"the checkpoint has {state.global_step} steps, and its selection {run.steps}")
             if not args.ignore_data_skip:
                 sampler.skipped = state.global_step % run.window * run.batch_size
-        else:
-            run.begin(probe, self._micro)
         loader.set_sampler(sampler)
         control.should_training_stop = run.over
         state.max_steps = min(state.max_steps, run.most_steps)
@@ -140,18 +135,59 @@ class SelectionCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the next step: its examples, its learning rate and its seed."""
-        self._step = step = self.run.take()
-        self._parts, self._weight_sums, self._passes, self._started = [], [], 0, time.perf_counter()
+        step = self.begin_step()
         if isinstance(schedule := kwargs.get("lr_scheduler"), BudgetSchedule):
             schedule.set_rate(step.rate)
-        seed = self.run.dropout_seed(active_group().rank)
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed(seed)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """See `before_update`."""
+        self.before_update(kwargs["model"], kwargs["optimizer"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Charge for the step, learn from it, and stop if the next one is not affordable."""
+        self.end_step()
+        if self.run.over:
+            control.should_training_stop = True
+            # As the trainer does where `max_steps` ends it.
+            if args.save_strategy == SaveStrategy.STEPS:
+                control.should_save = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See `end`."""
+        self.end(state.global_step)
+
+    # ---- a step, in any trainer
+
+    def begin(self, model: nn.Module, stored: State | None, micro: int, precision: str) -> None:
+        """Begin the run with a model, or go on from the state that is stored.
+
+        Args:
+            micro: examples in a micro-batch of a process. precision: no, bf16 or fp16.
+        """
+        self._micro, self._precision = micro, precision
+        self._remove_hook()
+        self._hook = model.register_forward_pre_hook(self._count_forward, with_kwargs=True)
+        probe = partial(self._probe, model)
+        if stored is None:
+            self.run.begin(probe, micro)
+        else:
+            self.run.restore(stored, probe, micro)
+
+    def begin_step(self) -> DrawnStep:
+        """Take the next step, and set the seed of its dropout."""
+        self._step = step = self.run.take()
+        self._parts, self._weight_sums, self._passes, self._started = [], [], 0, time.perf_counter()
+        seed = self.run.dropout_seed(active_group().rank)
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed(seed)
+        return step
+
+    def before_update(self, model: nn.Module, optimizer: Any) -> None:
         """Read the losses of all processes, and refuse what is not finite; weigh and clip the gradient.
 
         Raises:
@@ -160,7 +196,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         run, step = self.run, self._step
         assert step is not None
         self._observed = self._read()
-        parameters = [p for p in kwargs["model"].parameters() if p.grad is not None]
+        parameters = [p for p in model.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if step.log_odds is not None:
             self._weigh(gradients, step)
@@ -171,7 +207,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
             norm = nn.utils.get_total_norm(gradients)
         # Where the loss is scaled, gradients are expected to overflow: such a step is skipped.
         if not np.isfinite(self._observed).all() or (self._precision != "fp16" and not bool(torch.isfinite(norm))):
-            rate = kwargs["optimizer"].param_groups[0]["lr"]
+            rate = optimizer.param_groups[0]["lr"]
             ids = run.examples.ids(step.numbers)
             raise NonFiniteError(
                 f"loss {self._observed.mean():g} and gradient norm {float(norm):g} at step {run.steps} (learning rate "
@@ -182,8 +218,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
                 learning_rate=rate,
             )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Charge for the step, learn from it, and stop if the next one is not affordable."""
+    def end_step(self) -> None:
+        """Charge for the step, and learn from it."""
         run, step = self.run, self._step
         assert step is not None
         # Beside a loss function, TRL computes its metrics by a pass of their own.
@@ -191,22 +227,15 @@ class SelectionCallback(TrainerCallback, ExportableState):
             run.charge_forward(step.price.forward * further / len(self._parts), METRICS)
         self._step = None
         run.finish(step, self._observed, time.perf_counter() - self._started)
-        if run.over:
-            control.should_training_stop = True
-            # As the trainer does where `max_steps` ends it.
-            if args.save_strategy == SaveStrategy.STEPS:
-                control.should_save = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Say so if the trainer ended before the budget did."""
+    def end(self, steps: int) -> None:
+        """Say so if the trainer ended, after so many steps, before the budget did."""
         self._remove_hook()
         if not self.run.over:
             log.warning(
                 "the trainer stopped at step %d with %.4g of %.4g FLOPs left: max_steps or another callback ended it; "
                 "the learning rate of the recipe falls to its end at the budget",
-                state.global_step,
+                steps,
                 self.run.ledger.left,
                 self.run.ledger.limit,
             )
@@ -228,7 +257,14 @@ class SelectionCallback(TrainerCallback, ExportableState):
         Raises:
             CheckpointError: if there is none, or it is damaged.
         """
-        entry = state.stateful_callbacks.get(type(self).__name__)
+        return self.unpacked(state.stateful_callbacks.get(type(self).__name__))
+
+    def unpacked(self, entry: Any) -> State:
+        """The state of the run in what `state` gave.
+
+        Raises:
+            CheckpointError: if there is none, or it is damaged.
+        """
         if not isinstance(entry, dict) or "stored" not in entry.get("attributes", {}):
             raise CheckpointError(
                 "the checkpoint has no state of a selection: it is of a training without it; begin anew, or resume "
@@ -239,7 +275,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
             return State(dict(stored["values"]), load(zlib.decompress(base64.b64decode(stored["tensors"]))))
         except (KeyError, TypeError, ValueError, zlib.error, SafetensorError) as error:
             raise CheckpointError(
-                f"the state of the selection in trainer_state.json is corrupt ({type(error).__name__}: {error}): "
+                f"the state of the selection in the checkpoint is corrupt ({type(error).__name__}: {error}): "
                 "resume from an earlier checkpoint"
             ) from error
 

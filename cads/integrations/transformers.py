@@ -142,6 +142,10 @@ class OnlineSelection:
             parts["optimizers"] = (optimizer, BudgetSchedule(optimizer))
         return parts
 
+    def stepped(self) -> tuple[SteppedRun, SelectionCallback]:
+        """The run and what takes its steps, for the callback of another trainer."""
+        return self._run, self._callback
+
     def selection(self) -> Selection:
         """What was trained on so far, with the ledger. It holds no model: that is in the trainer."""
         return self._run.selection()
