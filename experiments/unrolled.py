@@ -210,8 +210,9 @@ class Unrolled(SourceSearch):
                 logits = logits - self.outer_rate * adam(gradient)
             inner.learn(self.learning(space))
             inner.monitor.scalar("outer/objective", value, step)
-            inner.monitor.probabilities(space.pool.source_names, expit(logits), step)
-        return threshold(expit(logits)), BernoulliPolicy(expit(logits))
+            inner.monitor.probabilities(space.pool.source_names, np.asarray(expit(logits)), step)
+        probability = np.asarray(expit(logits))
+        return threshold(probability), BernoulliPolicy(probability)
 
 
 def outer_gradient(sgd: WeightedSgd, logits: np.ndarray, schedule: Schedule, seed: int) -> tuple[np.ndarray, float]:

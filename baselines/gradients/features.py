@@ -93,6 +93,7 @@ class GradientFeatures:
             self._frozen_digest = digest.hexdigest()
         self._checkpoint: Checkpoint | None = None
         self._direction: AdamDirection | None = None
+        self._accumulators = self._projection.empty(0)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint into the model.
@@ -211,7 +212,10 @@ class GradientFeatures:
         """
         assert self._direction is not None
         batch, direction = pool.batch(rows), self._direction
-        features = self._projection.empty(len(rows))
+        if len(self._accumulators) < len(rows):
+            self._accumulators = self._projection.empty(len(rows))
+        # Used again: fresh memory of this size costs as much as the arithmetic.
+        features = self._accumulators[: len(rows)].zero_()
 
         def receive(name: str, start: int, gradient: Tensor) -> None:
             vectors = direction(name, gradient) if adam else gradient
@@ -220,7 +224,6 @@ class GradientFeatures:
         with ledger.timed(SELECT, stage):
             self._charge(stage, batch, ledger)
             self._gradients.each(batch.to(self._device), receive)
-        # Without temporaries of the size of `features`, here and below: their pages cost more than the arithmetic.
         lowest, highest = torch.aminmax(features, dim=1)
         finite = (torch.isfinite(lowest) & torch.isfinite(highest)).cpu().numpy()
         if not finite.all():
@@ -235,7 +238,7 @@ class GradientFeatures:
         ledger.charge(SELECT, SIMILARITIES, normalisation_flops(len(rows), features.shape[1]))
         # A gradient that is exactly zero (a loss of exactly zero) has no direction: its similarity is zero.
         norms = features.norm(dim=1, keepdim=True)
-        return features.div_(norms.masked_fill(norms == 0, 1.0)).float()
+        return features.div_(norms.masked_fill(norms == 0, 1.0)).to(torch.float32, copy=True)
 
     def _charge(self, stage: str, batch: Batch, ledger: Ledger | None = None) -> None:
         (ledger or self._ledger).charge(

@@ -16,7 +16,7 @@ from cads.task import Task
 
 log = logging.getLogger(__name__)
 
-SECONDS = 1.0
+SECONDS = 2.0
 """Most seconds of the larger part, at the speed of training steps; gradients of single examples take longer."""
 MOST, FEWEST = 1024, 16
 """Examples of the pool in the larger part: most, and fewest with which a ranking is timed."""

@@ -11,7 +11,7 @@ from cads.accounting.ledger import SELECT
 from cads.errors import DataError
 from cads.planning import methods, ranking_time
 from cads.planning.methods import make_plan
-from cads.planning.ranking_time import FEWEST, MOST, RankingTime, line_through, part_of, time_ranking
+from cads.planning.ranking_time import FEWEST, MOST, SECONDS, RankingTime, line_through, part_of, time_ranking
 from cads.planning.timing import Timing
 from cads.recipe import TrainConfig
 from cads.registry import build_selector
@@ -79,7 +79,7 @@ def test_the_larger_part_is_as_large_as_the_time_allows(digits, machine):
     for n in (200, 100, 50):
         machine.clear()
         flops = ranker.rank_plan(part_of(digits, n)).total(SELECT).flops
-        assert time_ranking(ranker, digits, flops) is not None
+        assert time_ranking(ranker, digits, flops / SECONDS) is not None
         assert max(machine) == n
     assert time_ranking(ranker, digits, 1.0) is None
 
