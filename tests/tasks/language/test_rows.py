@@ -224,7 +224,11 @@ class TestFiles:
             ("a.json", "[1]", "every entry of the list must be an object"),
             ("a.json", "[]", "is empty"),
             ("a.parquet", "no", "cannot be read"),
-            ("a.jsonl", '{"x": 1}', "no format is recognised: name format"),
+            (
+                "a.jsonl",
+                '{"x": 1}',
+                "no format is recognised: rename them to messages, to prompt and response, or to text",
+            ),
             ("b.jsonl", None, "does not exist"),
         ],
     )
