@@ -163,7 +163,7 @@ class TestRun:
 
     def test_a_budget_that_is_too_small_does_without(self, task):
         hidden = without_sources(task)
-        epochs = 0.99 * likeness_flops(hidden) / 0.04 / Budget(1, "epochs").flops(hidden)
+        epochs = 0.99 * likeness_flops(hidden) / FROM_SCRATCH.most_comparing / Budget(1, "epochs").flops(hidden)
         selection, ledger = choose(hidden, epochs)
         assert (SELECT, LIKENESS) not in ledger.entries
         assert "likeness" not in selection.notes
