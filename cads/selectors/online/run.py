@@ -100,6 +100,7 @@ class OnlineRun:
 
     def compare(self) -> None:
         """Tell examples of the pool apart by how much they look like the target."""
+        self.monitor.status("comparing the looks of pool and target")
         alike = likeness(self.task, self._strata, self._seed)
         if alike is None:
             return

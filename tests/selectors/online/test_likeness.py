@@ -20,6 +20,7 @@ from cads.selectors.online.strata import Strata
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.descriptors import N_DESCRIPTORS, describe_images, describing_flops
 from cads.tasks.vision.synthetic_sources import SyntheticSource
+from tests.support.forked_processes import chosen, same, spread
 from tests.support.killed_runs import resumed
 from tests.support.noisy_digits import RECIPE, without_sources
 
@@ -157,6 +158,15 @@ class TestRun:
             selection = selector.select(hidden, Budget(EPOCHS, "epochs"), seed=0, ledger=Ledger())
             share[name] = selection.probability[inverted].sum() / selection.probability.sum()
         assert share["cads"] < 0.5 * share["blind"]
+
+    def test_two_processes_compare_as_one(self, task, tmp_path):
+        hidden = without_sources(task)
+
+        def work():
+            selection, _ = choose(hidden, 3)
+            return chosen(selection) | {"likeness": selection.notes["likeness"]["weights"]}
+
+        same(spread(2, work, tmp_path), work())
 
     def test_given_sources_are_not_compared(self, task):
         assert (SELECT, LIKENESS) not in choose(task)[1].entries
