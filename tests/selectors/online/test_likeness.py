@@ -163,7 +163,7 @@ class TestRun:
         hidden = without_sources(task)
 
         def work():
-            selection, _ = choose(hidden, 3)
+            selection, _ = choose(hidden)
             return chosen(selection) | {"likeness": selection.notes["likeness"]["weights"]}
 
         same(spread(2, work, tmp_path), work())
@@ -180,8 +180,9 @@ class TestRun:
 
     def test_what_was_killed_goes_on(self, task, tmp_path):
         hidden = without_sources(task)
-        selection, ledger = choose(hidden, 3)
-        again, other = resumed(tmp_path, lambda: choose(hidden, 3), kills=(2, 40))
+        selection, ledger = choose(hidden)
+        assert "likeness" in selection.notes
+        again, other = resumed(tmp_path, lambda: choose(hidden), kills=(2, 200))
         assert again.content_hash == selection.content_hash
         assert again.notes == selection.notes
         assert ledger.to_json(seconds=False) == other.to_json(seconds=False)
