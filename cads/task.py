@@ -91,6 +91,8 @@ class Task(ABC):
         maximised: metrics where higher is better; none of them can be `outer`.
         averaged: metrics that are the mean of one value per example; see `metrics_by_example`.
         pretrained: whether models start from weights for which some examples are already easier than others.
+        n_descriptors: numbers that describe an example; 0 if the task has none, see `descriptors`.
+        descriptor_flops: FLOPs for those of one example.
         source_outer: the outer metric of selectors that choose whole sources; None for `outer`.
         accounting: how FLOPs are counted: `measured`, `analytic` or `paper`.
         mergeable: whether the models have adapters that can be merged into the base weights.
@@ -106,6 +108,8 @@ class Task(ABC):
     maximised: tuple[str, ...] = ("accuracy",)
     averaged: tuple[str, ...] = ()
     pretrained: bool = False
+    n_descriptors: int = 0
+    descriptor_flops: float = 0.0
     source_outer: str | None = None
     accounting: str = "measured"
     mergeable: bool = False
@@ -155,6 +159,16 @@ class Task(ABC):
     def guess_loss(self) -> float | None:
         """The loss of a guess (nats), which is that of a wrong label; None if the answers of examples are no labels."""
         return None
+
+    def descriptors(self, pool: Pool, positions: np.ndarray) -> np.ndarray:
+        """A few numbers that describe each example and that no model computes, float32, shape (n, n_descriptors).
+
+        By them a pool without sources is compared with the target. Each example costs `descriptor_flops`.
+
+        Raises:
+            ConfigError: if the task has none.
+        """
+        raise ConfigError(f"{self.name} has no descriptors: name the sources of the pool")
 
     def subtasks(self, pool: Pool) -> np.ndarray | None:
         """The subtask of each example of the target, int, shape (N,), or None if there is only one.

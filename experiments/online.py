@@ -38,7 +38,7 @@ from cads.task import Task
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.synthetic_sources import SyntheticSource
 from cads.training import final
-from experiments.online_report import ABLATIONS, HIDDEN, ONLINE, write_report
+from experiments.online_report import ABLATIONS, HIDDEN, ONLINE, UNGROUPED, write_report
 from experiments.worlds import SHIPPED, World, read_world, shipped
 
 PASSES = (0.5, 1.0, 2.0, 4.0, 16.0, 64.0)
@@ -97,6 +97,7 @@ def methods(sources: Sequence[str]) -> list[Method]:
     return [
         Method(ONLINE, "cads"),
         Method(HIDDEN, "cads", hidden=True),
+        Method(UNGROUPED, "cads", hidden=True, changed={"most_comparing": 0.0}),
         *plain,
         *(replace(m, name=f"{m.name}, balanced", balanced=True) for m in plain),
         Method("joint by size, balanced", "joint", {"target_fraction": "by size"}, balanced=True),

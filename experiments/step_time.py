@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +31,14 @@ from experiments.online import COMPARE_VISION, Method, world_named
 
 ROUNDS = 7
 """Measurements of each method; the first is not counted."""
-CASES = (("noise", "mlp", 64, 7.0), ("noise", "mlp", 2048, 7.0), (COMPARE_VISION, "cnn", None, 3.0))
-"""World, model, hidden units (None: those of the world) and passes over the pool."""
+CASES: tuple[tuple[str, dict[str, Any], float], ...] = (
+    ("noise", {"hidden": 64}, 7.0),
+    ("noise", {"hidden": 2048}, 7.0),
+    (COMPARE_VISION, {}, 3.0),
+    (COMPARE_VISION, {"channels": 64}, 1.0),
+    (COMPARE_VISION, {"model": "resnet18"}, 0.02),
+)
+"""World, changes of its network, and passes over the pool."""
 PLAIN = Method("plain", "joint", {"target_fraction": 0.3})
 ONLINE = Method("cads", "cads", changed={"first_passes": 0.0})
 
@@ -55,16 +62,15 @@ class Times:
         )
 
 
-def measure(world_name: str, model: str, hidden: int | None, passes: float) -> Times:
+def measure(world_name: str, changes: dict[str, Any], passes: float) -> Times:
     """Both methods in turn on one world."""
     world = world_named(world_name)
-    images = replace(world.task, model=model, hidden=world.task.hidden if hidden is None else hidden)
+    images = replace(world.task, **changes)
     task = replace(world, task=images).build()
     seconds = np.array([[step_seconds(task, method, passes) for method in (PLAIN, ONLINE)] for _ in range(ROUNDS)])
     plain, online = 1000 * seconds[1:].T
-    return Times(
-        f"{world_name}, {model}" + ("" if hidden is None else f" of {hidden}"), world.train.batch_size, plain, online
-    )
+    size = {"mlp": f" of {images.hidden}", "cnn": f" of {images.channels} channels"}.get(images.model, "")
+    return Times(f"{world_name}, {images.model}{size}", world.train.batch_size, plain, online)
 
 
 def step_seconds(task: Task, method: Method, passes: float) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cads.accounting.budget import Budget, check_step
-from cads.accounting.ledger import EVALUATE, TRAIN, Ledger
+from cads.accounting.ledger import EVALUATE, SELECT, TRAIN, Ledger
 from cads.data.window_loader import Rows
 from cads.errors import BudgetError, CheckpointError, ConfigError
 from cads.integrations.joint_examples import JointExamples, StepPrice
@@ -23,7 +23,8 @@ from cads.search.inner_costs import InnerLoopCosts
 from cads.search.source_order import in_name_order
 from cads.seeding import derive
 from cads.selection import Selection
-from cads.selectors.online.opening import FIRST_PROBE, PROBE, opening_of
+from cads.selectors.online.likeness import LIKENESS
+from cads.selectors.online.opening import FIRST_PROBE, PROBE
 from cads.selectors.online.rider import OnlineRider, steps_drawn_together
 from cads.selectors.online.selector import STAGE, Cads
 from cads.task import Task
@@ -84,7 +85,7 @@ class SteppedRun:
         self.examples = JointExamples(self.task)
         self.draws = selector.draws(self.task, monitor, seed)
         costs = InnerLoopCosts(self.task, self.ledger)
-        self._opening = opening_of(costs, self.draws.constants, self.ledger.left, on_target=True)
+        self._opening = selector.opening(costs)
         self._probes = self.draws.probes(self._opening)
         self._target_draws = self.draws.target_draws()
         self.steps, self.spent = 0, 0.0
@@ -134,6 +135,9 @@ class SteppedRun:
         if self.ledger.entries:
             raise ConfigError("this selection has been trained with: make a new one, or resume from a checkpoint")
         self._probe, self._micro = probe, micro_size
+        if self._opening.comparing:
+            self.ledger.charge(SELECT, LIKENESS, self._opening.comparing)
+            self.draws.compare()
         if self.draws.constants.drop and len(self._probes):
             self._before = probe(self._probes, FIRST_PROBE)
         probing = 0.0
@@ -256,6 +260,8 @@ class SteppedRun:
         self.ledger.entries.clear()
         self.ledger.merge(Ledger.from_json(values["ledger"]))
         rider_tensors = {n.removeprefix(RIDER): x for n, x in tensors.items() if n.startswith(RIDER)}
+        if self._opening.comparing:
+            self.draws.compare()
         if rider_tensors:
             nothing = np.empty(0, dtype=np.int64)
             rider, _ = self._begin_both(np.empty(0), nothing)

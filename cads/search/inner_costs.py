@@ -81,9 +81,9 @@ class InnerLoopCosts:
         """The passes over the pool that `train_flops` buy."""
         return train_flops * self.task.recipe.batch_size / (self.step_flops * len(self.task.pool))
 
-    def learn(self, flops: float) -> None:
+    def learn(self, flops: float, name: str = "policy") -> None:
         """Charge for an update of the policy."""
-        self.ledger.charge(SELECT, "policy", flops)
+        self.ledger.charge(SELECT, name, flops)
 
     def pay_steps(self, steps: Steps) -> None:
         """Charge for training steps on the pool, in mean examples."""
@@ -120,8 +120,8 @@ class PlannedInnerLoop(InnerLoopCosts):
             case Steps():
                 self.pay_steps(stage)
                 self.ledger.trained.append((self.task, 1))
-            case UpdatePolicy(flops):
-                self.learn(flops)
+            case UpdatePolicy(flops, name):
+                self.learn(flops, name)
 
     def _score(self, count: int, name: str, flops: float | None) -> None:
         tokens = round(count * self.task.costs.tokens_per_example(self.task.pool))

@@ -73,6 +73,7 @@ class UpdatePolicy:
     """Fit the regression on the trials, or compute probabilities, for `flops`."""
 
     flops: float
+    name: str = "policy"
 
 
 Stage = FitTarget | ScorePool | Trials | Steps | UpdatePolicy

@@ -43,6 +43,7 @@ UNCHANGED = (
     *("gradients", "target gradients", "pool gradients"),
     *("holdout model", "holdout losses", "pool model", "pool losses"),
     *("timed", "replicas", "truth", "probe", "probe of the initial model", "speed test"),
+    "likeness to the target",
     "validation",
     *("features", "features of the target", "folds", "probabilities", "utilities"),
     *("metrics of the trainer", "validation by the trainer"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from cads.accounting.budget import Budget
 from cads.accounting.ledger import TRAIN, Ledger
 from cads.cli.main import main
 from cads.data.streams import ShuffledStream
@@ -21,6 +22,7 @@ from cads.data.training_batches import BatchStream
 from cads.errors import BudgetError, ConfigError, NonFiniteError
 from cads.monitor import Monitor
 from cads.recipe import TrainConfig
+from cads.registry import build_selector
 from cads.runtime.checkpoint import CheckpointConfig
 from cads.runtime.journal import Journal
 from cads.runtime.processes import world_group
@@ -30,7 +32,18 @@ from cads.tasks.language.rows import TextSource
 from cads.training.fsdp import check_backend
 from cads.training.run_state import RunSegment, TrainState
 from cads.training.trainer import Trainer
-from tests.support.forked_processes import after_steps, ended, entries, killed, mortal, same, spread, started, weights
+from tests.support.forked_processes import (
+    after_steps,
+    chosen,
+    ended,
+    entries,
+    killed,
+    mortal,
+    same,
+    spread,
+    started,
+    weights,
+)
 from tests.support.tiny_llama import model_folder, sums, write_lines
 
 pytestmark = pytest.mark.slow
@@ -265,6 +278,24 @@ class TestGoingOn:
         told(task, steps=8)  # so that costs are known
         uninterrupted = spread(2, lambda: work("whole"), tmp_path / "said")
         killed(2, lambda: work("journal", 4), tmp_path / "said")
+        assert spread(2, lambda: work("journal"), tmp_path / "said") == uninterrupted
+
+    def test_cads_to_the_same_bits(self, llama, tmp_path):
+        """Its probabilities are those of the step at which it was killed."""
+        task, budget = llama(), Budget.parse("4 epochs")
+
+        def work(folder, steps=None):
+            if steps is not None:
+                mortal(steps)
+            with Journal(tmp_path / folder, {"seed": 0}, EVERY_STEP).open():
+                selection = build_selector("cads").select(task, budget, seed=0, ledger=Ledger(), monitor=Monitor())
+            return chosen(selection) | {"course": selection.notes["course"]}
+
+        task.costs.per_usage(task.pool, task.recipe.batch_size)  # so that costs are known
+        uninterrupted = spread(2, lambda: work("whole"), tmp_path / "said")
+        assert "probability" in uninterrupted[0]
+        for steps in (5, 25):
+            killed(2, lambda steps=steps: work("journal", steps), tmp_path / "said")
         assert spread(2, lambda: work("journal"), tmp_path / "said") == uninterrupted
 
     def test_from_the_end_of_an_earlier_part(self, llama, tmp_path):

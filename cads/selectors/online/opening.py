@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cads.search.inner_costs import InnerLoopCosts
-from cads.search.stages import FitTarget, ScorePool, Stages
+from cads.search.stages import FitTarget, ScorePool, Stages, UpdatePolicy
+from cads.selectors.online.likeness import LIKENESS, likeness_flops
 from cads.selectors.online.schedule import OnlineConstants, first_phase
 from cads.selectors.online.strata import source_count
 from cads.task import Task
@@ -25,6 +26,7 @@ class Opening:
         per_source: examples of each source whose losses are measured; 0: none, since there is nothing to tell, or no
             model that can.
         n_sources: sources of the pool. probes: stages in which these losses are measured.
+        comparing: FLOPs for comparing the looks of pool and target; 0: they are not compared.
     """
 
     first: float
@@ -32,9 +34,12 @@ class Opening:
     per_source: int
     n_sources: int
     probes: tuple[str, ...]
+    comparing: float
 
     def stages(self) -> Stages:
         """What is charged to "select"; the first phase is part of the training of the final model."""
+        if self.comparing:
+            yield UpdatePolicy(self.comparing, LIKENESS)
         if not self.per_source:
             return
         if self.theta:
@@ -43,13 +48,16 @@ class Opening:
             yield ScorePool(self.per_source * self.n_sources, name)
 
 
-def opening_of(costs: InnerLoopCosts, constants: OnlineConstants, total: float, *, on_target: bool) -> Opening:
+def opening_of(
+    costs: InnerLoopCosts, constants: OnlineConstants, total: float, *, on_target: bool, by_likeness: bool
+) -> Opening:
     """The opening of a run of `total` FLOPs.
 
     A model that does not know the target yet cannot tell sources apart: then none are probed.
 
     Args:
         on_target: whether the target is trained on; if not, a model of it steers.
+        by_likeness: whether examples are told apart by how much they look like the target.
     """
     task = costs.task
     first = _first_flops(task, constants, total) if on_target else 0.0
@@ -60,7 +68,10 @@ def opening_of(costs: InnerLoopCosts, constants: OnlineConstants, total: float, 
     if constants.mixed_lead and not per_source and first < total and task.guess_loss is None:
         # Nothing is told apart, neither sources nor labels: the target needs no phase of its own, see `mixed_lead`.
         first = 0.0
-    return Opening(first, theta, per_source, source_count(task.pool), probes)
+    comparing = likeness_flops(task) if by_likeness and first < total else 0.0
+    if comparing > constants.most_comparing * total:
+        comparing = 0.0
+    return Opening(first, theta, per_source, source_count(task.pool), probes, comparing)
 
 
 def _first_flops(task: Task, constants: OnlineConstants, total: float) -> float:

@@ -45,7 +45,7 @@ class OnlineRider(Rider):
 
     Args:
         pool, target: whose examples are drawn.
-        strata: sources and groups of the pool.
+        strata: sources, likeness and groups of the pool.
         target_stream: positions of the target. target_start: how many of them an earlier phase has taken.
         excess: the signal so far.
         odds: of the labels, or None if all examples of a source count alike.
@@ -89,7 +89,7 @@ class OnlineRider(Rider):
         self._by_source, self._on_target = by_source, on_target
         self._constants, self._seed, self._fixed_share = constants, seed, fixed_share
         self._cells = strata.cells(pool, seed)
-        self._masses = self._cells.mass.reshape(strata.n_sources, strata.n_groups)
+        self._masses = self._cells.mass.reshape(strata.shape)
         self._learning_rows = constants.learning_passes * len(pool)
         self._lengths = _lengths(pool, target)
         self._window = steps_drawn_together(pool, target, batch_size)
@@ -120,7 +120,7 @@ class OnlineRider(Rider):
         """What the pool is worth in examples: its different contents, weighed, less the wrong labels of the best
         source."""
         right = 1.0 if self.odds is None else float(1 - self.odds.wrong.min())
-        return right * float(self.source_weights @ self._masses.sum(axis=1))
+        return right * float(self.source_weights @ self._alike.sum(axis=1))
 
     @property
     def target_share(self) -> float:
@@ -131,10 +131,15 @@ class OnlineRider(Rider):
             return self._fixed_share
         return float(share_by_size(len(self._targets), self.n_effective, self._constants.most_target))
 
+    @property
+    def _alike(self) -> np.ndarray:
+        """Contents of each source and group, weighed by likeness, shape (S, G)."""
+        return np.einsum("slg,l->sg", self._masses, self._strata.likeness_weights)
+
     def cell_shares(self) -> np.ndarray:
-        """The share of each cell in what is drawn from the pool, shape (S, G); groups keep theirs."""
-        weighed = self._masses * self.source_weights[:, None]
-        totals = weighed.sum(axis=0)
+        """The share of each cell in what is drawn from the pool, shape (S, L, G); groups keep theirs."""
+        weighed = self._masses * self.source_weights[:, None, None] * self._strata.likeness_weights[:, None]
+        totals = weighed.sum(axis=1).sum(axis=0)
         return weighed * np.divide(self._strata.group_shares, totals, out=np.zeros_like(totals), where=totals > 0)
 
     def probabilities(self) -> np.ndarray:
@@ -146,7 +151,7 @@ class OnlineRider(Rider):
         per_content = np.divide(
             self.cell_shares(), self._masses, out=np.zeros_like(self._masses), where=self._masses > 0
         )
-        drawn = per_content[strata.sources, strata.groups] / self._cells.copies
+        drawn = per_content[strata.sources, strata.likeness, strata.groups] / self._cells.copies
         prior = np.ones(strata.n_sources) if self.odds is None else 1 - self.odds.wrong
         weights = np.where(np.isnan(self.weights), prior[strata.sources], self.weights)
         return np.asarray(drawn * weights / (drawn * weights).max())
@@ -211,7 +216,7 @@ class OnlineRider(Rider):
         start = int(self._numbers["target_rows"])
         digest = hashlib.sha256(f"{values} {start} {self._constants}".encode())
         first = self._target_stream.take(0, self.batch_size)
-        for x in (self._masses, self._strata.group_shares, self.excess.state(), first):
+        for x in (self._masses, self._strata.group_shares, self._strata.likeness_weights, self.excess.state(), first):
             digest.update(np.ascontiguousarray(x).tobytes())
         return digest.hexdigest()
 
@@ -301,8 +306,7 @@ class OnlineRider(Rider):
 
     def _in_turn(self, rows: np.ndarray) -> np.ndarray:
         """Rows of the pool, which come cell by cell, so that every stretch of them holds its part of every cell."""
-        cells = self._strata.sources[rows].astype(np.int64) * self._strata.n_groups + self._strata.groups[rows]
-        _, first, numbers = np.unique(cells, return_index=True, return_counts=True)
+        _, first, numbers = np.unique(self._strata.cells_of(rows), return_index=True, return_counts=True)
         sizes = numbers[np.argsort(first)]
         ranks = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         return rows[np.argsort((ranks + 0.5) / np.repeat(sizes, sizes), kind="stable")]
@@ -316,7 +320,7 @@ class OnlineRider(Rider):
         shares = self.cell_shares()
         wrong = np.zeros(self._strata.n_sources) if self.odds is None else self.odds.wrong
         return HistoryPoint(
-            source_shares=shares.sum(axis=1) / shares.sum(),
+            source_shares=shares.sum(axis=1).sum(axis=1) / shares.sum(),
             signal=self.excess.mean,
             stderr=self.excess.stderr,
             wrong=wrong,

@@ -18,6 +18,7 @@ from cads.runtime.checkpoint import State
 from cads.seeding import derive
 from cads.selection import Selection
 from cads.selectors.online.history import PolicyHistory
+from cads.selectors.online.likeness import likeness
 from cads.selectors.online.opening import Opening
 from cads.selectors.online.rider import MEMORY, OnlineRider
 from cads.selectors.online.schedule import OnlineConstants, mixed_lead
@@ -54,6 +55,7 @@ class OnlineRun:
         self.task, self.constants, self.monitor = task, constants, monitor
         self.rider: OnlineRider | None = None
         self._seed, self._by_example, self._on_target = seed, by_example, on_target
+        self._strata = Strata.of(task)
         self._target_stream = balanced_stream(
             by_id(task.target), task.groups(task.target), derive(seed, "target order")
         )
@@ -96,9 +98,19 @@ class OnlineRun:
             seed=derive(self._seed, "target order"),
         )
 
+    def compare(self) -> None:
+        """Tell examples of the pool apart by how much they look like the target."""
+        self.monitor.status("comparing the looks of pool and target")
+        alike = likeness(self.task, self._strata, self._seed)
+        if alike is None:
+            return
+        self._strata = self._strata.told_apart(alike.codes, alike.weights)
+        for group, weight in enumerate(alike.weights.tolist()):
+            self.monitor.scalar(f"likeness_weight/{group}", weight, 0)
+
     def excess(self, signal: np.ndarray, probes: np.ndarray) -> SourceExcess:
         """The signal of the sources after the losses of `probes` (positions), or their fall: nats, shape (n,)."""
-        strata = Strata.of(self.task)
+        strata = self._strata
         excess = SourceExcess(strata.n_sources, strata.n_groups, MEMORY)
         if len(probes):
             excess.add(signal, strata.sources[probes], strata.groups[probes], np.ones(len(probes)))
@@ -123,7 +135,7 @@ class OnlineRun:
         Returns:
             the rider, and the FLOPs at which the run ends.
         """
-        task, batch_size, strata = self.task, self.task.recipe.batch_size, Strata.of(self.task)
+        task, batch_size, strata = self.task, self.task.recipe.batch_size, self._strata
         usage = task.costs.per_usage(task.pool, batch_size)
         guess = task.guess_loss if self._by_example else None
         sizes = np.bincount(strata.sources, minlength=strata.n_sources)
@@ -192,6 +204,15 @@ class OnlineRun:
             weighted=True,
             source_probability=dict(zip(pool.source_names, shares, strict=False)),
             target_fraction=min(rider.target_share, self.constants.most_target),
-            notes={"course": rider.history.to_json()},
+            notes=self._notes() | {"course": rider.history.to_json()},
             **fields,
         )
+
+    def _notes(self) -> dict[str, Any]:
+        """How likeness to the target was weighed: of each of its groups the share of the pool, and the weight."""
+        strata = self._strata
+        weights = strata.likeness_weights
+        if len(weights) < 2:
+            return {}
+        shares = np.bincount(strata.likeness, minlength=len(weights)) / len(strata.likeness)
+        return {"likeness": {"shares": shares.round(4).tolist(), "weights": weights.round(4).tolist()}}

@@ -23,6 +23,7 @@ class OnlineConstants:
         probes: most examples of each source whose losses are measured after the first phase.
         fewest_probes: fewest of them. If the budget buys fewer, sources are not told apart.
         most_probing: largest share of the budget for measuring them.
+        most_comparing: largest share of the budget for comparing the looks of pool and target.
         sharpness: kappa of the tilt of source weights. most_excess: largest difference of the signal that counts.
         floor: smallest weight of a source, relative to the largest.
         most_target: largest share of the target in a batch after the first phase.
@@ -38,6 +39,7 @@ class OnlineConstants:
     probes: int
     fewest_probes: int
     most_probing: float
+    most_comparing: float
     sharpness: float
     most_excess: float
     floor: float
@@ -55,6 +57,7 @@ FROM_SCRATCH = OnlineConstants(
     probes=8,
     fewest_probes=1,
     most_probing=0.03,
+    most_comparing=0.02,
     sharpness=4,
     most_excess=np.inf,
     floor=0.02,
@@ -72,6 +75,7 @@ PRETRAINED = OnlineConstants(
     probes=16,
     fewest_probes=8,
     most_probing=0.03,
+    most_comparing=0.02,
     sharpness=2,
     most_excess=3,
     floor=0.02,

@@ -24,11 +24,12 @@ from cads.monitor import Monitor
 from cads.runtime.checkpoint import State
 from cads.scoring.pool_scores import reading_flops
 from cads.scoring.sharded import ShardedScoring
-from cads.search.inner_costs import PlannedInnerLoop
+from cads.search.inner_costs import InnerLoopCosts, PlannedInnerLoop
 from cads.search.inner_runs import InnerLoop
 from cads.search.source_order import in_name_order
 from cads.seeding import derive
 from cads.selection import Selection
+from cads.selectors.online.likeness import LIKENESS
 from cads.selectors.online.opening import FIRST_PROBE, PROBE, Opening, opening_of
 from cads.selectors.online.run import OnlineRun
 from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, OnlineConstants
@@ -40,7 +41,7 @@ from cads.training.run_state import OPTIMIZER, RIDER, RunSegment
 
 log = logging.getLogger(__name__)
 
-Granularity = Literal["source", "example"]
+Granularity = Literal["source", "group", "example"]
 STAGE = "final model"
 TARGET_ALONE = "the budget buys the target alone"
 
@@ -54,7 +55,8 @@ class Cads:
     """
 
     granularity: Granularity = "example"
-    """What has a probability of its own: each `source`, or each `example` beside its source."""
+    """What has a probability of its own: each `source`, each `group` of a source whose examples look alike, or each
+    `example`. Without sources, `example` has groups too."""
     train_on_target: bool = True
     """Train on the target too. If not, the target steers alone, as published: a model of it, for 4 % of the budget at
     most, tells sources apart, and the final model sees the pool only."""
@@ -75,7 +77,7 @@ class Cads:
         self.check(task)
         costs = PlannedInnerLoop(task, budget.flops(task))
         check_step(task, costs.ledger.left)
-        opening = opening_of(costs, self.constants(task), costs.ledger.left, on_target=self.train_on_target)
+        opening = self.opening(costs)
         for stage in opening.stages():
             costs.charge(stage)
         costs.ledger.rides = True
@@ -93,7 +95,12 @@ class Cads:
             a Selection with the probabilities at the end of the run, and the run in `trained`.
         """
         self.check(task)
-        if self.granularity == "example" and task.pool.sources is None and task.guess_loss is None:
+        if (
+            self.granularity == "example"
+            and task.pool.sources is None
+            and task.guess_loss is None
+            and not task.descriptor_flops
+        ):
             log.warning(
                 "%s has neither sources nor classes, so that %s has nothing to weigh: it trains on all of target and "
                 "pool alike. Name the sources of the pool, or use a ranking, such as loss, less or embedding",
@@ -119,6 +126,12 @@ class Cads:
         on_target, constants = self.train_on_target, self.constants(task)
         return OnlineRun(task, constants, monitor, seed, by_example=by_example, on_target=on_target)
 
+    def opening(self, costs: InnerLoopCosts) -> Opening:
+        """The opening of a run on what is left of a budget."""
+        by_likeness = self.granularity == "group" or (self.granularity == "example" and costs.task.pool.sources is None)
+        constants, left = self.constants(costs.task), costs.ledger.left
+        return opening_of(costs, constants, left, on_target=self.train_on_target, by_likeness=by_likeness)
+
     def sharded(self, seed: int) -> ShardedScoring:
         """The probe file by file, and a sample by it; see `cads.selectors.online.sharded_probe`."""
         from cads.selectors.online.sharded_probe import ShardedProbe
@@ -126,7 +139,7 @@ class Cads:
         return ShardedProbe(self.method, asdict(self))
 
     def check(self, task: Task) -> None:
-        """Refuse a pool without sources if sources are what is chosen.
+        """Refuse a pool without sources if sources are what is chosen, and one that nothing divides into groups.
 
         Raises:
             DataError: with the remedy.
@@ -135,6 +148,11 @@ class Cads:
             raise DataError(
                 f"the {task.pool.name} has no sources: name a source column, or use the method cads, "
                 "whose granularity example needs none"
+            )
+        if self.granularity == "group" and not task.descriptor_flops:
+            raise DataError(
+                f"granularity = group: {task.name} has nothing that tells groups of examples apart (images have); "
+                "use granularity = example, or source with a source column"
             )
 
 
@@ -149,7 +167,10 @@ class _TrainedRun:
         """The whole run."""
         inner, draws, constants = self._inner, self.draws, self.draws.constants
         task, on_target = inner.task, self._selector.train_on_target
-        opening = opening_of(inner, constants, inner.ledger.left, on_target=on_target)
+        opening = self._selector.opening(inner)
+        if opening.comparing:
+            inner.learn(opening.comparing, LIKENESS)
+            draws.compare()
         probes = draws.probes(opening)
         before = np.zeros(len(probes))
         if constants.drop and len(probes):

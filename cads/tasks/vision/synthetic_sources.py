@@ -234,7 +234,7 @@ def _quotas(specs: Sequence[SyntheticSource], counts: np.ndarray, n_classes: int
         distinct = -(-sizes[i] // specs[i].duplicates)
         quotas[i] = _apportion(distinct, _proportions(specs[i], weights[i], available))
         if (quotas[i] > available).any() or quotas[i].sum() < distinct:
-            available_by_class = {c: int(available[c]) for c in np.flatnonzero(weights[i])}
+            available_by_class = {int(c): int(available[c]) for c in np.flatnonzero(weights[i])}
             raise DataError(
                 f"source {specs[i].name!r} needs {distinct} distinct examples, and {sum(available_by_class.values())} "
                 f"are there for it (by class: {available_by_class}): make it smaller, or give more data"

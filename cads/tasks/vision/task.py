@@ -25,6 +25,7 @@ from cads.task import Metrics, Task
 from cads.tasks.last_layer import last_layer_inputs
 from cads.tasks.vision.augmentation import Augmentation
 from cads.tasks.vision.calibration import calibrated_losses
+from cads.tasks.vision.descriptors import N_DESCRIPTORS, describe_images, describing_flops
 from cads.tasks.vision.images import Images, chunk_size
 from cads.tasks.vision.synthetic_sources import SyntheticPool
 
@@ -62,6 +63,7 @@ class VisionTask(Task):
 
     outer = "calibrated_loss"
     source_outer = "tempered_loss"
+    n_descriptors = N_DESCRIPTORS
     averaged = ("loss", "calibrated_loss", "tempered_loss", "error")
 
     def __init__(
@@ -95,6 +97,7 @@ class VisionTask(Task):
                 )
             self.recipe = replace(recipe, replicas="loop")
         self._moments: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self.descriptor_flops = describing_flops(images_of(pool).shape)
         for part in (pool, target, test):
             check_labels(images_of(part), len(self.classes), part.ids, part.name)
         measured = np.sort(draw(pool, MOMENTS_FROM, derive(0, "moments"))) if len(pool) > MOMENTS_FROM else None
@@ -109,6 +112,10 @@ class VisionTask(Task):
     def groups(self, pool: Pool) -> np.ndarray | None:
         """The labels."""
         return images.labels.numpy() if isinstance(images := pool.examples, Images) else None
+
+    def descriptors(self, pool: Pool, positions: np.ndarray) -> np.ndarray:
+        """What images look like; see `describe_images`."""
+        return describe_images(images_of(pool).pixels(positions))
 
     @property
     def guess_loss(self) -> float:

@@ -1,0 +1,157 @@
+"""Groups of the pool by how much examples look like the target: a prior of the policy, where sources do not tell.
+
+A few numbers describe each example (`Task.descriptors`); no model computes them. They are centred within the group of
+the example (its class), standardised and clipped. The direction that tells target from pool best is that of Fisher's
+linear discriminant (1936), here for descriptors and their squares, with a ridge:
+
+    d = ( Sigma + ridge I )^-1 ( mean_T x - mean_P x )
+
+The pool is cut along d into B = `N_GROUPS` groups of equal size. Of n examples of the target t_b fall into group b,
+each by a direction that was fitted without it. If the target looks like the pool, that is n / B for each group, but for
+chance. So the ratio is shrunk towards 1, as by the positive-part rule of James and Stein (1961), but twice as wary:
+
+    r_b = 1 + max( 0, 1 - 2 (B - 1) / chi^2 ) ( t_b B / n - 1 ),     chi^2 = sum_b ( t_b - n / B )^2 / ( n / B )
+
+r_b estimates how much likelier an example is in the target than in the pool. min(1, r_b) is the weight of the group:
+what the target lacks is drawn less, and what it has much of is not repeated for that. Classes count by their shares in
+what is drawn, so that a class that the pool has little of does not count as unlike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cads.data.draws import draw
+from cads.runtime.checkpoint import State
+from cads.runtime.processes import active_group
+from cads.seeding import derive
+from cads.selectors.online.strata import Strata
+from cads.task import Task
+
+LIKENESS = "likeness to the target"
+"""Stage of the ledger."""
+N_GROUPS = 6
+SAMPLE = 1000
+"""Examples of the pool from which moments and the direction are computed."""
+FOLDS = 5
+CAUTION = 2.0
+"""By how much chi^2 must exceed what chance gives before any ratio is believed; 1 is the rule of James and Stein."""
+RIDGE = 0.3
+"""Relative to the mean variance of a descriptor."""
+CLIP = 3.0
+"""Standard deviations."""
+PSEUDO = 5.0
+"""Examples by which the mean of a group is shrunk to that of all."""
+CHUNK = 4096
+"""Examples that are described at once."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Groups of the pool along the direction that tells it from the target.
+
+    Attributes:
+        codes: group of each example, uint8, shape (N,), from the least to the most like the target.
+        weights: of the groups, in [0, 1], the largest 1; shape (B,).
+    """
+
+    codes: np.ndarray
+    weights: np.ndarray
+
+
+def likeness(task: Task, strata: Strata, seed: int) -> Likeness | None:
+    """Groups of the pool of `task` and their weights; None if target and pool look alike. The same in all processes."""
+    state = active_group().broadcast(lambda: _fitted(task, strata, seed))
+    if not state.tensors:
+        return None
+    return Likeness(*(state.tensors[name].numpy() for name in ("codes", "weights")))
+
+
+def likeness_flops(task: Task) -> float:
+    """FLOPs of `likeness`: descriptors, and two for each multiplication with a direction; 0 without descriptors."""
+    if not task.descriptor_flops:
+        return 0.0
+    n, n_target, sample = len(task.pool), len(task.target), min(SAMPLE, len(task.pool))
+    width = 2 * task.n_descriptors
+    prepared = (n + n_target) * (task.descriptor_flops + 3 * width)
+    fitted = 2 * sample * width**2 + 2 / 3 * width**3 + 2 * (FOLDS + 1) * width**2
+    return prepared + fitted + 2 * width * (n + FOLDS * sample + n_target)
+
+
+def _fitted(task: Task, strata: Strata, seed: int) -> State:
+    """Codes and weights; nothing if all weights are 1."""
+    pool, target = task.pool, task.target
+    sample = np.sort(draw(pool, SAMPLE, derive(seed, "likeness")))
+    groups, importance = strata.groups[sample], strata.importance[sample]
+    if len(target) < 2 or not importance.any():
+        return State({}, {})
+    raw = task.descriptors(pool, sample)
+    described = _Described(raw, groups, strata.n_groups, importance)
+    x, every = described(raw, groups), np.arange(len(target))
+    target_groups = task.loss_groups(target)
+    y = described(task.descriptors(target, every), every * 0 if target_groups is None else target_groups)
+    folds = np.random.default_rng((seed, len(target))).permutation(len(target)) % FOLDS
+    means = np.stack([y[folds != k].mean(axis=0) for k in range(FOLDS)])
+    directions = _directions(x, importance, np.concatenate([means, y.mean(axis=0, keepdims=True)]))
+    ranks = np.empty(len(target))
+    for k in range(FOLDS):
+        ranks[folds == k] = _ranks(x @ directions[k], importance, y[folds == k] @ directions[k])
+    weights = shrunk_ratios(np.bincount(_codes(ranks), minlength=N_GROUPS))
+    if (weights == 1).all():
+        return State({}, {})
+    scale = x @ directions[FOLDS]
+    codes = np.empty(len(pool), dtype=np.uint8)
+    for start in range(0, len(pool), CHUNK):
+        rows = np.arange(start, min(start + CHUNK, len(pool)))
+        scores = described(task.descriptors(pool, rows), strata.groups[rows]) @ directions[FOLDS]
+        codes[rows] = _codes(_ranks(scale, importance, scores))
+    return State({}, {"codes": torch.from_numpy(codes), "weights": torch.from_numpy(weights)})
+
+
+class _Described:
+    """Descriptors as they are compared: centred by group, standardised, clipped, and with their squares."""
+
+    def __init__(self, x: np.ndarray, groups: np.ndarray, n_groups: int, importance: np.ndarray) -> None:
+        counts = np.bincount(groups, minlength=n_groups)
+        sums = np.zeros((n_groups, x.shape[1]))
+        np.add.at(sums, groups, x)
+        self._means = (sums + PSEUDO * x.mean(axis=0)) / (counts + PSEUDO)[:, None]
+        centred = x - self._means[groups]
+        self._deviation = np.sqrt(np.average(centred**2, axis=0, weights=importance)) + 1e-6
+
+    def __call__(self, x: np.ndarray, groups: np.ndarray) -> np.ndarray:
+        """Of examples with descriptors `x`, shape (n, D) -> (n, 2 D)."""
+        z = np.clip((x - self._means[groups]) / self._deviation, -CLIP, CLIP)
+        return np.concatenate([z, z**2], axis=1)
+
+
+def _directions(x: np.ndarray, importance: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """The discriminant for each mean of the target, shape (K, D) -> (K, D)."""
+    mean = np.average(x, axis=0, weights=importance)
+    covariance = np.atleast_2d(np.cov(x.T, aweights=importance, bias=True))
+    scale = float(np.trace(covariance)) / len(covariance)
+    ridged = covariance + (RIDGE * scale + 1e-12) * np.eye(len(covariance))
+    return np.asarray(np.linalg.solve(ridged, (targets - mean).T).T)
+
+
+def _ranks(scale: np.ndarray, importance: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """The share of the pool with a lower score, as `scale` (scores of its sample) has it; in [0, 1]."""
+    order = np.argsort(scale, kind="stable")
+    below = np.cumsum(importance[order])
+    return np.asarray(np.interp(scores, scale[order], below / below[-1]))
+
+
+def _codes(ranks: np.ndarray) -> np.ndarray:
+    return np.minimum((ranks * N_GROUPS).astype(np.int64), N_GROUPS - 1)
+
+
+def shrunk_ratios(counts: np.ndarray) -> np.ndarray:
+    """min(1, r_b) for t_b = `counts`, divided by the largest; shape (B,)."""
+    expected = counts.sum() / len(counts)
+    chi2 = float(((counts - expected) ** 2).sum() / expected)
+    trust = max(0.0, 1 - CAUTION * (len(counts) - 1) / chi2) if chi2 else 0.0
+    weights = np.clip(1 + trust * (counts / expected - 1), 0.0, 1.0)
+    return np.asarray(weights / weights.max())

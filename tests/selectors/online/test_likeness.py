@@ -1,0 +1,204 @@
+"""Groups of the pool by likeness to the target, and what comes of them."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cads.accounting.budget import Budget
+from cads.accounting.ledger import SELECT, TRAIN, Ledger
+from cads.data.pool import Pool
+from cads.errors import DataError
+from cads.registry import build_selector
+from cads.selectors.online import likeness as likeness_module
+from cads.selectors.online.likeness import LIKENESS, N_GROUPS, likeness, likeness_flops, shrunk_ratios
+from cads.selectors.online.schedule import FROM_SCRATCH
+from cads.selectors.online.selector import Cads
+from cads.selectors.online.strata import Strata
+from cads.tasks.vision.config import VisionConfig
+from cads.tasks.vision.descriptors import N_DESCRIPTORS, describe_images, describing_flops
+from cads.tasks.vision.synthetic_sources import SyntheticSource
+from tests.support.forked_processes import chosen, same, spread
+from tests.support.killed_runs import resumed
+from tests.support.noisy_digits import RECIPE, without_sources
+
+SHIFTED = [SyntheticSource("plain", size=300), SyntheticSource("inverted", size=600, transform="invert")]
+EPOCHS = 8
+
+
+def digits(sources=SHIFTED, seed=0):
+    return VisionConfig(hidden=64, n_target=60, n_test=150, sources=sources, data_seed=seed).build(RECIPE)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return digits()
+
+
+def choose(task, epochs=EPOCHS, **options):
+    ledger, selector = Ledger(), build_selector("cads", options)
+    return selector.select(task, Budget(epochs, "epochs"), seed=0, ledger=ledger), ledger
+
+
+class TestDescriptors:
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 8), (3, 9, 12), (1, 7, 30)])
+    def test_are_those_of_each_image(self, shape):
+        pixels = np.random.default_rng(0).integers(0, 256, (5, *shape), dtype=np.uint8)
+        described = describe_images(torch.from_numpy(pixels))
+        assert described.shape == (5, N_DESCRIPTORS)
+        assert described.dtype == np.float32
+        for one, row in zip(pixels, described, strict=True):
+            grey = one.mean(axis=0) / 255
+            if min(grey.shape) >= 8:
+                height, width = (n // 2 for n in grey.shape)
+                grey = grey[: 2 * height, : 2 * width].reshape(height, 2, width, 2).mean(axis=(1, 3))
+            across, down = (np.abs(np.diff(grey, axis=axis)).sum() / grey.size for axis in (1, 0))
+            square = (grey**2).mean()
+            contrast = np.sqrt(max(square - row[:9].mean() ** 2, 1e-4))
+            expected = [across, down, across / (down + 0.01), square, (across + down) / (contrast + 0.01)]
+            np.testing.assert_allclose(row[9:], expected, rtol=1e-4, atol=1e-6)
+            if grey.shape[0] % 3 == grey.shape[1] % 3 == 0:
+                cells = grey.reshape(3, grey.shape[0] // 3, 3, grey.shape[1] // 3).mean(axis=(1, 3))
+                np.testing.assert_allclose(row[:9], cells.ravel(), rtol=1e-4)
+
+    def test_cost_little(self):
+        assert describing_flops((1, 28, 28)) == 28 * 28 * 5.25 + 16
+        assert describing_flops((3, 4, 4)) == 16 * 13 + 16
+
+
+class TestRatios:
+    def test_chance_is_no_difference(self):
+        assert (shrunk_ratios(np.array([8, 9, 8, 7, 10, 8])) == 1).all()
+
+    def test_are_those_of_the_counts_where_these_are_many(self):
+        counts = np.array([0, 100, 1000, 1000, 1900, 2000])
+        expected = np.clip(counts / 1000, 0, 1)
+        np.testing.assert_allclose(shrunk_ratios(counts), expected, atol=0.01)
+
+    @pytest.mark.parametrize("n", [2, 30, 500])
+    def test_are_within_reach(self, n):
+        for counts in np.random.default_rng(n).multinomial(n, [0.5, 0.3, 0.1, 0.05, 0.05, 0], size=50):
+            weights = shrunk_ratios(counts)
+            assert weights.max() == 1
+            assert (weights >= 0).all()
+
+    def test_samples_of_the_pool_keep_all_their_weight(self):
+        """Of 500 draws from six equal groups, few look unlike them by chance."""
+        draws = np.random.default_rng(0).multinomial(50, np.full(6, 1 / 6), size=500)
+        assert np.mean([shrunk_ratios(counts).mean() for counts in draws]) > 0.98
+
+
+class TestLikeness:
+    def test_unlike_images_weigh_less(self, task):
+        inverted = task.pool.sources == task.pool.source_names.index("inverted")
+        alike = likeness(task, Strata.of(task), 0)
+        weights = alike.weights[alike.codes]
+        assert weights[inverted].mean() < 0.2
+        assert weights[~inverted].mean() > 0.8
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_a_pool_like_the_target_is_left_alone(self, seed):
+        task = digits([SyntheticSource("plain", size=900)], seed)
+        alike = likeness(task, Strata.of(task), seed)
+        assert alike is None or alike.weights.min() > 0.6
+
+    def test_classes_that_the_pool_has_too_many_of_are_not_unlike(self):
+        skewed = [SyntheticSource("all", size=150), SyntheticSource("few", size=250, classes=[0, 1])]
+        task = digits(skewed)
+        alike = likeness(task, Strata.of(task), 0)
+        assert alike is None or alike.weights[alike.codes].mean() > 0.85
+
+    def test_does_not_depend_on_the_order_of_files_or_on_chunks(self, task, monkeypatch):
+        alike = likeness(task, Strata.of(task), 0)
+        order = np.random.default_rng(0).permutation(len(task.pool))
+        other = without_sources(task)
+        other.pool = Pool(task.pool.ids.take(order), task.pool.examples.take(order))
+        monkeypatch.setattr(likeness_module, "CHUNK", 97)
+        again = likeness(other, Strata.of(other), 0)
+        np.testing.assert_array_equal(again.weights, alike.weights)
+        assert (again.codes == alike.codes[order]).mean() > 0.995
+
+    def test_flops_are_those_of_one_pass(self, task):
+        """Descriptors and one product for each example; all else is of a sample."""
+        smaller = without_sources(task)
+        smaller.pool = task.pool.subset(np.arange(450), "pool")
+        per_example = task.descriptor_flops + 5 * 2 * N_DESCRIPTORS
+        of_sample = 2 * (2 * N_DESCRIPTORS) ** 2 + 2 * 2 * N_DESCRIPTORS * 5
+        assert likeness_flops(task) - likeness_flops(smaller) == pytest.approx(450 * (per_example + of_sample))
+
+
+class TestRun:
+    def test_unlike_images_are_drawn_less(self, task):
+        hidden = without_sources(task)
+        selection, ledger = choose(hidden)
+        inverted = task.pool.sources == task.pool.source_names.index("inverted")
+        probability = np.asarray(selection.probability)
+        assert probability[inverted].mean() < 0.25 * probability[~inverted].mean()
+        assert len(selection.notes["likeness"]["weights"]) == N_GROUPS
+        assert sum(selection.notes["likeness"]["shares"]) == pytest.approx(1, abs=1e-3)
+        assert json.loads(json.dumps(selection.notes)) == selection.notes
+        budget = Budget(EPOCHS, "epochs")
+        charged = ledger.entries[SELECT, LIKENESS].flops
+        assert charged == likeness_flops(hidden) == Cads().plan(hidden, budget).entries[SELECT, LIKENESS].flops
+        assert charged <= FROM_SCRATCH.most_comparing * budget.flops(hidden)
+        assert ledger.total().flops <= budget.flops(hidden)
+
+    def test_the_share_of_what_is_unlike_falls(self, task):
+        hidden = without_sources(task)
+        inverted = task.pool.sources == task.pool.source_names.index("inverted")
+
+        class Blind(Cads):
+            def constants(self, task):
+                return replace(super().constants(task), most_comparing=0.0)
+
+        share = {}
+        for name, selector in {"blind": Blind(), "cads": Cads()}.items():
+            selection = selector.select(hidden, Budget(EPOCHS, "epochs"), seed=0, ledger=Ledger())
+            share[name] = selection.probability[inverted].sum() / selection.probability.sum()
+        assert share["cads"] < 0.5 * share["blind"]
+
+    def test_two_processes_compare_as_one(self, task, tmp_path):
+        hidden = without_sources(task)
+
+        def work():
+            selection, _ = choose(hidden)
+            return chosen(selection) | {"likeness": selection.notes["likeness"]["weights"]}
+
+        same(spread(2, work, tmp_path), work())
+
+    def test_given_sources_are_not_compared(self, task):
+        assert (SELECT, LIKENESS) not in choose(task)[1].entries
+
+    def test_a_budget_that_is_too_small_does_without(self, task):
+        hidden = without_sources(task)
+        epochs = 0.99 * likeness_flops(hidden) / FROM_SCRATCH.most_comparing / Budget(1, "epochs").flops(hidden)
+        selection, ledger = choose(hidden, epochs)
+        assert (SELECT, LIKENESS) not in ledger.entries
+        assert "likeness" not in selection.notes
+
+    def test_what_was_killed_goes_on(self, task, tmp_path):
+        hidden = without_sources(task)
+        selection, ledger = choose(hidden)
+        assert "likeness" in selection.notes
+        again, other = resumed(tmp_path, lambda: choose(hidden), kills=(2, 200))
+        assert again.content_hash == selection.content_hash
+        assert again.notes == selection.notes
+        assert ledger.to_json(seconds=False) == other.to_json(seconds=False)
+
+
+class TestGroups:
+    @pytest.mark.parametrize("hidden", [True, False])
+    def test_have_probabilities_of_their_own(self, task, hidden):
+        task = without_sources(task) if hidden else task
+        selection, ledger = choose(task, granularity="group")
+        assert ledger.entries[SELECT, LIKENESS].flops > 0
+        # Neither likelihoods nor anything else tells the examples of a class and a group apart.
+        groups = N_GROUPS * len(task.classes) * (1 if hidden else 2)
+        assert 2 < len(np.unique(np.asarray(selection.probability).round(9))) <= groups
+        assert ledger.entries[TRAIN, "final model"].flops > 0
+
+    def test_examples_that_nothing_describes_have_none(self, features):
+        with pytest.raises(DataError, match="use granularity = example, or source"):
+            choose(features(batch_size=8, n=80), granularity="group")
