@@ -187,7 +187,8 @@ def _means(cells: Cells, places: Sequence[Place]) -> str:
     for column in columns:
         there = [p for p in places if p[1:] == column]
         differences = [cells.difference(p, HIDDEN, cells.best(p, hidden=True))[0] for p in there]
-        no_sources.append(f"{np.mean(differences):+.2f}")
+        known = [d for d in differences if np.isfinite(d)]
+        no_sources.append(f"{np.mean(known):+.2f}" if known else "-")
     lines.append(_row([f"{HIDDEN}, less the best that needs no sources", *no_sources]))
     for method in (ONLINE, HIDDEN):
         blind = [_mean_blind(cells, [p for p in places if p[1:] == column], method) for column in columns]
