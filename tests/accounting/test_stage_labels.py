@@ -44,7 +44,7 @@ UNCHANGED = (
     *("holdout model", "holdout losses", "pool model", "pool losses"),
     *("timed", "replicas", "truth", "probe", "probe of the initial model", "speed test"),
     "validation",
-    *("features", "features of the target", "folds", "probabilities", "utilities"),
+    *("features", "features of the target", "folds", "probabilities", "utilities", "excess losses", "curvature"),
     *("metrics of the trainer", "validation by the trainer"),
 )
 CALLS = {
