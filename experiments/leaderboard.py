@@ -5,7 +5,8 @@
     python -m experiments.leaderboard --out runs/leaderboard --results experiments/results/leaderboard.md
 
 Cells, budgets and options are those of `experiments.online`. A rival whose package is missing is left out with a word.
-`OUT/packages.json` has the versions. `--results` writes the page of the cells that are there.
+`OUT/packages.json` has the versions. `--results` writes the page of the cells that are there, and the cells as `.jsonl`
+beside it: as `OUT/cells.jsonl`, they go on elsewhere.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Influence(SubsetRival):
 
     fraction: float = 0.5
     """Share of the pool that is kept."""
-    passes: float = 4.0
+    passes: float = 16.0
     """Most passes of the model over the target."""
 
     def stages(self, task: Task, flops: float) -> Sequence[RankingStage]:

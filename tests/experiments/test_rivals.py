@@ -18,7 +18,7 @@ from cads.tasks.vision.synthetic_sources import SyntheticSource
 from cads.training import final
 from experiments import leaderboard
 from experiments.leaderboard import RIVALS, main
-from experiments.leaderboard_report import best, regret
+from experiments.leaderboard_report import best, common, complete, regret
 from experiments.online_report import Cells
 from experiments.rivals.adapt import Adapt
 from experiments.rivals.blade import Blade, BladeRider, with_weights
@@ -207,12 +207,15 @@ def test_the_leaderboard_skips_what_is_missing_and_reports_the_rest(tmp_path, mo
     names = {row["key"][4] for row in rows}
     assert {"cads", "aligned batches", "log-linear"} <= names
     assert not names & {rival.name for rival in PACKAGED}
-    # A cell that some method lacks is not reported.
-    lone = {"key": ["two", 60, 16.0, 0, "full"], "accuracy": 0.5, "select": 0.0, "budget": 1.0, "seconds": 1.0}
+    # A cell, or a seed of it, that some method lacks is not reported.
+    lone = {"accuracy": 1.0, "select": 0.0, "budget": 1.0, "seconds": 1.0}
     with (out / "cells.jsonl").open("a") as file:
-        file.write(json.dumps(lone) + "\n")
+        for passes, seed in ((16.0, 0), (4.0, 7)):
+            file.write(json.dumps({"key": ["two", 60, passes, seed, "full"], **lone}) + "\n")
     main(["--out", str(out), "--results", str(tmp_path / "page.md")])
-    page, cells = (tmp_path / "page.md").read_text(), Cells.read(out / "cells.jsonl")
+    page = (tmp_path / "page.md").read_text()
+    assert (tmp_path / "page.jsonl").read_text() == (out / "cells.jsonl").read_text()
+    cells = complete(Cells.read(out / "cells.jsonl"), common(out / "cells.jsonl"))
     place = ("two", 60, 4.0)
     assert "# Leaderboard: 1 cells, 2 seeds" in page
     assert "Without a result here: cleanlab, 3 folds" in page
