@@ -44,8 +44,9 @@ class Influence(SubsetRival):
 
     fraction: float = 0.5
     """Share of the pool that is kept."""
-    passes: float = 16.0
-    """Most passes of the model over the target."""
+    passes: float = 4.0
+    """Most passes of the model over the target: those of LESS. The gradients of a target that is learned by heart
+    vanish."""
 
     def stages(self, task: Task, flops: float) -> Sequence[RankingStage]:
         """See `SubsetRival`."""
