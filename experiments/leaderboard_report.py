@@ -110,8 +110,8 @@ def _head(cells: Cells, missing: Sequence[str]) -> str:
         "even turns unless it weighs the sources. Where the share that selection may take buys no scores or trials, a "
         "rival returns the full pool, and is then the same as `joint .3, balanced`. "
         '"Selects in": in how many of its runs it did select.\n\n'
-        f"{CHOSEN} Of the rivals one number was tuned: of 4 and 16 passes of bergson's model over the target, "
-        "4 are better. optuna, botorch, log-linear and mixmin may spend "
+        f"{CHOSEN} Of the rivals one number was tuned: the passes of bergson's model over the target, of which 4 "
+        "are better on average than 16. optuna, botorch, log-linear and mixmin may spend "
         "what the searches of this package may, the others up to a third of the budget, and the rules that choose "
         "while the final model trains (aligned batches, adapt, blade, datacull's RCAP) what they need for it. "
         "adapt and blade are written from summaries of their papers: their modules in `experiments/rivals` say what is "
