@@ -5,7 +5,8 @@
     python -m experiments.leaderboard --out runs/leaderboard --results experiments/results/leaderboard.md
 
 Cells, budgets and options are those of `experiments.online`. A rival whose package is missing is left out with a word.
-`OUT/packages.json` has the versions. `--results` writes the page of the cells that are there.
+`OUT/packages.json` has the versions. `--results` writes the page of the cells that are there, and the cells as `.jsonl`
+beside it: as `OUT/cells.jsonl`, they go on elsewhere.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ from cads.selector import Selector
 from experiments.leaderboard_report import PACKAGES, write_leaderboard
 from experiments.online import Method, parse, run_missing
 from experiments.online_report import HIDDEN, ONLINE
+from experiments.rivals.adapt import Adapt
 from experiments.rivals.aligned_batches import AlignedBatches
+from experiments.rivals.bergson import BergsonEkfac, BergsonGradients
+from experiments.rivals.blade import Blade
+from experiments.rivals.botorch import BoTorch
 from experiments.rivals.cleanlab import CleanlabFolds, CleanlabTarget
+from experiments.rivals.datacull import Ccs, Rcap, Tdds
 from experiments.rivals.facility_location import FacilityLocation
 from experiments.rivals.mixmin import MixMin
 from experiments.rivals.mixtures import LogLinear, Optuna
@@ -52,6 +58,14 @@ RIVALS = (
     Rival("mixmin", "", kind=MixMin),
     Rival("facility location", "", kind=FacilityLocation, package="submodlib-py"),
     Rival("aligned batches", "", kind=AlignedBatches),
+    Rival("adapt", "", kind=Adapt),
+    Rival("blade", "", kind=Blade),
+    Rival("botorch", "", kind=BoTorch, package="botorch"),
+    Rival("datacull, CCS", "", kind=Ccs, package="datacull"),
+    Rival("datacull, TDDS", "", kind=Tdds, package="datacull"),
+    Rival("datacull, RCAP", "", kind=Rcap, package="datacull"),
+    Rival("bergson, gradients", "", kind=BergsonGradients, package="bergson"),
+    Rival("bergson, EKFAC", "", kind=BergsonEkfac, package="bergson"),
 )
 REFERENCES = (
     Method(ONLINE, "cads"),

@@ -48,11 +48,19 @@ class MixtureRival(RungSearch):
     """Share of each batch of the final training drawn from the target."""
 
     ranges_over: ClassVar[type[SearchSpace]] = MixtureSpace
+    package: ClassVar[tuple[str, str] | None] = None
+    """The module that it needs, and the distribution of that."""
 
     def select(
         self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
     ) -> Selection:
-        """See `cads.selector.Selector`."""
+        """See `cads.selector.Selector`.
+
+        Raises:
+            ConfigError: if the package is not installed.
+        """
+        if self.package is not None:
+            import_package(*self.package)
         selection = super().select(task, budget, seed=seed, ledger=ledger, monitor=monitor)
         return replace(selection, balanced=not selection.weighted)
 
@@ -66,17 +74,7 @@ class Optuna(MixtureRival):
     """
 
     method: ClassVar[str] = "optuna"
-
-    def select(
-        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
-    ) -> Selection:
-        """See `cads.selector.Selector`.
-
-        Raises:
-            ConfigError: if Optuna is not installed.
-        """
-        import_package("optuna", "optuna")
-        return super().select(task, budget, seed=seed, ledger=ledger, monitor=monitor)
+    package: ClassVar[tuple[str, str] | None] = ("optuna", "optuna")
 
     def schedule(self, costs: InnerLoopCosts, space: SearchSpace, train_flops: float, allowance: float) -> list[Rung]:
         """As many trials as the allowance buys if none is pruned."""

@@ -45,7 +45,7 @@ UNCHANGED = (
     *("timed", "replicas", "truth", "probe", "probe of the initial model", "speed test"),
     "likeness to the target",
     "validation",
-    *("features", "features of the target", "folds", "probabilities", "utilities"),
+    *("features", "features of the target", "folds", "probabilities", "utilities", "excess losses", "curvature"),
     *("metrics of the trainer", "validation by the trainer"),
 )
 CALLS = {

@@ -18,16 +18,26 @@ from cads.tasks.vision.synthetic_sources import SyntheticSource
 from cads.training import final
 from experiments import leaderboard
 from experiments.leaderboard import RIVALS, main
-from experiments.leaderboard_report import best, regret
+from experiments.leaderboard_report import best, common, complete, regret
 from experiments.online_report import Cells
+from experiments.rivals.adapt import Adapt
+from experiments.rivals.blade import Blade, BladeRider, with_weights
 from experiments.rivals.cleanlab import CleanlabFolds, folds_of
 from experiments.rivals.mixmin import best_mixture
 from experiments.rivals.mixtures import LogLinear, fit_law, law_values
+from experiments.rivals.online_rule import OnlineRule, step_flops
 
 PACKAGED = [rival for rival in RIVALS if rival.package]
-MODULES = {"cleanlab": "cleanlab", "optuna": "optuna", "submodlib-py": "submodlib"}
+MODULES = {rival.package: rival.package for rival in PACKAGED} | {"submodlib-py": "submodlib"}
+HARD = ("datacull, TDDS", "datacull, RCAP")
+"""Rivals that prefer examples that a model finds hard, of which noise is one kind."""
+NEARLY_FLAT = ("adapt",)
+"""Rivals whose weights lie between .27 and .73."""
+FREE = ("datacull, RCAP",)
+"""Rivals that cost nothing beside training."""
 SOURCES = [SyntheticSource("clean", size=400), SyntheticSource("noisy", size=400, label_noise=0.9)]
 ENOUGH = Budget.parse("24 epochs", count_selection=True)
+FEW = Budget.parse("4 epochs", count_selection=True)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +51,11 @@ def rival(request):
     if request.param.package:
         pytest.importorskip(MODULES[request.param.package])
     return request.param
+
+
+def enough(rival):
+    """A budget at which a rival selects."""
+    return FEW if issubclass(rival.kind, OnlineRule) else ENOUGH
 
 
 def right_share(task, weights):
@@ -64,18 +79,23 @@ def test_planted_noise_is_found(noisy, rival):
     selection = rival.build().select(noisy, ENOUGH, seed=0, ledger=Ledger())
     # Of an online rule, the score says how often each example was trained on.
     weights = selection.score if selection.trained is not None else selection.weights
-    assert right_share(noisy, weights) > right_share(noisy, np.ones(len(weights))) + 0.03
+    margin = 0.01 if rival.name in NEARLY_FLAT else 0.03
+    if rival.name not in HARD:
+        assert right_share(noisy, weights) > right_share(noisy, np.ones(len(weights))) + margin
 
 
 @pytest.mark.parametrize("passes", [0.5, 4, 24])
 def test_selection_and_training_stay_within_the_budget(noisy, rival, passes):
+    if passes == 24 and enough(rival) is not ENOUGH:
+        pytest.skip("it selects with less")
     budget, ledger = Budget.parse(f"{passes} epochs", count_selection=True), Ledger()
     selection = rival.build().select(noisy, budget, seed=0, ledger=ledger)
     trained = final.train(noisy, selection, budget, seed=0)
     spent = [trained.ledger.total(phase).flops for phase in (SELECT, TRAIN)]
     assert sum(spent) <= budget.flops(noisy) * (1 + 1e-9)
     assert spent[1] > 0.2 * budget.flops(noisy), "most of the rest trains the final model"
-    assert (spent[0] > 0) == (not selection.selected.all() or selection.weighted or selection.trained is not None)
+    chose = not selection.selected.all() or selection.weighted or selection.trained is not None
+    assert (spent[0] > 0) == (chose and rival.name not in FREE)
 
 
 def test_a_budget_of_training_alone_trains_for_all_of_it(noisy, rival):
@@ -86,15 +106,15 @@ def test_a_budget_of_training_alone_trains_for_all_of_it(noisy, rival):
 
 def test_the_plan_is_what_is_charged(noisy, rival):
     ledger, selector = Ledger(), rival.build()
-    selector.select(noisy, ENOUGH, seed=0, ledger=ledger)
-    planned = selector.plan(noisy, ENOUGH).total(SELECT).flops
+    selector.select(noisy, enough(rival), seed=0, ledger=ledger)
+    planned = selector.plan(noisy, enough(rival)).total(SELECT).flops
     # Pruned trials leave their FLOPs to others, which may be as many as the allowance buys.
-    tolerance = 0.4 if rival.name == "optuna" else 1e-6
+    tolerance = 0.4 if rival.name in ("optuna", "botorch") else 1e-6
     assert ledger.total(SELECT).flops == pytest.approx(planned, rel=tolerance)
 
 
 def test_the_same_seed_gives_the_same_choice(noisy, rival):
-    hashes = {rival.build().select(noisy, ENOUGH, seed=3, ledger=Ledger()).content_hash for _ in range(2)}
+    hashes = {rival.build().select(noisy, enough(rival), seed=3, ledger=Ledger()).content_hash for _ in range(2)}
     assert len(hashes) == 1
 
 
@@ -187,14 +207,61 @@ def test_the_leaderboard_skips_what_is_missing_and_reports_the_rest(tmp_path, mo
     names = {row["key"][4] for row in rows}
     assert {"cads", "aligned batches", "log-linear"} <= names
     assert not names & {rival.name for rival in PACKAGED}
-    # A cell that some method lacks is not reported.
-    lone = {"key": ["two", 60, 16.0, 0, "full"], "accuracy": 0.5, "select": 0.0, "budget": 1.0, "seconds": 1.0}
+    # A cell, or a seed of it, that some method lacks is not reported.
+    lone = {"accuracy": 1.0, "select": 0.0, "budget": 1.0, "seconds": 1.0}
     with (out / "cells.jsonl").open("a") as file:
-        file.write(json.dumps(lone) + "\n")
+        for passes, seed in ((16.0, 0), (4.0, 7)):
+            file.write(json.dumps({"key": ["two", 60, passes, seed, "full"], **lone}) + "\n")
     main(["--out", str(out), "--results", str(tmp_path / "page.md")])
-    page, cells = (tmp_path / "page.md").read_text(), Cells.read(out / "cells.jsonl")
+    page = (tmp_path / "page.md").read_text()
+    assert (tmp_path / "page.jsonl").read_text() == (out / "cells.jsonl").read_text()
+    cells = complete(Cells.read(out / "cells.jsonl"), common(out / "cells.jsonl"))
     place = ("two", 60, 4.0)
     assert "# Leaderboard: 1 cells, 2 seeds" in page
     assert "Without a result here: cleanlab, 3 folds" in page
     assert regret(cells, place, best(cells, place)) == 0
     assert f"| aligned batches | ours, after OPUS | {regret(cells, place, 'aligned batches'):.2f} |" in page
+
+
+def test_a_rule_buys_as_many_steps_as_its_budget_allows(noisy):
+    """One step more, with what the rule costs then, would exceed the budget."""
+    for kind in (Adapt, Blade):
+        rule, budget = kind(), Budget.parse("3 epochs", count_selection=True)
+        trained = rule.select(noisy, budget, seed=0, ledger=(ledger := Ledger())).trained
+        assert trained is not None
+        steps = round(ledger.total(TRAIN).flops / step_flops(noisy))
+
+        def cost(n, rule=rule):
+            return n * step_flops(noisy) + sum(rule.prices(noisy, n).values())
+
+        assert cost(steps) <= budget.flops(noisy) * (1 + 1e-9) < cost(steps + 1)
+
+
+def test_adapt_weighs_by_likeness_to_the_target_examples_of_the_same_label(noisy):
+    """A label that is wrong belongs to a class that the image is not like."""
+    scores = [
+        Adapt(temperature=temperature).select(noisy, FEW, seed=0, ledger=Ledger()).score for temperature in (1.0, 1e6)
+    ]
+    # At this temperature all weights are 1/2, and both runs draw the same examples.
+    turns = 2 * scores[1]
+    assert turns == pytest.approx(turns.round(), abs=1e-3)
+    weights, wrong = scores[0] / turns, noisy.truth.corrupted
+    assert weights[~wrong].mean() > weights[wrong].mean() + 0.02
+
+
+def test_the_reference_of_blade_knows_the_target_better_than_the_model_that_it_starts_from(noisy, monkeypatch):
+    losses = []
+    original = BladeRider.trained_reference
+
+    def measured(self, step):
+        reference = original(self, step)
+        model, batch = self.run.model, noisy.target.batch(np.arange(len(noisy.target)))
+        with torch.no_grad():
+            before, after = (noisy.losses(m, batch).mean() for m in (model, with_weights(model, reference)))
+        losses.append((float(before), float(after)))
+        return reference
+
+    monkeypatch.setattr(BladeRider, "trained_reference", measured)
+    Blade().select(noisy, FEW, seed=0, ledger=Ledger())
+    assert len(losses) == 5
+    assert all(after < before for before, after in losses)
