@@ -43,8 +43,8 @@ ABOUT = (
     "`resnet8` is the residual network of He et al. (2016) with eight layers, of 8, 16 and 32 channels, with batch "
     "normalisation and a first stride of 2. `cnn` has two convolutions, of 16 and 32 channels. Both train by AdamW in "
     "float32, in batches of 128, at a peak rate of 0.003 with a cosine, and without augmentation. This is the recipe "
-    "of `compare-vision.yaml`. Nothing was tuned for it; batches of 64 are one or two points better at 1 pass, and cost a "
-    "quarter more time. The images are from a public copy in JPEG files, which is not the same in every pixel.",
+    "of `compare-vision.yaml`. Nothing was tuned for it; batches of 64 are one or two points better at 1 pass, and take "
+    "a quarter more time. The images are from a public copy in JPEG files, which is not the same in every pixel.",
     "`cads` trains on the target too, as joint training does. `cads-s-penalty` and `cads-e-penalty` are the penalty "
     "forms as they are built here (`docs/published.md`), and not the authors' code.",
 )
@@ -53,7 +53,7 @@ ABOUT = (
 
 def worlds(grid: Grid) -> dict[str, World]:
     """The task with each model, by the label of the model; its data seed is set later."""
-    result = {}
+    result: dict[str, World] = {}
     for setting in settings(grid):
         assert isinstance(setting.config, VisionConfig)
         result.setdefault(setting.model, World(setting.model, setting.config, setting.train))
@@ -124,8 +124,8 @@ def data_fields(options: argparse.Namespace) -> dict[str, object]:
             options.out.mkdir(parents=True, exist_ok=True)
             write_arrays(options.parquet, arrays)
         return {"dataset": "arrays", "path": str(arrays)}
-    given = {"path": str(options.data)} if options.data else {}
-    return {**given, "download": True} if options.download else given
+    given: dict[str, object] = {"download": True} if options.download else {}
+    return {**given, "path": str(options.data)} if options.data else given
 
 
 def main(argv: Sequence[str] | None = None) -> None:
