@@ -43,7 +43,7 @@ ABOUT = (
     "`resnet8` is the residual network of He et al. (2016) with eight layers, of 8, 16 and 32 channels, with batch "
     "normalisation and a first stride of 2. `cnn` has two convolutions, of 16 and 32 channels. Both train by AdamW in "
     "float32, in batches of 128, at a peak rate of 0.003 with a cosine, and without augmentation. This is the recipe "
-    "of `compare-vision.yaml`. Nothing was tuned for it; batches of 64 are one or two points better at 1 pass, and take "
+    "of `compare-vision.yaml`. Nothing was tuned; batches of 64 are one or two points better at 1 pass, and take "
     "a quarter more time. The images are from a public copy in JPEG files, which is not the same in every pixel.",
     "`cads` trains on the target too, as joint training does. `cads-s-penalty` and `cads-e-penalty` are the penalty "
     "forms as they are built here (`docs/published.md`), and not the authors' code.",
