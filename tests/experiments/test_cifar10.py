@@ -120,8 +120,8 @@ def test_what_was_not_run_is_named(out, tmp_path):
     (tmp_path / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     main(["--out", str(tmp_path), "--config", str(out / "grid.yaml"), "--results", str(tmp_path / "page.md")])
     lines = (tmp_path / "page.md").read_text().splitlines()
-    assert next(x for x in lines if x.startswith("At 1 passes,")).endswith("not bought by the budget: joint.")
-    assert "At 5 passes, not run: joint." in lines
+    assert next(x for x in lines if x.startswith("Not bought by the budget at 1 pass: ")).endswith("joint.")
+    assert "Not run at 5 passes: joint." in lines
 
 
 def test_a_page_of_too_little_is_refused(out, tmp_path):
