@@ -111,8 +111,8 @@ def write_page(cells: Path, results: Path, command: str, methods: Sequence[Metho
         f"    {command.split(' --results', maxsplit=1)[0]} --download\n    {command}",
         about,
         "A budget C is in passes over the pool. It pays for selection and training. In rows marked `on top`, as "
-        "published, it pays for training alone, and selection comes on top. A seed is one of the data and of the training; differences are "
-        "paired.",
+        "published, it pays for training alone, and selection comes on top. A seed is one of the data "
+        "and of the training; differences are paired.",
         f"## The aim\n\n{_aim(places)}",
     ]
     for model in dict.fromkeys(place.model for place in places):
