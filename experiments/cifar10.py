@@ -41,8 +41,9 @@ ABOUT = (
     "45, 67.5 and 90 % of wrong labels. The test set has 10,000 images.",
     "Of the paper, the abstract and the figures below are known here. What surely differs: the networks are small. "
     "`resnet8` is the residual network of He et al. (2016) with eight layers, of 8, 16 and 32 channels, with batch "
-    "normalisation and a first stride of 2. `cnn` has two convolutions, of 16 and 32 channels. Both train by AdamW in "
-    "float32, in batches of 128, at a peak rate of 0.003 with a cosine, and without augmentation. This is the recipe "
+    "normalisation and a first stride of 2. `cnn` has two convolutions, of 16 and 32 channels. They train by AdamW in "
+    "float32, in batches of 128, at a peak rate of 0.003 with a cosine. Images are flipped and cropped at random (by 4 "
+    "pixels at most) only where the name of a model says so. This is the recipe "
     "of `compare-vision.yaml`. Nothing was tuned; batches of 64 are one or two points better at 1 pass, and take "
     "a quarter more time. The images are from a public copy in JPEG files, which is not the same in every pixel.",
     "`cads` trains on the target too, as joint training does. `cads-s-penalty` and `cads-e-penalty` are the penalty "

@@ -75,7 +75,7 @@ class Place:
 
 
 def read_places(path: Path) -> list[Place]:
-    """The places at which `cads` has two seeds or more, by model and budget.
+    """The places at which `cads` was run, by model and budget.
 
     Raises:
         ConfigError: if there are none.
@@ -89,9 +89,9 @@ def read_places(path: Path) -> list[Place]:
         else:
             done[model, passes][method][seed] = row
     places = [Place(*at, by_method, sorted(set(unaffordable[at]))) for at, by_method in sorted(done.items())]
-    places = [place for place in places if len(place.by_method.get(ONLINE, {})) > 1]
+    places = [place for place in places if ONLINE in place.by_method]
     if not places:
-        raise ConfigError(f"{path} has no budget with two seeds of `{ONLINE}`: run more cells")
+        raise ConfigError(f"{path} has no cell of `{ONLINE}`: run more cells")
     return places
 
 
@@ -102,12 +102,14 @@ def write_page(cells: Path, results: Path, command: str, methods: Sequence[Metho
         methods: all of the comparison, in the order of the tables. about: sentences on task and recipe.
 
     Raises:
-        ConfigError: if no budget has two seeds of `cads`.
+        ConfigError: if `cads` was not run.
     """
     places = read_places(cells)
     seeds = sorted({len(place.by_method[ONLINE]) for place in places})
+    counts = " to ".join(map(str, sorted({seeds[0], seeds[-1]})))
+    title = "1 seed" if counts == "1" else f"{counts} seeds, 95% t-intervals"
     parts = [
-        f"# {results.stem}: {' to '.join(map(str, sorted({seeds[0], seeds[-1]})))} seeds, 95% t-intervals",
+        f"# {results.stem}: {title}",
         f"    {command.split(' --results', maxsplit=1)[0]} --download\n    {command}",
         about,
         "A budget C is in passes over the pool. It pays for selection and training. In rows marked `on top`, as "

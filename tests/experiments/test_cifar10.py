@@ -61,7 +61,7 @@ def test_the_published_grid():
     for world in worlds(grid).values():
         assert [source.label_noise for source in world.task.sources] == [0, 0.225, 0.45, 0.675, 0.9]
         assert world.task.sizes(50_000, 10_000) == (10_000, 5_000, 45_000)
-    assert list(worlds(grid)) == ["resnet8", "cnn"]
+    assert list(worlds(grid)) == ["resnet8", "resnet8, crops and flips", "cnn"]
     names = [m.name for m in methods(grid)]
     assert names[-1] == cifar10.BEST_RIVAL
     assert {m.name for m in methods(grid) if m.on_top} == {
@@ -124,10 +124,21 @@ def test_what_was_not_run_is_named(out, tmp_path):
     assert "Not run at 5 passes: joint." in lines
 
 
-def test_a_page_of_too_little_is_refused(out, tmp_path):
+def test_one_seed_has_no_interval(out, tmp_path):
     kept = [row for row in rows(out) if row["key"][3] == 0]
     (tmp_path / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    with pytest.raises(ConfigError, match="no budget with two seeds of `cads`"):
+    main(["--out", str(tmp_path), "--config", str(out / "grid.yaml"), "--results", str(tmp_path / "page.md")])
+    text = (tmp_path / "page.md").read_text()
+    assert text.startswith("# page: 1 seed\n")
+    assert "nan" not in text
+    (accuracy,) = (row["accuracy"] for row in kept if row["key"][2] == 5 and row["key"][4] == "full")
+    assert f"{100 * accuracy:.2f} (1)" in text
+
+
+def test_a_page_of_too_little_is_refused(out, tmp_path):
+    kept = [row for row in rows(out) if row["key"][4] != "cads"]
+    (tmp_path / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    with pytest.raises(ConfigError, match="no cell of `cads`"):
         main(["--out", str(tmp_path), "--config", str(out / "grid.yaml"), "--results", str(tmp_path / "page.md")])
 
 
