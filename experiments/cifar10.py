@@ -26,9 +26,11 @@ from cads.errors import DataError
 from cads.runtime.atomic_files import whole_folder
 from cads.study.grid import Grid, GridEntry, read_grid, settings
 from cads.tasks.vision.config import VisionConfig
+from experiments import online
 from experiments.cifar10_report import write_page
 from experiments.leaderboard import RIVALS
 from experiments.online import Method, run_missing
+from experiments.online_report import ABLATIONS
 from experiments.worlds import World
 
 CONFIG = Path(__file__).parent / "configs" / "cifar10-noise.yaml"
@@ -36,6 +38,8 @@ POOL = 45_000
 """Images of the pool."""
 BEST_RIVAL = "mixmin"
 """The rival of the lowest mean regret in `experiments/results/leaderboard.md`."""
+LEVEL = ABLATIONS[2]
+"""`cads` with the sources drawn alike, to tell what choosing among them does."""
 ABOUT = (
     "5,000 clean images of CIFAR-10 are the target. The other 45,000 are the pool: five equal sources with 0, 22.5, "
     "45, 67.5 and 90 % of wrong labels. The test set has 10,000 images.",
@@ -68,8 +72,9 @@ def method(grid: Grid, entry: GridEntry) -> Method:
 
 
 def methods(grid: Grid) -> list[Method]:
-    """Those of the grid, and the best rival, whose selection the budget covers too."""
-    return [*(method(grid, entry) for entry in grid.methods), *(x for x in RIVALS if x.name == BEST_RIVAL)]
+    """Those of the grid, the best rival, and `cads` without weights of sources; the budget covers their selection."""
+    further = [*(x for x in RIVALS if x.name == BEST_RIVAL), *(x for x in online.methods(()) if x.name == LEVEL)]
+    return [*(method(grid, entry) for entry in grid.methods), *further]
 
 
 def passes(grid: Grid) -> list[float]:
