@@ -28,6 +28,10 @@ POINTS_ABOVE_SOURCE, POINTS_ABOVE_FULL = 2.0, 10.0
 PUBLISHED_PASSES = 5
 PUBLISHED = {"CADS-S": 67.22, "best single source": 65.08, "full": 57.03}
 """Test accuracy, %, that the paper has at `PUBLISHED_PASSES`; its selection comes on top."""
+MARGIN = 1.08
+"""By how much the band goes beyond the first and the last budget."""
+MARKERS = ("^", "s", "v", "D", "P", "X", "<", ">")
+"""Of the methods that choose; hollow where selection comes on top."""
 
 Seeds = Mapping[int, Mapping[str, Any]]
 """The cells of one method at one place, by seed."""
@@ -222,14 +226,15 @@ def _panel(ax: Any, places: Sequence[Place], methods: Sequence[Method]) -> None:
     free = [m.name for m in methods if m.selector in FREE and not m.name.startswith(SINGLE)]
     free = [name for name in free if all(name in place.by_method for place in places)]
     budgets = [place.flops(ONLINE) for place in places]
-    means = np.array([[place.values(name).mean() for name in free] for place in places])
+    ends = [budgets[0] / MARGIN, *budgets, budgets[-1] * MARGIN]
+    means = np.array([[place.values(name).mean() for name in free] for place in (places[0], *places, places[-1])])
     if free:
-        ax.fill_between(budgets, means.min(axis=1), means.max(axis=1), color="0.85", label="free, no source known")
-    sources = [place.best([name for name in place.by_method if name.startswith(SINGLE)]) for place in places]
-    values = [
-        np.nan if name is None else place.values(name).mean() for place, name in zip(places, sources, strict=True)
-    ]
-    ax.plot(budgets, values, ":", color="0.25", label="best single source, known afterwards")
+        ax.fill_between(ends, means.min(axis=1), means.max(axis=1), color="0.85", label="free, no source known")
+    singles = [place.best([name for name in place.by_method if name.startswith(SINGLE)]) for place in places]
+    if None not in singles:
+        values = [place.values(str(name)).mean() for place, name in zip(places, singles, strict=True)]
+        values = [values[0], *values, values[-1]]
+        ax.plot(ends, values, ":", color="0.25", label="best single source, known afterwards")
     choosing = [m for m in methods if m.selector not in FREE and m.name != ONLINE]
     names = list(dict.fromkeys(m.name.removesuffix(", on top") for m in choosing))
     for method in choosing:
@@ -250,12 +255,10 @@ def _panel(ax: Any, places: Sequence[Place], methods: Sequence[Method]) -> None:
         budgets, [place.values(ONLINE).mean() for place in places], "o-", color="#D55E00", linewidth=2, label=ONLINE
     )
     ax.set_xscale("log")
+    ax.set_xticks(budgets, [f"{flops:.2g}\n{_passes(place)}" for flops, place in zip(budgets, places, strict=True)])
+    ax.minorticks_off()
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-
-
-MARKERS = ("^", "s", "v", "D", "P", "X", "<", ">")
-"""Of the methods that choose; hollow where selection comes on top."""
 
 
 def _passes(place: Place) -> str:
