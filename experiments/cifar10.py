@@ -4,10 +4,11 @@
     python -m experiments.cifar10 --out runs/cifar10 --parquet TRAIN.parquet TEST.parquet
     python -m experiments.cifar10 --out runs/cifar10 --results experiments/results/cifar10-noise.md
 
-Task, models, budgets and methods are those of `experiments/configs/cifar10-noise.yaml`, and the best rival of
-`experiments.leaderboard`. Images come from torchvision's files in `--data`, or from two Parquet files with the columns
-`img` and `label`. Finished cells are in `OUT/cells.jsonl`; the same command goes on from there, the cheapest budgets
-first. `--results` writes the page and the figure of the cells that are there, and the cells as `.jsonl`.
+Task, models, budgets and methods are those of `experiments/configs/cifar10-noise.yaml`, the best rival of
+`experiments.leaderboard`, and `cads` without one of its parts. Images come from torchvision's files in `--data`, or
+from two Parquet files with the columns `img` and `label`. Finished cells are in `OUT/cells.jsonl`; the same command
+goes on from there, the cheapest budgets first. `--results` writes the page and the figure of the cells that are there,
+and the cells as `.jsonl`: as `OUT/cells.jsonl`, they go on elsewhere.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ POOL = 45_000
 """Images of the pool."""
 BEST_RIVAL = "mixmin"
 """The rival of the lowest mean regret in `experiments/results/leaderboard.md`."""
-LEVEL = ABLATIONS[2]
-"""`cads` with the sources drawn alike, to tell what choosing among them does."""
+PARTS = ABLATIONS[:3]
+"""`cads` without one of its parts, to tell what each does here."""
 ABOUT = (
     "5,000 clean images of CIFAR-10 are the target. The other 45,000 are the pool: five equal sources with 0, 22.5, "
     "45, 67.5 and 90 % of wrong labels. The test set has 10,000 images.",
@@ -72,8 +73,8 @@ def method(grid: Grid, entry: GridEntry) -> Method:
 
 
 def methods(grid: Grid) -> list[Method]:
-    """Those of the grid, the best rival, and `cads` without weights of sources; the budget covers their selection."""
-    further = [*(x for x in RIVALS if x.name == BEST_RIVAL), *(x for x in online.methods(()) if x.name == LEVEL)]
+    """Those of the grid, the best rival, and `cads` without one of its parts; the budget covers their selection."""
+    further = [*(x for x in RIVALS if x.name == BEST_RIVAL), *(x for x in online.methods(()) if x.name in PARTS)]
     return [*(method(grid, entry) for entry in grid.methods), *further]
 
 

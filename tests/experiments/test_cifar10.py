@@ -63,7 +63,7 @@ def test_the_published_grid():
         assert world.task.sizes(50_000, 10_000) == (10_000, 5_000, 45_000)
     assert list(worlds(grid)) == ["resnet8", "resnet8, crops and flips", "cnn"]
     names = [m.name for m in methods(grid)]
-    assert names[-2:] == [cifar10.BEST_RIVAL, "cads, no weights of sources"]
+    assert names[-4:] == [cifar10.BEST_RIVAL, *cifar10.PARTS]
     assert {m.name for m in methods(grid) if m.on_top} == {
         f"{name}, on top" for name in ("search", "cads-s-penalty", "cads-e-penalty")
     }
