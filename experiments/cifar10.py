@@ -4,11 +4,13 @@
     python -m experiments.cifar10 --out runs/cifar10 --parquet TRAIN.parquet TEST.parquet
     python -m experiments.cifar10 --out runs/cifar10 --results experiments/results/cifar10-noise.md
 
-Task, models, budgets and methods are those of `experiments/configs/cifar10-noise.yaml`, the best rival of
-`experiments.leaderboard`, and `cads` without one of its parts. Images come from torchvision's files in `--data`, or
-from two Parquet files with the columns `img` and `label`. Finished cells are in `OUT/cells.jsonl`; the same command
-goes on from there, the cheapest budgets first. `--results` writes the page and the figure of the cells that are there,
-and the cells as `.jsonl`: as `OUT/cells.jsonl`, they go on elsewhere.
+Task, models, budgets and methods are those of `experiments/configs/cifar10-noise.yaml`. The best rival of
+`experiments.leaderboard`, `cads` without one of its parts, and the clean source with the target are run too. Images
+come from torchvision's files in `--data`, or from two Parquet files with the columns `img` and `label`.
+
+Finished cells are in `OUT/cells.jsonl`; the same command goes on from there, the cheapest budgets first. `--results`
+writes the page and the figure of the cells that are there, and the cells as `.jsonl`: as `OUT/cells.jsonl`, they go on
+elsewhere.
 """
 
 from __future__ import annotations
@@ -18,18 +20,24 @@ import io
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from baselines.source import Source
 from cads.accounting.budget import Budget
+from cads.accounting.ledger import Ledger
 from cads.errors import DataError
+from cads.monitor import Monitor
 from cads.runtime.atomic_files import whole_folder
+from cads.selection import Selection
 from cads.study.grid import Grid, GridEntry, read_grid, settings
+from cads.task import Task
 from cads.tasks.vision.config import VisionConfig
 from experiments import online
 from experiments.cifar10_report import write_page
-from experiments.leaderboard import RIVALS
+from experiments.leaderboard import RIVALS, Rival
 from experiments.online import Method, run_missing
 from experiments.online_report import ABLATIONS
 from experiments.worlds import World
@@ -41,6 +49,7 @@ BEST_RIVAL = "mixmin"
 """The rival of the lowest mean regret in `experiments/results/leaderboard.md`."""
 PARTS = ABLATIONS[:3]
 """`cads` without one of its parts, to tell what each does here."""
+CLEAN_AND_TARGET = "clean and target, known beforehand"
 ABOUT = (
     "5,000 clean images of CIFAR-10 are the target. The other 45,000 are the pool: five equal sources with 0, 22.5, "
     "45, 67.5 and 90 % of wrong labels. The test set has 10,000 images.",
@@ -55,6 +64,19 @@ ABOUT = (
     "forms as they are built here (`docs/published.md`), and not the authors' code.",
 )
 """What the page says about task and recipe."""
+
+
+@dataclass
+class WithTarget(Source):
+    """One source and the target, by their sizes: with the source of the right labels, what selection could reach."""
+
+    def select(
+        self, task: Task, budget: Budget, *, seed: int, ledger: Ledger, monitor: Monitor | None = None
+    ) -> Selection:
+        """Select the source, and take the target into the training; see `cads.selector.Selector`."""
+        alone = super().select(task, budget, seed=seed, ledger=ledger, monitor=monitor)
+        n_target = len(task.target)
+        return replace(alone, target_fraction=n_target / (n_target + int(alone.selected.sum())))
 
 
 def worlds(grid: Grid) -> dict[str, World]:
@@ -73,9 +95,13 @@ def method(grid: Grid, entry: GridEntry) -> Method:
 
 
 def methods(grid: Grid) -> list[Method]:
-    """Those of the grid, the best rival, and `cads` without one of its parts; the budget covers their selection."""
+    """Those of the grid, the best rival, `cads` without one of its parts, and the clean source with the target.
+
+    The budget covers the selection of all but those of the grid that say otherwise.
+    """
+    clean = Rival(CLEAN_AND_TARGET, "source", {"name": "clean"}, kind=WithTarget)
     further = [*(x for x in RIVALS if x.name == BEST_RIVAL), *(x for x in online.methods(()) if x.name in PARTS)]
-    return [*(method(grid, entry) for entry in grid.methods), *further]
+    return [*(method(grid, entry) for entry in grid.methods), *further, clean]
 
 
 def passes(grid: Grid) -> list[float]:

@@ -223,7 +223,7 @@ def draw(places: Sequence[Place], methods: Sequence[Method], path: Path) -> None
 
 
 def _panel(ax: Any, places: Sequence[Place], methods: Sequence[Method]) -> None:
-    free = [m.name for m in methods if m.selector in FREE and not m.name.startswith(SINGLE)]
+    free = [m.name for m in methods if m.selector in FREE and m.selector != "source"]
     free = [name for name in free if all(name in place.by_method for place in places)]
     budgets = [place.flops(ONLINE) for place in places]
     ends = [budgets[0] / MARGIN, *budgets, budgets[-1] * MARGIN]

@@ -63,7 +63,7 @@ def test_the_published_grid():
         assert world.task.sizes(50_000, 10_000) == (10_000, 5_000, 45_000)
     assert list(worlds(grid)) == ["resnet8", "resnet8, crops and flips", "cnn"]
     names = [m.name for m in methods(grid)]
-    assert names[-4:] == [cifar10.BEST_RIVAL, *cifar10.PARTS]
+    assert names[-5:] == [cifar10.BEST_RIVAL, *cifar10.PARTS, cifar10.CLEAN_AND_TARGET]
     assert {m.name for m in methods(grid) if m.on_top} == {
         f"{name}, on top" for name in ("search", "cads-s-penalty", "cads-e-penalty")
     }
@@ -79,6 +79,13 @@ def test_selection_is_paid_from_the_budget_or_on_top(out):
             assert train <= budget
             assert name.endswith("on top") or select + train <= budget
     assert all(select and select + train > budget for select, train, budget in spent["best-source, on top"])
+
+
+def test_the_clean_source_comes_with_the_target_by_their_sizes(out):
+    (clean, *_) = (row for row in rows(out) if row["key"][4] == cifar10.CLEAN_AND_TARGET)
+    assert clean["target"] == pytest.approx(60 / 160, abs=5e-4)
+    assert clean["shares"] == {"clean": 1, "noisy": 0}
+    assert not clean["select"]
 
 
 def test_it_goes_on_where_it_was(out):
