@@ -167,7 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.results is not None:
         command = shlex.join(["python", "-m", "experiments.cifar10", *(argv or sys.argv[1:])])
         cells = options.out / "cells.jsonl"
-        write_page(cells, options.results, command, methods(read_grid(options.config)), " ".join(ABOUT))
+        grid = read_grid(options.config)
+        planned = [(model.label, budget) for model in grid.models for budget in passes(grid)]
+        write_page(cells, options.results, command, methods(grid), " ".join(ABOUT), planned)
         return
     grid = read_grid(options.config, {"task": data_fields(options)})
     by_model = worlds(grid)

@@ -105,17 +105,27 @@ def read_places(path: Path) -> list[Place]:
     return places
 
 
-def write_page(cells: Path, results: Path, command: str, methods: Sequence[Method], about: str) -> None:
+def write_page(
+    cells: Path,
+    results: Path,
+    command: str,
+    methods: Sequence[Method],
+    about: str,
+    planned: Sequence[tuple[str, float]],
+) -> None:
     """Write the page to `results`, with the command that does so, and beside it the figure and the cells.
 
     Args:
         methods: all of the comparison, in the order of the tables. about: sentences on task and recipe.
+        planned: models and budgets in passes that the grid has.
 
     Raises:
         ConfigError: if `cads` was not run.
     """
     places = read_places(cells)
     seeds = sorted({len(place.by_method[ONLINE]) for place in places})
+    run = {(place.model, place.passes) for place in places}
+    missing = [f"{model} at {passes:g}" for model, passes in planned if (model, passes) not in run]
     counts = " to ".join(map(str, sorted({seeds[0], seeds[-1]})))
     title = "1 seed" if counts == "1" else f"{counts} seeds, 95% t-intervals"
     parts = [
@@ -125,6 +135,7 @@ def write_page(cells: Path, results: Path, command: str, methods: Sequence[Metho
         "A budget C is in passes over the pool. It pays for selection and training. In rows marked `on top`, as "
         "published, it pays for training alone, and selection comes on top. A seed is one of the data "
         "and of the training; differences are paired.",
+        *([f"Models and budgets of the grid that were not run: {'; '.join(missing)} passes."] if missing else []),
         f"## The aim\n\n{_aim(places)}",
     ]
     for model in dict.fromkeys(place.model for place in places):

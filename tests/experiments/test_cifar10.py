@@ -129,6 +129,10 @@ def test_what_was_not_run_is_named(out, tmp_path):
     lines = (tmp_path / "page.md").read_text().splitlines()
     assert next(x for x in lines if x.startswith("Not bought by the budget at 1 pass: ")).endswith("joint.")
     assert "Not run at 5 passes: joint." in lines
+    assert not any("of the grid that were not run" in line for line in lines)
+    (tmp_path / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept if row["key"][2] == 1))
+    main(["--out", str(tmp_path), "--config", str(out / "grid.yaml"), "--results", str(tmp_path / "page.md")])
+    assert "Models and budgets of the grid that were not run: small at 5 passes." in (tmp_path / "page.md").read_text()
 
 
 def test_one_seed_has_no_interval(out, tmp_path):
