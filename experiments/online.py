@@ -57,6 +57,7 @@ class Method:
         name: in tables. selector: installed name. options: of the selector.
         balanced: whether classes come in even turns, whatever the selector says.
         hidden: whether the pool comes without its sources.
+        on_top: whether the budget is that of training alone, and selection comes on top.
         changed: constants of `cads` that an ablation changes.
     """
 
@@ -65,6 +66,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     balanced: bool = False
     hidden: bool = False
+    on_top: bool = False
     changed: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> Selector:
@@ -111,9 +113,9 @@ def methods(sources: Sequence[str]) -> list[Method]:
 
 
 def run(task: Task, method: Method, passes: float, seed: int) -> dict[str, Any]:
-    """Train by one method: accuracy, FLOPs of selection, of training and of the budget, and seconds."""
+    """Train by one method: accuracy, FLOPs of selection, of training and of the budget, shares drawn, and seconds."""
     started = time.perf_counter()
-    budget = Budget.parse(f"{passes} epochs", count_selection=True)
+    budget = Budget.parse(f"{passes} epochs", count_selection=not method.on_top)
     task = without_sources(task) if method.hidden else task
     try:
         selection = method.build().select(task, budget, seed=seed, ledger=Ledger())
@@ -127,6 +129,8 @@ def run(task: Task, method: Method, passes: float, seed: int) -> dict[str, Any]:
         "select": trained.ledger.total(SELECT).flops,
         "train": trained.ledger.total(TRAIN).flops,
         "budget": budget.flops(task),
+        "shares": {name: round(share, 3) for name, share in selection.shares.items()},
+        "target": round(selection.target_fraction, 3),
         "seconds": time.perf_counter() - started,
     }
 
@@ -181,11 +185,16 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
     return parser.parse_args(argv)
 
 
-def run_missing(options: argparse.Namespace, methods_of: Callable[[Sequence[str]], Sequence[Method]]) -> None:
+def run_missing(
+    options: argparse.Namespace,
+    methods_of: Callable[[Sequence[str]], Sequence[Method]],
+    world_of: Callable[[str], World] = world_named,
+) -> None:
     """Run all cells that are not in `OUT/cells.jsonl` yet.
 
     Args:
         options: as `parse` gives them. methods_of: the methods for a world with these sources.
+        world_of: the world of a name.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "cells.jsonl"
@@ -193,7 +202,7 @@ def run_missing(options: argparse.Namespace, methods_of: Callable[[Sequence[str]
     tasks: dict[tuple[str, int, int], Task] = {}
     with path.open("a") as file:
         for name, n_target, passes, seed in cells(options.worlds, options.targets, options.passes, options.seeds):
-            world = world_named(name)
+            world = world_of(name)
             for method in methods_of([source.name for source in world.task.sources]):
                 key = (world.name, n_target, passes, seed, method.name)
                 if key in done or (options.methods and method.name not in options.methods):

@@ -73,7 +73,7 @@ GRID_COMMENTS = {
 }
 IMAGE_COMMENTS = {
     "task.dataset": "folder (class/file or source/class/file), hub, arrays, digits, fashion-mnist, cifar10, cifar100.",
-    "task.model": "mlp, cnn, or a classifier of torchvision, such as resnet18.",
+    "task.model": "mlp, cnn, resnet8, or a classifier of torchvision, such as resnet18.",
     "task.pretrained": "Start from torchvision's weights; download: true allows to fetch them.",
     "task.n_target": "Images that selection optimises for: val/ beside train/, or else a tenth of the training images, "
     "or as many, which are taken out of the pool.",
@@ -98,7 +98,7 @@ def digits_draft(*, grid: bool) -> Draft:
 def image_draft(fields: Mapping[str, Any], remarks: Mapping[str, str]) -> Draft:
     """Images of a folder; `fields` and `remarks` are those of `cads.cli.init_images`."""
     task = dict(fields)
-    if fields["model"] not in ("mlp", "cnn"):
+    if fields["model"] not in ("mlp", "cnn", "resnet8"):
         task["pretrained"] = Off(True)
     task |= {"n_target": Off(500), "n_test": Off(500)}
     comments = {**IMAGE_COMMENTS, **{f"task.{name}": remark for name, remark in remarks.items()}}

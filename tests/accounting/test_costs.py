@@ -144,6 +144,7 @@ def test_laws_of_cost(length, batch, r):
         ("efficientnet_b0", (3, 64, 64)),
         ("mlp", (1, 28, 28)),
         ("cnn", (3, 32, 32)),
+        ("resnet8", (3, 32, 32)),
     ],
 )
 def test_networks_for_images(name, shape):

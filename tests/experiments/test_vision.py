@@ -77,12 +77,15 @@ def test_it_ends_with_the_report(ran):
     assert "only clean" in (ran / "run" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["demo", "fashion-mnist-noise", "cifar10-noise"])
-def test_published_configs_are_read(name):
+@pytest.mark.parametrize(
+    ("name", "counted", "n_settings"),
+    [("demo", False, 3), ("fashion-mnist-noise", False, 3), ("cifar10-noise", True, 9)],
+)
+def test_published_configs_are_read(name, counted, n_settings):
     grid = read_grid(CONFIGS / f"{name}.yaml")
     assert {"full", "random", "target-only", "joint", "search", "cads"} <= {e.method for e in grid.methods}
-    assert not grid.count_selection
-    assert [len(setting.config.sources) for setting in settings(grid)] == [5] * 3
+    assert grid.count_selection == counted
+    assert [len(setting.config.sources) for setting in settings(grid)] == [5] * n_settings
 
 
 def test_a_missing_file_is_refused_without_a_traceback(tmp_path, capsys):

@@ -90,13 +90,15 @@ class VisionConfig:
     image_size: int | None = None
     """Scale images to this many pixels square; null: as they are (files: all as the first one, upright)."""
     model: str = "mlp"
-    """mlp (one hidden layer), cnn (two convolutions), or any classifier of torchvision, such as resnet18."""
+    """mlp (one hidden layer), cnn (two convolutions), resnet8 (three residual blocks, for small images), or any
+    classifier of torchvision, such as resnet18."""
     hidden: int = 128
     """mlp: hidden units."""
     channels: int = 16
-    """cnn: channels of the first convolution; the second has twice as many."""
+    """cnn, resnet8: channels of the first convolution; each later stage has twice as many as the one before."""
     stride: int = 2
-    """cnn: stride of the first convolution; 4 is several times faster on 28x28 images, and a little worse."""
+    """cnn, resnet8: stride of the first convolution; 4 is several times faster than 2 on 28x28 images, and a little
+    worse."""
     pretrained: bool = False
     """torchvision: as weights: DEFAULT."""
     weights: str | None = None

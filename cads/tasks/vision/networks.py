@@ -1,8 +1,9 @@
-"""Networks for images: two small ones, and all classifiers of torchvision."""
+"""Networks for images: three small ones, and all classifiers of torchvision."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ DEFAULT = "DEFAULT"
 """Name of the best weights that torchvision has for a network."""
 WEIGHTS_NAME = re.compile(r"DEFAULT|[A-Z][A-Z0-9_]*_V\d+")
 """Names that torchvision gives to weights; everything else is a file."""
+SMALL = ("mlp", "cnn", "resnet8")
+"""Networks that are not torchvision's."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,10 @@ class Network:
     """The architecture of a network; shape of images and number of classes are given when it is built.
 
     Attributes:
-        name: "mlp", "cnn", or a classifier of torchvision.
+        name: one of `SMALL`, or a classifier of torchvision.
         hidden: units of the mlp.
-        channels: of the first convolution of the cnn; the second has twice as many.
-        stride: of the first convolution of the cnn.
+        channels: of the first convolution of cnn and resnet8; each later stage has twice as many as the one before.
+        stride: of that convolution.
         pretrained: start from torchvision's weights, except where the number of classes differs.
         weights: the name of some of torchvision's weights, or a file; None: DEFAULT if `pretrained`, otherwise none.
         download: allow torchvision to fetch weights that are not cached.
@@ -52,7 +55,7 @@ class Network:
         for setting in ("hidden", "channels", "stride"):
             if getattr(self, setting) < 1:
                 raise ConfigError(f"{setting} = {getattr(self, setting)}: it must be at least 1")
-        if self.name in ("mlp", "cnn"):
+        if self.name in SMALL:
             if self.named_weights:
                 raise ConfigError(
                     f"weights = {self.named_weights!r} with model = {self.name!r}: only torchvision's have weights; "
@@ -64,9 +67,9 @@ class Network:
 
         classifiers = torchvision.models.list_models(module=torchvision.models)
         if self.name not in classifiers:
-            close = difflib.get_close_matches(self.name, ["mlp", "cnn", *classifiers], n=5, cutoff=0.4)
+            close = difflib.get_close_matches(self.name, [*SMALL, *classifiers], n=5, cutoff=0.4)
             raise ConfigError(
-                f"model = {self.name!r} is unknown: choose mlp, cnn or a classifier of torchvision; "
+                f"model = {self.name!r} is unknown: choose {', '.join(SMALL)} or a classifier of torchvision; "
                 f"names like it: {close}"
             )
         known = torchvision.models.get_model_weights(self.name).__members__
@@ -113,6 +116,8 @@ class Network:
             )
         if self.name == "cnn":
             return self._cnn(shape, n_classes)
+        if self.name == "resnet8":
+            return self._resnet8(shape[0], n_classes)
         model = self._torchvision(n_classes)
         return nn.Sequential(GreyToColour(), model) if shape[0] == 1 else model
 
@@ -128,6 +133,31 @@ class Network:
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(2 * self.channels * positions, n_classes),
+        )
+
+    def _resnet8(self, colours: int, n_classes: int) -> nn.Module:
+        """The residual network of He et al. (2016, section 4.2) with n = 1: eight layers with weights.
+
+        Its shortcuts between stages are 1x1 convolutions; there they are paddings.
+        """
+        from torchvision.models.resnet import BasicBlock
+
+        widths = [self.channels, self.channels, 2 * self.channels, 4 * self.channels]
+        blocks = []
+        for stage, (before, after) in enumerate(itertools.pairwise(widths)):
+            stride = 1 if stage == 0 else 2
+            shortcut = None
+            if stage:
+                shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+            blocks.append(BasicBlock(before, after, stride, shortcut))
+        return nn.Sequential(
+            nn.Conv2d(colours, widths[0], 3, stride=self.stride, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(inplace=True),
+            *blocks,
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(widths[-1], n_classes),
         )
 
     def _torchvision(self, n_classes: int) -> nn.Module:

@@ -211,7 +211,7 @@ def test_moments_of_some_images_do_not_depend_on_the_order_of_the_file(monkeypat
     assert result[0] != channel_moments(images)
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn", "squeezenet1_1"])
+@pytest.mark.parametrize("model", ["mlp", "cnn", "resnet8", "squeezenet1_1"])
 def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone(model):
     task = VisionConfig(model=model, image_size=32 if model.startswith("s") else None).build(RECIPE)
     state = torch.get_rng_state()
@@ -219,6 +219,20 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone(mod
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_resnet8_has_eight_layers_in_three_stages(stride):
+    model = Network("resnet8", channels=4, stride=stride).build((3, 16, 16), 5)
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert [(m.in_channels, m.out_channels) for m in convolutions] == [
+        *((3, 4), (4, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
+    ]
+    images, side = torch.rand(2, 3, 16, 16), 16 // stride
+    assert model[:-3](images).shape == (2, 16, side // 4, side // 4)
+    # Seven convolutions, and the linear layer.
+    assert model(images).shape == (2, 5)
+    assert isinstance(model[-1], torch.nn.Linear)
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
