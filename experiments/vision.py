@@ -1,6 +1,6 @@
 """Run, tabulate and report a grid of methods, budgets and seeds: `cads compare` and `cads report` in one.
 
-    python -m experiments.vision experiments/configs/fashion-mnist-noise.yaml [--out DIR] [--results FILE.md]
+    python -m experiments.vision experiments/configs/compare-vision.yaml [--out DIR] [--results FILE.md]
 
 Finished cells are kept in the run directory, so that a run that was stopped resumes.
 """
