@@ -42,7 +42,7 @@ from cads.training.trainer import Trainer
 from experiments.online import without_sources
 from experiments.truth import REPLICAS
 
-CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+CONFIG = Path(__file__).parent / "configs" / "conformance.yaml"
 ONLINE_PASSES, TRAINED_PASSES = 16.0, 4.0
 """Passes over the pool of a run of `cads`; of a model that is trained on half of the pool."""
 SUBSETS, TRAININGS = 128, 4

@@ -49,7 +49,7 @@ def write_results(grid: Grid, config: Path, out: Path, report: ReportFiles, resu
     write_rows(results.with_suffix(""), "runs", "all", runs)
     for i, group in enumerate(analyse(points)):
         name = results.stem if i == 0 else f"{results.stem}-{i + 1}"
-        figures.scores(group, styles, name).save(results.parent, formats=("png",))
+        figures.verdict(group, styles, name).save(results.parent, formats=("png",))
     keep_figures(report, results.with_suffix(""))
     note = (
         "FLOPs of selection and of training; * marks the best of each budget. "
