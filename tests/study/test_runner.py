@@ -444,7 +444,7 @@ class TestCommand:
         (line,) = re.findall(r"^(cads compare .*)$", (root / "docs/comparing.md").read_text(), re.MULTILINE)
         monkeypatch.chdir(root)
         assert main([*line.split()[1:], "--dry-run"]) == 0
-        assert "63 of 63 cells to run" in " ".join(capsys.readouterr().out.split())
+        assert "90 of 90 cells to run" in " ".join(capsys.readouterr().out.split())
 
     @pytest.mark.parametrize(
         "argv", [[], ["none.yaml"], ["--import", "none.csv", "--out", "o"], ["--import", "none.csv"]]
