@@ -23,7 +23,6 @@ from cads.errors import BudgetError, ConfigError, NonFiniteError
 from cads.monitor import Monitor
 from cads.recipe import TrainConfig
 from cads.registry import build_selector
-from cads.runtime.checkpoint import CheckpointConfig
 from cads.runtime.journal import Journal
 from cads.runtime.processes import world_group
 from cads.search.inner_runs import InnerLoop
@@ -44,6 +43,7 @@ from tests.support.forked_processes import (
     started,
     weights,
 )
+from tests.support.killed_runs import EVERY_STEP
 from tests.support.tiny_llama import model_folder, sums, write_lines
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,6 @@ TOLERANCE = 1e-5
 """How far weights and losses may be from those of one process: sums of gradients are rounded otherwise."""
 LORA = {"type": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]}
 KEEPING = RunSegment(keep=True)
-EVERY_STEP = CheckpointConfig(every_seconds=None, every_steps=1)
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +295,7 @@ class TestGoingOn:
         assert "probability" in uninterrupted[0]
         for steps in (5, 25):
             killed(2, lambda steps=steps: work("journal", steps), tmp_path / "said")
+            assert list(tmp_path.glob("journal/*-underway/tensors.safetensors")), "it was not killed on its way"
         assert spread(2, lambda: work("journal"), tmp_path / "said") == uninterrupted
 
     def test_from_the_end_of_an_earlier_part(self, llama, tmp_path):
