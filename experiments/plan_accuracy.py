@@ -202,8 +202,8 @@ def markdown(outcomes: Sequence[Outcome], command: str) -> str:
             f"    {command}",
             "",
             "Whole processes, start-up included: medians of rounds of plan and training in turn. Seconds, and GB of "
-            "the process at its peak. Two cores, on which nothing else ran: a plan times its steps, so that load between a "
-            "plan and the training after it would part them.",
+            "the process at its peak. Two cores, on which nothing else ran: a plan times its steps, so that load "
+            "between a plan and the training after it would part them.",
             "",
             "| case | method | rounds | plan, s | train, s | ratio | by round | plan, GB | train, GB | ratio |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
