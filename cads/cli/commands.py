@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import fields as dataclass_fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,7 @@ def _evaluate(
             ledger, settings = Ledger(), task.evaluation_settings(name)
             with run.journal_of(f"evaluation {name}", {"evaluation": settings}):
                 metrics = evaluate(task, model, name, ledger=ledger, monitor=monitor)
-                world.on_rank_zero(lambda: add_to_results(task, out, name, metrics, ledger))  # noqa: B023
+                world.on_rank_zero(partial(add_to_results, task, out, name, metrics, ledger))
             for metric, value in metrics.items():
                 monitor.scalar(f"test/{metric}", value, 0)
     world.on_rank_zero(lambda: _write_config(config, task, out))

@@ -204,8 +204,8 @@ def _parsed(draft: Draft, *, grid: bool) -> CommandConfig:
 def _files_table(files: TextFiles) -> Table:
     """Each file, what it is, and how its rows are read."""
     table = Table(title="files", title_justify="left")
-    for column, overflow in (("file", "fold"), ("part", "fold"), ("rows", "fold"), ("read as", "fold")):
-        table.add_column(column, justify="right" if column == "rows" else "left", overflow=overflow)  # type: ignore[arg-type]
+    for column in ("file", "part", "rows", "read as"):
+        table.add_column(column, justify="right" if column == "rows" else "left", overflow="fold")
     for file in files.files[:MAX_FILES]:
         table.add_row(str(file.entry["path"]), file.part, f"{len(file.rows):,}", file.read_as)
     if len(files.files) > MAX_FILES:

@@ -182,11 +182,12 @@ class LanguageModels:
     def save(self, model: nn.Module, folder: Path, tokenizer: Any) -> None:
         """Write a trained model: an adapter in PEFT's format, or a folder for `from_pretrained`; safetensors."""
         stale = MODEL_FILES if self.peft is not None else ADAPTER_FILES
+        written: Any = model
         with files_into(folder, WRITTEN, replaced=stale) as partial:
             with warnings.catch_warnings(), without_progress_bar():
                 # PEFT says that it writes the embedding beside adapters that stand on it.
                 warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")
-                model.save_pretrained(partial)  # type: ignore[operator]
+                written.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
 
     def save_merged(

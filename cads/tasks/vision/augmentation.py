@@ -35,9 +35,10 @@ class Augmentation:
         """Images of the same shape and type, uint8, (B, C, H, W); each is changed on its own."""
         changed = []
         for image in images:
+            result = image
             for transform in self._transforms:
-                image = transform(image)  # noqa: PLW2901
-            changed.append(image)
+                result = transform(result)
+            changed.append(result)
         return torch.stack(changed)
 
     def check(self, shape: tuple[int, int, int]) -> None:
