@@ -93,6 +93,7 @@ class Task(ABC):
         pretrained: whether models start from weights for which some examples are already easier than others.
         n_descriptors: numbers that describe an example; 0 if the task has none, see `descriptors`.
         descriptor_flops: FLOPs for those of one example.
+        bags: whether they are the shares of words in a bag of words, with sum 1.
         source_outer: the outer metric of selectors that choose whole sources; None for `outer`.
         accounting: how FLOPs are counted: `measured`, `analytic` or `paper`.
         mergeable: whether the models have adapters that can be merged into the base weights.
@@ -110,6 +111,7 @@ class Task(ABC):
     pretrained: bool = False
     n_descriptors: int = 0
     descriptor_flops: float = 0.0
+    bags: bool = False
     source_outer: str | None = None
     accounting: str = "measured"
     mergeable: bool = False
@@ -161,7 +163,7 @@ class Task(ABC):
         return None
 
     def descriptors(self, pool: Pool, positions: np.ndarray) -> np.ndarray:
-        """A few numbers that describe each example and that no model computes, float32, shape (n, n_descriptors).
+        """Numbers that describe each example and that no model computes, float32, shape (n, n_descriptors).
 
         By them a pool without sources is compared with the target. Each example costs `descriptor_flops`.
 

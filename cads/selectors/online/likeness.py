@@ -1,10 +1,15 @@
 """Groups of the pool by how much examples look like the target: a prior of the policy, where sources do not tell.
 
-A few numbers describe each example (`Task.descriptors`); no model computes them. They are centred within the group of
-the example (its class), standardised and clipped. The direction that tells target from pool best is that of Fisher's
+Numbers describe each example (`Task.descriptors`); no model computes them. Those of images are centred within the group
+of the example (its class), standardised and clipped. The direction that tells target from pool best is that of Fisher's
 linear discriminant (1936), here for descriptors and their squares, with a ridge:
 
     d = ( Sigma + ridge I )^-1 ( mean_T x - mean_P x )
+
+Those of texts are the shares x_v of their tokens. There d is that of naive Bayes, as in data selection by importance
+resampling (Xie et al. 2023), with both distributions smoothed towards that of target and pool together:
+
+    d_v = log( p_T(v) / p_P(v) )
 
 The pool is cut along d into B = `N_GROUPS` groups of equal size. Of n examples of the target t_b fall into group b,
 each by a direction that was fitted without it. If the target looks like the pool, that is n / B for each group, but for
@@ -13,12 +18,18 @@ chance. So the ratio is shrunk towards 1, as by the positive-part rule of James 
     r_b = 1 + max( 0, 1 - 2 (B - 1) / chi^2 ) ( t_b B / n - 1 ),     chi^2 = sum_b ( t_b - n / B )^2 / ( n / B )
 
 r_b estimates how much likelier an example is in the target than in the pool. min(1, r_b) is the weight of the group:
-what the target lacks is drawn less, and what it has much of is not repeated for that. Classes count by their shares in
-what is drawn, so that a class that the pool has little of does not count as unlike.
+what the target lacks is drawn less, and what it has much of is not repeated for that. Texts weigh at least `LEAST`:
+they teach the language even where they are about something else. Classes count by their shares in what is drawn, so
+that a class that the pool has little of does not count as unlike.
+
+Examples of the target that score higher than the whole pool say that the pool has nothing like them, and nothing about
+its groups. What is not such an example is a share c of the target. `min(1, c / COVERED)` is a further factor of the
+trust in r_b: where the whole target lies beyond the pool, all of the pool weighs the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,8 +56,16 @@ CLIP = 3.0
 """Standard deviations."""
 PSEUDO = 5.0
 """Examples by which the mean of a group is shrunk to that of all."""
+SMOOTHING = 25.0
+"""Texts by which the tokens of target and pool are smoothed."""
+LEAST = 0.3
+"""The least weight of texts."""
+COVERED = 0.95
+"""Share of the target within the range of the pool from which the pool is taken to cover it."""
 CHUNK = 4096
-"""Examples that are described at once."""
+"""Examples that are described at once, at most."""
+CHUNK_VALUES = 2**21
+"""Descriptors that are computed at once, at most."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +94,9 @@ def likeness_flops(task: Task) -> float:
     if not task.descriptor_flops:
         return 0.0
     n, n_target, sample = len(task.pool), len(task.target), min(SAMPLE, len(task.pool))
-    width = 2 * task.n_descriptors
-    prepared = (n + n_target) * (task.descriptor_flops + 3 * width)
-    fitted = 2 * sample * width**2 + 2 / 3 * width**3 + 2 * (FOLDS + 1) * width**2
+    width = _features(task).width(task)
+    prepared = (n + n_target) * task.descriptor_flops
+    fitted = _features(task).fitting_flops(width, n + n_target, sample)
     return prepared + fitted + 2 * width * (n + FOLDS * sample + n_target)
 
 
@@ -89,30 +108,34 @@ def _fitted(task: Task, strata: Strata, seed: int) -> State:
     if len(target) < 2 or not importance.any():
         return State({}, {})
     raw = task.descriptors(pool, sample)
-    described = _Described(raw, groups, strata.n_groups, importance)
-    x, every = described(raw, groups), np.arange(len(target))
+    features = _features(task)(raw, groups, strata.n_groups, importance)
+    x, every = features(raw, groups), np.arange(len(target))
     target_groups = task.loss_groups(target)
-    y = described(task.descriptors(target, every), every * 0 if target_groups is None else target_groups)
+    y = features(task.descriptors(target, every), every * 0 if target_groups is None else target_groups)
     folds = np.random.default_rng((seed, len(target))).permutation(len(target)) % FOLDS
-    means = np.stack([y[folds != k].mean(axis=0) for k in range(FOLDS)])
-    directions = _directions(x, importance, np.concatenate([means, y.mean(axis=0, keepdims=True)]))
+    parts = [folds != k for k in range(FOLDS)] + [folds >= 0]
+    directions = features.directions(x, importance, [y[part] for part in parts])
     ranks = np.empty(len(target))
     for k in range(FOLDS):
         ranks[folds == k] = _ranks(x @ directions[k], importance, y[folds == k] @ directions[k])
-    weights = shrunk_ratios(np.bincount(_codes(ranks), minlength=N_GROUPS))
+    covered = min(1.0, float((ranks < 1).mean()) / COVERED)
+    weights = shrunk_ratios(np.bincount(_codes(ranks), minlength=N_GROUPS), covered).clip(min=features.least)
     if (weights == 1).all():
         return State({}, {})
     scale = x @ directions[FOLDS]
     codes = np.empty(len(pool), dtype=np.uint8)
-    for start in range(0, len(pool), CHUNK):
-        rows = np.arange(start, min(start + CHUNK, len(pool)))
-        scores = described(task.descriptors(pool, rows), strata.groups[rows]) @ directions[FOLDS]
+    chunk = max(1, min(CHUNK, CHUNK_VALUES // task.n_descriptors))
+    for start in range(0, len(pool), chunk):
+        rows = np.arange(start, min(start + chunk, len(pool)))
+        scores = features(task.descriptors(pool, rows), strata.groups[rows]) @ directions[FOLDS]
         codes[rows] = _codes(_ranks(scale, importance, scores))
     return State({}, {"codes": torch.from_numpy(codes), "weights": torch.from_numpy(weights)})
 
 
-class _Described:
-    """Descriptors as they are compared: centred by group, standardised, clipped, and with their squares."""
+class _Looks:
+    """Descriptors of images as they are compared: centred by group, standardised, clipped, and with their squares."""
+
+    least = 0.0
 
     def __init__(self, x: np.ndarray, groups: np.ndarray, n_groups: int, importance: np.ndarray) -> None:
         counts = np.bincount(groups, minlength=n_groups)
@@ -122,19 +145,69 @@ class _Described:
         centred = x - self._means[groups]
         self._deviation = np.sqrt(np.average(centred**2, axis=0, weights=importance)) + 1e-6
 
+    @staticmethod
+    def width(task: Task) -> int:
+        """Numbers that are compared."""
+        return 2 * task.n_descriptors
+
+    @staticmethod
+    def fitting_flops(width: int, n: int, sample: int) -> float:
+        """FLOPs of preparing `n` examples and of all directions."""
+        return 3 * n * width + 2 * sample * width**2 + 2 / 3 * width**3 + 2 * (FOLDS + 1) * width**2
+
     def __call__(self, x: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Of examples with descriptors `x`, shape (n, D) -> (n, 2 D)."""
         z = np.clip((x - self._means[groups]) / self._deviation, -CLIP, CLIP)
         return np.concatenate([z, z**2], axis=1)
 
+    def directions(self, x: np.ndarray, importance: np.ndarray, targets: Sequence[np.ndarray]) -> np.ndarray:
+        """Fisher's discriminant for each part of the target, shape (K, 2 D)."""
+        mean = np.average(x, axis=0, weights=importance)
+        covariance = np.atleast_2d(np.cov(x.T, aweights=importance, bias=True))
+        scale = float(np.trace(covariance)) / len(covariance)
+        ridged = covariance + (RIDGE * scale + 1e-12) * np.eye(len(covariance))
+        means = np.stack([y.mean(axis=0) for y in targets])
+        return np.asarray(np.linalg.solve(ridged, (means - mean).T).T)
 
-def _directions(x: np.ndarray, importance: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """The discriminant for each mean of the target, shape (K, D) -> (K, D)."""
-    mean = np.average(x, axis=0, weights=importance)
-    covariance = np.atleast_2d(np.cov(x.T, aweights=importance, bias=True))
-    scale = float(np.trace(covariance)) / len(covariance)
-    ridged = covariance + (RIDGE * scale + 1e-12) * np.eye(len(covariance))
-    return np.asarray(np.linalg.solve(ridged, (targets - mean).T).T)
+
+class _Tokens:
+    """Shares of tokens, which are compared as they are."""
+
+    least = LEAST
+
+    def __init__(self, *_: object) -> None: ...
+
+    @staticmethod
+    def width(task: Task) -> int:
+        """Numbers that are compared."""
+        return task.n_descriptors
+
+    @staticmethod
+    def fitting_flops(width: int, n: int, sample: int) -> float:
+        """FLOPs of all directions."""
+        return 2 * width * (n * FOLDS + sample) + 12 * (FOLDS + 1) * width
+
+    def __call__(self, x: np.ndarray, groups: np.ndarray) -> np.ndarray:
+        """Of examples with descriptors `x`, shape (n, D) -> (n, D)."""
+        return x
+
+    @staticmethod
+    def directions(x: np.ndarray, importance: np.ndarray, targets: Sequence[np.ndarray]) -> np.ndarray:
+        """The log ratios of naive Bayes for each part of the target, shape (K, D)."""
+        n, of_pool = len(x), np.average(x, axis=0, weights=importance) * len(x)
+        rows = []
+        for y in targets:
+            of_target = y.sum(axis=0, dtype=np.float64)
+            # A token that neither has is as likely in both.
+            both = of_pool + of_target + SMOOTHING / x.shape[1]
+            prior = SMOOTHING * both / both.sum()
+            shares = [(sums + prior) / (size + SMOOTHING) for sums, size in ((of_target, len(y)), (of_pool, n))]
+            rows.append(np.log(shares[0] / shares[1]))
+        return np.stack(rows)
+
+
+def _features(task: Task) -> type[_Looks | _Tokens]:
+    return _Tokens if task.bags else _Looks
 
 
 def _ranks(scale: np.ndarray, importance: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -148,10 +221,10 @@ def _codes(ranks: np.ndarray) -> np.ndarray:
     return np.minimum((ranks * N_GROUPS).astype(np.int64), N_GROUPS - 1)
 
 
-def shrunk_ratios(counts: np.ndarray) -> np.ndarray:
-    """min(1, r_b) for t_b = `counts`, divided by the largest; shape (B,)."""
+def shrunk_ratios(counts: np.ndarray, covered: float = 1.0) -> np.ndarray:
+    """min(1, r_b) for t_b = `counts`, divided by the largest; shape (B,). covered: a further factor of the trust."""
     expected = counts.sum() / len(counts)
     chi2 = float(((counts - expected) ** 2).sum() / expected)
-    trust = max(0.0, 1 - CAUTION * (len(counts) - 1) / chi2) if chi2 else 0.0
+    trust = covered * max(0.0, 1 - CAUTION * (len(counts) - 1) / chi2) if chi2 else 0.0
     weights = np.clip(1 + trust * (counts / expected - 1), 0.0, 1.0)
     return np.asarray(weights / weights.max())

@@ -26,7 +26,7 @@ class Opening:
         per_source: examples of each source whose losses are measured; 0: none, since there is nothing to tell, or no
             model that can.
         n_sources: sources of the pool. probes: stages in which these losses are measured.
-        comparing: FLOPs for comparing the looks of pool and target; 0: they are not compared.
+        comparing: FLOPs for comparing pool and target without a model; 0: they are not compared.
     """
 
     first: float
@@ -68,6 +68,8 @@ def opening_of(
     if constants.mixed_lead and not per_source and first < total and task.guess_loss is None:
         # Nothing is told apart, neither sources nor labels: the target needs no phase of its own, see `mixed_lead`.
         first = 0.0
+    # Sources of texts that cannot be told apart say nothing; what the texts are about does.
+    by_likeness = by_likeness or (constants.drop and not per_source)
     comparing = likeness_flops(task) if by_likeness and first < total else 0.0
     if comparing > constants.most_comparing * total:
         comparing = 0.0

@@ -100,7 +100,7 @@ class OnlineRun:
 
     def compare(self) -> None:
         """Tell examples of the pool apart by how much they look like the target."""
-        self.monitor.status("comparing the looks of pool and target")
+        self.monitor.status("comparing pool and target")
         alike = likeness(self.task, self._strata, self._seed)
         if alike is None:
             return
@@ -143,10 +143,11 @@ class OnlineRun:
         history = PolicyHistory(self.monitor, task.pool.source_names, sizes, strata.group_shares, n_steps, steps)
         share, end = None, horizon
         if self.constants.mixed_lead and self._on_target and not steps:
+            _, distinct = np.unique(task.pool.code_contents(), return_index=True)
             share, flops = mixed_lead(
                 self.constants,
                 n_target=len(task.target),
-                n_pool=len(np.unique(task.pool.code_contents())),
+                n_pool=float(strata.likeness_weights[strata.likeness[distinct]].sum()),
                 target_usage=task.costs.per_usage(task.target, batch_size),
                 pool_usage=usage,
                 flops=horizon - spent,

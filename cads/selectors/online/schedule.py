@@ -23,7 +23,7 @@ class OnlineConstants:
         probes: most examples of each source whose losses are measured after the first phase.
         fewest_probes: fewest of them. If the budget buys fewer, sources are not told apart.
         most_probing: largest share of the budget for measuring them.
-        most_comparing: largest share of the budget for comparing the looks of pool and target.
+        most_comparing: largest share of the budget for comparing pool and target.
         sharpness: kappa of the tilt of source weights. most_excess: largest difference of the signal that counts.
         floor: smallest weight of a source, relative to the largest.
         most_target: largest share of the target in a batch after the first phase.

@@ -34,6 +34,7 @@ from cads.selectors.online.opening import FIRST_PROBE, PROBE, Opening, opening_o
 from cads.selectors.online.run import OnlineRun
 from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, OnlineConstants
 from cads.selectors.online.signal import SourceExcess
+from cads.selectors.online.strata import source_count
 from cads.task import Task
 from cads.training.device_settings import loading_workers
 from cads.training.result import TrainResult
@@ -55,7 +56,7 @@ class Cads:
     """
 
     granularity: Granularity = "example"
-    """What has a probability of its own: each `source`, each `group` of a source whose examples look alike, or each
+    """What has a probability of its own: each `source`, each `group` of a source whose examples are alike, or each
     `example`. Without sources, `example` has groups too."""
     train_on_target: bool = True
     """Train on the target too. If not, the target steers alone, as published: a model of it, for 4 % of the budget at
@@ -97,7 +98,7 @@ class Cads:
         self.check(task)
         if (
             self.granularity == "example"
-            and task.pool.sources is None
+            and source_count(task.pool) < 2
             and task.guess_loss is None
             and not task.descriptor_flops
         ):
@@ -128,7 +129,8 @@ class Cads:
 
     def opening(self, costs: InnerLoopCosts) -> Opening:
         """The opening of a run on what is left of a budget."""
-        by_likeness = self.granularity == "group" or (self.granularity == "example" and costs.task.pool.sources is None)
+        no_sources = source_count(costs.task.pool) < 2
+        by_likeness = self.granularity == "group" or (self.granularity == "example" and no_sources)
         constants, left = self.constants(costs.task), costs.ledger.left
         return opening_of(costs, constants, left, on_target=self.train_on_target, by_likeness=by_likeness)
 
@@ -151,8 +153,8 @@ class Cads:
             )
         if self.granularity == "group" and not task.descriptor_flops:
             raise DataError(
-                f"granularity = group: {task.name} has nothing that tells groups of examples apart (images have); "
-                "use granularity = example, or source with a source column"
+                f"granularity = group: {task.name} has nothing that tells groups of examples apart (images and texts "
+                "have); use granularity = example, or source with a source column"
             )
 
 

@@ -20,6 +20,7 @@ from cads.errors import ConfigError
 from cads.scoring.pool_scores import evaluating
 from cads.task import Metrics, StepwiseEvaluation, Task
 from cads.tasks.language import evaluation
+from cads.tasks.language.bag_of_tokens import N_BUCKETS, sharing_flops, token_shares
 from cads.tasks.language.costs import LanguageCosts
 from cads.tasks.language.models import LanguageModels
 from cads.tasks.language.output_head import answer_logits, last_hidden
@@ -56,6 +57,7 @@ class LanguageTask(Task):
 
     averaged = ("loss",)
     pretrained = True
+    n_descriptors, bags = N_BUCKETS, True
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class LanguageTask(Task):
         self.base_model = models.name
         self.name = f"language/{Path(models.name).name}"
         self.mergeable = models.peft is not None
+        self.descriptor_flops = sharing_flops(tokens_of(self.pool))
         if settings.trainer_compatible:
             for pool in (self.pool, self.target):
                 pool.examples = replace(tokens_of(pool), joint=True)
@@ -204,6 +207,10 @@ class LanguageTask(Task):
         """Buckets of the number of answer tokens, whose edges are the quartiles of the target's."""
         edges = np.unique(np.quantile(tokens_of(self.target).answers, (0.25, 0.5, 0.75)))
         return np.searchsorted(edges, tokens_of(pool).answers)
+
+    def descriptors(self, pool: Pool, positions: np.ndarray) -> np.ndarray:
+        """The tokens of texts; see `token_shares`."""
+        return token_shares(tokens_of(pool), positions)
 
     def subtasks(self, pool: Pool) -> np.ndarray | None:
         """Codes of the subtask column, or None without one."""

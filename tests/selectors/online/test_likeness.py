@@ -11,18 +11,22 @@ from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, TRAIN, Ledger
 from cads.data.pool import Pool
 from cads.errors import DataError
+from cads.recipe import TrainConfig
 from cads.registry import build_selector
 from cads.selectors.online import likeness as likeness_module
-from cads.selectors.online.likeness import LIKENESS, N_GROUPS, likeness, likeness_flops, shrunk_ratios
+from cads.selectors.online.likeness import LEAST, LIKENESS, N_GROUPS, likeness, likeness_flops, shrunk_ratios
 from cads.selectors.online.schedule import FROM_SCRATCH
 from cads.selectors.online.selector import Cads
 from cads.selectors.online.strata import Strata
+from cads.tasks.language.config import LanguageConfig
+from cads.tasks.language.rows import TextSource
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.descriptors import N_DESCRIPTORS, describe_images, describing_flops
 from cads.tasks.vision.synthetic_sources import SyntheticSource
 from tests.support.forked_processes import chosen, same, spread
 from tests.support.killed_runs import resumed
 from tests.support.noisy_digits import RECIPE, without_sources
+from tests.support.tiny_llama import model_folder, write_lines
 
 SHIFTED = [SyntheticSource("plain", size=300), SyntheticSource("inverted", size=600, transform="invert")]
 EPOCHS = 8
@@ -30,6 +34,32 @@ EPOCHS = 8
 
 def digits(sources=SHIFTED, seed=0):
     return VisionConfig(hidden=64, n_target=60, n_test=150, sources=sources, data_seed=seed).build(RECIPE)
+
+
+THEMES = {"first": "abcdef", "second": "ghijkl", "third": "mnopqr", "fourth": "stuvwx"}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Makes tasks: a pool of the first three themes, 80 texts each, and a target of one theme."""
+    folder = tmp_path_factory.mktemp("texts")
+    model_folder(folder / "llama", "llama")
+    rng, letters = np.random.default_rng(0), list("".join(THEMES.values()))
+
+    def text(theme):
+        return "".join([*rng.choice(list(THEMES[theme]), 14), *rng.choice(letters, 10)])
+
+    def task(theme):
+        for name in ("first", "second", "third"):
+            write_lines(folder / f"{name}.jsonl", [{"id": f"{name} {i}", "text": text(name)} for i in range(80)])
+        rows = [{"id": f"target {i}", "text": text(theme)} for i in range(80)]
+        write_lines(folder / "target.jsonl", rows)
+        pool = [TextSource(path=str(folder / f"{name}.jsonl"), name=name) for name in ("first", "second", "third")]
+        target = [TextSource(path=str(folder / "target.jsonl"))]
+        config = LanguageConfig(model=str(folder / "llama"), pool=pool, target=target, n_target=40, n_test=40)
+        return config.build(TrainConfig(batch_size=8))
+
+    return task
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +159,49 @@ class TestLikeness:
         assert likeness_flops(task) - likeness_flops(smaller) == pytest.approx(450 * (per_example + of_sample))
 
 
+class TestTexts:
+    def test_what_is_about_something_else_weighs_less(self, texts):
+        task = texts("second")
+        alike = likeness(task, Strata.of(task), 0)
+        weights = alike.weights[alike.codes]
+        about = np.array(task.pool.source_names)[task.pool.sources]
+        assert weights[about == "second"].mean() > 0.9
+        assert weights[about != "second"].mean() < LEAST + 0.05
+        assert weights.min() == LEAST
+
+    def test_a_pool_that_lacks_the_target_is_left_alone(self, texts):
+        task = texts("fourth")
+        alike = likeness(task, Strata.of(task), 0)
+        assert alike is None or alike.weights.min() > 0.5
+
+    def test_directions_are_those_of_naive_bayes(self):
+        """With two tokens, texts of one token each, and nearly no smoothing: the log ratio of the shares."""
+        rng = np.random.default_rng(0)
+        x, y = (np.eye(2)[(rng.random(n) < share).astype(int)] for n, share in ((20_000, 0.2), (10_000, 0.6)))
+        (direction,) = likeness_module._Tokens.directions(x, np.full(len(x), 1 / len(x)), [y])
+        expected = np.log(y.mean(axis=0) / x.mean(axis=0))
+        np.testing.assert_allclose(direction, expected, atol=0.01)
+
+    def test_are_drawn_by_likeness_without_sources(self, texts):
+        """The target share follows from what is alike, and the run stays within its budget."""
+        task = texts("second")
+        hidden, budget = without_sources(task), Budget(6, "epochs")
+        ledger = Ledger()
+        selection = Cads().select(hidden, budget, seed=0, ledger=ledger)
+        about = np.array(task.pool.source_names)[task.pool.sources]
+        share = selection.probability[about == "second"].sum() / selection.probability.sum()
+        assert share > 0.55
+        assert ledger.entries[SELECT, LIKENESS].flops == likeness_flops(hidden)
+        assert ledger.total().flops <= budget.flops(hidden)
+        assert len(task.target) / (len(task.target) + len(task.pool)) < 0.15 < selection.target_fraction
+
+    def test_sources_that_are_told_apart_are_not_compared(self, texts):
+        ledger = Ledger()
+        Cads().select(texts("second"), Budget(20, "epochs"), seed=0, ledger=ledger)
+        assert (SELECT, LIKENESS) not in ledger.entries
+        assert any(stage == "probe" for _, stage in ledger.entries)
+
+
 class TestRun:
     def test_unlike_images_are_drawn_less(self, task):
         hidden = without_sources(task)
@@ -170,6 +243,10 @@ class TestRun:
 
     def test_given_sources_are_not_compared(self, task):
         assert (SELECT, LIKENESS) not in choose(task)[1].entries
+
+    def test_a_single_source_tells_nothing(self):
+        _, ledger = choose(digits([SyntheticSource("all", size=900)]))
+        assert ledger.entries[SELECT, LIKENESS].flops > 0
 
     def test_a_budget_that_is_too_small_does_without(self, task):
         hidden = without_sources(task)
