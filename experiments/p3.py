@@ -35,6 +35,7 @@ from experiments.corpora import read_corpus
 from experiments.language import SECTIONS
 from experiments.language_data import TEXT, pieces, read_sections, write_lines
 from experiments.p3_data import MANIFEST, P3Config, P3Draws, Rows, fitting, read_p3, tokenizer_records, write_draw
+from experiments.p3_figure import draw
 from experiments.p3_report import report
 from experiments.pretraining import MODEL_CACHE, PretrainingConfig, pretrained
 
@@ -182,7 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.results:
             command = shlex.join(["python", "-m", "experiments.p3", *(sys.argv[1:] if argv is None else argv)])
             args.results.parent.mkdir(parents=True, exist_ok=True)
-            page = report(args.config.stem, command, experiment.description(), experiment.runs())
+            runs = experiment.runs()
+            figure = draw(runs, args.results.with_name(f"{args.config.stem}.png"))
+            page = report(args.config.stem, command, experiment.description(), runs, figure=figure)
             args.results.write_text(page, "utf-8")
     except CadsError as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False)

@@ -26,12 +26,13 @@ MOST_DATA_SETS, MOST_TEMPLATES = 6, 4
 Run = Mapping[str, Any]
 
 
-def report(title: str, command: str, description: Sequence[str], runs: Sequence[Run]) -> str:
+def report(title: str, command: str, description: Sequence[str], runs: Sequence[Run], *, figure: bool) -> str:
     """The page of the finished cells.
 
     Args:
         title: of the page. command: that made it. description: sentences on data and models.
         runs: rows of the table `runs`; `seed` is the seed of the data.
+        figure: whether one of what was drawn stands beside the page.
     """
     if not runs:
         return f"# {title}: no cell is finished\n"
@@ -56,6 +57,7 @@ def report(title: str, command: str, description: Sequence[str], runs: Sequence[
             "Shares of what it drew from the pool, and in brackets by how much they exceed shares of the pool: means "
             "over seeds. Where several seeds were run, what only one of them had in its pool is not shown.",
             draws(runs),
+            *([f"![What was drawn of each data set]({title}.png)"] if figure else []),
         ]
     )
 
@@ -106,7 +108,7 @@ def draws(runs: Sequence[Run]) -> str:
     rows = []
     for (task, budget), members in groups.items():
         shares = [json.loads(row["shares"]) for row in members]
-        by_set, by_template = _ratios(shares, data_set_of), _ratios(shares, str)
+        by_set, by_template = ratios(shares, data_set_of), ratios(shares, str)
         own = next((ratio for name, _, _, ratio in by_set if name == task), math.nan)
         rows.append(
             [
@@ -122,7 +124,7 @@ def draws(runs: Sequence[Run]) -> str:
     return _table([*head, "least", "templates drawn most, times"], rows)
 
 
-def _ratios(shares: Sequence[Mapping[str, float]], name_of: Any) -> list[tuple[str, float, float, float]]:
+def ratios(shares: Sequence[Mapping[str, float]], name_of: Any) -> list[tuple[str, float, float, float]]:
     """(name, share drawn, share of the pool, their ratio), the highest ratio first; means over the seeds with it."""
     drawn, sizes = defaultdict(list), defaultdict(list)
     for share in shares:

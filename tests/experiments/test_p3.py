@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 
 from cads.errors import ConfigError, DataError
 from cads.study.grid import filled, settings
-from experiments import p3
+from experiments import p3, p3_figure
 from experiments.language_data import read_sections
 from experiments.p3_content import content_groups, phrases
 from experiments.p3_data import P3Config, P3Draws, Rows, data_set_of, read_p3
@@ -213,6 +214,7 @@ class TestExperiment:
             assert part in page
         cells = list((tmp_path / "run").glob("common_gen/*/tables/runs/*"))
         assert len(cells) == 8
+        assert (tmp_path / "config.png").exists() == ("(config.png)" in page)
         assert p3.main([*words, "--budgets", "4 epochs", "--methods", "full", "--seeds", "1"]) == 0
         assert len(list((tmp_path / "run").glob("common_gen/*/tables/runs/*"))) == 9
         later = (tmp_path / "page.md").read_text()
@@ -232,4 +234,21 @@ class TestExperiment:
 
 
 def test_a_page_without_cells_says_so():
-    assert "no cell is finished" in report("p3", "command", [], [])
+    assert "no cell is finished" in report("p3", "command", [], [], figure=False)
+
+
+def test_the_figure_shows_what_was_drawn_at_the_largest_budget(tmp_path):
+    def row(budget, seed, shares, n_selected=1):
+        head = {"method": "cads", "task": "quartz", "budget": f"{budget} epochs", "seed": seed}
+        return {**head, "n_selected": n_selected, "shares": json.dumps(shares)}
+
+    even = {"quartz_a": 0.25, "ropes_a": 0.25, "ropes_b": 0.25, "trec_a": 0.25}
+    later = {"quartz_a": 0.5, "ropes_a": 0.25, "ropes_b": 0.15, "trec_a": 0.1}
+    runs = [row("0.5", 0, even), row("10", 0, later), row("10", 1, later), row("20", 0, even, n_selected=0)]
+    ((key, found),) = p3_figure._panels(runs).items()
+    assert key == ("quartz", "10 epochs")
+    assert dict(found) == pytest.approx({"quartz": 2.0, "ropes": 0.8, "trec": 0.4})
+    assert p3_figure.draw(runs, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+    assert not p3_figure.draw([row("20", 0, even, n_selected=0)], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
