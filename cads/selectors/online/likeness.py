@@ -96,7 +96,7 @@ def likeness_flops(task: Task) -> float:
     n, n_target, sample = len(task.pool), len(task.target), min(SAMPLE, len(task.pool))
     width = _features(task).width(task)
     prepared = (n + n_target) * task.descriptor_flops
-    fitted = _features(task).fitting_flops(width, n + n_target, sample)
+    fitted = _features(task).fitting_flops(width, n, n_target, sample)
     return prepared + fitted + 2 * width * (n + FOLDS * sample + n_target)
 
 
@@ -151,9 +151,9 @@ class _Looks:
         return 2 * task.n_descriptors
 
     @staticmethod
-    def fitting_flops(width: int, n: int, sample: int) -> float:
-        """FLOPs of preparing `n` examples and of all directions."""
-        return 3 * n * width + 2 * sample * width**2 + 2 / 3 * width**3 + 2 * (FOLDS + 1) * width**2
+    def fitting_flops(width: int, n: int, n_target: int, sample: int) -> float:
+        """FLOPs of preparing all examples and of all directions, from `sample` examples of the pool."""
+        return 3 * (n + n_target) * width + 2 * sample * width**2 + 2 / 3 * width**3 + 2 * (FOLDS + 1) * width**2
 
     def __call__(self, x: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Of examples with descriptors `x`, shape (n, D) -> (n, 2 D)."""
@@ -183,9 +183,9 @@ class _Tokens:
         return task.n_descriptors
 
     @staticmethod
-    def fitting_flops(width: int, n: int, sample: int) -> float:
-        """FLOPs of all directions."""
-        return 2 * width * (n * FOLDS + sample) + 12 * (FOLDS + 1) * width
+    def fitting_flops(width: int, n: int, n_target: int, sample: int) -> float:
+        """FLOPs of all directions, from `sample` examples of the pool: sums, then 12 a number."""
+        return width * (FOLDS * n_target + 2 * sample + 12 * (FOLDS + 1))
 
     def __call__(self, x: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Of examples with descriptors `x`, shape (n, D) -> (n, D)."""

@@ -18,6 +18,7 @@ from cads.selectors.online.likeness import LEAST, LIKENESS, N_GROUPS, likeness, 
 from cads.selectors.online.schedule import FROM_SCRATCH
 from cads.selectors.online.selector import Cads
 from cads.selectors.online.strata import Strata
+from cads.tasks.language.bag_of_tokens import N_BUCKETS
 from cads.tasks.language.config import LanguageConfig
 from cads.tasks.language.rows import TextSource
 from cads.tasks.vision.config import VisionConfig
@@ -181,6 +182,14 @@ class TestTexts:
         (direction,) = likeness_module._Tokens.directions(x, np.full(len(x), 1 / len(x)), [y])
         expected = np.log(y.mean(axis=0) / x.mean(axis=0))
         np.testing.assert_allclose(direction, expected, atol=0.01)
+
+    def test_flops_are_those_of_one_pass(self, texts):
+        """Shares and one product for each example; sums and five products for each of a sample."""
+        task = texts("second")
+        smaller = without_sources(task)
+        smaller.pool = task.pool.subset(np.arange(90), "pool")
+        per_example = task.descriptor_flops + 2 * N_BUCKETS + (2 + 5 * 2) * N_BUCKETS
+        assert likeness_flops(task) - likeness_flops(smaller) == pytest.approx(150 * per_example)
 
     def test_are_drawn_by_likeness_without_sources(self, texts):
         """The target share follows from what is alike, and the run stays within its budget."""
