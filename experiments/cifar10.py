@@ -54,12 +54,12 @@ ABOUT = (
     "5,000 clean images of CIFAR-10 are the target. The other 45,000 are the pool: five equal sources with 0, 22.5, "
     "45, 67.5 and 90 % of wrong labels. The test set has 10,000 images.",
     "Of the paper, the abstract and the figures below are known here. What surely differs: the networks are small. "
-    "`resnet8` is the residual network of He et al. (2016) with eight layers, of 8, 16 and 32 channels (or of 16, 32 "
-    "and 64), with batch normalisation and a first stride of 2. `cnn` has two convolutions, of 16 and 32 channels. They "
-    "train by AdamW in float32, in batches of 128, at a peak rate of 0.003 with a cosine. Images are flipped and "
-    "cropped at random (by 4 pixels at most) only where the name of a model says so. This is the recipe of "
-    "`compare-vision.yaml`. Nothing was tuned; batches of 64 are one or two points better at 1 pass, and take a quarter "
-    "more time. The images are from a public copy in JPEG files, which is not the same in every pixel.",
+    "`resnet8` is the residual network of He et al. (2016) with eight layers, of 8, 16 and 32 channels (or of 16, "
+    "32 and 64), with batch normalisation and a first stride of 2. `cnn` has two convolutions, of 16 and 32 "
+    "channels. They train by AdamW in float32, in batches of 128, at a peak rate of 0.003 with a cosine. Images are "
+    "flipped and cropped at random (by 4 pixels at most) only where the name of a model says so. This is the recipe "
+    "of `compare-vision.yaml`. Nothing was tuned; batches of 64 are one or two points better at 1 pass, and take a "
+    "quarter more time. The images are from a public copy in JPEG files, which is not the same in every pixel.",
     "`cads` trains on the target too, as joint training does. `cads-s-penalty` and `cads-e-penalty` are the penalty "
     "forms as they are built here (`docs/published.md`), and not the authors' code.",
 )
