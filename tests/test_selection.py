@@ -272,6 +272,8 @@ class TestWeights:
         without_policy = chosen(task.pool, source_probability={}, probability=np.arange(80) % 3 == 0)
         assert "policy" not in printed(summary(without_policy))
         assert re.search(r"\(all\) .* 100\.0%", printed(summary(chosen(Pool(task.pool.ids, task.pool.examples)))))
+        alike = chosen(task.pool, notes={"likeness": {"shares": [0.5, 0.5], "weights": [0.3, 1.0]}})
+        assert "least like the target is drawn 30% as often" in " ".join(printed(summary(alike)).split())
 
 
 def printed(table):

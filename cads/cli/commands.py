@@ -311,6 +311,8 @@ def summary(selection: Selection) -> Table:
         title += f" ({selection.notes['guard']})"
     if selection.target_fraction:
         title += f"; {selection.target_fraction:.0%} of each batch from the target"
+    if "likeness" in selection.notes:
+        title += f"; what is least like the target is drawn {min(selection.notes['likeness']['weights']):.0%} as often"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("source", overflow="fold")
     policy = selection.policy_probability
