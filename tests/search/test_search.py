@@ -27,7 +27,6 @@ from cads.errors import ConfigError, DataError
 from cads.estimators.design import spaced
 from cads.monitor import Monitor
 from cads.recipe import TrainConfig
-from cads.search.base import guard_message
 from cads.search.constants import PRETRAINED
 from cads.search.fidelity import Rung
 from cads.search.inner_costs import PlannedInnerLoop
@@ -448,49 +447,6 @@ def test_the_best_of_a_rung_is_in_the_next_and_that_of_the_last_is_chosen(featur
     assert all((draws == earlier).all(axis=1).any() for earlier, draws in zip(best, tried[1:], strict=False))
     first = np.unique(task.pool.sources, return_index=True)[1]
     np.testing.assert_array_equal(chosen.probability[first], best[-1])
-
-
-def with_target(task, n):
-    """The task with only the first n examples of its target."""
-    other = copy.copy(task)
-    other.target = task.target.subset(np.arange(n), task.target.name)
-    return other
-
-
-GUARDED = [PolicySearch, BestOf, LivePenalty]
-
-
-@pytest.mark.parametrize("kind", GUARDED)
-@pytest.mark.parametrize("n", [1, 2, 19])
-def test_too_small_a_target_cannot_tell_and_nothing_is_spent_on_it(features, caplog, kind, n):
-    task, selector, ledger = with_target(features(batch_size=8), n), kind(guard=True), Ledger()
-    said = f"the target has {n} example{'s' * (n > 1)}, and with fewer than 20 the guard cannot tell"
-    assert said in selector.plan(task, Budget(16, "epochs")).note
-    chosen = selector.select(task, Budget(16, "epochs"), seed=0, ledger=ledger)
-    assert chosen.selected.all()
-    assert not ledger.entries
-    assert said in chosen.notes["guard"]
-    assert said in caplog.text
-    assert "or set guard = false" in chosen.notes["guard"]
-
-
-@pytest.mark.parametrize("kind", GUARDED)
-@pytest.mark.parametrize(("n", "guard"), [(20, True), (19, False), (1, False)])
-def test_a_large_target_or_no_guard_is_searched(features, kind, n, guard):
-    task, ledger = with_target(features(batch_size=8), n), Ledger()
-    chosen = kind(guard=guard).select(task, Budget(16, "epochs"), seed=0, ledger=ledger)
-    assert ledger.total(SELECT).flops > 0
-    assert "cannot tell" not in chosen.notes.get("guard", "")
-    if not guard:
-        assert "better" not in chosen.notes.get("guard", "")
-
-
-@pytest.mark.parametrize(("guard", "chosen"), [(True, True), (True, False), (False, True), (False, False)])
-def test_the_guard_says_what_it_did_and_that_it_is_off(guard, chosen):
-    message = guard_message(guard=guard, chosen=chosen)
-    assert ("better than the full pool" in message) == (guard and chosen)
-    assert ("the guard is off" in message) == (not guard)
-    assert ("the full pool is returned" in message or "not beaten" in message) == (not chosen)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.9, 1.0, 2.0])
