@@ -41,6 +41,12 @@ NO_TARGET = (
 )
 """What is said where the target is drawn from the user's own pool; the number is put in."""
 
+TEST_OF_TARGET = "no test set is given: %s of the %s examples of the target are held out as one"
+TEST_OF_POOL = (
+    "no test set is given: %s examples are taken out of the pool for it, which may be as wrong as those of the pool"
+)
+"""What is said where the test set is drawn from the user's own target or pool; the numbers are put in."""
+
 Metrics = dict[str, float]
 Objective = Callable[["Task", nn.Module, Pool], float]
 """Any metric of a trained model on a pool, lower is better: (task, model, pool) -> value."""

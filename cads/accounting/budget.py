@@ -25,10 +25,15 @@ UNITS = {
     "second": "seconds",
     "seconds": "seconds",
 }
+FACTORS = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+"""Letters before a unit that is no time: `2M tokens`, `225k usages`, `3 PFLOPs`. B is a billion."""
 SECONDS = {"min": 60.0, "minute": 60.0, "minutes": 60.0, "h": 3600.0, "hour": 3600.0, "hours": 3600.0}
 """Seconds in other units of time."""
-NUMBER = r"([-+]?[0-9][0-9_]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?)"
-MONEY = re.compile(rf"\s*\$\s*{NUMBER}\s*at\s*\$?\s*{NUMBER}\s*(?:/|an|a|per)?\s*(?:h|hour)\s*")
+NUMBER = r"([-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)"
+BY_HOUR = r"(?:/|an|a|per)?\s*(?:h|hour)\s*"
+MONEY = re.compile(rf"\s*\$\s*{NUMBER}\s*at\s*\$?\s*{NUMBER}\s*{BY_HOUR}")
+EATEN_MONEY = re.compile(rf"[0-9.]*\s*at\s.*{BY_HOUR}")
+"""What is left of money in double quotes: the shell puts a parameter, which is mostly empty, where `$5` stood."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str | float, *, count_selection: bool = False) -> Budget:
-        """Parse `2e15`, `2e15 FLOPs`, `225000 usages`, `5 epochs`, `3e6 tokens`, `30 minutes` or `$5 at 2.50 an hour`.
+        """Parse `2e15`, `225000 usages`, `5 epochs`, `3e6 tokens`, `2M tokens`, `30 minutes` or `$5 at 2.50 an hour`.
 
         Raises:
             BudgetError: if the text is not a number and a unit, or the number is not positive.
@@ -66,16 +71,21 @@ class Budget:
         if money is not None:
             dollars, by_hour = (_number(word) for word in money.groups())
             return cls(3600 * dollars / by_hour if by_hour > 0 else math.inf, "seconds", count_selection)
-        match = re.fullmatch(rf"\s*{NUMBER}\s*([A-Za-z]*)\s*", str(text))
-        word = None if match is None else match[2].lower()
-        if match is not None and word in SECONDS:
-            return cls(_number(match[1]) * SECONDS[word], "seconds", count_selection)
-        if match is None or word not in UNITS:
-            raise BudgetError(
-                f"budget {text!r} does not parse: write a number and FLOPs (or nothing), usages, epochs, tokens, "
-                "minutes or hours, such as '2e15' or '5 epochs', or money as '$5 at 2.50 an hour'"
-            )
-        return cls(_number(match[1]), UNITS[word], count_selection)
+        match = re.fullmatch(rf"\s*{NUMBER}\s*([A-Za-z]*)(?:\s+([A-Za-z]+))?\s*", str(text))
+        if match is not None:
+            amount, words = _number(match[1]), [word for word in match.groups()[1:] if word]
+            unit, factor = _unit(words)
+            if unit is not None:
+                return cls(amount * factor, unit, count_selection)
+        in_quotes = (
+            " in single quotes: within double quotes the shell replaces $5"
+            if EATEN_MONEY.fullmatch(str(text).strip())
+            else ""
+        )
+        raise BudgetError(
+            f"budget {text!r} does not parse: write a number and FLOPs (or nothing), usages, epochs, tokens, "
+            "minutes or hours, such as '2e15', '5 epochs' or '2M tokens', or money as '$5 at 2.50 an hour'" + in_quotes
+        )
 
     def flops(self, task: Workload) -> float:
         """The budget in FLOPs, converted through the task's costs.
@@ -102,6 +112,22 @@ class Budget:
     def __str__(self) -> str:
         rounded = f"{self.amount:g}"
         return f"{rounded if float(rounded) == self.amount else repr(float(self.amount))} {self.unit}"
+
+
+def _unit(words: list[str]) -> tuple[str | None, float]:
+    """The unit that the words behind a number name, and its factor; None if they name none."""
+    *before, last = words or [""]
+    if not before:
+        word = last.lower()
+        if word in SECONDS:
+            return "seconds", SECONDS[word]
+        if word in UNITS:
+            return UNITS[word], 1.0
+        before, last = [last[:1]], last[1:]
+    unit = UNITS.get(last.lower())
+    if not last or unit in (None, "seconds") or before[0] not in FACTORS:
+        return None, 1.0
+    return unit, FACTORS[before[0]]
 
 
 def _number(text: str) -> float:

@@ -211,6 +211,8 @@ class PlannedLedger(Ledger):
         note: what the selector does instead if the budget does not buy its search.
         rides: whether selection rides on the final training, whose end is kept to be measured.
         kept: number of pool examples that training can draw; None: that depends on the scores, or all.
+        most_training: FLOPs after which the training ends, whatever the budget.
+        end: why it ends there, in words.
     """
 
     def __init__(self, limit: float | None = None, note: str = "") -> None:
@@ -220,3 +222,4 @@ class PlannedLedger(Ledger):
         self.note = note
         self.rides = False
         self.kept: int | None = None
+        self.most_training, self.end = math.inf, ""

@@ -37,12 +37,13 @@ SMALLEST_REST = 0.005
 """Share of a budget below which what is left of it is not said."""
 
 
-def budget_sentence(budget: Mapping[str, Any], ledger: Ledger) -> str:
+def budget_sentence(budget: Mapping[str, Any], ledger: Ledger, end: str = "") -> str:
     """What the budget went to.
 
     Args:
         budget: as `results.json` has it: `given` in words, `flops`, and whether it `covers_selection`.
         ledger: of the whole run.
+        end: why training ended before the budget did, in words.
     """
     total, covers = budget["flops"], budget["covers_selection"]
     selection, training = ledger.total(SELECT).flops, ledger.total(TRAIN).flops
@@ -58,7 +59,8 @@ def budget_sentence(budget: Mapping[str, Any], ledger: Ledger) -> str:
     rest = 1 - (training + (selection if covers else 0.0)) / total
     if rest > SMALLEST_REST:
         parts.append(f"{100 * rest:.1f} % unspent")
-    sentence = f"The budget of {total:.3g} FLOPs{given} went to: {', '.join(parts)}."
+    why = f" ({end})" if end and rest > SMALLEST_REST else ""
+    sentence = f"The budget of {total:.3g} FLOPs{given} went to: {', '.join(parts)}{why}."
     if selection and not covers:
         sentence += f" Selection came on top: {selection:.3g} FLOPs, {100 * selection / total:.1f} % of the budget."
     if is_beside:

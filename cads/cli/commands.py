@@ -172,7 +172,7 @@ def train(argv: list[str]) -> None:
     console.print(ledger.table())
     console.print(_metrics_table(results["metrics"]))
     for sentence in world.on_rank_zero(lambda: _closing(results, ledger, out, task, objects)):
-        console.print(sentence, soft_wrap=True, markup=False, highlight=False)
+        console.print(sentence, markup=False, highlight=False)
     if trained is not None and trained.utilisation:
         console.print(
             f"Model FLOP utilisation: {trained.utilisation:.1%} of this machine's matrix products "
@@ -187,7 +187,8 @@ def _closing(results: dict[str, Any], ledger: Ledger, out: Path, task: Task, obj
     if "budget" not in results:
         return []
     budget, metrics = results["budget"], results["metrics"]
-    return [budget_sentence(budget, ledger), *free_sentences(out, task, objects, budget["flops"], metrics)]
+    end = results["selection"]["notes"].get("end", "")
+    return [budget_sentence(budget, ledger, end), *free_sentences(out, task, objects, budget["flops"], metrics)]
 
 
 def _train(

@@ -17,7 +17,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 
 from cads.accounting.budget import Budget
 from cads.api import DEFAULT_METHOD
-from cads.cli.data_flags import add_data_flags, task_of_flags
+from cads.cli.data_flags import add_data_flags, names_of_data, task_of_flags
 from cads.cli.parser import KINDS, CommandParser
 from cads.cli.settings import CommandSettings, ExportSettings, InitSettings, ReportSettings, SelectSettings
 from cads.errors import ConfigError
@@ -42,7 +42,8 @@ class CommandConfig:
 
     Attributes:
         values: all settings, as they were parsed.
-        name: of the run, after the configuration file and the method; the name of its folder by default.
+        name: of the run, after the configuration file, or the files of the pool, and the method; the name of its
+            folder by default.
         parser: reads and writes them.
         objects: the dataclasses that they describe: `task`, `train`, `options` (the selector), `checkpoint`.
     """
@@ -110,7 +111,8 @@ def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
     if not (words.files or words.data or any(word.startswith(("--task", "--kind")) for word in argv)):
         beside = f"; `cads {settings.command} {WRITTEN}` takes the file here" if Path(WRITTEN).exists() else ""
         log.warning("no data is named (a configuration, or --pool): the digits of scikit-learn are used%s", beside)
-    named = [*(Path(path).stem for path in words.files[-1:]), *([method] if method != DEFAULT_METHOD else [])]
+    of_data = [Path(path).stem for path in words.files[-1:]] or names_of_data(words.data)
+    named = [*of_data, *([method] if method != DEFAULT_METHOD else [])]
     return CommandConfig(values, "-".join(named) or method, parser, parser.instantiate(values))
 
 

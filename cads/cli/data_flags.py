@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ FLAGS = {
 """Each flag, and its help."""
 TEXTS = (".parquet", ".jsonl", ".ndjson", ".arrow", ".gz", ".zst")
 """Suffixes of files of texts; a folder that holds some is a pool of texts, which is read in shards."""
+MOST_NAMES = 3
+"""Files of the pool that name a run."""
+NO_NAME = re.compile(r"[^\w.+-]+")
+"""What no name of a run has."""
 BESIDE_IMAGES = "metadata"
 """Name, without its suffix, of a table that folders of images may hold."""
 
@@ -68,3 +73,18 @@ def task_of_flags(parsed: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--pool is given {len(pool)} folders: put them into one, and each is a source of the pool")
     images = {f"{name}_path": path for name, path in held_out.items()}
     return {"kind": "vision", **fields, **({"dataset": "folder", "path": pool[0]} if pool else {}), **images}
+
+
+def names_of_data(fields: dict[str, Any]) -> list[str]:
+    """The names of the files or of the folder of the pool, without suffixes, that the flags of `task_of_flags` gave."""
+    pool = fields.get("pool") or []
+    places = [entry["path"] for entry in pool] or [path for path in [fields.get("path")] if path]
+    named = [_plain_name(place) for place in places]
+    return named if len(named) <= MOST_NAMES else [*named[:MOST_NAMES], f"{len(named) - MOST_NAMES}-more"]
+
+
+def _plain_name(place: str) -> str:
+    from cads.tasks.language.tables import stem_of
+
+    path = Path(place.rstrip("/")) if is_remote(place) else Path(place).resolve()
+    return NO_NAME.sub("_", path.name if path.is_dir() else stem_of(path)) or "pool"

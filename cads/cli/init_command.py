@@ -25,6 +25,7 @@ from cads.data.token_batches import lengths
 from cads.errors import ConfigError, DataError
 from cads.runtime.atomic_files import whole_file
 from cads.task import Task
+from cads.tasks.language.columns import UnknownColumnsError
 from cads.tasks.language.loading import open_tokenizer
 from cads.tasks.language.models import LanguageModels
 
@@ -104,8 +105,11 @@ def _draft(values: Namespace, paths: list[str], console: Console) -> Draft:
             fields["model"] = values.model
         _say(console, inputs.said)
         return image_draft(fields, remarks)
-    with _quiet():
-        files = read_texts(inputs)
+    try:
+        with _quiet():
+            files = read_texts(inputs)
+    except UnknownColumnsError as error:
+        raise DataError(f"{error}; `cads init --template prompts` writes a configuration to put this into") from error
     template = next(name for name, form in FORMATS.items() if form == files.format)
     _check_template(values.template, template, f"{files.format} (a row: {ROWS[template]})")
     console.print(_files_table(files))
@@ -179,7 +183,9 @@ def _build(draft: Draft, *, grid: bool) -> Task:
         draft.task["drop"] = True
         draft.comments["task.drop"] = "Some examples cannot be used: they are left out, and counted in data.json."
         try:
-            return _built(draft, grid=grid)
+            # What was drawn was said before.
+            with _quiet("cads.tasks.language.splits"):
+                return _built(draft, grid=grid)
         except (ConfigError, DataError):
             del draft.task["drop"]
         raise

@@ -17,6 +17,9 @@ ROLES = {"target": TARGET, "test": TEST}
 """Words in the name of a file, or of a folder in a folder, by which it is target or test set."""
 SAVED = ("state.json", "dataset_dict.json")
 """Files by which a folder is one of `datasets`."""
+MODEL = ("model.safetensors", "tokenizer_config.json", "adapter_config.json")
+RUN = ("selection.json", "results.json")
+"""Files by which a folder is one of a model, or of a run of cads."""
 BESIDE_DATA = ("dataset_info.json", *SAVED)
 """Files that describe data and hold none."""
 
@@ -134,11 +137,16 @@ def image_column(features: object) -> str | None:
 def _folder(path: str, inputs: Inputs, role: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """A folder of images, or of files of texts."""
     texts: list[tuple[str, ...]] = []
+    products: list[str] = []
     others: list[str] = []
     n_images = 0
     for folder, below, names in os.walk(path, followlinks=True):
         relative = os.path.relpath(folder, path)
         parts = () if relative == os.curdir else tuple(relative.split(os.sep))
+        if parts and {*MODEL, *RUN} & set(names):
+            products.append(relative)
+            below[:] = []
+            continue
         below[:] = sorted(name for name in below if not is_hidden(name)) if len(parts) < DEEPEST else []
         for name in sorted(names):
             if is_hidden(name) or name in BESIDE_DATA:
@@ -149,6 +157,8 @@ def _folder(path: str, inputs: Inputs, role: str) -> Iterator[tuple[str, tuple[s
                 texts.append((*parts, name))
             else:
                 others.append(os.path.join(*parts, name))
+    if products:
+        inputs.said.append(f"{path}: not used are folders of models and of runs: {some(products)}")
     if n_images >= max(1, len(texts)):
         if texts:
             inputs.said.append(f"{path} holds images; not used: {some([os.path.join(*parts) for parts in texts])}")

@@ -19,13 +19,13 @@ class CommandSettings:
     """Settings and sections that a file may have and that do nothing here: help leaves them out."""
 
     budget: float | str = "5 epochs"
-    """'2e15' FLOPs, '225000 usages', '5 epochs', '3e6 tokens', '30 minutes', '$5 at 2.50 an hour'."""
+    """'2e15' FLOPs, '225000 usages', '5 epochs', '2M tokens', '30 minutes', '$5 at 2.50 an hour'."""
     count_selection: bool = False
     """The budget covers selection too."""
     seed: int = 0
     """Of everything that is drawn."""
     out: str | None = None
-    """Folder of the run; null: runs/NAME, after the configuration file and the method."""
+    """Folder of the run; null: runs/NAME, after the configuration file (or the files of the pool) and the method."""
     overwrite: bool = False
     """Begin anew, whatever the folder holds."""
     track: Track = "tensorboard"

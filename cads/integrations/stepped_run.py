@@ -319,6 +319,7 @@ class SteppedRun:
             signal = self._probe(self._probes, PROBE) - self._before
         self._spent_on_target, self._steps_on_target = self.spent, self.steps
         _, self._end = self._begin_both(signal, self._probes)
+        self.draws.say_end(self._end, self._horizon)
         self._limit = min(self._end, self.spent + self.ledger.left)
 
     def _begin_both(self, signal: np.ndarray, probes: np.ndarray) -> tuple[OnlineRider, float]:

@@ -178,6 +178,8 @@ def _plan_method(name: str, method: Plannable, task: Task, budget: Budget, total
         step = task.costs.per_usage(task.pool, task.recipe.batch_size) * task.recipe.batch_size
         if train_flops < step:
             note = f"it does not fit: selection costs {selection_flops:.4g} FLOPs, and the budget is {total:.4g}"
+    ends_early = ledger.most_training < train_flops
+    train_flops = min(train_flops, ledger.most_training)
     n, usage = len(task.pool), task.costs.per_usage(task.pool, task.recipe.batch_size)
     usages = train_flops / usage
     train_seconds = train_flops / timing.flops_per_second * (RIDER_TIME if ledger.rides and timing.is_timed else 1.0)
@@ -201,6 +203,7 @@ def _plan_method(name: str, method: Plannable, task: Task, budget: Budget, total
         note=note,
         kept=ledger.kept,
         rides=ledger.rides,
+        end=f"it ends at {ledger.most_training / total:.0%} of it, {ledger.end}" if ends_early else "",
     )
 
 

@@ -44,6 +44,7 @@ class MethodPlan:
         note: a remark for the reader.
         kept: examples of the pool that training can draw; None if that depends on what selection finds.
         rides: whether selection rides on the training. is_timed: whether selection of few examples was timed.
+        end: why training ends before the budget does, and where, in words; "" if it does not.
     """
 
     method: str
@@ -63,6 +64,7 @@ class MethodPlan:
     kept: int | None = None
     rides: bool = False
     is_timed: bool = False
+    end: str = ""
 
     @property
     def in_range(self) -> bool | None:
@@ -153,7 +155,7 @@ def recommendation(plan: Plan) -> str:
     if DEFAULT in rows:
         chosen = rows[DEFAULT]
         what = chosen.note or "it selects while it trains, and its one budget covers all that it does"
-        lines.append(f"At {plan.budget}: `{DEFAULT}`; {what}.")
+        lines.append(f"At {plan.budget}: `{DEFAULT}`; {'; '.join(filter(None, [what, chosen.end]))}.")
     if SEARCH in rows:
         search = rows[SEARCH]
         cost = f"{search.share:.0%} of it" if plan.count_selection else f"{search.share:.0%} of it on top"

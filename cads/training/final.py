@@ -224,9 +224,17 @@ def _about(task: Task, selection: Selection, budget: Budget, seed: int) -> dict[
             "selected": int(selection.selected.sum()),
             "target_fraction": selection.target_fraction,
             "shares": selection.shares,
-            "notes": {name: note for name, note in selection.notes.items() if isinstance(note, str)},
+            "notes": _ends(task, selection, budget)
+            | {name: note for name, note in selection.notes.items() if isinstance(note, str)},
         },
     }
+
+
+def _ends(task: Task, selection: Selection, budget: Budget) -> dict[str, str]:
+    """The note on an end before that of the budget, if `stop_passes` gives one."""
+    if selection.stop_passes is None or stop_flops(task, selection) >= final_training_flops(task, budget, selection):
+        return {}
+    return {"end": f"training ended after {selection.stop_passes:g} passes over what is selected, as it was asked to"}
 
 
 def _say_finished(task: Task, selection: Selection, budget: Budget, seed: int) -> None:

@@ -83,6 +83,8 @@ def _selection(selection: Mapping[str, Any]) -> list[str]:
         text += f" {selection['target_fraction']:.0%} of each batch is drawn from the target."
     if "guard" in selection["notes"]:
         text += f" {_plain(selection['notes']['guard'])}."
+    if "end" in selection["notes"]:
+        text += f" The budget was not used up: {_plain(selection['notes']['end'])}."
     parts = ["## Selection", text]
     shares = sorted(selection["shares"].items(), key=lambda item: -item[1])
     if shares:

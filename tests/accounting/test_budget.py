@@ -44,6 +44,12 @@ def test_what_a_budget_prints_is_what_it_reads(amount, unit):
         (" 0.5 Epoch ", 0.5, "epochs"),
         ("3 passes", 3, "epochs"),
         ("3e6 tokens", 3e6, "tokens"),
+        ("2M tokens", 2e6, "tokens"),
+        ("0.5 B tokens", 5e8, "tokens"),
+        ("225k usages", 225e3, "usages"),
+        ("3 PFLOPs", 3e15, "FLOPs"),
+        (".5 epochs", 0.5, "epochs"),
+        ("2 Tokens", 2, "tokens"),
         ("90 s", 90, "seconds"),
         ("30 minutes", 1800, "seconds"),
         ("1.5 h", 5400, "seconds"),
@@ -61,11 +67,19 @@ def test_ways_to_write_a_budget(text, amount, unit):
     "text",
     ["", "epochs", "0", "0 epochs", "-5 epochs", "-1e9", "nan", "inf", "-inf", "nan usages", "1e999", "5 days", "5 5",
      "-1 h", "$5", "$5 at 0 an hour", "$0 at 2 an hour", "$5 at 2 a day", "5 at 2 an hour",
-     "five epochs", "1e", "0x10", "5 epochs!", math.nan, math.inf, 0, -1],
+     "five epochs", "1e", "0x10", "5 epochs!", "2M", "2k", "5 Ms", "5 k minutes", "2m tokens", "2 M epochs s", math.nan, math.inf, 0, -1],
 )  # fmt: skip
 def test_what_is_no_budget_is_refused(text):
     with pytest.raises(BudgetError):
         Budget.parse(text)
+
+
+@pytest.mark.parametrize("text", [" at 2.50 an hour", ".50 at $2/hour", "at 3 per hour"])
+def test_what_the_shell_leaves_of_money_is_told(text):
+    with pytest.raises(BudgetError, match="in single quotes"):
+        Budget.parse(text)
+    with pytest.raises(BudgetError, match="an hour'$"):
+        Budget.parse("5 bananas")
 
 
 @pytest.mark.parametrize("amount", [0.0, -1.0, math.nan, math.inf])

@@ -39,6 +39,14 @@ def test_what_the_budget_went_to(covers, selection, expected):
     assert budget_sentence(budget, ledger) == expected
 
 
+def test_why_a_budget_is_left_is_said():
+    ledger = Ledger()
+    ledger.charge(TRAIN, "final model", 60.0)
+    budget = {"given": "100 FLOPs", "flops": 100.0, "covers_selection": True}
+    assert budget_sentence(budget, ledger, "it ended").endswith("40.0 % unspent (it ended).")
+    assert "it ended" not in budget_sentence(budget | {"flops": 60.0}, ledger, "it ended")
+
+
 @pytest.mark.parametrize(
     ("covers", "selection", "expected"),
     [

@@ -84,6 +84,32 @@ def test_a_folder_of_files_that_share_ids(cads, tmp_path):
     assert cads("check", "cads.yaml")[0] == 0
 
 
+def test_models_and_runs_beside_the_files_are_no_data(cads, tmp_path):
+    model_folder(tmp_path / "llama")
+    for name, rows in (("chats", conversations(20)), ("val", conversations(30)[20:])):
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+    run = tmp_path / "runs" / "chats"
+    (run / "selection").mkdir(parents=True)
+    for name in ("results.json", "train.json", "selection/selection.json"):
+        (run / name).write_text('{"a": 1}')
+    status, text, _ = cads("init", ".", "--model", "llama")
+    assert status == 0
+    assert "not used are folders of models and of runs: llama, runs/chats" in text
+    assert [entry["path"] for entry in written()["task"]["pool"]] == ["./chats.jsonl"]
+
+
+def test_columns_that_say_nothing_are_refused_with_the_way_to_name_them(cads, tmp_path):
+    write_lines(tmp_path / "pool.jsonl", [{"data": {"question": "a", "answer": "b"}, "lang": "en"}])
+    status, _, error = cads("init", "pool.jsonl")
+    assert status == 1
+    assert "`cads init --template prompts` writes a configuration to put this into" in " ".join(error.split())
+    model_folder(tmp_path / "llama")
+    pool = "[{path: pool.jsonl, columns: {prompt: data.question, response: lang}}]"
+    status, _, error = cads("check", "--kind", "language", "--task.model", "llama", "--task.pool", pool)
+    assert status == 1
+    assert "['data.question'] lie within a column: write them as columns of their own" in " ".join(error.split())
+
+
 def test_one_file_with_a_column_of_sources_and_no_model_at_hand(cads, tmp_path):
     rows = [{"prompt": r["prompt"], "response": r["response"], "Topic": r["source"]} for r in sums(60)]
     write_lines(tmp_path / "one.jsonl", rows[:55] + rows[:5])

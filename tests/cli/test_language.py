@@ -80,10 +80,10 @@ def test_files_and_a_model_are_enough(folder, tmp_path, monkeypatch, capsys):
         write_lines(tmp_path / f"{name}.jsonl", rows)
     data = ("--pool", "one.jsonl", "--pool", "two.jsonl", "--target", "val.jsonl", "--model", folder / "llama")
     run("train", *data, "--budget", "3 epochs", "--train.batch_size", "8")
-    assert "runs/cads" in capsys.readouterr().out
-    assert set(Selection.load(tmp_path / "runs" / "cads").shares) == {"one", "two"}
+    assert "runs/one-two" in capsys.readouterr().out
+    assert set(Selection.load(tmp_path / "runs" / "one-two").shares) == {"one", "two"}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {
-        f.name for f in (tmp_path / "runs/cads").iterdir()
+        f.name for f in (tmp_path / "runs/one-two").iterdir()
     }
 
 

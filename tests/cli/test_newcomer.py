@@ -55,6 +55,8 @@ def test_a_target_that_nobody_gave_is_said(chats, caplog):
     said = [message for message in messages(caplog) if "no target is given" in message]
     assert len(said) == 2
     assert said[0].startswith("no target is given: 4 examples are taken out of the pool for it")
+    assert any(message.startswith("no test set is given: 5 of the 10 examples of the") for message in messages(caplog))
+    assert any(message.startswith("no test set is given: 10 examples are taken out") for message in messages(caplog))
 
 
 def test_a_target_of_images_that_nobody_gave_is_said_once(tmp_path, caplog):
@@ -68,6 +70,7 @@ def test_a_target_of_images_that_nobody_gave_is_said_once(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "cads.tasks"):
         assert main(["check", "--pool", str(tmp_path / "photos"), "--model", "mlp", "--task.drop", "true"]) == 0
     assert sum("no target is given: 2 examples" in message for message in messages(caplog)) == 1
+    assert sum("no test set is given: 5 examples" in message for message in messages(caplog)) == 1
 
 
 def test_one_training_has_no_bars_of_others_and_is_no_grid(chats, capsys):

@@ -31,7 +31,7 @@ def test_commands_run_as_printed(tmp_path, monkeypatch):
     for block in commands:
         block.code = block.code.replace("NAME", MODEL)
         run_block(block, {}, "README.md")
-    for run in ("mine", "cads"):
+    for run in ("mine", "chats-papers"):
         assert set(Selection.load(tmp_path / "runs" / run).shares) == {"chats", "papers"}
     assert len((tmp_path / "chosen.jsonl").read_text().splitlines()) == 120
 

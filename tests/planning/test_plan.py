@@ -26,6 +26,7 @@ from cads.planning import timing
 from cads.planning.ccds import PUBLISHED
 from cads.planning.memory import layer_values, training_memory
 from cads.planning.methods import make_plan
+from cads.planning.plan import recommendation
 from cads.recipe import TrainConfig
 from cads.registry import SELECTORS, build_selector, names
 from cads.runtime import process_usage
@@ -480,6 +481,22 @@ def test_a_language_model_is_timed_without_its_weights(tmp_path):
         task = LanguageConfig(model=str(folder), pool=pool, peft=peft).meta(RECIPE)
         plan = api.plan(task, "2 epochs", method="full")
         assert plan.rate_from == "of steps timed here"
+
+
+def test_an_end_before_the_budget_is_said(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"these are no weights")
+    rows = [{"prompt": row["prompt"], "response": row["response"]} for row in sums(60)]
+    pool = [TextSource(path=str(write_lines(tmp_path / "a.jsonl", rows)))]
+    task = LanguageConfig(model=str(folder), pool=pool).meta(RECIPE)
+    planned = {}
+    for passes in (2, 100):
+        plan = api.plan(task, f"{passes} epochs", method=["cads", "full"], flops_per_second=1e10)
+        planned[passes] = {m.method: m for m in plan.methods}
+        assert ("ends at" in recommendation(plan)) == (passes == 100)
+    assert planned[2]["cads"].epochs == pytest.approx(2)
+    assert planned[100]["cads"].epochs < 12
+    assert planned[100]["full"].epochs == pytest.approx(100)
 
 
 def test_memory_is_that_of_the_longest_examples(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,11 @@ from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import Strata
 from cads.task import Task
 
+log = logging.getLogger(__name__)
+
+EARLY = 0.995
+"""Share of the budget below which the end of a run is said to be early."""
+
 
 class OnlineRun:
     """The draws of one run: of the target alone, of examples that are probed, then of target and pool together.
@@ -40,6 +46,7 @@ class OnlineRun:
 
     Attributes:
         rider: draws target and pool together; None before `begin_both`.
+        end: why the run ends before its budget does, in words; "" if it does not.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class OnlineRun:
     ) -> None:
         self.task, self.constants, self.monitor = task, constants, monitor
         self.rider: OnlineRider | None = None
+        self.end = ""
         self._seed, self._by_example, self._on_target = seed, by_example, on_target
         self._strata = Strata.of(task)
         self._target_stream = balanced_stream(
@@ -172,10 +180,21 @@ class OnlineRun:
             seed=derive(self._seed, "batches"),
             fixed_share=share,
         )
-        if self.constants.stop_passes is None or share is not None:
-            return self.rider, end
-        n_distinct = self.rider.n_effective + (len(task.target) if self._on_target else 0)
-        return self.rider, min(horizon, spent + self.constants.stop_passes * n_distinct * usage)
+        passes = self.constants.stop_passes
+        if passes is not None and share is None:
+            n_distinct = self.rider.n_effective + (len(task.target) if self._on_target else 0)
+            end = min(horizon, spent + passes * n_distinct * usage)
+        if passes is not None and end < EARLY * horizon:
+            self.end = (
+                f"training ended after {passes:g} passes over target and what of the pool is "
+                "drawn: a pretrained model learns by heart what comes more often"
+            )
+        return self.rider, end
+
+    def say_end(self, end: float, horizon: float) -> None:
+        """Say that a run will end at `end` FLOPs of `horizon`, if that is early."""
+        if self.end:
+            log.warning("%s (at %.0f %% of the budget)", self.end.replace("ended", "ends"), 100 * end / horizon)
 
     def selection(
         self, *, method: str, budget: Budget, ledger: Ledger, config: dict[str, Any], trained: State | None
@@ -210,10 +229,10 @@ class OnlineRun:
         )
 
     def _notes(self) -> dict[str, Any]:
-        """How likeness to the target was weighed: of each of its groups the share of the pool, and the weight."""
+        """Why the run ended early; and of each group by likeness to the target its share of the pool, and its weight."""
         strata = self._strata
-        weights = strata.likeness_weights
+        weights, notes = strata.likeness_weights, {"end": self.end} if self.end else {}
         if len(weights) < 2:
-            return {}
+            return notes
         shares = np.bincount(strata.likeness, minlength=len(weights)) / len(strata.likeness)
-        return {"likeness": {"shares": shares.round(4).tolist(), "weights": weights.round(4).tolist()}}
+        return notes | {"likeness": {"shares": shares.round(4).tolist(), "weights": weights.round(4).tolist()}}

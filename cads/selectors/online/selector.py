@@ -85,6 +85,12 @@ class Cads:
         step = task.recipe.batch_size * task.costs.per_usage(task.target, task.recipe.batch_size)
         if opening.first and opening.first + step > costs.ledger.left:
             costs.ledger.kept, costs.ledger.note = 0, TARGET_ALONE
+        passes = self.constants(task).stop_passes
+        if passes is not None:
+            n_most = len(task.pool) + len(task.target) * self.train_on_target
+            usage = task.costs.per_usage(task.pool, task.recipe.batch_size)
+            costs.ledger.most_training = opening.first + passes * n_most * usage
+            costs.ledger.end = f"as pretrained models are trained for {passes:g} passes at most"
         return costs.ledger
 
     def select(
@@ -210,6 +216,7 @@ class _TrainedRun:
         rider, end = self.draws.begin_both(
             excess, spent=spent, steps=steps, horizon=horizon, by_source=by_source, workers=workers
         )
+        self.draws.say_end(end, horizon)
         planned = horizon if end < horizon else None
         start = None if fit is None else fit.state
         return self._fit(rider, end, RunSegment(start=start, horizon=end, keep=True, planned=planned))

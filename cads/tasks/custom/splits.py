@@ -13,6 +13,7 @@ from cads.data.ids import numbered
 from cads.data.pool import Examples, Pool
 from cads.errors import DataError
 from cads.seeding import derive
+from cads.task import TEST_OF_TARGET
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +44,7 @@ def target_and_test(target: Examples, test: Examples | None, seed: int) -> tuple
         return Pool(ids, target, name="target"), Pool(numbered("test", len(test)), test, name="test set")
     if len(target) < 2:
         raise DataError("the target has one example, of which none is left for the test set: give a test set")
-    log.warning(
-        "no test set is given: %d of the %d examples of the target are held out as one", len(target) // 2, len(target)
-    )
+    log.warning(TEST_OF_TARGET, f"{len(target) // 2:,}", f"{len(target):,}")
     order = np.random.default_rng(derive(seed, "test set")).permutation(len(target))
     held_out, kept = np.sort(order[: len(target) // 2]), np.sort(order[len(target) // 2 :])
     return (

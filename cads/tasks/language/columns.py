@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from string import Formatter
@@ -66,6 +67,10 @@ SHOWN_VALUES, SHOWN_LENGTH = 3, 40
 """Values of an unused column that are shown."""
 SEARCHED_ROWS = 1000
 """Rows in which they are looked for."""
+
+
+class UnknownColumnsError(DataError):
+    """Columns whose names do not say what they are."""
 
 
 def assign_columns(
@@ -166,7 +171,9 @@ def _check_given(present: Sequence[str], given: Mapping[str, str], location: str
             raise ConfigError(f"columns.{role} = {value!r}: a template needs a column in braces, such as {{input}}")
     absent = sorted(used_columns(given.values(), present) - set(present))
     if absent:
-        raise DataError(f"{location} has no columns {absent}: it has {list(present)}")
+        inner = [name for name in absent if re.split(r"[.\[/]", name)[0] in present]
+        remedy = f"; {inner} lie within a column: write them as columns of their own" if inner else ""
+        raise DataError(f"{location} has no columns {absent}: it has {list(present)}{remedy}")
 
 
 def _recognised_format(present: Sequence[str], given: Mapping[str, str], location: str) -> Format:
@@ -183,7 +190,7 @@ def _recognised_format(present: Sequence[str], given: Mapping[str, str], locatio
             f"{location} has preference pairs (columns {list(present)}), and cads learns from one answer: name it, "
             "such as columns: {prompt: prompt, response: chosen}, or {messages: chosen} where it is a conversation"
         )
-    raise DataError(
+    raise UnknownColumnsError(
         f"{location} has columns {list(present)}, in which no format is recognised: rename them to messages, to prompt "
         f"and response, or to text; or say which is which, such as pool: [{{path: {location}, columns: "
         "{prompt: question, response: answer}}]"

@@ -16,7 +16,7 @@ from cads.data.ids import id_order
 from cads.data.origin import join_origins
 from cads.data.pool import Pool
 from cads.errors import DataError
-from cads.task import NO_TARGET
+from cads.task import NO_TARGET, TEST_OF_POOL, TEST_OF_TARGET
 from cads.tasks.language.draws import first_of_each, say_lost
 from cads.tasks.language.encoding import EncodingReport, TokenEncoder
 from cads.tasks.language.formats import Renderer
@@ -266,6 +266,10 @@ def _drawn_test(parts: Parts, n_test: int | None, seed: int, name: str) -> tuple
             f"the test set takes all {available} rows of the {name}: give more rows, ask for a smaller n_test, or give "
             "a test set"
         )
+    if name == "target":
+        log.info(TEST_OF_TARGET, f"{count:,}", f"{available:,}")
+    else:
+        log.info(TEST_OF_POOL, f"{count:,}")
     return tests, rest
 
 

@@ -15,7 +15,7 @@ import torch
 from cads.data.ids import numbered
 from cads.data.pool import Pool
 from cads.errors import ConfigError, DataError
-from cads.task import NO_TARGET
+from cads.task import NO_TARGET, TEST_OF_POOL
 from cads.tasks.shape_only import Field, ShapeOnly, shape_only_pool
 from cads.tasks.vision.augmentation import Augmentation
 from cads.tasks.vision.datasets import (
@@ -191,6 +191,8 @@ class VisionConfig:
         if check:
             candidates = _checked(candidates, ids, "pool")
             target, test = _checked_pool(target), _checked_pool(test)
+            if self.dataset in OWN_DATA and data.test is None:
+                log.info(TEST_OF_POOL, f"{len(test):,}")
             if self.dataset in OWN_DATA and data.target is None:
                 log.info(NO_TARGET, f"{len(target):,}")
             _say_what_was_guessed([candidates, images_of(target), images_of(test)], self.image_size is None)

@@ -358,12 +358,16 @@ class TestWhatIsLearned:
         assert selection.target_fraction == 1
         assert not selection.selected.any()
 
-    def test_pretrained_models_stop_before_they_repeat_too_much(self, features):
+    def test_pretrained_models_stop_before_they_repeat_too_much(self, features, caplog):
         task = labelled(features(batch_size=8, n=80), pretrained=True)
-        _, ledger = choose(task, 100)
+        selection, ledger = choose(task, 100)
         usages = ledger.total(TRAIN).usages
         assert usages <= 8 * (80 + 60) + 8 * 60
         assert Cads().constants(task).stop_passes == 8
+        assert usages * task.costs.per_usage(task.pool, 8) <= Cads().plan(task, Budget(100, "epochs")).most_training
+        assert selection.notes["end"].startswith("training ended after 8 passes")
+        assert "training ends after 8 passes" in caplog.text
+        assert "end" not in choose(task, 3)[0].notes
 
 
 class Recorder:
