@@ -17,7 +17,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 
 from cads.accounting.budget import Budget
 from cads.api import DEFAULT_METHOD
-from cads.cli.data_flags import add_data_flags, names_of_data, task_of_flags
+from cads.cli.data_flags import add_data_flags, names_of_data, near_name, task_of_flags
 from cads.cli.parser import KINDS, CommandParser
 from cads.cli.settings import CommandSettings, ExportSettings, InitSettings, ReportSettings, SelectSettings
 from cads.errors import ConfigError
@@ -84,6 +84,8 @@ def read(settings: type[CommandSettings], argv: list[str]) -> CommandConfig:
         settings_read.update(load_yaml(path))
     if settings.command == "check":
         settings_read = _task_of_grid(settings_read)
+    elif "budgets" in settings_read:
+        raise ConfigError(f"{words.files[-1]} is the file of a grid: `cads compare {words.files[-1]}` runs it")
     _read_old_names(settings_read, words)
     words.kind = words.kind or words.data.pop("kind", None)
     if words.data:
@@ -305,7 +307,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(f"configuration {label!r} cannot be read: {error.strerror}") from error
+        near = near_name(Path(path)) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"configuration {label!r} cannot be read: {error.strerror}{near}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"configuration {label!r} is no YAML: {error}") from error
     if not isinstance(loaded, dict):

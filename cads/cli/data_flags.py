@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,8 @@ def task_of_flags(parsed: argparse.Namespace) -> dict[str, Any]:
     missing = [path for path in paths if not (is_remote(path) or Path(path).exists())]
     if missing:
         raise ConfigError(
-            f"{', '.join(missing)}: no such file or folder (data sets of the hub: name them in task.pool)"
+            f"{', '.join(missing)}: no such file or folder{near_name(Path(missing[0]))} (data sets of the hub: name "
+            "them in task.pool)"
         )
     folders = [path for path in paths if _is_of_images(path)]
     if not folders:
@@ -73,6 +76,13 @@ def task_of_flags(parsed: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--pool is given {len(pool)} folders: put them into one, and each is a source of the pool")
     images = {f"{name}_path": path for name, path in held_out.items()}
     return {"kind": "vision", **fields, **({"dataset": "folder", "path": pool[0]} if pool else {}), **images}
+
+
+def near_name(path: Path) -> str:
+    """The name that was probably meant, in words, among those beside a path that does not exist; "" if none is near."""
+    beside = os.listdir(path.parent) if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    return f": did you mean {path.parent / close[0]}?" if close else ""
 
 
 def names_of_data(fields: dict[str, Any]) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cads.cli.data_flags import near_name
 from cads.errors import ConfigError, DataError
 from cads.tasks.language.tables import COMPRESSIONS, SUFFIXES
 from cads.tasks.vision.folders import DEEPEST, EXTENSIONS, TARGET, TEST, is_hidden, some
@@ -99,7 +99,7 @@ def _contents(path: str, inputs: Inputs, role: str = "pool") -> Iterator[tuple[s
     """Each file of texts that is or lies below `path`, and the names that tell its role; images go to `inputs`."""
     place = Path(path)
     if not place.exists():
-        raise ConfigError(f"{path}: no such file or folder{_near(place)}")
+        raise ConfigError(f"{path}: no such file or folder{near_name(place)}")
     if place.is_file():
         if not _is_text(place.name):
             raise DataError(_unreadable(place))
@@ -148,9 +148,7 @@ def _folder(path: str, inputs: Inputs, role: str) -> Iterator[tuple[str, tuple[s
             below[:] = []
             continue
         below[:] = sorted(name for name in below if not is_hidden(name)) if len(parts) < DEEPEST else []
-        for name in sorted(names):
-            if is_hidden(name) or name in BESIDE_DATA:
-                continue
+        for name in sorted(name for name in names if not (is_hidden(name) or name in BESIDE_DATA)):
             if name.lower().endswith(EXTENSIONS):
                 n_images += 1
             elif _is_text(name):
@@ -193,13 +191,6 @@ def _is_text(name: str) -> bool:
 
 def _said(role: str) -> str:
     return "test set" if role == "test" else role
-
-
-def _near(path: Path) -> str:
-    """The name that was probably meant, among those beside a path that does not exist."""
-    beside = os.listdir(path.parent) if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, beside, n=1)
-    return f": did you mean {path.parent / close[0]}?" if close else ""
 
 
 def _unreadable(path: Path) -> str:

@@ -228,6 +228,13 @@ def _comment(lines: Sequence[str]) -> str:
     return "".join(f"# {line}\n" for line in ["Written by cads export.", *lines])
 
 
+class _WrittenOut(yaml.SafeDumper):
+    """YAML in which what comes twice is written twice, for people to read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 def _yaml(settings: Mapping[str, Any]) -> str:
-    text: str = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(dict(settings), Dumper=_WrittenOut, sort_keys=False, allow_unicode=True)
     return text

@@ -67,7 +67,8 @@ def test_ways_to_write_a_budget(text, amount, unit):
     "text",
     ["", "epochs", "0", "0 epochs", "-5 epochs", "-1e9", "nan", "inf", "-inf", "nan usages", "1e999", "5 days", "5 5",
      "-1 h", "$5", "$5 at 0 an hour", "$0 at 2 an hour", "$5 at 2 a day", "5 at 2 an hour",
-     "five epochs", "1e", "0x10", "5 epochs!", "2M", "2k", "5 Ms", "5 k minutes", "2m tokens", "2 M epochs s", math.nan, math.inf, 0, -1],
+     "five epochs", "1e", "0x10", "5 epochs!", "2M", "2k", "5 Ms",
+     "5 k minutes", "2m tokens", "2 M epochs s", math.nan, math.inf, 0, -1],
 )  # fmt: skip
 def test_what_is_no_budget_is_refused(text):
     with pytest.raises(BudgetError):
@@ -78,7 +79,7 @@ def test_what_is_no_budget_is_refused(text):
 def test_what_the_shell_leaves_of_money_is_told(text):
     with pytest.raises(BudgetError, match="in single quotes"):
         Budget.parse(text)
-    with pytest.raises(BudgetError, match="an hour'$"):
+    with pytest.raises(BudgetError, match=r"an hour'$"):
         Budget.parse("5 bananas")
 
 

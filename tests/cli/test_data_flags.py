@@ -6,6 +6,7 @@ import pytest
 
 from cads.cli.config import read
 from cads.cli.settings import TrainSettings
+from cads.errors import ConfigError
 
 
 @pytest.fixture
@@ -37,6 +38,21 @@ def test_a_run_without_a_configuration_is_named_after_its_pool(files, pools, fla
     is_text = not pools[0].startswith("photos")
     target = ["--target", "val.jsonl", "--model", "m"] if is_text else []
     assert read(TrainSettings, [*words, *target, *flags]).name == name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pool", "chat.jsonl", "--target", "val.jsonl"], r"chat.jsonl: no such file or folder: did you mean chats"),
+        (["mine.yml"], r"No such file or directory: did you mean mine.yaml\?"),
+        (["grid.yaml"], "is the file of a grid: `cads compare grid.yaml` runs it"),
+    ],
+)
+def test_files_that_are_not_meant_are_refused_with_those_that_are(files, words, message):
+    (files / "mine.yaml").write_text("kind: language\n")
+    (files / "grid.yaml").write_text("methods: [cads, full]\nbudgets: [1 epochs]\n")
+    with pytest.raises(ConfigError, match=message):
+        read(TrainSettings, words)
 
 
 def test_a_configuration_names_the_run_whatever_the_pool(files):

@@ -102,6 +102,7 @@ def trl_rows(folder, monkeypatch, tmp_path):
     trl = pytest.importorskip("trl")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     parser = trl.TrlParser((trl.ScriptArguments, trl.DatasetMixtureConfig))
+    assert "*id" not in (folder / "trl.yaml").read_text()
     settings = yaml.safe_load((folder / "trl.yaml").read_text())
     file = tmp_path / "read.yaml"
     file.write_text(yaml.safe_dump({"datasets": settings["datasets"]}))

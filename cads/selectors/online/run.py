@@ -229,7 +229,7 @@ class OnlineRun:
         )
 
     def _notes(self) -> dict[str, Any]:
-        """Why the run ended early; and of each group by likeness to the target its share of the pool, and its weight."""
+        """Why the run ended early; and of each group by likeness to the target its share of the pool and weight."""
         strata = self._strata
         weights, notes = strata.likeness_weights, {"end": self.end} if self.end else {}
         if len(weights) < 2:

@@ -90,7 +90,7 @@ def headline(verdicts: Sequence[BudgetVerdict]) -> str:
     for v in verdicts:
         by_outcome.setdefault(v.outcome, {}).setdefault(quoted_name(v.best.method), []).append(_budget(v.budget))
     if len(verdicts) > 1:
-        everywhere = [f"all {len(verdicts)} budgets"]
+        everywhere = ["both budgets" if len(verdicts) == 2 else f"all {len(verdicts)} budgets"]
         by_outcome = {
             outcome: {name: everywhere if len(budgets) == len(verdicts) else budgets for name, budgets in names.items()}
             for outcome, names in by_outcome.items()
@@ -102,9 +102,9 @@ def headline(verdicts: Sequence[BudgetVerdict]) -> str:
     for name, budgets in by_outcome.get(LEVEL, {}).items():
         sentences.append(f"{name} has the best mean at {_and(budgets)}, and cannot be told apart from what is free.")
     for name, budgets in by_outcome.get(FREE_IS_BEST, {}).items():
-        sentences.append(f"At {_and(budgets)} the best is {name}, which is free.")
+        sentences.append(f"At {_and(budgets)} {name}, which is free, has the best mean.")
     for name, budgets in by_outcome.get(NO_FREE, {}).items():
-        sentences.append(f"At {_and(budgets)} the best is {name}; nothing free fits that budget.")
+        sentences.append(f"At {_and(budgets)} {name} has the best mean; nothing free fits that budget.")
     return " ".join(sentences)
 
 
@@ -113,7 +113,7 @@ def _named_best(verdicts: Sequence[BudgetVerdict]) -> str:
     for v in verdicts:
         best[v.best.method].append(_budget(v.budget))
     parts = [f"{quoted_name(name)} at {_and(budgets)}" for name, budgets in best.items()]
-    return f"The best: {'; '.join(parts)}."
+    return f"The best means: {'; '.join(parts)}."
 
 
 def _outcome(best: MethodPoint, level: Sequence[str], best_free: MethodPoint | None) -> str:

@@ -38,7 +38,7 @@ WORSE = point("cads", (0.70, 0.71, 0.72), spent=1.0)
     [
         ([JOINT, BETTER], BEATS, "cads beats everything that is free at 1 epoch."),
         ([JOINT, AS_GOOD], LEVEL, "cads has the best mean at 1 epoch, and cannot be told apart from what is free."),
-        ([JOINT, WORSE], FREE_IS_BEST, "At 1 epoch the best is joint, which is free."),
+        ([JOINT, WORSE], FREE_IS_BEST, "At 1 epoch joint, which is free, has the best mean."),
         ([BETTER, point("loss", (0.5, 0.5, 0.6), spent=1.0)], NO_FREE, "Nothing free was run to compare with."),
     ],
 )
@@ -68,7 +68,8 @@ def test_budgets_with_one_outcome_are_said_together():
     assert headline(answers(points)) == "cads beats everything that is free at all 3 budgets."
     mixed = [*points[:4], point("joint", (0.95, 0.96), budget=3), point("cads", (0.9, 0.91), budget=3, spent=1.0)]
     assert headline(answers(mixed)) == (
-        "cads beats everything that is free at 1 epoch and 2 epochs. At 3 epochs the best is joint, which is free."
+        "cads beats everything that is free at 1 epoch and 2 epochs. "
+        "At 3 epochs joint, which is free, has the best mean."
     )
 
 
