@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, is_dataclass, replace
@@ -24,10 +25,12 @@ from cads.runtime.signals import Interrupts
 from cads.runtime.versions import versions
 from cads.selection import Selection, Weights
 from cads.selector import Selector
-from cads.task import Task
+from cads.task import LEAK_TOLERANCE, Task
 from cads.training import final
 from cads.training.final import TrainedModel
 from cads.training.speed import in_flops
+
+log = logging.getLogger(__name__)
 
 DEFAULT_METHOD = "cads"
 
@@ -92,6 +95,7 @@ def select(
         DataError: if the data cannot be selected from.
     """
     selector = _selector(method, options)
+    _say_copies(task)
     ledger = Ledger() if ledger is None else ledger
     parsed = in_flops(task, _budget(budget, count_selection), ledger)
     selection = selector.select(task, parsed, seed=seed, ledger=ledger, monitor=monitor)
@@ -160,6 +164,8 @@ def train(
                 save=save,
                 **options,
             )
+    if selection is not None:
+        _say_copies(task)
     ledger = Ledger()
     parsed = in_flops(task, _budget(budget, count_selection), ledger)
     given = selection
@@ -263,6 +269,18 @@ def _method_settings(method: str | Selector, options: Mapping[str, Any]) -> dict
     name = method if isinstance(method, str) else type(method).__qualname__
     plain = (str, int, float, bool, type(None))
     return {"method": name, "options": {k: v if isinstance(v, plain) else str(v) for k, v in options.items()}}
+
+
+def _say_copies(task: Task) -> None:
+    """Warn if more of target or test set than `LEAK_TOLERANCE` are in the pool; the commands refuse that."""
+    for name, ids in task.copies().items():
+        n = len(task.target if name == task.target.name else task.test)
+        if len(ids) > LEAK_TOLERANCE * n:
+            log.warning(
+                "%d of %d %s examples have exact copies in the pool, such as %s: remove them from one side, as "
+                "task.check() asks",
+                *(len(ids), n, name, ids[:3]),
+            )
 
 
 def _selector(method: str | Selector, options: dict[str, Any]) -> Selector:

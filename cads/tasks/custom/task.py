@@ -237,7 +237,21 @@ class ModuleTask(Task):
                     f"labels of the {part.name} reach from {int(labels.min())} to {int(labels.max())}, and there are "
                     f"{len(names)} classes, numbered from 0"
                 )
+        self._say_absent_classes(names)
         return names
+
+    def _say_absent_classes(self, names: Sequence[str]) -> None:
+        """Warn of classes of target and test set that the pool lacks."""
+        in_pool = torch.unique(_labels(self.pool))
+        for part in (self.target, self.test):
+            labels = _labels(part)
+            assert labels is not None
+            absent = labels[~torch.isin(labels, in_pool)]
+            if len(absent):
+                log.warning(
+                    "%d of %d examples of the %s are of classes that the pool lacks: %s",
+                    *(len(absent), len(labels), part.name, ", ".join(names[i] for i in torch.unique(absent)[:5])),
+                )
 
     def _check_replicas(self) -> None:
         """Train replicas one by one if model or loss cannot be vectorised.

@@ -179,11 +179,12 @@ class TensorTask(ModuleTask):
 
 @dataclass(frozen=True)
 class _Arrays:
-    """Inputs by name, and labels; `named`: whether the user named the inputs."""
+    """Inputs by name, and labels; `named`: whether the user named the inputs; `part`: what the data is, in words."""
 
     inputs: dict[str, Any]
     labels: Any
     named: bool
+    part: str
 
 
 def call_in_order(model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Any:
@@ -212,14 +213,14 @@ def _arrays(pair: Any, name: str) -> _Arrays:
     inputs = {key: _numbers(part, f"input {key} of the {name}") for key, part in named_inputs(x).items()}
     if not inputs:
         raise DataError(f"the {name} has no inputs: give at least one array")
-    return _Arrays(inputs, _numbers(y, f"labels of the {name}"), isinstance(x, Mapping))
+    return _Arrays(inputs, _numbers(y, f"labels of the {name}"), isinstance(x, Mapping), name)
 
 
 def _joined(parts: Sequence[_Arrays]) -> _Arrays:
     """Sources one after another."""
     _check_shapes(parts)
     inputs = {key: _concatenated([part.inputs[key] for part in parts]) for key in parts[0].inputs}
-    return _Arrays(inputs, _concatenated([part.labels for part in parts]), parts[0].named)
+    return _Arrays(inputs, _concatenated([part.labels for part in parts]), parts[0].named, "pool")
 
 
 def _concatenated(arrays: Sequence[Arrays]) -> Arrays:
@@ -237,9 +238,12 @@ def _check_sources(pool: Mapping[str, Any], sources: Any) -> None:
 
 def _check_shapes(parts: Sequence[_Arrays]) -> None:
     shapes = [{key: tuple(x.shape[1:]) for key, x in {**p.inputs, "labels": p.labels}.items()} for p in parts]
-    other = next((shape for shape in shapes if shape != shapes[0]), None)
-    if other is not None:
-        raise DataError(f"examples have the shapes {shapes[0]} in one part of the data, and {other} in another")
+    for part, shape in zip(parts, shapes, strict=True):
+        if shape != shapes[0]:
+            raise DataError(
+                f"an example of the {parts[0].part} has the shapes {shapes[0]}, and one of the {part.part} has "
+                f"{shape}: give the same inputs everywhere, and labels of one shape, such as by y[:, None]"
+            )
 
 
 def _numbers(x: Any, name: str) -> Arrays:

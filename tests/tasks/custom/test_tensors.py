@@ -205,7 +205,7 @@ def test_a_module_gives_its_weights_whatever_the_seed():
         ({"pool": np.zeros((3, 4))}, r"give a pair \(X, y\)"),
         ({"target": (np.full((5, 4), np.nan), np.zeros((5, 1)))}, "5 of 5 examples of the target have missing"),
         ({"pool": (np.array([["a", "b", "c", "d"]] * 4), np.zeros((4, 1)))}, "not numbers: encode"),
-        ({"target": (np.zeros((5, 3)), np.zeros((5, 1)))}, "in one part of the data"),
+        ({"target": (np.zeros((5, 3)), np.zeros((5, 1)))}, r"of the pool has the shapes .* and one of the target has"),
         ({"pool": {}}, "empty mapping"),
         ({"pool": data(5), "sources": ["a"]}, "1 sources for 5"),
         ({"target": data(1), "test": None}, "none is left"),
@@ -325,3 +325,20 @@ def test_labels_on_other_devices_find_the_weights_of_the_loss():
     )
     assert own.guess_loss is None
     assert len(cads.plan(own, "2 epochs", method="full", flops_per_second=1e9).methods) == 1
+
+
+def test_classes_and_copies_that_the_pool_lacks_or_has_are_said(caplog):
+    inputs = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+    pool, target = (inputs, np.arange(12) % 2), (inputs[:4], np.array([0, 1, 0, 2]))
+    own = cads.TensorTask(
+        partial(nn.Linear, 4, 3),
+        pool=pool,
+        target=target,
+        test=(inputs[:2] + 1, np.zeros(2, dtype=np.int64)),
+        loss=nn.CrossEntropyLoss(reduction="none"),
+        recipe=cads.TrainConfig(batch_size=4),
+    )
+    assert "1 of 4 examples of the target are of classes that the pool lacks: 2" in caplog.text
+    assert "test set" not in caplog.text
+    cads.select(own, "2 epochs", method="full")
+    assert "4 of 4 target examples have exact copies in the pool" in caplog.text
