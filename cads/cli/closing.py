@@ -53,16 +53,16 @@ def budget_sentence(budget: Mapping[str, Any], ledger: Ledger, end: str = "") ->
     if is_beside:
         selection -= measuring
     given = "" if budget["given"].endswith("FLOPs") else f" ({budget['given']})"
-    parts = [f"training {100 * training / total:.1f} %"]
+    parts = [f"training {100 * training / total:.1f}%"]
     if covers or not selection:
-        parts.append(f"selection {100 * selection / total:.1f} %")
+        parts.append(f"selection {100 * selection / total:.1f}%")
     rest = 1 - (training + (selection if covers else 0.0)) / total
     if rest > SMALLEST_REST:
-        parts.append(f"{100 * rest:.1f} % unspent")
+        parts.append(f"{100 * rest:.1f}% unspent")
     why = f" ({end})" if end and rest > SMALLEST_REST else ""
     sentence = f"The budget of {total:.3g} FLOPs{given} went to: {', '.join(parts)}{why}."
     if selection and not covers:
-        sentence += f" Selection came on top: {selection:.3g} FLOPs, {100 * selection / total:.1f} % of the budget."
+        sentence += f" Selection came on top: {selection:.3g} FLOPs, {100 * selection / total:.1f}% of the budget."
     if is_beside:
         sentence += f" Before that, {measuring:.3g} FLOPs went to measuring the speed."
     return sentence

@@ -19,15 +19,15 @@ CONFIG = GRID.partition("budgets")[0]
 @pytest.mark.parametrize(
     ("covers", "selection", "expected"),
     [
-        (True, 30.0, "The budget of 100 FLOPs (2 epochs) went to: training 60.0 %, selection 30.0 %, 10.0 % unspent."),
+        (True, 30.0, "The budget of 100 FLOPs (2 epochs) went to: training 60.0%, selection 30.0%, 10.0% unspent."),
         (
             False,
             30.0,
-            "The budget of 100 FLOPs (2 epochs) went to: training 60.0 %, 40.0 % unspent. Selection came on top: "
-            "30 FLOPs, 30.0 % of the budget.",
+            "The budget of 100 FLOPs (2 epochs) went to: training 60.0%, 40.0% unspent. Selection came on top: "
+            "30 FLOPs, 30.0% of the budget.",
         ),
-        (True, 40.0, "The budget of 100 FLOPs (2 epochs) went to: training 60.0 %, selection 40.0 %."),
-        (False, 0.0, "The budget of 100 FLOPs (2 epochs) went to: training 60.0 %, selection 0.0 %, 40.0 % unspent."),
+        (True, 40.0, "The budget of 100 FLOPs (2 epochs) went to: training 60.0%, selection 40.0%."),
+        (False, 0.0, "The budget of 100 FLOPs (2 epochs) went to: training 60.0%, selection 0.0%, 40.0% unspent."),
     ],
 )
 def test_what_the_budget_went_to(covers, selection, expected):
@@ -43,16 +43,16 @@ def test_why_a_budget_is_left_is_said():
     ledger = Ledger()
     ledger.charge(TRAIN, "final model", 60.0)
     budget = {"given": "100 FLOPs", "flops": 100.0, "covers_selection": True}
-    assert budget_sentence(budget, ledger, "it ended").endswith("40.0 % unspent (it ended).")
+    assert budget_sentence(budget, ledger, "it ended").endswith("40.0% unspent (it ended).")
     assert "it ended" not in budget_sentence(budget | {"flops": 60.0}, ledger, "it ended")
 
 
 @pytest.mark.parametrize(
     ("covers", "selection", "expected"),
     [
-        (True, 0.0, "training 60.0 %, selection 0.0 %, 40.0 % unspent."),
-        (True, 40.0, "training 60.0 %, selection 40.0 %."),
-        (False, 30.0, "training 60.0 %, 40.0 % unspent. Selection came on top: 30 FLOPs, 30.0 % of the budget."),
+        (True, 0.0, "training 60.0%, selection 0.0%, 40.0% unspent."),
+        (True, 40.0, "training 60.0%, selection 40.0%."),
+        (False, 30.0, "training 60.0%, 40.0% unspent. Selection came on top: 30 FLOPs, 30.0% of the budget."),
     ],
 )
 def test_the_speed_test_of_a_time_is_said_beside_it(covers, selection, expected):
