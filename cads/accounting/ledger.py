@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 SELECT, TRAIN, EVALUATE = "select", "train", "evaluate"
 PHASES = {SELECT: "selection", TRAIN: "final training", EVALUATE: "evaluation"}
 """What readers see of a phase."""
-GLOSSARY = "docs/glossary.md"
-"""The page on the terms that tables use."""
+GLOSSARY = "cads glossary"
+"""The command that explains the words of tables."""
 ROUNDING = 1 + 1e-9
 """Tolerance for rounding in sums of costs: without it, costs that fit exactly would lose the last step or example."""
 

@@ -20,6 +20,8 @@ COMMANDS = {
     "report": "cads.cli.study_commands",
 }
 """The module of each command. Its function of the same name runs the command."""
+GLOSSARY = "glossary"
+"""A command that reads a page, and no data."""
 USAGE = f"""usage: cads COMMAND [CONFIG] [flags]
 
 What should I train on, given a pool, a validation set, a model and a compute budget in FLOPs?
@@ -33,6 +35,7 @@ commands:
   export   write the rows that a Selection chose, as they stand in your files, or a list of images
   compare  run a grid of methods, budgets, seeds, model sizes and tasks
   report   figures, fits and one page of HTML from the results of a grid
+  glossary say what the words of tables, figures and messages mean: all, or one, as `cads glossary probe`
 
 `cads COMMAND --help` explains every field. `cads plan|select|train --print_config` writes the whole configuration.
 `cads --version` says which version this is.
@@ -53,10 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(f"cads {__version__}")
         return 0
+    if words[0] == GLOSSARY and "--help" not in words:
+        from cads.cli.glossary import glossary
+
+        return glossary(words[1:])
+    if words[0] == GLOSSARY:
+        print("usage: cads glossary [WORD]")
+        return 0
     if words[0] not in COMMANDS:
-        close = get_close_matches(words[0], COMMANDS, n=1)
+        known = [*COMMANDS, GLOSSARY]
+        close = get_close_matches(words[0], known, n=1)
         hint = f"did you mean {close[0]}? All: " if close else "use one of "
-        print(f"cads: command {words[0]!r} is unknown: {hint}{', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"cads: command {words[0]!r} is unknown: {hint}{', '.join(known)}", file=sys.stderr)
         return 2
     from cads.cli.execution import run_command
 

@@ -50,7 +50,7 @@ def model_card(name: str, results: Mapping[str, Any], library: str | None = None
         last = results["validation"][-1]
         values = ", ".join(f"{n} {v:.4g}" for n, v in last["metrics"].items())
         parts.append(f"On the target, at the end of training (step {last['step']}): {values}.")
-    parts.append(f"Made by cads-select {version('cads-select')}. Terms: its page `{GLOSSARY}`.")
+    parts.append(f"Made by cads-select {version('cads-select')}. Terms: `{GLOSSARY}`.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,7 +9,7 @@ import re
 import pytest
 from rich.console import Console
 
-from cads.accounting.ledger import GLOSSARY, PHASES, SELECT, Ledger
+from cads.accounting.ledger import PHASES, SELECT, Ledger
 from cads.accounting.stage_labels import stage_label, stage_tag
 from cads.search.fidelity import Rung
 from tests.support.paths import ROOT
@@ -90,7 +90,7 @@ def test_the_table_of_a_ledger_shows_labels_and_its_json_the_names():
 
 
 def test_the_glossary_explains_what_tables_show():
-    text = (ROOT / GLOSSARY).read_text()
+    text = (ROOT / "docs" / "glossary.md").read_text()
     explained = set(re.findall(r"\*\*(.+?)\*\*", text))
     explained |= {word for terms in explained for word in terms.split(", ")}
     shown = {stage_label(stage) for stage in {*_stages("cads"), *_stages("baselines")}}

@@ -30,6 +30,7 @@ for label in ("cat", "dog"):
 """
 COMMANDS = (
     ("--version",),
+    ("glossary", "probe"),
     ("train", "--pool", "photos", "--model", "mlp", "--budget", "10 epochs", "--out", "run", "--progress", "false"),
 )
 """What is tried, in this order; of the sdist the first alone."""
