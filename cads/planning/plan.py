@@ -181,10 +181,12 @@ def _head(plan: Plan) -> str:
     covers = "selection and training" if plan.count_selection else "training; selection comes on top"
     beside = "" if plan.start_up is None else f"\n{duration(plan.start_up)} of each time: start-up, reading, test."
     device = f"\n{plan.device}." if plan.device else ""
+    # An image counts as one token, which says nothing.
+    tokens = "" if plan.pool_tokens == plan.pool else f"; the pool has {plan.pool_tokens:.4g} tokens"
     return (
         f"{plan.task}: pool of {plan.pool:,} ({sources}), target of {plan.target:,}\n"
         f"{plan.budget} = {plan.flops:.4g} FLOPs for {covers}\n"
-        f"One example costs {plan.usage:.4g} FLOPs ({plan.accounting}); D = {plan.pool_tokens:.4g} tokens\n"
+        f"One example costs {plan.usage:.4g} FLOPs ({plan.accounting}){tokens}\n"
         f"Speed: {plan.flops_per_second:.3g} FLOP/s, {plan.rate_from}.{beside}{device}"
     )
 

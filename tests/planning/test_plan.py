@@ -195,7 +195,7 @@ def test_the_figures_of_ccds(cads, tmp_path, monkeypatch, model):
     )
     assert status == 0
     assert max(map(len, text.splitlines())) <= LINE
-    assert "D = 9.8e+07 tokens" in text
+    assert "the pool has 9.8e+07 tokens" in text
     plan = json.loads(out.read_text())
     rows = {row["method"]: row for row in plan["methods"]}
     training, ppl, less = FIGURES[model]

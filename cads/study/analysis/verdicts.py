@@ -113,7 +113,7 @@ def _named_best(verdicts: Sequence[BudgetVerdict]) -> str:
     for v in verdicts:
         best[v.best.method].append(_budget(v.budget))
     parts = [f"{quoted_name(name)} at {_and(budgets)}" for name, budgets in best.items()]
-    return f"The best means: {'; '.join(parts)}."
+    return f"Best by the mean: {'; '.join(parts)}."
 
 
 def _outcome(best: MethodPoint, level: Sequence[str], best_free: MethodPoint | None) -> str:
