@@ -129,7 +129,9 @@ def task_summary(task: Task) -> DataSummary:
         remarks += [f"{name}: {' x '.join(map(str, shape))} each" for name, shape in shapes]
     remarks += left_out(task.counts)
     if task.pool.sources is None:
-        weighed = "has nothing to weigh" if task.guess_loss is None else "weighs single examples alone"
+        ways = ["single examples"] if task.guess_loss is not None else []
+        ways += ["groups by how much they are like the target"] if task.descriptor_flops else []
+        weighed = f"weighs {' and '.join(ways)}" if ways else "has nothing to weigh"
         remarks.append(f"the pool has no sources: `cads` then {weighed}")
     parts = {name: _part(getattr(task, name)) for name in PARTS}
     pool = task.pool

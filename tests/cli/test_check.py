@@ -56,7 +56,8 @@ def test_images_by_class(said, tmp_path):
 
 def test_a_pool_without_sources(said, tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"task": {"n_pool": 60, "n_target": 30, "n_test": 30}}))
-    assert "the pool has no sources: `cads` then weighs single examples alone" in said("c.yaml")
+    weighed = "single examples and groups by how much they are like the target"
+    assert f"the pool has no sources: `cads` then weighs {weighed}" in said("c.yaml")
 
 
 def test_what_cannot_be_used_is_refused(tmp_path, capsys):
