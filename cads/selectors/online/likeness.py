@@ -47,6 +47,8 @@ LIKENESS = "likeness to the target"
 N_GROUPS = 6
 SAMPLE = 1000
 """Examples of the pool from which moments and the direction are computed."""
+MOST_TARGET = 4096
+"""Examples of the target that are compared, at most."""
 FOLDS = 5
 CAUTION = 2.0
 """By how much chi^2 must exceed what chance gives before any ratio is believed; 1 is the rule of James and Stein."""
@@ -93,7 +95,7 @@ def likeness_flops(task: Task) -> float:
     """FLOPs of `likeness`: descriptors, and two for each multiplication with a direction; 0 without descriptors."""
     if not task.descriptor_flops:
         return 0.0
-    n, n_target, sample = len(task.pool), len(task.target), min(SAMPLE, len(task.pool))
+    n, n_target, sample = len(task.pool), min(MOST_TARGET, len(task.target)), min(SAMPLE, len(task.pool))
     width = _features(task).width(task)
     prepared = (n + n_target) * task.descriptor_flops
     fitted = _features(task).fitting_flops(width, n, n_target, sample)
@@ -109,13 +111,12 @@ def _fitted(task: Task, strata: Strata, seed: int) -> State:
         return State({}, {})
     raw = task.descriptors(pool, sample)
     features = _features(task)(raw, groups, strata.n_groups, importance)
-    x, every = features(raw, groups), np.arange(len(target))
+    x, compared = features(raw, groups), np.sort(draw(target, MOST_TARGET, derive(seed, "likeness target")))
     target_groups = task.loss_groups(target)
-    y = features(task.descriptors(target, every), every * 0 if target_groups is None else target_groups)
-    folds = np.random.default_rng((seed, len(target))).permutation(len(target)) % FOLDS
-    parts = [folds != k for k in range(FOLDS)] + [folds >= 0]
-    directions = features.directions(x, importance, [y[part] for part in parts])
-    ranks = np.empty(len(target))
+    y = features(task.descriptors(target, compared), compared * 0 if target_groups is None else target_groups[compared])
+    folds = np.random.default_rng((seed, len(compared))).permutation(len(compared)) % FOLDS
+    directions = features.directions(x, importance, y, [folds != k for k in range(FOLDS)] + [folds >= 0])
+    ranks = np.empty(len(compared))
     for k in range(FOLDS):
         ranks[folds == k] = _ranks(x @ directions[k], importance, y[folds == k] @ directions[k])
     covered = min(1.0, float((ranks < 1).mean()) / COVERED)
@@ -160,13 +161,15 @@ class _Looks:
         z = np.clip((x - self._means[groups]) / self._deviation, -CLIP, CLIP)
         return np.concatenate([z, z**2], axis=1)
 
-    def directions(self, x: np.ndarray, importance: np.ndarray, targets: Sequence[np.ndarray]) -> np.ndarray:
-        """Fisher's discriminant for each part of the target, shape (K, 2 D)."""
+    def directions(
+        self, x: np.ndarray, importance: np.ndarray, y: np.ndarray, parts: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """Fisher's discriminant for each part of the target `y` (masks), shape (K, 2 D)."""
         mean = np.average(x, axis=0, weights=importance)
         covariance = np.atleast_2d(np.cov(x.T, aweights=importance, bias=True))
         scale = float(np.trace(covariance)) / len(covariance)
         ridged = covariance + (RIDGE * scale + 1e-12) * np.eye(len(covariance))
-        means = np.stack([y.mean(axis=0) for y in targets])
+        means = np.stack([y[part].mean(axis=0) for part in parts])
         return np.asarray(np.linalg.solve(ridged, (means - mean).T).T)
 
 
@@ -192,16 +195,16 @@ class _Tokens:
         return x
 
     @staticmethod
-    def directions(x: np.ndarray, importance: np.ndarray, targets: Sequence[np.ndarray]) -> np.ndarray:
-        """The log ratios of naive Bayes for each part of the target, shape (K, D)."""
+    def directions(x: np.ndarray, importance: np.ndarray, y: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The log ratios of naive Bayes for each part of the target `y` (masks), shape (K, D)."""
         n, of_pool = len(x), np.average(x, axis=0, weights=importance) * len(x)
         rows = []
-        for y in targets:
-            of_target = y.sum(axis=0, dtype=np.float64)
+        for part in parts:
+            of_target, n_target = y[part].sum(axis=0, dtype=np.float64), int(part.sum())
             # A token that neither has is as likely in both.
             both = of_pool + of_target + SMOOTHING / x.shape[1]
             prior = SMOOTHING * both / both.sum()
-            shares = [(sums + prior) / (size + SMOOTHING) for sums, size in ((of_target, len(y)), (of_pool, n))]
+            shares = [(sums + prior) / (size + SMOOTHING) for sums, size in ((of_target, n_target), (of_pool, n))]
             rows.append(np.log(shares[0] / shares[1]))
         return np.stack(rows)
 

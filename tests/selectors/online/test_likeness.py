@@ -151,6 +151,21 @@ class TestLikeness:
         np.testing.assert_array_equal(again.weights, alike.weights)
         assert (again.codes == alike.codes[order]).mean() > 0.995
 
+    def test_of_a_large_target_a_sample_is_compared(self, task, monkeypatch):
+        whole, flops, described = likeness(task, Strata.of(task), 0), likeness_flops(task), []
+        monkeypatch.setattr(likeness_module, "MOST_TARGET", 50)
+        describe = task.descriptors
+
+        def watched(pool, positions):
+            described.append(len(positions) if pool is task.target else 0)
+            return describe(pool, positions)
+
+        monkeypatch.setattr(task, "descriptors", watched)
+        alike = likeness(task, Strata.of(task), 0)
+        assert sum(described) == 50 < len(task.target)
+        assert likeness_flops(task) < flops
+        assert np.abs(alike.weights - whole.weights).max() < 0.3
+
     def test_flops_are_those_of_one_pass(self, task):
         """Descriptors and one product for each example; all else is of a sample."""
         smaller = without_sources(task)
@@ -179,7 +194,7 @@ class TestTexts:
         """With two tokens, texts of one token each, and nearly no smoothing: the log ratio of the shares."""
         rng = np.random.default_rng(0)
         x, y = (np.eye(2)[(rng.random(n) < share).astype(int)] for n, share in ((20_000, 0.2), (10_000, 0.6)))
-        (direction,) = likeness_module._Tokens.directions(x, np.full(len(x), 1 / len(x)), [y])
+        (direction,) = likeness_module._Tokens.directions(x, np.full(len(x), 1 / len(x)), y, [np.full(len(y), True)])
         expected = np.log(y.mean(axis=0) / x.mean(axis=0))
         np.testing.assert_allclose(direction, expected, atol=0.01)
 
