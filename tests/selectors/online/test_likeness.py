@@ -300,6 +300,15 @@ class TestGroups:
         assert 2 < len(np.unique(np.asarray(selection.probability).round(9))) <= groups
         assert ledger.entries[TRAIN, "final model"].flops > 0
 
+    def test_texts_have_groups_within_their_sources(self, texts):
+        task = texts("second")
+        selection, ledger = choose(task, 20, granularity="group")
+        assert ledger.entries[SELECT, LIKENESS].flops > 0
+        second = task.pool.sources == task.pool.source_names.index("second")
+        probability = np.asarray(selection.probability)
+        assert probability[second].mean() > 2 * probability[~second].mean()
+        assert selection.notes["likeness"]["weights"][-1] == 1 > selection.notes["likeness"]["weights"][0]
+
     def test_examples_that_nothing_describes_have_none(self, features):
         with pytest.raises(DataError, match="use granularity = example, or source"):
             choose(features(batch_size=8, n=80), granularity="group")
