@@ -54,7 +54,7 @@ MARGIN = 0.6
 CURVE_POINTS = 200
 MARKS_BY_TASKS, LINES_BY_TASKS = "osD^", ("-", "--", "-.", ":")
 TOTAL, TRAINING = "total FLOPs (selection + training)", "training FLOPs"
-FREE_BAND = "free: from the worst to the best"
+FREE_BAND = "free: worst to best"
 TELLING_SHARE = 0.02
 """Selection that costs a smaller share of training is not worth sharing."""
 SAME_OVERLAP = 0.005

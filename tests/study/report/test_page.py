@@ -22,7 +22,7 @@ from cads.study.analysis.frontier import jaccard
 from cads.study.analysis.points import points_of, regrets
 from cads.study.grid import read_grid
 from cads.study.published_points import import_points
-from cads.study.report import figures, interactive
+from cads.study.report import figures, interactive, static
 from cads.study.report.page import spent_flops, write_report
 from cads.study.report.style import PALETTE, colour_of, method_styles
 from cads.study.tables import DONE, FAILED, IMPORTED, NOT_APPLICABLE, read_runs, write_rows
@@ -316,6 +316,7 @@ def test_one_budget_has_no_curves(tmp_path):
         p.method for p in sorted(group.points, key=lambda p: p.mean, reverse=True)
     ]
     free = [100 * p.mean for p in group.points if p.method != "search"]
+    assert static._short(figures.FREE_BAND) == figures.FREE_BAND
     assert chart.band == (figures.FREE_BAND, min(free), max(free))
     drawn = interactive.specification(chart)
     assert [trace["y"] for trace in drawn["data"]] == [[dot.label] for dot in chart.dots]
