@@ -79,7 +79,7 @@ def test_it_ends_with_the_report(ran):
 
 @pytest.mark.parametrize(
     ("name", "counted", "n_settings"),
-    [("demo", True, 5), ("cifar10-noise", True, 9)],
+    [("demo", True, 5), ("cifar10-noise", True, 15)],
 )
 def test_published_configs_are_read(name, counted, n_settings):
     grid = read_grid(CONFIGS / f"{name}.yaml")
