@@ -31,7 +31,7 @@ def dist(tmp_path_factory):
     for name in ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.cfg"):
         shutil.copy(ROOT / name, tree)
     shutil.copytree(ROOT / "tests" / "docs", tree / "tests")
-    for name in ("baselines", "cads", "experiments/examples"):
+    for name in ("baselines", "cads", "docs", "experiments/examples"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     out = tree / "dist"
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
@@ -47,7 +47,10 @@ class TestPackages:
         assert wheel.name == f"cads_select-{cads.__version__}-py3-none-any.whl"
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
-        assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"cads", "baselines"}
+        data = {name.split(".data/", 1)[-1] for name in names if ".data/" in name}
+        assert data == {"data/share/cads/glossary.md"}
+        others = (name for name in names if ".dist-info" not in name and ".data/" not in name)
+        assert {name.split("/")[0] for name in others} == {"cads", "baselines"}
         for folder, pattern in (("cads", "*.py"), ("baselines", "*.py"), ("cads", "*.j2"), ("cads", "py.typed")):
             files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern)}
             assert files
@@ -58,7 +61,8 @@ class TestPackages:
         with tarfile.open(sdist) as archive:
             names = {name.split("/", 1)[-1] for name in archive.getnames()}
         assert {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "setup.cfg", "cads/__init__.py"} <= names
-        assert not {name.split("/")[0] for name in names} & {"tests", "experiments", "docs"}
+        assert not {name.split("/")[0] for name in names} & {"tests", "experiments"}
+        assert {name for name in names if name.startswith("docs/")} == {"docs/glossary.md"}
 
     def test_both_work_in_clean_environments(self, dist):
         """Dependencies are those of this environment, so that no network is needed; `make dist` fetches them."""
