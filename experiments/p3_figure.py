@@ -12,6 +12,8 @@ from experiments.p3_data import data_set_of
 from experiments.p3_report import CADS, Run, ratios
 
 OWN, OTHERS, LINE = "#D55E00", "#0072B2", "#BBBBBB"
+NARROWEST = (0.75, 1.25)
+"""The horizontal axis holds at least these ratios: what is nearly even shall look so."""
 ROW = 0.17
 """Inches a data set."""
 
@@ -33,6 +35,8 @@ def draw(runs: Sequence[Run], path: Path) -> bool:
     for ax, ((target, budget), found) in zip(axes, panels.items(), strict=True):
         _panel(ax, target, found)
         ax.set_title(f"{target}, {budget}", fontsize=9, loc="left")
+    low, high = axes[0].get_xlim()
+    axes[0].set_xlim(min(low, NARROWEST[0]), max(high, NARROWEST[1]))
     figure.supxlabel("share of what was drawn from the pool / share of the pool", fontsize=9)
     figure.savefig(path, dpi=110)
     return True
