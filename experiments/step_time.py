@@ -36,7 +36,6 @@ CASES: tuple[tuple[str, dict[str, Any], float], ...] = (
     ("noise", {"hidden": 2048}, 7.0),
     (COMPARE_VISION, {}, 3.0),
     (COMPARE_VISION, {"channels": 64}, 1.0),
-    (COMPARE_VISION, {"model": "resnet18"}, 0.02),
 )
 """World, changes of its network, and passes over the pool."""
 PLAIN = Method("plain", "joint", {"target_fraction": 0.3})
