@@ -49,7 +49,13 @@ class Opening:
 
 
 def opening_of(
-    costs: InnerLoopCosts, constants: OnlineConstants, total: float, *, on_target: bool, by_likeness: bool
+    costs: InnerLoopCosts,
+    constants: OnlineConstants,
+    total: float,
+    *,
+    on_target: bool,
+    by_likeness: bool,
+    divides: bool,
 ) -> Opening:
     """The opening of a run of `total` FLOPs.
 
@@ -58,6 +64,7 @@ def opening_of(
     Args:
         on_target: whether the target is trained on; if not, a model of it steers.
         by_likeness: whether examples are told apart by how much they look like the target.
+        divides: whether examples of a source may have probabilities of their own.
     """
     task = costs.task
     first = _first_flops(task, constants, total) if on_target else 0.0
@@ -69,7 +76,7 @@ def opening_of(
         # Nothing is told apart, neither sources nor labels: the target needs no phase of its own, see `mixed_lead`.
         first = 0.0
     # Sources of texts that cannot be told apart say nothing; what the texts are about does.
-    by_likeness = by_likeness or (constants.drop and not per_source)
+    by_likeness = by_likeness or (divides and constants.drop and not per_source)
     comparing = likeness_flops(task) if by_likeness and first < total else 0.0
     if comparing > constants.most_comparing * total:
         comparing = 0.0

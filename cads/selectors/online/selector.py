@@ -135,10 +135,10 @@ class Cads:
 
     def opening(self, costs: InnerLoopCosts) -> Opening:
         """The opening of a run on what is left of a budget."""
-        no_sources = source_count(costs.task.pool) < 2
+        no_sources, divides = source_count(costs.task.pool) < 2, self.granularity != "source"
         by_likeness = self.granularity == "group" or (self.granularity == "example" and no_sources)
-        constants, left = self.constants(costs.task), costs.ledger.left
-        return opening_of(costs, constants, left, on_target=self.train_on_target, by_likeness=by_likeness)
+        constants, left, on_target = self.constants(costs.task), costs.ledger.left, self.train_on_target
+        return opening_of(costs, constants, left, on_target=on_target, by_likeness=by_likeness, divides=divides)
 
     def sharded(self, seed: int) -> ShardedScoring:
         """The probe file by file, and a sample by it; see `cads.selectors.online.sharded_probe`."""

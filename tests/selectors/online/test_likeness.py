@@ -219,6 +219,20 @@ class TestTexts:
         assert ledger.total().flops <= budget.flops(hidden)
         assert len(task.target) / (len(task.target) + len(task.pool)) < 0.15 < selection.target_fraction
 
+    @pytest.mark.parametrize("granularity", ["source", "example"])
+    def test_where_sources_are_not_told_apart_examples_are_compared(self, texts, granularity):
+        """But for one probability a source, which all its examples share."""
+
+        class Affordable(Cads):
+            def constants(self, task):
+                return replace(super().constants(task), most_comparing=1.0)
+
+        ledger = Ledger()
+        selection = Affordable(granularity).select(texts("second"), Budget(2, "epochs"), seed=0, ledger=ledger)
+        assert not any(stage == "probe" for _, stage in ledger.entries)
+        assert ((SELECT, LIKENESS) in ledger.entries) == (granularity == "example")
+        assert ("likeness" in selection.notes) == (granularity == "example")
+
     def test_sources_that_are_told_apart_are_not_compared(self, texts):
         ledger = Ledger()
         Cads().select(texts("second"), Budget(20, "epochs"), seed=0, ledger=ledger)
