@@ -1,1 +1,1 @@
-"""CADS as it trains: one run, one budget, and probabilities that move at every step."""
+"""CADS as it trains: one run, one budget, and probabilities that move while the model trains."""

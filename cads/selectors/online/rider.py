@@ -31,17 +31,20 @@ KNOWS = 0.4
 """Mean probability of the target's labels from which a model can judge the labels of others. Below it, weights by
 likelihood cost 0.2 to 1.3 points in small models at one pass."""
 DRAWN_TOGETHER = 256
-"""Rows that are drawn together, with the probabilities of that moment: drawing costs more than a small model's step."""
+"""Rows that are drawn together, with the probabilities of that moment, and rows by whose losses these then move, in one
+step of the outer loop. After each step of a small model that would take a fifth of its time."""
 TARGET_MEMORY = 64
 """Rows of the target over which that mean reaches back."""
 ALIKE = 0.5
 """Sources of at least this weight, the largest being 1, are like the target."""
 NUMBERS = ("rows", "windows", "target_rows", "target_owed", "known")
 """Counters that are part of the state."""
+OBSERVED = ("observed rows", "observed losses", "observed target losses")
+"""What a window has shown so far: rows of the pool and their losses, and losses of the target; part of the state."""
 
 
 class OnlineRider(Rider):
-    """Draws target and pool by the present probabilities, and moves these by the losses of each step.
+    """Draws target and pool by the present probabilities, and moves these by the losses, some steps at a time.
 
     Args:
         pool, target: whose examples are drawn.
@@ -60,7 +63,7 @@ class OnlineRider(Rider):
         fixed_share: share of the target in each batch; None: it follows from the sizes of both.
 
     Attributes:
-        weights: the latest weight of each pool example in a step, float16, shape (N,); NaN before the first.
+        weights: the latest weight of each pool example, float16, shape (N,); NaN before the first.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class OnlineRider(Rider):
         self._pending: list[Rows] = []
         self._loader = None if workers is None else WindowLoader(pool, target, workers=workers)
         self._drawn: Rows = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+        self._observed: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     @property
     def source_weights(self) -> np.ndarray:
@@ -186,23 +190,34 @@ class OnlineRider(Rider):
         return log_odds
 
     def observe(self, losses: np.ndarray) -> None:
-        """See `Rider`."""
+        """See `Rider`. The probabilities move once `DRAWN_TOGETHER` losses are known, or before a window is drawn."""
         pool_rows, _ = self._drawn
-        pool_losses, target_losses = losses[: len(pool_rows)], losses[len(pool_rows) :]
-        judges, finite = self._judges, np.isfinite(pool_losses)
+        pool_losses = losses[: len(pool_rows)]
+        self._observed.append((pool_rows, pool_losses, losses[len(pool_rows) :]))
+        if not self._pending or sum(len(x) for _, *parts in self._observed for x in parts) >= DRAWN_TOGETHER:
+            self.learn()
+        self.history.step(lambda: self._point(pool_losses[np.isfinite(pool_losses)]))
+
+    def learn(self) -> None:
+        """Move the probabilities by all losses that were observed since they last moved."""
+        if not self._observed:
+            return
+        pool_rows, pool_losses, target_losses = map(np.concatenate, zip(*self._observed, strict=True))
+        self._observed = []
+        judges, finite, rows = self._judges, np.isfinite(pool_losses), self._numbers["rows"]
+        self._numbers["rows"] += len(pool_rows)
+        pool_rows, pool_losses = pool_rows[finite], pool_losses[finite]
         if self._on_target:
             known_losses = target_losses[np.isfinite(target_losses)]
         else:
             # Without the target in its batches, a model shows what it knows on the sources that are like it.
-            known_losses = pool_losses[finite & (self._source_weights[self._strata.sources[pool_rows]] >= ALIKE)]
+            known_losses = pool_losses[self._source_weights[self._strata.sources[pool_rows]] >= ALIKE]
         if len(known_losses):
             known = self._numbers["known"]
             decay = np.exp(-len(known_losses) / TARGET_MEMORY) if known else 0.0
             self._numbers["known"] = float(decay * known + (1 - decay) * np.exp(-known_losses).mean())
-        if self._numbers["rows"] < self._learning_rows:
-            self._learn(pool_rows[finite], pool_losses[finite], judges)
-        self._numbers["rows"] += len(pool_rows)
-        self.history.step(lambda: self._point(pool_losses[finite]))
+        if rows < self._learning_rows:
+            self._learn(pool_rows, pool_losses, judges)
 
     def ids(self, batches: list[Batch]) -> list[str]:
         """See `Rider`."""
@@ -231,6 +246,8 @@ class OnlineRider(Rider):
             "pending": np.array([len(x) for pair in self._pending for x in pair], dtype=np.int64),
             "pending rows": np.concatenate([np.empty(0, dtype=np.int64), *(x for p in self._pending for x in p)]),
         }
+        for name, parts in zip(OBSERVED, zip(*self._observed, strict=True), strict=False):
+            arrays[name] = np.concatenate(parts)
         if self.odds is not None:
             arrays["wrong"] = self.odds.wrong
         return {name: torch.from_numpy(np.array(x)) for name, x in arrays.items()}
@@ -246,6 +263,7 @@ class OnlineRider(Rider):
         if self.odds is not None:
             self.odds.wrong = arrays["wrong"].copy()
         self._source_weights = self._new_source_weights()
+        self._observed = [tuple(arrays[name] for name in OBSERVED)] if OBSERVED[0] in arrays else []
         ends = np.cumsum(arrays["pending"])
         pieces = np.split(arrays["pending rows"], ends[:-1]) if len(ends) else []
         self._pending = list(zip(pieces[::2], pieces[1::2], strict=True))

@@ -3,7 +3,7 @@
     min_s  L_val(theta) + alpha E_m [ L_tr(theta; m) - l*_C(m) ],   m ~ p(.; s)
 
 theta is trained on batches of target and pool, the pool's examples drawn by s. The Rao-Blackwellised gradient in s
-needs the losses of the examples of a step, which the step computes anyway. So s moves at every step, and nothing is
+needs the losses of the examples of a step, which the step computes anyway. So s moves every few steps, and nothing is
 trained twice: one run, one budget, which covers everything.
 """
 
@@ -219,7 +219,9 @@ class _TrainedRun:
         self.draws.say_end(end, horizon)
         planned = horizon if end < horizon else None
         start = None if fit is None else fit.state
-        return self._fit(rider, end, RunSegment(start=start, horizon=end, keep=True, planned=planned))
+        fit = self._fit(rider, end, RunSegment(start=start, horizon=end, keep=True, planned=planned))
+        rider.learn()
+        return fit
 
     def _fit(self, draws: BatchStream, flops: float, segment: RunSegment) -> TrainResult:
         model, seed = self._inner.task.model(self.draws.model_seed), self.draws.training_seed
