@@ -44,7 +44,7 @@ from cads.selectors.online.selector import Cads
 from cads.task import Task
 from cads.training import final
 from cads.training.device_settings import device_settings, prepare_device
-from cads.training.loop import build_optimizer
+from cads.training.optimizers import build_optimizer
 from cads.training.precision import autocast
 from cads.training.trainer import Trainer
 from experiments.gpu_cases import GpuCase, batches_on, language_case, vision_case

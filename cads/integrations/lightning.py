@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Sampler
 from cads.errors import ConfigError
 from cads.integrations.stepped_run import SteppedRun
 from cads.integrations.transformers import OnlineSelection
-from cads.training.loop import build_optimizer
+from cads.training.optimizers import build_optimizer
 
 PRECISIONS = {"no": "32-true", "bf16": "bf16-mixed"}
 """What a precision of the recipe is called there."""

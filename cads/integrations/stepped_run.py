@@ -295,9 +295,8 @@ class SteppedRun:
                 self._next = None
             else:
                 self._leave_target()
-        if self._rider is not None:
-            if not self._affords(self._rider.upcoming[0]):
-                self._rider.learn()
+        if self._rider is not None and not self._affords(self._rider.upcoming[0]):
+            self._rider.learn()
         if self._next is None and not self.steps:
             raise BudgetError(
                 f"{self._limit:.4g} FLOPs do not buy one step of {self.batch_size} examples: raise the budget or "

@@ -35,7 +35,7 @@ from cads.selectors.online.selector import Cads, Granularity
 from cads.task import Task
 from cads.tasks.language.task import LanguageTask
 from cads.training.device_settings import loading_workers
-from cads.training.loop import build_optimizer
+from cads.training.optimizers import build_optimizer
 
 __all__ = ["OnlineSelection", "SelectionCallback", "example_losses", "tokenised_task"]
 

@@ -58,21 +58,41 @@ class StepLosses:
         if (count := min(losses.shape[1], self._n_kept - offset)) > 0:
             self._kept.append((offset, losses[0, :count].detach()))
 
-    def read(self, norms: Tensor) -> tuple[Accumulated, np.ndarray]:
-        """The losses, and `norms` (shape (K,)) as an array: one transfer for all of them."""
+    @property
+    def on_device(self) -> list[Tensor]:
+        """What is still to be transferred."""
+        return [] if self._summed is not None else [*self._means, *(losses for _, losses in self._kept)]
+
+    def are_finite(self) -> Tensor:
+        """Whether all mean losses are finite, on the device, shape ()."""
+        return torch.stack(self._means).isfinite().all()
+
+    def read(self, values: Sequence[np.ndarray]) -> Accumulated:
+        """The losses, of the `values` of `on_device`."""
         if self._summed is not None:
-            return self._summed, _transferred([norms])[0]
-        *values, norm = _transferred([*self._means, *(losses for _, losses in self._kept), norms])
+            return self._summed
         loss, example_losses = np.zeros(self._replicas), np.zeros(self._n_kept)
         for means in values[: len(self._means)]:
             loss += means
         for (offset, _), losses in zip(self._kept, values[len(self._means) :], strict=True):
             example_losses[offset : offset + len(losses)] = losses
-        return Accumulated(loss, example_losses, self._positions), norm
+        return Accumulated(loss, example_losses, self._positions)
 
     def replace_by(self, accumulated: Accumulated) -> None:
         """Replace the losses by sums over processes, which are on the host already."""
         self._summed = accumulated
+
+
+def read_together(steps: Sequence[tuple[StepLosses, Tensor]]) -> list[tuple[Accumulated, np.ndarray]]:
+    """Losses and gradient norms (shape (K,)) of some steps: one transfer for all of them."""
+    counts = [len(losses.on_device) + 1 for losses, _ in steps]
+    values = _transferred([x for losses, norms in steps for x in (*losses.on_device, norms)])
+    results, start = [], 0
+    for (losses, _), count in zip(steps, counts, strict=True):
+        *own, norm = values[start : start + count]
+        results.append((losses.read(own), norm))
+        start += count
+    return results
 
 
 def _transferred(tensors: Sequence[Tensor]) -> list[np.ndarray]:
@@ -136,7 +156,7 @@ def accumulate(
             accelerator.backward(0.0 * learner(piece.split(len(piece))[0].to(accelerator.device)).sum())
         offset += len(piece) // replicas
     if group.size > 1:
-        local, _ = step_losses.read(torch.zeros(0, device=accelerator.device))
+        local = step_losses.read(_transferred(step_losses.on_device))
         example_losses = local.example_losses if divided else local.example_losses / group.size
         summed = Accumulated(*_sum_over_processes(learner, local.loss, example_losses, group), positions)
         step_losses.replace_by(summed)

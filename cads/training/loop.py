@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import nn
 
 from cads.accounting.ledger import TRAIN, Ledger
 from cads.accounting.stage_labels import stage_label, stage_tag
@@ -33,10 +32,12 @@ from cads.task import Task
 from cads.training.device_settings import SHORT_RUN, loading_workers, prepare_device
 from cads.training.gradient import StepLosses, accumulate, mixes_examples
 from cads.training.learners import Learner, SingleLearner
+from cads.training.optimizers import build_optimizer, set_rate, unwrap
 from cads.training.precision import check_types
 from cads.training.result import TrainResult
 from cads.training.rider import Rider, follow
 from cads.training.run_state import EXAMPLE_LOSSES, FULL_RUN, VALIDATION, RunSegment, TrainState
+from cads.training.unread import READ_TOGETHER, UnreadStep, UnreadSteps, reads_later
 from cads.training.validation import Validation, show
 
 log = logging.getLogger(__name__)
@@ -48,8 +49,6 @@ WHOLE = 0.999
 
 Walk = Generator[torch.optim.Optimizer, None, State]
 """A training run that waits after each step; see `TrainingLoop.walk`."""
-PATCHED_STEPS = ("_optimizer_original_step_method", "_optimizer_patched_step_method")
-"""Attributes in which accelerate's wrapper of an optimizer keeps the methods that it exchanges."""
 
 
 class TrainingLoop:
@@ -213,25 +212,28 @@ class TrainingLoop:
         try:
             with self.monitor.progress(run.stage, run.flops, run.before) as advance, torch.random.fork_rng():
                 self._replay_progress(run, advance)
+                train_state.settle = partial(self._settle, run, advance)
                 for pieces in self._load(run):
                     cost = self._cost(pieces) / train_state.replicas + self.task.costs.optimizer_step
                     if train_state.total + cost > run.flops:
                         break
-                    rate = self._step(run, prepared, optimizer, torch_optimizer, pieces, cost, dropout_key)
+                    self._step(run, prepared, optimizer, torch_optimizer, pieces, cost, dropout_key)
+                    if self._reads_now(run):
+                        train_state.settle()
                     if train_state.failure is not None:
                         break
-                    advance(train_state.total, train_state.mean_loss(-1), rate)
                     train_state.seconds += time.perf_counter() - clock
                     self._validate(run)
                     yield torch_optimizer
                     clock = time.perf_counter()
+                train_state.settle()
                 train_state.seconds += time.perf_counter() - clock
                 self._validate(run, at_end=True)
         finally:
             # accelerate keeps references to all that it has prepared.
             self.accelerator._models.clear()
             self.accelerator._optimizers.clear()
-            _unwrap(train_state.learner, torch_optimizer, wrapped)
+            unwrap(train_state.learner, torch_optimizer, wrapped)
         if not train_state.steps and train_state.failure is None:
             raise BudgetError(
                 f"{run.phase}/{stage_label(run.stage)}: {run.flops:.4g} FLOPs do not buy one step of "
@@ -250,40 +252,66 @@ class TrainingLoop:
         pieces: list[Batch],
         cost: float,
         dropout_key: tuple[Any, ...],
-    ) -> float:
+    ) -> None:
         """Take one step: count its cost, accumulate the gradient, check it, and update the weights.
 
         Args:
             learner, optimizer: as prepared by accelerate; `torch_optimizer` is the one within the wrapper.
             pieces: the batch. cost: of the step, FLOPs a replica. dropout_key: seeds this process's masks.
-
-        Returns:
-            the learning rate.
         """
         train_state, recipe = run.train_state, self.task.recipe
-        check_answers(run.draws, pieces, train_state.steps)
-        self._seed(derive(run.seed, train_state.steps, *dropout_key))
+        number = train_state.steps + len(run.unread)
+        check_answers(run.draws, pieces, number)
+        self._seed(derive(run.seed, number, *dropout_key))
         rate = run.rate(recipe, train_state.total + cost / 2)
-        _set_rate(optimizer, rate)
+        set_rate(optimizer, rate)
         train_state.charge_step(cost, pieces)
         train_state.remember_buffers()
         step_losses = self._backward(run, learner, pieces)
         if train_state.scaler is not None:
             train_state.scaler.unscale_(torch_optimizer)
-        # The one point of a step at which the host waits for the device.
-        accumulated, norm = step_losses.read(train_state.learner.clip(recipe.clip_norm))
-        if train_state.rider is not None:
-            train_state.rider.observe(accumulated.example_losses)
-        elif run.segment.keep:
-            train_state.record_example_losses(accumulated.positions, accumulated.example_losses)
-        if self._apply_nonfinite_policy(run, pieces, accumulated.loss, norm, rate):
+        norms = train_state.learner.clip(recipe.clip_norm)
+        later = self._reads_later(run)
+        ids = partial(run.draws.ids, pieces)
+        # A rider knows those of its last step alone.
+        names = ids() if later and train_state.rider is not None else None
+        step = UnreadStep(step_losses, norms, rate, train_state.total, ids if names is None else lambda: names)
+        run.unread.add(step)
+        if later and isinstance(train_state.learner, SingleLearner):
+            run.unread.update(torch_optimizer, step, train_state.remembered_buffers)
+        elif later or train_state.settle():
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return rate
 
-    def _apply_nonfinite_policy(
-        self, run: TrainingRun, pieces: list[Batch], loss: np.ndarray, norm: np.ndarray, rate: float
-    ) -> bool:
+    def _reads_later(self, run: TrainingRun) -> bool:
+        """Whether the device goes on to further steps before the host has read the losses of one."""
+        alone = active_group().size == 1 and not run.train_state.learner.is_collective
+        return alone and reads_later(self.accelerator) and not self._skips
+
+    def _reads_now(self, run: TrainingRun) -> bool:
+        """Whether all that is unread is to be read before the next step."""
+        rider = run.train_state.rider
+        full = len(run.unread) >= READ_TOGETHER or (rider is not None and rider.needs_losses)
+        return full or self._is_measured(run)
+
+    def _settle(self, run: TrainingRun, advance: Advance) -> bool:
+        """Read and record the steps that are unread, but for those after a failure; returns whether the last is good.
+
+        This is the one point at which the host waits for the device.
+        """
+        train_state, good = run.train_state, True
+        for step, accumulated, norm in run.unread.take():
+            if train_state.rider is not None:
+                train_state.rider.observe(accumulated.example_losses)
+            elif run.segment.keep:
+                train_state.record_example_losses(accumulated.positions, accumulated.example_losses)
+            good = self._apply_nonfinite_policy(run, step, accumulated.loss, norm)
+            if train_state.failure is not None:
+                break
+            advance(step.total, train_state.mean_loss(-1), step.rate)
+        return good
+
+    def _apply_nonfinite_policy(self, run: TrainingRun, step: UnreadStep, loss: np.ndarray, norm: np.ndarray) -> bool:
         """Record a step by its losses and gradient norms (shape (K,)); returns whether to update the weights."""
         train_state = run.train_state
         # A scaler expects gradients to overflow: it skips the step and lowers its scale, up to `MAX_SKIPPED` times.
@@ -292,14 +320,14 @@ class TrainingLoop:
         rejected = non_finite.any() and isinstance(train_state.learner, SingleLearner)
         if not rejected:
             train_state.diverged |= non_finite
-            train_state.record_step(loss)
+            train_state.record_step(loss, step.total)
         else:
             train_state.put_buffers_back()
             if not self._skips or train_state.skipped_in_a_row >= MAX_SKIPPED:
-                train_state.fail(run.draws.ids(pieces), float(loss[0]), float(norm[0]), rate)
+                train_state.fail(step.ids(), float(loss[0]), float(norm[0]), step.rate)
             else:
                 train_state.skipped += 1
-                train_state.record_step(np.full(1, np.nan))
+                train_state.record_step(np.full(1, np.nan), step.total)
                 tag = f"{stage_tag(run.stage)}/skipped_batches"
                 self.monitor.scalar(tag, train_state.skipped, train_state.steps)
         if train_state.scaler is not None:
@@ -308,19 +336,26 @@ class TrainingLoop:
                 train_state.scaler.update()
         return not rejected
 
-    def _validate(self, run: TrainingRun, *, at_end: bool = False) -> None:
-        """Measure the model on the target, if a point of the validation curve is due, or at the end of the run."""
+    def _is_measured(self, run: TrainingRun, *, at_end: bool = False) -> bool:
+        """Whether a point of the validation curve is due, or the run has ended."""
         train_state, validation = run.train_state, run.validation
-        if validation is None or train_state.failure is not None or not train_state.steps:
-            return
+        if validation is None:
+            return False
         records = train_state.validation
         last = records[-1]["flops"] if records else run.before
         ends = at_end and run.flops >= WHOLE * validation.horizon
-        if (ends and train_state.total > last) or validation.is_due(train_state.total, last):
-            learner = train_state.learner
-            records.append(validation.measure(learner.trained()[0], train_state.steps, train_state.total))
-            learner.train()
-            show(self.monitor, records[-1])
+        return (ends and train_state.total > last) or validation.is_due(train_state.total, last)
+
+    def _validate(self, run: TrainingRun, *, at_end: bool = False) -> None:
+        """Measure the model on the target, if a point of the validation curve is due, or at the end of the run."""
+        train_state, validation = run.train_state, run.validation
+        measured = self._is_measured(run, at_end=at_end)
+        if validation is None or not measured or train_state.failure is not None or not train_state.steps:
+            return
+        learner, records = train_state.learner, train_state.validation
+        records.append(validation.measure(learner.trained()[0], train_state.steps, train_state.total))
+        learner.train()
+        show(self.monitor, records[-1])
 
     def _replay_progress(self, run: TrainingRun, advance: Advance) -> None:
         """Show the steps of this segment that are already in its state, taken by another process or before."""
@@ -391,6 +426,7 @@ class TrainingRun:
     Attributes:
         journal_key: arguments of its operation in a journal.
         validation: measures the model on the target, or None.
+        unread: its steps whose losses the host has not read yet.
     """
 
     train_state: TrainState
@@ -402,6 +438,7 @@ class TrainingRun:
     journal_key: list[Any]
     segment: RunSegment = FULL_RUN
     validation: Validation | None = None
+    unread: UnreadSteps = field(default_factory=UnreadSteps)
 
     @property
     def horizon(self) -> float:
@@ -428,35 +465,6 @@ def segment_rate(recipe: TrainConfig, spent: float, *, horizon: float, planned: 
     if planned is None or not before:
         return recipe.rate(spent / horizon)
     return recipe.rate(before / planned) * recipe.decay((spent - before) / (horizon - before))
-
-
-def build_optimizer(recipe: TrainConfig, model: nn.Module, *, fused: bool = True) -> torch.optim.Optimizer:
-    """The optimizer of a recipe for the trainable parameters of a model.
-
-    Args:
-        fused: whether SGD is fused; AdamW always is.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    rate, decay = recipe.learning_rate, recipe.weight_decay
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
-    # If loss scaling skips the first step, fused SGD (PyTorch 2.14) continues with uninitialised momentum.
-    return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=0.9, nesterov=True, fused=fused)
-
-
-def _unwrap(learner: Learner, optimizer: torch.optim.Optimizer, wrapped: Any) -> None:
-    """Remove the methods that accelerate has put into a learner, its optimizer and the wrapper of that.
-
-    They refer to their owners, so that weights and moments would stay in memory until a garbage collection.
-    """
-    for owner in (learner, optimizer, wrapped):
-        for name in ("forward", "_original_forward", "step", *PATCHED_STEPS):
-            vars(owner).pop(name, None)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 def _accelerator(precision: str) -> Accelerator:

@@ -16,7 +16,8 @@ from cads.data.training_batches import BatchStream
 class Rider(BatchStream, ABC):
     """The training batches of one model, which depend on the course of its training.
 
-    The trainer calls `step` before each step and `observe` after it. All processes of a run have equal riders, which
+    The trainer calls `step` before each step and `observe` after it: before the next one, where that `needs_losses`,
+    or after some more, in order. All processes of a run have equal riders, which
     see equal losses.
 
     Args:
@@ -26,17 +27,22 @@ class Rider(BatchStream, ABC):
     def __init__(self, pool: Pool, batch_size: int) -> None:
         super().__init__(pool, [], batch_size)
 
+    @property
+    def needs_losses(self) -> bool:
+        """Whether the next step depends on the losses of all steps so far; if not, they may be observed later."""
+        return True
+
     @abstractmethod
     def step(self, step: int) -> list[Batch]:
         """The batches of one step; called once for each step, in order."""
 
     @abstractmethod
     def observe(self, losses: np.ndarray) -> None:
-        """Learn from the losses of the examples of the last step (nats, shape (B,), in the order of its batches)."""
+        """Learn from the losses of the next step to be observed (nats, shape (B,), in the order of its batches)."""
 
     @abstractmethod
     def ids(self, batches: list[Batch]) -> list[str]:
-        """The ids of the examples in the batches of one step."""
+        """The ids of the examples in the batches of the last step."""
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,7 @@ class TrainState:
         failure: why it stopped early, or None.
         rider: draws its batches and learns from its losses, or None.
         validation: measurements on the target in this segment; see `cads.training.validation`.
+        settle: reads and records steps that were taken and are not in `losses` yet; tells whether the last is good.
         is_current: whether this object already follows the run; if not, its state is still to be restored, from a
             journal or another process.
     """
@@ -95,6 +96,7 @@ class TrainState:
     example_losses: np.ndarray | None = None
     rider: Rider | None = None
     validation: list[dict[str, Any]] = field(default_factory=list)
+    settle: Callable[[], bool] = lambda: True
     _charged_before: tuple[float, np.ndarray] = field(default_factory=lambda: (0.0, np.zeros(3, dtype=np.int64)))
     _buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -137,15 +139,20 @@ class TrainState:
         """Copy the buffers that a forward pass changes (running means), before a step; boolean masks never change."""
         self._buffers = [(x, x.clone()) for x in self.learner.buffers() if x.dtype != torch.bool]
 
+    @property
+    def remembered_buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Buffers, and what they were before the last step."""
+        return self._buffers
+
     def put_buffers_back(self) -> None:
         """Undo the changes that the forward pass on a bad batch made to buffers."""
         for x, before in self._buffers:
             x.copy_(before)
 
-    def record_step(self, loss: np.ndarray) -> None:
-        """Record a finished step and its `loss`, nats, shape (K,)."""
+    def record_step(self, loss: np.ndarray, total: float) -> None:
+        """Record a finished step, its `loss`, nats, shape (K,), and the FLOPs of one replica after it."""
         self.losses.append(loss)
-        self.spent.append(self.total)
+        self.spent.append(total)
 
     def fail(self, ids: list[str], loss: float, norm: float, rate: float) -> None:
         """Record a failure at this step, on the examples `ids`, at the learning rate `rate`, for `NonFiniteError`."""
@@ -181,6 +188,7 @@ class TrainState:
         Args:
             everywhere: whether sharded tensors are gathered in all processes, or in the first alone.
         """
+        self.settle()
         values = {
             "total": self.total,
             "counts": self.counts.tolist(),

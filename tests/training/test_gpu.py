@@ -20,19 +20,23 @@ from baselines.gradients.projection import make_projection
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, TRAIN, Ledger
 from cads.accounting.throughput import matmul_flops_per_second
+from cads.data.streams import ShuffledStream
 from cads.data.training_batches import BatchStream
 from cads.planning.memory import training_memory
 from cads.recipe import TrainConfig
 from cads.registry import SELECTORS, names
+from cads.runtime.lockstep import StepReporter
 from cads.scoring.pool_scores import score_pool
 from cads.scoring.reference_models import device_of
 from cads.tasks.vision.config import VisionConfig
 from cads.tasks.vision.synthetic_sources import SyntheticSource
 from cads.training.device_settings import device_settings
+from cads.training.learners import SingleLearner
 from cads.training.loop import TrainingLoop
 from cads.training.precision import autocast
 from cads.training.run_state import RunSegment
 from cads.training.trainer import Trainer
+from cads.training.unread import READ_TOGETHER, UnreadSteps
 from tests.support.fitted import fit, step_cost, streams_of, whole_pool
 from tests.support.language_tasks import LORA, sharpened
 from tests.support.pretended_device import pretended_device
@@ -78,34 +82,83 @@ def devices(*models):
 
 
 @pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"optimizer": "sgd"}, {"clip_norm": None}])
-def test_the_host_waits_once_a_step(gpu, features, settings):
+def test_the_host_waits_once_for_many_steps(gpu, features, settings):
     task = features(batch_size=8, **settings)
     waits = {}
-    for steps in (3, 7):
+    for steps in (5, 5 + 3 * READ_TOGETHER):
         with gpu() as device:
             before = device.waits.total()
             result = trained(task, steps)
             assert devices(*result.models) == {"cuda"}
+            assert len(result.losses) == steps
             waits[steps] = device.waits.total() - before
-    assert waits[7] - waits[3] == 4
+    assert waits[5 + 3 * READ_TOGETHER] - waits[5] == 3
 
 
 @pytest.mark.parametrize("kind", ["images", "texts"])
-def test_the_online_method_adds_no_wait_to_a_step(gpu, tasks, monkeypatch, kind):
-    waits = []
-    plain_step = TrainingLoop._step
+def test_steps_of_the_online_method_wait_for_nothing(gpu, tasks, monkeypatch, kind):
+    """The host waits where the probabilities move: after 256 examples, or before a window of steps is drawn."""
+    waits, reads = [], []
+    plain_step, plain_take = TrainingLoop._step, UnreadSteps.take
 
     def step(*args):
         before = device.waits.total()
-        rate = plain_step(*args)
+        plain_step(*args)
         waits.append(device.waits.total() - before)
-        return rate
+
+    def take(unread):
+        reads.append(len(unread))
+        return plain_take(unread)
 
     monkeypatch.setattr(TrainingLoop, "_step", step)
+    monkeypatch.setattr(UnreadSteps, "take", take)
     with gpu() as device:
         cads.select(tasks[kind], "12 epochs", method="cads")
     assert len(waits) > 10
-    assert set(waits) == {1}
+    assert set(waits) == {0}
+    assert sum(reads) == len(waits)
+    assert max(reads) > 4
+
+
+class TestFailures:
+    """The host finds out some steps later; the weights are those of the last good step all the same."""
+
+    def failed(self, task):
+        trainer = Trainer(task, Ledger())
+        learner = SingleLearner(task, task.model(0))
+        run = trainer.prepare(learner, whole_pool(task), 30.5 * step_cost(task), 0, TRAIN, "final model")
+        state = trainer.steps(run, StepReporter())
+        assert state.values["failure"] is not None
+        return state.values["failure"], {n: x.detach().cpu().numpy() for n, x in state.tensors.items()}
+
+    @pytest.mark.parametrize("settings", [{}, {"optimizer": "sgd"}, {"accumulate": 2}])
+    @pytest.mark.parametrize("normalised", [False, True])
+    def test_the_weights_are_those_of_the_last_good_step(self, gpu, features, settings, normalised, same):
+        task = features(batch_size=8, sources=0, **settings)
+        order = ShuffledStream(np.arange(len(task.pool)), 0).take(0, 8 * 8)
+        task.pool.examples.rows[order[8 * 6 + 3]] = np.inf
+        if normalised:
+            build = task._build
+            task._build = lambda: torch.nn.Sequential(torch.nn.BatchNorm1d(6), build())
+        failure, expected = self.failed(task)
+        with gpu():
+            found, state = self.failed(task)
+        assert failure["step"] == 6
+        assert found == failure
+        assert len(expected["losses"]) == 6
+        assert set(state) == set(expected)
+        for name, x in expected.items():
+            assert np.isfinite(x).all()
+            assert same(state[name], x), name
+
+    def test_a_bad_batch_can_be_skipped(self, gpu, features, same):
+        task = features(batch_size=8, sources=0, non_finite="skip")
+        task.pool.examples.rows[5::40] = np.inf
+        expected = trained(task, 20)
+        with gpu():
+            found = trained(task, 20)
+        assert found.skipped == expected.skipped > 0
+        assert same(np.nan_to_num(found.losses), np.nan_to_num(expected.losses))
 
 
 def test_batches_of_the_online_method_are_pinned(tasks):

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from cads.accounting.ledger import TRAIN, Ledger
 from cads.runtime.processes import active_group
-from cads.training.gradient import accumulate
+from cads.training.gradient import accumulate, read_together
 from cads.training.learners import SingleLearner, StackedReplicas
 from cads.training.run_state import RunSegment
 from cads.training.trainer import Trainer
@@ -77,7 +77,7 @@ def test_losses_are_summed_in_double_precision(features, pieces, replicas):
     batch = task.pool.batch(np.arange(12 * replicas))
     parts = batch.split(pieces, replicas)
     norms = torch.arange(replicas, dtype=torch.float32)
-    actual, norm = accumulate(Accelerator(), learner, parts, replicas, active_group(), 7).read(norms)
+    ((actual, norm),) = read_together([(accumulate(Accelerator(), learner, parts, replicas, active_group(), 7), norms)])
     expected, losses_seen = np.zeros(replicas), []
     for part in parts:
         with torch.no_grad():
@@ -106,5 +106,5 @@ def test_weighed_examples_give_the_gradient_of_the_weighted_mean(features, n_pie
     step_losses = accumulate(accelerator, SingleLearner(task, model), pieces, 1, active_group(), 8)
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
-    actual, _ = step_losses.read(torch.zeros(1))
+    ((actual, _),) = read_together([(step_losses, torch.zeros(1))])
     np.testing.assert_allclose(actual.example_losses, losses.detach().numpy(), rtol=1e-5)

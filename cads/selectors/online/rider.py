@@ -101,7 +101,8 @@ class OnlineRider(Rider):
         self._pending: list[Rows] = []
         self._loader = None if workers is None else WindowLoader(pool, target, workers=workers)
         self._drawn: Rows = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
-        self._observed: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._unobserved: list[Rows] = []
+        self._observed: list[tuple[np.ndarray, ...]] = []
 
     @property
     def source_weights(self) -> np.ndarray:
@@ -160,6 +161,13 @@ class OnlineRider(Rider):
         weights = np.where(np.isnan(self.weights), prior[strata.sources], self.weights)
         return np.asarray(drawn * weights / (drawn * weights).max())
 
+    @property
+    def needs_losses(self) -> bool:
+        """See `Rider`: whether `DRAWN_TOGETHER` losses are to be learned from, or a window is to be drawn."""
+        seen = sum(len(losses) for _, *both in self._observed for losses in both)
+        drawn = sum(len(rows) for both in self._unobserved for rows in both)
+        return not self._pending or seen + drawn >= DRAWN_TOGETHER
+
     def step(self, step: int) -> list[Batch]:
         """See `Rider`: rows of the pool come before those of the target."""
         assert self._loader is not None, "a rider without workers loads no batch"
@@ -177,6 +185,7 @@ class OnlineRider(Rider):
         """Rows of pool and target of the next step."""
         self._drawn = self.upcoming[0]
         del self._pending[0]
+        self._unobserved.append(self._drawn)
         return self._drawn
 
     def log_odds(self) -> np.ndarray | None:
@@ -191,10 +200,11 @@ class OnlineRider(Rider):
 
     def observe(self, losses: np.ndarray) -> None:
         """See `Rider`. The probabilities move once `DRAWN_TOGETHER` losses are known, or before a window is drawn."""
-        pool_rows, _ = self._drawn
+        complete = self.needs_losses and len(self._unobserved) == 1
+        pool_rows, _ = self._unobserved.pop(0)
         pool_losses = losses[: len(pool_rows)]
         self._observed.append((pool_rows, pool_losses, losses[len(pool_rows) :]))
-        if not self._pending or sum(len(x) for _, *parts in self._observed for x in parts) >= DRAWN_TOGETHER:
+        if complete:
             self.learn()
         self.history.step(lambda: self._point(pool_losses[np.isfinite(pool_losses)]))
 
