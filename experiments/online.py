@@ -2,7 +2,7 @@
 
     python -m experiments.online --out runs/online
     python -m experiments.online --out runs/online --results experiments/results/online.md
-    python -m experiments.online --out runs/try --worlds noise domains --passes 1 4 --seeds 2
+    python -m experiments.online --out runs/try --worlds noise domains --passes 1 4 --seeds 0 1
 
 A cell is a world, a size of the target, a budget, a seed (of data and training) and a method; the budget covers
 selection and training. Finished cells are in `OUT/cells.jsonl`, and the same command goes on from there, the cheapest
