@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cads.errors import DataError
+from cads.tasks.language.unpacked_rows import unpacked_rows
 
 
 class HeadPositions:
@@ -66,12 +68,15 @@ def answer_logits(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, *
         positions: indices into the flattened positions of the batch, shape (B, A).
     """
     rows, length = inputs["input_ids"].shape
+    unpacked = unpacked_rows() if "attention_mask" not in inputs else nullcontext()
     if full:
-        return logits_at(model(**inputs).logits, positions, (rows, length))
+        with unpacked:
+            return logits_at(model(**inputs).logits, positions, (rows, length))
     head_positions = HeadPositions(positions, (rows, length))
     token = _head_positions.set(head_positions)
     try:
-        logits: Tensor = model(**inputs).logits
+        with unpacked:
+            logits: Tensor = model(**inputs).logits
     finally:
         _head_positions.reset(token)
     return logits if head_positions.used else logits_at(logits, positions, (rows, length))
