@@ -19,6 +19,7 @@ from cads.data.training_batches import WINDOW, by_length
 from cads.data.window_loader import Rows, WindowLoader
 from cads.policies.label_odds import LabelOdds
 from cads.policies.tilt import tilted
+from cads.policies.visits import visits
 from cads.selectors.online.history import HistoryPoint, PolicyHistory
 from cads.selectors.online.schedule import OnlineConstants
 from cads.selectors.online.signal import SourceExcess
@@ -60,6 +61,7 @@ class OnlineRider(Rider):
         constants: of the run.
         history: of the probabilities; it is added to.
         seed: of the order of draws.
+        n_rows: rows of pool and target that the budget pays for.
         fixed_share: share of the target in each batch; None: it follows from the sizes of both.
 
     Attributes:
@@ -83,6 +85,7 @@ class OnlineRider(Rider):
         constants: OnlineConstants,
         history: PolicyHistory,
         seed: int,
+        n_rows: float,
         fixed_share: float | None = None,
     ) -> None:
         super().__init__(pool, batch_size)
@@ -96,6 +99,7 @@ class OnlineRider(Rider):
         self._learning_rows = constants.learning_passes * len(pool)
         self._lengths = _lengths(pool, target)
         self._window = steps_drawn_together(pool, target, batch_size)
+        self._n_rows = n_rows
         self._source_weights = self._new_source_weights()
         self._numbers = dict.fromkeys(NUMBERS, 0.0) | {"target_rows": float(target_start)}
         self._pending: list[Rows] = []
@@ -110,14 +114,18 @@ class OnlineRider(Rider):
         return self._source_weights
 
     def _new_source_weights(self) -> np.ndarray:
-        """The tilt of each source by its signal, times the square of its share of right labels."""
+        """How often an example of each source is drawn: by its signal, its right labels, and how long the run is."""
         if not self._by_source:
             return np.ones(self._strata.n_sources)
         constants = self._constants
         v = tilted(self.excess.mean, constants.sharpness, 0.0, constants.most_excess)
         if self.odds is not None:
-            right = 1 - self.odds.wrong
-            v = v * (right / right.max()) ** 2
+            v = v * (1 - self.odds.wrong)
+        if constants.half_worth is not None:
+            # The target is one more source, and as good as the best.
+            n_target = len(self._targets) if self._on_target else 0
+            sizes = np.append(self._alike.sum(axis=1), n_target)
+            v = visits(np.append(v, v.max()), sizes, self._n_rows, constants.half_worth)[:-1]
         return np.asarray(np.maximum(v / v.max(), constants.floor))
 
     @property
@@ -239,7 +247,7 @@ class OnlineRider(Rider):
         """See `Rider`."""
         values = [self.batch_size, self._seed, self.odds is None, self._by_source, self._on_target, self._fixed_share]
         start = int(self._numbers["target_rows"])
-        digest = hashlib.sha256(f"{values} {start} {self._constants}".encode())
+        digest = hashlib.sha256(f"{values} {start} {self._n_rows} {self._constants}".encode())
         first = self._target_stream.take(0, self.batch_size)
         for x in (self._masses, self._strata.group_shares, self._strata.likeness_weights, self.excess.state(), first):
             digest.update(np.ascontiguousarray(x).tobytes())
@@ -285,13 +293,13 @@ class OnlineRider(Rider):
         return self.odds is not None and self._numbers["known"] >= KNOWS
 
     def _learn(self, rows: np.ndarray, losses: np.ndarray, judges: bool) -> None:
-        sources = self._strata.sources[rows]
-        if self._by_source and self._on_target and not self._constants.drop:
-            self.excess.add(losses, sources, self._strata.groups[rows], 1 / self.source_weights[sources])
+        sources, right = self._strata.sources[rows], np.ones(len(rows))
         if self.odds is not None and judges:
-            weights = self.odds.weights(sources, losses)
-            self.weights[rows] = weights
-            self.odds.update(sources, weights)
+            right = self.odds.weights(sources, losses)
+            self.weights[rows] = right
+            self.odds.update(sources, right)
+        if self._by_source and self._on_target and not self._constants.drop:
+            self.excess.add(losses, sources, self._strata.groups[rows], 1 / self.source_weights[sources], right)
         self._source_weights = self._new_source_weights()
 
     def _weighed(self, batches: list[Batch]) -> list[Batch]:

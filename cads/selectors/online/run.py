@@ -178,6 +178,7 @@ class OnlineRun:
             constants=self.constants,
             history=history,
             seed=derive(self._seed, "batches"),
+            n_rows=(horizon - spent) / usage,
             fixed_share=share,
         )
         passes = self.constants.stop_passes

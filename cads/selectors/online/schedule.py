@@ -25,6 +25,8 @@ class OnlineConstants:
         most_probing: largest share of the budget for measuring them.
         most_comparing: largest share of the budget for comparing pool and target.
         sharpness: kappa of the tilt of source weights. most_excess: largest difference of the signal that counts.
+        half_worth: visits of an example after which one more is worth half of the first, see `cads.policies.visits`;
+            None: sources are drawn in proportion to their worth, however long the run.
         floor: smallest weight of a source, relative to the largest.
         most_target: largest share of the target in a batch after the first phase.
         learning_passes: passes over the pool after which probabilities no longer move.
@@ -42,6 +44,7 @@ class OnlineConstants:
     most_comparing: float
     sharpness: float
     most_excess: float
+    half_worth: float | None
     floor: float
     most_target: float
     learning_passes: float
@@ -58,8 +61,9 @@ FROM_SCRATCH = OnlineConstants(
     fewest_probes=1,
     most_probing=0.03,
     most_comparing=0.02,
-    sharpness=4,
+    sharpness=2,
     most_excess=np.inf,
+    half_worth=2,
     floor=0.02,
     most_target=MAX_TARGET,
     learning_passes=8,
@@ -78,6 +82,7 @@ PRETRAINED = OnlineConstants(
     most_comparing=0.02,
     sharpness=2,
     most_excess=3,
+    half_worth=None,
     floor=0.02,
     most_target=MAX_TARGET,
     learning_passes=8,

@@ -2,7 +2,7 @@
 
 A class that is hard has high losses in every source. The loss of example i is therefore standardised within its group
 g (the class of an image, the length of an answer), z_i = (l_i - mu_g) / sigma_g, and the signal of a source is the mean
-of z over its examples, shrunk to 0 by one pseudo-example.
+of z over its examples, shrunk to 0 by one pseudo-example. Where labels may be wrong, means are over the right ones.
 """
 
 from __future__ import annotations
@@ -26,22 +26,33 @@ class SourceExcess:
         self._moments = np.zeros((3, n_groups))
         self._sums = np.zeros((3, n_sources))
 
-    def add(self, losses: np.ndarray, sources: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> None:
+    def add(
+        self,
+        losses: np.ndarray,
+        sources: np.ndarray,
+        groups: np.ndarray,
+        weights: np.ndarray,
+        right: np.ndarray | None = None,
+    ) -> None:
         """Add the losses of n examples, nats, shape (n,) each.
 
         Args:
             sources, groups: codes of the examples.
             weights: the inverse of how often a source is drawn: the moments are those of the pool as it comes.
+            right: the probability that the label is right: what is wrong in a source does not count against the rest.
+                None: all labels are.
         """
-        finite = np.isfinite(losses)
-        losses, sources, groups, weights = losses[finite], sources[finite], groups[finite], weights[finite]
+        right = np.ones(len(losses)) if right is None else right
+        kept = np.isfinite(losses) & (right > 0)
+        losses, sources, groups, weights, right = (x[kept] for x in (losses, sources, groups, weights, right))
         decay = np.exp(-len(losses) / self._memory)
         n_sources, n_groups = self._sums.shape[1], self._moments.shape[1]
-        new = [np.bincount(groups, weights=weights * x, minlength=n_groups) for x in (1.0, losses, losses**2)]
+        moments = (1.0, losses, losses**2)
+        new = [np.bincount(groups, weights=weights * right * x, minlength=n_groups) for x in moments]
         self._moments = decay * self._moments + np.array(new)
         mean, deviation = self._mean_and_deviation()
         z = (losses - mean[groups]) / deviation[groups]
-        new = [np.bincount(sources, weights=x, minlength=n_sources) for x in (np.ones(len(z)), z, z**2)]
+        new = [np.bincount(sources, weights=right * x, minlength=n_sources) for x in (1.0, z, z**2)]
         self._sums = decay * self._sums + np.array(new)
 
     @property

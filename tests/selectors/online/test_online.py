@@ -160,6 +160,7 @@ class TestBatchesOfTexts:
                 Monitor(), task.pool.source_names, np.ones(strata.n_sources), strata.group_shares, 100, 0
             ),
             seed=0,
+            n_rows=1e4,
             fixed_share=share,
         )
         repeated = [sum(len(x) - len(np.unique(x)) for x in rider.draw()) for _ in range(3 * len(rider.upcoming))]
@@ -294,6 +295,7 @@ def test_a_rider_holds_twelve_bytes_an_example_at_most(features, sources):
         constants=FROM_SCRATCH,
         history=PolicyHistory(Monitor(), task.pool.source_names, np.ones(strata.n_sources), strata.group_shares, 10, 0),
         seed=0,
+        n_rows=1e4,
     )
     for step in range(100):
         rider.observe(np.ones(sum(len(batch) for batch in rider.step(step))))

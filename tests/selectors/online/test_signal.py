@@ -8,11 +8,11 @@ from cads.selectors.online.signal import SourceExcess
 FOREVER = 1e12
 
 
-def added(losses, sources, groups, weights=None, memory=FOREVER, n_sources=2, n_groups=2):
+def added(losses, sources, groups, weights=None, right=None, memory=FOREVER, n_sources=2, n_groups=2):
     excess = SourceExcess(n_sources, n_groups, memory)
     losses = np.asarray(losses, dtype=np.float64)
     weights = np.ones(len(losses)) if weights is None else weights
-    excess.add(losses, np.asarray(sources), np.asarray(groups), weights)
+    excess.add(losses, np.asarray(sources), np.asarray(groups), weights, right)
     return excess
 
 
@@ -54,6 +54,16 @@ def test_what_is_drawn_more_does_not_move_the_moments():
         n_groups=1,
     )
     np.testing.assert_allclose(thinned.mean, plain.mean, atol=0.02)
+
+
+def test_wrong_labels_do_not_count_against_right_ones():
+    """Half of source 1 has wrong labels, which are known: the other half is as good as source 0."""
+    rng = np.random.default_rng(0)
+    losses, sources, wrong = rng.normal(size=40_000), np.repeat([0, 1], 20_000), np.arange(40_000) >= 30_000
+    zeros = np.zeros(40_000, dtype=int)
+    mean = added(losses + 3 * wrong, sources, zeros, right=1.0 - wrong).mean
+    np.testing.assert_allclose(mean, 0, atol=0.03)
+    assert added(losses + 3 * wrong, sources, zeros).mean[1] > 0.3
 
 
 def test_it_forgets():
