@@ -271,6 +271,69 @@ def held(value, pools, seen):
     return held(vars(value), pools, seen) if hasattr(value, "__dict__") else 0
 
 
+def rider_of(task, **changes):
+    strata = Strata.of(task)
+    arguments = {
+        "target_stream": ShuffledStream(np.arange(len(task.target)), 0),
+        "target_start": 0,
+        "excess": SourceExcess(strata.n_sources, strata.n_groups, 100),
+        "odds": LabelOdds(strata.n_sources, 1.0, 100),
+        "by_source": True,
+        "on_target": True,
+        "batch_size": 8,
+        "workers": 0,
+        "constants": FROM_SCRATCH,
+        "history": PolicyHistory(
+            Monitor(), task.pool.source_names, np.ones(strata.n_sources), strata.group_shares, 10, 0
+        ),
+        "seed": 0,
+        "n_rows": 1e4,
+    }
+    return OnlineRider(task.pool, task.target, strata, **(arguments | changes))
+
+
+def test_the_longer_the_run_the_more_sources_it_visits(features):
+    task = labelled(features(batch_size=8, n=800))
+    odds = LabelOdds(len(task.pool.source_names), 1.0, 100)
+    odds.wrong = np.linspace(0.0, 0.8, len(odds.wrong))
+    short, long, longest = (rider_of(task, odds=odds, n_rows=n).source_weights for n in (100.0, 4e3, 1e9))
+    assert short[0] == long[0] == longest[0] == 1
+    assert (short[1:] == FROM_SCRATCH.floor).all()
+    assert (short[1:] <= long[1:]).all()
+    assert (long[1:] < longest[1:]).all()
+    np.testing.assert_allclose(longest, 1 - odds.wrong, rtol=1e-4)
+
+
+def test_the_probabilities_move_after_256_losses(features):
+    rider = rider_of(labelled(features(batch_size=8, n=800)))
+    moved = []
+    for step in range(70):
+        before = rider.excess.state().copy()
+        rows = sum(len(batch) for batch in rider.step(step))
+        assert rider.needs_losses == (step % 32 == 31)
+        rider.observe(np.linspace(0.1, 2.0, rows))
+        moved.append(not np.array_equal(before, rider.excess.state()))
+    assert np.flatnonzero(moved).tolist() == [31, 63]
+
+
+def test_losses_may_be_observed_some_steps_later(features):
+    """A window later the state is the same, bit by bit."""
+    task = labelled(features(batch_size=8, n=800))
+    at_once, later = rider_of(task), rider_of(task)
+    for window in range(3):
+        steps = range(32 * window, 32 * window + 32)
+        losses = [np.random.default_rng(step).exponential(size=8) for step in steps]
+        for step, x in zip(steps, losses, strict=True):
+            at_once.step(step)
+            at_once.observe(x)
+        for step in steps:
+            later.step(step)
+        for x in losses:
+            later.observe(x)
+    for (name, x), y in zip(at_once.state().items(), later.state().values(), strict=True):
+        np.testing.assert_array_equal(x.numpy(), y.numpy(), err_msg=name)
+
+
 @pytest.mark.parametrize("sources", [True, False])
 def test_a_rider_holds_twelve_bytes_an_example_at_most(features, sources):
     """Of a pool without copies, beside what the pool holds itself."""
@@ -279,24 +342,7 @@ def test_a_rider_holds_twelve_bytes_an_example_at_most(features, sources):
     rows, labels = rng.normal(size=(n, 6)).astype(np.float32), rng.integers(0, 3, n)
     given = (rng.integers(0, 2, n).astype(np.int32), ["a", "b"]) if sources else ()
     task.pool = Pool([f"{i:06d}" for i in range(n)], Rows(rows, labels, np.full(n, 6)), *given)
-    strata = Strata.of(task)
-    rider = OnlineRider(
-        task.pool,
-        task.target,
-        strata,
-        target_stream=ShuffledStream(np.arange(len(task.target)), 0),
-        target_start=0,
-        excess=SourceExcess(strata.n_sources, strata.n_groups, 100),
-        odds=LabelOdds(strata.n_sources, 1.0, 100),
-        by_source=True,
-        on_target=True,
-        batch_size=8,
-        workers=0,
-        constants=FROM_SCRATCH,
-        history=PolicyHistory(Monitor(), task.pool.source_names, np.ones(strata.n_sources), strata.group_shares, 10, 0),
-        seed=0,
-        n_rows=1e4,
-    )
+    rider = rider_of(task)
     for step in range(100):
         rider.observe(np.ones(sum(len(batch) for batch in rider.step(step))))
     assert n * 5 < held(rider, (task.pool, task.target), set()) <= n * 12 + 100_000
