@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.random import Generator
+from scipy.special import logit
 from torch import Tensor
 
 from cads.data.batch import Batch
@@ -34,6 +35,9 @@ likelihood cost 0.2 to 1.3 points in small models at one pass."""
 DRAWN_TOGETHER = 256
 """Rows that are drawn together, with the probabilities of that moment, and rows by whose losses these then move, in one
 step of the outer loop. After each step of a small model that would take a fifth of its time."""
+LATER_ODDS = 1.0
+"""Nats by which the log odds of a label may rise once probabilities no longer move: a model that fits it better after
+that has learned it by heart. Without this bound, 64 passes over 1,100 digits ended 2 to 3 points lower."""
 TARGET_MEMORY = 64
 """Rows of the target over which that mean reaches back."""
 ALIKE = 0.5
@@ -203,7 +207,11 @@ class OnlineRider(Rider):
         pool_rows, target_rows = self._drawn
         log_odds = np.full(len(pool_rows) + len(target_rows), np.inf, dtype=np.float32)
         if self._judges:
-            log_odds[: len(pool_rows)] = self.odds.log_odds(self._strata.sources[pool_rows])
+            own = log_odds[: len(pool_rows)]
+            own[:] = self.odds.log_odds(self._strata.sources[pool_rows])
+            if self._numbers["rows"] >= self._learning_rows:
+                # A loss is at least 0, so that the odds are at most these. NaN: never weighed, and not bounded.
+                np.fmin(own, logit(self.weights[pool_rows].astype(np.float32)) + LATER_ODDS, out=own)
         return log_odds
 
     def observe(self, losses: np.ndarray) -> None:

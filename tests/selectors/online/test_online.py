@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import expit
 
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, TRAIN, Ledger
@@ -332,6 +333,29 @@ def test_losses_may_be_observed_some_steps_later(features):
             later.observe(x)
     for (name, x), y in zip(at_once.state().items(), later.state().values(), strict=True):
         np.testing.assert_array_equal(x.numpy(), y.numpy(), err_msg=name)
+
+
+def test_what_is_learned_by_heart_later_is_no_more_likely_to_be_right(features):
+    """A label whose loss was high while probabilities moved keeps a low weight when its loss falls to 0."""
+    task = labelled(features(batch_size=8, n=64))
+    rider = rider_of(task, constants=replace(FROM_SCRATCH, learning_passes=8))
+    wrong = np.arange(64) % 4 == 0
+
+    def take(step, losses_of):
+        rider.step(step)
+        rows, target_rows = rider._drawn
+        rider.observe(np.concatenate([losses_of(rows), np.full(len(target_rows), 0.1)]))
+        return rows
+
+    step = 0
+    while rider._numbers["rows"] < 8 * 64:
+        take(step, lambda rows: np.where(wrong[rows], 9.0, 0.2))
+        step += 1
+    rows = take(step, lambda rows: np.zeros(len(rows)))
+    later = expit(rider.log_odds()[: len(rows)])
+    assert wrong[rows].any()
+    assert (later[wrong[rows]] < 0.05).all()
+    assert (later[~wrong[rows]] > 0.7).all()
 
 
 @pytest.mark.parametrize("sources", [True, False])
