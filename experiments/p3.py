@@ -3,9 +3,10 @@
     python -m experiments.p3 experiments/configs/p3-needle.yaml [--file p3=PATH] [--results FILE.md]
 
 The configuration is a grid of `cads compare` with further sections: `data` (`experiments.p3_data`), `sizes` and
-`pretraining` (`experiments.pretraining`). Each target and seed has a folder DIR/TARGET/SEED with its data and its grid.
-Finished cells are kept, so that a run that was stopped resumes; flags choose a part of the cells. The page of
-`--results` holds all cells that are finished. P3 is not part of this repository: without its file nothing is run.
+`pretraining` (`experiments.pretraining`), or `models` in place of these two. Each target and seed has a folder
+DIR/TARGET/SEED with its data and its grid. Finished cells are kept, so that a run that was stopped resumes; flags
+choose a part of the cells. The page of `--results` holds all cells that are finished; with `--no-run` it is written
+alone. P3 is not part of this repository: without its file nothing is run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,26 @@ from cads.errors import CadsError, ConfigError, DataError
 from cads.runtime.atomic_files import whole_file, whole_folder
 from cads.study.grid import Grid, content_key, filled, read_grid
 from cads.study.shard import GridShard
-from cads.study.tables import DONE, read_rows
+from cads.study.tables import DONE, OVER_BUDGET, read_rows
 from experiments.corpora import read_corpus
 from experiments.language import SECTIONS
 from experiments.language_data import TEXT, pieces, read_sections, write_lines
-from experiments.p3_data import MANIFEST, P3Config, P3Draws, Rows, fitting, read_p3, tokenizer_records, write_draw
+from experiments.p3_choices import chance, questions, read_options
+from experiments.p3_data import (
+    CHOICES,
+    MANIFEST,
+    P3Config,
+    P3Draws,
+    Rows,
+    fitting,
+    read_p3,
+    tokenizer_records,
+    write_draw,
+)
 from experiments.p3_figure import draw
-from experiments.p3_report import report
+from experiments.p3_report import AGAINST, CADS, report
+from experiments.p3_rivals_figure import draw_rivals
+from experiments.p3_rivals_report import rivals_report
 from experiments.pretraining import MODEL_CACHE, PretrainingConfig, pretrained
 
 P3_FILE = Path("../shared/data/p3_t0.parquet")
@@ -69,25 +83,31 @@ class Experiment:
         """
         from transformers import AutoTokenizer
 
-        folders = self._pretrained()
-        tokenizer = AutoTokenizer.from_pretrained(str(next(iter(folders.values()))))
+        models = self._models()
+        tokenizer = AutoTokenizer.from_pretrained(models[0]["task"]["model"])
         max_tokens = self.sections["task"]["max_tokens"]
         draws = P3Draws(fitting(self._rows, tokenizer, max_tokens), self.config)
         grid = {name: value for name, value in self.sections.items() if name not in SECTIONS}
-        models = [{"label": size, "task": {"model": str(folder)}} for size, folder in folders.items()]
+        asked = None
+        if CHOICES in grid.get("evaluations", ()):
+            asked = partial(questions, options=read_options(self._rows))
         for seed in seeds:
             for target in targets:
                 folder = self.out / target / str(seed)
-                fields = {**grid["task"], **write_draw(draws, target, seed, folder / "data"), "data_seed": seed}
+                data = write_draw(draws, target, seed, folder / "data", asked)
+                fields = {**grid["task"], **data, "data_seed": seed}
                 content = {**grid, "kind": "language", "seeds": 1, "models": models}
+                if asked is not None and CHOICES not in data:
+                    # This target has no questions.
+                    content["evaluations"] = [name for name in grid["evaluations"] if name != CHOICES]
                 content |= {"task": {}, "tasks": [{"label": target, "task": fields}]}
                 whole_file(folder / GRID, yaml.safe_dump(content, sort_keys=False))
                 yield folder / GRID
 
     def runs(self) -> list[dict[str, Any]]:
-        """The finished cells of all targets and seeds, as rows of the table `runs`, with the seed of their data.
+        """Finished cells of all targets and seeds, as rows of the table `runs`, with the seed of their data.
 
-        Those of flags that were given before are among them.
+        Those of flags that were given before are among them, and those whose selection was over budget.
 
         Raises:
             DataError: if a folder has cells of another configuration too.
@@ -97,7 +117,7 @@ class Experiment:
             for folder in sorted(self.out.glob(f"{target}/*/"), key=lambda path: int(path.name)):
                 grid = read_grid(folder / GRID)
                 cells = list(product(grid.budgets, map(grid.name, grid.methods)))
-                done = [row for row in read_rows(folder, "runs") if row["status"] == DONE]
+                done = [row for row in read_rows(folder, "runs") if row["status"] in (DONE, OVER_BUDGET)]
                 rows = {(row["budget"], row["method"]): row for row in done}
                 if len(rows) < len(done) or not set(rows) <= set(cells):
                     raise DataError(f"{folder} has cells of another configuration too: give another --out")
@@ -120,6 +140,8 @@ class Experiment:
         for reason, lost in (manifests[0]["left_out"] if manifests else {}).items():
             named = ", ".join(f"{name} {n:,}" for name, n in sorted(lost.items(), key=lambda item: -item[1]))
             sentences.append(f"Left out as {reason}: {sum(lost.values()):,} ({named}).")
+        if "models" in self.sections:
+            return [*sentences, *(_described(entry) for entry in self._models())]
         for size, folder in self._pretrained().items():
             results = json.loads((folder / "results.json").read_text("utf-8"))
             training = next(record for record in results["ledger"] if record["phase"] == "train")
@@ -130,9 +152,27 @@ class Experiment:
             )
         return sentences
 
+    def questions(self) -> dict[str, tuple[str, float]]:
+        """By target: how many questions its seeds have, in words, and the accuracy of blind guesses."""
+        found = {}
+        for target in self.config.targets:
+            files = sorted(self.out.glob(f"{target}/*/data/{CHOICES}.jsonl"))
+            asked = [[json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in files]
+            if asked:
+                numbers = sorted({len(lines) for lines in asked})
+                words = " to ".join(map(str, dict.fromkeys([numbers[0], numbers[-1]])))
+                found[target] = (words, chance(question for lines in asked for question in lines))
+        return found
+
     @cached_property
     def _rows(self) -> Rows:
         return read_p3(self.p3)
+
+    def _models(self) -> list[dict[str, Any]]:
+        """The models as entries of the grid: the configuration's own, or those that are pretrained here."""
+        if (given := self.sections.get("models")) is not None:
+            return list(given)
+        return [{"label": size, "task": {"model": str(folder)}} for size, folder in self._pretrained().items()]
 
     def _pretrained(self) -> dict[str, Path]:
         """The folders of the models, by size; the same for all targets and seeds."""
@@ -158,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="run directory (default: runs/NAME of the config)")
     parser.add_argument("--results", type=Path, help="Markdown file for a report")
     parser.add_argument("--file", default="", metavar="p3=PATH", help=f"the file of P3 (default: {P3_FILE})")
+    parser.add_argument("--no-run", action="store_true", help="write the page of what is finished, and run nothing")
     parser.add_argument("--targets", default="", help="data sets, separated by commas; default: the config's")
     parser.add_argument("--budgets", default="", help="budgets, separated by commas; default: the config's")
     parser.add_argument("--methods", default="", help="methods, separated by semicolons; default: the config's")
@@ -177,21 +218,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         targets = _listed(args.targets) or config.targets
         if unknown := sorted(set(targets) - set(config.targets)):
             raise ConfigError(f"--targets {unknown}: choose from {config.targets}")
-        for path in experiment.grids(targets, range(args.seeds or sections.get("seeds", 3))):
+        seeds = range(args.seeds or sections.get("seeds", 3))
+        for path in () if args.no_run else experiment.grids(targets, seeds):
             grid = _part(read_grid(path), _listed(args.budgets), _listed(args.methods, ";"))
             run_grid(grid, path.parent, GridShard.parse("1/1"), console)
         if args.results:
-            command = shlex.join(["python", "-m", "experiments.p3", *(sys.argv[1:] if argv is None else argv)])
+            command = _command(sys.argv[1:] if argv is None else argv)
             args.results.parent.mkdir(parents=True, exist_ok=True)
-            runs = experiment.runs()
-            figure = draw(runs, args.results.with_name(f"{args.config.stem}.png"))
-            page = report(args.config.stem, command, experiment.description(), runs, figure=figure)
-            args.results.write_text(page, "utf-8")
+            args.results.write_text(_page(experiment, args.config.stem, command, args.results), "utf-8")
     except CadsError as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
         return 1
     console.print(f"finished in {time.perf_counter() - started:.0f} s", highlight=False)
     return 0
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command that makes the cells of a page, without the path of the user's file."""
+    shown = ["p3=PATH" if word.startswith("p3=") else word for word in argv if word != "--no-run"]
+    return shlex.join(["python", "-m", "experiments.p3", *shown])
+
+
+def _page(experiment: Experiment, name: str, command: str, results: Path) -> str:
+    """The page of all cells that are finished; figures are drawn beside it."""
+    runs, description = experiment.runs(), experiment.description()
+    chosen = draw(runs, results.with_name(f"{name}.png"))
+    if {row["method"] for row in runs} <= {CADS, *AGAINST}:
+        return report(name, command, description, runs, figure=chosen)
+    figures = {}
+    if draw_rivals(runs, results.with_name(f"{name}-methods.png")):
+        figures["Test loss above that of cads, by method and budget"] = f"{name}-methods.png"
+    if chosen:
+        figures["What cads drew of each data set"] = f"{name}.png"
+    return rivals_report(name, command, description, runs, experiment.questions(), figures)
+
+
+def _described(entry: Mapping[str, Any]) -> str:
+    """A sentence on a model that is given as a folder or a name."""
+    task = entry["task"]
+    peft = task.get("peft")
+    adapter = f", trained with {', '.join(f'{name} {value}' for name, value in peft.items())}" if peft else ""
+    return f"{entry['label']}: {Path(task['model']).name}{adapter}."
 
 
 def _part(grid: Grid, budgets: Sequence[str], methods: Sequence[str]) -> Grid:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -38,6 +38,8 @@ SIDES = {"needle": (0.35, 0.35), "transfer": (0.5, 0.5)}
 LONGEST_TOKEN = 8
 """Characters a token, at most: texts with more are too long without being tokenised."""
 MANIFEST = "data.json"
+CHOICES = "choices"
+"""The file of questions, and the field of the task and the evaluation that use it."""
 TOKENIZER_ROWS = 10_000
 """Rows that the tokenizer is trained on."""
 
@@ -118,6 +120,10 @@ class Rows:
         if not source:
             del columns["source"]
         return [{name: column[i] for name, column in columns.items()} for i in positions]
+
+
+Asked = Callable[[Rows, np.ndarray], list[dict[str, Any]]]
+"""Questions with `prompt`, `choices` and `answer` of rows at these positions."""
 
 
 def data_set_of(template: str) -> str:
@@ -222,14 +228,21 @@ def _sides(groups: np.ndarray, shares: Sequence[float], rng: np.random.Generator
     return side_of[groups]
 
 
-def write_draw(draws: P3Draws, target: str, seed: int, folder: Path) -> dict[str, Any]:
+def write_draw(draws: P3Draws, target: str, seed: int, folder: Path, asked: Asked | None = None) -> dict[str, Any]:
     """Write `target`, `test` and `pool` as JSON lines, unless the folder has those of the same rows already.
+
+    Args:
+        asked: makes questions of the rows of the test set, which are written as `choices` if there are any.
 
     Returns:
         the fields of `LanguageConfig` for this data.
     """
     drawn = draws.draw(target, seed)
-    files = {name: draws.rows.records(positions, source=name == "pool") for name, positions in drawn.items()}
+    files: dict[str, list[dict[str, Any]]] = {
+        name: [*draws.rows.records(positions, source=name == "pool")] for name, positions in drawn.items()
+    }
+    if asked is not None and (questions := asked(draws.rows, drawn["test"])):
+        files[CHOICES] = questions
     key = content_key([asdict(draws.config), target, seed, files])
     if not _has(folder, key):
         with whole_folder(folder) as partial:
@@ -243,7 +256,8 @@ def write_draw(draws: P3Draws, target: str, seed: int, folder: Path) -> dict[str
         for name in ("target", "test")
     }
     pool = {"name": "pool", "path": str(folder / "pool.jsonl"), "format": "prompt"}
-    return {"pool": [{**pool, "columns": {**columns, "source": "source"}}], **parts}
+    fields = {"pool": [{**pool, "columns": {**columns, "source": "source"}}], **parts}
+    return {**fields, CHOICES: str(folder / f"{CHOICES}.jsonl")} if CHOICES in files else fields
 
 
 def _has(folder: Path, key: str) -> bool:

@@ -34,9 +34,9 @@ def report(title: str, command: str, description: Sequence[str], runs: Sequence[
         runs: rows of the table `runs`; `seed` is the seed of the data.
         figure: whether one of what was drawn stands beside the page.
     """
-    if not runs:
-        return f"# {title}: no cell is finished\n"
     points = points_of(runs)
+    if not points:
+        return f"# {title}: no cell is finished\n"
     return "\n\n".join(
         [
             f"# {title}: {intervals(points)}",
@@ -71,20 +71,20 @@ def bars(points: Sequence[MethodPoint]) -> str:
             if ours is None or not {JOINT, TARGET_ONLY} <= set(methods):
                 continue
             best = min(references, key=lambda p: p.mean)
-            target_only, joint = (_pairs(ours, methods[name]) for name in (TARGET_ONLY, JOINT))
+            target_only, joint = (pairs(ours, methods[name]) for name in (TARGET_ONLY, JOINT))
             rows.append(
                 [
                     ours.task,
                     budget,
                     str(len(ours.seeds)),
                     best.method,
-                    f"{_difference(ours, best)} {_held(_pairs(ours, best).mean() <= ABOVE_BEST)}",
-                    f"{_difference(ours, methods[TARGET_ONLY])} {_held(target_only.mean() <= ABOVE_TARGET_ONLY)}",
-                    f"{_difference(ours, methods[JOINT])} {_below(joint)}",
+                    f"{difference(ours, best)} {_held(pairs(ours, best).mean() <= ABOVE_BEST)}",
+                    f"{difference(ours, methods[TARGET_ONLY])} {_held(target_only.mean() <= ABOVE_TARGET_ONLY)}",
+                    f"{difference(ours, methods[JOINT])} {_below(joint)}",
                 ]
             )
     head = ["target", "budget", "seeds", "best", "cads - best", f"cads - {TARGET_ONLY}", f"cads - {JOINT}"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def differences(points: Sequence[MethodPoint]) -> str:
@@ -93,9 +93,9 @@ def differences(points: Sequence[MethodPoint]) -> str:
     for group in by_group(points).values():
         for budget, methods in _by_budget(group).items():
             if ours := methods.get(CADS):
-                cells = [_difference(ours, methods[name]) if name in methods else "-" for name in AGAINST]
+                cells = [difference(ours, methods[name]) if name in methods else "-" for name in AGAINST]
                 rows.append([ours.task, budget, str(len(ours.seeds)), *cells])
-    return _table(["target", "budget", "seeds", *AGAINST], rows)
+    return table(["target", "budget", "seeds", *AGAINST], rows)
 
 
 def draws(runs: Sequence[Run]) -> str:
@@ -121,7 +121,7 @@ def draws(runs: Sequence[Run]) -> str:
             ]
         )
     head = ["target", "budget", "target's own templates, times", "data sets drawn most: share (times its size)"]
-    return _table([*head, "least", "templates drawn most, times"], rows)
+    return table([*head, "least", "templates drawn most, times"], rows)
 
 
 def ratios(shares: Sequence[Mapping[str, float]], name_of: Any) -> list[tuple[str, float, float, float]]:
@@ -157,27 +157,29 @@ def _by_budget(points: Sequence[MethodPoint]) -> dict[str, dict[str, MethodPoint
     return result
 
 
-def _pairs(a: MethodPoint, b: MethodPoint) -> np.ndarray:
+def pairs(a: MethodPoint, b: MethodPoint) -> np.ndarray:
     """Differences over the seeds that both have."""
     left, right = dict(zip(a.seeds, a.scores, strict=True)), dict(zip(b.seeds, b.scores, strict=True))
     return np.array([left[seed] - right[seed] for seed in sorted(set(left) & set(right))])
 
 
-def _difference(a: MethodPoint, b: MethodPoint) -> str:
-    pairs = _pairs(a, b)
-    width = half_width(pairs)
-    return f"{pairs.mean():+.3f}" + ("" if math.isnan(width) else f" ± {width:.3f}")
+def difference(a: MethodPoint, b: MethodPoint) -> str:
+    """The mean of `a` less that of `b` over the seeds that both have, with its interval."""
+    found = pairs(a, b)
+    width = half_width(found)
+    return f"{found.mean():+.3f}" + ("" if math.isnan(width) else f" ± {width:.3f}")
 
 
 def _held(holds: bool) -> str:
     return "yes" if holds else "**no**"
 
 
-def _below(pairs: np.ndarray) -> str:
+def _below(found: np.ndarray) -> str:
     """Whether the interval of the mean is below 0; one pair has none."""
-    return "one seed" if len(pairs) < 2 else _held(bool(pairs.mean() + half_width(pairs) < 0))
+    return "one seed" if len(found) < 2 else _held(bool(found.mean() + half_width(found) < 0))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -14,12 +14,16 @@ import pytest
 import yaml
 
 from cads.errors import ConfigError, DataError
+from cads.study.analysis.points import points_of
 from cads.study.grid import filled, settings
 from experiments import p3, p3_figure
 from experiments.language_data import read_sections
+from experiments.p3_choices import chance, questions, read_options
 from experiments.p3_content import content_groups, phrases
 from experiments.p3_data import P3Config, P3Draws, Rows, data_set_of, read_p3
 from experiments.p3_report import report
+from experiments.p3_rivals_figure import draw_rivals
+from experiments.p3_rivals_report import over_targets, rivals_report
 from tests.support.paths import CONFIGS
 from tests.support.tiny_corpora import WORDS
 
@@ -171,11 +175,56 @@ class TestData:
         with pytest.raises(DataError, match="columns"):
             read_p3(tmp_path / "p3.parquet")
 
-    @pytest.mark.parametrize("name", ["p3-needle", "p3-transfer"])
+    @pytest.mark.parametrize("name", ["p3-needle", "p3-transfer", "p3-rankings"])
     def test_configurations_are_read(self, name):
         found = filled(P3Config, read_sections(CONFIGS / f"{name}.yaml")["data"], "data")
-        assert found.setting == name.removeprefix("p3-")
+        assert found.setting == ("transfer" if name == "p3-transfer" else "needle")
         assert (found.templates * found.rows, found.n_target, found.n_test) == (960, 120, 300)
+
+    @pytest.mark.parametrize("name", ["p3-rankings", "p3-135m"])
+    def test_what_trains_on_part_of_the_pool_takes_the_target_too(self, name):
+        sections = read_sections(CONFIGS / f"{name}.yaml")
+        entries = [entry for entry in sections["methods"] if isinstance(entry, dict)]
+        assert {"less"} <= {entry["method"] for entry in entries}
+        assert all(entry["options"]["target_fraction"] for entry in entries)
+
+
+def choice_rows() -> Rows:
+    """Two rows of quartz and one of social_i_qa, each in several templates, and what has no options."""
+    written = [
+        ("quartz_read_passage_below_choose/0", "Read (choices are more or less ):\n\nIs it more or less?", "more"),
+        ("quartz_use_info_from_paragraph_question/0", "Is it more or less?", "more"),
+        ("quartz_read_passage_below_choose/1", "Read (choices are more or or less ):\n\nMore?", "less"),
+        ("quartz_use_info_from_paragraph_question/1", "More?", "less"),
+        ("social_i_qa_Show_choices_and_generate_index/0", "Who?\n\nA: Ann\n\nB: Bob\n\nC: Cid", "C"),
+        ("social_i_qa_Generate_answer/0", "Who?", "Cid"),
+        ("social_i_qa_Check_if_a_random_answer_is_valid_or_not/0", "Is it Ann?", "No"),
+        ("dream_baseline/0", "- A dash.\n\nQuestion: What?\n\n- Tea.\n\n- Rain.", "Rain."),
+        ("common_gen_Put_together/0", "Put together: a, b", "a b"),
+    ]
+    ids, prompts, responses = map(list, zip(*written, strict=True))
+    templates = [name.rsplit("/", 1)[0] for name in ids]
+    return Rows(ids, templates, prompts, responses, [data_set_of(name) for name in templates], {})
+
+
+class TestChoices:
+    def asked(self) -> dict[str, tuple[list[str], int]]:
+        rows = choice_rows()
+        found = questions(rows, np.arange(len(rows)), read_options(rows))
+        return {question["prompt"]: (question["choices"], question["answer"]) for question in found}
+
+    def test_the_options_of_a_row_hold_in_all_its_templates(self):
+        found = self.asked()
+        assert found["Is it more or less?"] == (["more", "less"], 0)
+        assert found["Who?"] == (["Ann", "Bob", "Cid"], 2)
+        assert found["Who?\n\nA: Ann\n\nB: Bob\n\nC: Cid"] == (["A", "B", "C"], 2)
+        assert found["- A dash.\n\nQuestion: What?\n\n- Tea.\n\n- Rain."] == (["Tea.", "Rain."], 1)
+
+    def test_what_cannot_be_told_apart_or_answers_otherwise_is_no_question(self):
+        assert not {"More?", "Is it Ann?", "Put together: a, b"} & set(self.asked())
+
+    def test_chance(self):
+        assert chance([{"choices": ["a", "b"]}, {"choices": ["a", "b", "c", "d"]}]) == 0.375
 
 
 @pytest.mark.usefixtures("packages")
@@ -226,6 +275,33 @@ class TestExperiment:
             assert (len(task.pool), len(task.target)) == (30, 8)
             assert len(task.pool.source_names) == 6
 
+    def test_a_grid_with_a_ranking_and_a_model_of_ones_own(self, file, tmp_path):
+        words = [*self.given(tmp_path), "--file", f"p3={file}"]
+        assert p3.main([*words, "--budgets", "8 epochs", "--methods", "full", "--seeds", "1"]) == 0
+        (model,) = (tmp_path / "models").glob("tiny-*")
+        sections = yaml.safe_load((tmp_path / "config.yaml").read_text())
+        del sections["pretraining"], sections["sizes"]
+        ranking = {"method": "bm25", "label": "bm25 and target", "options": {"target_fraction": "by size"}}
+        peft = {"type": "lora", "r": 2, "target_modules": ["q_proj"]}
+        sections |= {
+            "models": [{"label": "own", "task": {"model": str(model), "peft": peft}}],
+            "methods": ["cads", "full", ranking], "evaluations": ["choices"], "seeds": 1, "budgets": ["8 epochs"],
+        }  # fmt: skip
+        (tmp_path / "other.yaml").write_text(yaml.safe_dump(sections))
+        words[0] = str(tmp_path / "other.yaml")
+        words[words.index("--out") + 1] = str(tmp_path / "other")
+        assert p3.main(words) == 0
+        page = (tmp_path / "page.md").read_text()
+        for part in ("r 2", "| bm25 and target |", "1 pairs of target and budget", "--file p3=PATH"):
+            assert part in page
+        assert "## Accuracy" not in page
+        assert "## Bars" not in page
+        assert str(file) not in page
+        assert (tmp_path / "other-methods.png").stat().st_size > 1000
+        (tmp_path / "page.md").unlink()
+        assert p3.main([*words, "--no-run"]) == 0
+        assert (tmp_path / "page.md").read_text() == page
+
     def test_unknown_flags_are_refused(self, file, tmp_path, capsys):
         words = [*self.given(tmp_path), "--file"]
         assert p3.main([*words, f"other={file}"]) == 1
@@ -235,6 +311,58 @@ class TestExperiment:
 
 def test_a_page_without_cells_says_so():
     assert "no cell is finished" in report("p3", "command", [], [], figure=False)
+
+
+def run(method: str, seed: int, score: float, task: str = "quartz", status: str = "done") -> dict:
+    """A row of the table `runs`."""
+    return {
+        "task": task, "model": "1M", "method": method, "selector": method, "budget": "1 epochs", "seed": seed,
+        "cell": f"{method}-{seed}", "status": status, "metric": "loss", "maximised": False, "score": score,
+        "metrics": json.dumps({"loss": score, "choices": 0.5}), "budget_flops": 1.0, "selection_flops": 0.0,
+        "selection_flops_spent": 0.0, "training_flops": 1.0, "full_flops": 1.0, "n_selected": 1, "n_pool": 4,
+        "shares": json.dumps({"quartz_a": 0.5, "dream_a": 0.25, "ropes_a": 0.125, "ropes_b": 0.125}),
+    }  # fmt: skip
+
+
+RIVALS = [
+    *(run("cads", seed, 1.0 + seed) for seed in range(3)),
+    *(run("bm25", seed, 1.5 + seed) for seed in range(3)),
+    *(run("full", seed, 0.75 + seed) for seed in range(2)),
+    *(run("cads", seed, 2.0, "dream") for seed in range(2)),
+    *(run("bm25", seed, 1.5, "dream") for seed in range(2)),
+    run("less", 0, 0.0, status="over budget"),
+]
+
+
+class TestRivals:
+    def page(self) -> str:
+        return rivals_report("p3", "command", ["Words."], RIVALS, {"quartz": ("7", 0.5)}, {"What": "p3.png"})
+
+    def test_differences_are_paired_over_the_seeds_that_both_have(self):
+        points = points_of(RIVALS)
+        lines = over_targets(points, ["1 epochs"]).splitlines()
+        cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1].strip("| ") for line in lines}
+        assert cells["full"].startswith("+0.250")
+        assert cells["full"].endswith("(2)")
+        # Thrice -0.5 of one target and twice 0.5 of the other.
+        assert cells["bm25"].startswith("-0.100")
+        assert cells["bm25"].endswith("(5)")
+
+    def test_the_page_says_what_the_budget_did_not_buy(self):
+        page = self.page()
+        assert "less at 1 epochs (1)" in page
+        assert "`cads` has the lowest mean test loss in 1 of 2 pairs" in page
+        assert "blind guesses are right in 50.0%" in page
+        assert "| bm25 | 50.0 ± 0.0 |" in page
+
+    def test_own_templates(self):
+        table = self.page().split("## The target's own templates")[1]
+        assert "| cads | 1.6 |" in table  # 2 times in quartz, thrice; once in dream, twice
+
+    def test_the_figure(self, tmp_path):
+        assert draw_rivals(RIVALS, tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").stat().st_size > 1000
+        assert not draw_rivals([run("full", 0, 1.0)], tmp_path / "none.png")
 
 
 def test_the_figure_shows_what_was_drawn_at_the_largest_budget(tmp_path):
