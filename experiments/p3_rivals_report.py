@@ -18,6 +18,8 @@ from experiments.p3_report import CADS, Run, difference, draws, pairs, table
 
 BEST = "best of the others"
 """The row of the best rival in each cell."""
+ABOVE_CHANCE = 0.05
+"""Accuracy above that of blind guesses from which a method is said to do more than guess."""
 Questions = Mapping[str, tuple[str, float]]
 """By target: how many questions a seed has, in words, and the accuracy of blind guesses."""
 
@@ -52,13 +54,12 @@ def rivals_report(
         "## Where `cads` stands",
         standing(points),
         *[f"![{caption}]({file})" for caption, file in figures.items()],
-        "## `cads` less each method, over targets",
-        "Means over targets and seeds; a pair of a target and a seed counts once, where both have it. The last row is "
-        "against the best of the others in each pair of target and budget, by its mean, which is known only "
-        "afterwards.",
+        "## `cads` less each method",
+        "Means over targets and seeds, in brackets the number of pairs of the two; a dash: over budget, or not run. "
+        "The last row is against the best of the others at each target and budget, by its mean over seeds, which is "
+        "known only afterwards.",
         over_targets(points, budgets),
-        "## By target",
-        by_target(points, budgets),
+        *_by_target(points, budgets),
         *_accuracy(runs, budgets, questions),
         "## The target's own templates in what was trained on",
         "How many times its share of the pool is what a method drew of the templates of the target's own data set: "
@@ -109,17 +110,17 @@ def over_targets(points: Sequence[MethodPoint], budgets: Sequence[str]) -> str:
     return table(["method", *budgets], rows)
 
 
-def by_target(points: Sequence[MethodPoint], budgets: Sequence[str]) -> str:
-    """`cads` less each other method, a table for each target."""
-    places = _places(points)
-    blocks = []
-    for target in dict.fromkeys(p.task for p in points):
+def _by_target(points: Sequence[MethodPoint], budgets: Sequence[str]) -> list[str]:
+    """`cads` less each other method, a table for each target where there are several."""
+    places, targets = _places(points), list(dict.fromkeys(p.task for p in points))
+    blocks = ["## By target"]
+    for target in targets if len(targets) > 1 else []:
         rows = []
         for name in _methods(p for p in points if p.task == target):
             at = [places.get((target, budget), {}) for budget in budgets]
             rows.append([shown_name(name), *(_less(methods.get(CADS), methods.get(name)) for methods in at)])
         blocks.append(f"### {target}\n\n{table(['method', *budgets], rows)}")
-    return "\n\n".join(blocks)
+    return blocks if len(targets) > 1 else []
 
 
 def own_templates(runs: Sequence[Run], budgets: Sequence[str]) -> str:
@@ -141,25 +142,35 @@ def own_templates(runs: Sequence[Run], budgets: Sequence[str]) -> str:
 
 
 def _accuracy(runs: Sequence[Run], budgets: Sequence[str], questions: Questions) -> list[str]:
-    """Accuracy of the targets whose answers are choices, with chance; nothing where there is none."""
+    """Accuracy of the targets whose answers are choices; of a target at which all methods guess, a sentence."""
     blocks = []
     for target, (n_questions, chance) in questions.items():
         members = [row for row in runs if row["task"] == target and row["status"] == DONE]
         if not members or not all(CHOICES in json.loads(row["metrics"]) for row in members):
             continue
-        places = _places(points_of(members, CHOICES))
-        names = dict.fromkeys(row["method"] for row in members)
+        points = points_of(members, CHOICES)
+        by_method: dict[str, list[float]] = defaultdict(list)
+        for p in points:
+            by_method[p.method].append(p.mean)
+        means = {name: float(np.mean(values)) for name, values in by_method.items()}
+        said = f"{n_questions} questions a seed; blind guesses are right in {chance:.1%}."
+        if max(means.values()) < chance + ABOVE_CHANCE:
+            low, high = min(means.values()), max(means.values())
+            said += f" No method does more than guess: {low:.1%} to {high:.1%}, by its mean over budgets."
+            blocks.append(f"{target}: {said}")
+            continue
+        places = _places(points)
         rows = []
-        for name in names:
+        for name in by_method:
             at = [places.get((target, budget), {}).get(name) for budget in budgets]
             rows.append([shown_name(name), *("-" if p is None else _percent(p) for p in at)])
-        said = f"{n_questions} questions a seed; blind guesses are right in {chance:.1%}."
-        blocks.append(f"### {target}\n\n{said}\n\n{table(['method', *budgets], rows)}")
+        blocks.append(f"{target}: {said}\n\n{table(['method', *budgets], rows)}")
     if not blocks:
         return []
     note = (
         "Share of questions of the test set, in percent, whose right answer is the likeliest of the options that a "
-        "template of the same row lists; means over seeds with 95 % t-intervals."
+        "template of the same row lists; means over seeds with 95 % t-intervals. Options are cut at the length of all "
+        "texts."
     )
     return ["## Accuracy", note, *blocks]
 

@@ -335,8 +335,8 @@ RIVALS = [
 
 
 class TestRivals:
-    def page(self) -> str:
-        return rivals_report("p3", "command", ["Words."], RIVALS, {"quartz": ("7", 0.5)}, {"What": "p3.png"})
+    def page(self, chance: float = 0.25) -> str:
+        return rivals_report("p3", "command", ["Words."], RIVALS, {"quartz": ("7", chance)}, {"What": "p3.png"})
 
     def test_differences_are_paired_over_the_seeds_that_both_have(self):
         points = points_of(RIVALS)
@@ -352,8 +352,14 @@ class TestRivals:
         page = self.page()
         assert "less at 1 epochs (1)" in page
         assert "`cads` has the lowest mean test loss in 1 of 2 pairs" in page
-        assert "blind guesses are right in 50.0%" in page
+
+    def test_accuracy_is_left_out_where_all_methods_guess(self):
+        page = self.page()
+        assert "blind guesses are right in 25.0%" in page
         assert "| bm25 | 50.0 ± 0.0 |" in page
+        page = self.page(chance=0.5)
+        assert "No method does more than guess: 50.0% to 50.0%" in page
+        assert "| bm25 | 50.0 ± 0.0 |" not in page
 
     def test_own_templates(self):
         table = self.page().split("## The target's own templates")[1]
