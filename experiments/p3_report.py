@@ -105,8 +105,8 @@ def draws(runs: Sequence[Run]) -> str:
         # A run that bought the target alone draws nothing from the pool.
         if row["method"] == CADS and row["n_selected"]:
             groups[row["task"], row["budget"]].append(row)
-    rows = []
-    for (task, budget), members in groups.items():
+    rows, tasks = [], list(dict.fromkeys(task for task, _ in groups))
+    for (task, budget), members in sorted(groups.items(), key=lambda x: (tasks.index(x[0][0]), _passes(x[0][1]))):
         shares = [json.loads(row["shares"]) for row in members]
         by_set, by_template = ratios(shares, data_set_of), ratios(shares, str)
         own = next((ratio for name, _, _, ratio in by_set if name == task), math.nan)
@@ -143,6 +143,11 @@ def ratios(shares: Sequence[Mapping[str, float]], name_of: Any) -> list[tuple[st
         if len(values) >= least
     ]
     return sorted(found, key=lambda x: -x[3])
+
+
+def _passes(budget: str) -> float:
+    """The number of a budget such as "2 epochs"."""
+    return float(budget.split(maxsplit=1)[0])
 
 
 def _drawn(entry: tuple[str, float, float, float]) -> str:
