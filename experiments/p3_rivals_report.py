@@ -89,7 +89,10 @@ def standing(points: Sequence[MethodPoint]) -> str:
         rows.append([target, budget, str(len(ours.seeds)), f"{ranks[-1]} of {len(ranked)}", shown_name(best.method)])
         rows[-1].append(difference(ours, best))
     first = sum(rank == 1 for rank in ranks)
-    sentence = f"`cads` has the lowest mean test loss in {first} of {len(ranks)} pairs of target and budget."
+    sentence = (
+        f"`cads` has the lowest mean test loss in {first} of {len(ranks)} pairs of target and budget. "
+        "Methods that lack a seed that others have are not ranked."
+    )
     head = ["target", "budget", "seeds", "rank of `cads`", "best of the others", "cads - best of the others"]
     return f"{sentence}\n\n{table(head, rows)}"
 
