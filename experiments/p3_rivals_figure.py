@@ -22,6 +22,8 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
 MEAN, LINE = "#222222", "#BBBBBB"
 NEAREST = 0.05
 """Nats around 0 in which the horizontal axis is linear; beyond, it is logarithmic."""
+NARROWEST = 7.0
+"""Inches of the figure's width, at least: the words below its axis need them."""
 ROW = 0.23
 """Inches a method."""
 
@@ -40,7 +42,7 @@ def draw_rivals(runs: Sequence[Run], path: Path) -> bool:
         means[method].append(float(np.mean(list(by_target.values()))))
     methods = sorted(means, key=lambda name: float(np.mean(means[name])))
     height = 1.1 + ROW * len(methods)
-    figure = Figure(figsize=(1.8 + 2.1 * len(budgets), height), layout="constrained")
+    figure = Figure(figsize=(max(NARROWEST, 1.8 + 2.1 * len(budgets)), height), layout="constrained")
     axes: Any = figure.subplots(1, len(budgets), squeeze=False, sharey=True, sharex=True)[0]
     for ax, budget in zip(axes, budgets, strict=True):
         ax.axvline(0, color=MEAN, linewidth=1)
