@@ -270,7 +270,7 @@ def draw(cells: Cells, places: Sequence[Place], path: Path) -> None:
             _panel(ax, cells, row_places)
             ax.set_title(f"{world}, {sizes[row]} targets", fontsize=9)
     axes[0][0].legend(fontsize=7, loc="lower right")
-    figure.supxlabel("budget, passes over the pool; it covers everything", fontsize=9)
+    figure.supxlabel("budget, passes over the pool", fontsize=9)
     figure.supylabel("test accuracy, %", fontsize=9)
     figure.savefig(path, dpi=110)
 
