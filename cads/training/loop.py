@@ -36,7 +36,7 @@ from cads.training.optimizers import build_optimizer, set_rate, unwrap
 from cads.training.precision import check_types
 from cads.training.result import TrainResult
 from cads.training.rider import Rider, follow
-from cads.training.run_state import EXAMPLE_LOSSES, FULL_RUN, VALIDATION, RunSegment, TrainState
+from cads.training.run_state import EXAMPLE_LOSSES, FULL_RUN, VALIDATION, RunSegment, TrainState, read_already
 from cads.training.unread import READ_TOGETHER, UnreadStep, UnreadSteps, reads_later
 from cads.training.validation import Validation, show
 
@@ -230,6 +230,8 @@ class TrainingLoop:
                 train_state.seconds += time.perf_counter() - clock
                 self._validate(run, at_end=True)
         finally:
+            # It refers to the run, which would stay in memory until a garbage collection.
+            train_state.settle = read_already
             # accelerate keeps references to all that it has prepared.
             self.accelerator._models.clear()
             self.accelerator._optimizers.clear()

@@ -54,6 +54,11 @@ FULL_RUN = RunSegment()
 """A run in one segment."""
 
 
+def read_already() -> bool:
+    """No step is unread."""
+    return True
+
+
 @dataclass
 class TrainState:
     """The state of one training run of K replicas.
@@ -96,7 +101,7 @@ class TrainState:
     example_losses: np.ndarray | None = None
     rider: Rider | None = None
     validation: list[dict[str, Any]] = field(default_factory=list)
-    settle: Callable[[], bool] = lambda: True
+    settle: Callable[[], bool] = read_already
     _charged_before: tuple[float, np.ndarray] = field(default_factory=lambda: (0.0, np.zeros(3, dtype=np.int64)))
     _buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
