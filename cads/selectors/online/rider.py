@@ -34,7 +34,7 @@ KNOWS = 0.4
 likelihood cost 0.2 to 1.3 points in small models at one pass."""
 DRAWN_TOGETHER = 256
 """Rows that are drawn together, with the probabilities of that moment, and rows by whose losses these then move, in one
-step of the outer loop. After each step of a small model that would take a fifth of its time."""
+step of the outer loop. On a GPU the host waits there, and at no other step."""
 LATER_ODDS = 1.0
 """Nats by which the log odds of a label may rise once probabilities no longer move: a model that fits it better after
 that has learned it by heart. Without this bound, 64 passes over 1,100 digits ended 2 to 3 points lower."""
