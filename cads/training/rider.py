@@ -16,9 +16,8 @@ from cads.data.training_batches import BatchStream
 class Rider(BatchStream, ABC):
     """The training batches of one model, which depend on the course of its training.
 
-    The trainer calls `step` before each step and `observe` after it: before the next one, where that `needs_losses`,
-    or after some more, in order. All processes of a run have equal riders, which
-    see equal losses.
+    The trainer calls `step` before each step and `observe` after it: before the next one, where that `needs_losses`, or
+    after some more, in order. All processes of a run have equal riders, which see equal losses.
 
     Args:
         pool: of the examples. batch_size: examples in a step.
