@@ -313,7 +313,9 @@ def summary(selection: Selection) -> Table:
     if selection.target_fraction:
         title += f"; {selection.target_fraction:.0%} of each batch from the target"
     if "likeness" in selection.notes:
-        title += f"; what is least like the target is drawn {min(selection.notes['likeness']['weights']):.0%} as often"
+        alike = selection.notes["likeness"]
+        title += f"; what is least like the target is drawn {min(alike['weights']):.0%} as often"
+        title += f"; {alike['near']:,} are of the target's kind" if "near" in alike else ""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("source", overflow="fold")
     policy = selection.policy_probability

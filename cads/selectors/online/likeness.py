@@ -22,6 +22,9 @@ what the target lacks is drawn less, and what it has much of is not repeated for
 they teach the language even where they are about something else. Classes count by their shares in what is drawn, so
 that a class that the pool has little of does not count as unlike.
 
+Texts of groups with r_b > 1, before it is shrunk, may be of the target's kind (`cads.selectors.online.nearest`). Those
+that are form one more group, `NEAR`, of weight 1.
+
 Examples of the target that score higher than the whole pool say that the pool has nothing like them, and nothing about
 its groups. What is not such an example is a share c of the target. `min(1, c / COVERED)` is a further factor of the
 trust in r_b: where the whole target lies beyond the pool, all of the pool weighs the same.
@@ -39,12 +42,15 @@ from cads.data.draws import draw
 from cads.runtime.checkpoint import State
 from cads.runtime.processes import active_group
 from cads.seeding import derive
+from cads.selectors.online.nearest import MOST, Nearness, nearness_flops
 from cads.selectors.online.strata import Strata
 from cads.task import Task
 
 LIKENESS = "likeness to the target"
 """Stage of the ledger."""
 N_GROUPS = 6
+NEAR = N_GROUPS
+"""Code of texts of the target's kind, whatever their group."""
 SAMPLE = 1000
 """Examples of the pool from which moments and the direction are computed."""
 MOST_TARGET = 4096
@@ -75,8 +81,8 @@ class Likeness:
     """Groups of the pool along the direction that tells it from the target.
 
     Attributes:
-        codes: group of each example, uint8, shape (N,), from the least to the most like the target.
-        weights: of the groups, in [0, 1], the largest 1; shape (B,).
+        codes: group of each example, uint8, shape (N,), from the least to the most like the target; then `NEAR`.
+        weights: of the groups, in [0, 1], the largest 1; shape (B,), of texts (B + 1,).
     """
 
     codes: np.ndarray
@@ -99,11 +105,15 @@ def likeness_flops(task: Task) -> float:
     width = _features(task).width(task)
     prepared = (n + n_target) * task.descriptor_flops
     fitted = _features(task).fitting_flops(width, n, n_target, sample)
-    return prepared + fitted + 2 * width * (n + FOLDS * sample + n_target)
+    near = 0.0
+    if task.bags:
+        near = min(MOST, n_target) * task.descriptor_flops
+        near += nearness_flops(n, n_target, task.costs.tokens_per_example(task.pool))
+    return prepared + fitted + near + 2 * width * (n + FOLDS * sample + n_target)
 
 
 def _fitted(task: Task, strata: Strata, seed: int) -> State:
-    """Codes and weights; nothing if all weights are 1."""
+    """Codes and weights; nothing if all examples weigh the same and none is `NEAR`."""
     pool, target = task.pool, task.target
     sample = np.sort(draw(pool, SAMPLE, derive(seed, "likeness")))
     groups, importance = strata.groups[sample], strata.importance[sample]
@@ -120,16 +130,26 @@ def _fitted(task: Task, strata: Strata, seed: int) -> State:
     for k in range(FOLDS):
         ranks[folds == k] = _ranks(x @ directions[k], importance, y[folds == k] @ directions[k])
     covered = min(1.0, float((ranks < 1).mean()) / COVERED)
-    weights = shrunk_ratios(np.bincount(_codes(ranks), minlength=N_GROUPS), covered).clip(min=features.least)
-    if (weights == 1).all():
+    counts = np.bincount(_codes(ranks), minlength=N_GROUPS)
+    weights = shrunk_ratios(counts, covered).clip(min=features.least)
+    near, has_more = None, counts > len(ranks) / N_GROUPS
+    if task.bags:
+        nearest = np.sort(draw(target, MOST, derive(seed, "nearest")))
+        near, weights = Nearness(task.descriptors(target, nearest), raw), np.append(weights, 1.0)
+    elif (weights == 1).all():
         return State({}, {})
     scale = x @ directions[FOLDS]
     codes = np.empty(len(pool), dtype=np.uint8)
     chunk = max(1, min(CHUNK, CHUNK_VALUES // task.n_descriptors))
     for start in range(0, len(pool), chunk):
         rows = np.arange(start, min(start + chunk, len(pool)))
-        scores = features(task.descriptors(pool, rows), strata.groups[rows]) @ directions[FOLDS]
+        described = task.descriptors(pool, rows)
+        scores = features(described, strata.groups[rows]) @ directions[FOLDS]
         codes[rows] = _codes(_ranks(scale, importance, scores))
+        if near is not None:
+            codes[rows[has_more[codes[rows]] & near.passes(described)]] = NEAR
+    if (weights == 1).all() and not (codes == NEAR).any():
+        return State({}, {})
     return State({}, {"codes": torch.from_numpy(codes), "weights": torch.from_numpy(weights)})
 
 

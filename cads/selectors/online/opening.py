@@ -9,7 +9,7 @@ import numpy as np
 from cads.search.inner_costs import InnerLoopCosts
 from cads.search.stages import FitTarget, ScorePool, Stages, UpdatePolicy
 from cads.selectors.online.likeness import LIKENESS, likeness_flops
-from cads.selectors.online.schedule import OnlineConstants, first_phase
+from cads.selectors.online.schedule import Mixture, OnlineConstants, first_phase, mixture
 from cads.selectors.online.strata import source_count
 from cads.task import Task
 
@@ -27,6 +27,7 @@ class Opening:
             model that can.
         n_sources: sources of the pool. probes: stages in which these losses are measured.
         comparing: FLOPs for comparing pool and target without a model; 0: they are not compared.
+        mixed: whether target and pool are drawn together from the start, see `mixture`.
     """
 
     first: float
@@ -35,6 +36,7 @@ class Opening:
     n_sources: int
     probes: tuple[str, ...]
     comparing: float
+    mixed: bool
 
     def stages(self) -> Stages:
         """What is charged to "select"; the first phase is part of the training of the final model."""
@@ -72,15 +74,30 @@ def opening_of(
     judges = first < total if on_target else theta > 0
     probes = (FIRST_PROBE, PROBE) if constants.drop else (PROBE,)
     per_source = _probes_per_source(task, constants, total, len(probes)) if judges else 0
-    if constants.mixed_lead and not per_source and first < total and task.guess_loss is None:
-        # Nothing is told apart, neither sources nor labels: the target needs no phase of its own, see `mixed_lead`.
+    # Where nothing is told apart, neither sources nor labels, the target needs no phase of its own.
+    mixed = bool(constants.mixed_lead) and on_target and not per_source and task.guess_loss is None
+    if mixed:
         first = 0.0
     # Sources of texts that cannot be told apart say nothing; what the texts are about does.
     by_likeness = by_likeness or (divides and constants.drop and not per_source)
     comparing = likeness_flops(task) if by_likeness and first < total else 0.0
     if comparing > constants.most_comparing * total:
         comparing = 0.0
-    return Opening(first, theta, per_source, source_count(task.pool), probes, comparing)
+    return Opening(first, theta, per_source, source_count(task.pool), probes, comparing, mixed)
+
+
+def mixture_of(task: Task, constants: OnlineConstants, flops: float, *, n_near: float, n_rest: float) -> Mixture:
+    """How target and pool are mixed from the start in a run of `flops`; `n_near` and `n_rest` as in `mixture`."""
+    size = task.recipe.batch_size
+    return mixture(
+        constants,
+        n_target=len(task.target),
+        n_near=n_near,
+        n_rest=n_rest,
+        target_usage=task.costs.per_usage(task.target, size),
+        pool_usage=task.costs.per_usage(task.pool, size),
+        flops=flops,
+    )
 
 
 def _first_flops(task: Task, constants: OnlineConstants, total: float) -> float:

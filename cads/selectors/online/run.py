@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,10 @@ from cads.runtime.checkpoint import State
 from cads.seeding import derive
 from cads.selection import Selection
 from cads.selectors.online.history import PolicyHistory
-from cads.selectors.online.likeness import likeness
-from cads.selectors.online.opening import Opening
+from cads.selectors.online.likeness import NEAR, likeness
+from cads.selectors.online.opening import Opening, mixture_of
 from cads.selectors.online.rider import MEMORY, OnlineRider
-from cads.selectors.online.schedule import OnlineConstants, mixed_lead
+from cads.selectors.online.schedule import Mixture, OnlineConstants
 from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import Strata
 from cads.task import Task
@@ -64,6 +65,7 @@ class OnlineRun:
         self.end = ""
         self._seed, self._by_example, self._on_target = seed, by_example, on_target
         self._strata = Strata.of(task)
+        self._likeness_weights = self._strata.likeness_weights
         self._target_stream = balanced_stream(
             by_id(task.target), task.groups(task.target), derive(seed, "target order")
         )
@@ -92,6 +94,8 @@ class OnlineRun:
 
     def target_flops(self, opening: Opening, horizon: float) -> float:
         """FLOPs of the first phase, on the target alone; if little more is affordable, it takes all of `horizon`."""
+        if opening.mixed:
+            return horizon if self.mixture(horizon).target_share == 1 else 0.0
         return horizon if opening.first + self.step_flops > horizon else opening.first
 
     def target_draws(self) -> BatchStream:
@@ -115,6 +119,18 @@ class OnlineRun:
         self._strata = self._strata.told_apart(alike.codes, alike.weights)
         for group, weight in enumerate(alike.weights.tolist()):
             self.monitor.scalar(f"likeness_weight/{group}", weight, 0)
+
+    @cached_property
+    def _distinct(self) -> np.ndarray:
+        """One position of each content of the pool."""
+        return np.unique(self.task.pool.code_contents(), return_index=True)[1]
+
+    def mixture(self, flops: float) -> Mixture:
+        """How target and pool are mixed from the start in a run of `flops`."""
+        weights = self._strata.likeness_weights
+        weighed = weights * np.bincount(self._strata.likeness[self._distinct], minlength=len(weights))
+        near, rest = float(weighed[NEAR:].sum()), float(weighed[:NEAR].sum())
+        return mixture_of(self.task, self.constants, flops, n_near=near, n_rest=rest)
 
     def excess(self, signal: np.ndarray, probes: np.ndarray) -> SourceExcess:
         """The signal of the sources after the losses of `probes` (positions), or their fall: nats, shape (n,)."""
@@ -151,18 +167,13 @@ class OnlineRun:
         history = PolicyHistory(self.monitor, task.pool.source_names, sizes, strata.group_shares, n_steps, steps)
         share, end = None, horizon
         if self.constants.mixed_lead and self._on_target and not steps:
-            _, distinct = np.unique(task.pool.code_contents(), return_index=True)
-            share, flops = mixed_lead(
-                self.constants,
-                n_target=len(task.target),
-                n_pool=float(strata.likeness_weights[strata.likeness[distinct]].sum()),
-                target_usage=task.costs.per_usage(task.target, batch_size),
-                pool_usage=usage,
-                flops=horizon - spent,
-            )
-            end = min(horizon, spent + flops)
-            # No example of the pool comes more often than another, whatever the lengths of the target's answers.
-            strata = strata.as_they_come()
+            mixed = self.mixture(horizon - spent)
+            share, end = mixed.target_share, min(horizon, spent + mixed.flops)
+            # Beside likeness nothing decides how often an example comes, not even the length of the target's answers.
+            weights = strata.likeness_weights.copy()
+            weights[:NEAR] *= mixed.rest
+            strata = strata.told_apart(strata.likeness, weights / weights.max()).as_they_come()
+        self._likeness_weights = strata.likeness_weights
         self.rider = OnlineRider(
             task.pool,
             task.target,
@@ -219,7 +230,7 @@ class OnlineRun:
         shares = rider.source_weights.tolist() if pool.sources is not None else []
         return Selection.from_pool(
             pool,
-            selected=np.ones(len(pool), dtype=bool),
+            selected=self._likeness_weights[self._strata.likeness] > 0,
             score=probability,
             probability=probability,
             weighted=True,
@@ -231,9 +242,11 @@ class OnlineRun:
 
     def _notes(self) -> dict[str, Any]:
         """Why the run ended early; and of each group by likeness to the target its share of the pool and weight."""
-        strata = self._strata
-        weights, notes = strata.likeness_weights, {"end": self.end} if self.end else {}
+        weights, notes = self._likeness_weights, {"end": self.end} if self.end else {}
         if len(weights) < 2:
             return notes
-        shares = np.bincount(strata.likeness, minlength=len(weights)) / len(strata.likeness)
-        return notes | {"likeness": {"shares": shares.round(4).tolist(), "weights": weights.round(4).tolist()}}
+        shares = np.bincount(self._strata.likeness, minlength=len(weights)) / len(self.task.pool)
+        told = {"shares": shares.round(4).tolist(), "weights": weights.round(4).tolist()}
+        if len(weights) > NEAR:
+            told["near"] = int(np.count_nonzero(self._strata.likeness == NEAR))
+        return notes | {"likeness": told}

@@ -17,7 +17,7 @@ class OnlineConstants:
     Attributes:
         first_passes: effective passes over the target before the pool is trained on; an effective pass is one at the
             peak learning rate.
-        mixed_lead: passes by which the target leads where it has no phase of its own, see `mixed_lead`.
+        mixed_lead: passes by which the target leads where it has no phase of its own, see `mixture`.
         most_first: largest share of the budget for them. If they take more, the target alone is trained on.
         most_steering: largest share of the budget for a model of the target that steers and is not the final one.
         probes: most examples of each source whose losses are measured after the first phase.
@@ -116,25 +116,50 @@ def first_phase(
     return (int(np.searchsorted(taught, needed)) + 1.5) * step
 
 
-def mixed_lead(
-    constants: OnlineConstants, *, n_target: int, n_pool: float, target_usage: float, pool_usage: float, flops: float
-) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Mixture:
+    """Target and pool together from the start.
+
+    Attributes:
+        target_share: of a batch; 1: the budget buys the target alone.
+        rest: how often what is not of the target's kind is drawn, as a part of how often the target is.
+        flops: of the run.
+    """
+
+    target_share: float
+    rest: float
+    flops: float
+
+
+def mixture(
+    constants: OnlineConstants,
+    *,
+    n_target: int,
+    n_near: float,
+    n_rest: float,
+    target_usage: float,
+    pool_usage: float,
+    flops: float,
+) -> Mixture:
     """Target and pool together from the start, for sources that are not told apart.
 
-    An example is worth less each time it comes. So the target comes c times and the pool c - `mixed_lead` times:
-    the lead that a first phase would give the target is mixed in. c follows from the budget; it ends at `stop_passes`.
+    An example is worth less each time it comes. So the target, and what of the pool is of its kind, come c times and
+    the rest max(0, c - `mixed_lead`) times: the lead that a first phase would give the target is mixed in. c follows
+    from the budget; the run ends at `stop_passes`.
 
     Args:
-        n_target, n_pool: different examples. target_usage, pool_usage: FLOPs of training on one of them.
+        n_target, n_near, n_rest: different examples of the target, of its kind in the pool, and of the rest, weighed.
+        target_usage, pool_usage: FLOPs of training on one of them.
         flops: that can be spent.
-
-    Returns:
-        the share of the target in a batch, and the FLOPs of the run.
     """
-    lead = constants.mixed_lead
-    visits = (flops + lead * n_pool * pool_usage) / (n_target * target_usage + n_pool * pool_usage)
+    lead, alike = constants.mixed_lead, n_target * target_usage + n_near * pool_usage
+    if flops <= lead * alike:
+        visits = flops / alike
+    else:
+        visits = (flops + lead * n_rest * pool_usage) / (alike + n_rest * pool_usage)
     if constants.stop_passes is not None:
         visits = min(visits, constants.stop_passes)
-    of_target, of_pool = n_target * visits, n_pool * max(0.0, visits - lead)
-    share = min(constants.most_target, of_target / (of_target + of_pool))
-    return share, min(flops, of_target * target_usage + of_pool * pool_usage)
+    rest = max(0.0, visits - lead)
+    of_target, of_pool = n_target * visits, n_near * visits + n_rest * rest
+    spent = of_target * target_usage + of_pool * pool_usage
+    return Mixture(of_target / (of_target + of_pool), rest / visits, min(flops, spent))

@@ -30,7 +30,7 @@ from cads.search.source_order import in_name_order
 from cads.seeding import derive
 from cads.selection import Selection
 from cads.selectors.online.likeness import LIKENESS
-from cads.selectors.online.opening import FIRST_PROBE, PROBE, Opening, opening_of
+from cads.selectors.online.opening import FIRST_PROBE, PROBE, Opening, mixture_of, opening_of
 from cads.selectors.online.run import OnlineRun
 from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, OnlineConstants
 from cads.selectors.online.signal import SourceExcess
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 Granularity = Literal["source", "group", "example"]
 STAGE = "final model"
 TARGET_ALONE = "the budget buys the target alone"
+TARGET_AND_NEAR = "the budget buys the target, and what of the pool is of its kind"
 
 
 @dataclass
@@ -82,10 +83,13 @@ class Cads:
         for stage in opening.stages():
             costs.charge(stage)
         costs.ledger.rides = True
+        left, constants = costs.ledger.left, self.constants(task)
         step = task.recipe.batch_size * task.costs.per_usage(task.target, task.recipe.batch_size)
-        if opening.first and opening.first + step > costs.ledger.left:
+        if opening.first and opening.first + step > left:
             costs.ledger.kept, costs.ledger.note = 0, TARGET_ALONE
-        passes = self.constants(task).stop_passes
+        if opening.mixed and mixture_of(task, constants, left, n_near=0, n_rest=len(task.pool)).target_share == 1:
+            costs.ledger.kept, costs.ledger.note = (None, TARGET_AND_NEAR) if opening.comparing else (0, TARGET_ALONE)
+        passes = constants.stop_passes
         if passes is not None:
             n_most = len(task.pool) + len(task.target) * self.train_on_target
             usage = task.costs.per_usage(task.pool, task.recipe.batch_size)
@@ -202,10 +206,10 @@ class _TrainedRun:
 
     def _train_on_target(self, opening: Opening, horizon: float) -> TrainResult | None:
         """The first phase; None without one."""
-        if not opening.first:
+        flops = self.draws.target_flops(opening, horizon)
+        if not flops:
             return None
         self._inner.monitor.status(f"target first: {len(self._inner.task.target):,} examples")
-        flops = self.draws.target_flops(opening, horizon)
         return self._fit(self.draws.target_draws(), flops, RunSegment(horizon=horizon, keep=True))
 
     def _train_on_both(

@@ -68,8 +68,8 @@ class Strata:
         return replace(self, likeness=likeness, likeness_weights=weights)
 
     def as_they_come(self) -> Strata:
-        """The same strata, with the groups in the shares of the pool."""
-        counts = np.bincount(self.groups, minlength=self.n_groups)
+        """The same strata, with the groups in the shares that the weights of likeness leave them."""
+        counts = np.bincount(self.groups, self.likeness_weights[self.likeness], self.n_groups)
         return replace(self, group_shares=counts / counts.sum())
 
     def cells(self, pool: Pool, seed: int) -> CellDraws:

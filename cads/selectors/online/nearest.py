@@ -1,0 +1,61 @@
+"""Texts of the pool that are of the target's kind: as near to the target as its own texts are to each other.
+
+Texts are compared by the cosine of their tokens: the square roots of the shares, weighed by how rare each token is. The
+nearness of a text is its cosine with the k-th nearest of the n texts of the target, k = `NEIGHBOURS` n. A text of the
+pool passes if it is nearer than the least near `LEVEL` of the target are to the rest of the target: the conformal test
+of novelty by nearest neighbours (Laxhammar and Falkman 2010). A text that comes from where the target comes from fails
+with a probability of `LEVEL`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.sparse import csr_array
+
+NEIGHBOURS = 0.1
+"""Share of the target that a text must be near to."""
+LEVEL = 0.05
+"""Share of texts of the target's kind that do not pass."""
+MOST = 512
+"""Texts of the target that others are compared with, at most."""
+
+
+class Nearness:
+    """Nearness to texts of the target.
+
+    Args:
+        target: shares of tokens of these texts, shape (n, D); at least two, `MOST` at most.
+        pool: the same of a sample of the pool; both say how rare a token is.
+
+    Attributes:
+        least: the nearness from which a text passes, a cosine.
+    """
+
+    def __init__(self, target: np.ndarray, pool: np.ndarray) -> None:
+        with_token = np.count_nonzero(target, axis=0) + np.count_nonzero(pool, axis=0)
+        self._rarity = np.log((1 + len(target) + len(pool)) / (1 + with_token))
+        self._target = self._vectors(target)
+        self._k = max(1, round(NEIGHBOURS * len(target)))
+        own = self._cosines(target)
+        np.fill_diagonal(own, -1.0)
+        self.least = float(np.quantile(self._of_kth(own), LEVEL))
+
+    def passes(self, shares: np.ndarray) -> np.ndarray:
+        """Whether texts with these shares of tokens, shape (n, D), are of the target's kind; bool, shape (n,)."""
+        return np.asarray(self._of_kth(self._cosines(shares)) >= self.least)
+
+    def _vectors(self, shares: np.ndarray) -> csr_array:
+        x = np.sqrt(shares) * self._rarity
+        return csr_array(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))
+
+    def _cosines(self, shares: np.ndarray) -> np.ndarray:
+        return np.asarray((self._vectors(shares) @ self._target.T).toarray())
+
+    def _of_kth(self, cosines: np.ndarray) -> np.ndarray:
+        return np.partition(cosines, -self._k, axis=1)[:, -self._k]
+
+
+def nearness_flops(n: int, n_target: int, n_tokens: float) -> float:
+    """FLOPs of comparing `n` texts of `n_tokens` tokens, and the target itself: two for each token of each pair."""
+    compared = min(MOST, n_target)
+    return 2 * n_tokens * compared * (n + compared)

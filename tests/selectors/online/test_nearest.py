@@ -1,0 +1,56 @@
+"""Texts that are of the target's kind."""
+
+import numpy as np
+import pytest
+
+from cads.selectors.online.nearest import LEVEL, MOST, NEIGHBOURS, Nearness, nearness_flops
+
+N_TOKENS = 400
+
+
+def texts(rng, n, topic, length=60):
+    """Shares of tokens of `n` texts, most of them from a topic: a hundred tokens."""
+    tokens = np.where(rng.random((n, length)) < 0.8, 100 * topic + rng.integers(0, 100, (n, length)), 0)
+    tokens = np.where(tokens == 0, rng.integers(0, N_TOKENS, (n, length)), tokens)
+    counts = np.stack([np.bincount(row, minlength=N_TOKENS) for row in tokens])
+    return (counts / length).astype(np.float32)
+
+
+def test_texts_of_the_target_pass_but_for_the_level():
+    """A false alarm for `LEVEL` of the texts that come from where the target comes from, on average."""
+    rng, passed = np.random.default_rng(0), []
+    for _ in range(20):
+        nearness = Nearness(texts(rng, 100, 1), np.concatenate([texts(rng, 50, topic) for topic in range(4)]))
+        passed.append(nearness.passes(texts(rng, 200, 1)).mean())
+    assert np.mean(passed) == pytest.approx(1 - LEVEL, abs=0.03)
+
+
+def test_texts_of_other_topics_do_not_pass():
+    rng = np.random.default_rng(1)
+    nearness = Nearness(texts(rng, 60, 2), np.concatenate([texts(rng, 50, topic) for topic in range(4)]))
+    for topic in (0, 1, 3):
+        assert nearness.passes(texts(rng, 100, topic)).mean() < 0.02
+
+
+def test_nearness_is_the_cosine_with_the_kth_nearest():
+    """Against all pairs, one after another."""
+    rng = np.random.default_rng(2)
+    target, pool, others = (texts(rng, n, 1) for n in (30, 40, 12))
+    both = np.concatenate([target, pool])
+    rarity = np.log((1 + len(both)) / (1 + (both > 0).sum(axis=0)))
+
+    def cosine(one, other):
+        x, y = np.sqrt(one) * rarity, np.sqrt(other) * rarity
+        return x @ y / np.sqrt(x @ x) / np.sqrt(y @ y)
+
+    k = round(NEIGHBOURS * len(target))
+    own = [sorted((cosine(x, y) for j, y in enumerate(target) if j != i), reverse=True) for i, x in enumerate(target)]
+    nearness = Nearness(target, pool)
+    assert nearness.least == pytest.approx(np.quantile([row[k - 1] for row in own], LEVEL))
+    expected = [sorted((cosine(x, y) for y in target), reverse=True)[k - 1] >= nearness.least for x in others]
+    assert nearness.passes(others).tolist() == expected
+
+
+def test_cost_is_that_of_the_pairs():
+    assert nearness_flops(1000, 20, 50.0) == 2 * 50 * 20 * 1020
+    assert nearness_flops(1000, 10**6, 50.0) == 2 * 50 * MOST * (1000 + MOST)
