@@ -235,7 +235,7 @@ class OnlineRun:
             probability=probability,
             weighted=True,
             source_probability=dict(zip(pool.source_names, shares, strict=False)),
-            target_fraction=min(rider.target_share, self.constants.most_target),
+            target_fraction=rider.target_share,
             notes=self._notes() | {"course": rider.history.to_json()},
             **fields,
         )

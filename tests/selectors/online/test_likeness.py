@@ -14,9 +14,9 @@ from cads.errors import DataError
 from cads.recipe import TrainConfig
 from cads.registry import build_selector
 from cads.selectors.online import likeness as likeness_module
-from cads.selectors.online.likeness import LEAST, LIKENESS, N_GROUPS, likeness, likeness_flops, shrunk_ratios
+from cads.selectors.online.likeness import LEAST, LIKENESS, N_GROUPS, NEAR, likeness, likeness_flops, shrunk_ratios
 from cads.selectors.online.schedule import FROM_SCRATCH
-from cads.selectors.online.selector import Cads
+from cads.selectors.online.selector import TARGET_AND_NEAR, Cads
 from cads.selectors.online.strata import Strata
 from cads.tasks.language.bag_of_tokens import N_BUCKETS
 from cads.tasks.language.config import LanguageConfig
@@ -35,6 +35,13 @@ EPOCHS = 8
 
 def digits(sources=SHIFTED, seed=0):
     return VisionConfig(hidden=64, n_target=60, n_test=150, sources=sources, data_seed=seed).build(RECIPE)
+
+
+class Affordable(Cads):
+    """Compares pool and target whatever that costs."""
+
+    def constants(self, task):
+        return replace(super().constants(task), most_comparing=1.0)
 
 
 THEMES = {"first": "abcdef", "second": "ghijkl", "third": "mnopqr", "fourth": "stuvwx"}
@@ -203,7 +210,8 @@ class TestTexts:
         task = texts("second")
         smaller = without_sources(task)
         smaller.pool = task.pool.subset(np.arange(90), "pool")
-        per_example = task.descriptor_flops + 2 * N_BUCKETS + (2 + 5 * 2) * N_BUCKETS
+        pairs = 2 * task.costs.tokens_per_example(task.pool) * len(task.target)
+        per_example = task.descriptor_flops + 2 * N_BUCKETS + (2 + 5 * 2) * N_BUCKETS + pairs
         assert likeness_flops(task) - likeness_flops(smaller) == pytest.approx(150 * per_example)
 
     def test_are_drawn_by_likeness_without_sources(self, texts):
@@ -219,13 +227,42 @@ class TestTexts:
         assert ledger.total().flops <= budget.flops(hidden)
         assert len(task.target) / (len(task.target) + len(task.pool)) < 0.15 < selection.target_fraction
 
+    def test_those_of_the_targets_kind_are_found(self, texts):
+        """And of no other theme; where the pool has none, none."""
+        for theme, found in (("second", True), ("fourth", False)):
+            task = texts(theme)
+            hidden = without_sources(task)
+            alike = likeness(hidden, Strata.of(hidden), 0)
+            near = np.zeros(len(task.pool), bool) if alike is None else alike.codes == NEAR
+            about = np.array(task.pool.source_names)[task.pool.sources]
+            assert near[about == theme].sum() > (60 if found else -1)
+            assert near[about != theme].mean() < 0.02
+
+    def test_those_of_the_targets_kind_come_as_often_as_the_target(self, texts):
+        """And no other text, where the budget does not pay for more; lengths do not decide how often one comes."""
+        task = texts("second")
+        hidden, budget = without_sources(task), Budget(1, "epochs")
+        ledger = Ledger()
+        selection = Affordable().select(hidden, budget, seed=0, ledger=ledger)
+        strata = Strata.of(hidden)
+        near = likeness(hidden, strata, 0).codes == NEAR
+        assert (selection.selected == near).all()
+        assert selection.target_fraction == pytest.approx(len(task.target) / (len(task.target) + near.sum()))
+        assert selection.probability[near].tolist() == [1.0] * near.sum()
+        assert selection.notes["likeness"]["near"] == near.sum()
+        assert ledger.total(TRAIN).usages > 0.9 * len(hidden.pool)
+        few = Affordable().plan(hidden, Budget(0.5, "epochs"))
+        assert (few.note, few.kept) == (TARGET_AND_NEAR, None)
+
+    def test_a_pool_with_none_of_its_kind_leaves_a_small_budget_to_the_target(self, texts):
+        hidden, budget = without_sources(texts("fourth")), Budget(0.5, "epochs")
+        selection = Affordable().select(hidden, budget, seed=0, ledger=Ledger())
+        assert selection.target_fraction == 1
+        assert not selection.selected.any()
+
     @pytest.mark.parametrize("granularity", ["source", "example"])
     def test_where_sources_are_not_told_apart_examples_are_compared(self, texts, granularity):
         """But for one probability a source, which all its examples share."""
-
-        class Affordable(Cads):
-            def constants(self, task):
-                return replace(super().constants(task), most_comparing=1.0)
 
         ledger = Ledger()
         selection = Affordable(granularity).select(texts("second"), Budget(2, "epochs"), seed=0, ledger=ledger)
