@@ -121,15 +121,15 @@ class OnlineRun:
             self.monitor.scalar(f"likeness_weight/{group}", weight, 0)
 
     @cached_property
-    def _distinct(self) -> np.ndarray:
-        """One position of each content of the pool."""
-        return np.unique(self.task.pool.code_contents(), return_index=True)[1]
+    def _weighed(self) -> np.ndarray:
+        """Different contents of each code of likeness, weighed, after `compare`; shape (L,)."""
+        _, distinct = np.unique(self.task.pool.code_contents(), return_index=True)
+        weights = self._strata.likeness_weights
+        return weights * np.bincount(self._strata.likeness[distinct], minlength=len(weights))
 
     def mixture(self, flops: float) -> Mixture:
         """How target and pool are mixed from the start in a run of `flops`."""
-        weights = self._strata.likeness_weights
-        weighed = weights * np.bincount(self._strata.likeness[self._distinct], minlength=len(weights))
-        near, rest = float(weighed[NEAR:].sum()), float(weighed[:NEAR].sum())
+        near, rest = float(self._weighed[NEAR:].sum()), float(self._weighed[:NEAR].sum())
         return mixture_of(self.task, self.constants, flops, n_near=near, n_rest=rest)
 
     def excess(self, signal: np.ndarray, probes: np.ndarray) -> SourceExcess:
