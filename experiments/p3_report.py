@@ -19,7 +19,9 @@ REFERENCES = ("joint", "joint .5", "joint, stop", "full")
 """Methods of which `cads` may not be above the best by more than `ABOVE_BEST`."""
 ABOVE_BEST, ABOVE_TARGET_ONLY = 0.02, 0.05
 """Nats."""
-AGAINST = ("joint", "joint .5", "joint, stop", "target-only", "target-only, stop", "full")
+AGAINST = ("joint", "joint .5", "joint, stop", "target-only", "target-only, stop", "full", "bm25 and target")
+ALL = "all"
+"""What stands for the target in rows over all of them."""
 MOST_DATA_SETS, MOST_TEMPLATES = 6, 4
 """Data sets, and templates, that are named as drawn most."""
 
@@ -88,13 +90,21 @@ def bars(points: Sequence[MethodPoint]) -> str:
 
 
 def differences(points: Sequence[MethodPoint]) -> str:
-    """`cads` less each other method, in each cell."""
+    """`cads` less each other method, in each cell, and over all targets: their seeds are independent draws."""
     rows = []
+    pooled: dict[str, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
     for group in by_group(points).values():
         for budget, methods in _by_budget(group).items():
             if ours := methods.get(CADS):
-                cells = [difference(ours, methods[name]) if name in methods else "-" for name in AGAINST]
+                found = {name: pairs(ours, methods[name]) for name in AGAINST if name in methods}
+                for name, values in found.items():
+                    pooled[budget][name].append(values)
+                cells = [_interval(found[name]) if name in found else "-" for name in AGAINST]
                 rows.append([ours.task, budget, str(len(ours.seeds)), *cells])
+    for budget, methods_of in pooled.items():
+        joined = {name: np.concatenate(parts) for name, parts in methods_of.items()}
+        cells = [_interval(joined[name]) if name in joined else "-" for name in AGAINST]
+        rows.append([ALL, budget, str(max(map(len, joined.values()))), *cells])
     return table(["target", "budget", "seeds", *AGAINST], rows)
 
 
@@ -170,7 +180,11 @@ def pairs(a: MethodPoint, b: MethodPoint) -> np.ndarray:
 
 def difference(a: MethodPoint, b: MethodPoint) -> str:
     """The mean of `a` less that of `b` over the seeds that both have, with its interval."""
-    found = pairs(a, b)
+    return _interval(pairs(a, b))
+
+
+def _interval(found: np.ndarray) -> str:
+    """The mean of paired differences, with its interval; one pair has none."""
     width = half_width(found)
     return f"{found.mean():+.3f}" + ("" if math.isnan(width) else f" ± {width:.3f}")
 

@@ -281,7 +281,7 @@ class TestExperiment:
         (model,) = (tmp_path / "models").glob("tiny-*")
         sections = yaml.safe_load((tmp_path / "config.yaml").read_text())
         del sections["pretraining"], sections["sizes"]
-        ranking = {"method": "bm25", "label": "bm25 and target", "options": {"target_fraction": "by size"}}
+        ranking = {"method": "bm25", "label": "ranked and target", "options": {"target_fraction": "by size"}}
         peft = {"type": "lora", "r": 2, "target_modules": ["q_proj"]}
         sections |= {
             "models": [{"label": "own", "task": {"model": str(model), "peft": peft}}],
@@ -292,7 +292,7 @@ class TestExperiment:
         words[words.index("--out") + 1] = str(tmp_path / "other")
         assert p3.main(words) == 0
         page = (tmp_path / "page.md").read_text()
-        for part in ("r 2", "| bm25 and target |", "1 pairs of target and budget", "--file p3=PATH"):
+        for part in ("r 2", "| ranked and target |", "1 pairs of target and budget", "--file p3=PATH"):
             assert part in page
         assert "## Accuracy" not in page
         assert "## Bars" not in page
