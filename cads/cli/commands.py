@@ -305,7 +305,7 @@ def _finished(path: Path) -> str:
 def summary(selection: Selection) -> Table:
     """What was selected and what training draws, by source if there are sources.
 
-    The probability under the selector's policy is a column of its own, if there is one: the choice can differ from it.
+    The probability under the selector's policy is a column of its own, if it differs: the choice can differ from it.
     """
     title = f"{selection.method}: {int(selection.selected.sum()):,} of {len(selection.selected):,} examples"
     if "guard" in selection.notes:
@@ -319,6 +319,8 @@ def summary(selection: Selection) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("source", overflow="fold")
     policy = selection.policy_probability
+    if len(set(policy.values())) < 2:
+        policy = {}
     for column in ("examples", "selected", "share of training", *(["policy probability"] if policy else [])):
         table.add_column(column, justify="right", no_wrap=True)
     shares = selection.shares or {"(all)": float(selection.weights.sum())}
