@@ -147,7 +147,8 @@ def _fitted(task: Task, strata: Strata, seed: int) -> State:
         scores = features(described, strata.groups[rows]) @ directions[FOLDS]
         codes[rows] = _codes(_ranks(scale, importance, scores))
         if near is not None:
-            codes[rows[has_more[codes[rows]] & near.passes(described)]] = NEAR
+            candidates = has_more[codes[rows]]
+            codes[rows[candidates][near.passes(described[candidates])]] = NEAR
     if (weights == 1).all() and not (codes == NEAR).any():
         return State({}, {})
     return State({}, {"codes": torch.from_numpy(codes), "weights": torch.from_numpy(weights)})

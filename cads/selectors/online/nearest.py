@@ -56,6 +56,9 @@ class Nearness:
 
 
 def nearness_flops(n: int, n_target: int, n_tokens: float) -> float:
-    """FLOPs of comparing `n` texts of `n_tokens` tokens, and the target itself: two for each token of each pair."""
+    """FLOPs of comparing `n` texts of `n_tokens` tokens, and the target itself: two for each token of each pair.
+
+    All texts are charged for, since which are compared is not known beforehand.
+    """
     compared = min(MOST, n_target)
     return 2 * n_tokens * compared * (n + compared)

@@ -51,6 +51,11 @@ def test_nearness_is_the_cosine_with_the_kth_nearest():
     assert nearness.passes(others).tolist() == expected
 
 
+def test_no_text_is_no_text():
+    rng = np.random.default_rng(3)
+    assert Nearness(texts(rng, 2, 1), texts(rng, 5, 1)).passes(np.empty((0, N_TOKENS), np.float32)).shape == (0,)
+
+
 def test_cost_is_that_of_the_pairs():
     assert nearness_flops(1000, 20, 50.0) == 2 * 50 * 20 * 1020
     assert nearness_flops(1000, 10**6, 50.0) == 2 * 50 * MOST * (1000 + MOST)
