@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cads.cli.study_commands import run_grid
-from cads.errors import CadsError
+from cads.errors import CadsError, ConfigError
 from cads.study.analysis.fits import analyse
 from cads.study.analysis.points import points_of
 from cads.study.grid import Grid, read_grid
@@ -32,25 +32,27 @@ TRAINING_BUDGET = (
 TOTAL_BUDGET = "The budget covers selection and training."
 
 
-EVERY, MIDDLE = ("regret", "frontier", "fits"), ("overlap", "ledger", "sources")
-"""Figures of a report that are copied to the results: of each task and size; of the budget in the middle alone."""
-
-
 def write_results(grid: Grid, config: Path, out: Path, report: ReportFiles, results: Path) -> None:
     """Write the table of a finished grid as Markdown, and its figure beside it (one for each task and size).
 
-    All runs are written to NAME/tables, so that `cads report NAME` can draw and fit them again. The fits and some
-    figures of the grid's own report, which shows the selections too, are copied to NAME.
+    All runs are written to NAME/tables, so that `cads report NAME` draws and fits them again. The fits of the report
+    of the grid, which knows the selections too, are copied to NAME.
+
+    Raises:
+        ConfigError: if NAME is the folder of the grid itself.
     """
+    folder = results.with_suffix("")
+    if folder.resolve() == out.resolve():
+        raise ConfigError(f"--results {results}: {folder} is the folder of the runs; name the page differently")
     runs = read_runs(out)
     points = points_of(runs)
     styles = method_styles((row["method"], row["selector"]) for row in runs)
     results.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(results.with_suffix(""), "runs", "all", runs)
+    write_rows(folder, "runs", "all", runs)
     for i, group in enumerate(analyse(points)):
         name = results.stem if i == 0 else f"{results.stem}-{i + 1}"
         figures.verdict(group, styles, name).save(results.parent, formats=("png",))
-    keep_figures(report, results.with_suffix(""))
+    shutil.copyfile(report.fits, folder / "fits.json")
     note = (
         "FLOPs of selection and of training; * marks the best of each budget. "
         f"{TOTAL_BUDGET if grid.count_selection else TRAINING_BUDGET}"
@@ -58,18 +60,6 @@ def write_results(grid: Grid, config: Path, out: Path, report: ReportFiles, resu
     command = f"python -m experiments.vision {config} --results {results}"
     title = f"{config.stem}: {intervals(points)}"
     results.write_text(f"# {title}\n\n    {command}\n\n{note}\n\n{markdown_table(points)}")
-
-
-def keep_figures(report: ReportFiles, folder: Path) -> None:
-    """Copy the fits of a report and its figures of `EVERY` and `MIDDLE` to `folder`; file names lose their numbers."""
-    shutil.copyfile(report.fits, folder / "fits.json")
-    (folder / "figures").mkdir(exist_ok=True)
-    for kind in EVERY + MIDDLE:
-        files = sorted(report.figures.glob(f"[0-9][0-9]-{kind}.png"))
-        if kind in MIDDLE:
-            files = files[len(files) // 2 :][:1]
-        for i, file in enumerate(files):
-            shutil.copyfile(file, folder / "figures" / f"{kind}{f'-{i + 1}' if i else ''}.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -64,6 +64,15 @@ def test_the_runs_are_kept_for_a_report(ran):
     assert made.answers == write_report(ran / "run").answers
 
 
+def test_a_page_named_as_the_folder_of_the_runs_is_refused(ran, capsys):
+    """Its runs would be written among those that it shows."""
+    words = [str(ran / "grid.yaml"), "--out", str(ran / "run"), "--results", str(ran / "run.md")]
+    before = read_runs(ran / "run")
+    assert main(words) == 1
+    assert "name the page differently" in " ".join(capsys.readouterr().out.split())
+    assert read_runs(ran / "run") == before
+
+
 def test_the_figure_is_a_figure(ran):
     with Image.open(ran / "table.png") as image:
         assert image.width >= 600
