@@ -9,7 +9,7 @@ import numpy as np
 from cads.search.inner_costs import InnerLoopCosts
 from cads.search.stages import FitTarget, ScorePool, Stages, UpdatePolicy
 from cads.selectors.online.likeness import LIKENESS, likeness_flops
-from cads.selectors.online.schedule import Mixture, OnlineConstants, first_phase, mixture
+from cads.selectors.online.schedule import OnlineConstants, TargetMixture, first_phase, mixture
 from cads.selectors.online.strata import source_count
 from cads.task import Task
 
@@ -86,7 +86,7 @@ def opening_of(
     return Opening(first, theta, per_source, source_count(task.pool), probes, comparing, mixed)
 
 
-def mixture_of(task: Task, constants: OnlineConstants, flops: float, *, n_near: float, n_rest: float) -> Mixture:
+def mixture_of(task: Task, constants: OnlineConstants, flops: float, *, n_near: float, n_rest: float) -> TargetMixture:
     """How target and pool are mixed from the start in a run of `flops`; `n_near` and `n_rest` as in `mixture`."""
     size = task.recipe.batch_size
     return mixture(

@@ -23,7 +23,7 @@ from cads.selectors.online.history import PolicyHistory
 from cads.selectors.online.likeness import NEAR, likeness
 from cads.selectors.online.opening import Opening, mixture_of
 from cads.selectors.online.rider import MEMORY, OnlineRider
-from cads.selectors.online.schedule import Mixture, OnlineConstants
+from cads.selectors.online.schedule import OnlineConstants, TargetMixture
 from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import Strata
 from cads.task import Task
@@ -127,7 +127,7 @@ class OnlineRun:
         weights = self._strata.likeness_weights
         return weights * np.bincount(self._strata.likeness[distinct], minlength=len(weights))
 
-    def mixture(self, flops: float) -> Mixture:
+    def mixture(self, flops: float) -> TargetMixture:
         """How target and pool are mixed from the start in a run of `flops`."""
         near, rest = float(self._weighed[NEAR:].sum()), float(self._weighed[:NEAR].sum())
         return mixture_of(self.task, self.constants, flops, n_near=near, n_rest=rest)
@@ -171,7 +171,8 @@ class OnlineRun:
             share, end = mixed.target_share, min(horizon, spent + mixed.flops)
             # Beside likeness nothing decides how often an example comes, not even the length of the target's answers.
             weights = strata.likeness_weights.copy()
-            weights[:NEAR] *= mixed.rest
+            if share < 1:
+                weights[:NEAR] *= mixed.rest
             strata = strata.told_apart(strata.likeness, weights / weights.max()).as_they_come()
         self._likeness_weights = strata.likeness_weights
         self.rider = OnlineRider(

@@ -117,7 +117,7 @@ def first_phase(
 
 
 @dataclass(frozen=True)
-class Mixture:
+class TargetMixture:
     """Target and pool together from the start.
 
     Attributes:
@@ -140,7 +140,7 @@ def mixture(
     target_usage: float,
     pool_usage: float,
     flops: float,
-) -> Mixture:
+) -> TargetMixture:
     """Target and pool together from the start, for sources that are not told apart.
 
     An example is worth less each time it comes. So the target, and what of the pool is of its kind, come c times and
@@ -162,4 +162,4 @@ def mixture(
     rest = max(0.0, visits - lead)
     of_target, of_pool = n_target * visits, n_near * visits + n_rest * rest
     spent = of_target * target_usage + of_pool * pool_usage
-    return Mixture(of_target / (of_target + of_pool), rest / visits, min(flops, spent))
+    return TargetMixture(of_target / (of_target + of_pool), rest / visits, min(flops, spent))
