@@ -3,8 +3,8 @@
 Texts are compared by the cosine of their tokens: the square roots of the shares, weighed by how rare each token is. The
 nearness of a text is its cosine with the k-th nearest of the n texts of the target, k = `NEIGHBOURS` n. A text of the
 pool passes if it is nearer than the least near `LEVEL` of the target are to the rest of the target: the conformal test
-of novelty by nearest neighbours (Laxhammar and Falkman 2010). A text that comes from where the target comes from fails
-with a probability of `LEVEL`.
+of novelty by nearest neighbours (Laxhammar and Falkman 2010). Of texts that come from where the target comes from about
+`LEVEL` fail, and more where the target has fewer than 40. A text that shares no token with its neighbours never passes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 NEIGHBOURS = 0.1
 """Share of the target that a text must be near to."""
 LEVEL = 0.05
-"""Share of texts of the target's kind that do not pass."""
+"""Share of texts of the target's kind that do not pass, about."""
 MOST = 512
 """Texts of the target that others are compared with, at most."""
 
@@ -42,7 +42,8 @@ class Nearness:
 
     def passes(self, shares: np.ndarray) -> np.ndarray:
         """Whether texts with these shares of tokens, shape (n, D), are of the target's kind; bool, shape (n,)."""
-        return np.asarray(self._of_kth(self._cosines(shares)) >= self.least)
+        nearness = self._of_kth(self._cosines(shares))
+        return np.asarray((nearness >= self.least) & (nearness > 0))
 
     def _vectors(self, shares: np.ndarray) -> csr_array:
         x = np.sqrt(shares) * self._rarity

@@ -51,6 +51,18 @@ def test_nearness_is_the_cosine_with_the_kth_nearest():
     assert nearness.passes(others).tolist() == expected
 
 
+def test_what_shares_nothing_with_the_target_does_not_pass():
+    """A few texts of the target that are like none of the rest let the threshold fall to 0."""
+    target, other = np.zeros((20, N_TOKENS), np.float32), np.zeros((4, N_TOKENS), np.float32)
+    target[:17, 0] = 1
+    target[np.arange(17, 20), np.arange(1, 4)] = 1
+    other[:, 300] = 1
+    nearness = Nearness(target, other)
+    assert nearness.least == 0
+    assert not nearness.passes(other).any()
+    assert nearness.passes(target[:17]).all()
+
+
 def test_no_text_is_no_text():
     rng = np.random.default_rng(3)
     assert Nearness(texts(rng, 2, 1), texts(rng, 5, 1)).passes(np.empty((0, N_TOKENS), np.float32)).shape == (0,)
