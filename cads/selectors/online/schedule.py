@@ -28,7 +28,7 @@ class OnlineConstants:
         half_worth: visits of an example after which one more is worth half of the first, see `cads.policies.visits`;
             None: sources are drawn in proportion to their worth, however long the run.
         floor: smallest weight of a source, relative to the largest.
-        most_target: largest share of the target in a batch after the first phase.
+        most_target: largest share of the target in a batch after a first phase; see `mixture` for runs without one.
         learning_passes: passes over the pool after which probabilities no longer move.
         stop_passes: passes over what is kept of target and pool after which the run ends; None: never.
         drop: whether the signal is the fall of the loss over the first phase, and not the loss at its end.
