@@ -137,7 +137,7 @@ class SteppedRun:
         self._probe, self._micro = probe, micro_size
         if self._opening.comparing:
             self.ledger.charge(SELECT, LIKENESS, self._opening.comparing)
-            self.draws.compare()
+            self.draws.compare(self._opening)
         if self.draws.constants.drop and len(self._probes):
             self._before = probe(self._probes, FIRST_PROBE)
         probing = 0.0
@@ -261,7 +261,7 @@ class SteppedRun:
         self.ledger.merge(Ledger.from_json(values["ledger"]))
         rider_tensors = {n.removeprefix(RIDER): x for n, x in tensors.items() if n.startswith(RIDER)}
         if self._opening.comparing:
-            self.draws.compare()
+            self.draws.compare(self._opening)
         if rider_tensors:
             nothing = np.empty(0, dtype=np.int64)
             rider, _ = self._begin_both(np.empty(0), nothing)
@@ -291,7 +291,7 @@ class SteppedRun:
         if self._rider is None:
             if self._limit and self._affords(self._target_draws.rows(self.steps)):
                 return
-            if self._limit and self.spent + self.draws.step_flops > self._horizon:
+            if self._limit and (self._limit >= self._horizon or not self.steps):
                 self._next = None
             else:
                 self._leave_target()

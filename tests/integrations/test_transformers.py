@@ -40,7 +40,7 @@ from tests.support.other_trainers import (
     write_sums,
 )
 from tests.support.paths import ROOT
-from tests.support.tiny_llama import CONTEXT, VOCABULARY, tokenizer
+from tests.support.tiny_llama import CONTEXT, VOCABULARY, tokenizer, write_lines
 
 EPOCHS = "3 epochs"
 DIGIT_EPOCHS = "5 epochs"
@@ -49,6 +49,17 @@ DIGIT_EPOCHS = "5 epochs"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_sums(tmp_path_factory.mktemp("sums"))
+
+
+@pytest.fixture(scope="module")
+def alike_folder(folder, tmp_path_factory):
+    """Half of the pool, by source, begins as the target does."""
+    other = shutil.copytree(folder, tmp_path_factory.mktemp("alike") / "sums")
+    rows = [json.loads(line) for line in (folder / "pool.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["prompt"] = row["prompt"].replace("pool", "target" if row["source"] == "right" else "other")
+    write_lines(other / "pool.jsonl", rows)
+    return other
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +112,32 @@ class TestEqualToCadsTrain:
         selection, trainer = online(sums_task(folder), EPOCHS, tmp_path)
         assert_equal_runs(trained, selection, trainer)
         assert {"probe of the initial model", "probe"} <= {record["stage"] for record in spent(trained.ledger)}
+
+    @pytest.mark.parametrize(
+        ("budget", "alike", "kinds"),
+        [("0.5 epochs", False, "target"), ("0.5 epochs", True, "near"), ("4 epochs", True, "all")],
+        ids=str,
+    )
+    def test_the_target_and_its_kind(self, alike_folder, folder, tmp_path, monkeypatch, budget, alike, kinds):
+        """And resumed, from one of the first steps and the last but one."""
+        compared = replace(PRETRAINED, most_comparing=1.0)
+        monkeypatch.setattr("cads.selectors.online.selector.PRETRAINED", compared)
+        task, steps = (lambda: sums_task(alike_folder if alike else folder)), {"save_strategy": "steps"}
+        trained = cads.train(task(), budget, seed=SEED)
+        selection, trainer = online(task(), budget, tmp_path, **steps, save_steps=2, save_total_limit=None)
+        assert_equal_runs(trained, selection, trainer)
+        found = selection.selection()
+        np.testing.assert_array_equal(found.probability, cads.select(task(), budget, seed=SEED).probability)
+        selected = 80 if kinds == "all" else found.notes["likeness"]["near"] if kinds == "near" else 0
+        assert found.selected.sum() == selected
+        assert (found.target_fraction == 1) == (kinds == "target")
+        assert kinds == "target" or 20 < found.notes["likeness"]["near"] < 60
+        numbers = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+        for number in {numbers[0], numbers[-2]}:
+            checkpoint = str(tmp_path / f"checkpoint-{number}")
+            resumed, again = online(task(), budget, tmp_path / "again", resume=checkpoint, **steps, save_steps=2)
+            assert_same_weights(trainer.model, again.model)
+            assert spent(resumed.ledger) == spent(selection.ledger)
 
     def test_dropout(self, folder, tmp_path):
         config = GPT2Config(

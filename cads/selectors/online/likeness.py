@@ -22,8 +22,8 @@ what the target lacks is drawn less, and what it has much of is not repeated for
 they teach the language even where they are about something else. Classes count by their shares in what is drawn, so
 that a class that the pool has little of does not count as unlike.
 
-Texts of groups with r_b > 1, before it is shrunk, may be of the target's kind (`cads.selectors.online.nearest`). Those
-that are form one more group, `NEAR`, of weight 1.
+Texts of groups of weight 1 may be of the target's kind (`cads.selectors.online.nearest`). Those that are form one more
+group, `NEAR`, of weight 1.
 
 Examples of the target that score higher than the whole pool say that the pool has nothing like them, and nothing about
 its groups. What is not such an example is a share c of the target. `min(1, c / COVERED)` is a further factor of the
@@ -82,22 +82,26 @@ class Likeness:
 
     Attributes:
         codes: group of each example, uint8, shape (N,), from the least to the most like the target; then `NEAR`.
-        weights: of the groups, in [0, 1], the largest 1; shape (B,), of texts (B + 1,).
+        weights: of the groups, in [0, 1], the largest 1; shape (B,), (B + 1,) with `NEAR`.
     """
 
     codes: np.ndarray
     weights: np.ndarray
 
 
-def likeness(task: Task, strata: Strata, seed: int) -> Likeness | None:
-    """Groups of the pool of `task` and their weights; None if target and pool look alike. The same in all processes."""
-    state = active_group().broadcast(lambda: _fitted(task, strata, seed))
+def likeness(task: Task, strata: Strata, seed: int, *, near: bool = False) -> Likeness | None:
+    """Groups of the pool of `task` and their weights; None if target and pool look alike. The same in all processes.
+
+    Args:
+        near: whether texts of the target's kind form a group.
+    """
+    state = active_group().broadcast(lambda: _fitted(task, strata, seed, near))
     if not state.tensors:
         return None
     return Likeness(*(state.tensors[name].numpy() for name in ("codes", "weights")))
 
 
-def likeness_flops(task: Task) -> float:
+def likeness_flops(task: Task, *, near: bool = False) -> float:
     """FLOPs of `likeness`: descriptors, and two for each multiplication with a direction; 0 without descriptors."""
     if not task.descriptor_flops:
         return 0.0
@@ -105,14 +109,14 @@ def likeness_flops(task: Task) -> float:
     width = _features(task).width(task)
     prepared = (n + n_target) * task.descriptor_flops
     fitted = _features(task).fitting_flops(width, n, n_target, sample)
-    near = 0.0
-    if task.bags:
-        near = min(MOST, n_target) * task.descriptor_flops
-        near += nearness_flops(n, n_target, task.costs.tokens_per_example(task.pool))
-    return prepared + fitted + near + 2 * width * (n + FOLDS * sample + n_target)
+    of_near = 0.0
+    if near:
+        of_near = min(MOST, n_target) * task.descriptor_flops
+        of_near += nearness_flops(n + sample, n_target, task.costs.tokens_per_example(task.pool))
+    return prepared + fitted + of_near + 2 * width * (n + FOLDS * sample + n_target)
 
 
-def _fitted(task: Task, strata: Strata, seed: int) -> State:
+def _fitted(task: Task, strata: Strata, seed: int, near: bool) -> State:
     """Codes and weights; nothing if all examples weigh the same and none is `NEAR`."""
     pool, target = task.pool, task.target
     sample = np.sort(draw(pool, SAMPLE, derive(seed, "likeness")))
@@ -132,13 +136,13 @@ def _fitted(task: Task, strata: Strata, seed: int) -> State:
     covered = min(1.0, float((ranks < 1).mean()) / COVERED)
     counts = np.bincount(_codes(ranks), minlength=N_GROUPS)
     weights = shrunk_ratios(counts, covered).clip(min=features.least)
-    near, has_more = None, counts > len(ranks) / N_GROUPS
-    if task.bags:
-        nearest = np.sort(draw(target, MOST, derive(seed, "nearest")))
-        near, weights = Nearness(task.descriptors(target, nearest), raw), np.append(weights, 1.0)
-    elif (weights == 1).all():
+    if (weights == 1).all() and not near:
         return State({}, {})
-    scale = x @ directions[FOLDS]
+    scale, nearness = x @ directions[FOLDS], None
+    if near:
+        nearest = np.sort(draw(target, MOST, derive(seed, "nearest")))
+        unlike = weights[_codes(_ranks(scale, importance, scale))] < 1
+        nearness, weights = Nearness(task.descriptors(target, nearest), raw, unlike), np.append(weights, 1.0)
     codes = np.empty(len(pool), dtype=np.uint8)
     chunk = max(1, min(CHUNK, CHUNK_VALUES // task.n_descriptors))
     for start in range(0, len(pool), chunk):
@@ -146,9 +150,9 @@ def _fitted(task: Task, strata: Strata, seed: int) -> State:
         described = task.descriptors(pool, rows)
         scores = features(described, strata.groups[rows]) @ directions[FOLDS]
         codes[rows] = _codes(_ranks(scale, importance, scores))
-        if near is not None:
-            candidates = has_more[codes[rows]]
-            codes[rows[candidates][near.passes(described[candidates])]] = NEAR
+        if nearness is not None:
+            candidates = weights[codes[rows]] == 1
+            codes[rows[candidates][nearness.passes(described[candidates])]] = NEAR
     if (weights == 1).all() and not (codes == NEAR).any():
         return State({}, {})
     return State({}, {"codes": torch.from_numpy(codes), "weights": torch.from_numpy(weights)})

@@ -9,7 +9,7 @@ import numpy as np
 from cads.search.inner_costs import InnerLoopCosts
 from cads.search.stages import FitTarget, ScorePool, Stages, UpdatePolicy
 from cads.selectors.online.likeness import LIKENESS, likeness_flops
-from cads.selectors.online.schedule import OnlineConstants, TargetMixture, first_phase, mixture
+from cads.selectors.online.schedule import OnlineConstants, first_phase
 from cads.selectors.online.strata import source_count
 from cads.task import Task
 
@@ -28,6 +28,7 @@ class Opening:
         n_sources: sources of the pool. probes: stages in which these losses are measured.
         comparing: FLOPs for comparing pool and target without a model; 0: they are not compared.
         mixed: whether target and pool are drawn together from the start, see `mixture`.
+        near: whether texts of the target's kind are told from others; only where `mixed`.
     """
 
     first: float
@@ -37,6 +38,7 @@ class Opening:
     probes: tuple[str, ...]
     comparing: float
     mixed: bool
+    near: bool
 
     def stages(self) -> Stages:
         """What is charged to "select"; the first phase is part of the training of the final model."""
@@ -80,24 +82,14 @@ def opening_of(
         first = 0.0
     # Sources of texts that cannot be told apart say nothing; what the texts are about does.
     by_likeness = by_likeness or (divides and constants.drop and not per_source)
-    comparing = likeness_flops(task) if by_likeness and first < total else 0.0
-    if comparing > constants.most_comparing * total:
-        comparing = 0.0
-    return Opening(first, theta, per_source, source_count(task.pool), probes, comparing, mixed)
-
-
-def mixture_of(task: Task, constants: OnlineConstants, flops: float, *, n_near: float, n_rest: float) -> TargetMixture:
-    """How target and pool are mixed from the start in a run of `flops`; `n_near` and `n_rest` as in `mixture`."""
-    size = task.recipe.batch_size
-    return mixture(
-        constants,
-        n_target=len(task.target),
-        n_near=n_near,
-        n_rest=n_rest,
-        target_usage=task.costs.per_usage(task.target, size),
-        pool_usage=task.costs.per_usage(task.pool, size),
-        flops=flops,
-    )
+    comparing, near = 0.0, False
+    if by_likeness and first < total:
+        affordable = constants.most_comparing * total
+        near = mixed and task.bags and likeness_flops(task, near=True) <= affordable
+        comparing = likeness_flops(task, near=near)
+        if comparing > affordable:
+            comparing = 0.0
+    return Opening(first, theta, per_source, source_count(task.pool), probes, comparing, mixed, near)
 
 
 def _first_flops(task: Task, constants: OnlineConstants, total: float) -> float:

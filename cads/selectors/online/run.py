@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,11 @@ from cads.seeding import derive
 from cads.selection import Selection
 from cads.selectors.online.history import PolicyHistory
 from cads.selectors.online.likeness import NEAR, likeness
-from cads.selectors.online.opening import Opening, mixture_of
+from cads.selectors.online.opening import Opening
 from cads.selectors.online.rider import MEMORY, OnlineRider
-from cads.selectors.online.schedule import OnlineConstants, TargetMixture
+from cads.selectors.online.schedule import OnlineConstants, Part, TargetMixture, mixture
 from cads.selectors.online.signal import SourceExcess
-from cads.selectors.online.strata import Strata
+from cads.selectors.online.strata import Strata, counted_once
 from cads.task import Task
 
 log = logging.getLogger(__name__)
@@ -110,27 +109,29 @@ class OnlineRun:
             seed=derive(self._seed, "target order"),
         )
 
-    def compare(self) -> None:
+    def compare(self, opening: Opening) -> None:
         """Tell examples of the pool apart by how much they look like the target."""
         self.monitor.status("comparing pool and target")
-        alike = likeness(self.task, self._strata, self._seed)
+        alike = likeness(self.task, self._strata, self._seed, near=opening.near)
         if alike is None:
             return
         self._strata = self._strata.told_apart(alike.codes, alike.weights)
         for group, weight in enumerate(alike.weights.tolist()):
             self.monitor.scalar(f"likeness_weight/{group}", weight, 0)
 
-    @cached_property
-    def _weighed(self) -> np.ndarray:
-        """Different contents of each code of likeness, weighed, after `compare`; shape (L,)."""
-        _, distinct = np.unique(self.task.pool.code_contents(), return_index=True)
-        weights = self._strata.likeness_weights
-        return weights * np.bincount(self._strata.likeness[distinct], minlength=len(weights))
-
     def mixture(self, flops: float) -> TargetMixture:
-        """How target and pool are mixed from the start in a run of `flops`."""
-        near, rest = float(self._weighed[NEAR:].sum()), float(self._weighed[:NEAR].sum())
-        return mixture_of(self.task, self.constants, flops, n_near=near, n_rest=rest)
+        """How target and pool are mixed from the start in a run of `flops`, after `compare`."""
+        task, strata = self.task, self._strata
+        counted = counted_once(task.pool) * strata.likeness_weights[strata.likeness]
+        usages = task.costs.usages(task.pool) + task.costs.optimizer_step / task.recipe.batch_size
+        near = strata.likeness >= NEAR
+        return mixture(
+            self.constants,
+            target=Part(len(task.target), task.costs.per_usage(task.target, task.recipe.batch_size)),
+            near=Part.of(counted[near], usages[near]),
+            rest=Part.of(counted[~near], usages[~near]),
+            flops=flops,
+        )
 
     def excess(self, signal: np.ndarray, probes: np.ndarray) -> SourceExcess:
         """The signal of the sources after the losses of `probes` (positions), or their fall: nats, shape (n,)."""
@@ -164,7 +165,6 @@ class OnlineRun:
         guess = task.guess_loss if self._by_example else None
         sizes = np.bincount(strata.sources, minlength=strata.n_sources)
         n_steps = int((horizon - spent) / usage / batch_size)
-        history = PolicyHistory(self.monitor, task.pool.source_names, sizes, strata.group_shares, n_steps, steps)
         share, end = None, horizon
         if self.constants.mixed_lead and self._on_target and not steps:
             mixed = self.mixture(horizon - spent)
@@ -173,8 +173,10 @@ class OnlineRun:
             weights = strata.likeness_weights.copy()
             if share < 1:
                 weights[:NEAR] *= mixed.rest
-            strata = strata.told_apart(strata.likeness, weights / weights.max()).as_they_come()
+            strata = strata.told_apart(strata.likeness, weights / weights.max())
+            strata = strata.as_they_come(counted_once(task.pool))
         self._likeness_weights = strata.likeness_weights
+        history = PolicyHistory(self.monitor, task.pool.source_names, sizes, strata.group_shares, n_steps, steps)
         self.rider = OnlineRider(
             task.pool,
             task.target,
@@ -194,13 +196,14 @@ class OnlineRun:
             fixed_share=share,
         )
         passes = self.constants.stop_passes
+        what = "the target and its kind" if share is not None else "target and what of the pool is drawn"
         if passes is not None and share is None:
             n_distinct = self.rider.n_effective + (len(task.target) if self._on_target else 0)
             end = min(horizon, spent + passes * n_distinct * usage)
         if passes is not None and end < EARLY * horizon:
             self.end = (
-                f"training ended after {passes:g} passes over target and what of the pool is "
-                "drawn: a pretrained model learns by heart what comes more often"
+                f"training ended after {passes:g} passes over {what}: "
+                "a pretrained model learns by heart what comes more often"
             )
         return self.rider, end
 

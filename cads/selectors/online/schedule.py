@@ -117,6 +117,29 @@ def first_phase(
 
 
 @dataclass(frozen=True)
+class Part:
+    """Examples that come equally often, but for their weights.
+
+    Attributes:
+        n: different ones, weighed. usage: mean FLOPs of training on one of them.
+    """
+
+    n: float
+    usage: float
+
+    @classmethod
+    def of(cls, counted: np.ndarray, usages: np.ndarray) -> Part:
+        """That of examples which count as much as `counted` says, with these FLOPs; both of shape (n,)."""
+        n = float(counted.sum())
+        return cls(n, float(counted @ usages) / n if n else 0.0)
+
+    @property
+    def flops(self) -> float:
+        """Of one visit of each."""
+        return self.n * self.usage
+
+
+@dataclass(frozen=True)
 class TargetMixture:
     """Target and pool together from the start.
 
@@ -131,16 +154,7 @@ class TargetMixture:
     flops: float
 
 
-def mixture(
-    constants: OnlineConstants,
-    *,
-    n_target: int,
-    n_near: float,
-    n_rest: float,
-    target_usage: float,
-    pool_usage: float,
-    flops: float,
-) -> TargetMixture:
+def mixture(constants: OnlineConstants, *, target: Part, near: Part, rest: Part, flops: float) -> TargetMixture:
     """Target and pool together from the start, for sources that are not told apart.
 
     An example is worth less each time it comes. So the target, and what of the pool is of its kind, come c times and
@@ -148,18 +162,16 @@ def mixture(
     from the budget; the run ends at `stop_passes`.
 
     Args:
-        n_target, n_near, n_rest: different examples of the target, of its kind in the pool, and of the rest, weighed.
-        target_usage, pool_usage: FLOPs of training on one of them.
+        target, near, rest: the target, what of the pool is of its kind, and what is not.
         flops: that can be spent.
     """
-    lead, alike = constants.mixed_lead, n_target * target_usage + n_near * pool_usage
-    if flops <= lead * alike:
-        visits = flops / alike
-    else:
-        visits = (flops + lead * n_rest * pool_usage) / (alike + n_rest * pool_usage)
+    lead, alike = constants.mixed_lead, target.flops + near.flops
+    visits = flops / alike
+    if visits > lead:
+        visits = (flops + lead * rest.flops) / (alike + rest.flops)
     if constants.stop_passes is not None:
         visits = min(visits, constants.stop_passes)
-    rest = max(0.0, visits - lead)
-    of_target, of_pool = n_target * visits, n_near * visits + n_rest * rest
-    spent = of_target * target_usage + of_pool * pool_usage
-    return TargetMixture(of_target / (of_target + of_pool), rest / visits, min(flops, spent))
+    of_rest = max(0.0, visits - lead)
+    drawn = (target.n + near.n) * visits + rest.n * of_rest
+    spent = alike * visits + rest.flops * of_rest
+    return TargetMixture(target.n * visits / drawn, of_rest / visits, min(flops, spent))

@@ -30,9 +30,9 @@ from cads.search.source_order import in_name_order
 from cads.seeding import derive
 from cads.selection import Selection
 from cads.selectors.online.likeness import LIKENESS
-from cads.selectors.online.opening import FIRST_PROBE, PROBE, Opening, mixture_of, opening_of
+from cads.selectors.online.opening import FIRST_PROBE, PROBE, Opening, opening_of
 from cads.selectors.online.run import OnlineRun
-from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, OnlineConstants
+from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, OnlineConstants, Part, mixture
 from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import source_count
 from cads.task import Task
@@ -83,17 +83,16 @@ class Cads:
         for stage in opening.stages():
             costs.charge(stage)
         costs.ledger.rides = True
-        left, constants = costs.ledger.left, self.constants(task)
-        step = task.recipe.batch_size * task.costs.per_usage(task.target, task.recipe.batch_size)
-        if opening.first and opening.first + step > left:
+        left, constants, size = costs.ledger.left, self.constants(task), task.recipe.batch_size
+        target, pool = (Part(len(part), task.costs.per_usage(part, size)) for part in (task.target, task.pool))
+        if opening.first and opening.first + size * target.usage > left:
             costs.ledger.kept, costs.ledger.note = 0, TARGET_ALONE
-        if opening.mixed and mixture_of(task, constants, left, n_near=0, n_rest=len(task.pool)).target_share == 1:
-            costs.ledger.kept, costs.ledger.note = (None, TARGET_AND_NEAR) if opening.comparing else (0, TARGET_ALONE)
+        if opening.mixed and mixture(constants, target=target, near=Part(0, 0.0), rest=pool, flops=left).rest == 0:
+            costs.ledger.kept, costs.ledger.note = (None, TARGET_AND_NEAR) if opening.near else (0, TARGET_ALONE)
         passes = constants.stop_passes
         if passes is not None:
-            n_most = len(task.pool) + len(task.target) * self.train_on_target
-            usage = task.costs.per_usage(task.pool, task.recipe.batch_size)
-            costs.ledger.most_training = opening.first + passes * n_most * usage
+            once = pool.flops + target.flops * self.train_on_target
+            costs.ledger.most_training = opening.first + passes * once
             costs.ledger.end = f"as pretrained models are trained for {passes:g} passes at most"
         return costs.ledger
 
@@ -182,7 +181,7 @@ class _TrainedRun:
         opening = self._selector.opening(inner)
         if opening.comparing:
             inner.learn(opening.comparing, LIKENESS)
-            draws.compare()
+            draws.compare(opening)
         probes = draws.probes(opening)
         before = np.zeros(len(probes))
         if constants.drop and len(probes):
@@ -191,8 +190,9 @@ class _TrainedRun:
         if on_target:
             probing = reading_flops(task.costs.forward, task.pool, probes) if len(probes) else 0.0
             horizon = inner.ledger.left - probing
-            fit = self._train_on_target(opening, horizon)
-            if fit is not None and float(fit.flops[-1]) + draws.step_flops > horizon:
+            alone = draws.target_flops(opening, horizon)
+            fit = self._train_on_target(alone, horizon)
+            if fit is not None and alone >= horizon:
                 return fit
         elif len(probes):
             steering = inner.fit_target(opening.theta, seed=derive(self._seed, "theta"), stage="theta")
@@ -204,9 +204,8 @@ class _TrainedRun:
             horizon = inner.ledger.left
         return self._train_on_both(draws.excess(signal, probes), fit, horizon, by_source=bool(len(probes)))
 
-    def _train_on_target(self, opening: Opening, horizon: float) -> TrainResult | None:
-        """The first phase; None without one."""
-        flops = self.draws.target_flops(opening, horizon)
+    def _train_on_target(self, flops: float, horizon: float) -> TrainResult | None:
+        """The first phase of `flops`; None without one."""
         if not flops:
             return None
         self._inner.monitor.status(f"target first: {len(self._inner.task.target):,} examples")

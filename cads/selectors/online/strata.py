@@ -67,9 +67,13 @@ class Strata:
         """The same strata, divided by `likeness` (codes, shape (N,)) with their weights, shape (L,)."""
         return replace(self, likeness=likeness, likeness_weights=weights)
 
-    def as_they_come(self) -> Strata:
-        """The same strata, with the groups in the shares that the weights of likeness leave them."""
-        counts = np.bincount(self.groups, self.likeness_weights[self.likeness], self.n_groups)
+    def as_they_come(self, counted: np.ndarray) -> Strata:
+        """The same strata, with the groups in the shares that the weights of likeness leave them.
+
+        Args:
+            counted: how much each example counts, shape (N,), see `counted_once`.
+        """
+        counts = np.bincount(self.groups, counted * self.likeness_weights[self.likeness], self.n_groups)
         return replace(self, group_shares=counts / counts.sum())
 
     def cells(self, pool: Pool, seed: int) -> CellDraws:
@@ -80,6 +84,12 @@ class Strata:
         """The cell of examples, int64, shape (n,)."""
         _, n_likeness, n_groups = self.shape
         return (self.sources[rows].astype(np.int64) * n_likeness + self.likeness[rows]) * n_groups + self.groups[rows]
+
+
+def counted_once(pool: Pool) -> np.ndarray:
+    """How much each example counts if equal contents count once: 1/k for each of k copies, float64, shape (N,)."""
+    codes = pool.code_contents()
+    return np.asarray(1 / np.bincount(codes)[codes])
 
 
 def source_count(pool: Pool) -> int:

@@ -15,7 +15,7 @@ from cads.recipe import TrainConfig
 from cads.registry import build_selector
 from cads.selectors.online import likeness as likeness_module
 from cads.selectors.online.likeness import LEAST, LIKENESS, N_GROUPS, NEAR, likeness, likeness_flops, shrunk_ratios
-from cads.selectors.online.schedule import FROM_SCRATCH
+from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED
 from cads.selectors.online.selector import TARGET_AND_NEAR, Cads
 from cads.selectors.online.strata import Strata
 from cads.tasks.language.bag_of_tokens import N_BUCKETS
@@ -49,18 +49,27 @@ THEMES = {"first": "abcdef", "second": "ghijkl", "third": "mnopqr", "fourth": "s
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """Makes tasks: a pool of the first three themes, 80 texts each, and a target of one theme."""
+    """Makes tasks: a pool of the first three themes, 80 texts each, and a target of one theme.
+
+    longest: letters of the longest text, of 24 at least; those of the third theme are longer by the same ratio.
+    copies: of each text of the third theme.
+    """
     folder = tmp_path_factory.mktemp("texts")
     model_folder(folder / "llama", "llama")
     rng, letters = np.random.default_rng(0), list("".join(THEMES.values()))
 
-    def text(theme):
-        return "".join([*rng.choice(list(THEMES[theme]), 14), *rng.choice(letters, 10)])
+    def text(theme, longest):
+        times = rng.uniform(1, longest / 24) * (longest / 24 if theme == "third" else 1)
+        theirs, others = (rng.choice(x, round(times * n)) for x, n in ((list(THEMES[theme]), 14), (letters, 10)))
+        return "".join([*theirs, *others])
 
-    def task(theme):
+    def task(theme, longest=24, copies=1):
         for name in ("first", "second", "third"):
-            write_lines(folder / f"{name}.jsonl", [{"id": f"{name} {i}", "text": text(name)} for i in range(80)])
-        rows = [{"id": f"target {i}", "text": text(theme)} for i in range(80)]
+            written = [text(name, longest) for _ in range(80)]
+            # Of one theme there are copies.
+            written *= copies if name == "third" else 1
+            write_lines(folder / f"{name}.jsonl", [{"id": f"{name} {i}", "text": x} for i, x in enumerate(written)])
+        rows = [{"id": f"target {i}", "text": text(theme, longest)} for i in range(80)]
         write_lines(folder / "target.jsonl", rows)
         pool = [TextSource(path=str(folder / f"{name}.jsonl"), name=name) for name in ("first", "second", "third")]
         target = [TextSource(path=str(folder / "target.jsonl"))]
@@ -211,8 +220,12 @@ class TestTexts:
         smaller = without_sources(task)
         smaller.pool = task.pool.subset(np.arange(90), "pool")
         pairs = 2 * task.costs.tokens_per_example(task.pool) * len(task.target)
-        per_example = task.descriptor_flops + 2 * N_BUCKETS + (2 + 5 * 2) * N_BUCKETS + pairs
+        per_example = task.descriptor_flops + 2 * N_BUCKETS + (2 + 5 * 2) * N_BUCKETS
         assert likeness_flops(task) - likeness_flops(smaller) == pytest.approx(150 * per_example)
+        of_near = likeness_flops(task, near=True) - likeness_flops(task)
+        # The 240 texts, the same as a sample, and the target with itself.
+        expected = (2 * 240 + 40) * (pairs + 4 * task.costs.tokens_per_example(task.pool))
+        assert of_near == pytest.approx(expected + 40 * task.descriptor_flops)
 
     def test_are_drawn_by_likeness_without_sources(self, texts):
         """The target share follows from what is alike, and the run stays within its budget."""
@@ -223,7 +236,7 @@ class TestTexts:
         about = np.array(task.pool.source_names)[task.pool.sources]
         share = selection.probability[about == "second"].sum() / selection.probability.sum()
         assert share > 0.55
-        assert ledger.entries[SELECT, LIKENESS].flops == likeness_flops(hidden)
+        assert ledger.entries[SELECT, LIKENESS].flops == likeness_flops(hidden, near=True)
         assert ledger.total().flops <= budget.flops(hidden)
         assert len(task.target) / (len(task.target) + len(task.pool)) < 0.15 < selection.target_fraction
 
@@ -232,7 +245,7 @@ class TestTexts:
         for theme, found in (("second", True), ("fourth", False)):
             task = texts(theme)
             hidden = without_sources(task)
-            alike = likeness(hidden, Strata.of(hidden), 0)
+            alike = likeness(hidden, Strata.of(hidden), 0, near=True)
             near = np.zeros(len(task.pool), bool) if alike is None else alike.codes == NEAR
             about = np.array(task.pool.source_names)[task.pool.sources]
             assert not found or near[about == theme].sum() > 60
@@ -240,19 +253,47 @@ class TestTexts:
 
     def test_those_of_the_targets_kind_come_as_often_as_the_target(self, texts):
         """And no other text, where the budget does not pay for more; lengths do not decide how often one comes."""
-        task = texts("second")
+        task = texts("second", longest=40)
         hidden, budget = without_sources(task), Budget(1, "epochs")
         ledger = Ledger()
         selection = Affordable().select(hidden, budget, seed=0, ledger=ledger)
         strata = Strata.of(hidden)
-        near = likeness(hidden, strata, 0).codes == NEAR
+        near = likeness(hidden, strata, 0, near=True).codes == NEAR
+        assert strata.n_groups > 1
         assert (selection.selected == near).all()
         assert selection.target_fraction == pytest.approx(len(task.target) / (len(task.target) + near.sum()))
-        assert selection.probability[near].tolist() == [1.0] * near.sum()
+        np.testing.assert_allclose(selection.probability, near, rtol=1e-12)
         assert selection.notes["likeness"]["near"] == near.sum()
-        assert ledger.total(TRAIN).usages > 0.9 * len(hidden.pool)
+        assert ledger.total().flops > 0.93 * budget.flops(hidden)
         few = Affordable().plan(hidden, Budget(0.5, "epochs"))
         assert (few.note, few.kept) == (TARGET_AND_NEAR, None)
+
+    @pytest.mark.parametrize(("longest", "copies"), [(24, 1), (40, 1), (40, 3), (24, 3)])
+    def test_the_target_leads_whatever_the_lengths(self, texts, longest, copies):
+        """In a run that pays for all: by four visits of each text, where copies share theirs."""
+        hidden, ledger = without_sources(texts("second", longest=longest, copies=copies)), Ledger()
+        budget, task = Budget(3.5 / copies**0.5, "epochs"), hidden
+        selection = Affordable().select(hidden, budget, seed=0, ledger=ledger)
+        alike = likeness(hidden, Strata.of(hidden), 0, near=True)
+        near, often = alike.codes == NEAR, selection.probability * np.bincount(codes := task.pool.content_codes)[codes]
+        # Of the visits c of the target, which its kind has too, each other text has (c - 4) w.
+        ratios = often[~near] / often[near][0] / alike.weights[alike.codes[~near]]
+        np.testing.assert_allclose(ratios, ratios[0])
+        visits = PRETRAINED.mixed_lead / (1 - ratios[0])
+        assert PRETRAINED.mixed_lead < visits < PRETRAINED.stop_passes
+        np.testing.assert_allclose(often[near], often[near][0])
+        # Each visit has its price, and all are the whole budget.
+        drawn = visits * selection.probability / often[near][0]
+        update = task.costs.optimizer_step / task.recipe.batch_size
+        spent = (
+            drawn @ (task.costs.usages(task.pool) + update) + visits * (task.costs.usages(task.target) + update).sum()
+        )
+        assert spent == pytest.approx(budget.flops(task) - ledger.total(SELECT).flops)
+        assert selection.target_fraction == pytest.approx(
+            visits * len(task.target) / (visits * len(task.target) + drawn.sum())
+        )
+        # Batches are padded.
+        assert ledger.total(TRAIN).usages == pytest.approx(visits * len(task.target) + drawn.sum(), rel=0.1)
 
     def test_a_pool_with_none_of_its_kind_leaves_a_small_budget_to_the_target(self, texts):
         hidden, budget = without_sources(texts("fourth")), Budget(0.5, "epochs")

@@ -25,6 +25,8 @@ from cads.training.final import train
 from tests.conftest import Rows
 from tests.support.killed_runs import resumed
 from tests.support.labelled_tasks import labelled
+from tests.support.other_trainers import sums_task, write_sums
+from tests.support.tiny_llama import write_lines
 
 EPOCHS = 12
 
@@ -94,6 +96,19 @@ class TestOneBudget:
         assert set(selection.shares) == {"clean", "noisy"}
         assert ledger.entries[SELECT, "probe"].flops > 0
         assert ledger.entries[SELECT, "probe of the initial model"].flops > 0
+
+    @pytest.mark.parametrize("epochs", [0.3, 0.35, 0.4, 0.5])
+    def test_a_budget_for_the_target_alone_buys_nothing_else(self, tmp_path, epochs):
+        """Even where what is left, since the next batch of the target is a long one, would buy a short one."""
+        folder = write_sums(tmp_path)
+        rows = [{"prompt": f"target {i}", "response": "7" * (40 if i % 4 == 0 else 1)} for i in range(16)]
+        write_lines(folder / "target.jsonl", rows)
+        task, ledger = sums_task(folder, batch_size=4), Ledger()
+        selection = Cads().select(task, Budget(epochs, "epochs"), seed=0, ledger=ledger)
+        assert selection.target_fraction == 1
+        assert not selection.selected.any()
+        dearest = 4 * task.costs.usages(task.target).max() + task.costs.optimizer_step
+        assert Budget(epochs, "epochs").flops(task) - dearest < ledger.total().flops
 
     def test_sources_that_cannot_be_told_apart_share_alike(self, texts):
         """A budget that buys too few probes: nothing is measured, and the target's lead is mixed in from the start."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cads.data.target_share import share_by_size
 from cads.recipe import TrainConfig
-from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, first_phase, mixture
+from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, Part, first_phase, mixture
 
 RECIPE = TrainConfig(batch_size=10, learning_rate=0.5)
 
@@ -49,32 +49,39 @@ def test_a_target_that_the_budget_hardly_covers_is_all_there_is():
     n_target=st.integers(20, 500),
     n_near=st.integers(0, 500),
     n_rest=st.integers(200, 5000),
+    usages=st.tuples(*[st.floats(0.5, 8)] * 3),
     flops=st.floats(1e2, 1e6),
 )
-def test_the_lead_of_the_target_is_mixed_in(n_target, n_near, n_rest, flops):
+def test_the_lead_of_the_target_is_mixed_in(n_target, n_near, n_rest, usages, flops):
     """The target and its kind come `mixed_lead` times more often than the rest, or alone, or as often as they may."""
-    mixed = mixture(
-        PRETRAINED, n_target=n_target, n_near=n_near, n_rest=n_rest, target_usage=2.0, pool_usage=5.0, flops=flops
-    )
-    share, spent = mixed.target_share, mixed.flops
-    assert 0 < share <= 1
-    assert spent <= flops
-    usages = spent / (2 * share + 5 * (1 - share))
-    of_target, of_kind = share * usages / n_target, n_near + mixed.rest * n_rest
-    of_pool = (1 - share) * usages / of_kind if of_kind else of_target
-    assert of_pool == pytest.approx(of_target)
-    assert of_target <= PRETRAINED.stop_passes * (1 + 1e-9)
-    assert of_target == pytest.approx(PRETRAINED.stop_passes) or spent == pytest.approx(flops)
-    assert of_target * (1 - mixed.rest) == pytest.approx(min(of_target, PRETRAINED.mixed_lead))
+    sizes = np.array([n_target, n_near, n_rest])
+    target, near, rest = (Part(n, usage) for n, usage in zip(sizes.tolist(), usages, strict=True))
+    mixed = mixture(PRETRAINED, target=target, near=near, rest=rest, flops=flops)
+    assert 0 < mixed.target_share <= 1
+    assert mixed.flops <= flops
+    # One visit of the target with what comes along, then as many of these as the run pays for.
+    of_one = sizes * [1, 1, mixed.rest]
+    visits = mixed.flops / (of_one @ usages)
+    assert mixed.target_share == pytest.approx(n_target / of_one.sum())
+    assert visits <= PRETRAINED.stop_passes * (1 + 1e-9)
+    assert visits == pytest.approx(PRETRAINED.stop_passes) or mixed.flops == pytest.approx(flops)
+    assert visits * (1 - mixed.rest) == pytest.approx(min(visits, PRETRAINED.mixed_lead))
 
 
 def test_a_budget_below_the_lead_buys_the_target_alone():
-    sizes = {"n_target": 100, "n_rest": 900, "target_usage": 1.0, "pool_usage": 1.0}
-    alone = mixture(PRETRAINED, n_near=0, flops=400, **sizes)
+    sizes = {"target": Part(100, 1.0), "rest": Part(900, 1.0)}
+    alone = mixture(PRETRAINED, near=Part(0, 0.0), flops=400, **sizes)
     assert (alone.target_share, alone.rest, alone.flops) == (1, 0, 400)
-    assert mixture(PRETRAINED, n_near=0, flops=500, **sizes).target_share < 1
-    with_near = mixture(PRETRAINED, n_near=50, flops=400, **sizes)
+    assert mixture(PRETRAINED, near=Part(0, 0.0), flops=500, **sizes).target_share < 1
+    with_near = mixture(PRETRAINED, near=Part(50, 3.0), flops=400, **sizes)
     assert (with_near.target_share, with_near.rest) == (pytest.approx(2 / 3), 0)
+
+
+def test_a_part_is_priced_by_its_own_examples():
+    """Copies and unlike examples count for less."""
+    part = Part.of(np.array([1, 0.5, 0.5]), np.array([2.0, 6.0, 6.0]))
+    assert (part.n, part.usage, part.flops) == (2, 4, 8)
+    assert Part.of(np.empty(0), np.empty(0)) == Part(0, 0)
 
 
 @pytest.mark.parametrize(("n_target", "n_pool", "share"), [(50, 950, 0.05), (500, 500, 0.5), (900, 100, 0.6)])
