@@ -117,7 +117,7 @@ def first_phase(
 
 
 @dataclass(frozen=True)
-class Part:
+class MixturePart:
     """Examples that come equally often, but for their weights.
 
     Attributes:
@@ -128,7 +128,7 @@ class Part:
     usage: float
 
     @classmethod
-    def of(cls, counted: np.ndarray, usages: np.ndarray) -> Part:
+    def of(cls, counted: np.ndarray, usages: np.ndarray) -> MixturePart:
         """That of examples which count as much as `counted` says, with these FLOPs; both of shape (n,)."""
         n = float(counted.sum())
         return cls(n, float(counted @ usages) / n if n else 0.0)
@@ -154,7 +154,9 @@ class TargetMixture:
     flops: float
 
 
-def mixture(constants: OnlineConstants, *, target: Part, near: Part, rest: Part, flops: float) -> TargetMixture:
+def mixture(
+    constants: OnlineConstants, *, target: MixturePart, near: MixturePart, rest: MixturePart, flops: float
+) -> TargetMixture:
     """Target and pool together from the start, for sources that are not told apart.
 
     An example is worth less each time it comes. So the target, and what of the pool is of its kind, come c times and
