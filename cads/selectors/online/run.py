@@ -22,7 +22,7 @@ from cads.selectors.online.history import PolicyHistory
 from cads.selectors.online.likeness import NEAR, likeness
 from cads.selectors.online.opening import Opening
 from cads.selectors.online.rider import MEMORY, OnlineRider
-from cads.selectors.online.schedule import OnlineConstants, MixturePart, TargetMixture, mixture
+from cads.selectors.online.schedule import MixturePart, OnlineConstants, TargetMixture, mixture
 from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import Strata, counted_once
 from cads.task import Task

@@ -32,7 +32,7 @@ from cads.selection import Selection
 from cads.selectors.online.likeness import LIKENESS
 from cads.selectors.online.opening import FIRST_PROBE, PROBE, Opening, opening_of
 from cads.selectors.online.run import OnlineRun
-from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, OnlineConstants, MixturePart, mixture
+from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, MixturePart, OnlineConstants, mixture
 from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import source_count
 from cads.task import Task
