@@ -22,7 +22,7 @@ from cads.selectors.online.history import PolicyHistory
 from cads.selectors.online.likeness import NEAR, likeness
 from cads.selectors.online.opening import Opening
 from cads.selectors.online.rider import MEMORY, OnlineRider
-from cads.selectors.online.schedule import MixturePart, OnlineConstants, TargetMixture, mixture
+from cads.selectors.online.schedule import MixedPart, OnlineConstants, TargetMixture, mixture
 from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import Strata, counted_once
 from cads.task import Task
@@ -127,9 +127,9 @@ class OnlineRun:
         near = strata.likeness >= NEAR
         return mixture(
             self.constants,
-            target=MixturePart(len(task.target), task.costs.per_usage(task.target, task.recipe.batch_size)),
-            near=MixturePart.of(counted[near], usages[near]),
-            rest=MixturePart.of(counted[~near], usages[~near]),
+            target=MixedPart(len(task.target), task.costs.per_usage(task.target, task.recipe.batch_size)),
+            near=MixedPart.of(counted[near], usages[near]),
+            rest=MixedPart.of(counted[~near], usages[~near]),
             flops=flops,
         )
 

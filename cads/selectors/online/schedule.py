@@ -117,7 +117,7 @@ def first_phase(
 
 
 @dataclass(frozen=True)
-class MixturePart:
+class MixedPart:
     """Examples that come equally often, but for their weights.
 
     Attributes:
@@ -128,7 +128,7 @@ class MixturePart:
     usage: float
 
     @classmethod
-    def of(cls, counted: np.ndarray, usages: np.ndarray) -> MixturePart:
+    def of(cls, counted: np.ndarray, usages: np.ndarray) -> MixedPart:
         """That of examples which count as much as `counted` says, with these FLOPs; both of shape (n,)."""
         n = float(counted.sum())
         return cls(n, float(counted @ usages) / n if n else 0.0)
@@ -155,7 +155,7 @@ class TargetMixture:
 
 
 def mixture(
-    constants: OnlineConstants, *, target: MixturePart, near: MixturePart, rest: MixturePart, flops: float
+    constants: OnlineConstants, *, target: MixedPart, near: MixedPart, rest: MixedPart, flops: float
 ) -> TargetMixture:
     """Target and pool together from the start, for sources that are not told apart.
 

@@ -32,7 +32,7 @@ from cads.selection import Selection
 from cads.selectors.online.likeness import LIKENESS
 from cads.selectors.online.opening import FIRST_PROBE, PROBE, Opening, opening_of
 from cads.selectors.online.run import OnlineRun
-from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, MixturePart, OnlineConstants, mixture
+from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, MixedPart, OnlineConstants, mixture
 from cads.selectors.online.signal import SourceExcess
 from cads.selectors.online.strata import source_count
 from cads.task import Task
@@ -84,13 +84,10 @@ class Cads:
             costs.charge(stage)
         costs.ledger.rides = True
         left, constants, size = costs.ledger.left, self.constants(task), task.recipe.batch_size
-        target, pool = (MixturePart(len(part), task.costs.per_usage(part, size)) for part in (task.target, task.pool))
+        target, pool = (MixedPart(len(part), task.costs.per_usage(part, size)) for part in (task.target, task.pool))
         if opening.first and opening.first + size * target.usage > left:
             costs.ledger.kept, costs.ledger.note = 0, TARGET_ALONE
-        if (
-            opening.mixed
-            and mixture(constants, target=target, near=MixturePart(0, 0.0), rest=pool, flops=left).rest == 0
-        ):
+        if opening.mixed and mixture(constants, target=target, near=MixedPart(0, 0.0), rest=pool, flops=left).rest == 0:
             costs.ledger.kept, costs.ledger.note = (None, TARGET_AND_NEAR) if opening.near else (0, TARGET_ALONE)
         passes = constants.stop_passes
         if passes is not None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cads.data.target_share import share_by_size
 from cads.recipe import TrainConfig
-from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, MixturePart, first_phase, mixture
+from cads.selectors.online.schedule import FROM_SCRATCH, PRETRAINED, MixedPart, first_phase, mixture
 
 RECIPE = TrainConfig(batch_size=10, learning_rate=0.5)
 
@@ -55,7 +55,7 @@ def test_a_target_that_the_budget_hardly_covers_is_all_there_is():
 def test_the_lead_of_the_target_is_mixed_in(n_target, n_near, n_rest, usages, flops):
     """The target and its kind come `mixed_lead` times more often than the rest, or alone, or as often as they may."""
     sizes = np.array([n_target, n_near, n_rest])
-    target, near, rest = (MixturePart(n, usage) for n, usage in zip(sizes.tolist(), usages, strict=True))
+    target, near, rest = (MixedPart(n, usage) for n, usage in zip(sizes.tolist(), usages, strict=True))
     mixed = mixture(PRETRAINED, target=target, near=near, rest=rest, flops=flops)
     assert 0 < mixed.target_share <= 1
     assert mixed.flops <= flops
@@ -69,19 +69,19 @@ def test_the_lead_of_the_target_is_mixed_in(n_target, n_near, n_rest, usages, fl
 
 
 def test_a_budget_below_the_lead_buys_the_target_alone():
-    sizes = {"target": MixturePart(100, 1.0), "rest": MixturePart(900, 1.0)}
-    alone = mixture(PRETRAINED, near=MixturePart(0, 0.0), flops=400, **sizes)
+    sizes = {"target": MixedPart(100, 1.0), "rest": MixedPart(900, 1.0)}
+    alone = mixture(PRETRAINED, near=MixedPart(0, 0.0), flops=400, **sizes)
     assert (alone.target_share, alone.rest, alone.flops) == (1, 0, 400)
-    assert mixture(PRETRAINED, near=MixturePart(0, 0.0), flops=500, **sizes).target_share < 1
-    with_near = mixture(PRETRAINED, near=MixturePart(50, 3.0), flops=400, **sizes)
+    assert mixture(PRETRAINED, near=MixedPart(0, 0.0), flops=500, **sizes).target_share < 1
+    with_near = mixture(PRETRAINED, near=MixedPart(50, 3.0), flops=400, **sizes)
     assert (with_near.target_share, with_near.rest) == (pytest.approx(2 / 3), 0)
 
 
 def test_a_part_is_priced_by_its_own_examples():
     """Copies and unlike examples count for less."""
-    part = MixturePart.of(np.array([1, 0.5, 0.5]), np.array([2.0, 6.0, 6.0]))
+    part = MixedPart.of(np.array([1, 0.5, 0.5]), np.array([2.0, 6.0, 6.0]))
     assert (part.n, part.usage, part.flops) == (2, 4, 8)
-    assert MixturePart.of(np.empty(0), np.empty(0)) == MixturePart(0, 0)
+    assert MixedPart.of(np.empty(0), np.empty(0)) == MixedPart(0, 0)
 
 
 @pytest.mark.parametrize(("n_target", "n_pool", "share"), [(50, 950, 0.05), (500, 500, 0.5), (900, 100, 0.6)])
