@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from cads.study.analysis.fits import SHARED_TASKS, GroupFits, fixed_selection
+from cads.study.analysis.fits import SHARED_TASKS, GroupFits, fixed_selection, turned
 from cads.study.analysis.frontier import amortised_flops
 from cads.study.analysis.points import (
     MethodPoint,
@@ -45,6 +45,8 @@ from cads.study.report.style import INK, SERIES, MethodStyle
 
 MAX_LINES = 8
 """Methods in one panel. More methods are divided among several panels, so that their lines stay distinct."""
+MOST_BREAK_EVEN = 6
+"""Methods with a figure of their break-even."""
 ANCHORS = ("full", "cads", "search")
 """Names of methods that are in every panel, for comparison."""
 SHOWN_POINTS = 25.0
@@ -264,13 +266,20 @@ def break_even_figures(group: GroupFits, styles: Styles, prefix: str) -> list[Ca
     """CCDS figure 4: the scores if T tasks share the selection, one figure for each method with a fixed selection.
 
     A method with one budget has none, nor has one whose selection is too cheap for sharing to matter. Grids without a
-    frontier line to compare with have none.
+    frontier line to compare with have none. Of many methods those with the best scores are drawn.
     """
     result: list[CaptionedFigure] = []
     if group.line is None:
         return result
-    for method, line in _by_method(group.points).items():
-        if fixed_selection(line) <= 0 or len(line) < 2 or max(p.spent / p.train_flops for p in line) < TELLING_SHARE:
+    telling = {
+        method: line
+        for method, line in _by_method(group.points).items()
+        if fixed_selection(line) > 0 and len(line) > 1 and max(p.spent / p.train_flops for p in line) >= TELLING_SHARE
+    }
+    best = sorted(telling, key=lambda method: -max(turned(p) for p in telling[method]))[:MOST_BREAK_EVEN]
+    left = len(telling) - len(best)
+    for method, line in telling.items():
+        if method not in best:
             continue
         series = [
             Series(
@@ -292,6 +301,7 @@ def break_even_figures(group: GroupFits, styles: Styles, prefix: str) -> list[Ca
         )
         label = shown_name(method)
         caption = f"What a task pays if T tasks share one selection by {label}; left of the line it pays off."
+        caption += f" {left} methods with lower scores are in fits.json alone." if left else ""
         title = f"{_group_name(group)}: break-even of {label}"
         result.append(CaptionedFigure(f"{prefix}-{len(result) + 1}", title, caption, chart))
     return result

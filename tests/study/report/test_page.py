@@ -17,7 +17,7 @@ from PIL import Image
 
 from cads.accounting.units import size
 from cads.cli.main import main
-from cads.study.analysis.fits import analyse
+from cads.study.analysis.fits import analyse, turned
 from cads.study.analysis.frontier import jaccard
 from cads.study.analysis.points import points_of, regrets
 from cads.study.grid import read_grid
@@ -233,6 +233,24 @@ class TestFiles:
                 colours = image.convert("RGB").getcolors(10**6)
                 assert image.width >= 800
                 assert len(colours) > 20
+
+    def test_of_many_methods_those_with_the_best_scores_have_a_break_even(self, made, monkeypatch):
+        """And the others are counted."""
+        monkeypatch.setattr("cads.study.analysis.fits.N_RESAMPLES", 20)
+        runs = read_runs(made.page.parent)
+        styles = method_styles((row["method"], row["selector"]) for row in runs)
+        groups = [g for g in analyse(points_of(runs)) if g.line is not None]
+        drawn = {g.model: figures.break_even_figures(g, styles, "x") for g in groups}
+        model, several = max(drawn.items(), key=lambda item: len(item[1]))
+        assert len(several) > 1
+        assert not any("fits.json" in figure.caption for figure in several)
+        monkeypatch.setattr(figures, "MOST_BREAK_EVEN", 1)
+        (group,) = [g for g in groups if g.model == model]
+        (one,) = figures.break_even_figures(group, styles, "x")
+        assert f" {len(several) - 1} methods with lower scores" in one.caption
+        methods = {p.method for p in group.points if any(p.method in figure.title.lower() for figure in several)}
+        best = max((p for p in group.points if p.method in methods), key=turned)
+        assert best.method in one.title.lower()
 
     def test_answers_come_first(self, made):
         assert len(made.answers) == 1 + len(BUDGETS) + 1 + 6, "a headline for each group, and a sentence a budget"
