@@ -215,7 +215,7 @@ def _trains_on(plan: Plan, m: MethodPlan) -> str:
     if m.kept == 0:
         return "the target"
     if m.rides:
-        return "the target's kind" if m.note else "all, weighed"
+        return "target, its kind" if m.note else "all, weighed"
     if m.note:
         return "see --details"
     if m.kept is None:
