@@ -12,7 +12,9 @@ resampling (Xie et al. 2023), with both distributions smoothed towards that of t
     d_v = log( p_T(v) / p_P(v) )
 
 The pool is cut along d into B = `N_GROUPS` groups of equal size. Of n examples of the target t_b fall into group b,
-each by a direction that was fitted without it. If the target looks like the pool, that is n / B for each group, but for
+each by a direction that was fitted without it. A direction of texts has thousands of entries, and so it fits the pool,
+too: there the pool is divided as the target is, and each text is ranked among those of its fold, by a direction that
+was fitted without them. If the target looks like the pool, that is n / B for each group, but for
 chance. So the ratio is shrunk towards 1, as by the positive-part rule of James and Stein (1961), but twice as wary:
 
     r_b = 1 + max( 0, 1 - 2 (B - 1) / chi^2 ) ( t_b B / n - 1 ),     chi^2 = sum_b ( t_b - n / B )^2 / ( n / B )
@@ -70,6 +72,8 @@ LEAST = 0.3
 """The least weight of texts."""
 COVERED = 0.95
 """Share of the target within the range of the pool from which the pool is taken to cover it."""
+BEYOND = 0.5
+"""Where less than this is covered, all of the pool is unlike the target."""
 CHUNK = 4096
 """Examples that are described at once, at most."""
 CHUNK_VALUES = 2**21
@@ -107,13 +111,14 @@ def likeness_flops(task: Task, *, near: bool = False) -> float:
         return 0.0
     n, n_target, sample = len(task.pool), min(MOST_TARGET, len(task.target)), min(SAMPLE, len(task.pool))
     width = _features(task).width(task)
-    prepared = (n + n_target) * task.descriptor_flops
+    # The sample is described twice.
+    prepared = (n + sample + n_target) * task.descriptor_flops
     fitted = _features(task).fitting_flops(width, n, n_target, sample)
     of_near = 0.0
     if near:
         of_near = min(MOST, n_target) * task.descriptor_flops
         of_near += nearness_flops(n + sample, n_target, task.costs.tokens_per_example(task.pool))
-    return prepared + fitted + of_near + 2 * width * (n + FOLDS * sample + n_target)
+    return prepared + fitted + of_near + 2 * width * (n + n_target)
 
 
 def _fitted(task: Task, strata: Strata, seed: int, near: bool) -> State:
@@ -121,35 +126,57 @@ def _fitted(task: Task, strata: Strata, seed: int, near: bool) -> State:
     pool, target = task.pool, task.target
     sample = np.sort(draw(pool, SAMPLE, derive(seed, "likeness")))
     groups, importance = strata.groups[sample], strata.importance[sample]
-    if len(target) < 2 or not importance.any():
+    if len(target) < 2 or len(sample) < FOLDS:
         return State({}, {})
     raw = task.descriptors(pool, sample)
     features = _features(task)(raw, groups, strata.n_groups, importance)
     x, compared = features(raw, groups), np.sort(draw(target, MOST_TARGET, derive(seed, "likeness target")))
     target_groups = task.loss_groups(target)
     y = features(task.descriptors(target, compared), compared * 0 if target_groups is None else target_groups[compared])
-    folds = np.random.default_rng((seed, len(compared))).permutation(len(compared)) % FOLDS
-    directions = features.directions(x, importance, y, [folds != k for k in range(FOLDS)] + [folds >= 0])
+    rng = np.random.default_rng((seed, len(compared)))
+    folds = rng.permutation(len(compared)) % FOLDS
+    # The fold of each example of the pool; `FOLDS`: it is ranked by the direction that is fitted to all.
+    pool_folds = np.full(len(pool), FOLDS, dtype=np.uint8)
+    if features.divides:
+        pool_folds[:] = rng.integers(0, FOLDS, len(pool))
+        pool_folds[sample] = rng.permutation(len(sample)) % FOLDS
+    ours = pool_folds[sample]
+    directions = features.directions(x, importance, ours, y, [folds != k for k in range(FOLDS)] + [folds >= 0])
+
+    def ranked(scored: np.ndarray, k: int) -> np.ndarray:
+        """The ranks of examples, shape (n, D), by direction k."""
+        scale = ours == k if features.divides else slice(None)
+        return _ranks(x[scale] @ directions[k], importance[scale], scored @ directions[k])
+
+    def codes_of(scored: np.ndarray, their_folds: np.ndarray) -> np.ndarray:
+        """The groups of examples of the pool."""
+        found = np.empty(len(scored), dtype=np.uint8)
+        for k in np.unique(their_folds).tolist():
+            found[their_folds == k] = _codes(ranked(scored[their_folds == k], k))
+        return found
+
     ranks = np.empty(len(compared))
     for k in range(FOLDS):
-        ranks[folds == k] = _ranks(x @ directions[k], importance, y[folds == k] @ directions[k])
+        ranks[folds == k] = ranked(y[folds == k], k)
     covered = min(1.0, float((ranks < 1).mean()) / COVERED)
     counts = np.bincount(_codes(ranks), minlength=N_GROUPS)
     weights = shrunk_ratios(counts, covered).clip(min=features.least)
     if (weights == 1).all() and not near:
         return State({}, {})
-    scale, nearness = x @ directions[FOLDS], None
+    nearness = None
     if near:
+        # Copies would be near to each other.
+        _, distinct = np.unique(target.code_contents(), return_index=True)
         nearest = np.sort(draw(target, MOST, derive(seed, "nearest")))
-        unlike = weights[_codes(_ranks(scale, importance, scale))] < 1
+        nearest = np.intersect1d(nearest, distinct) if len(distinct) < len(target) else nearest
+        unlike = (weights[codes_of(x, ours)] < 1) | (covered < BEYOND)
         nearness, weights = Nearness(task.descriptors(target, nearest), raw, unlike), np.append(weights, 1.0)
     codes = np.empty(len(pool), dtype=np.uint8)
     chunk = max(1, min(CHUNK, CHUNK_VALUES // task.n_descriptors))
     for start in range(0, len(pool), chunk):
         rows = np.arange(start, min(start + chunk, len(pool)))
         described = task.descriptors(pool, rows)
-        scores = features(described, strata.groups[rows]) @ directions[FOLDS]
-        codes[rows] = _codes(_ranks(scale, importance, scores))
+        codes[rows] = codes_of(features(described, strata.groups[rows]), pool_folds[rows])
         if nearness is not None:
             candidates = weights[codes[rows]] == 1
             codes[rows[candidates][nearness.passes(described[candidates])]] = NEAR
@@ -161,7 +188,7 @@ def _fitted(task: Task, strata: Strata, seed: int, near: bool) -> State:
 class _Looks:
     """Descriptors of images as they are compared: centred by group, standardised, clipped, and with their squares."""
 
-    least = 0.0
+    least, divides = 0.0, False
 
     def __init__(self, x: np.ndarray, groups: np.ndarray, n_groups: int, importance: np.ndarray) -> None:
         counts = np.bincount(groups, minlength=n_groups)
@@ -178,8 +205,9 @@ class _Looks:
 
     @staticmethod
     def fitting_flops(width: int, n: int, n_target: int, sample: int) -> float:
-        """FLOPs of preparing all examples and of all directions, from `sample` examples of the pool."""
-        return 3 * (n + n_target) * width + 2 * sample * width**2 + 2 / 3 * width**3 + 2 * (FOLDS + 1) * width**2
+        """FLOPs of preparing all examples, of all directions and of ranking the `sample` by each."""
+        fitted = 2 * sample * width**2 + 2 / 3 * width**3 + 2 * (FOLDS + 1) * width**2
+        return 3 * (n + n_target) * width + fitted + 2 * FOLDS * sample * width
 
     def __call__(self, x: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Of examples with descriptors `x`, shape (n, D) -> (n, 2 D)."""
@@ -187,9 +215,9 @@ class _Looks:
         return np.concatenate([z, z**2], axis=1)
 
     def directions(
-        self, x: np.ndarray, importance: np.ndarray, y: np.ndarray, parts: Sequence[np.ndarray]
+        self, x: np.ndarray, importance: np.ndarray, folds: np.ndarray, y: np.ndarray, parts: Sequence[np.ndarray]
     ) -> np.ndarray:
-        """Fisher's discriminant for each part of the target `y` (masks), shape (K, 2 D)."""
+        """Fisher's discriminant for each part of the target `y` (masks) and all of `x`, shape (K, 2 D)."""
         mean = np.average(x, axis=0, weights=importance)
         covariance = np.atleast_2d(np.cov(x.T, aweights=importance, bias=True))
         scale = float(np.trace(covariance)) / len(covariance)
@@ -201,7 +229,7 @@ class _Looks:
 class _Tokens:
     """Shares of tokens, which are compared as they are."""
 
-    least = LEAST
+    least, divides = LEAST, True
 
     def __init__(self, *_: object) -> None: ...
 
@@ -212,19 +240,24 @@ class _Tokens:
 
     @staticmethod
     def fitting_flops(width: int, n: int, n_target: int, sample: int) -> float:
-        """FLOPs of all directions, from `sample` examples of the pool: sums, then 12 a number."""
-        return width * (FOLDS * n_target + 2 * sample + 12 * (FOLDS + 1))
+        """FLOPs of all directions, sums, then 12 a number; and of ranking the `sample`, for scales and once more."""
+        return width * (FOLDS * (n_target + sample) + 12 * (FOLDS + 1) + 4 * sample)
 
     def __call__(self, x: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Of examples with descriptors `x`, shape (n, D) -> (n, D)."""
         return x
 
     @staticmethod
-    def directions(x: np.ndarray, importance: np.ndarray, y: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """The log ratios of naive Bayes for each part of the target `y` (masks), shape (K, D)."""
-        n, of_pool = len(x), np.average(x, axis=0, weights=importance) * len(x)
+    def directions(
+        x: np.ndarray, importance: np.ndarray, folds: np.ndarray, y: np.ndarray, parts: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """The log ratios of naive Bayes, shape (K, D): number k for part k of the target `y` (masks), without fold k
+        of the pool."""
         rows = []
-        for part in parts:
+        for k, part in enumerate(parts):
+            others = folds != k
+            n = int(others.sum())
+            of_pool = np.average(x[others], axis=0, weights=importance[others]) * n
             of_target, n_target = y[part].sum(axis=0, dtype=np.float64), int(part.sum())
             # A token that neither has is as likely in both.
             both = of_pool + of_target + SMOOTHING / x.shape[1]

@@ -73,8 +73,8 @@ class Nearness:
 def youden(own: np.ndarray, others: np.ndarray, least: float) -> float:
     """The threshold, `least` or one of `own` above it, that best tells `own` from `others`; the lowest of equals."""
     thresholds = np.concatenate([[least], np.sort(own[own > least])])
-    above = [1 - np.searchsorted(np.sort(x), thresholds) / len(x) for x in (own, others)]
-    return float(thresholds[np.argmax(above[0] - above[1])])
+    below = [np.searchsorted(np.sort(x), thresholds) for x in (own, others)]
+    return float(thresholds[np.argmax(below[1] * len(own) - below[0] * len(others))])
 
 
 def nearness_flops(n: int, n_target: int, n_tokens: float) -> float:

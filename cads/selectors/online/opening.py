@@ -71,7 +71,9 @@ def opening_of(
         divides: whether examples of a source may have probabilities of their own.
     """
     task = costs.task
+    # Batches of the target may be longer than the mean, and the first phase takes one.
     first = _first_flops(task, constants, total) if on_target else 0.0
+    first = min(total, max(first, costs.target_step_flops)) if first else 0.0
     theta = 0.0 if on_target else _steering_flops(costs, constants, total)
     judges = first < total if on_target else theta > 0
     probes = (FIRST_PROBE, PROBE) if constants.drop else (PROBE,)
@@ -85,7 +87,7 @@ def opening_of(
     comparing, near = 0.0, False
     if by_likeness and first < total:
         affordable = constants.most_comparing * total
-        near = mixed and task.bags and likeness_flops(task, near=True) <= affordable
+        near = mixed and task.bags and len(task.target) > 1 and likeness_flops(task, near=True) <= affordable
         comparing = likeness_flops(task, near=near)
         if comparing > affordable:
             comparing = 0.0

@@ -198,8 +198,10 @@ class OnlineRun:
         passes = self.constants.stop_passes
         what = "the target and its kind" if share is not None else "target and what of the pool is drawn"
         if passes is not None and share is None:
-            n_distinct = self.rider.n_effective + (len(task.target) if self._on_target else 0)
-            end = min(horizon, spent + passes * n_distinct * usage)
+            once = self.rider.n_effective * usage
+            if self._on_target:
+                once += len(task.target) * task.costs.per_usage(task.target, batch_size)
+            end = min(horizon, spent + passes * once)
         if passes is not None and end < EARLY * horizon:
             self.end = (
                 f"training ended after {passes:g} passes over {what}: "

@@ -93,6 +93,10 @@ class Cads:
         if passes is not None:
             once = pool.flops + target.flops * self.train_on_target
             costs.ledger.most_training = opening.first + passes * once
+            if opening.mixed and not opening.near:
+                costs.ledger.most_training = mixture(
+                    constants, target=target, near=MixedPart(0, 0.0), rest=pool, flops=costs.ledger.most_training
+                ).flops
             costs.ledger.end = f"as pretrained models are trained for {passes:g} passes at most"
         return costs.ledger
 
