@@ -24,8 +24,8 @@ what the target lacks is drawn less, and what it has much of is not repeated for
 they teach the language even where they are about something else. Classes count by their shares in what is drawn, so
 that a class that the pool has little of does not count as unlike.
 
-Texts of groups of weight 1 may be of the target's kind (`cads.selectors.online.nearest`). Those that are form one more
-group, `NEAR`, of weight 1.
+Texts of groups of weight `ALIKE` and more may be of the target's kind (`cads.selectors.online.nearest`). Those that are
+form one more group, `NEAR`, of weight 1.
 
 Examples of the target that score higher than the whole pool say that the pool has nothing like them, and nothing about
 its groups. What is not such an example is a share c of the target. `min(1, c / COVERED)` is a further factor of the
@@ -41,6 +41,8 @@ import numpy as np
 import torch
 
 from cads.data.draws import draw
+from cads.data.pool import Pool
+from cads.data.token_batches import by_id
 from cads.runtime.checkpoint import State
 from cads.runtime.processes import active_group
 from cads.seeding import derive
@@ -72,6 +74,8 @@ LEAST = 0.3
 """The least weight of texts."""
 COVERED = 0.95
 """Share of the target within the range of the pool from which the pool is taken to cover it."""
+ALIKE = 0.5
+"""Weight of a group from which its texts may be of the target's kind; others are unlike it."""
 BEYOND = 0.5
 """Where less than this is covered, all of the pool is unlike the target."""
 CHUNK = 4096
@@ -126,7 +130,7 @@ def _fitted(task: Task, strata: Strata, seed: int, near: bool) -> State:
     pool, target = task.pool, task.target
     sample = np.sort(draw(pool, SAMPLE, derive(seed, "likeness")))
     groups, importance = strata.groups[sample], strata.importance[sample]
-    if len(target) < 2 or len(sample) < FOLDS:
+    if len(target) < 2 or not importance.any():
         return State({}, {})
     raw = task.descriptors(pool, sample)
     features = _features(task)(raw, groups, strata.n_groups, importance)
@@ -136,11 +140,10 @@ def _fitted(task: Task, strata: Strata, seed: int, near: bool) -> State:
     rng = np.random.default_rng((seed, len(compared)))
     folds = rng.permutation(len(compared)) % FOLDS
     # The fold of each example of the pool; `FOLDS`: it is ranked by the direction that is fitted to all.
-    pool_folds = np.full(len(pool), FOLDS, dtype=np.uint8)
-    if features.divides:
-        pool_folds[:] = rng.integers(0, FOLDS, len(pool))
-        pool_folds[sample] = rng.permutation(len(sample)) % FOLDS
+    pool_folds = _folds_of_contents(pool, rng) if features.divides else np.full(len(pool), FOLDS, dtype=np.uint8)
     ours = pool_folds[sample]
+    if features.divides and len(np.unique(ours)) < FOLDS:
+        return State({}, {})
     directions = features.directions(x, importance, ours, y, [folds != k for k in range(FOLDS)] + [folds >= 0])
 
     def ranked(scored: np.ndarray, k: int) -> np.ndarray:
@@ -169,7 +172,7 @@ def _fitted(task: Task, strata: Strata, seed: int, near: bool) -> State:
         _, distinct = np.unique(target.code_contents(), return_index=True)
         nearest = np.sort(draw(target, MOST, derive(seed, "nearest")))
         nearest = np.intersect1d(nearest, distinct) if len(distinct) < len(target) else nearest
-        unlike = (weights[codes_of(x, ours)] < 1) | (covered < BEYOND)
+        unlike = (weights[codes_of(x, ours)] < ALIKE) | (covered < BEYOND)
         nearness, weights = Nearness(task.descriptors(target, nearest), raw, unlike), np.append(weights, 1.0)
     codes = np.empty(len(pool), dtype=np.uint8)
     chunk = max(1, min(CHUNK, CHUNK_VALUES // task.n_descriptors))
@@ -178,11 +181,20 @@ def _fitted(task: Task, strata: Strata, seed: int, near: bool) -> State:
         described = task.descriptors(pool, rows)
         codes[rows] = codes_of(features(described, strata.groups[rows]), pool_folds[rows])
         if nearness is not None:
-            candidates = weights[codes[rows]] == 1
+            candidates = weights[codes[rows]] >= ALIKE
             codes[rows[candidates][nearness.passes(described[candidates])]] = NEAR
     if (weights == 1).all() and not (codes == NEAR).any():
         return State({}, {})
     return State({}, {"codes": torch.from_numpy(codes), "weights": torch.from_numpy(weights)})
+
+
+def _folds_of_contents(pool: Pool, rng: np.random.Generator) -> np.ndarray:
+    """A fold for each example, the same for copies and whatever the order of the files; uint8, shape (N,)."""
+    codes = pool.code_contents()
+    _, first = np.unique(codes[by_id(pool)], return_index=True)
+    folds = np.empty(len(first), dtype=np.uint8)
+    folds[np.argsort(first)] = rng.permutation(len(first)) % FOLDS
+    return folds[codes]
 
 
 class _Looks:
