@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from baselines.bilevel import Bilevel
 from baselines.search.source_search import SourceSearch, threshold
 from cads.accounting.budget import Budget
 from cads.accounting.ledger import SELECT, Ledger
@@ -96,8 +95,9 @@ def _up_to(maximum: float) -> tuple[float, ...]:
 
 METHODS = {
     "search": Method("search", (0.35, 0.7, 1.4, 2.75, 5.5)),
-    "bilevel": Method("bilevel", _up_to(33), course=True),
-    "bilevel, C/8": Method("bilevel", _up_to(8), {"share": 1 / 8}, course=True),
+    # Its learning rate falls to 0 at the end of its allowance, so that no run contains another.
+    "bilevel": Method("bilevel", (5.5, 11.0, 33.0)),
+    "bilevel, C/8": Method("bilevel", (1.4, 2.75, 5.5, 11.0), {"share": 1 / 8}),
     "unrolled": Method("unrolled", _up_to(11), course=True),
     "unrolled, C/4": Method("unrolled", _up_to(5.5), {"share": 1 / 4}, course=True),
     "unrolled, C/4, rate 0.03": Method("unrolled", _up_to(5.5), {"share": 1 / 4, "rate": 0.03}, course=True),
@@ -153,7 +153,7 @@ def choices(method: Method, task: Task, budget: Budget, seed: int) -> list[Choic
 def _course(method: Method, task: Task, budget: Budget, seed: int) -> list[Choice]:
     """Run the largest allowance once; the result of a smaller one is the state after the last step that it pays for."""
     selector = method.selector(max(method.allowances))
-    assert isinstance(selector, Bilevel | Unrolled)
+    assert isinstance(selector, Unrolled)
     ledger, steps = Ledger(), Steps()
     selector.select(task, budget, seed=seed, ledger=ledger, monitor=steps)
     step_cost = ledger.total(SELECT).flops / budget.flops(task) / max(1, len(steps.records))

@@ -34,7 +34,7 @@ train: {{batch_size: 16, learning_rate: 0.003}}
 BUDGET = Budget(4, "epochs")
 SMALL = {
     "search": Method("search", (0.1, 2.0)),
-    "bilevel, C/4": Method("bilevel", (0.5, 2.0, 4.5), {"share": 0.25}, course=True),
+    "bilevel, C/4": Method("bilevel", (0.5, 2.0, 4.5), {"share": 0.25}),
     "unrolled": Method("unrolled", (0.5, 1.5, 3.0), {"unroll": 4}, course=True),
 }
 
