@@ -27,8 +27,8 @@ NOTE = (
     "which is what a method returns that cannot afford one step. `x` is the cost or time in units of that of the "
     "first method; `> x`: not reached within the sweep, whose largest cost stands for it; `< x`: the first method "
     "does not reach it. The sweep of `unrolled` has more points, each a chance to be low, so the ratios flatter it "
-    "rather than `search`. Steps follow `baselines/bilevel.py` (K = 5 masks, each trained for C or the share named) and"
-    "  `experiments/unrolled.py` (weights of sources; the derivative through the last 64 steps of "
+    "rather than `search`. Steps follow `baselines/bilevel.py` (K = 5 masks, each trained for C or the share named) "
+    "and `experiments/unrolled.py` (weights of sources; the derivative through the last 64 steps of "
     "a training for C or the share named, of a loss that must be differentiable; the inner SGD has the rate 0.1 where "
     "none is named)."
 )
