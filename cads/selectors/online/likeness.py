@@ -24,8 +24,8 @@ what the target lacks is drawn less, and what it has much of is not repeated for
 they teach the language even where they are about something else. Classes count by their shares in what is drawn, so
 that a class that the pool has little of does not count as unlike.
 
-Texts of groups of weight `ALIKE` and more may be of the target's kind (`cads.selectors.online.nearest`). Those that are
-form one more group, `NEAR`, of weight 1.
+Texts of groups of weight 1 may be of the target's kind (`cads.selectors.online.nearest`). Those that are form one more
+group, `NEAR`, of weight 1.
 
 Examples of the target that score higher than the whole pool say that the pool has nothing like them, and nothing about
 its groups. What is not such an example is a share c of the target. `min(1, c / COVERED)` is a further factor of the
@@ -74,8 +74,8 @@ LEAST = 0.3
 """The least weight of texts."""
 COVERED = 0.95
 """Share of the target within the range of the pool from which the pool is taken to cover it."""
-ALIKE = 0.5
-"""Weight of a group from which its texts may be of the target's kind; others are unlike it."""
+UNLIKE = 0.5
+"""Weight of a group below which its texts are unlike the target."""
 BEYOND = 0.5
 """Where less than this is covered, all of the pool is unlike the target."""
 CHUNK = 4096
@@ -172,7 +172,7 @@ def _fitted(task: Task, strata: Strata, seed: int, near: bool) -> State:
         _, distinct = np.unique(target.code_contents(), return_index=True)
         nearest = np.sort(draw(target, MOST, derive(seed, "nearest")))
         nearest = np.intersect1d(nearest, distinct) if len(distinct) < len(target) else nearest
-        unlike = (weights[codes_of(x, ours)] < ALIKE) | (covered < BEYOND)
+        unlike = (weights[codes_of(x, ours)] < UNLIKE) | (covered < BEYOND)
         nearness, weights = Nearness(task.descriptors(target, nearest), raw, unlike), np.append(weights, 1.0)
     codes = np.empty(len(pool), dtype=np.uint8)
     chunk = max(1, min(CHUNK, CHUNK_VALUES // task.n_descriptors))
@@ -181,7 +181,7 @@ def _fitted(task: Task, strata: Strata, seed: int, near: bool) -> State:
         described = task.descriptors(pool, rows)
         codes[rows] = codes_of(features(described, strata.groups[rows]), pool_folds[rows])
         if nearness is not None:
-            candidates = weights[codes[rows]] >= ALIKE
+            candidates = weights[codes[rows]] == 1
             codes[rows[candidates][nearness.passes(described[candidates])]] = NEAR
     if (weights == 1).all() and not (codes == NEAR).any():
         return State({}, {})
