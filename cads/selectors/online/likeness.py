@@ -144,48 +144,39 @@ def _fitted(task: Task, strata: Strata, seed: int, near: bool) -> State:
     ours = pool_folds[sample]
     if features.divides and len(np.unique(ours)) < FOLDS:
         return State({}, {})
-    directions = features.directions(x, importance, ours, y, [folds != k for k in range(FOLDS)] + [folds >= 0])
-
-    def ranked(scored: np.ndarray, k: int) -> np.ndarray:
-        """The ranks of examples, shape (n, D), by direction k."""
-        scale = ours == k if features.divides else slice(None)
-        return _ranks(x[scale] @ directions[k], importance[scale], scored @ directions[k])
-
-    def codes_of(scored: np.ndarray, their_folds: np.ndarray) -> np.ndarray:
-        """The groups of examples of the pool."""
-        found = np.empty(len(scored), dtype=np.uint8)
-        for k in np.unique(their_folds).tolist():
-            found[their_folds == k] = _codes(ranked(scored[their_folds == k], k))
-        return found
-
-    ranks = np.empty(len(compared))
-    for k in range(FOLDS):
-        ranks[folds == k] = ranked(y[folds == k], k)
+    parts = [folds != k for k in range(FOLDS)] + [folds >= 0] * (not features.divides)
+    directions = features.directions(x, importance, ours, y, parts)
+    ranking = _Ranking(x, importance, directions, ours if features.divides else None)
+    ranks = ranking.ranks(y, folds)
     covered = min(1.0, float((ranks < 1).mean()) / COVERED)
     counts = np.bincount(_codes(ranks), minlength=N_GROUPS)
     weights = shrunk_ratios(counts, covered).clip(min=features.least)
-    if (weights == 1).all() and not near:
+    # Copies would be near to each other.
+    nearest = _distinct(target, np.sort(draw(target, MOST, derive(seed, "nearest")))) if near else compared[:0]
+    if (weights == 1).all() and len(nearest) < 2:
         return State({}, {})
     nearness = None
-    if near:
-        # Copies would be near to each other.
-        _, distinct = np.unique(target.code_contents(), return_index=True)
-        nearest = np.sort(draw(target, MOST, derive(seed, "nearest")))
-        nearest = np.intersect1d(nearest, distinct) if len(distinct) < len(target) else nearest
-        unlike = (weights[codes_of(x, ours)] < UNLIKE) | (covered < BEYOND)
+    if len(nearest) > 1:
+        unlike = (weights[_codes(ranking.ranks(x, ours))] < UNLIKE) | (covered < BEYOND)
         nearness, weights = Nearness(task.descriptors(target, nearest), raw, unlike), np.append(weights, 1.0)
     codes = np.empty(len(pool), dtype=np.uint8)
     chunk = max(1, min(CHUNK, CHUNK_VALUES // task.n_descriptors))
     for start in range(0, len(pool), chunk):
         rows = np.arange(start, min(start + chunk, len(pool)))
         described = task.descriptors(pool, rows)
-        codes[rows] = codes_of(features(described, strata.groups[rows]), pool_folds[rows])
+        codes[rows] = _codes(ranking.ranks(features(described, strata.groups[rows]), pool_folds[rows]))
         if nearness is not None:
             candidates = weights[codes[rows]] == 1
             codes[rows[candidates][nearness.passes(described[candidates])]] = NEAR
     if (weights == 1).all() and not (codes == NEAR).any():
         return State({}, {})
     return State({}, {"codes": torch.from_numpy(codes), "weights": torch.from_numpy(weights)})
+
+
+def _distinct(pool: Pool, positions: np.ndarray) -> np.ndarray:
+    """One of each set of copies among these positions (ascending), shape (m,)."""
+    _, first = np.unique(pool.code_contents()[positions], return_index=True)
+    return np.sort(positions[first])
 
 
 def _folds_of_contents(pool: Pool, rng: np.random.Generator) -> np.ndarray:
@@ -253,7 +244,7 @@ class _Tokens:
     @staticmethod
     def fitting_flops(width: int, n: int, n_target: int, sample: int) -> float:
         """FLOPs of all directions, sums, then 12 a number; and of ranking the `sample`, for scales and once more."""
-        return width * (FOLDS * (n_target + sample) + 12 * (FOLDS + 1) + 4 * sample)
+        return width * (FOLDS * (n_target + sample + 12) + 4 * sample)
 
     def __call__(self, x: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Of examples with descriptors `x`, shape (n, D) -> (n, D)."""
@@ -283,11 +274,30 @@ def _features(task: Task) -> type[_Looks | _Tokens]:
     return _Tokens if task.bags else _Looks
 
 
-def _ranks(scale: np.ndarray, importance: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """The share of the pool with a lower score, as `scale` (scores of its sample) has it; in [0, 1]."""
-    order = np.argsort(scale, kind="stable")
-    below = np.cumsum(importance[order])
-    return np.asarray(np.interp(scores, scale[order], below / below[-1]))
+class _Ranking:
+    """The share of the pool with a lower score, as a sample of it has it, in [0, 1], by each of some directions.
+
+    Args:
+        x: the sample, shape (n, D). importance: of each, shape (n,). directions: shape (K, D).
+        folds: of the sample, shape (n,): direction k ranks among fold k; None: each ranks among all.
+    """
+
+    def __init__(self, x: np.ndarray, importance: np.ndarray, directions: np.ndarray, folds: np.ndarray | None) -> None:
+        self._directions = directions
+        self._scales: list[tuple[np.ndarray, np.ndarray]] = []
+        for k, direction in enumerate(directions):
+            among = slice(None) if folds is None else folds == k
+            scores = x[among] @ direction
+            order = np.argsort(scores, kind="stable")
+            below = np.cumsum(importance[among][order])
+            self._scales.append((scores[order], below / below[-1]))
+
+    def ranks(self, x: np.ndarray, which: np.ndarray) -> np.ndarray:
+        """Of examples, shape (n, D), each by the direction of this number, shape (n,)."""
+        ranks = np.empty(len(x))
+        for k in np.unique(which).tolist():
+            ranks[which == k] = np.interp(x[which == k] @ self._directions[k], *self._scales[k])
+        return ranks
 
 
 def _codes(ranks: np.ndarray) -> np.ndarray:
